@@ -1,0 +1,91 @@
+"""The baselines that every method must beat: full, random, uniform, pool and downsample."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import area_pool, pooled_grid, uniform
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("full", paper="baseline")
+@dataclass(frozen=True)
+class Full(Method):
+    """Keep every token: the unreduced model, measured through the same path."""
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        b, n, _ = image.features.shape
+        return Reduction.identity(n, b, image.features.device, grid=image.grid)
+
+
+@register("random", paper="baseline")
+@dataclass(frozen=True)
+class Random(Method):
+    """Keep tokens at random places, the same for every image of equal size: reproducible in any batch.
+
+    Args:
+        keep: tokens per image, or a share of them.
+        seed: another seed, other places.
+    """
+
+    keep: Budget = 0.25
+    seed: int = 0
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        places = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))
+        places = places[: image.count(self.keep)].to(image.features.device)
+        return image.keep(places.expand(len(image.features), -1))
+
+
+@register("uniform", paper="baseline")
+@dataclass(frozen=True)
+class Uniform(Method):
+    """Keep every n-th token in raster order.
+
+    Args:
+        keep: tokens per image, or a share of them.
+    """
+
+    keep: Budget = 0.25
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        places = uniform(image.total, image.count(self.keep), image.features.device)
+        return image.keep(places.expand(len(image.features), -1))
+
+
+@register("pool", paper="baseline", needs=Needs(grid=True))
+@dataclass(frozen=True)
+class Pool(Method):
+    """Average-pool the tokens on their 2-D grid, to the largest grid of at most ``keep`` cells.
+
+    Any ratio works: a token on the border of two cells counts in both by its overlap.
+
+    Args:
+        keep: tokens per image, or a share of them.
+    """
+
+    keep: Budget = 0.25
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        if image.grid is None:
+            raise ValueError(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
+        wanted = image.count(self.keep)
+        cells = pooled_grid(image.grid, wanted)
+        b, device = len(image.features), image.features.device
+        anchors, slot, source, weight = (t.to(device).expand(b, -1) for t in area_pool(image.grid, cells))
+        note = f"{cells[0]}x{cells[1]} cells for a budget of {wanted} tokens"
+        return image.merge(anchors, slot, source, weight, note)
+
+
+@register("downsample", paper="baseline", stage="encoder", needs=Needs(grid=True))
+@dataclass(frozen=True)
+class Downsample(Pool):
+    """Resize the image before the encoder, so that it makes fewer tokens: cheaper in the encoder, too.
+
+    Args:
+        keep: tokens per image, or a share of them.
+    """

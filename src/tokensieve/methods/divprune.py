@@ -1,0 +1,27 @@
+"""DivPrune: the kept tokens should be as different from each other as possible."""
+
+from dataclasses import dataclass
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method
+from tokensieve.methods.registry import register
+from tokensieve.ops import max_min
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("divprune", paper="arXiv:2503.02175")
+@dataclass(frozen=True)
+class DivPrune(Method):
+    """Greedily keep tokens that maximise the smallest cosine distance between any two of them.
+
+    Args:
+        keep: tokens per image, or a share of them (the paper's default: 0.098 of LLaVA-1.5's 576).
+
+    Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025.
+    """
+
+    keep: Budget = 0.098
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        return image.keep(max_min(image.features, image.count(self.keep)))

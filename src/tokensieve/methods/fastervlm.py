@@ -1,0 +1,28 @@
+"""FasterVLM: one row of the encoder's attention ranks the patches."""
+
+from dataclasses import dataclass
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("fastervlm", paper="arXiv:2412.01818", needs=Needs(cls_attention=-2))
+@dataclass(frozen=True)
+class FasterVlm(Method):
+    """Keep the patches that [CLS] attends to most in the layer the features come from.
+
+    Args:
+        keep: tokens per image, or a share of them (the paper: 144, 58 and 29 of 576).
+
+    Paper: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", 2024.
+    """
+
+    keep: Budget = 144
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        scores = image.cls_rows(-2)[0]
+        return image.keep(top_k(scores, image.count(self.keep)), scores)

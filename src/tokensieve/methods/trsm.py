@@ -1,0 +1,36 @@
+"""TRSM: retrieve the visual tokens that the prompt asks for."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import text_similarity, top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("trsm", paper="arXiv:2410.07278", needs=Needs(text=True))
+@dataclass(frozen=True)
+class Trsm(Method):
+    """Keep the visual tokens whose embedding is nearest to the words of the user's prompt.
+
+    Cosine in the LLM's input space, between projected visual tokens and the embeddings of the user's own words (no
+    template, no special tokens: give ``attach`` the processor, or all text after the first image counts).
+
+    Args:
+        keep: tokens per image, or a share of them. The paper compresses "by 20 %", which leaves open whether to or by;
+            the default reads it as "to".
+        query: "tokens" scores by the best word, "prompt" by the words' mean.
+
+    Paper: "Retrieval Replace Reduction: An effective visual token reduction method via semantic match", 2024, v1.
+    """
+
+    keep: Budget = 0.2
+    query: Literal["tokens", "prompt"] = "tokens"
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        words, mask = image.words()
+        scores = text_similarity(image.features, words, mask, self.query)
+        return image.keep(top_k(scores, image.count(self.keep)), scores)

@@ -1,0 +1,54 @@
+"""VTC-CLS: the encoder's [CLS] token already knows which patches matter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+OVER_LAYERS: dict[str, Callable[..., Tensor]] = {
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "max": torch.amax,
+    "min": torch.amin,
+}
+
+
+@register("vtc-cls", paper="arXiv:2412.05819", needs=Needs(cls_attention=slice(None, -1)))
+@dataclass(frozen=True)
+class VtcCls(Method):
+    """Keep what the encoder's [CLS] token attends to, summed over an ensemble of layers.
+
+    The score of a patch is the attention it gets from [CLS], mean over heads, reduced over the layers from
+    ``first_layer`` to the last but one: LLaVA takes its features there, and never needs the last layer.
+
+    Args:
+        keep: tokens per image, or a share of them.
+        first_layer: first encoder layer of the ensemble; negative counts from the last layer, so −2 is the single
+            layer that the features come from.
+        over_layers: how a patch's attentions in these layers become one score ("mean" ranks like "sum").
+
+    Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", 2024. The official code renumbers
+    positions: ``attach(..., positions="contiguous")`` does the same.
+    """
+
+    keep: Budget = 64
+    first_layer: int = 0
+    over_layers: Literal["sum", "mean", "max", "min"] = "sum"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(cls_attention=slice(self.first_layer, -1))
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        rows = image.cls_rows(slice(self.first_layer, -1))
+        scores = OVER_LAYERS[self.over_layers](rows, dim=0)
+        return image.keep(top_k(scores, image.count(self.keep)), scores)

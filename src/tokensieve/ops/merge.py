@@ -1,0 +1,51 @@
+"""Merges: who goes into which slot with which weight, as the entries of a sparse matrix."""
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+def pooled_grid(grid: Grid, k: int) -> Grid:
+    """The largest grid of at most ``k`` cells that keeps the shape of ``grid``, e.g. (24, 24), 192 to (13, 14)."""
+    height, width = grid
+
+    def value(h: int, w: int) -> float:
+        stretch = (h * width) / (w * height)
+        return h * w * min(stretch, 1 / stretch)
+
+    rows = range(1, min(height, k) + 1)
+    return max(((h, min(width, k // h)) for h in rows), key=lambda cell: value(*cell))
+
+
+def area_pool(grid: Grid, cells: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """2-D average pooling by area: each cell is the mean of the tokens under it, border tokens counted by overlap.
+
+    Works for any pair of grids (24×24 to 13×14 too); equals plain average pooling where the cells divide the grid.
+
+    Args:
+        grid: (height, width) before.
+        cells: (height, width) after, at most as large.
+
+    Returns:
+        anchors `[K]` (the token at each cell's centre), slot, source `[E]` int64 and weight `[E]` float32; the weights
+        of a slot sum to 1.
+    """
+    rows, columns = _overlap(grid[0], cells[0]), _overlap(grid[1], cells[1])
+    weight = torch.einsum("ab,cd->acbd", rows, columns).reshape(cells[0] * cells[1], grid[0] * grid[1])
+    slot, source = weight.nonzero(as_tuple=True)
+    anchors = _centres(grid[0], cells[0])[:, None] * grid[1] + _centres(grid[1], cells[1])
+    return anchors.flatten(), slot, source, weight[slot, source]
+
+
+def _overlap(size: int, cells: int) -> Tensor:
+    """Share of each of ``cells`` equal stretches that falls on each of ``size`` unit steps, `[cells, size]`."""
+    edges, length = torch.arange(size, dtype=torch.float64), size / cells
+    start = torch.arange(cells, dtype=torch.float64)[:, None] * length
+    covered = (torch.minimum(edges + 1, start + length) - torch.maximum(edges, start)).clamp(min=0)
+    covered[covered < 1e-9] = 0
+    return (covered / covered.sum(-1, keepdim=True)).float()
+
+
+def _centres(size: int, cells: int) -> Tensor:
+    return ((torch.arange(cells) * 2 + 1) * size).div(2 * cells, rounding_mode="floor")

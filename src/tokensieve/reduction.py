@@ -1,0 +1,241 @@
+"""The record of one decision: which visual tokens stay, and what was merged into them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """A sparse matrix W `[K, N]` as E entries: ``W[slot[e], source[e]] += weight[e]``; zero weights are padding.
+
+    Attributes:
+        slot: output row of each entry, `[E]` or `[B, E]`, int64.
+        source: input row of each entry, same shape.
+        weight: same shape, float32.
+    """
+
+    slot: Tensor
+    source: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """One decision for one image, or for B images of equal size (then every tensor has a leading ``B``).
+
+    Output rows are ``W @ input rows``. Slot ``k`` stands at the place and position of token ``anchors[k]``.
+
+    Attributes:
+        total: N, the tokens before.
+        anchors: `[K]` or `[B, K]`, int64, ascending and distinct in each row.
+        mixing: W; ``None`` means the identity on the anchors: pure pruning.
+        valid: `[B, K]` bool where an adaptive method keeps a different number per image; ``None``: every slot counts.
+        scores: `[N]` or `[B, N]`, what the method ranked by, if it did.
+        grid: (height, width) of the N tokens, if they form one.
+        notes: anything a reader of this decision must know.
+    """
+
+    total: int
+    anchors: Tensor
+    mixing: Mixing | None = None
+    valid: Tensor | None = None
+    scores: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def identity(cls, total: int, batch: int | None = None, device: Any = None, **fields: Any) -> Reduction:
+        """Keep all ``total`` tokens, of one image or of ``batch`` images."""
+        anchors = torch.arange(total, device=device)
+        return cls(total, anchors if batch is None else anchors.expand(batch, -1), **fields)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def kept(self) -> Tensor:
+        """Original indices of the slots' anchors, `[K]` or `[B, K]`, ascending."""
+        return self.anchors
+
+    @property
+    def slots(self) -> int:
+        """K, the tokens after (of the widest image, when ``valid`` is set)."""
+        return self.anchors.shape[-1]
+
+    @property
+    def whole(self) -> bool:
+        """True when nothing was dropped or merged."""
+        return self.mixing is None and self.slots == self.total and self.valid is None
+
+    @property
+    def source(self) -> Tensor:
+        """Slot that each original token went to, −1 if dropped: `[N]` or `[B, N]`.
+
+        A token that was mixed into several slots is listed under the one that gave it the largest weight.
+        """
+        if self.mixing is None:
+            slots = torch.arange(self.slots, device=self.anchors.device).expand_as(self.anchors)
+            if self.valid is not None:
+                slots = slots.masked_fill(~self.valid, -1)
+            empty = self.anchors.new_full((*self.anchors.shape[:-1], self.total), -1)
+            # padded slots repeat a kept anchor: the larger value (the real slot) must win
+            return empty.scatter_reduce(-1, self.anchors, slots, "amax")
+        m = self.mixing
+        weight = m.weight.new_zeros((*m.source.shape[:-1], self.total)).scatter_reduce(-1, m.source, m.weight, "amax")
+        best = (m.weight == weight.gather(-1, m.source)) & (m.weight > 0)
+        slot = m.slot.masked_fill(~best, -1)
+        return slot.new_full(weight.shape, -1).scatter_reduce(-1, m.source, slot, "amax")
+
+    @property
+    def counts(self) -> Tensor:
+        """Original tokens that went into each slot, `[K]` or `[B, K]`."""
+        if self.mixing is None:
+            return torch.ones_like(self.anchors) if self.valid is None else self.valid.long()
+        m = self.mixing
+        return torch.zeros_like(self.anchors).scatter_add(-1, m.slot, (m.weight != 0).long())
+
+    @property
+    def weight_sums(self) -> Tensor:
+        """Sum of each slot's weights, `[K]` or `[B, K]` float32: 1 for pruning and for averages."""
+        if self.mixing is None:
+            return self.counts.float()
+        m = self.mixing
+        return m.weight.new_zeros(self.anchors.shape).scatter_add(-1, m.slot, m.weight)
+
+    def __len__(self) -> int:
+        if self.anchors.ndim == 1:
+            raise TypeError("a Reduction of one image has no length; use .slots")
+        return self.anchors.shape[0]
+
+    def __iter__(self) -> Iterator[Reduction]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, image: int) -> Reduction:
+        """The decision for one image of a batched Reduction; padded slots of adaptive methods are removed."""
+        if self.anchors.ndim == 1:
+            raise IndexError("this Reduction holds one image")
+        pick = Reduction(
+            self.total,
+            self.anchors[image],
+            self.mixing and Mixing(*(t[image] for t in (self.mixing.slot, self.mixing.source, self.mixing.weight))),
+            scores=None if self.scores is None else self.scores[image],
+            grid=self.grid,
+            notes=self.notes,
+        )
+        return pick if self.valid is None else replace(pick, anchors=pick.anchors[self.valid[image]])
+
+    # -- applying -----------------------------------------------------------------------------------------------------
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """``W @ rows``: `[N, D]` to `[K, D]` (or batched). Sums run in float32; the dtype of ``rows`` comes back."""
+        if rows.shape[-2] != self.total:
+            raise ValueError(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
+        if self.whole:
+            return rows
+        width = rows.shape[-1]
+        if self.mixing is None:
+            return rows.gather(-2, self.anchors[..., None].expand(*self.anchors.shape, width))
+        m = self.mixing
+        parts = rows.gather(-2, m.source[..., None].expand(*m.source.shape, width)).float() * m.weight[..., None]
+        out = parts.new_zeros((*self.anchors.shape, width))
+        return out.scatter_add(-2, m.slot[..., None].expand_as(parts), parts).to(rows.dtype)
+
+    def matrix(self) -> Tensor:
+        """W as a dense `[K, N]` (or `[B, K, N]`) float32 tensor: for tests and plots, not for the hot path."""
+        w = torch.zeros((*self.anchors.shape, self.total), device=self.anchors.device)
+        if self.mixing is None:
+            ones = torch.ones_like(self.anchors, dtype=w.dtype) if self.valid is None else self.valid.to(w.dtype)
+            return w.scatter(-1, self.anchors[..., None], ones[..., None])
+        m = self.mixing
+        flat = w.flatten(-2).scatter_add(-1, m.slot * self.total + m.source, m.weight)
+        return flat.view_as(w)
+
+    def after(self, first: Reduction) -> Reduction:
+        """The single decision equal to ``first`` and then this one (W = W_this · W_first); both of one image."""
+        if first.slots != self.total:
+            raise ValueError(
+                f"stages do not fit: {first.slots} tokens leave the first, the second expects {self.total}"
+            )
+        if self.anchors.ndim != 1 or first.anchors.ndim != 1:
+            raise ValueError("compose Reductions of single images: index the batched ones first")
+        anchors, notes = first.anchors[self.anchors], first.notes + self.notes
+        mixing = None
+        if self.mixing is not None or first.mixing is not None:
+            product = (self._sparse() @ first._sparse()).coalesce()
+            slot, source = product.indices()
+            mixing = Mixing(slot, source, product.values())
+        return Reduction(first.total, anchors, mixing, grid=first.grid, notes=notes)
+
+    def _sparse(self) -> Tensor:
+        if self.mixing is None:
+            slot, source, weight = torch.arange(self.slots, device=self.anchors.device), self.anchors, None
+        else:
+            slot, source, weight = self.mixing.slot, self.mixing.source, self.mixing.weight
+        weight = torch.ones_like(slot, dtype=torch.float32) if weight is None else weight
+        return torch.sparse_coo_tensor(torch.stack([slot, source]), weight, (self.slots, self.total))
+
+    # -- storing ------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers, without the scores; :meth:`from_json` reads them back."""
+        out: dict[str, Any] = {"total": self.total, "anchors": self.anchors.tolist()}
+        if self.mixing is not None:
+            out["mixing"] = {k: getattr(self.mixing, k).tolist() for k in ("slot", "source", "weight")}
+        if self.valid is not None:
+            out["valid"] = self.valid.tolist()
+        if self.grid is not None:
+            out["grid"] = list(self.grid)
+        if self.notes:
+            out["notes"] = list(self.notes)
+        return out
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Reduction:
+        """Inverse of :meth:`to_json`."""
+        mixing = data.get("mixing")
+        return cls(
+            total=int(data["total"]),
+            anchors=torch.tensor(data["anchors"], dtype=torch.int64),
+            mixing=mixing
+            and Mixing(
+                torch.tensor(mixing["slot"], dtype=torch.int64),
+                torch.tensor(mixing["source"], dtype=torch.int64),
+                torch.tensor(mixing["weight"], dtype=torch.float32),
+            ),
+            valid=torch.tensor(data["valid"]) if "valid" in data else None,
+            grid=(data["grid"][0], data["grid"][1]) if "grid" in data else None,
+            notes=tuple(data.get("notes", ())),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, scores included."""
+        tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores}
+        if self.mixing is not None:
+            tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
+        meta = {"total": str(self.total), "grid": json.dumps(self.grid), "notes": json.dumps(self.notes)}
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items() if v is not None}, path, metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Reduction:
+        """Read what :meth:`save` wrote."""
+        with safe_open(path, framework="pt") as f:
+            t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
+        grid = json.loads(meta["grid"])
+        return cls(
+            total=int(meta["total"]),
+            anchors=t["anchors"],
+            mixing=Mixing(t["slot"], t["source"], t["weight"]) if "slot" in t else None,
+            valid=t.get("valid"),
+            scores=t.get("scores"),
+            grid=grid and (grid[0], grid[1]),
+            notes=tuple(json.loads(meta["notes"])),
+        )

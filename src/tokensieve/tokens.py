@@ -1,0 +1,120 @@
+"""What a method sees: the visual tokens of B equal images, and only the evidence it asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget, count
+from tokensieve.reduction import Mixing, Reduction
+
+Layers: TypeAlias = int | slice
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """The visual tokens of B images of equal size N, with the evidence a method needs to choose among them.
+
+    Attributes:
+        features: `[B, N, D]`, the rows that would enter the LLM (after the projector).
+        grid: (height, width) with height · width = N, if the tokens form one.
+        cls_attention: {encoder layer: `[B, N]`}, what the encoder's [CLS] token attends to: post-softmax, mean over
+            heads, one value per visual token. Layers count from 0.
+        depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one.
+        text: `[B, M, D]`, LLM input embeddings of the user's words.
+        text_mask: `[B, M]` bool, True on real words.
+        notes: remarks on the evidence (a substitute for a missing [CLS], say); they travel into the Reduction.
+    """
+
+    features: Tensor
+    grid: tuple[int, int] | None = None
+    cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    depth: int | None = None
+    text: Tensor | None = None
+    text_mask: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 3:
+            raise ValueError(f"features must be [B, N, D]; got shape {list(self.features.shape)}")
+        b, n, _ = self.features.shape
+        if self.grid is not None and self.grid[0] * self.grid[1] != n:
+            raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
+        for layer, rows in self.cls_attention.items():
+            if rows.shape != (b, n):
+                raise ValueError(f"cls_attention[{layer}] must be [{b}, {n}]; got {list(rows.shape)}")
+        if self.text is not None and (self.text.ndim != 3 or self.text.shape[0] != b):
+            raise ValueError(f"text must be [{b}, M, D]; got shape {list(self.text.shape)}")
+        if self.text is not None and self.text_mask is not None and self.text_mask.shape != self.text.shape[:2]:
+            raise ValueError(f"text_mask must be {list(self.text.shape[:2])}; got {list(self.text_mask.shape)}")
+
+    @property
+    def total(self) -> int:
+        """N, the tokens of each image."""
+        return self.features.shape[1]
+
+    def count(self, keep: Budget) -> int:
+        """Tokens that the budget leaves of each image."""
+        return count(keep, self.total)
+
+    def cls_rows(self, layers: Layers) -> Tensor:
+        """Attention of [CLS] in the given encoder layers, `[S, B, N]` float32.
+
+        Args:
+            layers: one layer (negative counts from the last) or a slice, with Python's meaning.
+
+        Raises:
+            ValueError: if a layer was not given, or the slice is empty.
+        """
+        depth = self.depth or max(self.cls_attention, default=-1) + 1
+        wanted = resolve_layers(layers, depth)
+        missing = [layer for layer in wanted if layer not in self.cls_attention]
+        if missing:
+            raise ValueError(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
+        return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
+
+    def words(self) -> tuple[Tensor, Tensor]:
+        """The user's words and their mask, `[B, M, D]` and `[B, M]`.
+
+        Raises:
+            ValueError: if no text was given, or an image has no word.
+        """
+        if self.text is None:
+            raise ValueError("this method reads the prompt: give VisualTokens(text=[B, M, D])")
+        mask = self.text_mask
+        if mask is None:
+            mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
+        return self.text, mask.bool()
+
+    def keep(self, indices: Tensor, scores: Tensor | None = None) -> Reduction:
+        """Keep the tokens at ``indices`` `[B, K]` (distinct, any order) and drop the others."""
+        indices = indices.sort(-1).values
+        return Reduction(self.total, indices, scores=scores, grid=self.grid, notes=self.notes)
+
+    def merge(self, anchors: Tensor, slot: Tensor, source: Tensor, weight: Tensor, *notes: str) -> Reduction:
+        """Merge: entry e adds ``weight[e] * token[source[e]]`` to the slot that stands at ``anchors[slot[e]]``.
+
+        Args:
+            anchors: `[B, K]`, ascending and distinct.
+            slot, source, weight: `[B, E]`.
+            notes: anything a reader of this decision must know.
+        """
+        mixing, notes = Mixing(slot, source, weight), (*self.notes, *notes)
+        return Reduction(self.total, anchors, mixing, grid=self.grid, notes=notes)
+
+
+def resolve_layers(layers: Layers, depth: int) -> list[int]:
+    """Layer numbers 0 … depth−1 meant by an int or a slice; ``ValueError`` if there is none."""
+    try:
+        wanted = list(range(depth))[layers]
+    except IndexError:
+        raise ValueError(f"the encoder has layers 0 to {depth - 1}; got {layers}") from None
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    if not wanted:
+        assert isinstance(layers, slice)
+        raise ValueError(f"no encoder layer in {layers.start}:{layers.stop}; the encoder has layers 0 to {depth - 1}")
+    return wanted
