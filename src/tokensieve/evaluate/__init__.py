@@ -1,0 +1,29 @@
+"""Accuracy of many methods and budgets on a data set, beside what they cost."""
+
+from tokensieve.evaluate.compare import compare
+from tokensieve.evaluate.data import DataError, Sample, load_data, open_image
+from tokensieve.evaluate.environment import environment
+from tokensieve.evaluate.journal import OutputError, ResumeError
+from tokensieve.evaluate.metrics import METRICS, bootstrap, wilson
+from tokensieve.evaluate.prompt import decode, encode
+from tokensieve.evaluate.results import Example, Results, Row, TypeScore
+
+__all__ = [
+    "METRICS",
+    "DataError",
+    "Example",
+    "OutputError",
+    "Results",
+    "ResumeError",
+    "Row",
+    "Sample",
+    "TypeScore",
+    "bootstrap",
+    "compare",
+    "decode",
+    "encode",
+    "environment",
+    "load_data",
+    "open_image",
+    "wilson",
+]

@@ -1,0 +1,114 @@
+"""The results of a comparison: rows for the table, and what a report draws. No model is needed to read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one budget; the fields and their order are those of ``compare --json``.
+
+    Attributes:
+        method: as the user wrote it; "full" is the unhooked model, "oracle" no method but the headroom: the tokens of
+            the asked object first (data with boxes only).
+        keep: the budget; ``None`` for full.
+        tokens_before, tokens_after: visual tokens per image, mean over the samples.
+        tokens_average: tokens per image averaged over the LLM's layers (equal to tokens_after for methods that act
+            before the LLM).
+        samples: questions.
+        accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval: Wilson for one run scored 0 or 1,
+            bootstrap over questions (and seeds, for a method run with several) otherwise.
+        flops_ratio: prefill FLOPs / those of full. This and the following: ``None`` when nothing was measured.
+        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token: medians for one prompt, see
+            :class:`tokensieve.measure.Cost`.
+        peak_activation_mb, kv_mb: MB (10^6 bytes) for one prompt's prefill.
+    """
+
+    method: str
+    keep: int | float | None
+    tokens_before: float
+    tokens_after: float
+    tokens_average: float
+    samples: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    flops_ratio: float | None
+    prefill_ms: float | None
+    prefill_speedup: float | None
+    method_ms: float | None
+    decode_ms_per_token: float | None
+    peak_activation_mb: float | None
+    kv_mb: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The pinned fields, in order."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TypeScore:
+    """Accuracy on the questions of one type, with its 95 % interval."""
+
+    type: str
+    samples: int
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image and question, with what every method kept of it.
+
+    Attributes:
+        image: PNG file, relative to the results file.
+        kept: one entry per row: ``{"method", "keep", "prediction", "reductions": [Reduction.to_json() per image]}``;
+            several seeds show the first.
+    """
+
+    id: str
+    image: str
+    question: str
+    answers: tuple[str, ...]
+    kept: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that ``compare`` found; ``results.json`` is its JSON.
+
+    Attributes:
+        complete: False while rows are still to come.
+        environment: versions, hardware, date (see :func:`tokensieve.evaluate.environment`).
+        settings: model, samples, metric, seeds, batch size and the like.
+        rows: full first.
+        types: for each row, its accuracy by question type (empty when the data has no types).
+        differences: for each row, accuracy minus full's, paired by question, with its 95 % bootstrap interval:
+            (difference, low, high).
+        examples: the same images for every row.
+    """
+
+    complete: bool
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+    types: tuple[tuple[TypeScore, ...], ...]
+    differences: tuple[tuple[float, float, float], ...]
+    examples: tuple[Example, ...]
+
+    def save(self, path: Path) -> None:
+        """Write atomically: a reader sees the old file or the new one, never half of one.
+
+        Raises:
+            OutputError: if it cannot be written (a full disk, say); an older file stays as it was.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read what :meth:`save` wrote; ``ValueError`` if the file is not a results file."""
+        raise NotImplementedError

@@ -1,0 +1,66 @@
+"""Interleaved timing: A B A B in one process, so that drift of the machine hits every candidate alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles, over the repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Quartiles of some numbers."""
+        low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75]).tolist()
+        return cls(median, low, high)
+
+
+def interleave(
+    calls: Sequence[Callable[[], Any]], *, repeats: int = 10, warmup: int = 2, device: torch.device | str = "cpu"
+) -> list[list[float]]:
+    """Milliseconds of each call: one list of ``repeats`` times per call, taken round by round.
+
+    Every second round runs backwards, so that no call always follows the same neighbour. The device is synchronised
+    before and after each call.
+    """
+    wait = _synchroniser(torch.device(device))
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for round_ in range(repeats):
+        order = range(len(calls))
+        for index in reversed(order) if round_ % 2 else order:
+            wait()
+            start = time.perf_counter()
+            calls[index]()
+            wait()
+            times[index].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
+    """``over / under`` round by round: the speedup of the second over the first, when given times."""
+    return Spread.of([a / b for a, b in zip(over, under, strict=True)])
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Spread:
+    """``first - second`` round by round."""
+    return Spread.of([a - b for a, b in zip(first, second, strict=True)])
+
+
+def _synchroniser(device: torch.device) -> Callable[[], None]:
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return lambda: None

@@ -1,0 +1,50 @@
+"""Peak activation memory of a call, and the bytes of a KV cache."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+def peak_activation_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Most bytes that tensors made during ``call()`` held at one time; weights and inputs do not count.
+
+    On a CUDA device the allocator's own peak, above what was allocated before. On a CPU every storage that an operator
+    returns is followed until it is freed; workspaces inside a kernel are invisible to both.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with _LiveStorages() as live:
+        call()
+    return live.peak
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes that the keys and values of a transformers cache hold, over all layers."""
+    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the storages that operators create, from creation until they are freed.
+
+    Views share their base's storage and cost nothing; a storage that an operator merely hands through (a weight, an
+    input) was not made here and does not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
