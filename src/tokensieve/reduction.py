@@ -167,13 +167,13 @@ class Reduction:
             )
         if self.anchors.ndim != 1 or first.anchors.ndim != 1:
             raise ValueError("compose Reductions of single images: index the batched ones first")
-        anchors, notes = first.anchors[self.anchors], first.notes + self.notes
-        mixing = None
+        anchors, notes, mixing = first.anchors[self.anchors], first.notes + self.notes, None
         if self.mixing is not None or first.mixing is not None:
             product = (self._sparse() @ first._sparse()).coalesce()
             slot, source = product.indices()
             mixing = Mixing(slot, source, product.values())
-        return Reduction(first.total, anchors, mixing, grid=first.grid, notes=notes)
+        scores = self.scores if first.whole else None
+        return Reduction(first.total, anchors, mixing, scores=scores, grid=first.grid or self.grid, notes=notes)
 
     def _sparse(self) -> Tensor:
         if self.mixing is None:

@@ -70,14 +70,18 @@ class Pool(Method):
 
     keep: Budget = 0.25
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def cells(self, image: VisualTokens) -> tuple[int, int]:
+        """(height, width) of the pooled grid."""
         if image.grid is None:
             raise ValueError(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
-        wanted = image.count(self.keep)
-        cells = pooled_grid(image.grid, wanted)
+        return pooled_grid(image.grid, image.count(self.keep))
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        height, width = self.cells(image)
         b, device = len(image.features), image.features.device
-        anchors, slot, source, weight = (t.to(device).expand(b, -1) for t in area_pool(image.grid, cells))
-        note = f"{cells[0]}x{cells[1]} cells for a budget of {wanted} tokens"
+        pooled = area_pool(image.grid or (0, 0), (height, width))
+        anchors, slot, source, weight = (t.to(device).expand(b, -1) for t in pooled)
+        note = f"{height}x{width} cells for a budget of {image.count(self.keep)} tokens"
         return image.merge(anchors, slot, source, weight, note)
 
 

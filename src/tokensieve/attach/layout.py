@@ -1,0 +1,83 @@
+"""Where the visual tokens of a batch stand, and how its columns are shortened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The placeholders of one batch of prompts, read once.
+
+    Attributes:
+        visual: `[B, L]` bool, True on placeholders, on the batch's device.
+        images: per row, the tokens of each of its images, in order.
+        end: columns up to and with the last placeholder of any row.
+    """
+
+    visual: Tensor
+    images: list[list[int]]
+    end: int
+
+    @classmethod
+    def read(cls, ids: Tensor, token: int, sizes: list[int]) -> Layout:
+        """Find the placeholders ``token`` in ``ids`` `[B, L]` of images with ``sizes`` tokens, row by row.
+
+        Raises:
+            ValueError: if placeholders and image tokens do not match.
+        """
+        visual = ids == token
+        columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        counts = visual.sum(-1)
+        *per_row, end = torch.cat([counts, (visual * columns).amax()[None]]).tolist()  # the one look at the device
+        images: list[list[int]] = []
+        rest = list(sizes)
+        for row, count in enumerate(per_row):
+            images.append([])
+            while count > 0 and rest:
+                count -= rest[0]
+                images[-1].append(rest.pop(0))
+            if count != 0:
+                raise ValueError(
+                    f"sample {row} has {per_row[row]} image placeholders; its images have {images[-1]} tokens"
+                )
+        if rest:
+            raise ValueError(f"the batch has {sum(per_row)} image placeholders; its images have {sum(sizes)} tokens")
+        return cls(visual, images, end)
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Which columns of a batch stay, each row left-padded to the longest.
+
+    Attributes:
+        index: `[B, n]`, original column of each new column, ascending in the valid part.
+        valid: `[B, n]` bool, False on the padding of rows that lost more than others.
+        padded: whether there is any such padding.
+    """
+
+    index: Tensor
+    valid: Tensor
+    padded: bool
+
+    @classmethod
+    def of(cls, layout: Layout, kept: Tensor, left: list[int]) -> Columns:
+        """Columns that stay when ``kept`` (bool, one per placeholder in row-major order) do.
+
+        Args:
+            left: how many visual tokens each row keeps.
+        """
+        width = layout.visual.shape[1]
+        stay = torch.ones_like(layout.visual).masked_scatter(layout.visual, kept)
+        lengths = [width - sum(sizes) + k for sizes, k in zip(layout.images, left, strict=True)]
+        index = stay.int().argsort(dim=-1, stable=True)[:, width - max(lengths) :]
+        return cls(index, stay.gather(-1, index), min(lengths) != max(lengths))
+
+    def take(self, x: Tensor, filler: int | None = None) -> Tensor:
+        """The kept columns of `[…, B or 1, L]`; padding gets ``filler`` where one is given."""
+        lead = x.shape[:-2]
+        taken = x.expand(*lead, len(self.index), -1).gather(-1, self.index.expand(*lead, *self.index.shape))
+        return taken.masked_fill(~self.valid, filler) if filler is not None and self.padded else taken

@@ -1,0 +1,89 @@
+"""Attention rows without eager attention: one module at a time is asked for what a method reads.
+
+The probed module gets a copy of its config that names our attention function; that function computes the wanted rows
+from the module's own queries and keys and then calls the kernel the model is configured with. Masks, weights, the
+model's config and every other layer are untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Row: TypeAlias = Literal["cls", "received"]
+NAME = "tokensieve_probe"
+CHUNK = 1024  # queries at once where all of them are read: never an [N, N] matrix
+
+
+class Probe:
+    """Reads one attention module, while armed in this thread.
+
+    Args:
+        attention: the module; must go through transformers' attention interface.
+        row: "cls" reads the attention of token 0; "received" the mean attention each token gets from all others.
+    """
+
+    def __init__(self, attention: Any, row: Row) -> None:
+        self.attention, self.row = attention, row
+        self._config = attention.config
+        self._eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
+        self._local = threading.local()
+        config = copy.copy(attention.config)
+        config._attn_implementation_internal = NAME  # the public setter would reach into sub-configs
+        attention.config, attention._tokensieve_probe = config, self
+
+    def arm(self) -> None:
+        """Record from now on, until :meth:`take`."""
+        self._local.rows = []
+
+    def take(self) -> list[Tensor]:
+        """What was read since :meth:`arm`, call by call: `[b, keys]` float32, mean over heads. Disarms."""
+        rows: list[Tensor] = getattr(self._local, "rows", None) or []
+        self._local.rows = None
+        return rows
+
+    def remove(self) -> None:
+        self.attention.config = self._config
+        del self.attention._tokensieve_probe
+
+    def forward(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        """The attention function itself: read if armed, then the model's own kernel."""
+        rows = getattr(self._local, "rows", None)
+        if rows is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            read = attention_from_cls if self.row == "cls" else attention_received
+            rows.append(read(query.detach(), key.detach(), scaling))
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
+        return kernel(module, query, key, value, mask, **kwargs)
+
+
+def attention_from_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Post-softmax attention of token 0, mean over heads: `[b, H, n, d]` twice to `[b, n]` float32."""
+    scores = (query[:, :, :1] @ key.transpose(-1, -2)).squeeze(-2)
+    return (scores.float() * scaling).softmax(-1).mean(1)
+
+
+def attention_received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Post-softmax attention each token receives, mean over heads and queries: `[b, H, n, d]` twice to `[b, n]`."""
+    total = query.new_zeros((query.shape[0], key.shape[-2]), dtype=torch.float32)
+    for rows in torch.split(query, CHUNK, dim=-2):
+        total += (rows @ key.transpose(-1, -2)).float().mul(scaling).softmax(-1).mean(1).sum(-2)
+    return total / query.shape[-2]
+
+
+def _probe_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Any:
+    probe: Probe = module._tokensieve_probe
+    return probe.forward(module, query, key, value, attention_mask, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _probe_attention)

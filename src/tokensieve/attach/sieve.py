@@ -1,0 +1,146 @@
+"""``attach``: install the hooks of a method on a live model, and the handle that removes them."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from tokensieve.attach.cache import later_step, remember, state_of
+from tokensieve.attach.connector import Connector, Decisions, Prefill
+from tokensieve.attach.encoder import EncoderHooks
+from tokensieve.attach.words import UserWords
+from tokensieve.methods import Method, Needs, Positions, parse
+from tokensieve.models import family_of
+from tokensieve.reduction import Reduction
+
+_attached: weakref.WeakKeyDictionary[Any, Sieve] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def attach(
+    model: Any,
+    method: str | Method | Sequence[Method] | Decisions,
+    *,
+    positions: Positions = "original",
+    processor: Any = None,
+    **parameters: Any,
+) -> Sieve:
+    """Make every later call of ``model`` drop visual tokens: ``generate`` and ``forward``, any batch.
+
+    Only hooks are installed; weights, config and processor stay untouched, and ``detach()`` leaves no trace.
+
+    Args:
+        model: a Hugging Face vision-language model of a family in ``tokensieve.models``.
+        method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
+            stage), or decisions `[sample][image]` as in ``sieve.last``, which are then replayed as they are.
+        positions: "original": survivors keep their position ids; "contiguous": they are renumbered, as most official
+            codes do, at the cost of grounding.
+        processor: the model's processor; tells the user's words from the chat template for text-informed methods.
+        parameters: values for parameters of a spec, e.g. ``keep=64``.
+
+    Raises:
+        ValueError: unknown method or parameter, a model of unknown family, something the model cannot give, or a
+            model that has a method attached already.
+    """
+    if positions not in ("original", "contiguous"):
+        raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
+    stages, replay = _read(method, parameters)
+    with _lock:
+        if model in _attached:
+            raise ValueError(f"{_attached[model]} is attached to this model already; detach() it first")
+        sieve = Sieve(model, stages, replay, positions, processor)
+        _attached[model] = sieve
+    return sieve
+
+
+class Sieve:
+    """An attached method. Use as a context manager, or call :meth:`detach`.
+
+    Attributes:
+        last: `[sample][image]`, the Reduction of each image in the latest prefill.
+    """
+
+    def __init__(
+        self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
+    ) -> None:
+        family = family_of(model)
+        by_stage = {stage.info.stage: stage for stage in stages}
+        encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
+        needs = connector.needs if connector is not None else Needs()
+        self.model, self.stages, self.positions = model, stages, positions
+        self.last: Decisions = []
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._local = threading.local()
+        words = UserWords(model, processor) if needs.text else None
+        self._connector = Connector(model, connector, positions, words, replay)
+        self._encoder = EncoderHooks(family, model, needs, encoder)
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+
+    def detach(self) -> None:
+        """Remove every hook: the model is what it was before. Does nothing the second time."""
+        with _lock:
+            if _attached.get(self.model) is not self:
+                return
+            del _attached[self.model]
+        for handle in self._handles:
+            handle.remove()
+        self._encoder.remove()
+
+    def __enter__(self) -> Sieve:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.stages)) or "a replay"
+
+    def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        self._local.prefill = None
+        cache = kwargs.get("past_key_values")
+        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+            prefill: Prefill = self._connector.prefill(kwargs)
+            self._local.prefill, self.last = prefill, prefill.decisions
+            return (), prefill.kwargs
+        state = state_of(cache)
+        return ((), later_step(kwargs, state, cache)) if state is not None else None
+
+    def _after(self, model: Any, args: Any, output: Any) -> None:
+        prefill, self._local.prefill = self._local.prefill, None
+        cache = getattr(output, "past_key_values", None)
+        if prefill is not None and prefill.state is not None and cache is not None:
+            remember(cache, prefill.state)
+
+
+def _read(
+    method: str | Method | Sequence[Method] | Decisions, parameters: dict[str, Any]
+) -> tuple[list[Method], Decisions | None]:
+    """The stages, or the decisions to replay."""
+    if isinstance(method, str):
+        stages = parse(method, **parameters)
+    elif parameters:
+        raise ValueError(f"{', '.join(parameters)} can only be given with a method's name; got {method!r}")
+    elif isinstance(method, Method):
+        stages = [method]
+    elif method and all(isinstance(stage, Method) for stage in method):
+        stages = [stage for stage in method if isinstance(stage, Method)]
+    elif method and all(isinstance(row, list) and all(isinstance(r, Reduction) for r in row) for row in method):
+        return [], [list(row) for row in method if isinstance(row, list)]
+    else:
+        raise ValueError(f"a method is a spec, a Method, a list of them, or decisions [sample][image]; got {method!r}")
+    order = [stage.info.stage for stage in stages]
+    if len(set(order)) < len(order):
+        raise ValueError(f"two methods of the same stage cannot be combined; got {', '.join(order)}")
+    if order != sorted(order, key=("encoder", "connector").index):
+        raise ValueError(f"stages must stand in the order encoder, connector; got {', '.join(order)}")
+    return stages, None

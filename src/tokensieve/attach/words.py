@@ -1,0 +1,119 @@
+"""Which columns of a prompt are the user's own words: not template, not special tokens, not image placeholders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MARKS = ("one", "7 two")  # two texts with nothing in common: what their renderings share is template
+
+
+class UserWords:
+    """Finds the user's words in a batch of prompts.
+
+    With a processor that has a chat template, the template's own pieces (before the words, between image and words,
+    after the words, and whole assistant turns) are told from two renderings of it. Without, every text token after
+    the first image that is not special counts.
+
+    Args:
+        model: the top-level model; for its embeddings and special ids.
+        processor: the model's processor or tokenizer, or ``None``.
+    """
+
+    def __init__(self, model: Any, processor: Any = None) -> None:
+        self.model = model
+        tokenizer = getattr(processor, "tokenizer", processor)
+        self.special = _special_ids(model) | set(getattr(tokenizer, "all_special_ids", []))
+        self.after_image: list[int] = []
+        self.after_words: list[int] = []
+        self.next_turn: list[int] = []
+        if processor is not None and getattr(processor, "chat_template", None):
+            self._learn(processor, tokenizer)
+
+    def _learn(self, processor: Any, tokenizer: Any) -> None:
+        def tokens(*turns: str) -> list[int]:
+            messages = []
+            for i, text in enumerate(turns):
+                content: list[dict[str, str]] = [{"type": "text", "text": text}]
+                if i == 0:
+                    content.insert(0, {"type": "image"})
+                messages.append({"role": ("user", "assistant")[i % 2], "content": content})
+            rendered = processor.apply_chat_template(messages, add_generation_prompt=len(turns) % 2 == 1)
+            ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            return ids
+
+        first, second = tokens(MARKS[0]), tokens(MARKS[1])
+        head = _common_start(first, second)
+        image = self.model.config.image_token_id
+        self.after_image = head[len(head) - head[::-1].index(image) :] if image in head else []
+        self.after_words = _common_start(first[::-1], second[::-1])[::-1]
+        self.next_turn = self._between(tokens)
+
+    def _between(self, tokens: Any) -> list[int]:
+        """Template tokens from the end of an assistant turn to the start of the next user turn."""
+        renderings = [tokens("x", answer, question) for answer, question in ((MARKS[0], "x"), (MARKS[1], "x"))]
+        tail = _common_start(renderings[0][::-1], renderings[1][::-1])[::-1]
+        other = tokens("x", MARKS[0], MARKS[1])
+        return _common_start(tail, other[len(renderings[0]) - len(tail) :])
+
+    def embedded(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of each row's words, `[B, M, D]`, and which of them are real, `[B, M]` bool.
+
+        Raises:
+            ValueError: if a row with an image has no word.
+        """
+        rows = [self.columns(row) for row in ids.tolist()]
+        image = self.model.config.image_token_id
+        for i, (found, row) in enumerate(zip(rows, ids.tolist(), strict=True)):
+            if not found and image in row:
+                raise ValueError(f"the prompt of sample {i} has no words to go by; this method needs the user's text")
+        width = max(map(len, rows), default=0)
+        index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64, device=ids.device)
+        real = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows], device=ids.device)
+        return self.model.get_input_embeddings()(ids.gather(1, index)), real
+
+    def columns(self, row: list[int]) -> list[int]:
+        """Columns of one prompt's words, ascending."""
+        image = self.model.config.image_token_id
+        if image not in row:
+            return []
+        first = row.index(image)
+        template = [False] * len(row)
+        for start in range(first, len(row)):
+            if row[start - 1] == image != row[start] and _at(row, start, self.after_image):
+                _mark(template, start, start + len(self.after_image))
+            if _at(row, start, self.after_words):  # from here the assistant speaks, until the next turn
+                end = start + len(self.after_words)
+                while end < len(row) and not _at(row, end, self.next_turn):
+                    end += 1
+                _mark(template, start, end + len(self.next_turn))
+        return [i for i in range(first, len(row)) if not template[i] and row[i] not in self.special]
+
+
+def _at(row: list[int], start: int, piece: list[int]) -> bool:
+    return bool(piece) and row[start : start + len(piece)] == piece
+
+
+def _mark(flags: list[bool], start: int, end: int) -> None:
+    flags[start:end] = [True] * (min(end, len(flags)) - start)
+
+
+def _common_start(a: list[int], b: list[int]) -> list[int]:
+    same = 0
+    while same < min(len(a), len(b)) and a[same] == b[same]:
+        same += 1
+    return a[:same]
+
+
+def _special_ids(model: Any) -> set[int]:
+    """Ids that the model's configs declare special: placeholders, vision marks, begin, end and padding."""
+    names = ("bos", "eos", "pad", "image", "video", "vision_start", "vision_end", "image_start", "image_end")
+    found: set[int] = set()
+    text = getattr(model.config, "text_config", None)
+    for config in (model.config, text, getattr(model, "generation_config", None)):
+        for name in names:
+            value = getattr(config, f"{name}_token_id", None)
+            found |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
+    return found

@@ -1,0 +1,60 @@
+"""LLaVA-1.5: a CLIP or SigLIP tower, an MLP projector, one visual token per patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from tokensieve.models.family import Family, Grid, Inputs, spread
+from tokensieve.reduction import Reduction
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+class Llava(Family):
+    name = "llava"
+    title = "LLaVA-1.5 (CLIP or SigLIP tower)"
+    model_types = ("llava",)
+
+    def tower(self, model: Any) -> nn.Module:
+        tower = super().tower(model)
+        model_type = getattr(tower.config, "model_type", None)
+        if model_type not in TOWERS:
+            raise ValueError(f"LLaVA with a {model_type} tower is not supported; supported: {', '.join(TOWERS)}")
+        return tower
+
+    def attentions(self, tower: Any) -> list[nn.Module]:
+        return [layer.self_attn for layer in tower.encoder.layers]
+
+    def has_cls(self, tower: Any) -> bool:
+        return hasattr(tower.embeddings, "class_embedding")
+
+    def grids(self, tower: Any, inputs: Inputs) -> list[Grid]:
+        images, _, height, width = inputs["pixel_values"].shape
+        patch = tower.config.patch_size
+        return [(height // patch, width // patch)] * images
+
+    def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
+        return list(torch.cat(list(rows))[:, int(self.has_cls(tower)) :])
+
+    def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:
+        patch, pixels = tower.config.patch_size, inputs["pixel_values"]
+        size = (cells[0][0] * patch, cells[0][1] * patch)
+        smaller = interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
+        return {**inputs, "pixel_values": smaller, "interpolate_pos_encoding": True}
+
+    def restore(self, tower: Any, output: Any, reductions: Sequence[Reduction]) -> None:
+        specials = int(self.has_cls(tower))
+
+        def restored(rows: Tensor | None) -> Tensor | None:
+            if rows is None:
+                return None
+            return torch.stack([spread(r, reduction, specials) for r, reduction in zip(rows, reductions, strict=True)])
+
+        output.last_hidden_state = restored(output.last_hidden_state)
+        if output.hidden_states is not None:
+            output.hidden_states = tuple(map(restored, output.hidden_states))

@@ -1,0 +1,80 @@
+"""Qwen2.5-VL and Qwen3-VL: packed patches of any size, a 2x2 merger, M-RoPE, and (Qwen3) deepstack features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from transformers.vision_utils import get_vision_window_index
+
+from tokensieve.models.family import Family, Grid, Inputs, spread
+from tokensieve.reduction import Reduction
+
+
+class QwenVL(Family):
+    name = "qwen-vl"
+    title = "Qwen2.5-VL, Qwen3-VL"
+    model_types = ("qwen2_5_vl", "qwen3_vl")
+
+    def attentions(self, tower: Any) -> list[nn.Module]:
+        layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
+        return [tower.blocks[layer].attn for layer in layers]
+
+    def has_cls(self, tower: Any) -> bool:
+        return False
+
+    def grids(self, tower: Any, inputs: Inputs) -> list[Grid]:
+        merge = tower.config.spatial_merge_size
+        return [(t * h // merge, w // merge) for t, h, w in inputs["grid_thw"].tolist()]
+
+    def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
+        config, grid = tower.config, inputs["grid_thw"]
+        units = torch.cat([r.flatten() for r in rows]).view(-1, config.spatial_merge_size**2).mean(-1)
+        if hasattr(tower, "fullatt_block_indexes"):  # the tower runs window by window: undo its permutation
+            window, _ = get_vision_window_index(
+                grid, config.spatial_merge_size, tower.config.window_size, tower.config.patch_size
+            )
+            units = units[window.to(units.device).argsort()]
+        return list(torch.split(units, [h * w for h, w in self.grids(tower, inputs)]))
+
+    def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:
+        config, grids = tower.config, inputs["grid_thw"]
+        merge, patches = config.spatial_merge_size, torch.split(inputs["hidden_states"], grids.prod(-1).tolist())
+        smaller = [
+            _pack(_resized(_unpack(p, thw, config), (h * merge, w * merge), config), config)
+            for p, thw, (h, w) in zip(patches, grids.tolist(), cells, strict=True)
+        ]
+        thw = torch.tensor([[1, h * merge, w * merge] for h, w in cells], device=grids.device, dtype=grids.dtype)
+        return {**inputs, "hidden_states": torch.cat(smaller), "grid_thw": thw}
+
+    def restore(self, tower: Any, output: Any, reductions: Sequence[Reduction]) -> None:
+        def restored(rows: Tensor) -> Tensor:
+            parts = torch.split(rows, [r.slots for r in reductions])
+            return torch.cat([spread(part, r) for part, r in zip(parts, reductions, strict=True)])
+
+        output.pooler_output = restored(output.pooler_output)
+        if getattr(output, "deepstack_features", None) is not None:
+            output.deepstack_features = [restored(level) for level in output.deepstack_features]
+
+
+def _unpack(patches: Tensor, thw: Sequence[int], config: Any) -> Tensor:
+    """Packed patches `[t·h·w, C·T·P·P]` of one image to pixels `[T, C, h·P, w·P]` (T repeated frames)."""
+    (_, h, w), m, p, frames = thw, config.spatial_merge_size, config.patch_size, config.temporal_patch_size
+    x = patches.view(h // m, w // m, m, m, config.in_channels, frames, p, p)
+    return x.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(frames, config.in_channels, h * p, w * p)
+
+
+def _resized(pixels: Tensor, patches: Grid, config: Any) -> Tensor:
+    size = (patches[0] * config.patch_size, patches[1] * config.patch_size)
+    return interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
+
+
+def _pack(pixels: Tensor, config: Any) -> Tensor:
+    """Inverse of :func:`_unpack`."""
+    m, p = config.spatial_merge_size, config.patch_size
+    frames, channels, height, width = pixels.shape
+    x = pixels.view(frames, channels, height // p // m, m, p, width // p // m, m, p)
+    return x.permute(2, 5, 3, 6, 1, 0, 4, 7).reshape((height // p) * (width // p), -1)
