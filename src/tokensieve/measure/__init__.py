@@ -1,9 +1,10 @@
 """What a call costs: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
 
+from tokensieve.measure.cost import Cost
 from tokensieve.measure.flops import count_flops
 from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
 from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
-from tokensieve.measure.prefill import Cost, measure_costs
+from tokensieve.measure.prefill import measure_costs
 
 __all__ = [
     "Cost",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,26 +28,38 @@ class Spread:
 
 
 def interleave(
-    calls: Sequence[Callable[[], Any]], *, repeats: int = 10, warmup: int = 2, device: torch.device | str = "cpu"
+    calls: Sequence[Callable[[], Any]],
+    *,
+    around: Sequence[Callable[[], AbstractContextManager[Any]]] | None = None,
+    repeats: int = 10,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
 ) -> list[list[float]]:
     """Milliseconds of each call: one list of ``repeats`` times per call, taken round by round.
 
     Every second round runs backwards, so that no call always follows the same neighbour. The device is synchronised
     before and after each call.
+
+    Args:
+        calls: what is timed.
+        around: for each call, what makes the context it runs in; entering and leaving are not timed.
+        repeats, warmup: rounds timed, and rounds before them that are thrown away.
+        device: where the work runs.
     """
-    wait = _synchroniser(torch.device(device))
-    for _ in range(warmup):
-        for call in calls:
-            call()
+    contexts = around or [nullcontext] * len(calls)
+    wait = synchroniser(device)
     times: list[list[float]] = [[] for _ in calls]
-    for round_ in range(repeats):
+    for round_ in range(-warmup, repeats):
         order = range(len(calls))
         for index in reversed(order) if round_ % 2 else order:
-            wait()
-            start = time.perf_counter()
-            calls[index]()
-            wait()
-            times[index].append((time.perf_counter() - start) * 1e3)
+            with contexts[index]():
+                wait()
+                start = time.perf_counter()
+                calls[index]()
+                wait()
+                spent = time.perf_counter() - start
+            if round_ >= 0:
+                times[index].append(spent * 1e3)
     return times
 
 
@@ -60,7 +73,8 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Spread
     return Spread.of([a - b for a, b in zip(first, second, strict=True)])
 
 
-def _synchroniser(device: torch.device) -> Callable[[], None]:
-    if device.type == "cuda":
+def synchroniser(device: torch.device | str) -> Callable[[], None]:
+    """A function that waits for the device's queue: nothing to wait for on a CPU."""
+    if torch.device(device).type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None

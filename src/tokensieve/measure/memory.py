@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
 
 
 def peak_activation_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
@@ -40,11 +41,32 @@ def kv_bytes(cache: Any) -> int:
 class _LiveStorages(TorchDispatchMode):
     """Follows the storages that operators create, from creation until they are freed.
 
-    Views share their base's storage and cost nothing; a storage that an operator merely hands through (a weight, an
+    Views share their base's storage and cost nothing; a storage that an operator only hands through (a weight, an
     input) was not made here and does not count.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {id(storage) for storage in _storages((args, kwargs))}
+        out = func(*args, **kwargs)
+        for storage in _storages(out):
+            if id(storage) not in given and storage not in self._known:
+                self._known[storage] = True
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes()).atexit = False
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, nbytes: int) -> None:
+        self.live -= nbytes
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    leaves = [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+    dense = [part for leaf in leaves for part in ((leaf._indices(), leaf._values()) if leaf.is_sparse else (leaf,))]
+    return [tensor.untyped_storage() for tensor in dense]

@@ -2,66 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
-from tokensieve.measure.latency import Spread
-from tokensieve.methods import Method
+from tokensieve.attach import attach
+from tokensieve.measure.cost import Cost, break_even
+from tokensieve.measure.decode import decode_ms
+from tokensieve.measure.flops import count_flops
+from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
+from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
+from tokensieve.methods import Method, parse
 from tokensieve.reduction import Reduction
 
-Decisions = Sequence[Sequence[Reduction]]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One method on one batch of prompts, next to the unhooked model in the same process.
-
-    Attributes:
-        method: the spec, or "replay" for decisions given as they are, or "full" for the unhooked model.
-        tokens_before, tokens_after: visual tokens per image, mean over the batch.
-        prefill_ms: one forward of the prompts, vision tower and method included, to the logits of the last token.
-        prefill_speedup: unhooked time / time with the method, pair by pair.
-        method_ms: time with the method - time with a replay of its decisions; ``None`` where no replay does the same
-            work (a method that acts inside or before the encoder) and for the unhooked model.
-        decode_ms_per_token: each further token of greedy generation, for the whole batch.
-        flops: of the prefill.
-        flops_ratio: flops / flops of the unhooked prefill.
-        peak_activation_bytes: of the prefill, the KV cache included.
-        kv_bytes: of the cache after the prefill.
-        break_even_tokens: generated tokens after which the method has paid for itself: 0 where its prefill is already
-            as fast, ``None`` where it never does.
-    """
-
-    method: str
-    tokens_before: float
-    tokens_after: float
-    prefill_ms: Spread
-    prefill_speedup: Spread
-    method_ms: Spread | None
-    decode_ms_per_token: Spread
-    flops: int
-    flops_ratio: float
-    peak_activation_bytes: int
-    kv_bytes: int
-    break_even_tokens: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers; a :class:`Spread` becomes ``{"median", "low", "high"}``."""
-        raise NotImplementedError
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Cost:
-        """Inverse of :meth:`to_json`."""
-        raise NotImplementedError
+Decisions: TypeAlias = Sequence[Sequence[Reduction]]
+Candidate: TypeAlias = str | Method | Sequence[Method] | Decisions
+Contexts: TypeAlias = Sequence[Callable[[], AbstractContextManager[Any]]]
 
 
 def measure_costs(
     model: Any,
     inputs: Mapping[str, Tensor],
-    methods: Sequence[str | Method | Sequence[Method] | Decisions],
+    methods: Sequence[Candidate],
     *,
     processor: Any = None,
     repeats: int = 10,
@@ -81,4 +48,95 @@ def measure_costs(
     Raises:
         ValueError: unknown method or parameter, or a method that this model cannot run.
     """
-    raise NotImplementedError
+    bench = _Bench(model, inputs, processor, repeats, warmup, decode_tokens)
+    return [bench.full, *(bench.cost(method) for method in methods)]
+
+
+class _Bench:
+    """One batch of prompts on one model, and what the unhooked model needs for it."""
+
+    def __init__(
+        self, model: Any, inputs: Mapping[str, Tensor], processor: Any, repeats: int, warmup: int, decode_tokens: int
+    ) -> None:
+        self.model, self.inputs, self.processor = model, inputs, processor
+        self.repeats, self.warmup, self.decode_tokens = repeats, warmup, decode_tokens
+        last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._prompt = {**inputs, "use_cache": True, **({"logits_to_keep": 1} if last_only else {})}
+        self.full = self._full()
+
+    def _full(self) -> Cost:
+        with attach(self.model, "full") as sieve:
+            self._prefill()
+            tokens, _ = _tokens(sieve.last)
+        (times,), (gaps,) = self._times([nullcontext]), self._gaps([nullcontext])
+        return Cost(
+            method="full",
+            tokens_before=tokens,
+            tokens_after=tokens,
+            prefill_ms=Spread.of(times),
+            prefill_speedup=Spread(1.0, 1.0, 1.0),
+            method_ms=None,
+            decode_ms_per_token=Spread.of(gaps),
+            flops=count_flops(self._prefill),
+            flops_ratio=1.0,
+            peak_activation_bytes=peak_activation_bytes(self._prefill, self.model.device),
+            kv_bytes=kv_bytes(self._prefill().past_key_values),
+            break_even_tokens=0.0,
+        )
+
+    def cost(self, method: Candidate) -> Cost:
+        """The unhooked model, the method and a replay of its decisions, in turn."""
+        stages = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else list(method)
+        attached = partial(attach, self.model, stages, processor=self.processor)
+        with attached() as sieve:
+            kv = kv_bytes(self._prefill().past_key_values)
+            decisions = sieve.last
+            flops = count_flops(self._prefill)
+            peak = peak_activation_bytes(self._prefill, self.model.device)
+        runs: Contexts = [nullcontext, attached]
+        if _replayable(stages):
+            runs = [*runs, partial(attach, self.model, decisions)]
+        full, times, *replay = self._times(runs)
+        full_gaps, gaps = self._gaps(runs[:2])
+        before, after = _tokens(decisions)
+        saved_per_token = Spread.of(full_gaps).median - Spread.of(gaps).median
+        return Cost(
+            method=method if isinstance(method, str) else _name(stages),
+            tokens_before=before,
+            tokens_after=after,
+            prefill_ms=Spread.of(times),
+            prefill_speedup=paired_ratio(full, times),
+            method_ms=paired_difference(times, replay[0]) if replay else None,
+            decode_ms_per_token=Spread.of(gaps),
+            flops=flops,
+            flops_ratio=flops / self.full.flops,
+            peak_activation_bytes=peak,
+            kv_bytes=kv,
+            break_even_tokens=break_even(paired_difference(times, full).median, saved_per_token),
+        )
+
+    def _prefill(self) -> Any:
+        with torch.inference_mode():
+            return self.model(**self._prompt)
+
+    def _times(self, around: Contexts) -> list[list[float]]:
+        calls = [self._prefill] * len(around)
+        return interleave(calls, around=around, repeats=self.repeats, warmup=self.warmup, device=self.model.device)
+
+    def _gaps(self, around: Contexts) -> list[list[float]]:
+        return decode_ms(self.model, self.inputs, around, self.decode_tokens)
+
+
+def _name(stages: Sequence[Any]) -> str:
+    return " + ".join(map(str, stages)) if isinstance(stages[0], Method) else "replay"
+
+
+def _replayable(stages: Sequence[Any]) -> bool:
+    """True where a replay does the same work less the choosing: not for methods that act in the encoder."""
+    return all(isinstance(stage, Method) and stage.info.stage != "encoder" for stage in stages)
+
+
+def _tokens(decisions: Decisions) -> tuple[float, float]:
+    """Visual tokens per image before and after, means over all images."""
+    images = [image for sample in decisions for image in sample]
+    return sum(i.total for i in images) / len(images), sum(i.slots for i in images) / len(images)
