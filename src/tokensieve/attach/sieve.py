@@ -112,6 +112,8 @@ class Sieve:
             prefill: Prefill = self._connector.prefill(kwargs)
             self._local.prefill, self.last = prefill, prefill.decisions
             return (), prefill.kwargs
+        if cache is None or cache.get_seq_length() == 0:
+            self.last = []  # a prompt without images
         state = state_of(cache)
         return ((), later_step(kwargs, state, cache)) if state is not None else None
 

@@ -1,0 +1,167 @@
+"""What a method costs beyond its limit: prefill with the method ÷ the same model given only the K kept tokens.
+
+Three ways to the same logits, interleaved in one process on a LLaVA-1.5-shaped model with random weights
+(CLIP-L/14-336 tower, 576 tokens): the attached method; the *oracle*, the unhooked model fed the tower's features at K
+places known beforehand; and the *eager* way, where the whole tower runs with ``output_attentions=True`` to get one row.
+
+    python benchmarks/overhead.py --batch 1 8 --repeats 7 --output benchmarks/results/overhead-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import tokensieve
+from tokensieve.evaluate.environment import environment
+from tokensieve.measure import interleave, paired_ratio
+
+IMAGE, VOCABULARY, PROMPT, ANSWER_CUE = 9, 1000, 35, 20
+LLM = {
+    "mid": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "num_attention_heads": 16},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+}
+TOWER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+
+
+def build(llm: str, dtype: torch.dtype, device: str, attention: str = "sdpa") -> LlavaForConditionalGeneration:
+    """A randomly initialised LLaVA-1.5 of the given size ("tiny" only checks that this script runs)."""
+    tiny = llm == "tiny"
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**(TINY | {"image_size": 336, "patch_size": 14} if tiny else TOWER)),
+        text_config=LlamaConfig(**(TINY if tiny else LLM[llm]), vocab_size=VOCABULARY, max_position_embeddings=4096),
+        image_token_id=IMAGE,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
+    return model.eval()
+
+
+def prompt(batch: int, model: Any) -> dict[str, Tensor]:
+    """A batch of equal prompts: 35 tokens, one image of 576, 20 tokens (LLaVA-1.5's template and a short question)."""
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(10, VOCABULARY, (batch, PROMPT + ANSWER_CUE), generator=generator)
+    image = torch.full((batch, 576), IMAGE)
+    pixels = torch.randn(batch, 3, 336, 336, generator=generator)
+    ids = torch.cat([words[:, :PROMPT], image, words[:, PROMPT:]], 1)
+    return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}
+
+
+def short_forward(model: Any, inputs: dict[str, Tensor], features: Tensor, kept: Tensor) -> Tensor:
+    """The unhooked model on `[B, K, D]` features that stand at ``kept`` `[B, K]` of their images."""
+    ids, batch = inputs["input_ids"], len(kept)
+    start = torch.arange(PROMPT, device=ids.device).expand(batch, -1)
+    end = torch.arange(PROMPT + 576, ids.shape[1], device=ids.device).expand(batch, -1)
+    columns = torch.cat([start, PROMPT + kept, end], 1)
+    encoded = type("Encoded", (), {"pooler_output": list(features)})()
+    output = model(
+        input_ids=ids.gather(1, columns),
+        position_ids=columns,
+        attention_mask=torch.ones_like(columns),
+        mm_encoder_outputs={"image": encoded},
+        logits_to_keep=1,
+    )
+    logits: Tensor = output.logits
+    return logits
+
+
+def candidates(
+    model: Any, eager: Any, inputs: dict[str, Tensor], keep: int, first_layer: int
+) -> dict[str, Callable[[], Tensor]]:
+    """The three ways; the oracle's places are those the method chose once before."""
+    with tokensieve.attach(model, "vtc-cls", keep=keep, first_layer=first_layer) as sieve:
+        model(**inputs, logits_to_keep=1)
+        kept = torch.stack([row[0].kept for row in sieve.last])
+
+    def method() -> Tensor:
+        logits: Tensor = model(**inputs, logits_to_keep=1).logits
+        return logits
+
+    def oracle() -> Tensor:
+        features = torch.stack(list(model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output))
+        return short_forward(model, inputs, features.take_along_dim(kept[..., None], 1), kept)
+
+    def authors() -> Tensor:
+        tower = eager(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+        rows = [attention[:, :, 0, 1:].mean(1) for attention in tower.attentions[first_layer:-1]]
+        chosen = torch.stack(rows).sum(0).topk(keep).indices.sort(-1).values
+        features = tower.hidden_states[-2][:, 1:].take_along_dim(chosen[..., None], 1)
+        return short_forward(model, inputs, model.model.multi_modal_projector(features), chosen)
+
+    return {"method": method, "oracle": oracle, "eager": authors}
+
+
+def eager_tower(model: Any) -> Any:
+    """The model's tower again, on the same weights, with eager attention."""
+    tower = type(model.model.vision_tower)._from_config(
+        model.config.vision_config, attn_implementation="eager", dtype=model.dtype
+    )
+    tower.load_state_dict(model.model.vision_tower.state_dict())
+    return tower.to(model.device).eval()
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype)
+    model = build(args.llm, dtype, device)
+    eager = eager_tower(model)
+    results = []
+    for batch in args.batch:
+        inputs = prompt(batch, model)
+        ways = candidates(model, eager, inputs, args.keep, args.first_layer)
+        spec = f"vtc-cls(keep={args.keep}, first_layer={args.first_layer})"
+        around = [lambda: tokensieve.attach(model, spec), *[torch.inference_mode] * 2]
+        with tokensieve.attach(model, spec):
+            mine = ways["method"]()
+        difference = (mine - ways["oracle"]()).abs().max().item() / mine.std().item()
+        times = interleave(list(ways.values()), around=around, repeats=args.repeats, warmup=1, device=device)
+        by_way = dict(zip(ways, times, strict=True))
+        row = {
+            "batch": batch,
+            "method_over_oracle": vars(paired_ratio(by_way["method"], by_way["oracle"])),
+            "eager_over_method": vars(paired_ratio(by_way["eager"], by_way["method"])),
+            "milliseconds": by_way,
+            "logit_difference_over_std": difference,
+        }
+        print({k: v for k, v in row.items() if k != "milliseconds"}, flush=True)
+        results.append(row)
+    settings = {**vars(args), "output": None, "tokens": 576, "device": device}
+    return {"settings": settings, "environment": environment(model), "results": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llm", choices=["tiny", *LLM], default="mid")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--keep", type=int, default=64)
+    parser.add_argument("--first-layer", type=int, default=0, help="first layer of the ensemble; 0 probes 23 layers")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    report = run(args)
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
