@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         inputs = prompt(batch, model)
         ways = candidates(model, eager, inputs, args.keep, args.first_layer)
         spec = f"vtc-cls(keep={args.keep}, first_layer={args.first_layer})"
-        around = [lambda: tokensieve.attach(model, spec), *[torch.inference_mode] * 2]
+        around = [partial(tokensieve.attach, model, spec), nullcontext, nullcontext]
         with tokensieve.attach(model, spec):
             mine = ways["method"]()
         difference = (mine - ways["oracle"]()).abs().max().item() / mine.std().item()
