@@ -1,0 +1,1 @@
+"""What a comparison looks like: overlays (``overlay``), curves (``plots``), and the page (``html``)."""

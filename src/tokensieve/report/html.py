@@ -1,0 +1,121 @@
+"""One self-contained page: the table, the curves, what each method kept, and how it was run."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tokensieve.evaluate import METRICS, Example, OutputError, Results
+from tokensieve.reduction import Reduction
+from tokensieve.report.extra import needs_report_extra
+from tokensieve.report.overlay import overlay
+from tokensieve.report.plots import curve
+from tokensieve.report.remarks import remarks
+from tokensieve.report.table import COLUMNS, Row, as_rows, label
+
+LIMIT = 2_000_000  # bytes of pictures on a page
+Crop = Callable[[Image.Image], Image.Image]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What one row kept of an example's image, and what the model then answered."""
+
+    caption: str
+    image: Image.Image
+    answer: str
+    right: bool
+
+
+def write_report(results: Results, folder: Path, *, crop: Crop | None = None, command: str = "") -> Path:
+    """Write ``folder/report.html``; an older page stays until the new one is complete.
+
+    Args:
+        results: what ``compare`` found.
+        folder: where the examples' images lie.
+        crop: gives the part of an image that the model saw (see :func:`~tokensieve.report.overlay.as_seen`).
+        command: what was typed, for the page.
+
+    Raises:
+        OutputError: if the page cannot be written (a full disk, say).
+        ImportError: without the ``report`` extra.
+    """
+    path, text = folder / "report.html", render(results, folder, crop=crop, command=command)
+    part = path.with_suffix(".part")
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; results.json is kept") from error
+    return path
+
+
+def render(results: Results, folder: Path, *, crop: Crop | None = None, command: str = "") -> str:
+    """The page as text: no script, and nothing that is loaded from outside it."""
+    with needs_report_extra():
+        from jinja2 import Environment
+        from markupsafe import Markup
+
+    rows = as_rows(results)
+    examples = [(example, _pictures(example, folder, crop)) for example in results.examples]
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters["id"] = id
+    template = page.from_string(files("tokensieve.report").joinpath("report.html.j2").read_text("utf-8"))
+    return template.render(
+        title=f"Visual-token reduction on {results.settings.get('model', 'this model')}",
+        results=results,
+        rows=rows,
+        full=next((row for row in rows if row["method"] == "full"), None),
+        columns=COLUMNS,
+        types=list(dict.fromkeys(kind for row in rows for kind in row["by_type"])),
+        curves=[Markup(curve(rows, cost)) for cost in _costs(rows)],
+        remarks=remarks(rows),
+        examples=examples,
+        uris=_data_uris([picture for _, pictures in examples for picture in pictures]),
+        command=command,
+    )
+
+
+def _costs(rows: Sequence[Row]) -> list[Any]:
+    measured = any(row["flops_ratio"] is not None for row in rows)
+    return ["flops_ratio", "tokens_after"] if measured else ["tokens_after"]
+
+
+def _pictures(example: Example, folder: Path, crop: Crop | None) -> list[Picture]:
+    """The example through every row; what has no grid cannot be drawn and is left out."""
+    with Image.open(folder / example.image) as opened:
+        image = opened.convert("RGB")
+    image = crop(image) if crop else image
+    pictures = []
+    for kept in example.kept:
+        reduction = Reduction.from_json(kept["reductions"][0])
+        if reduction.grid is not None:
+            answer = str(kept["prediction"])
+            right = METRICS["exact"](answer, example.answers) > 0
+            pictures.append(Picture(label(kept), overlay(image, reduction, side=384), answer, right))
+    return pictures
+
+
+def _data_uris(pictures: Sequence[Picture]) -> dict[int, str]:
+    """{id of a picture: data URI}, as large as fits on the page together."""
+    uris: dict[int, str] = {}
+    for side, quality in ((384, 82), (288, 75), (192, 65), (96, 50)):
+        uris = {id(picture): _data_uri(picture.image, side, quality) for picture in pictures}
+        if sum(map(len, uris.values())) <= LIMIT:
+            break
+    return uris
+
+
+def _data_uri(image: Image.Image, side: int, quality: int) -> str:
+    small, out = image.copy(), io.BytesIO()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small.save(out, "WEBP", quality=quality)
+    return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode("ascii")

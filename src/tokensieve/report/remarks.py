@@ -1,0 +1,72 @@
+"""What a careful reader would say about the rows, said by the report itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tokensieve.report.plots import BASELINES, plain_name
+from tokensieve.report.table import Row, budget
+
+FEW = 200
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Plain sentences, each computed from the rows: losses to random, ties, slow methods, few questions."""
+    return [*_against_random(rows), *_by_type(rows), *_speed(rows), *_samples(rows)]
+
+
+def _against_random(rows: Sequence[Row]) -> Iterator[str]:
+    random = {str(row["keep"]): row for row in rows if plain_name(row["method"]) == "random"}
+    contenders = [row for row in rows if plain_name(row["method"]) not in (*BASELINES, "full")]
+    if contenders and not random:
+        yield "There is no random baseline in this run, so nothing here shows that a method chooses well."
+    pairs = [(row, random[str(row["keep"])]) for row in contenders if str(row["keep"]) in random]
+    for row, chance in pairs:
+        if row["accuracy_high"] < chance["accuracy_low"]:
+            scores = f"{100 * row['accuracy']:.1f} against {100 * chance['accuracy']:.1f}"
+            yield f"{_named(row)} loses to random here: {scores}."
+    ties = [
+        _named(row)
+        for row, chance in pairs
+        if row["accuracy_low"] <= chance["accuracy_high"] and chance["accuracy_low"] <= row["accuracy_high"]
+    ]
+    if ties:
+        yield f"Not told apart from random, as the intervals overlap: {', '.join(ties)}."
+
+
+def _by_type(rows: Sequence[Row]) -> Iterator[str]:
+    """Who leads on each question type, at each budget that at least two methods share."""
+    ranked = [row for row in rows if plain_name(row["method"]) not in ("full", "oracle") and row["by_type"]]
+    for keep in dict.fromkeys(str(row["keep"]) for row in ranked):
+        group = [row for row in ranked if str(row["keep"]) == keep]
+        if len(group) < 2:
+            continue
+        kinds = list(group[0]["by_type"])
+        best = {kind: max(row["by_type"].get(kind, 0.0) for row in group) for kind in kinds}
+        leads = {row["method"]: [kind for kind in kinds if row["by_type"].get(kind) == best[kind]] for row in group}
+        everywhere = [method for method, led in leads.items() if len(led) == len(kinds)]
+        if everywhere:
+            yield f"At {budget(group[0])}, {' and '.join(everywhere)} is best on every question type."
+        else:
+            led = "; ".join(f"{method} on {', '.join(led)}" for method, led in leads.items() if led)
+            yield f"At {budget(group[0])} no single method is best on every question type: {led}."
+
+
+def _speed(rows: Sequence[Row]) -> Iterator[str]:
+    slow = [
+        f"{_named(row)} ({row['prefill_speedup']:.2f}×)"
+        for row in rows
+        if row["method"] != "full" and row["prefill_speedup"] is not None and row["prefill_speedup"] < 1
+    ]
+    if slow:
+        yield f"Costs more prefill time than it saves on this model and machine: {', '.join(slow)}."
+
+
+def _samples(rows: Sequence[Row]) -> Iterator[str]:
+    fewest = min((row["samples"] for row in rows), default=FEW)
+    if fewest < FEW:
+        yield f"Only {fewest} questions: the intervals are wide, and differences of a few points mean nothing."
+
+
+def _named(row: Row) -> str:
+    return f"{row['method']} at {budget(row)}"

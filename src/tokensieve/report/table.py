@@ -1,0 +1,65 @@
+"""How a row of results reads, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from tokensieve.evaluate import Results
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+def as_rows(results: Results) -> list[Row]:
+    """The pinned fields of every row, with ``by_type`` {question type: accuracy} and ``difference`` to full beside."""
+    return [
+        asdict(row) | {"by_type": {score.type: score.accuracy for score in types}, "difference": difference}
+        for row, types, difference in zip(results.rows, results.types, results.differences, strict=True)
+    ]
+
+
+def budget(row: Row) -> str:
+    """The budget as a user writes it: tokens, or a share in percent."""
+    keep = row["keep"]
+    if keep is None:
+        return "all"
+    return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
+
+
+def label(row: Row) -> str:
+    """The method and its budget: ``vtc-cls, 25%``."""
+    return row["method"] if row["keep"] is None else f"{row['method']}, {budget(row)}"
+
+
+def _accuracy(row: Row) -> str:
+    return f"{100 * row['accuracy']:.1f} ({100 * row['accuracy_low']:.1f}–{100 * row['accuracy_high']:.1f})"
+
+
+def _difference(row: Row) -> str:
+    if row["method"] == "full":
+        return "–"
+    value, low, high = (100 * part for part in row["difference"])
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _number(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "–" if row[key] is None else form.format(row[key])
+
+
+# header, what it means, cell
+COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+    ("method", "method spec", lambda row: str(row["method"])),
+    ("keep", "budget: tokens per image, or a share of them", budget),
+    ("tokens", "visual tokens per image that enter the LLM, mean", _number("tokens_after", "{:.4g}")),
+    ("accuracy %", "with its 95 % interval", _accuracy),
+    ("to full", "points lost or won against the full model, paired by question, with the 95 % interval", _difference),
+    ("FLOPs", "prefill FLOPs relative to the full model, the method's own included", _number("flops_ratio", "{:.0%}")),
+    ("prefill ms", "median time to the first token", _number("prefill_ms", "{:.3g}")),
+    ("speedup", "full model's prefill ÷ this, measured in pairs", _number("prefill_speedup", "{:.2f}×")),
+    ("method ms", "what the method itself costs", _number("method_ms", "{:.2g}")),
+    ("ms/token", "time of one decoding step", _number("decode_ms_per_token", "{:.3g}")),
+    ("peak MB", "peak of activations in prefill", _number("peak_activation_mb", "{:.3g}")),
+    ("KV MB", "KV cache after prefill", _number("kv_mb", "{:.3g}")),
+)
