@@ -1,0 +1,86 @@
+"""The ``tokensieve`` command. Each subcommand is one file in ``tokensieve.commands``; torch is imported inside them."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from tokensieve.commands import ask, bench, catalogue, compare, train
+
+RESUMABLE = ("compare", "train")
+
+
+class Cli(TyperGroup):
+    """Turns a user's error into one line and exit code 2, and Ctrl-C into 130; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            again = "; resume with the same command" if ctx.invoked_subcommand in RESUMABLE else ""
+            typer.echo(f"tokensieve: interrupted{again}", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            line = users_error(error)
+            if line is None:
+                raise
+            typer.echo(f"tokensieve: {line}", err=True)
+            raise typer.Exit(2) from None
+
+
+def users_error(error: Exception) -> str | None:
+    """One line if the error is the user's to mend, ``None`` if it is a bug.
+
+    Ours are a ``ValueError`` or ``ImportError`` that Tokensieve itself raised, what the system refused (``OSError``),
+    and what typer says of options.
+    """
+    if isinstance(error, BrokenPipeError):
+        return None
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
+        text = str(error.format_message())
+    elif isinstance(error, OSError) or (isinstance(error, ValueError | ImportError) and _raised_by_us(error)):
+        text = str(error)
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def _raised_by_us(error: Exception) -> bool:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("tokensieve")
+
+
+app = typer.Typer(
+    name="tokensieve",
+    cls=Cli,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Drop visual tokens from vision-language models: see what it saves and what it costs.",
+)
+app.command("methods")(catalogue.methods)
+app.command("models")(catalogue.models)
+app.command("ask")(ask.ask)
+app.command("compare")(compare.compare)
+app.command("bench")(bench.bench)
+app.add_typer(train.app, name="train")
+
+
+def main() -> None:
+    """Run the command line: our own warnings as one line each, the libraries underneath silenced."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="tokensieve")
+        warnings.filterwarnings("ignore", message="Sparse")  # torch, of the product of two decisions
+        warnings.showwarning = lambda message, *_: typer.echo(f"note: {message}", err=True)
+    app()

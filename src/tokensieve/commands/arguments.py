@@ -1,0 +1,66 @@
+"""Options that several commands share, and how lists in them are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import typer
+
+from tokensieve.budget import Budget, parse_budget
+
+if TYPE_CHECKING:
+    from tokensieve.methods import Method
+
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, everything else on stderr.")]
+Model: TypeAlias = Annotated[
+    str, typer.Option(help="Folder or hub name of a vision-language model; 'reference' is the bundled one.")
+]
+Methods: TypeAlias = Annotated[str, typer.Option(help="Method specs with commas between: 'vtc-cls, random(seed=1)'.")]
+Keeps: TypeAlias = Annotated[
+    str, typer.Option("--keep", help="Budgets with commas between: tokens per image (64) or shares (0.25, 11%).")
+]
+ImageFile: TypeAlias = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
+
+METHODS = "vtc-cls, trsm, fastervlm, divprune, pool, random"
+KEEPS = "25%, 11%"
+
+
+def split_specs(text: str) -> list[str]:
+    """Method specs between the commas of a text; commas inside parentheses do not count.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return _named([part.strip() for part in parts], "method", text)
+
+
+def split_budgets(text: str) -> list[Budget]:
+    """Budgets between the commas of a text; ``ValueError`` naming the one that is none."""
+    return [parse_budget(part) for part in _named([part.strip() for part in text.split(",")], "budget", text)]
+
+
+def candidates(specs: list[str], keeps: list[Budget]) -> list[list[Method]]:
+    """Every spec at every budget; a spec that leaves no ``keep`` open stands once."""
+    from tokensieve.methods import parse
+
+    found = []
+    for spec in specs:
+        try:
+            found += [parse(spec, keep=keep) for keep in keeps]
+        except ValueError:
+            found.append(parse(spec))
+    return found
+
+
+def _named(parts: list[str], what: str, text: str) -> list[str]:
+    if not all(parts):
+        raise ValueError(f"a {what} is missing in {text!r}")
+    return parts

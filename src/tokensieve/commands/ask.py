@@ -1,0 +1,74 @@
+"""``tokensieve ask``: one question about one image, without and with a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tokensieve.commands.arguments import ImageFile, Json, Model
+from tokensieve.commands.console import note, print_json
+from tokensieve.commands.loading import load_model
+
+
+def ask(
+    image: ImageFile,
+    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    method: Annotated[str, typer.Option(help="Method spec, e.g. 'vtc-cls(first_layer=-2)'.")] = "vtc-cls",
+    keep: Annotated[
+        str | None, typer.Option(help="Budget: tokens (36) or a share (0.25, 25%).", show_default="the method's own")
+    ] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Save a picture of what was kept.", show_default=False)] = None,
+    model: Model = "reference",
+    positions: Annotated[
+        Literal["original", "contiguous"], typer.Option(help="Whether survivors keep their position ids.")
+    ] = "original",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    json: Json = False,
+) -> None:
+    """Answer a question about an image, without and with a method."""
+    from tokensieve.attach import attach
+    from tokensieve.budget import parse_budget
+    from tokensieve.evaluate import Sample, encode, open_image
+    from tokensieve.methods import parse
+
+    if not question.strip():
+        raise ValueError("the question is empty; ask something about the image")
+    stages = parse(method, **({} if keep is None else {"keep": parse_budget(keep)}))
+    picture = open_image(image)
+    vlm, processor = load_model(model)
+    inputs = encode(processor, [Sample("ask", lambda: picture, question, ())])
+    inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    before = _answer(vlm, processor, inputs, max_new_tokens)
+    with attach(vlm, stages, positions=positions, processor=processor) as sieve:
+        after = _answer(vlm, processor, inputs, max_new_tokens)
+    (reduction,) = sieve.last[0]
+    if overlay is not None:
+        from tokensieve.report.overlay import as_seen
+        from tokensieve.report.overlay import overlay as draw
+
+        draw(as_seen(picture, processor), reduction).save(overlay)
+    name = " + ".join(map(str, stages))
+    if json:
+        answers = {"method": name, "answer_full": before, "answer": after}
+        tokens = {"tokens_before": reduction.total, "tokens_after": reduction.slots, "notes": reduction.notes}
+        print_json({"question": question, **answers, **tokens, "overlay": overlay and str(overlay)})
+        return
+    width = max(len(name), len("full model"))
+    typer.echo(f"{'full model':{width}}  {reduction.total:5} tokens  {before}")
+    typer.echo(f"{name:{width}}  {reduction.slots:5} tokens  {after}")
+    for remark in reduction.notes:
+        note(f"note: {remark}")
+    if overlay is not None:
+        note(f"overlay: {overlay}")
+
+
+def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> str:
+    import torch
+
+    from tokensieve.evaluate import decode
+
+    with torch.inference_mode():
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return decode(processor, generated, inputs["input_ids"].shape[1])[0].strip()

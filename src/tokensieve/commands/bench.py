@@ -1,0 +1,75 @@
+"""``tokensieve bench``: what each method costs and saves on one prompt or batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tokensieve.commands.arguments import (
+    KEEPS,
+    METHODS,
+    Json,
+    Keeps,
+    Methods,
+    Model,
+    candidates,
+    split_budgets,
+    split_specs,
+)
+from tokensieve.commands.console import print_json, print_table
+from tokensieve.commands.loading import load_model
+
+if TYPE_CHECKING:
+    from tokensieve.measure import Cost
+
+HEADERS = (
+    "method", "tokens", "prefill ms", "quartiles", "speedup", "method ms", "ms/token", "FLOPs", "peak MB", "KV MB",
+    "break-even",
+)  # fmt: skip
+
+
+def bench(
+    model: Model = "reference",
+    image: Annotated[Path | None, typer.Option(help="Image file.", show_default="a synthetic one")] = None,
+    question: Annotated[str, typer.Option(help="What to ask about it.")] = "what is in the image?",
+    methods: Methods = METHODS,
+    keep: Keeps = KEEPS,
+    batch_size: Annotated[int, typer.Option(min=1, help="Equal prompts per forward.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; methods take turns in each.")] = 10,
+    json: Json = False,
+) -> None:
+    """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved."""
+    from PIL import Image
+
+    from tokensieve.evaluate import Sample, encode, open_image
+    from tokensieve.measure import measure_costs
+
+    stages = candidates(split_specs(methods), split_budgets(keep))
+    picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
+    vlm, processor = load_model(model)
+    inputs = encode(processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
+    inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats)
+    if json:
+        print_json([cost.to_json() for cost in costs])
+    else:
+        print_table(HEADERS, [_cells(cost) for cost in costs])
+        typer.echo("break-even: generated tokens after which a method has paid for itself; 0: its prefill is as fast")
+
+
+def _cells(cost: Cost) -> list[str]:
+    return [
+        cost.method,
+        f"{cost.tokens_after:.4g}",
+        f"{cost.prefill_ms.median:.3g}",
+        f"{cost.prefill_ms.low:.3g}–{cost.prefill_ms.high:.3g}",
+        f"{cost.prefill_speedup.median:.2f}×",
+        "–" if cost.method_ms is None else f"{cost.method_ms.median:.2g}",
+        f"{cost.decode_ms_per_token.median:.3g}",
+        f"{cost.flops_ratio:.0%}",
+        f"{cost.peak_activation_bytes / 1e6:.3g}",
+        f"{cost.kv_bytes / 1e6:.3g}",
+        "never" if cost.break_even_tokens is None else f"{cost.break_even_tokens:.4g}",
+    ]

@@ -1,0 +1,39 @@
+"""``tokensieve methods`` and ``tokensieve models``: what there is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from tokensieve.commands.arguments import Json
+from tokensieve.commands.console import print_json, print_table
+
+
+def methods(json: Json = False) -> None:
+    """List the methods, with their parameters and papers."""
+    from tokensieve.methods import methods as registered
+
+    found = registered()
+    if json:
+        print_json([{**asdict(info), "needs": str(info.needs)} for info in found])
+        return
+    rows = [
+        (info.name, info.title, info.stage, str(info.needs), _parameters(info.parameters), info.paper) for info in found
+    ]
+    print_table(("method", "what it does", "stage", "needs", "parameters", "paper"), rows, left=6)
+
+
+def models(json: Json = False) -> None:
+    """List the supported families of models."""
+    from tokensieve.models import families
+
+    found = families()
+    if json:
+        keys = ("name", "title", "model_types", "stages")
+        print_json([{key: getattr(family, key) for key in keys} for family in found])
+        return
+    rows = [(f.name, f.title, ", ".join(f.model_types), ", ".join(f.stages)) for f in found]
+    print_table(("family", "models", "model types", "stages"), rows, left=4)
+
+
+def _parameters(parameters: dict[str, object]) -> str:
+    return ", ".join(f"{name}={default!r}" for name, default in parameters.items()) or "–"

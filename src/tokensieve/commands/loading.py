@@ -1,0 +1,82 @@
+"""A model and its processor by name, with one clear line when that fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """The model in eval mode on its device (a GPU if there is one), and its processor.
+
+    Args:
+        name: "reference", a folder, or a hub name.
+
+    Raises:
+        ValueError: if nothing of a supported family loads from there; one line that says why.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from tokensieve.models import families
+
+    place = _place(name)
+    config = _from_pretrained(AutoConfig, place)
+    known = [kind for family in families() for kind in family.model_types]
+    if config.model_type not in known:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model, not a supported vision-language model; "
+            f"supported: {', '.join(known)}"
+        )
+    gpu = torch.cuda.is_available()
+    model = _from_pretrained(AutoModelForImageTextToText, place, dtype="auto" if gpu else torch.float32)
+    processor = _from_pretrained(AutoProcessor, place)
+    return model.eval().to("cuda" if gpu else "cpu"), processor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model lies; ``unreachable`` says why the hub cannot be asked, when it cannot: then only the cache can."""
+
+    path: str
+    unreachable: str = ""
+
+
+def _place(name: str) -> _Place:
+    """What the user's name means: the bundled model, a folder, or a model on the hub."""
+    path = Path(name).expanduser()
+    if name.startswith("reference") and not path.exists():
+        from tokensieve.reference import path as bundled
+
+        path = bundled(name)
+        if not path.is_dir():
+            raise ValueError(f"the bundled model {name!r} has no weights in this installation")
+    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _Place(name, unreachable=_hub_refusal(name))
+    if not (path / "config.json").is_file():
+        missing = "has no config.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
+        raise ValueError(f"no model at {name}: it {missing}")
+    return _Place(str(path))
+
+
+def _hub_refusal(name: str) -> str:
+    """Ask the hub once, quickly: without a network, loading would retry for half a minute first."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:  # no network, no such model, no permission: many types from several libraries
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return ""
+
+
+def _from_pretrained(loader: Any, place: _Place, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(place.path, local_files_only=bool(place.unreachable), **options)
+    except Exception as error:  # whatever is wrong with a model's files surfaces here, in many types
+        if place.unreachable:
+            why = f"it is no folder, it is not in the local cache, and the hub does not answer ({place.unreachable})"
+            raise ValueError(f"no model {place.path}: {why}") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"the model {place.path} does not load: {reason}") from error
