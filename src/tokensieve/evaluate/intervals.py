@@ -35,7 +35,11 @@ def bootstrap(scores: NDArray[np.float64], *, resamples: int = 2000, seed: int =
 
 
 def interval(scores: NDArray[np.float64]) -> tuple[float, float]:
-    """Wilson for one run of scores that are 0 or 1, bootstrap otherwise; ``scores`` is `[seeds, questions]`."""
-    if len(scores) == 1 and np.isin(scores, (0.0, 1.0)).all():
-        return wilson(float(scores.sum()), scores.size)
+    """95 % interval of the mean of ``scores`` `[seeds, questions]`, all in 0 … 1.
+
+    Wilson for one run of scores that are 0 or 1, and where all are 0 or all are 1 (a bootstrap would be certain then);
+    bootstrap otherwise.
+    """
+    if np.isin(scores, (0.0, 1.0)).all() and (len(scores) == 1 or np.ptp(scores) == 0):
+        return wilson(float(scores.mean(0).sum()), scores.shape[1])
     return bootstrap(scores)

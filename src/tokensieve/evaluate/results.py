@@ -114,7 +114,7 @@ class Results:
         """
         part = path.with_suffix(".part")
         try:
-            part.write_text(json.dumps({"version": VERSION} | asdict(self), ensure_ascii=False, indent=1), "utf-8")
+            part.write_text(json.dumps({"version": VERSION} | asdict(self), ensure_ascii=False), "utf-8")
             part.replace(path)
         except OSError as error:
             with suppress(OSError):
