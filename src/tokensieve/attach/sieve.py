@@ -17,7 +17,7 @@ from tokensieve.methods import Method, Needs, Positions, parse
 from tokensieve.models import family_of
 from tokensieve.reduction import Reduction
 
-_attached: weakref.WeakKeyDictionary[Any, Sieve] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakValueDictionary[int, Sieve] = weakref.WeakValueDictionary()  # by id; the hooks keep it alive
 _lock = threading.Lock()
 
 
@@ -50,10 +50,10 @@ def attach(
         raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     stages, replay = _read(method, parameters)
     with _lock:
-        if model in _attached:
-            raise ValueError(f"{_attached[model]} is attached to this model already; detach() it first")
+        if id(model) in _attached:
+            raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
         sieve = Sieve(model, stages, replay, positions, processor)
-        _attached[model] = sieve
+        _attached[id(model)] = sieve
     return sieve
 
 
@@ -86,9 +86,9 @@ class Sieve:
     def detach(self) -> None:
         """Remove every hook: the model is what it was before. Does nothing the second time."""
         with _lock:
-            if _attached.get(self.model) is not self:
+            if _attached.get(id(self.model)) is not self:
                 return
-            del _attached[self.model]
+            del _attached[id(self.model)]
         for handle in self._handles:
             handle.remove()
         self._encoder.remove()
