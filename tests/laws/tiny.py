@@ -55,7 +55,9 @@ def build(family: str, attention: str = "sdpa"):
 @cache
 def subject(family: str, attention: str = "sdpa"):
     """The model that methods are attached to; every test must leave it detached."""
-    return build(family, attention)
+    model = build(family, attention)
+    model.generate(**collate(family, scenario(family, "single")), max_new_tokens=1)  # transformers' own lazy hooks
+    return model
 
 
 @cache
@@ -206,11 +208,10 @@ def hooks(model) -> int:
 
 
 def footprint(model) -> list:
-    """All that attaching could leave behind: each module's attributes (names and identities) and its hooks."""
-    keep = ("_parameters", "_modules", "_buffers")
+    """All that attaching could leave behind: hooks, and each module's attributes, weights and config by identity."""
     out: list = [hooks(model)]
     for name, module in model.named_modules():
-        values = {k: id(v) for k, v in vars(module).items() if not k.startswith("_") or k == "_is_hf_initialized"}
-        out.append((name, sorted(vars(module)), values, id(getattr(module, "config", None))))
-        out.append([(k, id(v)) for part in keep for k, v in getattr(module, part).items()])
+        own = {k: id(v) for k, v in vars(module).items() if k != "rope_deltas"}  # Qwen's own memory of the last call
+        parts = (module._parameters, module._modules, module._buffers)
+        out.append((name, own, [(k, id(v)) for part in parts for k, v in part.items()]))
     return out
