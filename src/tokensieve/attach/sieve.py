@@ -108,13 +108,15 @@ class Sieve:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
-        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        state = state_of(cache)
+        if self._encoder.downsample is not None and _shows(kwargs, "pixel_values_videos", "video"):
+            raise ValueError(f"{self._encoder.downsample} resizes images; videos are not supported")
+        if _shows(kwargs, "pixel_values", "image"):
             prefill: Prefill = self._connector.prefill(kwargs)
             self._local.prefill, self.last = prefill, prefill.decisions
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
             self.last = []  # a prompt without images
-        state = state_of(cache)
         return ((), later_step(kwargs, state, cache)) if state is not None else None
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
@@ -122,6 +124,12 @@ class Sieve:
         cache = getattr(output, "past_key_values", None)
         if prefill is not None and prefill.state is not None and cache is not None:
             remember(cache, prefill.state)
+
+
+def _shows(kwargs: dict[str, Any], pixels: str, modality: str) -> bool:
+    """Whether a forward gets images (or videos), encoded or not."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return kwargs.get(pixels) is not None or encoded.get(modality) is not None
 
 
 def _read(
