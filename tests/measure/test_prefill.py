@@ -116,7 +116,8 @@ def test_every_family_can_be_measured(family):
     assert full.tokens_before == sum(map(sum, before)) / sum(map(len, before))
     assert uniform.tokens_after == 4
     columns = prompts["input_ids"].shape[1]
-    width = columns - min(sum(images) - 4 * len(images) for images in before)  # of the row that drops fewest
+    lengths = prompts["attention_mask"].sum(-1).tolist()
+    width = max(n - sum(images) + 4 * len(images) for n, images in zip(lengths, before, strict=True))
     assert uniform.kv_bytes * columns == full.kv_bytes * width
     linear = 3 * 2 * (2 * 64 * 64 + 3 * 64 * 128)  # of a row in three layers, without keys, values and attention
     assert full.flops - uniform.flops > (columns - width) * len(samples) * linear
