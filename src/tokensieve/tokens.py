@@ -24,9 +24,14 @@ class VisualTokens:
         grid: (height, width) with height · width = N, if the tokens form one.
         cls_attention: {encoder layer: `[B, N]`}, what the encoder's [CLS] token attends to: post-softmax, mean over
             heads, one value per visual token. Layers count from 0.
-        depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one.
+        depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one. In
+            the LLM, its number of blocks.
         text: `[B, M, D]`, LLM input embeddings of the user's words.
         text_mask: `[B, M]` bool, True on real words.
+        queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of chosen text tokens to the visual tokens.
+        query_mask: `[B, Q]` bool, True on real queries; ``None``: all are.
+        stage: in the LLM, which of the method's stages this is, from 0.
+        entered: visual tokens of the image at the LLM's entry; budgets of decoder methods are shares of these.
         notes: remarks on the evidence (a substitute for a missing [CLS], say); they travel into the Reduction.
     """
 
@@ -36,6 +41,10 @@ class VisualTokens:
     depth: int | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    queries: Tensor | None = None
+    query_mask: Tensor | None = None
+    stage: int = 0
+    entered: int | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,7 +68,7 @@ class VisualTokens:
 
     def count(self, keep: Budget) -> int:
         """Tokens that the budget leaves of each image."""
-        return count(keep, self.total)
+        return min(count(keep, self.entered or self.total), self.total)
 
     def cls_rows(self, layers: Layers) -> Tensor:
         """Attention of [CLS] in the given encoder layers, `[S, B, N]` float32.
@@ -76,6 +85,12 @@ class VisualTokens:
         if missing:
             raise ValueError(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
         return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
+
+    def query_rows(self) -> Tensor:
+        """Attention of the chosen queries, `[B, H, Q, N]`; ``ValueError`` if none was given."""
+        if self.queries is None:
+            raise ValueError("this method reads the LLM's attention: give VisualTokens(queries=[B, H, Q, N])")
+        return self.queries
 
     def words(self) -> tuple[Tensor, Tensor]:
         """The user's words and their mask, `[B, M, D]` and `[B, M]`.

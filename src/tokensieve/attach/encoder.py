@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokensieve.attach.probe import Probe
+from tokensieve.attach.probe import Probe, attention_from_cls, attention_received
 from tokensieve.methods import Method, Needs
 from tokensieve.methods.baselines import Downsample
 from tokensieve.models import Family
@@ -62,7 +62,8 @@ class EncoderHooks:
         self.depth, self.cls = len(attentions), family.has_cls(self.tower)
         if needs.cls_attention is not None:
             self.layers = resolve_layers(needs.cls_attention, self.depth)
-        self.probes = [Probe(attentions[layer], "cls" if self.cls else "received") for layer in self.layers]
+        read = attention_from_cls if self.cls else attention_received
+        self.probes = [Probe(attentions[layer], read) for layer in self.layers]
         self._handles = [
             self.tower.register_forward_pre_hook(self._before, with_kwargs=True),
             self.tower.register_forward_hook(self._after),

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tokensieve.attach.cache import later_step, remember, state_of
+from tokensieve.attach.cache import States, later_step, remember, states_of
 from tokensieve.attach.connector import Connector, Decisions, Prefill
+from tokensieve.attach.decoder import DecoderHooks
 from tokensieve.attach.encoder import EncoderHooks
 from tokensieve.attach.words import UserWords
-from tokensieve.methods import Method, Needs, Positions, parse
+from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
 from tokensieve.models import family_of
 from tokensieve.reduction import Reduction
 
+STAGES = ("encoder", "connector", "decoder")
 _attached: weakref.WeakKeyDictionary[Any, Sieve] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -69,18 +71,21 @@ class Sieve:
     ) -> None:
         family = family_of(model)
         by_stage = {stage.info.stage: stage for stage in stages}
-        encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
+        encoder, connector, decoder = (by_stage.get(stage) for stage in STAGES)
         needs = connector.needs if connector is not None else Needs()
         self.model, self.stages, self.positions = model, stages, positions
         self.last: Decisions = []
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
-        words = UserWords(model, processor) if needs.text else None
-        self._connector = Connector(model, connector, positions, words, replay)
+        words = UserWords(model, processor) if any(stage.needs.text for stage in stages) else None
+        self._connector = Connector(model, connector, positions, words if needs.text else None, replay)
         self._encoder = EncoderHooks(family, model, needs, encoder)
+        self._decoder: DecoderHooks | None = None
+        if isinstance(decoder, DecoderMethod):
+            self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -92,6 +97,8 @@ class Sieve:
         for handle in self._handles:
             handle.remove()
         self._encoder.remove()
+        if self._decoder is not None:
+            self._decoder.remove()
 
     def __enter__(self) -> Sieve:
         return self
@@ -109,19 +116,33 @@ class Sieve:
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
         if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+            if self._decoder is not None:
+                self._decoder.check(kwargs)
             prefill: Prefill = self._connector.prefill(kwargs)
-            self._local.prefill, self.last = prefill, prefill.decisions
+            self._local.prefill = prefill
+            if self._decoder is not None:
+                self._decoder.start(prefill)
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
             self.last = []  # a prompt without images
-        state = state_of(cache)
-        return ((), later_step(kwargs, state, cache)) if state is not None else None
+        states = states_of(cache)
+        if states is None:
+            return None
+        if self._decoder is not None:
+            self._decoder.resume(states.blocks, kwargs.get("attention_mask"))
+        return (), later_step(kwargs, states.entry, cache)
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
         prefill, self._local.prefill = self._local.prefill, None
+        run = self._decoder.finish() if self._decoder is not None else None
+        if prefill is None or output is None:
+            return
+        plans = prefill.plans if run is None else run.plans
+        self.last = [[plan.decision for plan in row] for row in plans[:: prefill.copies]]
         cache = getattr(output, "past_key_values", None)
-        if prefill is not None and prefill.state is not None and cache is not None:
-            remember(cache, prefill.state)
+        states = States(prefill.state, {} if run is None else run.states)
+        if cache is not None and any(state.dropped for state in (states.entry, *states.blocks.values())):
+            remember(cache, states)
 
 
 def _read(
@@ -143,6 +164,6 @@ def _read(
     order = [stage.info.stage for stage in stages]
     if len(set(order)) < len(order):
         raise ValueError(f"two methods of the same stage cannot be combined; got {', '.join(order)}")
-    if order != sorted(order, key=("encoder", "connector").index):
-        raise ValueError(f"stages must stand in the order encoder, connector; got {', '.join(order)}")
+    if order != sorted(order, key=STAGES.index):
+        raise ValueError(f"stages must stand in the order {', '.join(STAGES)}; got {', '.join(order)}")
     return stages, None

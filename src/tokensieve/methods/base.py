@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
@@ -11,7 +12,7 @@ from tokensieve.budget import check_budget
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import Layers, VisualTokens
 
-Stage: TypeAlias = Literal["encoder", "connector"]
+Stage: TypeAlias = Literal["encoder", "connector", "decoder"]
 Positions: TypeAlias = Literal["original", "contiguous"]
 
 
@@ -23,16 +24,22 @@ class Needs:
         cls_attention: encoder layers whose [CLS] row is wanted (an int or a slice, negative counts from the last).
         text: the embeddings of the user's words.
         grid: the tokens must form a grid.
+        queries: in the LLM, attention rows of the last prompt token ("last") or of every word of the user ("words").
+        own: these rows are those of the stage's own block, asked ahead; else of the block before, which has run.
     """
 
     cls_attention: Layers | None = None
     text: bool = False
     grid: bool = False
+    queries: Literal["last", "words"] | None = None
+    own: bool = False
 
     def __str__(self) -> str:
         wants = []
         if self.cls_attention is not None:
             wants.append("[CLS] attention")
+        if self.queries is not None:
+            wants.append(f"LLM attention of {self.queries}")
         return ", ".join([*wants, *(name for name in ("text", "grid") if getattr(self, name))]) or "nothing"
 
 
@@ -92,6 +99,25 @@ class Method(ABC):
             if f.name == "keep" or getattr(self, f.name) != f.default
         ]
         return self.info.name + (f"({', '.join(shown)})" if shown else "")
+
+
+@dataclass(frozen=True)
+class DecoderMethod(Method):
+    """Base of methods that act inside the LLM: :meth:`reduce` is called once per stage, on hidden states."""
+
+    @abstractmethod
+    def stages(self, depth: int) -> list[int]:
+        """Blocks before which tokens leave, ascending, in an LLM of ``depth`` blocks; use :func:`check_blocks`."""
+
+
+def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
+    """``blocks`` if an LLM of ``depth`` blocks can reduce before them; ``ValueError`` otherwise."""
+    wanted = list(blocks)
+    if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 1 or wanted[-1] >= depth:
+        raise ValueError(
+            f"tokens can leave before blocks 1 to {depth - 1} of this LLM, in ascending order; got {wanted}"
+        )
+    return wanted
 
 
 def _hint(cls: type, name: str) -> Any:
