@@ -227,15 +227,12 @@ class DecoderHooks:
         (read,) = probe.take()
         return read
 
-    def _read(self, query: Tensor, key: Tensor, scaling: float) -> Tensor | None:
-        call = getattr(self._local, "call", None)
-        if not isinstance(call, Run):
-            return None
-        stream, last = call.stream, query.shape[-2] - 1
-        if self.method.needs.queries == "last" or stream.words is None:
-            columns = torch.full((len(query), 1), last, device=query.device)
-        else:
+    def _read(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        stream: Stream = self._local.call.stream
+        if stream.words is not None and self.method.needs.queries == "words":
             columns = stream.words[0]
+        else:
+            columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
         return attention_of_queries(query, key, scaling, columns, stream.mask)
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
@@ -244,9 +241,8 @@ class DecoderHooks:
         if isinstance(call, Run) and call.stream.width < call.prefill.visual.shape[1]:
             parts = torch.split(features, [p.decision.slots for row in call.prefill.plans for p in row])
             plans = [p for row in call.plans for p in row]
-            features = torch.cat(
-                [p.inside.apply(x) if p.inside is not None else x for p, x in zip(plans, parts, strict=True)]
-            )
+            left = [x if p.inside is None else p.inside.apply(x) for p, x in zip(plans, parts, strict=True)]
+            features = torch.cat(left)
             visual = call.stream.visual
         out: Tensor = process(hidden, visual, features)
         return out

@@ -108,12 +108,13 @@ def attention_of_queries(query: Tensor, key: Tensor, scaling: float, columns: Te
         mask: `[B, n]`, 0 on padding, or ``None``.
     """
     chosen = query.take_along_dim(columns[:, None, :, None], -2)
-    grouped = chosen.unflatten(1, (key.shape[1], -1))
+    grouped = torch.unflatten(chosen, 1, (key.shape[1], -1))
     scores = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * scaling
     seen = torch.arange(key.shape[-2], device=key.device) <= columns[..., None]
     if mask is not None:
         seen = seen & mask[:, None].bool()
-    return scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min).softmax(-1)
+    masked: Tensor = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    return masked.softmax(-1)
 
 
 def _probe_attention(

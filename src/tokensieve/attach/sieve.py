@@ -71,7 +71,8 @@ class Sieve:
     ) -> None:
         family = family_of(model)
         by_stage = {stage.info.stage: stage for stage in stages}
-        encoder, connector, decoder = (by_stage.get(stage) for stage in STAGES)
+        encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
+        decoder = by_stage.get("decoder")
         needs = connector.needs if connector is not None else Needs()
         self.model, self.stages, self.positions = model, stages, positions
         self.last: Decisions = []
