@@ -1,10 +1,12 @@
 """Accuracy of many methods and budgets on a data set, beside what they cost."""
 
 from tokensieve.evaluate.compare import compare
-from tokensieve.evaluate.data import DataError, Sample, load_data, open_image
+from tokensieve.evaluate.data import Sample, load_data
 from tokensieve.evaluate.environment import environment
-from tokensieve.evaluate.journal import OutputError, ResumeError
-from tokensieve.evaluate.metrics import METRICS, bootstrap, wilson
+from tokensieve.evaluate.errors import DataError, OutputError, ResumeError
+from tokensieve.evaluate.images import open_image
+from tokensieve.evaluate.intervals import bootstrap, wilson
+from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.prompt import decode, encode
 from tokensieve.evaluate.results import Example, Results, Row, TypeScore
 

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from tokensieve.attach import attach
 from tokensieve.budget import Budget
+from tokensieve.evaluate.answer import Answerer, Attached, attaching, replaying
+from tokensieve.evaluate.costs import Costs
 from tokensieve.evaluate.data import Sample
+from tokensieve.evaluate.environment import environment
+from tokensieve.evaluate.errors import DataError
+from tokensieve.evaluate.examples import choose, store
+from tokensieve.evaluate.identity import model_identity, model_name
+from tokensieve.evaluate.journal import Journal
+from tokensieve.evaluate.metrics import METRICS
+from tokensieve.evaluate.oracle import oracle
+from tokensieve.evaluate.plan import Run, plan
 from tokensieve.evaluate.results import Row
+from tokensieve.evaluate.table import Table
+from tokensieve.methods.registry import nearest
+from tokensieve.reduction import Reduction
+from tokensieve.version import __version__
 
-Progress = Callable[[int, int, str], None]
+RESULTS = "results.json"
+Progress: TypeAlias = Callable[[int, int, str], None]
 
 
 def compare(
@@ -62,4 +79,81 @@ def compare(
         ResumeError: ``output`` holds the predictions of another model or other settings.
         OutputError: nothing more can be written (a full disk). What was written before is kept.
     """
-    raise NotImplementedError
+    _check(model, samples, metric, batch_size, prompt)
+    entries = plan(methods, keeps, seeds=seeds, oracle=any(sample.boxes for sample in samples))
+    words = processor if processor_for_text else None
+    for run in (run for entry in entries for run in entry.runs if run.stages):
+        attach(model, run.stages, processor=words).detach()  # what this model cannot run is refused before it starts
+
+    setup = {"prompt": prompt, "max_new_tokens": max_new_tokens, "processor_for_text": processor_for_text}
+    journal = Journal(output, {"tokensieve": __version__, **setup, **model_identity(model)})
+    shown = choose(samples, examples)
+    table = Table(samples, METRICS[metric], store(shown, output))
+    answerer = Answerer(
+        model,
+        processor,
+        samples,
+        prompt=prompt,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        examples={sample.id for sample in shown},
+    )
+    place = environment(model)
+    costs = Costs(model, words, lambda: answerer.inputs(samples[:1]), journal, place) if measure else None
+    settings = setup | {"model": model_name(model), "samples": len(samples), "metric": metric, "seeds": seeds}
+    report = _Progress(progress, len(samples) * sum(len(entry.runs) for entry in entries))
+    for entry in entries:
+        decide = partial(_oracle, answerer, journal, entry.keep)
+        for run in entry.runs:
+            attached = attaching(model, run.stages, words) if run.stages else replaying(model, decide)
+            _answer(answerer, journal, run, attached, report)
+        first = entry.runs[0]
+        cost = costs.of(first.key, first.stages or [[decide(samples[0])]]) if costs else None
+        table.add(entry, [answerer.by_id(journal.answers[run.key]) for run in entry.runs], cost)
+        table.results(complete=entry is entries[-1], environment=place, settings=settings).save(output / RESULTS)
+    return table.rows
+
+
+def _check(model: Any, samples: Sequence[Sample], metric: str, batch_size: int, prompt: str) -> None:
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; {nearest(metric, list(METRICS))}")
+    if not samples:
+        raise ValueError("no samples to compare on")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    if "{question}" not in prompt:
+        raise ValueError(f"the prompt must contain {{question}}; got {prompt!r}")
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+
+
+def _answer(answerer: Answerer, journal: Journal, run: Run, attached: Attached, report: _Progress) -> None:
+    """Complete one run in the journal."""
+    done = answerer.finished(journal.answers.get(run.key, {}))
+    report(run.key, len(done))
+    try:
+        for answers in answerer.run(attached, done):
+            new = [answer for answer in answers if answer.sample not in done]
+            journal.add(run.key, new)
+            report(run.key, len(new))
+    except DataError as error:
+        raise DataError(f"{error}; the answers so far are kept in {journal.path}") from error
+
+
+def _oracle(answerer: Answerer, journal: Journal, keep: Budget | None, sample: Sample) -> Reduction:
+    """The oracle's decision for a sample that full has answered."""
+    assert keep is not None
+    full = journal.answers["full"][answerer.keys[sample.id]]
+    return oracle(sample.boxes, sample.open().size, full.before, full.grid, keep)
+
+
+class _Progress:
+    """Adds up what is done for the caller's callback."""
+
+    def __init__(self, callback: Progress | None, total: int) -> None:
+        self.callback, self.total, self.done = callback, total, 0
+
+    def __call__(self, label: str, more: int) -> None:
+        self.done += more
+        if self.callback is not None:
+            self.callback(self.done, self.total, label)

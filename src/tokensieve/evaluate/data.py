@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import json
+import random
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from tokensieve.evaluate.errors import DataError
+from tokensieve.evaluate.images import check_image, decode_image, open_image
+from tokensieve.evaluate.records import read_records
+
 Box = tuple[float, float, float, float]
-
-
-class DataError(ValueError):
-    """The user's data cannot be used: one line that says where and why."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,8 @@ class Sample:
 
     Attributes:
         id: unique in its data set.
-        image: a file, or a function that makes the image; opened by :meth:`open` only.
+        image: a file, or a function that makes the image; opened by :meth:`open` only. Samples about the same image
+            have the same (equal) value here.
         question: never empty.
         answers: accepted answers, or those of several annotators.
         type: kind of question; "" when the data has none.
@@ -37,7 +44,7 @@ class Sample:
 
     def open(self) -> Image.Image:
         """The image, RGB. Raises :class:`DataError` if it cannot be read."""
-        raise NotImplementedError
+        return open_image(self.image) if isinstance(self.image, Path) else self.image().convert("RGB")
 
 
 def load_data(
@@ -48,27 +55,93 @@ def load_data(
     answer_column: str = "answer",
     limit: int | None = None,
 ) -> list[Sample]:
-    """Read a data set and check it as far as that is possible without decoding an image.
+    """Read a data set and check everything that can be checked without decoding an image.
 
     Args:
         source: "reference" for the bundled benchmark's test split, or a ``.jsonl``, ``.csv`` or ``.parquet`` file.
-        image_column: image files, relative to the data file.
+        image_column: image files, relative to the data file; in parquet also the files' bytes.
         question_column, answer_column: text; an answer may be a list (several annotators).
-        limit: at most so many samples, evenly spread over the file.
+        limit: at most so many samples: a fixed random choice of images with all their questions; a larger limit
+            contains the smaller.
 
     Columns ``id`` and ``type`` are used when they are there.
 
     Raises:
         DataError: one line naming file, line and what is wrong.
-        ImportError: for parquet without the ``data`` extra.
+        ImportError: without the extra that the source needs.
     """
-    raise NotImplementedError
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1; got {limit}")
+    if str(source) == "reference":
+        samples = _reference()
+    else:
+        samples = _from_file(Path(source), image_column, question_column, answer_column)
+    return samples if limit is None else _limited(samples, limit)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open and decode an image file as RGB.
+def _reference() -> list[Sample]:
+    from tokensieve.reference.benchmark import benchmark
 
-    Raises:
-        DataError: no such file, not an image, damaged, or more pixels than :data:`MAX_PIXELS`.
-    """
-    raise NotImplementedError
+    rows = benchmark()
+    images: dict[Any, Callable[[], Image.Image]] = {row.scene: partial(getattr, row, "image") for row in rows}
+    return [Sample(r.id, images[r.scene], r.question, (r.answer,), r.type, r.boxes) for r in rows]
+
+
+def _from_file(path: Path, image_column: str, question_column: str, answer_column: str) -> list[Sample]:
+    samples: dict[str, Sample] = {}
+    checked: set[Path] = set()
+    for number, (where, row) in enumerate(read_records(path), 1):
+        image = _image(_cell(where, row, image_column), path.parent, where)
+        question, answers = _cell(where, row, question_column), _answers(_cell(where, row, answer_column), where)
+        if not isinstance(question, str) or not question.strip():
+            raise DataError(f"{where}: the question is empty" if not question else f"{where}: a question is text")
+        if isinstance(image, Path) and image not in checked:
+            try:
+                check_image(image)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+            checked.add(image)
+        name = str(number if row.get("id") in (None, "") else row["id"])
+        if name in samples:
+            raise DataError(f"{where}: the id {name!r} is used twice")
+        samples[name] = Sample(name, image, question.strip(), answers, str(row.get("type") or ""))
+    if not samples:
+        raise DataError(f"{path}: no rows")
+    return list(samples.values())
+
+
+def _cell(where: str, row: dict[str, Any], column: str) -> Any:
+    if column not in row:
+        near = difflib.get_close_matches(column, row, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(f"{where}: no column {column!r} among {', '.join(map(repr, row))}{hint}")
+    return row[column]
+
+
+def _image(value: Any, folder: Path, where: str) -> Path | Callable[[], Image.Image]:
+    if isinstance(value, dict):  # how the datasets library stores images in parquet
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return partial(decode_image, value, f"the image of {where}")
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: the image is a file name; got {value!r}")
+    return folder / value
+
+
+def _answers(value: Any, where: str) -> tuple[str, ...]:
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV cell
+        with suppress(json.JSONDecodeError):  # an answer may merely start with a bracket
+            value = json.loads(value)
+    values = value if isinstance(value, list) else [value]
+    values = [v.get("answer") if isinstance(v, dict) else v for v in values]  # VQAv2 lists {"answer": …}
+    if not values or not all(isinstance(v, str | int | float) and str(v).strip() for v in values):
+        raise DataError(f"{where}: an answer is text or a list of texts, none empty; got {value!r}")
+    return tuple(str(v).strip() for v in values)
+
+
+def _limited(samples: Sequence[Sample], limit: int) -> list[Sample]:
+    images = list(dict.fromkeys(sample.image for sample in samples))
+    random.Random(0).shuffle(images)
+    rank = {image: place for place, image in enumerate(images)}
+    chosen = sorted(range(len(samples)), key=lambda i: (rank[samples[i].image], i))[:limit]
+    return [samples[i] for i in sorted(chosen)]

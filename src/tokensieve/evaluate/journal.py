@@ -2,10 +2,123 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-class OutputError(OSError):
-    """A result cannot be written: one line that says why and what is kept."""
+from tokensieve.evaluate.errors import OutputError, ResumeError
+
+NAME = "predictions.jsonl"
 
 
-class ResumeError(ValueError):
-    """The output folder holds the predictions of another set-up."""
+@dataclass(frozen=True)
+class Answer:
+    """What the model answered to one sample in one run.
+
+    Attributes:
+        sample: key of the sample (see :func:`tokensieve.evaluate.identity.sample_key`).
+        text: the answer.
+        before, after: visual tokens of its image.
+        grid: (height, width) of the tokens before, if they form one.
+        reduction: the decision as JSON, kept for a few examples only.
+    """
+
+    sample: str
+    text: str
+    before: int
+    after: int
+    grid: tuple[int, int] | None = None
+    reduction: dict[str, Any] | None = None
+
+
+class Journal:
+    """``predictions.jsonl``: a header that tells the set-up, then one line per answer or cost.
+
+    Args:
+        folder: where the file is or will be.
+        setup: what all predictions in it must have in common.
+
+    Attributes:
+        answers: {run: {sample: answer}}.
+        costs: {run: cost as JSON}.
+
+    Raises:
+        ResumeError: the file was made with another set-up, or is none of ours.
+        OutputError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, setup: dict[str, Any]) -> None:
+        self.path, self.setup = folder / NAME, setup
+        self.answers: dict[str, dict[str, Answer]] = {}
+        self.costs: dict[str, dict[str, Any]] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = self._complete_lines()
+        except OSError as error:
+            raise OutputError(f"cannot use the output folder {folder}: {error.strerror or error}") from error
+        if lines:
+            self._check(lines[0])
+            for number, line in enumerate(lines[1:], 2):
+                self._read(number, line)
+        else:
+            self._append([{"setup": setup}])
+
+    def add(self, run: str, answers: Sequence[Answer]) -> None:
+        """Record answers of a run."""
+        self.answers.setdefault(run, {}).update({answer.sample: answer for answer in answers})
+        lines = [{"run": run} | {k: v for k, v in asdict(answer).items() if v is not None} for answer in answers]
+        self._append(lines)
+
+    def add_cost(self, run: str, cost: dict[str, Any]) -> None:
+        """Record what a run costs."""
+        self.costs[run] = cost
+        self._append([{"run": run, "cost": cost}])
+
+    def _append(self, lines: Sequence[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        try:
+            with self.path.open("ab") as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.path}: {error.strerror or error}; what was written before is kept, "
+                "and the same call continues from there"
+            ) from error
+
+    def _complete_lines(self) -> list[bytes]:
+        """The lines so far; half a line at the end, left by a crash or a full disk, is cut off."""
+        if not self.path.exists():
+            return []
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data) and (not whole or whole.startswith(b'{"setup"')):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        return whole.splitlines()
+
+    def _check(self, header: bytes) -> None:
+        try:
+            found = json.loads(header)["setup"]
+        except (ValueError, KeyError, TypeError):
+            raise ResumeError(f"{self.path} is not a file of predictions; choose another output folder") from None
+        wanted = json.loads(json.dumps(self.setup))
+        if found != wanted:
+            changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+            raise ResumeError(
+                f"{self.path} holds predictions of another set-up ({', '.join(changed)} differ); "
+                "choose another output folder, or delete the file to start anew"
+            )
+
+    def _read(self, number: int, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            run = row.pop("run")
+            if "cost" in row:
+                self.costs[run] = row["cost"]
+                return
+            answer = Answer(**{**row, "grid": tuple(row["grid"]) if "grid" in row else None})
+        except (ValueError, KeyError, TypeError):
+            raise ResumeError(f"{self.path}, line {number}: cannot be read; delete the line or the file") from None
+        self.answers.setdefault(run, {})[answer.sample] = answer

@@ -1,22 +1,50 @@
-"""How right an answer is, and how sure the mean is."""
+"""How right an answer is."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 Metric = Callable[[str, Sequence[str]], float]
+"""(prediction, accepted answers) -> 0 … 1."""
 
-METRICS: dict[str, Metric] = {}
-
-
-def wilson(successes: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % score interval of a proportion."""
-    raise NotImplementedError
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 
-def bootstrap(scores: NDArray[np.float64], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of ``scores`` `[seeds, questions]`, both resampled."""
-    raise NotImplementedError
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no articles, no punctuation around words, number words up to ten as digits.
+
+    A text of nothing but articles stays: "A" may name a choice.
+    """
+    words = [word.strip(".,;:!?\"'`()[]{}") for word in text.lower().split()]
+    kept = [word for word in words if word not in _ARTICLES] if set(words) - _ARTICLES else words
+    return " ".join(_DIGITS.get(word, word) for word in kept if word)
+
+
+def exact(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction equals an answer after :func:`normalise`."""
+    return float(normalise(prediction) in {normalise(answer) for answer in answers})
+
+
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """1 if an answer stands in the prediction as whole words, after :func:`normalise`."""
+    text = normalise(prediction)
+    found = (re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text) for answer in map(normalise, answers) if answer)
+    return float(any(found))
+
+
+def vqa(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving out each annotator in turn.
+
+    With n < 4 annotators the divisor is n - 1; with one this is :func:`exact`.
+    """
+    if len(answers) == 1:
+        return exact(prediction, answers)
+    agree = [normalise(prediction) == normalise(answer) for answer in answers]
+    needed = min(3, len(answers) - 1)
+    return sum(min(1.0, (sum(agree) - left_out) / needed) for left_out in agree) / len(agree)
+
+
+METRICS: dict[str, Metric] = {"exact": exact, "contains": contains, "vqa": vqa}

@@ -5,22 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from tokensieve.evaluate.data import Sample
+
+KEYWORDS = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
 
 def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{question}") -> dict[str, Tensor]:
     """One left-padded batch of prompts, through the processor's chat template where it has one.
 
     Args:
-        processor: the model's processor; its padding side is not changed.
+        processor: the model's processor; its own padding side is not changed.
         samples: one image and one question each.
         prompt: what the user says; ``{question}`` is replaced.
+
+    Raises:
+        DataError: an image that cannot be decoded.
+        ValueError: a processor with neither a chat template nor an image token.
     """
-    raise NotImplementedError
+    opened: dict[Any, Image.Image] = {}
+    for sample in samples:
+        if sample.image not in opened:
+            opened[sample.image] = sample.open()
+    images = [opened[sample.image] for sample in samples]
+    texts = [prompt.replace("{question}", sample.question) for sample in samples]
+    if getattr(processor, "chat_template", None):
+        turns = [[_turn(image, text)] for image, text in zip(images, texts, strict=True)]
+        inputs = processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=dict(KEYWORDS)
+        )
+    elif getattr(processor, "image_token", None):
+        texts = [f"{processor.image_token}\n{text}" for text in texts]
+        inputs = processor(images=[[image] for image in images], text=texts, **KEYWORDS)
+    else:
+        raise ValueError(f"{type(processor).__name__} has neither a chat template nor an image token")
+    return dict(inputs)
 
 
 def decode(processor: Any, generated: Tensor, prompt_length: int) -> list[str]:
     """Text of what was generated after the prompt: `[B, L]` ids to B strings, special tokens left out."""
-    raise NotImplementedError
+    texts = processor.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def _turn(image: Image.Image, text: str) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from tokensieve.evaluate.errors import OutputError
+
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """The pinned fields, in order."""
-        raise NotImplementedError
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -106,9 +112,30 @@ class Results:
         Raises:
             OutputError: if it cannot be written (a full disk, say); an older file stays as it was.
         """
-        raise NotImplementedError
+        part = path.with_suffix(".part")
+        try:
+            part.write_text(json.dumps({"version": VERSION} | asdict(self), ensure_ascii=False), "utf-8")
+            part.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise OutputError(f"cannot write {path}: {error.strerror or error}; the predictions are kept") from error
 
     @classmethod
     def load(cls, path: Path) -> Results:
         """Read what :meth:`save` wrote; ``ValueError`` if the file is not a results file."""
-        raise NotImplementedError
+        try:
+            data = json.loads(path.read_text("utf-8"))
+            if data.pop("version") != VERSION:
+                raise ValueError(f"{path} was written by another version of Tokensieve")
+            rows = tuple(Row(**row) for row in data.pop("rows"))
+            types = tuple(tuple(TypeScore(**score) for score in scores) for scores in data.pop("types"))
+            examples = tuple(_example(example) for example in data.pop("examples"))
+            differences = tuple((d[0], d[1], d[2]) for d in data.pop("differences"))
+            return cls(rows=rows, types=types, differences=differences, examples=examples, **data)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a results file of Tokensieve") from error
+
+
+def _example(data: dict[str, Any]) -> Example:
+    return Example(**{**data, "answers": tuple(data["answers"]), "kept": tuple(data["kept"])})

@@ -4,9 +4,10 @@ from tokensieve.measure.cost import Cost
 from tokensieve.measure.flops import count_flops
 from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
 from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
-from tokensieve.measure.prefill import measure_costs
+from tokensieve.measure.prefill import Bench, measure_costs
 
 __all__ = [
+    "Bench",
     "Cost",
     "Spread",
     "count_flops",

@@ -48,7 +48,8 @@ class Cost:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Cost:
         """Inverse of :meth:`to_json`."""
-        return cls(**{key: Spread(**value) if isinstance(value, dict) else value for key, value in data.items()})
+        spreads = {key: Spread(**value) for key, value in data.items() if isinstance(value, dict)}
+        return cls(**{**data, **spreads})
 
 
 def break_even(extra_prefill_ms: float, saved_ms_per_token: float) -> float | None:

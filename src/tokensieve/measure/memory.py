@@ -29,7 +29,7 @@ def peak_activation_bytes(call: Callable[[], Any], device: torch.device | str = 
         return int(torch.cuda.max_memory_allocated(device) - before)
     with _LiveStorages() as live:
         call()
-    return live.peak
+    return int(live.peak)
 
 
 def kv_bytes(cache: Any) -> int:
@@ -38,7 +38,7 @@ def kv_bytes(cache: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class _LiveStorages(TorchDispatchMode):
+class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operators create, from creation until they are freed.
 
     Views share their base's storage and cost nothing; a storage that an operator only hands through (a weight, an
@@ -46,7 +46,7 @@ class _LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known = WeakIdKeyDictionary()
 

@@ -48,15 +48,26 @@ def measure_costs(
     Raises:
         ValueError: unknown method or parameter, or a method that this model cannot run.
     """
-    bench = _Bench(model, inputs, processor, repeats, warmup, decode_tokens)
+    bench = Bench(model, inputs, processor=processor, repeats=repeats, warmup=warmup, decode_tokens=decode_tokens)
     return [bench.full, *(bench.cost(method) for method in methods)]
 
 
-class _Bench:
-    """One batch of prompts on one model, and what the unhooked model needs for it."""
+class Bench:
+    """One batch of prompts on one model; measures the unhooked model once. Arguments as for :func:`measure_costs`.
+
+    Attributes:
+        full: the cost of the unhooked model.
+    """
 
     def __init__(
-        self, model: Any, inputs: Mapping[str, Tensor], processor: Any, repeats: int, warmup: int, decode_tokens: int
+        self,
+        model: Any,
+        inputs: Mapping[str, Tensor],
+        *,
+        processor: Any = None,
+        repeats: int = 10,
+        warmup: int = 2,
+        decode_tokens: int = 8,
     ) -> None:
         self.model, self.inputs, self.processor = model, inputs, processor
         self.repeats, self.warmup, self.decode_tokens = repeats, warmup, decode_tokens
@@ -86,7 +97,7 @@ class _Bench:
 
     def cost(self, method: Candidate) -> Cost:
         """The unhooked model, the method and a replay of its decisions, in turn."""
-        stages = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else list(method)
+        stages: Any = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else method
         attached = partial(attach, self.model, stages, processor=self.processor)
         with attached() as sieve:
             kv = kv_bytes(self._prefill().past_key_values)

@@ -1,0 +1,49 @@
+"""What makes two set-ups the same: the model down to its weights, and each sample down to its image."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokensieve.evaluate.data import Sample
+
+PROBES = 1024  # values read from each weight tensor
+
+
+def model_name(model: Any) -> str:
+    """The model's hub name, or the last part of its path: no machine's folders in results."""
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def model_identity(model: Any) -> dict[str, str]:
+    """Architecture, dtype, attention implementation and digests of config and weights.
+
+    The weights' digest reads names, shapes and up to :data:`PROBES` values of every tensor: any training changes it,
+    and it takes no time on large models.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {list(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().flatten()
+            weights.update(flat[:: max(1, flat.numel() // PROBES)].to("cpu", torch.float32).numpy().tobytes())
+    return {
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(model.config._attn_implementation),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "weights": weights.hexdigest()[:16],
+    }
+
+
+def sample_key(sample: Sample) -> str:
+    """The sample's id and a digest of its question and, for a file, its image's name and size in bytes."""
+    image = [sample.image.name, sample.image.stat().st_size] if isinstance(sample.image, Path) else []
+    digest = hashlib.sha256(json.dumps([sample.question, *image]).encode()).hexdigest()[:8]
+    return f"{sample.id} {digest}"

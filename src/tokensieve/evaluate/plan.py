@@ -1,0 +1,86 @@
+"""Which runs a comparison consists of: methods x budgets x seeds, as rows of runs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokensieve.budget import Budget
+from tokensieve.methods import Method, parse
+
+ORACLE = "oracle"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over the data. Equal keys mean equal predictions.
+
+    Attributes:
+        key: the full spec (with budget and seed) and, for methods that are not built in, a digest of their code.
+        stages: the methods; none for the oracle.
+    """
+
+    key: str
+    stages: tuple[Method, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: a method at a budget, averaged over its runs (one per seed)."""
+
+    method: str
+    keep: Budget | None
+    runs: tuple[Run, ...]
+
+
+def plan(methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle: bool) -> list[Entry]:
+    """The rows, full first, the oracle's last; repeated ones are left out.
+
+    A spec whose budget is open runs at every one of ``keeps`` (at its own default if there is none), a spec with a
+    budget of its own only there.
+
+    Raises:
+        ValueError: unknown method or parameter, bad budget, fewer than one seed.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {seeds}")
+    entries = [_entry("full", None, 1)]
+    for spec in methods:
+        entries += [_entry(spec, keep, seeds) for keep in (keeps if _is_open(spec, "keep") and keeps else [None])]
+    if oracle:
+        entries += [Entry(ORACLE, keep, (Run(f"{ORACLE}(keep={keep!r})", ()),)) for keep in keeps]
+    return list({tuple(run.key for run in entry.runs): entry for entry in reversed(entries)}.values())[::-1]
+
+
+def _entry(spec: str, keep: Budget | None, seeds: int) -> Entry:
+    given = {} if keep is None else {"keep": keep}
+    stages = parse(spec, **given)
+    budgets = [stage.keep for stage in stages if hasattr(stage, "keep")]
+    runs = [parse(spec, **given, seed=seed) for seed in range(seeds)] if _is_open(spec, "seed") else [stages]
+    return Entry(spec, budgets[-1] if budgets else None, tuple(Run(_key(run), tuple(run)) for run in runs))
+
+
+def _is_open(spec: str, parameter: str) -> bool:
+    """Whether some stage has the parameter and the spec does not give it."""
+    having = sum(hasattr(stage, parameter) for stage in parse(spec))
+    return having > len(re.findall(rf"[(,]\s*{parameter}\s*=", spec))
+
+
+def _key(stages: Sequence[Method]) -> str:
+    code = b"".join(_foreign_code(type(stage)) for stage in stages)
+    mark = f" #{hashlib.sha256(code).hexdigest()[:8]}" if code else ""
+    return " + ".join(map(str, stages)) + mark
+
+
+def _foreign_code(cls: type) -> bytes:
+    """The file of a method that is not part of Tokensieve: its predictions are void once it is edited."""
+    if cls.__module__.split(".")[0] == "tokensieve":
+        return b""
+    try:
+        return Path(inspect.getfile(cls)).read_bytes()
+    except (OSError, TypeError):  # made in a notebook
+        return b""

@@ -1,0 +1,101 @@
+"""Answers and costs to the rows of the table and what stands beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tokensieve.evaluate.data import Sample
+from tokensieve.evaluate.intervals import interval
+from tokensieve.evaluate.journal import Answer
+from tokensieve.evaluate.metrics import Metric
+from tokensieve.evaluate.plan import Entry
+from tokensieve.evaluate.results import Example, Results, Row, TypeScore
+from tokensieve.evaluate.score import Scores, by_type, difference, score
+from tokensieve.measure import Cost
+
+MB = 1e6
+MEASURED = (
+    "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "peak_activation_mb", "kv_mb"
+)  # fmt: skip
+
+
+class Table:
+    """The results so far, filled row by row; full must come first.
+
+    Args:
+        samples: the data set.
+        metric: scores an answer.
+        examples: images to show; their ``kept`` is filled here.
+    """
+
+    def __init__(self, samples: Sequence[Sample], metric: Metric, examples: Sequence[Example]) -> None:
+        self.samples, self.metric, self.examples = samples, metric, tuple(examples)
+        self.rows: list[Row] = []
+        self._types: list[tuple[TypeScore, ...]] = []
+        self._differences: list[tuple[float, float, float]] = []
+        self._full: Scores | None = None
+
+    def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]], cost: Cost | None) -> None:
+        """Add a row: ``runs`` hold the answers by sample id, one mapping per seed."""
+        answers = [[run[sample.id] for sample in self.samples] for run in runs]
+        scores = score(self.metric, self.samples, [[answer.text for answer in run] for run in answers])
+        self._full = scores if self._full is None else self._full
+        low, high = interval(scores)
+        counted = [answer for run in answers for answer in run]
+        after = sum(answer.after for answer in counted) / len(counted)
+        self.rows.append(
+            Row(
+                method=entry.method,
+                keep=entry.keep,
+                tokens_before=sum(answer.before for answer in counted) / len(counted),
+                tokens_after=after,
+                tokens_average=after,
+                samples=len(self.samples),
+                accuracy=float(scores.mean()),
+                accuracy_low=low,
+                accuracy_high=high,
+                **_measured(cost),
+            )
+        )
+        self._types.append(by_type(self.samples, scores))
+        self._differences.append(difference(scores, self._full))
+        self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
+
+    def results(self, *, complete: bool, environment: dict[str, Any], settings: dict[str, Any]) -> Results:
+        """Everything so far."""
+        return Results(
+            complete=complete,
+            environment=environment,
+            settings=settings,
+            rows=tuple(self.rows),
+            types=tuple(self._types),
+            differences=tuple(self._differences),
+            examples=self.examples,
+        )
+
+
+def _measured(cost: Cost | None) -> dict[str, float | None]:
+    """The fields of a row that are measured; all ``None`` if nothing was."""
+    if cost is None:
+        return dict.fromkeys(MEASURED)
+    return {
+        "flops_ratio": cost.flops_ratio,
+        "prefill_ms": cost.prefill_ms.median,
+        "prefill_speedup": cost.prefill_speedup.median,
+        "method_ms": cost.method_ms.median if cost.method_ms else None,
+        "decode_ms_per_token": cost.decode_ms_per_token.median,
+        "peak_activation_mb": cost.peak_activation_bytes / MB,
+        "kv_mb": cost.kv_bytes / MB,
+    }
+
+
+def _with_row(example: Example, entry: Entry, answer: Answer) -> Example:
+    kept = {
+        "method": entry.method,
+        "keep": entry.keep,
+        "prediction": answer.text,
+        "reductions": [answer.reduction],
+    }
+    return replace(example, kept=(*example.kept, kept))

@@ -1,0 +1,65 @@
+"""Interleaved timing, on a clock that only the calls move."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from tokensieve.measure import Spread, interleave, latency, paired_difference, paired_ratio
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def spend(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_rounds_alternate_and_warmup_is_thrown_away(clock):
+    order = []
+
+    def call(name: str, seconds: float):
+        def run() -> None:
+            order.append(name)
+            clock.spend(seconds if len(order) > 4 else 100)  # the first two rounds are cold
+
+        return run
+
+    a, b = interleave([call("a", 1), call("b", 3)], repeats=3, warmup=2)
+    assert a == pytest.approx([1000] * 3)
+    assert b == pytest.approx([3000] * 3)
+    assert "".join(order) == "abbaabbaab"
+
+
+def test_the_context_is_entered_each_time_and_not_timed(clock):
+    inside = []
+
+    @contextmanager
+    def attached():
+        clock.spend(50)
+        inside.append(True)
+        yield
+        inside.pop()
+        clock.spend(50)
+
+    seen = []
+
+    def call() -> None:
+        seen.append(bool(inside))
+        clock.spend(1)
+
+    (times,) = interleave([call], around=[attached], repeats=2, warmup=0)
+    assert times == pytest.approx([1000] * 2)
+    assert seen == [True, True]
+    assert not inside
+
+
+def test_ratios_and_differences_are_paired():
+    slow, fast = [10.0, 100.0, 20.0], [5.0, 50.0, 5.0]  # round two hit a busy machine
+    assert paired_ratio(slow, fast) == Spread(median=2.0, low=2.0, high=3.0)
+    assert paired_difference(slow, fast) == Spread(median=15.0, low=10.0, high=32.5)
