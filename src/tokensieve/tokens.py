@@ -26,10 +26,11 @@ class VisualTokens:
             heads, one value per visual token. Layers count from 0.
         depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one. In
             the LLM, its number of blocks.
-        text: `[B, M, D]`, LLM input embeddings of the user's words.
+        text: `[B, M, D]`, the user's words in the space of the features: at the connector, the LLM's input embeddings.
         text_mask: `[B, M]` bool, True on real words.
-        queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of chosen text tokens to the visual tokens.
-        query_mask: `[B, Q]` bool, True on real queries; ``None``: all are.
+        queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of the last token, or of each word, to the tokens.
+        keys, text_keys: `[B, N, E]` and `[B, M, E]`, in the LLM: key states with heads side by side.
+        entry, text_entry: `[B, N0, D]` and `[B, M, D]`, in the LLM: embeddings as they entered it.
         stage: in the LLM, which of the method's stages this is, from 0.
         entered: visual tokens of the image at the LLM's entry; budgets of decoder methods are shares of these.
         notes: remarks on the evidence (a substitute for a missing [CLS], say); they travel into the Reduction.
@@ -42,7 +43,10 @@ class VisualTokens:
     text: Tensor | None = None
     text_mask: Tensor | None = None
     queries: Tensor | None = None
-    query_mask: Tensor | None = None
+    keys: Tensor | None = None
+    text_keys: Tensor | None = None
+    entry: Tensor | None = None
+    text_entry: Tensor | None = None
     stage: int = 0
     entered: int | None = None
     notes: tuple[str, ...] = ()
@@ -86,11 +90,12 @@ class VisualTokens:
             raise ValueError(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
         return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
 
-    def query_rows(self) -> Tensor:
-        """Attention of the chosen queries, `[B, H, Q, N]`; ``ValueError`` if none was given."""
-        if self.queries is None:
-            raise ValueError("this method reads the LLM's attention: give VisualTokens(queries=[B, H, Q, N])")
-        return self.queries
+    def given(self, name: str) -> Tensor:
+        """Evidence that a method cannot do without; ``ValueError`` naming it if it was not given."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"this method needs VisualTokens({name}=...)")
+        return value
 
     def words(self) -> tuple[Tensor, Tensor]:
         """The user's words and their mask, `[B, M, D]` and `[B, M]`.

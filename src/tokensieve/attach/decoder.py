@@ -32,19 +32,25 @@ class Run:
 
     Attributes:
         stream: the sequence as the next block will see it.
+        entry: the sequence as the first block saw it.
         prefill: how it entered the LLM.
         plans: `[row][image]`, what became of each image so far.
         states: for every block from the first stage on, what later steps must know.
         tokens: visual tokens per image that each block saw, `[block][row][image]`.
         made: positions and mask of the current stream, made once for all blocks that share it.
+        read: what the probe of the stage read: attention rows, keys.
+        embeddings: `[B, L, D]`, what entered the LLM, for methods that need it.
     """
 
     stream: Stream
+    entry: Stream
     prefill: Prefill
     plans: list[list[Plan]]
     states: dict[int, State] = field(default_factory=dict)
     tokens: dict[int, list[list[int]]] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
+    read: tuple[Tensor | None, Tensor | None] = (None, None)
+    embeddings: Tensor | None = None
 
 
 @dataclass
@@ -69,10 +75,10 @@ class DecoderHooks:
         self.stages = method.stages(len(self.blocks))
         self._local = threading.local()
         self.probes: dict[int, Probe] = {}
-        if method.needs.queries is not None:
+        if method.needs.queries is not None or method.needs.keys:
             asked = {stage: stage - (not method.needs.own) for stage in self.stages}
             self.probes = {stage: Probe(self.blocks[a].self_attn, self._read) for stage, a in asked.items()}
-        first = self.stages[0]
+        first = 0 if method.needs.entry else self.stages[0]
         self._handles = [
             block.register_forward_pre_hook(partial(self._enter, first + i), with_kwargs=True)
             for i, block in enumerate(self.blocks[first:])
@@ -104,7 +110,7 @@ class DecoderHooks:
         words = self.words.find(prefill.kwargs["input_ids"]) if self.words is not None else None
         sizes = [[plan.decision.slots for plan in row] for row in prefill.plans]
         stream = Stream.enter(prefill.visual, prefill.kwargs.get("attention_mask"), sizes, words)
-        self._local.call = Run(stream, prefill, [list(row) for row in prefill.plans])
+        self._local.call = Run(stream, stream, prefill, [list(row) for row in prefill.plans])
         for probe in self.probes.values():
             probe.arm()
 
@@ -127,32 +133,28 @@ class DecoderHooks:
             return None
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if isinstance(call, Step):
+        if isinstance(call, Step) and number in call.states:
             self._translate(call, number, hidden, kwargs)
-        else:
+        elif isinstance(call, Run):
+            if number == 0:
+                call.embeddings = hidden
             if number in self.stages:
                 hidden = self._reduce(call, number, hidden, kwargs)
-            self._shorten(call, number, hidden, kwargs)
+            if number >= self.stages[0]:
+                self._shorten(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
     def _reduce(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Decide at a stage, and shorten the hidden states."""
-        stream, stage = run.stream, self.stages.index(number)
-        read = self._ask(run, number, hidden, kwargs) if number in self.probes else None
+        stream = run.stream
+        self._ask(run, number, hidden, kwargs)
         flat = [(row, image) for row, images in enumerate(stream.images) for image in range(len(images))]
         kept = [list(images) for images in stream.images]
-        for group in equal_groups([len(stream.images[r][i]) for r, i in flat]):
+        for group in equal_groups([(len(stream.images[r][i]), len(run.entry.images[r][i])) for r, i in flat]):
             members = [flat[g] for g in group]
             of = torch.tensor([r for r, _ in members], device=hidden.device)
             columns = torch.stack([stream.images[r][i] for r, i in members])
-            tokens = VisualTokens(
-                hidden[of[:, None], columns],
-                queries=None if read is None else read[of].take_along_dim(columns[:, None, None], -1),
-                query_mask=None if stream.words is None else stream.words[1][of],
-                stage=stage,
-                depth=len(self.blocks),
-                entered=run.prefill.plans[members[0][0]][members[0][1]].decision.slots,
-            )
+            tokens = self._evidence(run, number, hidden, members, of, columns)
             decision = self.method(tokens)
             slots = columns.gather(1, decision.anchors)
             if decision.mixing is not None:
@@ -216,24 +218,59 @@ class DecoderHooks:
 
     # -- evidence -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Attention of the wanted queries at a stage, `[B, H, Q, n]`: read in the block before, or asked ahead."""
+    def _evidence(
+        self, run: Run, number: int, hidden: Tensor, members: list[tuple[int, int]], of: Tensor, columns: Tensor
+    ) -> VisualTokens:
+        """What the method sees of equal images: ``members`` are (row, image), ``columns`` `[G, N]` their tokens."""
+        needs, stream, rows = self.method.needs, run.stream, of[:, None]
+        queries, keys = run.read
+        words = None if stream.words is None else stream.words[0][of]
+        plans = [run.prefill.plans[r][i] for r, i in members]
+        entry = text_entry = None
+        if run.embeddings is not None:
+            first = torch.stack([run.entry.images[r][i] for r, i in members])
+            entry = run.embeddings[rows, first]
+            text_entry = None if run.entry.words is None else run.embeddings[rows, run.entry.words[0][of]]
+        rows_of = self.decoder.norm(hidden) if needs.normed else hidden
+        return VisualTokens(
+            rows_of[rows, columns],
+            grid=plans[0].decision.grid if columns.shape[1] == plans[0].decision.total else None,
+            text=None if words is None else rows_of[rows, words],
+            text_mask=None if stream.words is None else stream.words[1][of],
+            queries=None if queries is None else queries[of].take_along_dim(columns[:, None, None], -1),
+            keys=None if keys is None else keys[rows, columns],
+            text_keys=None if keys is None or words is None else keys[rows, words],
+            entry=entry,
+            text_entry=text_entry,
+            stage=self.stages.index(number),
+            depth=len(self.blocks),
+            entered=plans[0].decision.slots,
+        )
+
+    def _ask(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Take what the probe of a stage read in the block before, or ask the stage's own block ahead."""
+        if number not in self.probes:
+            return
         probe = self.probes[number]
         if self.method.needs.own:
             ahead = dict(kwargs, past_key_values=None)
             self._shorten(replace(run, states={}, tokens={}, made={}), number, hidden, ahead)
             with probe.only():  # runs the block up to its queries and keys, no further
                 self.blocks[number].forward(hidden, **ahead)
-        (read,) = probe.take()
-        return read
+        (run.read,) = probe.take()
 
-    def _read(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
-        stream: Stream = self._local.call.stream
-        if stream.words is not None and self.method.needs.queries == "words":
-            columns = stream.words[0]
-        else:
-            columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
-        return attention_of_queries(query, key, scaling, columns, stream.mask)
+    def _read(self, query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of the wanted queries, `[B, H, Q, n]`, and keys with heads side by side, `[B, n, E]`."""
+        needs, stream = self.method.needs, self._local.call.stream
+        rows = keys = None
+        if needs.queries == "words":
+            rows = attention_of_queries(query, key, scaling, stream.words[0], stream.mask)
+        elif needs.queries == "last":
+            last = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
+            rows = attention_of_queries(query, key, scaling, last, stream.mask)
+        if needs.keys:
+            keys = key.transpose(1, 2).flatten(2)
+        return rows, keys
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Deepstack features are added after a block: to the tokens that are left, reduced as they were."""

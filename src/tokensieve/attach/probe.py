@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Read: TypeAlias = Callable[[Tensor, Tensor, float], Tensor]
+Read: TypeAlias = Callable[[Tensor, Tensor, float], Any]
 NAME = "tokensieve_probe"
 CHUNK = 1024  # queries at once where all of them are read: never an [N, N] matrix
 
@@ -44,9 +44,9 @@ class Probe:
         """Record from now on, until :meth:`take`."""
         self._local.rows = []
 
-    def take(self) -> list[Tensor]:
+    def take(self) -> list[Any]:
         """What was read since :meth:`arm`, call by call. Disarms."""
-        rows: list[Tensor] = getattr(self._local, "rows", None) or []
+        rows: list[Any] = getattr(self._local, "rows", None) or []
         self._local.rows = None
         return rows
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
-from tokensieve.budget import check_budget
+from tokensieve.budget import check_budget, stage_counts
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import Layers, VisualTokens
 
@@ -26,6 +26,9 @@ class Needs:
         grid: the tokens must form a grid.
         queries: in the LLM, attention rows of the last prompt token ("last") or of every word of the user ("words").
         own: these rows are those of the stage's own block, asked ahead; else of the block before, which has run.
+        keys: in the LLM, key states of visual tokens and words in the block before.
+        entry: in the LLM, the embeddings of visual tokens and words as they entered it.
+        normed: in the LLM, features and text after the LLM's final norm.
     """
 
     cls_attention: Layers | None = None
@@ -33,6 +36,9 @@ class Needs:
     grid: bool = False
     queries: Literal["last", "words"] | None = None
     own: bool = False
+    keys: bool = False
+    entry: bool = False
+    normed: bool = False
 
     def __str__(self) -> str:
         wants = []
@@ -68,7 +74,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), get_args(_hint(type(self), field.name))
-            if field.name == "keep":
+            if field.name == "keep" or (field.name == "average" and value is not None):
                 check_budget(value)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
@@ -82,12 +88,16 @@ class Method(ABC):
     def reduce(self, image: VisualTokens) -> Reduction:
         """Decide for B equal images at once."""
 
+    def count(self, image: VisualTokens) -> int | None:
+        """Tokens that the budget leaves of each image; ``None`` for a method without one."""
+        keep = getattr(self, "keep", None)
+        return None if keep is None else image.count(keep)
+
     def __call__(self, image: VisualTokens) -> Reduction:
         """:meth:`reduce`, unless the budget keeps the image whole: then the identity, with a note saying so."""
-        keep = getattr(self, "keep", None)
-        if keep is not None and image.count(keep) == image.total:
+        if self.count(image) == image.total:
             b, n, _ = image.features.shape
-            note = f"kept whole: keep={keep} does not ask for fewer than its {n} tokens"
+            note = f"kept whole: the budget of {self} does not ask for fewer than its {n} tokens"
             return Reduction.identity(n, b, image.features.device, grid=image.grid, notes=(note,))
         return self.reduce(image)
 
@@ -103,16 +113,37 @@ class Method(ABC):
 
 @dataclass(frozen=True)
 class DecoderMethod(Method):
-    """Base of methods that act inside the LLM: :meth:`reduce` is called once per stage, on hidden states."""
+    """Base of methods that act inside the LLM: :meth:`reduce` is called once per stage, on hidden states.
+
+    Those with a budget have the fields ``keep`` (tokens after the last stage) and ``average`` (over all blocks).
+    """
 
     @abstractmethod
     def stages(self, depth: int) -> list[int]:
         """Blocks before which tokens leave, ascending, in an LLM of ``depth`` blocks; use :func:`check_blocks`."""
 
+    def count(self, image: VisualTokens) -> int | None:
+        keep = getattr(self, "keep", None)
+        if keep is None:
+            return None
+        if image.depth is None:
+            return image.count(keep)
+        entered, blocks = image.entered or image.total, self.stages(image.depth)
+        counts = stage_counts(entered, image.depth, blocks, keep, getattr(self, "average", None))
+        return min(counts[image.stage], image.total)
 
-def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
-    """``blocks`` if an LLM of ``depth`` blocks can reduce before them; ``ValueError`` otherwise."""
-    wanted = list(blocks)
+    def wanted(self, image: VisualTokens) -> int:
+        """:meth:`count` of a method that has a budget."""
+        return self.count(image) or image.total
+
+
+def check_blocks(blocks: Sequence[int | float], depth: int) -> list[int]:
+    """Block numbers meant by ``blocks`` in an LLM of ``depth`` blocks: floats are shares of the depth.
+
+    Raises:
+        ValueError: if tokens cannot leave there.
+    """
+    wanted = [round(block * depth) if isinstance(block, float) else block for block in blocks]
     if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 1 or wanted[-1] >= depth:
         raise ValueError(
             f"tokens can leave before blocks 1 to {depth - 1} of this LLM, in ascending order; got {wanted}"

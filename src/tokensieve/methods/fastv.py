@@ -17,17 +17,19 @@ class FastV(DecoderMethod):
 
     Args:
         keep: tokens per image from block ``layer`` on, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all blocks (SparseVLM's convention).
         layer: the first block that sees the shorter sequence (the paper's K).
 
     Paper: "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
     """
 
     keep: Budget = 0.5
-    layer: int = 2
+    average: Budget | None = None
+    layer: int | float = 2
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks([self.layer], depth)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.query_rows().mean((1, 2))
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+        scores = image.given("queries").mean((1, 2))
+        return image.keep(top_k(scores, self.wanted(image)), scores)
