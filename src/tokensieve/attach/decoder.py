@@ -37,7 +37,7 @@ class Run:
         plans: `[row][image]`, what became of each image so far.
         states: for every block from the first stage on, what later steps must know.
         tokens: visual tokens per image that each block saw, `[block][row][image]`.
-        made: positions and mask of the current stream, made once for all blocks that share it.
+        made: positions, mask and state of the current stream, made once for all blocks that share it.
         read: what the probe of the stage read: attention rows, keys.
         embeddings: `[B, L, D]`, what entered the LLM, for methods that need it.
     """
@@ -169,10 +169,12 @@ class DecoderHooks:
         """Positions and mask of the shorter sequence for one block, and what its cache must remember."""
         stream, made = run.stream, run.made
         run.tokens[number] = [[len(columns) for columns in images] for images in stream.images]
-        run.states[number] = _state(run)
+        if "state" not in made:
+            made["state"] = _state(run)
+        run.states[number] = made["state"]
         if stream.width == run.prefill.visual.shape[1]:
             return
-        if not made:
+        if "mask" not in made:
             made["positions"] = self._positions(stream, hidden, kwargs)
             made["mask"] = self._mask(number, hidden, kwargs, stream.mask)
         kwargs["position_embeddings"], kwargs["position_ids"] = made["positions"]

@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 from tokensieve.attach.cache import States, later_step, remember, states_of
-from tokensieve.attach.connector import Connector, Decisions, Prefill
-from tokensieve.attach.decoder import DecoderHooks
+from tokensieve.attach.connector import Connector, Decisions, Plan, Prefill
+from tokensieve.attach.decoder import DecoderHooks, Run
 from tokensieve.attach.encoder import EncoderHooks
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
@@ -64,6 +64,7 @@ class Sieve:
 
     Attributes:
         last: `[sample][image]`, the Reduction of each image in the latest prefill.
+        tokens: `[sample][image]`, how many of its tokens each block of the LLM saw in that prefill.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Sieve:
         needs = connector.needs if connector is not None else Needs()
         self.model, self.stages, self.positions = model, stages, positions
         self.last: Decisions = []
+        self.tokens: list[list[list[int]]] = []
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
         words = UserWords(model, processor) if any(stage.needs.text for stage in stages) else None
@@ -125,7 +127,7 @@ class Sieve:
                 self._decoder.start(prefill)
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
-            self.last = []  # a prompt without images
+            self.last, self.tokens = [], []  # a prompt without images
         states = states_of(cache)
         if states is None:
             return None
@@ -138,12 +140,24 @@ class Sieve:
         run = self._decoder.finish() if self._decoder is not None else None
         if prefill is None or output is None:
             return
-        plans = prefill.plans if run is None else run.plans
-        self.last = [[plan.decision for plan in row] for row in plans[:: prefill.copies]]
+        plans = (prefill.plans if run is None else run.plans)[:: prefill.copies]
+        self.last = [[plan.decision for plan in row] for row in plans]
+        self.tokens = self._tokens(prefill.plans[:: prefill.copies], run, prefill.copies)
         cache = getattr(output, "past_key_values", None)
         states = States(prefill.state, {} if run is None else run.states)
         if cache is not None and any(state.dropped for state in (states.entry, *states.blocks.values())):
             remember(cache, states)
+
+    def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:
+        blocks = range(len(self.model.get_decoder().layers))
+        inside = {} if run is None else {block: rows[::copies] for block, rows in run.tokens.items()}
+        return [
+            [
+                [inside[b][row][image] if b in inside else plan.decision.slots for b in blocks]
+                for image, plan in enumerate(plans)
+            ]
+            for row, plans in enumerate(entered)
+        ]
 
 
 def _read(
