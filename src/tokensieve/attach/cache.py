@@ -21,12 +21,14 @@ class State:
         padded: whether any row is; known without a look at the device.
         length: columns of the prefix as the caller sees it.
         shift: `[B, 1]` (or `[axes, B, 1]` for M-RoPE), what contiguous positions are behind the caller's; else None.
+        renumbered: in the state of a block, `[B, 1]` bool: rows that contiguous positions apply to; ``None``: all.
     """
 
     mask: Tensor
     padded: bool
     length: int
-    shift: Tensor | None
+    shift: Tensor | None = None
+    renumbered: Tensor | None = None
 
     @property
     def dropped(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,14 +29,14 @@ class Plan:
     """What became of one image.
 
     Attributes:
-        decision: in terms of its original tokens.
+        decision: what the encoder and connector stages decided, in terms of its original tokens.
         features: what to do to the rows that the encoder made.
-        inside: what decoder stages did to the rows that entered the LLM.
+        inside: what each decoder stage did to the rows it was given.
     """
 
     decision: Reduction
     features: Reduction
-    inside: Reduction | None = None
+    inside: tuple[Reduction, ...] = ()
 
     def then(self, following: Reduction) -> Plan:
         """With a connector's decision about what is left."""
@@ -46,8 +46,32 @@ class Plan:
 
     def then_inside(self, following: Reduction) -> Plan:
         """With a decoder stage's decision about what is left."""
-        inside = following if self.inside is None else following.after(self.inside)
-        return Plan(following.after(self.decision), self.features, inside)
+        return replace(self, inside=(*self.inside, following))
+
+    @property
+    def reduced_inside(self) -> bool:
+        return any(not stage.whole for stage in self.inside)
+
+    @property
+    def anchors(self) -> Tensor:
+        """Original indices of the tokens that are left."""
+        anchors = self.decision.anchors
+        for stage in self.inside:
+            anchors = anchors[stage.anchors]
+        return anchors
+
+    def reduce_inside(self, rows: Tensor) -> Tensor:
+        """What the decoder stages made of rows that entered the LLM."""
+        for stage in self.inside:
+            rows = stage.apply(rows)
+        return rows
+
+    def final(self) -> Reduction:
+        """All stages as one decision in terms of the original tokens."""
+        decision = self.decision
+        for stage in self.inside:
+            decision = stage.after(decision)
+        return decision
 
 
 @dataclass(frozen=True)
@@ -108,7 +132,8 @@ class Connector:
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
         columns = Columns.of(stay, [stay.shape[1] - n for n in lost])
         kwargs["mm_encoder_outputs"]["image"] = _reduced(encoded, [plan.features for plan in plans])
-        state = self._shorten(kwargs, columns, positions, layout.end)
+        reduced = [any(not p.decision.whole for p in row) for row in by_row]
+        state = self._shorten(kwargs, columns, positions, layout.end, reduced)
         return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
@@ -152,7 +177,7 @@ class Connector:
         if self.replay is not None:
             return [Plan(decision, decision) for decision in _replayed(self.replay, layout.images)]
         if record.reductions is None:
-            plans = [Plan(whole, whole) for whole in (Reduction.identity(len(f), device=f.device) for f in features)]
+            plans = [_whole(f, record.grids[origin]) for f, origin in zip(features, origins, strict=True)]
         else:  # the encoder made the slots' rows itself: the decision says from what, the features are only picked
             before = [record.reductions[origin] for origin in origins]
             plans = [Plan(r, Reduction(r.total, r.anchors)) for r in before]
@@ -184,7 +209,9 @@ class Connector:
         axes, self.base.rope_deltas = self.base.get_rope_index(**{n: kwargs[n] for n in names if n in kwargs})
         return torch.cat([plain[None], axes])
 
-    def _shorten(self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int) -> State:
+    def _shorten(
+        self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int, reduced: list[bool]
+    ) -> State:
         """Shorten everything that has a column per token, in place; returns what the cache must remember."""
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         kwargs["input_ids"] = columns.take(ids, filler=_padding_id(self.model))
@@ -198,6 +225,8 @@ class Connector:
         taken, shift = columns.take(positions), None
         if self.positions == "contiguous":
             numbered = (new_mask.long().cumsum(-1) - 1).clamp(min=0).expand_as(taken)
+            if not all(reduced):  # a row that stayed whole keeps its ids, as it does in a batch of its own
+                numbered = numbered.where(torch.tensor(reduced, device=ids.device)[:, None], taken)
             shift, taken = taken[..., -1:] - numbered[..., -1:], numbered
         kwargs["position_ids"] = taken
         tail = ids.shape[1] - end
@@ -229,6 +258,13 @@ def _untouched(kwargs: dict[str, Any], end: int) -> State:
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     prefix = torch.ones_like(ids[:, :end]) if mask is None else mask[:, :end].long()
     return State(prefix, False, end, None)
+
+
+def _whole(features: Tensor, grid: tuple[int, int]) -> Plan:
+    """An image of which nothing left yet."""
+    size = len(features)
+    whole = Reduction.identity(size, device=features.device, grid=grid if grid[0] * grid[1] == size else None)
+    return Plan(whole, whole)
 
 
 def _by_row(plans: list[Plan], images: list[list[int]]) -> list[list[Plan]]:

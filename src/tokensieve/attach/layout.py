@@ -83,77 +83,9 @@ class Columns:
         return x.expand(*lead, len(self.index), -1, -1).gather(-2, index)
 
 
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """The sequences of one prefill as a block of the LLM sees them.
-
-    Attributes:
-        columns: for each column, the one it was at the LLM's entry.
-        visual: `[B, n]` bool, True on visual tokens.
-        mask: `[B, n]` long, 0 on padding; ``None`` if there is none.
-        images: per row and image, the columns `[K]` of its tokens.
-        words: `[B, M]`, the columns of the user's words, and `[B, M]` bool; ``None`` if nobody asks.
-    """
-
-    columns: Columns
-    visual: Tensor
-    mask: Tensor | None
-    images: list[list[Tensor]]
-    words: tuple[Tensor, Tensor] | None
-
-    @classmethod
-    def enter(
-        cls, visual: Tensor, mask: Tensor | None, sizes: list[list[int]], words: tuple[Tensor, Tensor] | None
-    ) -> Stream:
-        """The stream at the LLM's entry; ``sizes`` are the visual tokens per row and image."""
-        batch, width = visual.shape
-        ordered = (~visual).int().argsort(dim=-1, stable=True)  # visual columns first, in order
-        images = [
-            list(torch.split(row[: sum(sizes_)], sizes_)) if sizes_ else []
-            for row, sizes_ in zip(ordered, sizes, strict=True)
-        ]
-        every = torch.arange(width, device=visual.device).expand(batch, -1)
-        columns = Columns(every, torch.ones_like(visual), False)
-        return cls(columns, visual, None if mask is None else mask.long(), images, words)
-
-    @property
-    def width(self) -> int:
-        return self.visual.shape[1]
-
-    def keep(self, images: list[list[Tensor]]) -> tuple[Stream, Columns]:
-        """The stream in which of every image only the given columns stay, and how to get there."""
-        stay = ~self.visual
-        for row, kept in zip(stay, images, strict=True):
-            for columns in kept:
-                row.index_fill_(0, columns, True)
-        left = [self.width - _tokens(a) + _tokens(b) for a, b in zip(self.images, images, strict=True)]
-        chosen = Columns.of(stay, left)
-        # a column that stays moves to the number of staying columns before it, after the row's new padding
-        moved = stay.long().cumsum(-1) - 1 + (max(left) - torch.tensor(left, device=stay.device))[:, None]
-        mask = chosen.take(torch.ones_like(self.visual).long() if self.mask is None else self.mask, filler=0)
-        padded = self.columns.padded or chosen.padded
-        following = Stream(
-            columns=Columns(chosen.take(self.columns.index), chosen.take(self.columns.valid) & chosen.valid, padded),
-            visual=chosen.take(self.visual) & chosen.valid,
-            mask=mask if self.mask is not None or chosen.padded else None,
-            images=[[row[columns] for columns in kept] for row, kept in zip(moved, images, strict=True)],
-            words=self.words and (moved.gather(1, self.words[0]), self.words[1]),
-        )
-        return following, chosen
-
-    def numbered(self) -> Tensor:
-        """Contiguous position ids, `[B, n]`; padding repeats the first."""
-        mask = torch.ones_like(self.visual) if self.mask is None else self.mask
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:
     """Indices grouped by equal keys, in order of first appearance."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     return list(groups.values())
-
-
-def _tokens(images: list[Tensor]) -> int:
-    return sum(map(len, images))

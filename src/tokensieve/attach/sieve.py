@@ -11,8 +11,9 @@ from typing import Any
 
 from tokensieve.attach.cache import States, later_step, remember, states_of
 from tokensieve.attach.connector import Connector, Decisions, Plan, Prefill
-from tokensieve.attach.decoder import DecoderHooks, Run
+from tokensieve.attach.decoder import DecoderHooks
 from tokensieve.attach.encoder import EncoderHooks
+from tokensieve.attach.stream import Run
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
 from tokensieve.models import family_of
@@ -63,7 +64,6 @@ class Sieve:
     """An attached method. Use as a context manager, or call :meth:`detach`.
 
     Attributes:
-        last: `[sample][image]`, the Reduction of each image in the latest prefill.
         tokens: `[sample][image]`, how many of its tokens each block of the LLM saw in that prefill.
     """
 
@@ -71,12 +71,16 @@ class Sieve:
         self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
     ) -> None:
         family = family_of(model)
+        for stage in stages:
+            if stage.info.stage not in family.stages:
+                raise ValueError(f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}")
         by_stage = {stage.info.stage: stage for stage in stages}
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
         decoder = by_stage.get("decoder")
         needs = connector.needs if connector is not None else Needs()
         self.model, self.stages, self.positions = model, stages, positions
-        self.last: Decisions = []
+        self._last: list[list[Plan]] = []
+        self._decisions: Decisions | None = None
         self.tokens: list[list[list[int]]] = []
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
@@ -90,6 +94,16 @@ class Sieve:
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
+
+    @property
+    def last(self) -> Decisions:
+        """`[sample][image]`, the Reduction of each image in the latest prefill, all stages as one."""
+        if self._decisions is None:  # composed when somebody looks, not in the prefill
+            self._decisions = [[plan.final() for plan in row] for row in self._last]
+        return self._decisions
+
+    def _note(self, plans: list[list[Plan]], tokens: list[list[list[int]]]) -> None:
+        self._last, self._decisions, self.tokens = plans, None, tokens
 
     def detach(self) -> None:
         """Remove every hook: the model is what it was before. Does nothing the second time."""
@@ -127,12 +141,14 @@ class Sieve:
                 self._decoder.start(prefill)
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
-            self.last, self.tokens = [], []  # a prompt without images
+            self._note([], [])  # a prompt without images
         states = states_of(cache)
         if states is None:
             return None
         if self._decoder is not None:
             self._decoder.resume(states.blocks, kwargs.get("attention_mask"))
+        elif states.blocks:
+            raise ValueError("tokens left this cache inside the LLM: continue with the decoder method attached")
         return (), later_step(kwargs, states.entry, cache)
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
@@ -141,11 +157,11 @@ class Sieve:
         if prefill is None or output is None:
             return
         plans = (prefill.plans if run is None else run.plans)[:: prefill.copies]
-        self.last = [[plan.decision for plan in row] for row in plans]
-        self.tokens = self._tokens(prefill.plans[:: prefill.copies], run, prefill.copies)
+        self._note(plans, self._tokens(plans, run, prefill.copies))
         cache = getattr(output, "past_key_values", None)
         states = States(prefill.state, {} if run is None else run.states)
-        if cache is not None and any(state.dropped for state in (states.entry, *states.blocks.values())):
+        # a batch whose longest row lost nothing is as wide as before: then only its padding tells
+        if cache is not None and any(s.dropped or s.padded for s in (states.entry, *states.blocks.values())):
             remember(cache, states)
 
     def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:

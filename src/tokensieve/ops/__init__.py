@@ -3,11 +3,14 @@
 from tokensieve.ops.cluster import density_peaks
 from tokensieve.ops.merge import area_pool, pooled_grid
 from tokensieve.ops.score import normalise, text_similarity
-from tokensieve.ops.select import max_min, top_k, top_k_per_group, uniform
+from tokensieve.ops.select import knee, max_min, top_k, top_k_per_group, uniform
+from tokensieve.ops.transport import carried
 
 __all__ = [
     "area_pool",
+    "carried",
     "density_peaks",
+    "knee",
     "max_min",
     "normalise",
     "pooled_grid",

@@ -1,10 +1,10 @@
-"""Clusters: rows in, a centre for each row out. Deterministic: no noise breaks ties, the lower index does."""
+"""Clusters: rows in, a centre for each row out. Deterministic: ties go to the lower index, unless noise is given."""
 
 import torch
 from torch import Tensor
 
 
-def density_peaks(rows: Tensor, clusters: int, neighbours: int) -> tuple[Tensor, Tensor]:
+def density_peaks(rows: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """DPC-kNN: centres are dense and far from anything denser; every row joins its nearest centre.
 
     Density is ``exp(-mean squared distance to the k nearest rows)``, distances are Euclidean over √D.
@@ -13,6 +13,7 @@ def density_peaks(rows: Tensor, clusters: int, neighbours: int) -> tuple[Tensor,
         rows: `[..., N, D]`.
         clusters: how many.
         neighbours: k, itself counted.
+        noise: `[..., N]`, added to the densities; official codes break ties with it.
 
     Returns:
         centres `[..., clusters]`, ascending, and for each row the number of its cluster, `[..., N]`.
@@ -20,6 +21,7 @@ def density_peaks(rows: Tensor, clusters: int, neighbours: int) -> tuple[Tensor,
     distance = torch.cdist(rows.float(), rows.float()) / rows.shape[-1] ** 0.5
     near = distance.topk(min(neighbours, distance.shape[-1]), dim=-1, largest=False).values
     density = (-near.square().mean(-1)).exp()
+    density = density if noise is None else density + noise
     index = torch.arange(rows.shape[-2], device=rows.device)
     earlier = (density[..., None, :] == density[..., None]) & (index < index[:, None])
     denser = (density[..., None, :] > density[..., None]) | earlier
