@@ -91,7 +91,7 @@ def enter(model, family: str, sample: Sample, kept, encoded, answer: list[int]) 
     """The sequence at the LLM's entry: of every image only the tokens ``kept`` stand in it, with ``encoded`` rows."""
     stay = reference.columns(sample, kept)
     ids = torch.tensor([*(sample.ids[column] for column in stay), *answer])
-    visual = ids == IMAGE
+    visual = (ids == IMAGE) & (torch.arange(len(ids)) < len(stay))  # an answer may hold any id
     embeds = model.get_input_embeddings()(ids)
     levels = len(encoded[0].planes) if encoded else 0
     planes = torch.zeros(levels, *embeds.shape)
