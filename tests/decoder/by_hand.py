@@ -37,6 +37,7 @@ class Sequence:
         words: rows of the user's words.
         prompt: rows before the answer.
         left: per image, original indices of its tokens.
+        mixed: per image, `[slots, tokens at the LLM's entry]`, what the stages made of them.
         places: per image, (height, width).
     """
 
@@ -47,11 +48,11 @@ class Sequence:
     words: list[int]
     prompt: int
     left: list[list[int]]
+    mixed: list[Tensor]
     places: list[tuple[int, int]]
     entry: Tensor
     entry_images: list[list[int]]
     entry_words: list[int]
-    moved: bool = False
     seen: list[Block] = field(default_factory=list)
     counts: list[list[int]] = field(default_factory=list)
 
@@ -87,7 +88,7 @@ def attend(decoder, number: int, sequence: Sequence, rows: Tensor) -> tuple[Tens
     return module.o_proj(out.transpose(0, 1).flatten(1)), weights, k.transpose(0, 1).flatten(1)
 
 
-def enter(model, family: str, sample: Sample, kept, encoded, answer: list[int]) -> Sequence:
+def enter(model, family: str, sample: Sample, kept, encoded, policy: str, answer: list[int]) -> Sequence:
     """The sequence at the LLM's entry: of every image only the tokens ``kept`` stand in it, with ``encoded`` rows."""
     stay = reference.columns(sample, kept)
     ids = torch.tensor([*(sample.ids[column] for column in stay), *answer])
@@ -100,6 +101,9 @@ def enter(model, family: str, sample: Sample, kept, encoded, answer: list[int]) 
         for level in range(levels):
             planes[level][visual] = torch.cat([e.planes[level] for e in encoded])
     positions, following = reference.positions(family, sample)
+    positions = positions[:, stay]
+    if policy == "contiguous" and len(stay) < len(sample.ids):
+        positions, following = torch.arange(len(stay)).expand_as(positions), len(stay)
     tail = torch.arange(following, following + len(answer)).expand(len(positions), -1)
     images, rows = [], iter(visual.nonzero().flatten().tolist())
     for indices in kept:
@@ -110,8 +114,8 @@ def enter(model, family: str, sample: Sample, kept, encoded, answer: list[int]) 
     left = [[int(i) for i in indices] for indices in kept]
     places = [image.grid for image in sample.images]
     return Sequence(
-        embeds, planes, torch.cat([positions[:, stay], tail], 1), images, words, prompt, left, places, embeds,
-        [list(i) for i in images], list(words),
+        embeds, planes, torch.cat([positions, tail], 1), images, words, prompt, left,
+        [torch.eye(len(image)) for image in images], places, embeds, [list(i) for i in images], list(words),
     )  # fmt: skip
 
 
@@ -124,6 +128,7 @@ def leave(sequence: Sequence, matrices: list[Tensor], anchors: list[list[int]], 
         places = [image[a] for a in slots]
         rows[places] = matrix @ sequence.rows[image]
         planes[:, places] = matrix @ sequence.planes[:, image]
+        sequence.mixed[number] = matrix @ sequence.mixed[number]
         gone |= set(image) - set(places)
         sequence.images[number] = places
         sequence.left[number] = [sequence.left[number][a] for a in slots]
@@ -145,7 +150,7 @@ def run(model, family, sample, rule, kept, encoded, policy: str, answer: list[in
     and the anchors of its rows.
     """
     decoder = model.model.language_model
-    sequence = enter(model, family, sample, kept, encoded, answer)
+    sequence = enter(model, family, sample, kept, encoded, policy, answer)
     for number, block in enumerate(decoder.layers):
         if number in rule.stages:
             stage = rule.stages.index(number)

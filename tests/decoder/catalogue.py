@@ -44,6 +44,14 @@ RULES = {
     "illava-llm(layer=2, keep=0.4)": Rule([2], rules.illava, share(0.4)),
     "pool-decoder(layer=1, stride=3)": Rule([1], rules.pool(3)),
 }
+# a connector method, the rule inside, and the spec of both
+COMPOSED = {
+    "uniform(keep=9) + fastv(layer=2, keep=4)": Rule([2], rules.fastv, tokens(4)),
+    "pool(keep=9) + illava-llm(layer=3, keep=0.5)": Rule([3], rules.illava, share(0.5)),
+    "random(keep=0.7) + topv(layer=2, keep=0.6)": Rule([2], rules.topv, share(0.6)),
+    "divprune(keep=12) + sparsevlm(layers=(1, 4), counts=(6, 2))": Rule([1, 4], rules.sparsevlm, lambda n: [6, 2]),
+    "uniform(keep=10) + pyramiddrop(layers=(1, 3), counts=(6, 2))": Rule([1, 3], rules.pyramiddrop, lambda n: [6, 2]),
+}
 WHOLE = (
     "fastv(keep=1.0)", "window-fastv(keep=1.0)", "pyramiddrop(keep=1.0)", "sparsevlm(keep=1.0)", "sparsevlm+(keep=1.0)",
     "dart(keep=1.0)", "topv(keep=1.0)", "text-correlation(keep=1.0)", "illava-llm(keep=1.0)", "fastv(average=10_000)",

@@ -89,7 +89,11 @@ class Sieve:
         self._encoder = EncoderHooks(family, model, needs, encoder)
         self._decoder: DecoderHooks | None = None
         if isinstance(decoder, DecoderMethod):
-            self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None)
+            try:
+                self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None)
+            except ValueError:
+                self._encoder.remove()
+                raise
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
