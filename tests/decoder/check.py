@@ -53,7 +53,7 @@ def generate(family, attention, samples, spec, policy):
 def assert_as_by_hand(spec, family, scenario, policy, run, deviation):
     logits, tokens, cache, sieve = run
     samples, entered = tiny.scenario(family, scenario), entering(spec, family, scenario)
-    width, widest = max(len(s.ids) for s in samples), [0] * models.DEPTH
+    widest = [0] * models.DEPTH
     for i, sample in enumerate(samples):
         answer = tokens[i].tolist()
         by, sequence = by_hand_run(spec, family, scenario, policy, i, answer[:-1])
@@ -67,7 +67,7 @@ def assert_as_by_hand(spec, family, scenario, policy, run, deviation):
             assert_conserved(decision, image)
             assert torch.allclose(decision.matrix(), inside @ connector.matrix(), atol=1e-6)
         lost = [sum(image.tokens for image in sample.images) - sum(counts) for counts in sequence.counts]
-        widest = [max(w, width - n) for w, n in zip(widest, lost, strict=True)]
+        widest = [max(w, len(sample.ids) - n) for w, n in zip(widest, lost, strict=True)]
     held = [layer.keys.shape[-2] for layer in cache.layers]
     assert held == [w + STEPS - 1 for w in widest], "columns in the KV cache"
 

@@ -66,15 +66,17 @@ class ReducedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
 
 @dataclass(frozen=True)
 class States:
-    """The states of a cache: of the LLM's entry, and of the blocks after a decoder stage."""
+    """The states of a cache: of the LLM's entry, and of the blocks that saw fewer tokens than it."""
 
     entry: State
     blocks: dict[int, State]
 
 
 def states_of(cache: Cache | None) -> States | None:
-    """What a reduced prefill left on the cache, if any."""
-    return None if cache is None or cache.get_seq_length() == 0 else getattr(cache, STATE, None)
+    """What a reduced prefill left on the cache, if any; one that was emptied since has nothing."""
+    if cache is not None and cache.get_seq_length() == 0:
+        vars(cache).pop(STATE, None)
+    return getattr(cache, STATE, None)
 
 
 def remember(cache: Cache, states: States) -> None:

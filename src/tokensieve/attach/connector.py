@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def reduced_inside(self) -> bool:
-        return any(not stage.whole for stage in self.inside)
+        return any(stage.slots < stage.total for stage in self.inside)
 
     @property
     def anchors(self) -> Tensor:
@@ -82,6 +82,7 @@ class Prefill:
         kwargs: the top-level forward's arguments.
         plans: `[row][image]`; beams and several returns repeat a sample's row ``copies`` times.
         visual: `[B, n]` bool, True on visual tokens.
+        lengths: per row, the columns that are no padding.
         state: what a cache must remember.
     """
 
@@ -89,6 +90,7 @@ class Prefill:
     plans: list[list[Plan]]
     copies: int
     visual: Tensor
+    lengths: list[int]
     state: State
 
 
@@ -119,34 +121,40 @@ class Connector:
         kwargs = dict(kwargs)
         encoded = self._encode(kwargs)
         features = list(encoded.pooler_output)
-        layout = Layout.read(kwargs["input_ids"], self.model.config.image_token_id, [len(f) for f in features])
+        ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), self.model.config.image_token_id
+        layout = Layout.read(ids, mask, token, [len(f) for f in features])
         origins, copies = _origins(layout.images, len(getattr(encoded, RECORD).grids))
         plans = self._decide(kwargs, encoded, features, layout, origins)
         by_row = _by_row(plans, layout.images)
         kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), "image": encoded}
         if all(plan.decision.whole for plan in plans):
-            return Prefill(kwargs, by_row, copies, layout.visual, _untouched(kwargs, layout.end))
+            return Prefill(kwargs, by_row, copies, layout.visual, layout.lengths, _untouched(kwargs, layout.end))
 
         positions = self._positions(kwargs)
-        stay = torch.ones_like(layout.visual).masked_scatter(layout.visual, _kept(plans))
+        stay = layout.real.masked_scatter(layout.visual, _kept(plans))
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
-        columns = Columns.of(stay, [stay.shape[1] - n for n in lost])
+        lengths = [n - gone for n, gone in zip(layout.lengths, lost, strict=True)]
+        columns = Columns.of(stay, lengths)
         kwargs["mm_encoder_outputs"]["image"] = _reduced(encoded, [plan.features for plan in plans])
         reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
-        return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, state)
+        return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, lengths, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("input_ids") is None:
             raise ValueError("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None and not hasattr(encoded, RECORD):
+            raise ValueError(
+                "these image features were encoded before the method was attached, or in prefill chunks "
+                "(prefill_chunk_size): encode them with the method attached, in one piece"
+            )
         check_cache(kwargs.get("past_key_values"))
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask must be [B, L] for a reduced prompt; got {mask.ndim} dimensions")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep must be a number for a reduced prompt, not a tensor of columns")
 
@@ -154,11 +162,6 @@ class Connector:
         """The tower's output with projected features: the one generate() made, or made here as generate() does."""
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            if not hasattr(encoded, RECORD):
-                raise ValueError(
-                    "these image features were encoded before the method was attached, or in prefill chunks "
-                    "(prefill_chunk_size): encode them with the method attached, in one piece"
-                )
             return encoded
         encode = self.base.get_image_features
         names = [n for n in inspect.signature(encode).parameters if n in kwargs and n != "kwargs"]
@@ -247,6 +250,12 @@ def _reduced(encoded: Any, reductions: Sequence[Reduction]) -> Any:
     return out
 
 
+def _whole(features: Tensor, grid: tuple[int, int]) -> Plan:
+    total = len(features)
+    whole = Reduction.identity(total, device=features.device, grid=grid if grid[0] * grid[1] == total else None)
+    return Plan(whole, whole)
+
+
 def _kept(plans: Sequence[Plan]) -> Tensor:
     """Which placeholders stay, all images in order, bool."""
     kept = [plan.decision.anchors.new_zeros(plan.decision.total, dtype=torch.bool) for plan in plans]
@@ -258,13 +267,6 @@ def _untouched(kwargs: dict[str, Any], end: int) -> State:
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     prefix = torch.ones_like(ids[:, :end]) if mask is None else mask[:, :end].long()
     return State(prefix, False, end, None)
-
-
-def _whole(features: Tensor, grid: tuple[int, int]) -> Plan:
-    """An image of which nothing left yet."""
-    size = len(features)
-    whole = Reduction.identity(size, device=features.device, grid=grid if grid[0] * grid[1] == size else None)
-    return Plan(whole, whole)
 
 
 def _by_row(plans: list[Plan], images: list[list[int]]) -> list[list[Plan]]:

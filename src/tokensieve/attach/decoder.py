@@ -150,11 +150,13 @@ class DecoderHooks:
 
     def _shorten(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give one block what belongs to the shorter sequence, and note what its cache must remember."""
+        run.tokens[number] = [[len(columns) for columns in images] for images in run.stream.images]
+        if run.untouched:
+            return
         self._hand_on(run, number, hidden, kwargs)
         if run.state is None:
             run.state = self._state(run)
         run.states[number] = run.state
-        run.tokens[number] = [[len(columns) for columns in images] for images in run.stream.images]
 
     def _hand_on(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Replace positions and mask by those of the stream, in place."""
@@ -200,9 +202,8 @@ class DecoderHooks:
         stream, entry = run.stream, run.prefill.state
         tail = run.prefill.visual.shape[1] - entry.mask.shape[1]
         mask = torch.ones_like(stream.visual, dtype=torch.long) if stream.mask is None else stream.mask
-        padded = entry.padded or stream.columns.padded
         renumbered = run.renumbered() if self.positions == "contiguous" else None
-        return State(mask[:, : stream.width - tail], padded, entry.length, renumbered=renumbered)
+        return State(mask[:, : stream.width - tail], stream.columns.padded, entry.length, renumbered=renumbered)
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Deepstack features are added after a block: to the tokens that are left, reduced as they were."""

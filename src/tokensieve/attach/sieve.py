@@ -20,7 +20,7 @@ from tokensieve.models import family_of
 from tokensieve.reduction import Reduction
 
 STAGES = ("encoder", "connector", "decoder")
-_attached: weakref.WeakKeyDictionary[Any, Sieve] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakValueDictionary[int, Sieve] = weakref.WeakValueDictionary()  # by id; the hooks keep it alive
 _lock = threading.Lock()
 
 
@@ -53,10 +53,10 @@ def attach(
         raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     stages, replay = _read(method, parameters)
     with _lock:
-        if model in _attached:
-            raise ValueError(f"{_attached[model]} is attached to this model already; detach() it first")
+        if id(model) in _attached:
+            raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
         sieve = Sieve(model, stages, replay, positions, processor)
-        _attached[model] = sieve
+        _attached[id(model)] = sieve
     return sieve
 
 
@@ -112,9 +112,9 @@ class Sieve:
     def detach(self) -> None:
         """Remove every hook: the model is what it was before. Does nothing the second time."""
         with _lock:
-            if _attached.get(self.model) is not self:
+            if _attached.get(id(self.model)) is not self:
                 return
-            del _attached[self.model]
+            del _attached[id(self.model)]
         for handle in self._handles:
             handle.remove()
         self._encoder.remove()
@@ -136,7 +136,10 @@ class Sieve:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
-        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        states = states_of(cache)
+        if self._encoder.downsample is not None and _shows(kwargs, "pixel_values_videos", "video"):
+            raise ValueError(f"{self._encoder.downsample} resizes images; videos are not supported")
+        if _shows(kwargs, "pixel_values", "image"):
             if self._decoder is not None:
                 self._decoder.check(kwargs)
             prefill: Prefill = self._connector.prefill(kwargs)
@@ -146,7 +149,6 @@ class Sieve:
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
             self._note([], [])  # a prompt without images
-        states = states_of(cache)
         if states is None:
             return None
         if self._decoder is not None:
@@ -165,7 +167,7 @@ class Sieve:
         cache = getattr(output, "past_key_values", None)
         states = States(prefill.state, {} if run is None else run.states)
         # a batch whose longest row lost nothing is as wide as before: then only its padding tells
-        if cache is not None and any(s.dropped or s.padded for s in (states.entry, *states.blocks.values())):
+        if cache is not None and (states.blocks or states.entry.dropped or states.entry.padded):
             remember(cache, states)
 
     def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:
@@ -178,6 +180,12 @@ class Sieve:
             ]
             for row, plans in enumerate(entered)
         ]
+
+
+def _shows(kwargs: dict[str, Any], pixels: str, modality: str) -> bool:
+    """Whether a forward gets images (or videos), encoded or not."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return kwargs.get(pixels) is not None or encoded.get(modality) is not None
 
 
 def _read(

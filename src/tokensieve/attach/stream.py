@@ -21,6 +21,7 @@ class Stream:
         columns: for each column, the one it was at the LLM's entry.
         visual: `[B, n]` bool, True on visual tokens.
         mask: `[B, n]` long, 0 on padding; ``None`` if there is none.
+        lengths: per row, the columns that are no padding.
         images: per row and image, the columns `[K]` of its tokens.
         words: `[B, M]`, the columns of the user's words, and `[B, M]` bool; ``None`` if nobody asks.
     """
@@ -28,6 +29,7 @@ class Stream:
     columns: Columns
     visual: Tensor
     mask: Tensor | None
+    lengths: list[int]
     images: list[list[Tensor]]
     words: tuple[Tensor, Tensor] | None
 
@@ -43,8 +45,9 @@ class Stream:
             for row, of_row in zip(ordered, sizes, strict=True)
         ]
         every = torch.arange(width, device=visual.device).expand(batch, -1)
-        columns = Columns(every, torch.ones_like(visual), False)
-        return cls(columns, visual, None if mask is None else mask.long(), images, words)
+        real = torch.ones_like(visual) if mask is None else mask.bool()
+        columns = Columns(every, real, min(prefill.lengths) < width)
+        return cls(columns, visual, None if mask is None else mask.long(), prefill.lengths, images, words)
 
     @property
     def width(self) -> int:
@@ -55,22 +58,22 @@ class Stream:
         lost = [_tokens(before) - _tokens(after) for before, after in zip(self.images, images, strict=True)]
         if not any(lost):
             return self, None
-        stay = ~self.visual
+        stay = self.columns.valid & ~self.visual
         for row, kept in zip(stay, images, strict=True):
             for columns in kept:
                 row.index_fill_(0, columns, True)
-        left = [self.width - n for n in lost]
+        left = [length - n for length, n in zip(self.lengths, lost, strict=True)]
         chosen = Columns.of(stay, left)
         # a column that stays moves to the number of staying columns before it, after the row's new padding
-        moved = stay.long().cumsum(-1) - 1 + (max(left) - torch.tensor(left, device=stay.device))[:, None]
-        mask = chosen.take(torch.ones_like(self.visual).long() if self.mask is None else self.mask, filler=0)
-        padded = self.columns.padded or chosen.padded
+        padding = torch.tensor([[max(left) - n] for n in left], device=stay.device)
+        moved = stay.long().cumsum(-1) - 1 + padding
         following = Stream(
-            columns=Columns(chosen.take(self.columns.index), chosen.take(self.columns.valid) & chosen.valid, padded),
+            columns=Columns(chosen.take(self.columns.index), chosen.valid, chosen.padded),
             visual=chosen.take(self.visual) & chosen.valid,
-            mask=mask if self.mask is not None or chosen.padded else None,
+            mask=chosen.valid.long() if chosen.padded else None,
+            lengths=left,
             images=[[row[columns] for columns in kept] for row, kept in zip(moved, images, strict=True)],
-            words=self.words and (moved.gather(1, self.words[0]), self.words[1]),
+            words=self.words and (moved.gather(1, self.words[0]).clamp(min=0), self.words[1]),
         )
         return following, chosen
 
@@ -89,7 +92,7 @@ class Run:
         entry: the sequences as the first block saw them.
         stream: the sequences as the next block will see them.
         plans: `[row][image]`, what became of each image so far.
-        states: for every block from the first stage on, what later steps must know.
+        states: for every block that saw fewer tokens than the first, what later steps must know.
         tokens: visual tokens per image that each block saw, `{block: [row][image]}`.
         positions: position embeddings and ids of the stream; made by the first block of a stage, used by all of them.
         mask, state: likewise; the attention mask, and what later steps must know.
