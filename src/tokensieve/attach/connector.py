@@ -178,7 +178,8 @@ class Connector:
         """One plan per image of the (possibly expanded) batch."""
         record: Record = getattr(encoded, RECORD)
         if self.replay is not None:
-            return [Plan(decision, decision) for decision in _replayed(self.replay, layout.images)]
+            decisions = _replayed(self.replay, layout.images[:: len(origins) // len(record.grids)])
+            return [Plan(decisions[origin], decisions[origin]) for origin in origins]
         if record.reductions is None:
             plans = [_whole(f, record.grids[origin]) for f, origin in zip(features, origins, strict=True)]
         else:  # the encoder made the slots' rows itself: the decision says from what, the features are only picked
@@ -206,11 +207,9 @@ class Connector:
             return given
         ids = kwargs["input_ids"]
         plain = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        if not hasattr(self.base, "get_rope_index"):
-            return plain
-        names = inspect.signature(self.base.get_rope_index).parameters
-        axes, self.base.rope_deltas = self.base.get_rope_index(**{n: kwargs[n] for n in names if n in kwargs})
-        return torch.cat([plain[None], axes])
+        number = getattr(self.base, "compute_3d_position_ids", None)  # M-RoPE; also remembers its rope_deltas
+        axes = number and number(**{name: kwargs.get(name) for name in inspect.signature(number).parameters})
+        return plain if axes is None else torch.cat([plain[None], axes])
 
     def _shorten(
         self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int, reduced: list[bool]
