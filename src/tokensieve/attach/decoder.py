@@ -145,6 +145,8 @@ class DecoderHooks:
                     hidden, cloned = hidden if cloned else hidden.clone(), True
                     hidden[row, kept[row][image]] = one.apply(hidden[row, columns])
                 run.plans[row][image] = run.plans[row][image].then_inside(one)
+        if number == self.stages[-1]:
+            run.seen.clear()  # nobody will ask again: free the memory
         chosen = run.move(kept)
         return hidden if chosen is None else chosen.take_rows(hidden)
 

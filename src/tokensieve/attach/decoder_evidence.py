@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.attach.layout import on_device
 from tokensieve.attach.probe import Probe, attention_of_queries
 from tokensieve.attach.stream import Run
 from tokensieve.methods import DecoderMethod
@@ -105,7 +106,7 @@ class DecoderEvidence:
             positions: (cos, sin) of that sequence.
         """
         needs, stream, seen = self.needs, run.stream, run.seen
-        of = torch.tensor([row for row, _ in members], device=hidden.device)
+        of = on_device([row for row, _ in members], hidden.device)
         columns = torch.stack([stream.images[row][image] for row, image in members])
         words = mask = None
         if stream.words is not None:
@@ -136,20 +137,19 @@ class DecoderEvidence:
             text_rotary=at(turned, words),
             stage=self.stages.index(number),
             depth=len(self.decoder.layers),
-            **_whereabouts(run, members),
+            **_whereabouts(run, members, needs.grid),
         )
 
 
-def _whereabouts(run: Run, members: list[Member]) -> dict[str, Any]:
-    """Where the tokens of equal images stand in them, and how many entered the LLM."""
+def _whereabouts(run: Run, members: list[Member], grid: bool) -> dict[str, Any]:
+    """How many tokens of equal images entered the LLM and, if a grid is asked for, where in them the rest stands."""
     plans = [run.plans[row][image] for row, image in members]
-    anchors, decision = torch.stack([plan.anchors for plan in plans]), plans[0].decision
-    whole = anchors.shape[1] == decision.total
-    places = None
-    if decision.grid is not None:
-        width = decision.grid[1]
+    decision, places = plans[0].decision, None
+    if grid and decision.grid is not None:
+        anchors, width = torch.stack([plan.anchors for plan in plans]), decision.grid[1]
         places = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
-    return {"grid": decision.grid if whole else None, "places": places, "entered": decision.slots}
+    left = decision.slots if not plans[0].inside else plans[0].inside[-1].slots
+    return {"grid": decision.grid if left == decision.total else None, "places": places, "entered": decision.slots}
 
 
 def _turned(cos: Tensor, sin: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,6 +93,12 @@ class Columns:
         lead, width = x.shape[:-3], x.shape[-1]
         index = self.index[..., None].expand(*lead, *self.index.shape, width)
         return x.expand(*lead, len(self.index), -1, -1).gather(-2, index)
+
+
+def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A small tensor of ``values``, on its way to the device: nothing waits for what the device is doing."""
+    made = torch.tensor(values)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokensieve.attach.cache import State
 from tokensieve.attach.connector import Plan, Prefill
-from tokensieve.attach.layout import Columns
+from tokensieve.attach.layout import Columns, on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Stream:
         left = [length - n for length, n in zip(self.lengths, lost, strict=True)]
         chosen = Columns.of(stay, left)
         # a column that stays moves to the number of staying columns before it, after the row's new padding
-        padding = torch.tensor([[max(left) - n] for n in left], device=stay.device)
+        padding = on_device([[max(left) - n] for n in left], stay.device)
         moved = stay.long().cumsum(-1) - 1 + padding
         following = Stream(
             columns=Columns(chosen.take(self.columns.index), chosen.valid, chosen.padded),
@@ -123,7 +123,7 @@ class Run:
     def renumbered(self) -> Tensor | None:
         """`[B, 1]` bool, rows that lost tokens inside the LLM: those that contiguous positions apply to; None: all."""
         lost = [any(plan.reduced_inside for plan in plans) for plans in self.plans]
-        return None if all(lost) else torch.tensor(lost, device=self.stream.visual.device)[:, None]
+        return None if all(lost) else on_device(lost, self.stream.visual.device)[:, None]
 
     def move(self, images: list[list[Tensor]]) -> Columns | None:
         """Let all but the given columns of each image leave; returns how to get there, ``None`` if all stay."""
