@@ -8,7 +8,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
 from tokensieve.methods.registry import register
-from tokensieve.ops import density_peaks, top_k
+from tokensieve.ops import density_peaks, keep_and_average, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -76,8 +76,7 @@ class SparseVlm(DecoderMethod):
 
     def recycled(self, image: VisualTokens, scores: Tensor, kept: Tensor) -> Reduction:
         """The kept tokens as they are, and the means of clusters of the best pruned ones."""
-        k = kept.shape[-1]
-        best = int(self.recycle * (image.total - k)) + 1
+        best = int(self.recycle * (image.total - kept.shape[-1])) + 1
         order = scores.scatter(-1, kept, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
         sources, clusters, noise = order[:, :best], best // 10 + 1, None
         if self.noise_seed is not None:
@@ -85,11 +84,6 @@ class SparseVlm(DecoderMethod):
             noise = 1e-6 * drawn.to(scores.device)
         rows = image.features.take_along_dim(sources[..., None], -2)
         centres, cluster = density_peaks(rows, clusters, clusters, noise)
-        anchors, places = torch.cat([kept, sources.gather(-1, centres)], -1).sort(-1)
-        slots = places.argsort(-1)
-        if self.appended:
-            slots = torch.arange(k + clusters, device=slots.device).expand_as(slots)
-        count = torch.zeros_like(centres).scatter_add(-1, cluster, torch.ones_like(cluster))
-        slot = torch.cat([slots[:, :k], slots.gather(-1, cluster + k)], -1)
-        weight = torch.cat([torch.ones_like(kept, dtype=torch.float32), 1 / count.gather(-1, cluster)], -1)
-        return image.merge(anchors, slot, torch.cat([kept, sources], -1), weight)
+        mixing = keep_and_average(kept, sources, cluster, centres, appended=self.appended)
+        notes = ("means of recycled tokens stand after the kept ones: no slot is at its token's place",) * self.appended
+        return image.merge(*mixing, *notes)
