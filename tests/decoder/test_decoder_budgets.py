@@ -1,5 +1,7 @@
 """Both conventions of a budget, turned into counts per stage."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from decoder import models
 from laws import tiny
 from tokensieve import parse
 from tokensieve.budget import stage_counts
+from tokensieve.measure import count_flops
 
 
 @pytest.mark.parametrize(("average", "kept"), [(192, 166), (128, 98), (64, 30)])
@@ -79,3 +82,19 @@ def test_no_attention_matrix_is_made():
     with tokensieve.attach(model, "pyramiddrop(keep=0.2)"), torch.no_grad(), Watch():
         model(**inputs)
     assert not [shape for shape in shapes if shape[1] == (length, length)]
+
+
+def test_flops_are_those_of_the_short_sequence_and_one_row():
+    """Law 6: a score costs one row of attention, and nothing else that a method without scores does not need."""
+    model, inputs = models.subject("llava-clip"), tiny.collate("llava-clip", tiny.scenario("llava-clip", "single"))
+    config, length = model.config.text_config, inputs["input_ids"].shape[1]
+
+    def flops(spec):
+        with tokensieve.attach(model, spec), torch.no_grad():
+            return count_flops(lambda: model(**inputs))
+
+    assert flops("fastv(layer=2, keep=5)") - flops("pool-decoder(layer=2, stride=5)") == 2 * config.hidden_size * length
+    blocks = [flops(f"vtw(layer={layer})") for layer in range(1, models.DEPTH)]
+    steps = [later - earlier for earlier, later in pairwise(blocks)]
+    assert min(steps) > 0
+    assert len(set(steps)) == 1, "every block more costs the same"
