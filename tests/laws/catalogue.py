@@ -14,10 +14,15 @@ VARIANTS = (
 )
 
 
+def entering():
+    """Methods that act before the LLM, in every family; those inside it have laws of their own (tests/decoder)."""
+    return [info for info in methods() if info.stage != "decoder" and not info.needs.cls_similarity]
+
+
 def specs() -> list[str]:
     plain = [
         f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
-        for info in methods()
+        for info in entering()
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
     ]
     return [*plain, *VARIANTS]
@@ -25,4 +30,4 @@ def specs() -> list[str]:
 
 def whole_specs() -> list[str]:
     """Every registered method, asked to keep all."""
-    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in methods()]
+    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in entering()]

@@ -64,6 +64,11 @@ class UserWords:
         Raises:
             ValueError: if a row with an image has no word.
         """
+        index, real = self.find(ids)
+        return self.model.get_input_embeddings()(ids.gather(1, index)), real
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of each row's words, `[B, M]`, and which of them are real, `[B, M]` bool; raises as above."""
         rows = [self.columns(row) for row in ids.tolist()]
         image = self.model.config.image_token_id
         for i, (found, row) in enumerate(zip(rows, ids.tolist(), strict=True)):
@@ -72,7 +77,7 @@ class UserWords:
         width = max(map(len, rows), default=0)
         index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64, device=ids.device)
         real = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows], device=ids.device)
-        return self.model.get_input_embeddings()(ids.gather(1, index)), real
+        return index, real
 
     def columns(self, row: list[int]) -> list[int]:
         """Columns of one prompt's words, ascending."""
