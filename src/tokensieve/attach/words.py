@@ -40,7 +40,8 @@ class UserWords:
                 if i == 0:
                     content.insert(0, {"type": "image"})
                 messages.append({"role": ("user", "assistant")[i % 2], "content": content})
-            rendered = processor.apply_chat_template(messages, add_generation_prompt=len(turns) % 2 == 1)
+            asks = len(turns) % 2 == 1
+            rendered = processor.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
             ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
             return ids
 
