@@ -51,7 +51,7 @@ def _open(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise DataError(f"{name}: {width} x {height} = {width * height:,} pixels are too large; the limit is {MAX_PIXELS:,}")
+            raise DataError(f"{name}: {width} x {height} px is too large; the limit is {MAX_PIXELS:,} pixels")
         yield image
 
 
@@ -68,8 +68,8 @@ def _errors(name: str) -> Iterator[None]:
         raise DataError(f"{name}: not an image") from None
     except Image.DecompressionBombError as error:
         found = re.search(r"(\d+) pixels", str(error))  # Pillow refuses before it tells the size otherwise
-        size = f"{int(found[1]):,} pixels are too large" if found else "too large"
-        raise DataError(f"{name}: {size}; the limit is {MAX_PIXELS:,}") from None
+        size = f"{int(found[1]):,} pixels are too many" if found else "too large"
+        raise DataError(f"{name}: {size}; the limit is {MAX_PIXELS:,} pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{name}: the image cannot be read ({reason})") from None
