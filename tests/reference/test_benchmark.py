@@ -17,7 +17,7 @@ from tokensieve.reference.questions import TYPES
 
 def test_default_test_set_is_the_published_one() -> None:
     rows = benchmark()
-    assert len(rows) == 8 * module.SCENES == 2400
+    assert len(rows) == len(module.PUBLISHED) * module.SCENES == 2100
     assert len({row.id for row in rows}) == len(rows)
     assert questions_sha256(rows) == module.QUESTIONS_SHA256
     assert rows[0].image is rows[1].image
@@ -38,6 +38,13 @@ def test_bad_arguments_are_refused() -> None:
         benchmark(scenes=0)
     with pytest.raises(ValueError, match="'dev' is unknown"):
         benchmark("dev", scenes=1)
+    with pytest.raises(ValueError, match="question type 'size' is unknown; use some of colour"):
+        benchmark(types=("size",))  # type: ignore[arg-type]
+
+
+def test_a_question_does_not_depend_on_its_company() -> None:
+    rows = benchmark("validation", scenes=3)
+    assert set(benchmark("validation", scenes=3, types=("count",))) <= set(rows)
 
 
 def test_hash_sees_every_field() -> None:
@@ -47,7 +54,7 @@ def test_hash_sees_every_field() -> None:
 
 
 def test_shortcuts_lie_between_chance_and_certainty() -> None:
-    values = shortcuts(benchmark("validation", scenes=100))
+    values = shortcuts(benchmark("validation", scenes=100, types=TYPES))
     assert tuple(values) == TYPES
     for value in values.values():
         assert 0 < value.chance <= 0.5

@@ -175,14 +175,15 @@ objects' tokens first). Methods are compared with `tokensieve compare`; this car
 
 ## Recipe
 
-`tokensieve.train.reference`, {minutes} minutes on two shared CPU cores, bfloat16 autocast. Ten questions about an image
-are packed into one sequence; half of them are turned round so that the named thing comes last, which lets binding form
-where plain training stays at shortcuts.
+`tokensieve.train.reference`, {minutes} minutes on two shared CPU cores (drawing the scenes not counted), bfloat16
+autocast. Ten questions about an image are packed into one sequence; half of them are turned round so that the named
+thing comes last, which lets binding form where plain training stays at shortcuts.
 
 1. `tower`: the CLS token lists names, words and colours (so CLS attention means something); a linear head reads from
-   every patch what it shows. Real CLIP has no such patch labels: they are what makes hours of training minutes.
-2. `reader`: tower frozen; projector and language model learn to answer, first from the objects' tokens, then with
-   random token dropping.
+   every patch what it shows, its colour and frame, and from a digit's patches which icon is beside it. Real CLIP has no
+   such patch labels: they are what makes minutes of training enough.
+2. `reader`: tower frozen; projector and language model learn to answer. At first many questions see little beyond what
+   they need, so that finding the right thing is learned among few before it is among many; then with token dropping.
 3. `joint`: everything, with dropping: 144, 48 or 24 tokens, at random, objects first, or one question's objects first,
    under original and contiguous positions.
 
@@ -198,6 +199,8 @@ Validation accuracy (natural phrasing, all tokens) on the way:
   and how methods differ when small, faint, unnamed or numerous things matter.
 - A weak loss (weight 0.05) pulls projected patches towards the word for what they show. It favours methods that compare
   patches with words; real LLaVA has no such loss.
+- The CLS token was trained to list objects on dim backgrounds, so its attention is cleaner than a real CLIP's, which
+  favours methods that rank patches by it.
 - Token dropping was part of training, so reduced inputs cost this model less than one that never saw them.
 - Closed vocabulary: other words become `<unk>`. One image per prompt; one-word answers.
 """

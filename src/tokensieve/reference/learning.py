@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokensieve.reference.model import vocabulary
-from tokensieve.reference.packing import IGNORE, LENGTH, SEEN, SLOTS, TOKENS, Packs
+from tokensieve.reference.packing import ALONE, IGNORE, LENGTH, SEEN, SLOTS, TOKENS, Packs
 from tokensieve.reference.vocabulary import COLOURS, FRAMES
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 PREFIX = [vocabulary().index(word) for word in ("<s>", "USER:")]
 SEEN_IDS = [vocabulary().index(name) for name in SEEN]
 NOTHING = len(SEEN)  # class of a patch that shows no object and no sign
-PARTS = (len(SEEN) + 1, len(COLOURS), len(FRAMES))  # outputs of the patch head
+PARTS = (len(SEEN) + 1, len(COLOURS), len(FRAMES), ALONE + 1)  # outputs of the patch head
 LISTED_WEIGHT, BACKGROUND_WEIGHT, WORD_WEIGHT, WORD_TEMPERATURE = 5.0, 0.1, 0.05, 0.1
 
 
@@ -34,6 +34,7 @@ class Batch:
     shown: Tensor  # [B, 144]
     colour: Tensor  # [B, 144]
     frame: Tensor  # [B, 144]
+    neighbour: Tensor  # [B, 144]
     present: Tensor  # [B, names + signs + colours] float
     tokens: Tensor  # [B, 92]
     targets: Tensor  # [B, 92]
@@ -53,6 +54,7 @@ class Batch:
             shown=pick(packs.shown, rows),
             colour=pick(packs.colour, rows),
             frame=pick(packs.frame, rows),
+            neighbour=pick(packs.neighbour, rows),
             present=pick(packs.present, rows).float(),
             tokens=pick(packs.tokens, rows, variants),
             targets=pick(packs.targets, rows, variants),
@@ -64,22 +66,27 @@ class Batch:
 
 @dataclass(frozen=True)
 class Kept:
-    """Visual tokens that stay: indices `[B, K]` ascending, positions `[B, K]`, and the position where text begins."""
+    """Visual tokens that stay: indices `[B, K]` ascending, their positions `[B, K]`, and where the text begins.
+
+    `visible` `[B, 92, K]` says which of them each text token may look at.
+    """
 
     indices: Tensor
     positions: Tensor
     end: Tensor  # [] long
+    visible: Tensor
 
     def renumbered(self) -> Kept:
         """The same tokens under contiguous positions."""
         count = self.indices.shape[1]
-        return Kept(self.indices, torch.arange(count).repeat(len(self.indices), 1), torch.tensor(count))
+        positions = torch.arange(count).repeat(len(self.indices), 1)
+        return replace(self, positions=positions, end=torch.tensor(count))
 
     @classmethod
     def everything(cls, size: int) -> Kept:
         """All 144 tokens of `size` images."""
         indices = torch.arange(TOKENS).repeat(size, 1)
-        return cls(indices, indices, torch.tensor(TOKENS))
+        return cls(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, TOKENS, dtype=torch.bool))
 
 
 class Trainee(nn.Module):
@@ -112,34 +119,36 @@ class Trainee(nn.Module):
         hidden = torch.cat([prefix, visual.to(prefix.dtype), embed(batch.tokens)], 1)
         start = torch.arange(before).expand(size, -1)
         positions = torch.cat([start, kept.positions + before, batch.places + (kept.end + before)], 1)
-        context = before + count
-        mask = _block_mask(batch.slots, context)
+        mask = _block_mask(batch.slots, kept.visible)
         rotary = language.rotary_emb(hidden, position_ids=positions)
         for layer in language.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
-        return self.model.lm_head(language.norm(hidden[:, context:])), visual
+        return self.model.lm_head(language.norm(hidden[:, before + count :])), visual
 
 
-def _block_mask(slots: Tensor, context: int) -> Tensor:
-    """Additive mask `[B, 1, S, S]`: causal, and of the text each question sees only itself."""
-    group = torch.cat([slots.new_full((len(slots), context), IGNORE - 1), slots], 1)
-    length = context + LENGTH
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    image = torch.arange(length) < context
-    allowed = causal & (image | (group.unsqueeze(1) == group.unsqueeze(2)))
+def _block_mask(slots: Tensor, visible: Tensor) -> Tensor:
+    """Additive mask `[B, 1, S, S]`: causal, and each question sees the prefix, its visible tokens and itself."""
+    size, _, count = visible.shape
+    before = len(PREFIX)
+    length = before + count + LENGTH
+    causal = torch.ones(size, length, length, dtype=torch.bool).tril()
+    prefix = torch.ones(size, LENGTH, before, dtype=torch.bool)
+    rows = torch.cat([prefix, visible, slots.unsqueeze(1) == slots.unsqueeze(2)], 2)
+    allowed = causal & torch.cat([torch.ones(size, before + count, length, dtype=torch.bool), rows], 1)
     return torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e4).unsqueeze(1)
 
 
 def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch) -> Tensor:
-    """The CLS token lists what is there; every patch says what it shows, in which colour and frame."""
+    """CLS lists what is there; patches say what they show, its colour and frame, and which icon is beside a digit."""
     listed = F.binary_cross_entropy_with_logits(trainee.cls_head(pooled).float(), batch.present)
-    shown, colour, frame = trainee.patch_head(features).float().flatten(0, 1).split(PARTS, -1)
+    shown, colour, frame, neighbour = trainee.patch_head(features).float().flatten(0, 1).split(PARTS, -1)
     truth = batch.shown.flatten()
     weight = torch.where(truth == IGNORE, BACKGROUND_WEIGHT, 1.0)
     what = F.cross_entropy(shown, truth.where(truth != IGNORE, NOTHING), reduction="none")
     patch = (what * weight).sum() / weight.sum()
     patch = patch + F.cross_entropy(colour, batch.colour.flatten(), ignore_index=IGNORE)
     patch = patch + F.cross_entropy(frame, batch.frame.flatten(), ignore_index=IGNORE)
+    patch = patch + F.cross_entropy(neighbour, batch.neighbour.flatten(), ignore_index=IGNORE)
     return LISTED_WEIGHT * listed + patch
 
 
@@ -153,16 +162,24 @@ def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept,
     return answers + WORD_WEIGHT * named
 
 
-def drop(batch: Batch, count: int, rng: np.random.Generator, easy: bool) -> Kept:
+def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) -> Kept:
     """Choose `count` tokens of every image to keep, by one of three policies per image.
 
     At random; objects first, as CLS-guided methods would; what one of the questions needs first, as text-guided methods
-    would. `easy` is how reading begins: always objects first.
+    would. `ease` above 0 is how reading begins: always objects first, and so large a share of the questions see only
+    some of what they do not need, often little. Finding the right thing is learned among few before it is among many.
     """
     size = len(batch.shown)
     noise = torch.from_numpy(rng.random((size, TOKENS)))
-    policy = torch.full((size, 1), 1) if easy else torch.from_numpy(rng.integers(0, 3, (size, 1)))
+    policy = torch.full((size, 1), 1) if ease else torch.from_numpy(rng.integers(0, 3, (size, 1)))
     question = torch.from_numpy(rng.integers(0, len(SLOTS), (size, 1)))
     score = noise + (policy > 0) * 0.9 * (batch.shown != IGNORE) + (policy > 1) * 2.0 * ((batch.asked >> question) & 1)
     indices = score.topk(count).indices.sort(-1).values
-    return Kept(indices, indices, torch.tensor(TOKENS))
+    kept = Kept(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, count, dtype=torch.bool))
+    if not ease:
+        return kept
+    share, eased = (torch.from_numpy(rng.random((size, len(SLOTS), 1))) for _ in range(2))
+    share = torch.where(eased < ease, share**2, 1.0)
+    needed = (batch.asked.gather(1, indices).unsqueeze(1) >> torch.arange(len(SLOTS)).view(1, -1, 1)) & 1
+    seen = (needed > 0) | (torch.from_numpy(rng.random((size, len(SLOTS), count))) < share)
+    return replace(kept, visible=seen.gather(1, batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, count)))

@@ -18,7 +18,7 @@ import numpy as np
 from tokensieve.reference.model import vocabulary
 from tokensieve.reference.questions import Question, Type, ask
 from tokensieve.reference.scenes import CANVAS, TOKEN, Box, Scene, scene
-from tokensieve.reference.vocabulary import COLOURS, FRAMES, NAMES, SIGNS
+from tokensieve.reference.vocabulary import COLOURS, FRAMES, ICONS, NAMES, SIGNS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,13 +33,15 @@ GRID = CANVAS // TOKEN
 TOKENS = GRID * GRID
 SEEN: tuple[str, ...] = (*NAMES, *SIGNS)  # what a patch can show; also what the CLS token learns to list, then colours
 IGNORE = -1
+ALONE = len(ICONS)  # neighbour of a digit that has none
 
 
 @dataclass(frozen=True)
 class Packs:
     """`n` scenes, each with `v` packs of questions.
 
-    images `[n, 120, 120, 3]` uint8 · shown, colour, frame `[n, 144]` labels per patch (-1 = nothing there) ·
+    images `[n, 120, 120, 3]` uint8 · shown, colour, frame, neighbour `[n, 144]` labels per patch (-1 = none; neighbour
+    is the icon beside a digit, for patches of digits only) ·
     present `[n, names + signs + colours]` bool · tokens, targets, places `[n, v, 92]` (place within its question) ·
     slots `[n, v, 92]` (question number, -1 = padding) · asked `[n, v, 144]` bit `q` set where question `q` must look.
     """
@@ -48,6 +50,7 @@ class Packs:
     shown: NDArray[np.int8]
     colour: NDArray[np.int8]
     frame: NDArray[np.int8]
+    neighbour: NDArray[np.int8]
     present: NDArray[np.bool_]
     tokens: NDArray[np.int16]
     targets: NDArray[np.int16]
@@ -87,7 +90,7 @@ def covered(box: Box) -> list[int]:
 
 def _row(drawn: Scene, variants: int, turned: float) -> tuple[NDArray[np.generic], ...]:
     rng = np.random.default_rng((7, drawn.seed, drawn.index))
-    shown, colour, frame = (np.full(TOKENS, IGNORE, np.int8) for _ in range(3))
+    shown, colour, frame, neighbour = (np.full(TOKENS, IGNORE, np.int8) for _ in range(4))
     present = np.zeros(len(SEEN) + len(COLOURS), np.bool_)
     for thing in drawn.things:
         if thing.kind == "clutter":
@@ -99,8 +102,10 @@ def _row(drawn: Scene, variants: int, turned: float) -> tuple[NDArray[np.generic
             colour[patches] = list(COLOURS).index(thing.colour)
             frame[patches] = FRAMES.index(thing.frame)
             present[len(SEEN) + list(COLOURS).index(thing.colour)] = True
+        if thing.kind == "digit":
+            neighbour[patches] = ALONE if thing.partner is None else list(ICONS).index(drawn.things[thing.partner].name)
     packs = zip(*(_pack([ask(drawn, type, rng) for type in SLOTS], turned, rng) for _ in range(variants)), strict=True)
-    return (np.asarray(drawn.render()), shown, colour, frame, present, *(np.stack(part) for part in packs))
+    return (np.asarray(drawn.render()), shown, colour, frame, neighbour, present, *(np.stack(part) for part in packs))
 
 
 def _pack(questions: list[Question], turned: float, rng: np.random.Generator) -> tuple[NDArray[np.generic], ...]:

@@ -31,7 +31,7 @@ from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, make_packs
 
 VALIDATION_SCENES = 256
 COUNTS = {TOKENS: 0.4, 48: 0.35, 24: 0.25}  # how many visual tokens stay in a step, and how often
-EASY = 48  # while reading begins
+EASY, EASED = 48, 0.6  # tokens while reading is made easy, and the share of the reader stage in which it is
 END = vocabulary().index("</s>")
 
 
@@ -56,8 +56,8 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("tower", 1400, 64, 1e-3, seeing=1.0),
-    Stage("reader", 2600, 32, 1e-3),
-    Stage("joint", 1600, 32, 5e-4, seeing=0.2),
+    Stage("reader", 2250, 32, 2e-3),
+    Stage("joint", 1200, 32, 8e-4, seeing=0.5),
 )
 
 
@@ -186,10 +186,10 @@ class _Run:
                 loss = loss + stage.seeing * seeing
                 self.losses.setdefault("seeing", []).append(seeing.item())
             if stage.name != "tower":
-                easy = stage.name == "reader" and 2 * self.step < stage.steps
-                count = EASY if easy else int(common.choice(list(COUNTS), p=list(COUNTS.values())))
-                kept = drop(batch, count, rng, easy)
-                kept = kept.renumbered() if not easy and common.integers(2) else kept
+                ease = max(0.0, 1 - self.step / (EASED * stage.steps)) if stage.name == "reader" else 0.0
+                count = EASY if ease else int(common.choice(list(COUNTS), p=list(COUNTS.values())))
+                kept = drop(batch, count, rng, ease)
+                kept = kept.renumbered() if not ease and common.integers(2) else kept
                 logits, visual = self.answer(features, kept, batch)
                 answering = answering_loss(self.trainee, logits, visual, kept, batch)
                 loss = loss + answering
@@ -227,7 +227,7 @@ class _Run:
     def next_stage(self) -> None:
         """Export what there is and turn to the next stage."""
         if self.rank == 0:
-            self._export(self.output / "model")
+            export(self.trainee, self.output / "model")
         self.stage, self.step, self.features = self.stage + 1, 0, None
         if self.stage < len(self.stages):
             self.optimiser = self._new_optimiser()
@@ -262,7 +262,7 @@ class _Run:
                 features, _ = self.trainee.see(batch.images)
                 logits, _ = self.trainee.answer(features, Kept.everything(len(rows)), batch)
                 parts = self.trainee.patch_head(features).split(PARTS, -1)
-            for name, part in zip(("shown", "colour", "frame"), parts, strict=True):
+            for name, part in zip(("shown", "colour", "frame", "neighbour"), parts, strict=True):
                 truth = getattr(batch, name)
                 hits.setdefault(f"patch {name}", []).append((part.argmax(-1) == truth)[truth != IGNORE])
             right, word = logits.argmax(-1) == batch.targets, (batch.targets != IGNORE) & (batch.targets != END)
@@ -297,15 +297,16 @@ class _Run:
         self.optimiser = self._new_optimiser()
         self.optimiser.load_state_dict(state["optimiser"])
 
-    def _export(self, directory: Path) -> None:
-        """Write model and processor as a directory that transformers loads: stored in bfloat16, loaded as float32."""
-        weights = {name: value.bfloat16() for name, value in self.trainee.model.state_dict().items()}
-        part = directory.with_name(directory.name + ".part")
-        build_model().save_pretrained(part, state_dict=weights)
-        build_processor().save_pretrained(part)
-        (part / "model.safetensors").chmod(0o644)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(part, directory)
+
+def export(trainee: Trainee, directory: Path) -> None:
+    """Write model and processor as a directory that transformers loads: stored in bfloat16, loaded as float32."""
+    weights = {name: value.bfloat16() for name, value in trainee.model.state_dict().items()}
+    part = directory.with_name(directory.name + ".part")
+    build_model().save_pretrained(part, state_dict=weights)
+    build_processor().save_pretrained(part)
+    (part / "model.safetensors").chmod(0o644)
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(part, directory)
 
 
 def _fresh(seed: int) -> Trainee:
