@@ -36,18 +36,22 @@ class Cli(TyperGroup):
 def users_error(error: Exception) -> str | None:
     """One line if the error is the user's to mend, ``None`` if it is a bug.
 
-    Ours are a ``ValueError`` or ``ImportError`` that Tokensieve itself raised, what the system refused (``OSError``),
+    A user's are a ``ValueError`` that Tokensieve itself raised, a missing extra, what the system refused (``OSError``),
     and what typer says of options.
     """
     if isinstance(error, BrokenPipeError):
         return None
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
         text = str(error.format_message())
-    elif isinstance(error, OSError) or (isinstance(error, ValueError | ImportError) and _raised_by_us(error)):
+    elif (
+        isinstance(error, OSError)
+        or (isinstance(error, ValueError) and _raised_by_us(error))
+        or (isinstance(error, ImportError) and "pip install" in str(error))
+    ):
         text = str(error)
     else:
         return None
-    return " ".join(text.split())
+    return " ".join(text.split()) or None
 
 
 def _raised_by_us(error: Exception) -> bool:

@@ -165,13 +165,16 @@ class Reduction:
             )
         if self.anchors.ndim != 1 or first.anchors.ndim != 1:
             raise ValueError("compose Reductions of single images: index the batched ones first")
+        if first.whole:
+            return replace(self, grid=first.grid or self.grid, notes=first.notes + self.notes)
         anchors, notes, mixing = first.anchors[self.anchors], first.notes + self.notes, None
         if self.mixing is not None or first.mixing is not None:
-            product = (self._sparse() @ first._sparse()).coalesce()
+            before = first._sparse()
+            picked = before.index_select(0, self.anchors) if self.mixing is None else self._sparse() @ before
+            product = picked.coalesce()
             slot, source = product.indices()
             mixing = Mixing(slot, source, product.values())
-        scores = self.scores if first.whole else None
-        return Reduction(first.total, anchors, mixing, scores=scores, grid=first.grid or self.grid, notes=notes)
+        return Reduction(first.total, anchors, mixing, grid=first.grid or self.grid, notes=notes)
 
     def _sparse(self) -> Tensor:
         if self.mixing is None:
@@ -179,7 +182,8 @@ class Reduction:
         else:
             slot, source, weight = self.mixing.slot, self.mixing.source, self.mixing.weight
         weight = torch.ones_like(slot, dtype=torch.float32) if weight is None else weight
-        return torch.sparse_coo_tensor(torch.stack([slot, source]), weight, (self.slots, self.total))
+        size = (self.slots, self.total)
+        return torch.sparse_coo_tensor(torch.stack([slot, source]), weight, size, check_invariants=False)
 
     # -- storing ------------------------------------------------------------------------------------------------------
 

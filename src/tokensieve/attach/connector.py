@@ -108,7 +108,8 @@ class Connector:
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
         columns = Columns.of(stay, [stay.shape[1] - n for n in lost])
         kwargs["mm_encoder_outputs"]["image"] = _reduced(encoded, [plan.features for plan in plans])
-        state = self._shorten(kwargs, columns, positions, layout.end)
+        reduced = [any(not plan.decision.whole for plan in row) for row in by_row]
+        state = self._shorten(kwargs, columns, positions, layout.end, reduced)
         return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
@@ -184,7 +185,9 @@ class Connector:
         axes, self.base.rope_deltas = self.base.get_rope_index(**{n: kwargs[n] for n in names if n in kwargs})
         return torch.cat([plain[None], axes])
 
-    def _shorten(self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int) -> State:
+    def _shorten(
+        self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int, reduced: list[bool]
+    ) -> State:
         """Shorten everything that has a column per token, in place; returns what the cache must remember."""
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         kwargs["input_ids"] = columns.take(ids, filler=_padding_id(self.model))
@@ -198,6 +201,8 @@ class Connector:
         taken, shift = columns.take(positions), None
         if self.positions == "contiguous":
             numbered = (new_mask.long().cumsum(-1) - 1).clamp(min=0).expand_as(taken)
+            if not all(reduced):  # a row that stayed whole keeps its ids, as it does in a batch of its own
+                numbered = numbered.where(torch.tensor(reduced, device=ids.device)[:, None], taken)
             shift, taken = taken[..., -1:] - numbered[..., -1:], numbered
         kwargs["position_ids"] = taken
         tail = ids.shape[1] - end

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
 from tokensieve.budget import Budget, parse_budget
-
-if TYPE_CHECKING:
-    from tokensieve.methods import Method
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, everything else on stderr.")]
 Model: TypeAlias = Annotated[
@@ -45,19 +42,6 @@ def split_specs(text: str) -> list[str]:
 def split_budgets(text: str) -> list[Budget]:
     """Budgets between the commas of a text; ``ValueError`` naming the one that is none."""
     return [parse_budget(part) for part in _named([part.strip() for part in text.split(",")], "budget", text)]
-
-
-def candidates(specs: list[str], keeps: list[Budget]) -> list[list[Method]]:
-    """Every spec at every budget; a spec that leaves no ``keep`` open stands once."""
-    from tokensieve.methods import parse
-
-    found = []
-    for spec in specs:
-        try:
-            found += [parse(spec, keep=keep) for keep in keeps]
-        except ValueError:
-            found.append(parse(spec))
-    return found
 
 
 def _named(parts: list[str], what: str, text: str) -> list[str]:

@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokensieve.commands.arguments import (
-    KEEPS,
-    METHODS,
-    Json,
-    Keeps,
-    Methods,
-    Model,
-    candidates,
-    split_budgets,
-    split_specs,
-)
+from tokensieve.commands.arguments import KEEPS, METHODS, Json, Keeps, Methods, Model, split_budgets, split_specs
 from tokensieve.commands.console import print_json, print_table
 from tokensieve.commands.loading import load_model
 
@@ -44,13 +34,15 @@ def bench(
     from PIL import Image
 
     from tokensieve.evaluate import Sample, encode, open_image
+    from tokensieve.evaluate.plan import plan
     from tokensieve.measure import measure_costs
 
-    stages = candidates(split_specs(methods), split_budgets(keep))
+    entries = plan(split_specs(methods), split_budgets(keep), seeds=1, oracle=False)
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
     vlm, processor = load_model(model)
     inputs = encode(processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
     inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    stages = [run.stages for entry in entries[1:] for run in entry.runs]  # full comes first, always
     costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats)
     if json:
         print_json([cost.to_json() for cost in costs])

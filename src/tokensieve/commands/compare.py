@@ -41,12 +41,12 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
-    from tokensieve.commands.arguments import candidates
     from tokensieve.evaluate import Results, load_data
     from tokensieve.evaluate import compare as run
+    from tokensieve.evaluate.plan import plan
 
     specs, keeps = split_specs(methods), split_budgets(keep)
-    candidates(specs, keeps)  # a bad spec is refused before anything is loaded
+    plan(specs, keeps, seeds=seeds, oracle=False)  # a bad spec is refused before anything is loaded
     if report:
         from tokensieve.report.extra import check_report_extra
 

@@ -93,8 +93,10 @@ def _from_file(path: Path, image_column: str, question_column: str, answer_colum
     for number, (where, row) in enumerate(read_records(path), 1):
         image = _image(_cell(where, row, image_column), path.parent, where)
         question, answers = _cell(where, row, question_column), _answers(_cell(where, row, answer_column), where)
-        if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{where}: the question is empty" if not question else f"{where}: a question is text")
+        if not isinstance(question, str | None):
+            raise DataError(f"{where}: a question is text; got {question!r}")
+        if not question or not question.strip():
+            raise DataError(f"{where}: the question is empty")
         if isinstance(image, Path) and image not in checked:
             try:
                 check_image(image)

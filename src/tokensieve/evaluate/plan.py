@@ -53,7 +53,10 @@ def plan(methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle:
         entries += [_entry(spec, keep, seeds) for keep in (keeps if _is_open(spec, "keep") and keeps else [None])]
     if oracle:
         entries += [Entry(ORACLE, keep, (Run(f"{ORACLE}(keep={keep!r})", ()),)) for keep in keeps]
-    return list({tuple(run.key for run in entry.runs): entry for entry in reversed(entries)}.values())[::-1]
+    unique: dict[tuple[str, ...], Entry] = {}
+    for entry in entries:
+        unique.setdefault(tuple(run.key for run in entry.runs), entry)
+    return list(unique.values())
 
 
 def _entry(spec: str, keep: Budget | None, seeds: int) -> Entry:

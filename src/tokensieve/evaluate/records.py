@@ -59,7 +59,7 @@ def _csv(path: Path) -> Iterator[Record]:
                     raise DataError(f"{where}: {_cells(row)} cells, but the header has {len(rows.fieldnames or ())}")
                 yield where, row
         except csv.Error as error:
-            raise DataError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from None
+            raise DataError(f"{path}, line {rows.reader.line_num}: not valid CSV ({error})") from None
 
 
 def _cells(row: dict[Any, Any]) -> int:

@@ -10,12 +10,10 @@ def pooled_grid(grid: Grid, k: int) -> Grid:
     """The largest grid of at most ``k`` cells that keeps the shape of ``grid``, e.g. (24, 24), 192 to (13, 14)."""
     height, width = grid
 
-    def value(h: int, w: int) -> float:
-        stretch = (h * width) / (w * height)
-        return h * w * min(stretch, 1 / stretch)
+    def room(cells: Grid) -> tuple[int, int]:  # how large a grid of the same shape fits inside, then how many cells
+        return min(cells[0] * width, cells[1] * height), cells[0] * cells[1]
 
-    rows = range(1, min(height, k) + 1)
-    return max(((h, min(width, k // h)) for h in rows), key=lambda cell: value(*cell))
+    return max(((h, min(width, k // h)) for h in range(1, min(height, k) + 1)), key=room)
 
 
 def area_pool(grid: Grid, cells: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -65,7 +65,7 @@ def render(results: Results, folder: Path, *, crop: Crop | None = None, command:
         from markupsafe import Markup
 
     rows = as_rows(results)
-    examples = [(example, _pictures(example, folder, crop)) for example in results.examples]
+    examples = [(example, _pictures(example, results, folder, crop)) for example in results.examples]
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["id"] = id
     template = page.from_string(files("tokensieve.report").joinpath("report.html.j2").read_text("utf-8"))
@@ -89,18 +89,19 @@ def _costs(rows: Sequence[Row]) -> list[Any]:
     return ["flops_ratio", "tokens_after"] if measured else ["tokens_after"]
 
 
-def _pictures(example: Example, folder: Path, crop: Crop | None) -> list[Picture]:
+def _pictures(example: Example, results: Results, folder: Path, crop: Crop | None) -> list[Picture]:
     """The example through every row; what has no grid cannot be drawn and is left out."""
     with Image.open(folder / example.image) as opened:
         image = opened.convert("RGB")
     image = crop(image) if crop else image
+    score = METRICS[results.settings["metric"]]
     pictures = []
     for kept in example.kept:
         reduction = Reduction.from_json(kept["reductions"][0])
-        if reduction.grid is not None:
+        if reduction.grid is not None or reduction.whole:
             answer = str(kept["prediction"])
-            right = METRICS["exact"](answer, example.answers) > 0
-            pictures.append(Picture(label(kept), overlay(image, reduction, side=384), answer, right))
+            picture = image if reduction.whole else overlay(image, reduction, side=384)
+            pictures.append(Picture(label(kept), picture, answer, score(answer, example.answers) > 0))
     return pictures
 
 

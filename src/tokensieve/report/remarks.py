@@ -45,9 +45,9 @@ def _by_type(rows: Sequence[Row]) -> Iterator[str]:
         best = {kind: max(row["by_type"].get(kind, 0.0) for row in group) for kind in kinds}
         leads = {row["method"]: [kind for kind in kinds if row["by_type"].get(kind) == best[kind]] for row in group}
         everywhere = [method for method, led in leads.items() if len(led) == len(kinds)]
-        if everywhere:
-            yield f"At {budget(group[0])}, {' and '.join(everywhere)} is best on every question type."
-        else:
+        if len(everywhere) == 1:
+            yield f"At {budget(group[0])} {everywhere[0]} is best on every question type."
+        elif not everywhere:
             led = "; ".join(f"{method} on {', '.join(led)}" for method, led in leads.items() if led)
             yield f"At {budget(group[0])} no single method is best on every question type: {led}."
 

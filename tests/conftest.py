@@ -1,0 +1,53 @@
+"""One thread, one seed, and the worst deviation of each law in the summary."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # so that every folder may use the tiny models of `laws`
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The method registry; what a test registers is forgotten afterwards."""
+    from tokensieve.methods import methods
+    from tokensieve.methods import registry as module
+
+    methods()
+    monkeypatch.setattr(module, "_registry", dict(module._registry))
+    return module
+
+
+@pytest.fixture
+def deviation(record_property):
+    """``deviation(law, a, b)`` returns the largest difference of two tensors, and notes it for the summary."""
+
+    def measure(law: str, a: torch.Tensor, b: torch.Tensor) -> float:
+        assert a.shape == b.shape
+        worst = (a - b).abs().max().item() if a.numel() else 0.0
+        record_property(f"deviation {law}", worst)
+        return worst
+
+    return measure
+
+
+def pytest_terminal_summary(terminalreporter):
+    worst: dict[str, float] = {}
+    for report in (r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])):
+        for name, value in report.user_properties:
+            if name.startswith("deviation "):
+                worst[name] = max(worst.get(name, 0.0), value)
+    for name, value in sorted(worst.items()):
+        terminalreporter.write_line(f"worst {name}: {value:.1e}")

@@ -1,0 +1,241 @@
+"""The comparison from end to end: rows, resuming, and what goes wrong on the way."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from PIL import Image
+
+from tokensieve import attach
+from tokensieve.evaluate import (
+    METRICS,
+    DataError,
+    OutputError,
+    Results,
+    ResumeError,
+    Row,
+    compare,
+    decode,
+    encode,
+    load_data,
+    wilson,
+)
+from tokensieve.evaluate.identity import model_identity, model_name, sample_key
+
+PINNED = (
+    "method, keep, tokens_before, tokens_after, tokens_average, samples, accuracy, accuracy_low, accuracy_high, "
+    "flops_ratio, prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, peak_activation_mb, kv_mb"
+)
+METHODS = ["vtc-cls", "random", "pool"]
+
+
+@pytest.fixture
+def run(model, processor, samples, tmp_path, monkeypatch):
+    """``run(…)`` compares and returns (rows, batches that were generated)."""
+    calls = []
+    generate = type(model).generate
+    monkeypatch.setattr(type(model), "generate", lambda *args, **kw: (calls.append(1), generate(*args, **kw))[1])
+
+    def run(methods=METHODS, keeps=(9,), **changes):
+        options = {"output": tmp_path / "out", "batch_size": 4, "max_new_tokens": 2, "measure": False} | changes
+        calls.clear()
+        rows = compare(model, processor, options.pop("samples", samples), methods, list(keeps), **options)
+        return rows, len(calls)
+
+    return run
+
+
+def alone(model, processor, sample, spec, tokens=2):
+    """The answer to one question by itself, with nothing of ours but ``attach``."""
+    inputs = encode(processor, [sample])
+    with attach(model, spec, processor=processor), torch.no_grad():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
+    return decode(processor, ids, inputs["input_ids"].shape[1])[0]
+
+
+def test_the_fields_of_a_row_are_the_pinned_ones():
+    assert [field.name for field in fields(Row)] == PINNED.split(", ")
+
+
+def test_rows_say_what_each_question_alone_says(run, model, processor, samples):
+    accepted = [{alone(model, processor, s, "full")} for s in samples]
+    assert len(set.union(*accepted)) > 2
+    for i, sample in enumerate(samples[:6]):  # what makes some answers of the methods right
+        spec = "vtc-cls(keep=9)" if i < 4 else "random(keep=9, seed=1)"
+        accepted[i].add(alone(model, processor, sample, spec))
+    told = [replace(s, answers=tuple(answers)) for s, answers in zip(samples, accepted, strict=True)]
+    rows, _ = run(samples=told)
+    assert [(row.method, row.keep) for row in rows] == [("full", None), ("vtc-cls", 9), ("random", 9), ("pool", 9)]
+    full, vtc, random, _ = rows
+    assert (full.accuracy, full.accuracy_low, full.accuracy_high) == (1, *wilson(10, 10))
+    assert full.tokens_after == 144
+    assert vtc.tokens_before == 144
+    assert vtc.tokens_after == vtc.tokens_average == 9
+
+    def right(spec):
+        return sum(METRICS["exact"](alone(model, processor, s, spec), s.answers) for s in told) / len(told)
+
+    assert 0 < vtc.accuracy < 1
+    assert vtc.accuracy == right("vtc-cls(keep=9)")
+    seeds = [right(f"random(keep=9, seed={seed})") for seed in range(3)]
+    assert random.accuracy == pytest.approx(sum(seeds) / 3)
+    assert random.accuracy_low < random.accuracy < random.accuracy_high
+    assert vtc.prefill_ms is None
+
+
+def test_results_hold_types_differences_and_examples(run, samples, tmp_path):
+    rows, _ = run(examples=3)
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert results.complete
+    assert list(results.rows) == rows
+    assert [row.to_json() for row in rows] == json.loads(json.dumps([row.to_json() for row in rows]))
+    assert [[(score.type, score.samples) for score in types] for types in results.types] == [
+        [("even", 5), ("odd", 5)]
+    ] * 4
+    for row, types, (difference, low, high) in zip(rows, results.types, results.differences, strict=True):
+        assert sum(score.accuracy for score in types) / 2 == pytest.approx(row.accuracy)
+        assert difference == pytest.approx(row.accuracy - rows[0].accuracy)
+        assert low <= difference <= high
+    assert len(results.examples) == 3
+    for example in results.examples:
+        assert Image.open(tmp_path / "out" / example.image).size[0] == 90
+        assert [(kept["method"], kept["keep"]) for kept in example.kept] == [(row.method, row.keep) for row in rows]
+        assert [len(kept["reductions"][0]["anchors"]) for kept in example.kept] == [144, 9, 9, 9]
+    assert results.settings["samples"] == 10
+    assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_an_interrupted_run_continues_where_it_was(run, tmp_path):
+    whole, batches = run(output=tmp_path / "whole")
+    assert batches == 6 * 3  # full, vtc-cls, three seeds, pool; three batches each
+
+    def interrupt(done, total, label):
+        assert total == 60
+        if done >= 28:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=interrupt)
+    early = Results.load(tmp_path / "out" / "results.json")
+    assert not early.complete
+    assert list(early.rows) == whole[:2]
+
+    seen = []
+    rows, again = run(progress=lambda done, total, label: seen.append(done))
+    assert rows == whole
+    assert again == 18 - (3 + 3 + 2)  # full, vtc-cls and two batches of the first seed were there
+    assert seen[-1] == 60
+    assert run() == (whole, 0)
+
+
+def test_answers_are_used_again_wherever_they_are_the_same(run, samples):
+    run(samples=samples[:4])
+    assert run(samples=samples[:4], metric="contains", seeds=2, methods=["random", "vtc-cls"])[1] == 0
+    assert run(samples=samples[:4], methods=["vtc-cls(keep=8)"])[1] == 1
+    asked = replace(samples[3], question="is it red?")
+    _, batches = run(samples=[*samples[:3], asked], methods=[], keeps=[])
+    assert batches == 1
+    _, batches = run(samples=samples, methods=["vtc-cls"])
+    assert 2 <= batches <= 6
+
+
+def test_another_model_or_prompt_is_refused(run, model):
+    run(methods=[])
+    with pytest.raises(ResumeError, match=r"\(prompt differ\)"):
+        run(methods=[], prompt="{question} is it red?")
+    weight = next(model.parameters())
+    weight.data += 1
+    try:
+        with pytest.raises(ResumeError, match=r"\(weights differ\)"):
+            run(methods=[])
+    finally:
+        weight.data -= 1
+
+
+def test_a_broken_image_stops_the_run_and_loses_nothing(run, write, tmp_path):
+    rows = [{"image": f"{i}.png", "question": "is it red?" + " red" * i, "answer": "yes"} for i in range(3)]
+    samples = load_data(write(rows))
+    good = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(good[: len(good) // 2])
+    broken = load_data(tmp_path / "data.jsonl")
+    with pytest.raises(DataError, match=r"2\.png: the image cannot be read .*answers so far are kept"):
+        run(methods=[], samples=broken, batch_size=1, examples=0)
+    (tmp_path / "2.png").write_bytes(good)
+    assert run(methods=[], samples=samples, batch_size=1, examples=0)[1] == 1
+
+
+def test_a_full_disk_on_the_results_keeps_the_predictions(run, tmp_path, monkeypatch):
+    def no_space(self, *args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr("pathlib.Path.write_text", no_space)
+        with pytest.raises(
+            OutputError, match=r"cannot write .*results\.json: No space left on device; the predictions"
+        ):
+            run(methods=["pool"])
+    assert run(methods=["pool"])[1] == 3  # full is there
+
+
+def test_the_oracle_sees_what_it_needs(run, samples, tmp_path):
+    rows, _ = run(samples=[replace(samples[0], boxes=((0, 0, 8, 5),))], methods=[], keeps=[1, 16])
+    assert [(row.method, row.keep, row.tokens_after) for row in rows[1:]] == [("oracle", 1, 1), ("oracle", 16, 16)]
+    kept = Results.load(tmp_path / "out" / "results.json").examples[0].kept
+    assert kept[1]["reductions"][0]["anchors"] == [0]
+    assert "oracle" in kept[1]["reductions"][0]["notes"][0]
+
+
+def test_measured_rows_are_full_of_numbers_and_measured_once(run, tmp_path):
+    rows, _ = run(methods=["uniform", "downsample"], measure=True)
+    full, uniform, downsample = rows
+    assert full.flops_ratio == full.prefill_speedup == 1
+    assert full.method_ms is None
+    assert uniform.kv_mb < full.kv_mb
+    assert 0 < downsample.flops_ratio < uniform.flops_ratio < 1
+    assert uniform.method_ms is not None
+    assert downsample.method_ms is None
+    for row in rows:
+        assert min(row.prefill_ms, row.prefill_speedup, row.decode_ms_per_token, row.peak_activation_mb) > 0
+    assert run(methods=["uniform", "downsample"], measure=True) == (rows, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["vtc-clss"]}, "did you mean vtc-cls"),
+        ({"metric": "exactly"}, "unknown metric 'exactly'; did you mean exact"),
+        ({"samples": []}, "no samples"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"prompt": "what?"}, "the prompt must contain {question}"),
+        ({"keeps": [0]}, "keep must be"),
+        ({"methods": ["vtc-cls(first_layer=7)"]}, "no encoder layer"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(run, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_in_training_mode_is_refused(run, model):
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"):
+            run()
+    finally:
+        model.eval()
+
+
+def test_identities(model, samples, write, tmp_path):
+    same = model_identity(model)
+    assert same == model_identity(model)
+    assert sample_key(samples[0]) != sample_key(replace(samples[0], question="is it red?"))
+    (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
+    assert sample_key(samples[0]) not in {sample_key(s) for s in samples[1:]}
+    assert model_name(model) == "LlavaForConditionalGeneration"
+    model.config.name_or_path = str(tmp_path)
+    assert model_name(model) == tmp_path.name
+    model.config.name_or_path = "someone/some-model"
+    assert model_name(model) == "someone/some-model"
+    model.config.name_or_path = ""

@@ -1,0 +1,83 @@
+"""Methods x budgets x seeds."""
+
+import pytest
+
+from tokensieve.evaluate.plan import plan
+
+
+def keys(entries):
+    return {(entry.method, entry.keep): [run.key for run in entry.runs] for entry in entries}
+
+
+def test_rows_and_runs():
+    found = keys(plan(["vtc-cls", "random", "full"], [64, 0.25], seeds=3, oracle=False))
+    assert list(found) == [("full", None), ("vtc-cls", 64), ("vtc-cls", 0.25), ("random", 64), ("random", 0.25)]
+    assert found["vtc-cls", 0.25] == ["vtc-cls(keep=0.25)"]
+    assert found["random", 64] == ["random(keep=64)", "random(keep=64, seed=1)", "random(keep=64, seed=2)"]
+
+
+def test_what_a_spec_gives_is_not_varied():
+    found = keys(
+        plan(["random(keep=9, seed=4)", "random(seed=5)", "vtc-cls( keep=7)"], [64, 32], seeds=2, oracle=False)
+    )
+    assert found == {
+        ("full", None): ["full"],
+        ("random(keep=9, seed=4)", 9): ["random(keep=9, seed=4)"],
+        ("random(seed=5)", 64): ["random(keep=64, seed=5)"],
+        ("random(seed=5)", 32): ["random(keep=32, seed=5)"],
+        ("vtc-cls( keep=7)", 7): ["vtc-cls(keep=7)"],
+    }
+
+
+def test_stages_share_an_open_budget_and_keep_their_own():
+    found = keys(plan(["downsample(keep=0.5) + uniform"], [8], seeds=1, oracle=False))
+    assert found["downsample(keep=0.5) + uniform", 8] == ["downsample(keep=0.5) + uniform(keep=8)"]
+
+
+def test_without_budgets_a_method_runs_at_its_default():
+    assert ("uniform", 0.25) in keys(plan(["uniform"], [], seeds=1, oracle=False))
+
+
+def test_the_oracle_comes_last_at_every_budget():
+    assert list(keys(plan(["uniform"], [8, 4], seeds=1, oracle=True)))[-2:] == [("oracle", 8), ("oracle", 4)]
+
+
+def test_repeated_rows_run_once():
+    assert len(plan(["uniform", "uniform(keep=8)", "uniform"], [8], seeds=1, oracle=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("methods", "keeps", "seeds", "message"),
+    [
+        (["vtc-clss"], [8], 1, "did you mean vtc-cls"),
+        (["uniform"], [0], 1, "keep must be .*; got 0"),
+        (["uniform"], [1.5], 1, "keep must be .*; got 1.5"),
+        (["uniform(kep=3)"], [8], 1, "no parameter 'kep'"),
+        (["uniform"], [8], 0, "seeds must be at least 1; got 0"),
+    ],
+)
+def test_mistakes_are_named(methods, keeps, seeds, message):
+    with pytest.raises(ValueError, match=message):
+        plan(methods, keeps, seeds=seeds, oracle=False)
+
+
+def test_an_edited_method_file_makes_new_predictions(tmp_path):
+    source = """
+from dataclasses import dataclass
+from tokensieve import Method, register
+
+@register("mine-{0}", paper="none")
+@dataclass(frozen=True)
+class Mine(Method):
+    keep: int = 4
+    def reduce(self, image):
+        return image.keep(None)
+"""
+    found = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source.format(name))
+        (run,) = plan([f"{path}:Mine"], [4], seeds=1, oracle=False)[1].runs
+        found.append(run.key)
+    assert found[0].startswith("mine-one(keep=4) #")
+    assert found[0].split("#")[1] != found[1].split("#")[1]
