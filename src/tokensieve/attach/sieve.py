@@ -6,6 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -75,13 +76,16 @@ class Sieve:
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
         decoder = by_stage.get("decoder")
         needs = connector.needs if connector is not None else Needs()
+        if replay is not None and not all(decision.projected for row in replay for decision in row):
+            needs = Needs(patches=True)
         self.model, self.stages, self.positions = model, stages, positions
         self.last: Decisions = []
         self.tokens: list[list[list[int]]] = []
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
         words = UserWords(model, processor) if any(stage.needs.text for stage in stages) else None
-        self._connector = Connector(model, connector, positions, words if needs.text else None, replay)
+        asked = words if needs.text else None
+        self._connector = Connector(model, connector, positions, asked, replay, partial(family.project, model))
         self._encoder = EncoderHooks(family, model, needs, encoder)
         self._decoder: DecoderHooks | None = None
         if isinstance(decoder, DecoderMethod):

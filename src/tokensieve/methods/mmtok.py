@@ -1,0 +1,52 @@
+"""MMTok: tokens that cover the words of the question, and the image."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import CHUNK, coverage, normalise
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("mmtok", paper="arXiv:2508.18264", needs=Needs(text=True, patches=True))
+@dataclass(frozen=True)
+class MmTok(Method):
+    """Greedily keep the tokens that cover two things best: each word of the prompt, and each patch of the image.
+
+    How well token j covers word i is the share that j has in the softmax of i's cosines to all tokens in the LLM's
+    input space; how well it covers patch i, the same among the encoder's rows. Patches of padding are covered like any
+    other, but not chosen.
+
+    Args:
+        keep: tokens per image, or a share of them.
+        balance: weight of the image against the words.
+        text_temperature, image_temperature: of the two softmaxes.
+
+    Paper: "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs", ICLR 2026.
+    """
+
+    keep: Budget = 64
+    balance: float = 0.5
+    text_temperature: float = 0.02
+    image_temperature: float = 0.2
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        words, mask = image.words()
+        cosines = normalise(words) @ normalise(image.features).transpose(-1, -2)
+        asked = (cosines / self.text_temperature).softmax(-1) * (mask / mask.sum(-1, keepdim=True))[..., None]
+        by_token = asked.transpose(-1, -2)
+        rows = normalise(image.given("patches"))
+        scaled = rows.transpose(-1, -2) / self.image_temperature
+        total = torch.cat([(part @ scaled).logsumexp(-1) for part in torch.split(rows, CHUNK, dim=1)], 1)[:, None]
+
+        def covers(index: Tensor) -> Tensor:
+            seen = (rows.take_along_dim(index[..., None], 1) @ scaled - total).exp() * (self.balance / image.total)
+            return torch.cat([by_token.take_along_dim(index[..., None], 1), seen], -1)
+
+        eligible = None if image.padding is None else ~image.padding
+        return image.keep(coverage(covers, total[:, 0], image.count(self.keep), eligible))
