@@ -149,7 +149,7 @@ class Sieve:
         self.tokens = self._tokens(prefill.plans[:: prefill.copies], run, prefill.copies)
         cache = getattr(output, "past_key_values", None)
         states = States(prefill.state, {} if run is None else run.states)
-        if cache is not None and any(state.dropped for state in (states.entry, *states.blocks.values())):
+        if cache is not None and any(state.matters for state in (states.entry, *states.blocks.values())):
             remember(cache, states)
 
     def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:
