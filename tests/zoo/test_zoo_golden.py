@@ -118,9 +118,7 @@ def test_prumerge_plus_fixed_but_for_what_the_official_code_passes_on_twice():
 @pytest.mark.parametrize("name", names("vispruner"))
 def test_vispruner(name):
     x, y, h = case("vispruner", name)
-    image = VisualTokens(
-        x["features"], cls_attention={0: x["cls_attention"].mean(1)}, patches=x["features"], depth=2
-    )
+    image = VisualTokens(x["features"], cls_attention={0: x["cls_attention"].mean(1)}, patches=x["features"], depth=2)
     reduction = one("vispruner", keep=h["keep"], important=h["important_ratio"])(image)
     assert kept(reduction) == y["kept_indices"].tolist()
 
