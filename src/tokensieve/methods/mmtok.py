@@ -8,7 +8,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import CHUNK, coverage, normalise
+from tokensieve.ops import CHUNK, coverage, normalise, rows_at
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -45,8 +45,8 @@ class MmTok(Method):
         total = torch.cat([(part @ scaled).logsumexp(-1) for part in torch.split(rows, CHUNK, dim=1)], 1)[:, None]
 
         def covers(index: Tensor) -> Tensor:
-            seen = (rows.take_along_dim(index[..., None], 1) @ scaled - total).exp() * (self.balance / image.total)
-            return torch.cat([by_token.take_along_dim(index[..., None], 1), seen], -1)
+            seen = (rows_at(rows, index) @ scaled - total).exp() * (self.balance / image.total)
+            return torch.cat([rows_at(by_token, index), seen], -1)
 
-        eligible = None if image.padding is None else ~image.padding
+        eligible = None if image.padding is None else (~image.padding).float()
         return image.keep(coverage(covers, total[:, 0], image.count(self.keep), eligible))

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import coverage, normalise
+from tokensieve.ops import coverage, normalise, rows_at
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -40,7 +40,7 @@ class Scope(Method):
         saliency = (attention * self.heads) ** self.alpha
 
         def similar(index: Tensor) -> Tensor:
-            return rows.take_along_dim(index[..., None], -2) @ rows.transpose(-1, -2)
+            return rows_at(rows, index) @ rows.transpose(-1, -2)
 
         weight, bonus = (saliency, None) if self.combine == "times" else (None, saliency)
         return image.keep(coverage(similar, saliency, image.count(self.keep), weight, bonus), attention)

@@ -1,7 +1,7 @@
 """Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
 
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
-from tokensieve.ops.greedy import coverage, dpp_map, max_min
+from tokensieve.ops.greedy import coverage, dpp_map, max_min, rows_at
 from tokensieve.ops.merge import area_pool, nearest, pooled_grid, sizes_of
 from tokensieve.ops.score import CHUNK, local_variance, normalise, text_similarity, without_sinks
 from tokensieve.ops.select import (
@@ -36,6 +36,7 @@ __all__ = [
     "peak_scores",
     "pooled_grid",
     "rank_in_group",
+    "rows_at",
     "share_out",
     "sizes_of",
     "spread_evenly",

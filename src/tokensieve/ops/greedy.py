@@ -1,6 +1,7 @@
 """Greedy selections: one token after the other, never an [N, N] matrix. Deterministic: ties go to the lower index."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -22,11 +23,12 @@ def max_min(rows: Tensor, k: int) -> Tensor:
         rows: `[..., N, D]`.
     """
     rows = normalise(rows)
-    first = _nearest_distance(rows).argmax(-1)
+    cosines = rows @ rows.transpose(-1, -2) if rows.shape[-2] <= CHUNK else None  # a single chunk is kept
+    first = _nearest_distance(rows, cosines).argmax(-1)
     chosen, distance = [first], None
     for _ in range(k - 1):
-        to_last = 1 - (rows @ _row(rows, chosen[-1])[..., None]).squeeze(-1)
-        distance = to_last if distance is None else torch.minimum(distance, to_last)
+        alike = (rows @ _row(rows, chosen[-1])[..., None]).squeeze(-1) if cosines is None else _row(cosines, chosen[-1])
+        distance = 1 - alike if distance is None else torch.minimum(distance, 1 - alike)
         # a selected row is at distance 0 up to rounding: rule it out, so that duplicates cannot pick it again
         distance = distance.scatter(-1, chosen[-1][..., None], -torch.inf)
         chosen.append(distance.argmax(-1))
@@ -36,35 +38,40 @@ def max_min(rows: Tensor, k: int) -> Tensor:
 def dpp_map(rows: Tensor, quality: Tensor, k: int) -> Tensor:
     """Greedy mode of the determinantal point process with kernel ``q_i cos_ij q_j``, in the order of selection.
 
-    Each step takes the token with the largest part outside the span of those taken (the incremental Cholesky of the
-    kernel, kept as an orthonormal basis of that span): O(K·N·D) time, O(N + K·D) extra memory. When the span holds
-    everything, the best quality is next.
+    Each step takes the token with the largest part outside the span of those taken, by the incremental Cholesky
+    decomposition of the kernel: O(K·N·(D + K)) time, O(K·N) extra memory. When the span holds everything, the best
+    quality is next.
 
     Args:
         rows: `[..., N, D]`.
         quality: `[..., N]`, not negative.
     """
     rows = normalise(rows) * quality.float()[..., None]
-    whole = rows.square().sum(-1)
-    outside, least = whole, whole * 1e-6  # below this share of a token, what is outside is rounding
-    basis = rows.new_zeros((*rows.shape[:-2], k, rows.shape[-1]))
+    kernel = rows @ rows.transpose(-1, -2) if rows.shape[-2] <= CHUNK else None  # a single chunk is kept
+    outside = rows.square().sum(-1)
+    least = outside * 1e-6  # below this share of a token, what is outside is rounding
+    factors = rows.new_zeros((*rows.shape[:-2], k, rows.shape[-2]))
     chosen: list[Tensor] = []
     for step in range(k):
-        chosen.append(torch.maximum(outside, least.where(outside > -torch.inf, outside)).argmax(-1))
-        new = _row(rows, chosen[-1])[..., None, :]
-        norm = new.norm(dim=-1, keepdim=True)
-        for _ in range(2):  # once leaves the rounding errors of a near-duplicate, twice does not
-            new = new - (new @ basis[..., :step, :].transpose(-1, -2)) @ basis[..., :step, :]
-        length = new.norm(dim=-1, keepdim=True)
-        unit = (new / length).where(length > 1e-3 * norm, 0)
-        basis[..., step : step + 1, :] = unit
-        outside = outside - (rows @ unit.transpose(-1, -2)).squeeze(-1).square()
-        outside = outside.scatter(-1, chosen[-1][..., None], -torch.inf)
+        best = torch.maximum(outside, least.where(outside > -torch.inf, outside)).argmax(-1, keepdim=True)
+        chosen.append(best.squeeze(-1))
+        like = (rows @ _row(rows, chosen[-1])[..., None]).squeeze(-1) if kernel is None else _row(kernel, chosen[-1])
+        so_far = factors[..., :step, :]
+        mine = so_far.gather(-1, best[..., None, :].expand(*so_far.shape[:-1], 1))
+        own, floor = outside.gather(-1, best), least.gather(-1, best)
+        factor = (like - (mine.transpose(-1, -2) @ so_far).squeeze(-2)) / own.clamp(min=1e-30).sqrt()
+        factor = factor.where(own > floor, 0)
+        factors[..., step, :] = factor
+        outside = (outside - factor.square()).scatter(-1, best, -torch.inf)
     return torch.stack(chosen, -1)
 
 
 def coverage(
-    covers: Covers, tokens: Tensor, k: int, weight: Tensor | None = None, bonus: Tensor | None = None
+    covers: Covers,
+    tokens: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    bonus: Tensor | None = None,
 ) -> Tensor:
     """Greedy facility location: cover R demands best with ``k`` of N tokens, in the order of selection, `[..., k]`.
 
@@ -78,40 +85,51 @@ def coverage(
         weight, bonus: `[..., N]`, not negative.
     """
     total, every = tokens.shape[-1], torch.arange(tokens.shape[-1], device=tokens.device).expand(tokens.shape)
-    weight = torch.ones_like(every, dtype=torch.float32) if weight is None else weight.float()
-    bonus = torch.zeros_like(weight) if bonus is None else bonus.float()
     if total <= CHUNK:
         table = covers(every)
-        covers = lambda index: table.take_along_dim(index[..., None], -2)  # noqa: E731
-    gain = torch.cat([covers(part).clamp(min=0).sum(-1) for part in torch.split(every, CHUNK, dim=-1)], -1)
-    covered = torch.zeros_like(covers(every[..., :1])).squeeze(-2)
-    taken, chosen = torch.zeros_like(weight), []
+        covers = partial(rows_at, table)
+
+    def value(gain: Tensor, index: Tensor) -> Tensor:
+        gain = gain if weight is None else gain * weight.gather(-1, index)
+        return gain if bonus is None else gain + bonus.gather(-1, index)
+
+    parts = [covers(part).clamp(min=0).sum(-1) for part in torch.split(every, CHUNK, dim=-1)]
+    score = value(torch.cat(parts, -1), every)  # never below what a token is worth now
+    covered, chosen = torch.zeros_like(covers(every[..., :1])).squeeze(-2), []
+    best = score.argmax(-1, keepdim=True)
     for _ in range(k):
         while True:
-            near = (gain * weight + bonus + taken).topk(min(CANDIDATES, total), -1).indices
+            # the best by score is among them: each round it stays the best, or falls
+            near = torch.cat([best, score.topk(min(CANDIDATES, total), -1).indices], -1)
             offered = covers(near)
-            gain = gain.scatter(-1, near, (offered - covered[..., None, :]).clamp(min=0).sum(-1))
-            best = (gain * weight + bonus + taken).argmax(-1, keepdim=True)
-            if bool((near == best).any(-1).all()):
+            gain = (offered - covered[..., None, :]).clamp_(min=0).sum(-1)
+            score = score.scatter(-1, near, value(gain, near).where(score.gather(-1, near) > -torch.inf, -torch.inf))
+            best = score.argmax(-1, keepdim=True)
+            place = near == best
+            if bool(place.any(-1).all()):
                 break
         chosen.append(best.squeeze(-1))
-        column = offered.take_along_dim((near == best).int().argmax(-1)[..., None, None], -2).squeeze(-2)
-        covered = torch.maximum(covered, column)
-        taken = taken.scatter(-1, best, -torch.inf)
+        covered = torch.maximum(covered, _row(offered, place.int().argmax(-1)))
+        score = score.scatter(-1, best, -torch.inf)
+        best = score.argmax(-1, keepdim=True)
     return torch.stack(chosen, -1)
 
 
 def _row(rows: Tensor, index: Tensor) -> Tensor:
     """`[..., N, D]` and `[...]` to `[..., D]`."""
-    return rows.take_along_dim(index[..., None, None], dim=-2).squeeze(-2)
+    return rows_at(rows, index[..., None]).squeeze(-2)
 
 
-def _nearest_distance(rows: Tensor) -> Tensor:
-    """Distance of each unit row to its nearest other row, `[..., N]`."""
-    n, nearest = rows.shape[-2], []
-    for start in range(0, n, CHUNK):
-        cosines = rows[..., start : start + CHUNK, :] @ rows.transpose(-1, -2)
-        own = torch.arange(start, min(start + CHUNK, n), device=rows.device)
-        cosines[..., own - start, own] = -torch.inf
-        nearest.append(1 - cosines.amax(-1))
+def rows_at(rows: Tensor, index: Tensor) -> Tensor:
+    """`[..., N, D]` and `[..., m]` to `[..., m, D]`."""
+    return rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1]))
+
+
+def _nearest_distance(rows: Tensor, cosines: Tensor | None) -> Tensor:
+    """Distance of each unit row to its nearest other row, `[..., N]`; ``cosines`` may be known."""
+    nearest = []
+    for start in range(0, rows.shape[-2], CHUNK):
+        chunk = rows[..., start : start + CHUNK, :] @ rows.transpose(-1, -2) if cosines is None else cosines.clone()
+        chunk.diagonal(start, -2, -1).fill_(-torch.inf)
+        nearest.append(1 - chunk.amax(-1))
     return torch.cat(nearest, -1)
