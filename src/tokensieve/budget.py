@@ -39,22 +39,27 @@ def stage_counts(
 ) -> list[int]:
     """Tokens that stay from each of the ``blocks`` on, in an LLM of ``depth`` blocks that ``total`` tokens enter.
 
-    The counts fall geometrically to ``keep``, or so that the mean over all blocks is ``average``.
+    The counts fall geometrically to ``keep``, or so that the mean over all blocks is ``average``. An average in tokens
+    that the image does not exceed leaves it whole.
 
     Raises:
         ValueError: if the average cannot be reached by stages at these blocks; names the range that can.
     """
     if average is None:
-        ratio = (count(keep, total) / total) ** (1 / len(blocks))
-        return [max(1, int(total * ratio ** (stage + 1) + 1e-9)) for stage in range(len(blocks))]
+        last = count(keep, total)
+        share = keep if isinstance(keep, float) else last / total
+        shares = [share ** ((stage + 1) / len(blocks)) for stage in range(len(blocks) - 1)]
+        return [*(max(last, int(total * part + 1e-9)) for part in shares), last]
     wanted = average if isinstance(average, int) else average * total
+    if wanted >= total:
+        return [total] * len(blocks)
     spans = [after - before for before, after in zip(blocks, [*blocks[1:], depth], strict=True)]
 
     def mean(ratio: float) -> float:
         return total * (blocks[0] + sum(n * ratio ** (s + 1) for s, n in enumerate(spans))) / depth
 
     lowest = blocks[0] * total / depth
-    if not lowest < wanted <= total:
+    if wanted <= lowest:
         raise ValueError(
             f"an average of {wanted:g} of {total} tokens is out of reach of stages at blocks {list(blocks)} of "
             f"{depth}; reachable: above {lowest:g}, up to {total}"

@@ -134,7 +134,13 @@ class Reduction:
             notes=self.notes,
             projected=self.projected,
         )
-        return pick if self.valid is None else replace(pick, anchors=pick.anchors[self.valid[image]])
+        if self.valid is None:
+            return pick
+        stays, m = self.valid[image], pick.mixing
+        if m is not None:  # entries follow their slots to the slots' new numbers
+            entries, number = stays[m.slot], stays.cumsum(0) - 1
+            m = Mixing(number[m.slot[entries]], m.source[entries], m.weight[entries])
+        return replace(pick, anchors=pick.anchors[stays], mixing=m)
 
     # -- applying -----------------------------------------------------------------------------------------------------
 

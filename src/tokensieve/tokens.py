@@ -22,8 +22,10 @@ class VisualTokens:
     Attributes:
         features: `[B, N, D]`, the rows that would enter the LLM (after the projector).
         grid: (height, width) with height · width = N, if the tokens form one.
+        places: `[B, N, 2]`, row and column of each token in its image, if its tokens once formed a grid.
         cls_attention: {encoder layer: `[B, N]`}, what the encoder's [CLS] token attends to: post-softmax, mean over
             heads, one value per visual token. Layers count from 0.
+        cls_similarity: `[B, N]`, cosine of each token's patch to the [CLS] token in what the encoder puts out.
         cls_wide: the same with the heads side by side as a single one: one softmax over their full width.
         received: {encoder layer: `[B, N]`}, what each token gets of all attention: mean over heads and queries.
         encoder_keys: {encoder layer: `[B, N, H, E]`}, keys as the encoder's attention sees them.
@@ -38,6 +40,8 @@ class VisualTokens:
         text_mask: `[B, M]` bool, True on real words.
         queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of the last token, or of each word, to the tokens.
         keys, text_keys: `[B, N, E]` and `[B, M, E]`, in the LLM: key states with heads side by side.
+        before, middle: `[B, N, D]`, in the LLM: what entered the block before, and what its MLP was given.
+        rotary, text_rotary: `[B, N, d]` and `[B, M, d]`, in the LLM: a vector of ones, turned by the rotary embedding.
         entry, text_entry: `[B, N0, D]` and `[B, M, D]`, in the LLM: embeddings as they entered it.
         stage: in the LLM, which of the method's stages this is, from 0.
         entered: visual tokens of the image at the LLM's entry; budgets of decoder methods are shares of these.
@@ -46,7 +50,9 @@ class VisualTokens:
 
     features: Tensor
     grid: tuple[int, int] | None = None
+    places: Tensor | None = None
     cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    cls_similarity: Tensor | None = None
     cls_wide: Mapping[int, Tensor] = field(default_factory=dict)
     received: Mapping[int, Tensor] = field(default_factory=dict)
     encoder_keys: Mapping[int, Tensor] = field(default_factory=dict)
@@ -61,6 +67,10 @@ class VisualTokens:
     queries: Tensor | None = None
     keys: Tensor | None = None
     text_keys: Tensor | None = None
+    before: Tensor | None = None
+    middle: Tensor | None = None
+    rotary: Tensor | None = None
+    text_rotary: Tensor | None = None
     entry: Tensor | None = None
     text_entry: Tensor | None = None
     stage: int = 0
@@ -76,7 +86,7 @@ class VisualTokens:
         for name in ("cls_attention", "cls_wide", "received", "encoder_keys"):
             for layer, rows in getattr(self, name).items():
                 if rows.shape[:2] != (b, n):
-                    raise ValueError(f"{name}[{layer}] must start with [{b}, {n}]; got {list(rows.shape)}")
+                    raise ValueError(f"{name}[{layer}] must be [{b}, {n}]; got {list(rows.shape[:2])}")
         for name in ("patches", "joint", "padding"):
             rows = getattr(self, name)
             if rows is not None and rows.shape[:2] != (b, n):
@@ -107,7 +117,11 @@ class VisualTokens:
             ValueError: if a layer was not given, or the slice is empty.
         """
         depth = self.depth or max(self.cls_attention, default=-1) + 1
-        return torch.stack([self.at("cls_attention", layer) for layer in resolve_layers(layers, depth)])
+        wanted = resolve_layers(layers, depth)
+        missing = [layer for layer in wanted if layer not in self.cls_attention]
+        if missing:
+            raise ValueError(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
+        return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
 
     def at(self, name: str, layer: int) -> Tensor:
         """Evidence ``name`` (``cls_attention``, ``received``…) of one encoder layer, float32; −1 is the last layer.
@@ -141,13 +155,23 @@ class VisualTokens:
             mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
         return self.text, mask.bool()
 
-    def keep(self, indices: Tensor, scores: Tensor | None = None, valid: Tensor | None = None) -> Reduction:
+    def keep(
+        self,
+        indices: Tensor,
+        scores: Tensor | None = None,
+        counts: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Reduction:
         """Keep the tokens at ``indices`` `[B, K]` (distinct, any order) and drop the others.
 
         Args:
-            scores: `[B, N]`, what was ranked by.
-            valid: `[B, K]` bool, False on padding, which repeats a kept index; where images keep different numbers.
+            scores: `[B, N]`, what the method ranked by.
+            counts: `[B]`, where images keep different numbers: how many of the first of its indices each one keeps.
+            valid: `[B, K]` bool, the same as a mask: False on padding.
         """
+        if counts is not None:
+            indices = indices[:, : int(counts.max())]
+            valid = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
         anchors, _, valid = _in_order(indices, valid)
         return Reduction(self.total, anchors, valid=valid, scores=scores, grid=self.grid, notes=self.notes)
 

@@ -14,10 +14,21 @@ VARIANTS = (
 )
 
 
+# these have laws of their own, with merges before the projector and weights that do not sum to 1 (tests/zoo)
+ZOO = "visionzip prumerge prumerge+ vispruner hired fopru cdpruner scope mmtok holov par setok-cluster".split()
+
+
+def entering():
+    """Methods that act before the LLM, in every family; those inside it have laws of their own (tests/decoder)."""
+    return [
+        info for info in methods() if info.stage != "decoder" and not info.needs.cls_similarity and info.name not in ZOO
+    ]
+
+
 def specs() -> list[str]:
     plain = [
         f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
-        for info in methods()
+        for info in entering()
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
     ]
     return [*plain, *VARIANTS]
@@ -25,4 +36,4 @@ def specs() -> list[str]:
 
 def whole_specs() -> list[str]:
     """Every registered method, asked to keep all."""
-    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in methods()]
+    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in entering()]

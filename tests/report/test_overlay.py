@@ -26,7 +26,7 @@ def test_dropped_cells_are_dim_and_kept_ones_untouched() -> None:
     kept = [0, 7, 23]
     shown = centres(overlay(GREY, Reduction(24, torch.tensor(kept), grid=GRID), side=240)).reshape(24, 3)
     assert (shown[kept] == 200).all()
-    assert (shown[[i for i in range(24) if i not in kept]] < 120).all()
+    assert (shown[[i for i in range(24) if i not in kept]] < 140).all()
 
 
 def test_merged_slots_that_touch_have_different_tints() -> None:
@@ -45,10 +45,11 @@ def test_the_whole_image_is_left_alone() -> None:
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
+    some = torch.tensor([0, 7])
     with pytest.raises(ValueError, match="no grid"):
-        overlay(GREY, Reduction.identity(24))
+        overlay(GREY, Reduction(24, some))
     with pytest.raises(ValueError, match="one image"):
-        overlay(GREY, Reduction.identity(24, 2, grid=GRID))
+        overlay(GREY, Reduction(24, some.expand(2, -1), grid=GRID))
 
 
 def test_as_seen_is_the_centre_crop_of_the_image_processor() -> None:

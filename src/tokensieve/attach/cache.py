@@ -21,12 +21,14 @@ class State:
         padded: whether any row is; known without a look at the device.
         length: columns of the prefix as the caller sees it.
         shift: `[B, 1]` (or `[axes, B, 1]` for M-RoPE), what contiguous positions are behind the caller's; else None.
+        renumbered: in the state of a block, `[B, 1]` bool: rows that contiguous positions apply to; ``None``: all.
     """
 
     mask: Tensor
     padded: bool
     length: int
-    shift: Tensor | None
+    shift: Tensor | None = None
+    renumbered: Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -69,15 +71,17 @@ class ReducedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
 
 @dataclass(frozen=True)
 class States:
-    """The states of a cache: of the LLM's entry, and of the blocks after a decoder stage."""
+    """The states of a cache: of the LLM's entry, and of the blocks that saw fewer tokens than it."""
 
     entry: State
     blocks: dict[int, State]
 
 
 def states_of(cache: Cache | None) -> States | None:
-    """What a reduced prefill left on the cache, if any."""
-    return None if cache is None or cache.get_seq_length() == 0 else getattr(cache, STATE, None)
+    """What a reduced prefill left on the cache, if any; one that was emptied since has nothing."""
+    if cache is not None and cache.get_seq_length() == 0:
+        vars(cache).pop(STATE, None)
+    return getattr(cache, STATE, None)
 
 
 def remember(cache: Cache, states: States) -> None:

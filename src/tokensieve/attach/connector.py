@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,14 +29,14 @@ class Plan:
     """What became of one image.
 
     Attributes:
-        decision: in terms of its original tokens.
+        decision: what the encoder and connector stages decided, in terms of its original tokens.
         features: what to do to the rows that the encoder made.
-        inside: what decoder stages did to the rows that entered the LLM.
+        inside: what each decoder stage did to the rows it was given.
     """
 
     decision: Reduction
     features: Reduction
-    inside: Reduction | None = None
+    inside: tuple[Reduction, ...] = ()
 
     def then(self, following: Reduction) -> Plan:
         """With a connector's decision about what is left."""
@@ -46,8 +46,32 @@ class Plan:
 
     def then_inside(self, following: Reduction) -> Plan:
         """With a decoder stage's decision about what is left."""
-        inside = following if self.inside is None else following.after(self.inside)
-        return Plan(following.after(self.decision), self.features, inside)
+        return replace(self, inside=(*self.inside, following))
+
+    @property
+    def reduced_inside(self) -> bool:
+        return any(stage.slots < stage.total for stage in self.inside)
+
+    @property
+    def anchors(self) -> Tensor:
+        """Original indices of the tokens that are left."""
+        anchors = self.decision.anchors
+        for stage in self.inside:
+            anchors = anchors[stage.anchors]
+        return anchors
+
+    def reduce_inside(self, rows: Tensor) -> Tensor:
+        """What the decoder stages made of rows that entered the LLM."""
+        for stage in self.inside:
+            rows = stage.apply(rows)
+        return rows
+
+    def final(self) -> Reduction:
+        """All stages as one decision in terms of the original tokens."""
+        decision = self.decision
+        for stage in self.inside:
+            decision = stage.after(decision)
+        return decision
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,7 @@ class Prefill:
         kwargs: the top-level forward's arguments.
         plans: `[row][image]`; beams and several returns repeat a sample's row ``copies`` times.
         visual: `[B, n]` bool, True on visual tokens.
+        lengths: per row, the columns that are no padding.
         state: what a cache must remember.
     """
 
@@ -65,6 +90,7 @@ class Prefill:
     plans: list[list[Plan]]
     copies: int
     visual: Tensor
+    lengths: list[int]
     state: State
 
 
@@ -102,34 +128,40 @@ class Connector:
         kwargs = dict(kwargs)
         encoded = self._encode(kwargs)
         features = list(encoded.pooler_output)
-        layout = Layout.read(kwargs["input_ids"], self.model.config.image_token_id, [len(f) for f in features])
+        ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), self.model.config.image_token_id
+        layout = Layout.read(ids, mask, token, [len(f) for f in features])
         origins, copies = _origins(layout.images, len(getattr(encoded, RECORD).grids))
         plans = self._decide(kwargs, encoded, features, layout, origins)
         by_row = _by_row(plans, layout.images)
         kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), "image": encoded}
         if all(plan.decision.whole for plan in plans):
-            return Prefill(kwargs, by_row, copies, layout.visual, _untouched(kwargs, layout.end))
+            return Prefill(kwargs, by_row, copies, layout.visual, layout.lengths, _untouched(kwargs, layout.end))
 
         positions = self._positions(kwargs)
-        stay = torch.ones_like(layout.visual).masked_scatter(layout.visual, _kept(plans))
+        stay = layout.real.masked_scatter(layout.visual, _kept(plans))
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
-        columns = Columns.of(stay, [stay.shape[1] - n for n in lost])
+        lengths = [n - gone for n, gone in zip(layout.lengths, lost, strict=True)]
+        columns = Columns.of(stay, lengths)
         kwargs["mm_encoder_outputs"]["image"] = self._reduced(encoded, [plan.features for plan in plans], origins)
-        reduced = [any(not plan.decision.whole for plan in row) for row in by_row]
+        reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
-        return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, state)
+        return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, lengths, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("input_ids") is None:
             raise ValueError("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None and not hasattr(encoded, RECORD):
+            raise ValueError(
+                "these image features were encoded before the method was attached, or in prefill chunks "
+                "(prefill_chunk_size): encode them with the method attached, in one piece"
+            )
         check_cache(kwargs.get("past_key_values"))
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask must be [B, L] for a reduced prompt; got {mask.ndim} dimensions")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep must be a number for a reduced prompt, not a tensor of columns")
 
@@ -137,11 +169,6 @@ class Connector:
         """The tower's output with projected features: the one generate() made, or made here as generate() does."""
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            if not hasattr(encoded, RECORD):
-                raise ValueError(
-                    "these image features were encoded before the method was attached, or in prefill chunks "
-                    "(prefill_chunk_size): encode them with the method attached, in one piece"
-                )
             return encoded
         encode = self.base.get_image_features
         names = [n for n in inspect.signature(encode).parameters if n in kwargs and n != "kwargs"]
@@ -158,9 +185,10 @@ class Connector:
         """One plan per image of the (possibly expanded) batch."""
         record: Record = getattr(encoded, RECORD)
         if self.replay is not None:
-            return [Plan(decision, decision) for decision in _replayed(self.replay, layout.images)]
+            decisions = _replayed(self.replay, layout.images[:: len(origins) // len(record.grids)])
+            return [Plan(decisions[origin], decisions[origin]) for origin in origins]
         if record.reductions is None:
-            plans = [Plan(whole, whole) for whole in (Reduction.identity(len(f), device=f.device) for f in features)]
+            plans = [_whole(f, record.grids[origin]) for f, origin in zip(features, origins, strict=True)]
         else:  # the encoder made the slots' rows itself: the decision says from what, the features are only picked
             before = [record.reductions[origin] for origin in origins]
             plans = [Plan(r, Reduction(r.total, r.anchors)) for r in before]
@@ -208,11 +236,9 @@ class Connector:
             return given
         ids = kwargs["input_ids"]
         plain = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        if not hasattr(self.base, "get_rope_index"):
-            return plain
-        names = inspect.signature(self.base.get_rope_index).parameters
-        axes, self.base.rope_deltas = self.base.get_rope_index(**{n: kwargs[n] for n in names if n in kwargs})
-        return torch.cat([plain[None], axes])
+        number = getattr(self.base, "compute_3d_position_ids", None)  # M-RoPE; also remembers its rope_deltas
+        axes = number and number(**{name: kwargs.get(name) for name in inspect.signature(number).parameters})
+        return plain if axes is None else torch.cat([plain[None], axes])
 
     def _shorten(
         self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int, reduced: list[bool]
@@ -237,6 +263,12 @@ class Connector:
         tail = ids.shape[1] - end
         prefix = new_mask[:, : new_mask.shape[1] - tail]
         return State(prefix, columns.padded, end, shift)
+
+
+def _whole(features: Tensor, grid: tuple[int, int]) -> Plan:
+    total = len(features)
+    whole = Reduction.identity(total, device=features.device, grid=grid if grid[0] * grid[1] == total else None)
+    return Plan(whole, whole)
 
 
 def _kept(plans: Sequence[Plan]) -> Tensor:

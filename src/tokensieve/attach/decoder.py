@@ -1,15 +1,15 @@
 """The decoder stage: visual tokens leave between two blocks of the LLM.
 
-In a prefill, the hook on a stage's block gathers the hidden states, and the hooks on it and on every later block hand
-on positions and mask of the shorter sequence. Each block's cache then holds what that block saw; one
-:class:`~tokensieve.attach.cache.State` per block is what later steps need. Outside a call of the top-level model the
-hooks do nothing: the LLM may be called by others, too.
+In a prefill, the hook on a stage's block lets the method decide and gathers the hidden states (``_reduce``); the hooks
+on it and on every later block hand on positions and mask of the shorter sequence (``_shorten``). Each block's cache
+then holds what that block saw, and one :class:`~tokensieve.attach.cache.State` per block is what later steps need
+(``_translate``). Outside a call of the top-level model the hooks do nothing: the LLM may be called by others, too.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,39 +18,12 @@ from torch import Tensor
 from transformers.masking_utils import create_causal_mask
 
 from tokensieve.attach.cache import State, step_mask
-from tokensieve.attach.connector import Plan, Prefill
-from tokensieve.attach.layout import Stream, equal_groups
-from tokensieve.attach.probe import Probe, attention_of_queries
+from tokensieve.attach.connector import Prefill
+from tokensieve.attach.decoder_evidence import DecoderEvidence
+from tokensieve.attach.layout import equal_groups
+from tokensieve.attach.stream import Run
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Positions
-from tokensieve.tokens import VisualTokens
-
-
-@dataclass
-class Run:
-    """A prefill on its way through the blocks.
-
-    Attributes:
-        stream: the sequence as the next block will see it.
-        entry: the sequence as the first block saw it.
-        prefill: how it entered the LLM.
-        plans: `[row][image]`, what became of each image so far.
-        states: for every block from the first stage on, what later steps must know.
-        tokens: visual tokens per image that each block saw, `[block][row][image]`.
-        made: positions, mask and state of the current stream, made once for all blocks that share it.
-        read: what the probe of the stage read: attention rows, keys.
-        embeddings: `[B, L, D]`, what entered the LLM, for methods that need it.
-    """
-
-    stream: Stream
-    entry: Stream
-    prefill: Prefill
-    plans: list[list[Plan]]
-    states: dict[int, State] = field(default_factory=dict)
-    tokens: dict[int, list[list[int]]] = field(default_factory=dict)
-    made: dict[str, Any] = field(default_factory=dict)
-    read: tuple[Tensor | None, Tensor | None] = (None, None)
-    embeddings: Tensor | None = None
 
 
 @dataclass
@@ -66,22 +39,24 @@ class DecoderHooks:
     """Hooks on the blocks of one LLM, for one decoder method.
 
     Raises:
-        ValueError: if the method names a block that the LLM does not have.
+        ValueError: if the method names a block that the LLM does not have, an average that its stages cannot reach, or
+            if blocks attend in windows.
     """
 
     def __init__(self, model: Any, method: DecoderMethod, positions: Positions, words: UserWords | None) -> None:
         self.decoder, self.method, self.positions, self.words = model.get_decoder(), method, positions, words
-        self.blocks: list[Any] = list(self.decoder.layers)
-        self.stages = method.stages(len(self.blocks))
+        blocks = list(self.decoder.layers)
+        self.depth, self.stages = len(blocks), method.stages(len(blocks))
+        kinds = set(getattr(self.decoder.config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            raise ValueError(f"decoder methods need full attention in every block; this LLM has {', '.join(kinds)}")
+        method.check_average(self.depth)
         self._local = threading.local()
-        self.probes: dict[int, Probe] = {}
-        if method.needs.queries is not None or method.needs.keys:
-            asked = {stage: stage - (not method.needs.own) for stage in self.stages}
-            self.probes = {stage: Probe(self.blocks[a].self_attn, self._read) for stage, a in asked.items()}
-        first = 0 if method.needs.entry else self.stages[0]
+        self.evidence = DecoderEvidence(self.decoder, method, self.stages, self._current)
         self._handles = [
-            block.register_forward_pre_hook(partial(self._enter, first + i), with_kwargs=True)
-            for i, block in enumerate(self.blocks[first:])
+            block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+            for number, block in enumerate(blocks)
+            if number >= self.evidence.first
         ]
         if hasattr(self.decoder, "_deepstack_process"):
             self.decoder._deepstack_process = partial(self._deepstack, self.decoder._deepstack_process)
@@ -89,8 +64,7 @@ class DecoderHooks:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for probe in self.probes.values():
-            probe.remove()
+        self.evidence.remove()
         self.decoder.__dict__.pop("_deepstack_process", None)
 
     # -- called by the sieve ------------------------------------------------------------------------------------------
@@ -99,20 +73,24 @@ class DecoderHooks:
         """Refuse a prompt that cannot be reduced inside the LLM, before anything runs."""
         if kwargs.get("labels") is not None:
             raise ValueError("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
-        if self.probes and isinstance(kwargs.get("logits_to_keep"), int) and kwargs["logits_to_keep"] > 1:
+        logits = kwargs.get("logits_to_keep")
+        if (self.evidence.probes or self.method.needs.text) and isinstance(logits, int) and logits > 1:
             raise ValueError(
-                f"{self.method.info.name} scores by the last prompt token, which assisted decoding hides behind "
-                "candidates; generate without an assistant"
+                f"{self.method.info.name} goes by the end of the prompt, which assisted decoding hides behind "
+                "candidates; generate without an assistant (or, in a plain forward, with logits_to_keep=1)"
             )
 
     def start(self, prefill: Prefill) -> None:
-        """Arm the hooks for a prompt, as the connector stage left it."""
+        """Arm the hooks for a prompt, as the connector stage left it.
+
+        Raises:
+            ValueError: if a budget is out of reach for an image, or a row has no words to go by.
+        """
+        for entered in {plan.decision.slots for plans in prefill.plans for plan in plans}:
+            self.method.per_stage(entered, self.depth)
         words = self.words.find(prefill.kwargs["input_ids"]) if self.words is not None else None
-        sizes = [[plan.decision.slots for plan in row] for row in prefill.plans]
-        stream = Stream.enter(prefill.visual, prefill.kwargs.get("attention_mask"), sizes, words)
-        self._local.call = Run(stream, stream, prefill, [list(row) for row in prefill.plans])
-        for probe in self.probes.values():
-            probe.arm()
+        self._local.call = Run.enter(prefill, words)
+        self.evidence.arm()
 
     def resume(self, states: dict[int, State], mask: Tensor | None) -> None:
         """Arm the hooks for a step on a reduced cache; ``mask`` is the caller's."""
@@ -120,93 +98,97 @@ class DecoderHooks:
 
     def finish(self) -> Run | None:
         """Disarm; returns the prefill, if it was one."""
-        call, self._local.call = getattr(self._local, "call", None), None
-        for probe in self.probes.values():
-            probe.take()
+        run, self._local.call = self._current(), None
+        self.evidence.disarm()
+        return run
+
+    def _current(self) -> Run | None:
+        call = getattr(self._local, "call", None)
         return call if isinstance(call, Run) else None
 
-    # -- the hooks ----------------------------------------------------------------------------------------------------
+    # -- a prefill ----------------------------------------------------------------------------------------------------
 
     def _enter(self, number: int, block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What every hooked block does before it runs."""
         call: Run | Step | None = getattr(self._local, "call", None)
         if call is None:
             return None
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if isinstance(call, Step) and number in call.states:
-            self._translate(call, number, hidden, kwargs)
-        elif isinstance(call, Run):
-            if number == 0:
-                call.embeddings = hidden
+        if isinstance(call, Run):
             if number in self.stages:
                 hidden = self._reduce(call, number, hidden, kwargs)
             if number >= self.stages[0]:
                 self._shorten(call, number, hidden, kwargs)
+            self.evidence.watch(call, number, hidden)
+        elif number in call.states:
+            self._translate(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
     def _reduce(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Decide at a stage, and shorten the hidden states."""
-        stream = run.stream
-        self._ask(run, number, hidden, kwargs)
-        flat = [(row, image) for row, images in enumerate(stream.images) for image in range(len(images))]
-        kept = [list(images) for images in stream.images]
-        for group in equal_groups([(len(stream.images[r][i]), len(run.entry.images[r][i])) for r, i in flat]):
+        """Let the method decide at a stage, and shorten the hidden states."""
+        before = dict(kwargs)  # positions and mask of the sequence as it is until now
+        self._hand_on(run, number, hidden, before)
+        self.evidence.ask(run, number, hidden, before)
+        images = run.stream.images
+        kept, cloned = [list(of_row) for of_row in images], False
+        flat = [(row, image) for row, of_row in enumerate(images) for image in range(len(of_row))]
+        # images of equal size, now and at the start, are decided upon in one call
+        sizes = [(len(images[r][i]), run.plans[r][i].decision.slots, run.plans[r][i].decision.grid) for r, i in flat]
+        for group in equal_groups(sizes):
             members = [flat[g] for g in group]
-            of = torch.tensor([r for r, _ in members], device=hidden.device)
-            columns = torch.stack([stream.images[r][i] for r, i in members])
-            tokens = self._evidence(run, number, hidden, members, of, columns)
-            decision = self.method(tokens)
-            slots = columns.gather(1, decision.anchors)
-            if decision.mixing is not None:
-                hidden = hidden.index_put((of[:, None], slots), decision.apply(tokens.features))
-            for (r, i), slot, one in zip(members, slots, decision, strict=True):
-                kept[r][i], run.plans[r][i] = slot, run.plans[r][i].then_inside(one)
-        run.stream, chosen = stream.keep(kept)
-        run.made.clear()
-        return chosen.take_rows(hidden)
+            decision = self.method(self.evidence.tokens(run, number, hidden, before["position_embeddings"], members))
+            for (row, image), one in zip(members, decision, strict=True):
+                columns = images[row][image]
+                kept[row][image] = columns[one.anchors]
+                if one.mixing is not None:  # merged rows take their anchors' places before the others leave
+                    hidden, cloned = hidden if cloned else hidden.clone(), True
+                    hidden[row, kept[row][image]] = one.apply(hidden[row, columns])
+                run.plans[row][image] = run.plans[row][image].then_inside(one)
+        if number == self.stages[-1]:
+            run.seen.clear()  # nobody will ask again: free the memory
+        chosen = run.move(kept)
+        return hidden if chosen is None else chosen.take_rows(hidden)
 
     def _shorten(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Positions and mask of the shorter sequence for one block, and what its cache must remember."""
-        stream, made = run.stream, run.made
-        run.tokens[number] = [[len(columns) for columns in images] for images in stream.images]
-        if "state" not in made:
-            made["state"] = _state(run)
-        run.states[number] = made["state"]
-        if stream.width == run.prefill.visual.shape[1]:
+        """Give one block what belongs to the shorter sequence, and note what its cache must remember."""
+        run.tokens[number] = [[len(columns) for columns in images] for images in run.stream.images]
+        if run.untouched:
             return
-        if "mask" not in made:
-            made["positions"] = self._positions(stream, hidden, kwargs)
-            made["mask"] = self._mask(number, hidden, kwargs, stream.mask)
-        kwargs["position_embeddings"], kwargs["position_ids"] = made["positions"]
-        kwargs["attention_mask"] = made["mask"]
+        self._hand_on(run, number, hidden, kwargs)
+        if run.state is None:
+            run.state = self._state(run)
+        run.states[number] = run.state
 
-    def _positions(self, stream: Stream, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        ids = kwargs.get("position_ids")
+    def _hand_on(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Replace positions and mask by those of the stream, in place."""
+        if run.untouched:
+            return
+        if run.positions is None:
+            run.positions = self._positions(run, hidden, kwargs)
+            run.mask = self._mask(number, hidden, kwargs, run.stream.mask)
+        kwargs["position_embeddings"], kwargs["position_ids"] = run.positions
+        kwargs["attention_mask"] = run.mask
+
+    def _positions(self, run: Run, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """Position embeddings and ids of the stream, from those of the entry."""
+        columns, ids = run.stream.columns, kwargs.get("position_ids")
+        embeddings = tuple(columns.take_rows(part) for part in kwargs["position_embeddings"])
+        ids = None if ids is None else columns.take(ids)
         if self.positions == "contiguous":
-            numbered = stream.numbered()
-            return self._rotary(hidden, numbered), numbered
-        embeddings = tuple(stream.columns.take_rows(part) for part in kwargs["position_embeddings"])
-        return embeddings, None if ids is None else stream.columns.take(ids)
+            numbered, rows = run.stream.numbered(), run.renumbered()
+            embeddings = self._renumber(hidden, numbered, rows, embeddings)
+            ids = numbered if ids is None or rows is None else numbered.where(rows, ids)
+        return embeddings, ids
 
-    def _rotary(self, hidden: Tensor, numbered: Tensor) -> Any:
-        axes = numbered.expand(3, *numbered.shape) if "mrope_section" in self._rope() else numbered
-        return self.decoder.rotary_emb(hidden, axes)
-
-    def _rope(self) -> dict[str, Any]:
-        return getattr(self.decoder.config, "rope_parameters", None) or {}
-
-    def _translate(self, step: Step, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Positions and mask of a later step for one block, by what its cache holds."""
-        state, cache = step.states[number], kwargs["past_key_values"]
-        if kwargs.get("attention_mask") is not None or step.mask is not None or state.padded:
-            if id(state) not in step.made:
-                mask = step_mask(state, step.mask, cache.get_seq_length(number) + hidden.shape[1])
-                step.made[id(state)] = self._mask(number, hidden, kwargs, mask)
-            kwargs["attention_mask"] = step.made[id(state)]
-        if self.positions == "contiguous":
-            held = state.mask.sum(-1, keepdim=True) + cache.get_seq_length(number) - state.length
-            numbered = held + torch.arange(hidden.shape[1], device=hidden.device)
-            kwargs["position_embeddings"] = self._rotary(hidden, numbered)
+    def _renumber(self, hidden: Tensor, numbered: Tensor, rows: Tensor | None, otherwise: Any) -> Any:
+        """(cos, sin) at the positions ``numbered`` `[B, n]` in the given rows, ``otherwise`` in the others."""
+        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
+        axes = numbered.expand(3, *numbered.shape) if "mrope_section" in rope else numbered
+        made = self.decoder.rotary_emb(hidden, axes)
+        if rows is None:
+            return made
+        return tuple(new.where(rows[..., None], old) for new, old in zip(made, otherwise, strict=True))
 
     def _mask(self, number: int, hidden: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
         made: Tensor | None = create_causal_mask(
@@ -218,77 +200,37 @@ class DecoderHooks:
         )
         return made
 
-    # -- evidence -----------------------------------------------------------------------------------------------------
-
-    def _evidence(
-        self, run: Run, number: int, hidden: Tensor, members: list[tuple[int, int]], of: Tensor, columns: Tensor
-    ) -> VisualTokens:
-        """What the method sees of equal images: ``members`` are (row, image), ``columns`` `[G, N]` their tokens."""
-        needs, stream, rows = self.method.needs, run.stream, of[:, None]
-        queries, keys = run.read
-        words = None if stream.words is None else stream.words[0][of]
-        plans = [run.prefill.plans[r][i] for r, i in members]
-        entry = text_entry = None
-        if run.embeddings is not None:
-            first = torch.stack([run.entry.images[r][i] for r, i in members])
-            entry = run.embeddings[rows, first]
-            text_entry = None if run.entry.words is None else run.embeddings[rows, run.entry.words[0][of]]
-        rows_of = self.decoder.norm(hidden) if needs.normed else hidden
-        return VisualTokens(
-            rows_of[rows, columns],
-            grid=plans[0].decision.grid if columns.shape[1] == plans[0].decision.total else None,
-            text=None if words is None else rows_of[rows, words],
-            text_mask=None if stream.words is None else stream.words[1][of],
-            queries=None if queries is None else queries[of].take_along_dim(columns[:, None, None], -1),
-            keys=None if keys is None else keys[rows, columns],
-            text_keys=None if keys is None or words is None else keys[rows, words],
-            entry=entry,
-            text_entry=text_entry,
-            stage=self.stages.index(number),
-            depth=len(self.blocks),
-            entered=plans[0].decision.slots,
-        )
-
-    def _ask(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Take what the probe of a stage read in the block before, or ask the stage's own block ahead."""
-        if number not in self.probes:
-            return
-        probe = self.probes[number]
-        if self.method.needs.own:
-            ahead = dict(kwargs, past_key_values=None)
-            self._shorten(replace(run, states={}, tokens={}, made={}), number, hidden, ahead)
-            with probe.only():  # runs the block up to its queries and keys, no further
-                self.blocks[number].forward(hidden, **ahead)
-        (run.read,) = probe.take()
-
-    def _read(self, query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor | None, Tensor | None]:
-        """Rows of the wanted queries, `[B, H, Q, n]`, and keys with heads side by side, `[B, n, E]`."""
-        needs, stream = self.method.needs, self._local.call.stream
-        rows = keys = None
-        if needs.queries == "words":
-            rows = attention_of_queries(query, key, scaling, stream.words[0], stream.mask)
-        elif needs.queries == "last":
-            last = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
-            rows = attention_of_queries(query, key, scaling, last, stream.mask)
-        if needs.keys:
-            keys = key.transpose(1, 2).flatten(2)
-        return rows, keys
+    def _state(self, run: Run) -> State:
+        stream, entry = run.stream, run.prefill.state
+        tail = run.prefill.visual.shape[1] - entry.mask.shape[1]
+        mask = torch.ones_like(stream.visual, dtype=torch.long) if stream.mask is None else stream.mask
+        renumbered = run.renumbered() if self.positions == "contiguous" else None
+        return State(mask[:, : stream.width - tail], stream.columns.padded, entry.length, renumbered=renumbered)
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Deepstack features are added after a block: to the tokens that are left, reduced as they were."""
-        call = getattr(self._local, "call", None)
-        if isinstance(call, Run) and call.stream.width < call.prefill.visual.shape[1]:
-            parts = torch.split(features, [p.decision.slots for row in call.prefill.plans for p in row])
-            plans = [p for row in call.plans for p in row]
-            left = [x if p.inside is None else p.inside.apply(x) for p, x in zip(plans, parts, strict=True)]
-            features = torch.cat(left)
-            visual = call.stream.visual
+        run = self._current()
+        if run is not None and not run.untouched:
+            plans = [plan for of_row in run.plans for plan in of_row]
+            parts = torch.split(features, [plan.decision.slots for plan in plans])
+            features = torch.cat([plan.reduce_inside(part) for plan, part in zip(plans, parts, strict=True)])
+            visual = run.stream.visual
         out: Tensor = process(hidden, visual, features)
         return out
 
+    # -- a later step -------------------------------------------------------------------------------------------------
 
-def _state(run: Run) -> State:
-    stream, entry = run.stream, run.prefill.state
-    tail = run.prefill.visual.shape[1] - entry.mask.shape[1]
-    mask = torch.ones_like(stream.visual, dtype=torch.long) if stream.mask is None else stream.mask
-    return State(mask[:, : stream.width - tail], entry.padded or stream.columns.padded, entry.length, None)
+    def _translate(self, step: Step, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Positions and mask of a later step for one block, by what its cache holds."""
+        state, cache = step.states[number], kwargs["past_key_values"]
+        seen = cache.get_seq_length(number)
+        if kwargs.get("attention_mask") is not None or step.mask is not None or state.padded:
+            if id(state) not in step.made:
+                mask = step_mask(state, step.mask, seen + hidden.shape[1])
+                step.made[id(state)] = self._mask(number, hidden, kwargs, mask)
+            kwargs["attention_mask"] = step.made[id(state)]
+        if self.positions == "contiguous":
+            held = state.mask.sum(-1, keepdim=True) + seen - state.length
+            numbered = held + torch.arange(hidden.shape[1], device=hidden.device)
+            given = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = self._renumber(hidden, numbered, state.renumbered, given)

@@ -37,6 +37,7 @@ class Record:
         grids: (height, width) in the visual tokens that the tower made.
         read: what the probes read, as `[evidence][layer][image]`, rows `[N, ...]`.
         patches: per image `[N, C]`, the rows that entered the projector, if a method needs them.
+        similar: `[N]` per image, cosine to [CLS] in what the tower puts out, where a method asks for it.
         depth: number of encoder layers that can be probed.
         notes: remarks on the evidence.
         reductions: what an encoder method did per image; the dropped slots hold zeros.
@@ -45,6 +46,7 @@ class Record:
     grids: list[tuple[int, int]]
     read: dict[str, dict[int, list[Tensor]]]
     patches: list[Tensor]
+    similar: list[Tensor]
     depth: int
     notes: tuple[str, ...]
     reductions: list[Reduction] | None
@@ -54,7 +56,7 @@ class EncoderHooks:
     """Hooks on one vision tower: probes, and the resizing of ``downsample``.
 
     Raises:
-        ValueError: if the tower lacks a layer that is needed.
+        ValueError: if the tower lacks a layer or the [CLS] token that is needed.
     """
 
     def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
@@ -69,6 +71,9 @@ class EncoderHooks:
         self._local = threading.local()
         attentions = family.attentions(self.tower)
         self.depth, self.cls = len(attentions), family.has_cls(self.tower)
+        self.similarity = needs.cls_similarity
+        if self.similarity and not self.cls:
+            raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         asked = _asked(needs, self.depth, self.cls)
         self.substitute = not self.cls and (needs.cls_attention is not None or needs.cls_wide is not None)
         self.probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
@@ -124,11 +129,12 @@ class EncoderHooks:
             for name in rows[0]:
                 per_token = self.family.per_token(tower, inputs, [r[name] for r in rows])
                 read.setdefault(name, {})[layer] = per_token
+        similar = self.family.per_token(tower, inputs, [_to_cls(output.last_hidden_state)]) if self.similarity else []
         if reductions is not None and not all(reduction.whole for reduction in reductions):
             self.family.restore(tower, output, reductions)
             call.patches[:] = [spread(rows, r) for rows, r in zip(call.patches, reductions, strict=False)]
         notes = (RECEIVED,) if self.substitute else ()
-        setattr(output, RECORD, Record(grids, read, call.patches, self.depth, notes, reductions))
+        setattr(output, RECORD, Record(grids, read, call.patches, similar, self.depth, notes, reductions))
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,11 @@ def _read(wanted: Reads, query: Tensor, key: Tensor, scaling: float) -> dict[str
     return {name: read(query, key, scaling) for name, read in wanted.items()}
 
 
+def _to_cls(rows: Tensor) -> Tensor:
+    """Cosine of every row to row 0, `[B, n, D]` to `[B, n]`."""
+    return torch.cosine_similarity(rows[:, :1].float(), rows.float(), dim=-1)
+
+
 def evidence(
     record: Record,
     images: list[int],
@@ -178,4 +189,6 @@ def evidence(
         name: {layer: torch.stack([rows[image] for image in images]) for layer, rows in layers.items()}
         for name, layers in record.read.items()
     }
+    if record.similar:
+        read["cls_similarity"] = torch.stack([record.similar[image] for image in images])
     return replace(tokens, **read)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,24 +17,35 @@ class Layout:
     Attributes:
         visual: `[B, L]` bool, True on placeholders, on the batch's device.
         images: per row, the tokens of each of its images, in order.
+        real: `[B, L]` bool, False on padding.
+        lengths: per row, the columns that are no padding.
         end: columns up to and with the last placeholder of any row.
     """
 
     visual: Tensor
     images: list[list[int]]
+    real: Tensor
+    lengths: list[int]
     end: int
 
     @classmethod
-    def read(cls, ids: Tensor, token: int, sizes: list[int]) -> Layout:
+    def read(cls, ids: Tensor, mask: Tensor | None, token: int, sizes: list[int]) -> Layout:
         """Find the placeholders ``token`` in ``ids`` `[B, L]` of images with ``sizes`` tokens, row by row.
 
+        Args:
+            mask: `[B, L]`, 0 on padding, or ``None``.
+
         Raises:
-            ValueError: if placeholders and image tokens do not match.
+            ValueError: if placeholders and image tokens do not match, or a row is padded on the right.
         """
         visual = ids == token
+        real = torch.ones_like(visual) if mask is None else mask.bool()
         columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        counts = visual.sum(-1)
-        *per_row, end = torch.cat([counts, (visual * columns).amax()[None]]).tolist()  # the one look at the device
+        seen = torch.cat([visual.sum(-1), real.sum(-1), real[:, -1], (visual * columns).amax()[None]])
+        *numbers, end = seen.tolist()  # the one look at the device
+        per_row, lengths, right = (numbers[i * len(ids) : (i + 1) * len(ids)] for i in range(3))
+        if not all(right):
+            raise ValueError("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         images: list[list[int]] = []
         rest = list(sizes)
         for row, count in enumerate(per_row):
@@ -47,7 +59,7 @@ class Layout:
                 )
         if rest:
             raise ValueError(f"the batch has {sum(per_row)} image placeholders; its images have {sum(sizes)} tokens")
-        return cls(visual, images, end)
+        return cls(visual, images, real, lengths, end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +68,8 @@ class Columns:
 
     Attributes:
         index: `[B, n]`, original column of each new column, ascending in the valid part.
-        valid: `[B, n]` bool, False on the padding of rows that lost more than others.
-        padded: whether there is any such padding.
+        valid: `[B, n]` bool, False on padding.
+        padded: whether there is any padding.
     """
 
     index: Tensor
@@ -83,68 +95,10 @@ class Columns:
         return x.expand(*lead, len(self.index), -1, -1).gather(-2, index)
 
 
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """The sequences of one prefill as a block of the LLM sees them.
-
-    Attributes:
-        columns: for each column, the one it was at the LLM's entry.
-        visual: `[B, n]` bool, True on visual tokens.
-        mask: `[B, n]` long, 0 on padding; ``None`` if there is none.
-        images: per row and image, the columns `[K]` of its tokens.
-        words: `[B, M]`, the columns of the user's words, and `[B, M]` bool; ``None`` if nobody asks.
-    """
-
-    columns: Columns
-    visual: Tensor
-    mask: Tensor | None
-    images: list[list[Tensor]]
-    words: tuple[Tensor, Tensor] | None
-
-    @classmethod
-    def enter(
-        cls, visual: Tensor, mask: Tensor | None, sizes: list[list[int]], words: tuple[Tensor, Tensor] | None
-    ) -> Stream:
-        """The stream at the LLM's entry; ``sizes`` are the visual tokens per row and image."""
-        batch, width = visual.shape
-        ordered = (~visual).int().argsort(dim=-1, stable=True)  # visual columns first, in order
-        images = [
-            list(torch.split(row[: sum(sizes_)], sizes_)) if sizes_ else []
-            for row, sizes_ in zip(ordered, sizes, strict=True)
-        ]
-        every = torch.arange(width, device=visual.device).expand(batch, -1)
-        columns = Columns(every, torch.ones_like(visual), False)
-        return cls(columns, visual, None if mask is None else mask.long(), images, words)
-
-    @property
-    def width(self) -> int:
-        return self.visual.shape[1]
-
-    def keep(self, images: list[list[Tensor]]) -> tuple[Stream, Columns]:
-        """The stream in which of every image only the given columns stay, and how to get there."""
-        stay = ~self.visual
-        for row, kept in zip(stay, images, strict=True):
-            for columns in kept:
-                row.index_fill_(0, columns, True)
-        left = [self.width - _tokens(a) + _tokens(b) for a, b in zip(self.images, images, strict=True)]
-        chosen = Columns.of(stay, left)
-        # a column that stays moves to the number of staying columns before it, after the row's new padding
-        moved = stay.long().cumsum(-1) - 1 + (max(left) - torch.tensor(left, device=stay.device))[:, None]
-        mask = chosen.take(torch.ones_like(self.visual).long() if self.mask is None else self.mask, filler=0)
-        padded = self.columns.padded or chosen.padded
-        following = Stream(
-            columns=Columns(chosen.take(self.columns.index), chosen.take(self.columns.valid) & chosen.valid, padded),
-            visual=chosen.take(self.visual) & chosen.valid,
-            mask=mask if self.mask is not None or chosen.padded else None,
-            images=[[row[columns] for columns in kept] for row, kept in zip(moved, images, strict=True)],
-            words=self.words and (moved.gather(1, self.words[0]), self.words[1]),
-        )
-        return following, chosen
-
-    def numbered(self) -> Tensor:
-        """Contiguous position ids, `[B, n]`; padding repeats the first."""
-        mask = torch.ones_like(self.visual) if self.mask is None else self.mask
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)
+def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A small tensor of ``values``, on its way to the device: nothing waits for what the device is doing."""
+    made = torch.tensor(values)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
 
 
 def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:
@@ -153,7 +107,3 @@ def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     return list(groups.values())
-
-
-def _tokens(images: list[Tensor]) -> int:
-    return sum(map(len, images))

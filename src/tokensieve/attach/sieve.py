@@ -12,15 +12,16 @@ from typing import Any
 
 from tokensieve.attach.cache import States, later_step, remember, states_of
 from tokensieve.attach.connector import Connector, Decisions, Plan, Prefill
-from tokensieve.attach.decoder import DecoderHooks, Run
+from tokensieve.attach.decoder import DecoderHooks
 from tokensieve.attach.encoder import EncoderHooks
+from tokensieve.attach.stream import Run
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
 from tokensieve.models import family_of
 from tokensieve.reduction import Reduction
 
 STAGES = ("encoder", "connector", "decoder")
-_attached: weakref.WeakKeyDictionary[Any, Sieve] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakValueDictionary[int, Sieve] = weakref.WeakValueDictionary()  # by id; the hooks keep it alive
 _lock = threading.Lock()
 
 
@@ -53,10 +54,10 @@ def attach(
         raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     stages, replay = _read(method, parameters)
     with _lock:
-        if model in _attached:
-            raise ValueError(f"{_attached[model]} is attached to this model already; detach() it first")
+        if id(model) in _attached:
+            raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
         sieve = Sieve(model, stages, replay, positions, processor)
-        _attached[model] = sieve
+        _attached[id(model)] = sieve
     return sieve
 
 
@@ -64,7 +65,6 @@ class Sieve:
     """An attached method. Use as a context manager, or call :meth:`detach`.
 
     Attributes:
-        last: `[sample][image]`, the Reduction of each image in the latest prefill.
         tokens: `[sample][image]`, how many of its tokens each block of the LLM saw in that prefill.
     """
 
@@ -72,6 +72,9 @@ class Sieve:
         self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
     ) -> None:
         family = family_of(model)
+        for stage in stages:
+            if stage.info.stage not in family.stages:
+                raise ValueError(f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}")
         by_stage = {stage.info.stage: stage for stage in stages}
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
         decoder = by_stage.get("decoder")
@@ -79,7 +82,8 @@ class Sieve:
         if replay is not None and not all(decision.projected for row in replay for decision in row):
             needs = Needs(patches=True)
         self.model, self.stages, self.positions = model, stages, positions
-        self.last: Decisions = []
+        self._last: list[list[Plan]] = []
+        self._decisions: Decisions | None = None
         self.tokens: list[list[list[int]]] = []
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
@@ -89,18 +93,32 @@ class Sieve:
         self._encoder = EncoderHooks(family, model, needs, encoder)
         self._decoder: DecoderHooks | None = None
         if isinstance(decoder, DecoderMethod):
-            self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None)
+            try:
+                self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None)
+            except ValueError:
+                self._encoder.remove()
+                raise
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
 
+    @property
+    def last(self) -> Decisions:
+        """`[sample][image]`, the Reduction of each image in the latest prefill, all stages as one."""
+        if self._decisions is None:  # composed when somebody looks, not in the prefill
+            self._decisions = [[plan.final() for plan in row] for row in self._last]
+        return self._decisions
+
+    def _note(self, plans: list[list[Plan]], tokens: list[list[list[int]]]) -> None:
+        self._last, self._decisions, self.tokens = plans, None, tokens
+
     def detach(self) -> None:
         """Remove every hook: the model is what it was before. Does nothing the second time."""
         with _lock:
-            if _attached.get(self.model) is not self:
+            if _attached.get(id(self.model)) is not self:
                 return
-            del _attached[self.model]
+            del _attached[id(self.model)]
         for handle in self._handles:
             handle.remove()
         self._encoder.remove()
@@ -122,7 +140,10 @@ class Sieve:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
-        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        states = states_of(cache)
+        if self._encoder.downsample is not None and _shows(kwargs, "pixel_values_videos", "video"):
+            raise ValueError(f"{self._encoder.downsample} resizes images; videos are not supported")
+        if _shows(kwargs, "pixel_values", "image"):
             if self._decoder is not None:
                 self._decoder.check(kwargs)
             prefill: Prefill = self._connector.prefill(kwargs)
@@ -131,12 +152,13 @@ class Sieve:
                 self._decoder.start(prefill)
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
-            self.last, self.tokens = [], []  # a prompt without images
-        states = states_of(cache)
+            self._note([], [])  # a prompt without images
         if states is None:
             return None
         if self._decoder is not None:
             self._decoder.resume(states.blocks, kwargs.get("attention_mask"))
+        elif states.blocks:
+            raise ValueError("tokens left this cache inside the LLM: continue with the decoder method attached")
         return (), later_step(kwargs, states.entry, cache)
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
@@ -145,11 +167,11 @@ class Sieve:
         if prefill is None or output is None:
             return
         plans = (prefill.plans if run is None else run.plans)[:: prefill.copies]
-        self.last = [[plan.decision for plan in row] for row in plans]
-        self.tokens = self._tokens(prefill.plans[:: prefill.copies], run, prefill.copies)
+        self._note(plans, self._tokens(plans, run, prefill.copies))
         cache = getattr(output, "past_key_values", None)
         states = States(prefill.state, {} if run is None else run.states)
-        if cache is not None and any(state.matters for state in (states.entry, *states.blocks.values())):
+        # a batch whose longest row lost nothing is as wide as before: then only its padding or positions tell
+        if cache is not None and (states.blocks or states.entry.matters):
             remember(cache, states)
 
     def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:
@@ -162,6 +184,12 @@ class Sieve:
             ]
             for row, plans in enumerate(entered)
         ]
+
+
+def _shows(kwargs: dict[str, Any], pixels: str, modality: str) -> bool:
+    """Whether a forward gets images (or videos), encoded or not."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return kwargs.get(pixels) is not None or encoded.get(modality) is not None
 
 
 def _read(

@@ -49,6 +49,7 @@ class Answerer:
         self.keys, self.examples = {sample.id: sample_key(sample) for sample in samples}, examples
         self.batches = batches(samples, batch_size)
         self._inputs: dict[int, Inputs] = {}
+        self._held = 0
 
     def finished(self, answers: Mapping[str, Answer]) -> set[str]:
         """Keys of the samples that need no answer: the examples' count only with their decision."""
@@ -83,20 +84,21 @@ class Answerer:
                 **encoded(self.model, inputs), do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens
             )
         texts = decode(self.processor, generated, inputs.tensors["input_ids"].shape[1])
-        return [self._record(*row) for row in zip(batch, texts, sieve.last, strict=True)]
+        return [self._record(*row) for row in zip(batch, texts, sieve.last, sieve.tokens, strict=True)]
 
-    def _record(self, sample: Sample, text: str, images: list[Reduction]) -> Answer:
-        (reduction,) = images
+    def _record(self, sample: Sample, text: str, images: list[Reduction], tokens: list[list[int]]) -> Answer:
+        (reduction,), (blocks,) = images, tokens
+        average = sum(blocks) / len(blocks)
         recorded = reduction.to_json() if sample.id in self.examples else None
-        return Answer(self.keys[sample.id], text, reduction.total, reduction.slots, reduction.grid, recorded)
+        return Answer(self.keys[sample.id], text, reduction.total, reduction.slots, average, reduction.grid, recorded)
 
     def _batch_inputs(self, number: int, batch: Sequence[Sample]) -> Inputs:
         if number in self._inputs:
             return self._inputs[number]
         images = {image: i for i, image in enumerate(dict.fromkeys(sample.image for sample in batch))}
         inputs = without_repetitions(self.model, self.inputs(batch), [images[sample.image] for sample in batch])
-        if sum(kept.nbytes for kept in self._inputs.values()) + inputs.nbytes <= CACHE_BYTES:
-            self._inputs[number] = inputs
+        if self._held + inputs.nbytes <= CACHE_BYTES:
+            self._inputs[number], self._held = inputs, self._held + inputs.nbytes
         return inputs
 
 

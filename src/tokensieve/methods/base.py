@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
 from tokensieve.budget import Budget, check_budget, stage_counts
@@ -34,6 +35,9 @@ class Needs:
         keys: in the LLM, key states of visual tokens and words in the block before.
         entry: in the LLM, the embeddings of visual tokens and words as they entered it.
         normed: in the LLM, features and text after the LLM's final norm.
+        residual: in the LLM, what entered the block before, and what its MLP was given.
+        rotary: in the LLM, the rotary embedding at the places of visual tokens and words.
+        cls_similarity: how much each patch resembles the encoder's [CLS] token in what the encoder puts out.
     """
 
     cls_attention: Layers | None = None
@@ -49,11 +53,16 @@ class Needs:
     keys: bool = False
     entry: bool = False
     normed: bool = False
+    residual: bool = False
+    rotary: bool = False
+    cls_similarity: bool = False
 
     def __str__(self) -> str:
         wants = []
         if self.cls_attention is not None or self.cls_wide is not None:
             wants.append("[CLS] attention")
+        if self.cls_similarity:
+            wants.append("[CLS] similarity")
         if self.received is not None:
             wants.append("attention received")
         if self.encoder_keys is not None:
@@ -131,22 +140,46 @@ class Method(ABC):
 class DecoderMethod(Method):
     """Base of methods that act inside the LLM: :meth:`reduce` is called once per stage, on hidden states.
 
-    Those with a budget have the fields ``keep`` (tokens after the last stage) and ``average`` (over all blocks).
+    Those with a budget have the fields ``keep`` (tokens after the last stage) and ``average`` (over all blocks); those
+    with several stages may have ``counts`` instead (what each stage leaves; shares are rounded down).
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = getattr(self, "counts", None)
+        if counts is not None:
+            stages = len(getattr(self, "layers", counts))
+            if len(counts) != stages or any(later > earlier for earlier, later in pairwise(counts)):
+                raise ValueError(f"counts must be {stages} budgets, none larger than the one before; got {counts!r}")
+            for budget in counts:
+                check_budget(budget)
 
     @abstractmethod
     def stages(self, depth: int) -> list[int]:
         """Blocks before which tokens leave, ascending, in an LLM of ``depth`` blocks; use :func:`check_blocks`."""
 
-    def count(self, image: VisualTokens) -> int | None:
-        keep = getattr(self, "keep", None)
+    def per_stage(self, entered: int, depth: int) -> list[int] | None:
+        """Tokens that each stage leaves of an image of which ``entered`` entered the LLM; ``None``: no budget.
+
+        Raises:
+            ValueError: if an average is out of reach.
+        """
+        counts, keep = getattr(self, "counts", None), getattr(self, "keep", None)
+        if counts is not None:
+            return [max(1, min(c if isinstance(c, int) else int(c * entered), entered)) for c in counts]
         if keep is None:
             return None
-        if image.depth is None:
-            return image.count(keep)
-        entered, blocks = image.entered or image.total, self.stages(image.depth)
-        counts = stage_counts(entered, image.depth, blocks, keep, getattr(self, "average", None))
-        return min(counts[image.stage], image.total)
+        return stage_counts(entered, depth, self.stages(depth), keep, getattr(self, "average", None))
+
+    def check_average(self, depth: int) -> None:
+        """Refuse, before there is an image, an average that no image can reach."""
+        if isinstance(getattr(self, "average", None), float):
+            self.per_stage(10**6, depth)
+
+    def count(self, image: VisualTokens) -> int | None:
+        depth = image.depth or 10**6  # outside of an LLM only single stages and counts make sense
+        counts = self.per_stage(image.entered or image.total, depth)
+        return None if counts is None else min(counts[image.stage], image.total)
 
     def wanted(self, image: VisualTokens) -> int:
         """:meth:`count` of a method that has a budget."""
@@ -156,10 +189,15 @@ class DecoderMethod(Method):
 def check_blocks(blocks: Sequence[int | float], depth: int) -> list[int]:
     """Block numbers meant by ``blocks`` in an LLM of ``depth`` blocks: floats are shares of the depth.
 
+    Shares that fall on one block in a shallow LLM take the next ones.
+
     Raises:
         ValueError: if tokens cannot leave there.
     """
-    wanted = [round(block * depth) if isinstance(block, float) else block for block in blocks]
+    wanted: list[int] = []
+    for block in blocks:
+        first = wanted[-1] + 1 if wanted else 1
+        wanted.append(block if isinstance(block, int) else max(round(block * depth), first))
     if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 1 or wanted[-1] >= depth:
         raise ValueError(
             f"tokens can leave before blocks 1 to {depth - 1} of this LLM, in ascending order; got {wanted}"

@@ -48,7 +48,7 @@ class Hired(Method):
         stay = at(torch.zeros_like(scores, dtype=torch.bool), kept)
         stay[:, : -1 : max(1, image.total // self.spatial)] = True
         kept, real = marked(stay)
-        return image.keep(kept, scores, real)
+        return image.keep(kept, scores, valid=real)
 
     def tiled(self, image: VisualTokens, scores: Tensor, wanted: int) -> Reduction:
         """The best of the whole image and of each tile, by their quotas."""
@@ -72,4 +72,4 @@ class Hired(Method):
         crop = torch.arange(image.total, device=scores.device).expand_as(scores) // size
         stay = rank_in_group(scores, crop, 1 + rows * columns) < quotas.gather(-1, crop)
         kept, real = marked(stay)
-        return image.keep(kept, scores, real if self.official_tiles else None)
+        return image.keep(kept, scores, valid=real if self.official_tiles else None)

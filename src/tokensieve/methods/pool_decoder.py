@@ -1,6 +1,7 @@
 """LLaVolta's operator: average neighbouring visual tokens between two blocks of the LLM."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -15,17 +16,18 @@ from tokensieve.tokens import VisualTokens
 class PoolDecoder(DecoderMethod):
     """Average every ``stride`` visual tokens in raster order, before block ``layer``.
 
-    The last window takes what is left of the image (the official code drops an incomplete one), and a mean stands at
-    the position of its middle token.
+    A mean stands at the position of its middle token.
 
     Args:
         stride: tokens per window.
+        incomplete: what becomes of a last window of fewer tokens; the official code drops it.
         layer: the first block that sees the shorter sequence; a float is a share of the depth.
 
     Paper: "Efficient Large Multi-modal Models via Visual Context Compression", NeurIPS 2024.
     """
 
     stride: int = 8
+    incomplete: Literal["average", "drop"] = "average"
     layer: int | float = 2
 
     def __post_init__(self) -> None:
@@ -37,11 +39,12 @@ class PoolDecoder(DecoderMethod):
         return check_blocks([self.layer], depth)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        total, batch = image.total, len(image.features)
-        source = torch.arange(total, device=image.features.device)
-        slot = source // self.stride
-        start = torch.arange(0, total, self.stride, device=source.device)
-        size = (total - start).clamp(max=self.stride)
-        anchors, weight = start + (size - 1) // 2, 1 / size[slot]
-        slot, source = slot.expand(batch, -1), source.expand(batch, -1)
-        return image.merge(anchors.expand(batch, -1), slot, source, weight.expand(batch, -1))
+        total, batch, device = image.total, len(image.features), image.features.device
+        if self.incomplete == "drop" and total >= self.stride:
+            total -= total % self.stride
+        source, start = torch.arange(total, device=device), torch.arange(0, total, self.stride, device=device)
+        slot, size = source // self.stride, (total - start).clamp(max=self.stride)
+        anchors, slot, source, weight = (
+            part.expand(batch, -1) for part in (start + (size - 1) // 2, slot, source, 1 / size[slot])
+        )
+        return image.merge(anchors, slot, source, weight)

@@ -19,6 +19,8 @@ class PyramidDrop(DecoderMethod):
         keep: tokens per image after the last stage, or a share of those that entered the LLM (the paper: 0.125). The
             stages before it are spaced geometrically.
         average: instead of ``keep``, tokens averaged over all blocks.
+        counts: instead of ``keep``, what each stage leaves, e.g. (0.5, 0.25, 0.125); shares are rounded down, as in the
+            official code.
         layers: the stages' blocks; floats are shares of the depth (the paper: 8, 16 and 24 of 32).
 
     Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
@@ -27,6 +29,7 @@ class PyramidDrop(DecoderMethod):
 
     keep: Budget = 0.125
     average: Budget | None = None
+    counts: tuple[Budget, ...] | None = None
     layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
 
     def stages(self, depth: int) -> list[int]:

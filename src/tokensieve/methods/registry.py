@@ -113,6 +113,6 @@ def _from_file(file: str, class_name: str) -> type[Method]:
             n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method
         ]
         raise ValueError(f"{file} has no method class {class_name!r}; {nearest(class_name, found)}")
-    if not hasattr(cls, "info"):
+    if "info" not in vars(cls):  # its own, not that of a method it derives from
         raise ValueError(f"{class_name} in {file} is not registered: decorate it with @tokensieve.register(...)")
     return cls

@@ -2,11 +2,12 @@
 
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min, rows_at
-from tokensieve.ops.merge import area_pool, nearest, pooled_grid, sizes_of
+from tokensieve.ops.merge import area_pool, keep_and_average, nearest, pooled_grid, sizes_of
 from tokensieve.ops.score import CHUNK, local_variance, normalise, text_similarity, without_sinks
 from tokensieve.ops.select import (
     at,
     bipartite_thinning,
+    knee,
     marked,
     outliers,
     rank_in_group,
@@ -16,17 +17,21 @@ from tokensieve.ops.select import (
     top_k_per_group,
     uniform,
 )
+from tokensieve.ops.transport import carried
 
 __all__ = [
     "CHUNK",
     "area_pool",
     "at",
     "bipartite_thinning",
+    "carried",
     "connected",
     "coverage",
     "density_peaks",
     "dpp_map",
     "join_nearest",
+    "keep_and_average",
+    "knee",
     "local_variance",
     "marked",
     "max_min",

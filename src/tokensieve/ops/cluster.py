@@ -1,4 +1,4 @@
-"""Clusters: rows in, a cluster for each row out. Deterministic: no noise breaks ties, the lower index does."""
+"""Clusters: rows in, a centre for each row out. Deterministic: ties go to the lower index, unless noise is given."""
 
 import torch
 from torch import Tensor
@@ -6,23 +6,24 @@ from torch import Tensor
 from tokensieve.ops.score import CHUNK, normalise
 
 
-def density_peaks(rows: Tensor, clusters: int, neighbours: int) -> tuple[Tensor, Tensor]:
+def density_peaks(rows: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """DPC-kNN: centres are dense and far from anything denser; every row joins its nearest centre.
 
     Args:
         rows: `[..., N, D]`.
         clusters: how many.
         neighbours: k, itself counted.
+        noise: `[..., N]`, added to the densities; official codes break ties with it.
 
     Returns:
         centres `[..., clusters]`, ascending, and for each row the number of its cluster, `[..., N]`.
     """
-    centres = peak_scores(rows, neighbours).sort(dim=-1, descending=True, stable=True).indices[..., :clusters]
+    centres = peak_scores(rows, neighbours, noise).sort(dim=-1, descending=True, stable=True).indices[..., :clusters]
     centres = centres.sort(-1).values
     return centres, join_nearest(rows, centres)
 
 
-def peak_scores(rows: Tensor, neighbours: int) -> Tensor:
+def peak_scores(rows: Tensor, neighbours: int, noise: Tensor | None = None) -> Tensor:
     """Density times distance to the nearest denser row, `[..., N]`: large for the centres of clusters.
 
     Density is ``exp(-mean squared distance to the k nearest rows)``, distances are Euclidean over √D. Of equally dense
@@ -33,6 +34,7 @@ def peak_scores(rows: Tensor, neighbours: int) -> Tensor:
         closest = _distance(rows, chunk).topk(min(neighbours, len(index)), dim=-1, largest=False).values
         near.append(closest.square().mean(-1))
     density = (-torch.cat(near, -1)).exp()
+    density = density if noise is None else density + noise
     separation, farthest = [], []
     for chunk in torch.split(index, CHUNK):
         distance, own = _distance(rows, chunk), density[..., chunk, None]

@@ -29,6 +29,18 @@ def uniform(total: int, k: int, device: torch.device | None = None) -> Tensor:
     return ((torch.arange(k, device=device) * 2 + 1) * total).div(2 * k, rounding_mode="floor")
 
 
+def knee(scores: Tensor) -> Tensor:
+    """How many of `[..., N]` scores lie before the knee of their descending curve, `[...]` in 1 … N.
+
+    The knee is the point farthest from the chord between the largest and the smallest score.
+    """
+    curve = scores.float().sort(dim=-1, descending=True).values
+    high, low = curve[..., :1], curve[..., -1:]
+    heights = (curve - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    along = torch.linspace(0, 1, curve.shape[-1], device=curve.device)
+    return (along + heights - 1).abs().argmax(-1) + 1
+
+
 def marked(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where `[..., N]` bool is True, for images that keep different numbers: indices `[..., K]` and which are real.
 
