@@ -15,7 +15,8 @@ VARIANTS = (
 
 
 # these have laws of their own, with merges before the projector and weights that do not sum to 1 (tests/zoo)
-ZOO = "visionzip prumerge prumerge+ vispruner hired fopru cdpruner scope mmtok holov par setok-cluster".split()
+ZOO = ("visionzip", "prumerge", "prumerge+", "vispruner", "hired", "fopru")
+ZOO += ("cdpruner", "scope", "mmtok", "holov", "par", "setok-cluster")
 
 
 def entering():

@@ -175,6 +175,18 @@ def test_after_a_smaller_image(family, first):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("first", ["visionzip(keep=9)", "prumerge+", "par(keep=9, threshold=0.3)"])
+def test_before_a_decoder_stage(family, first):
+    samples, spec = tiny.scenario(family, "ragged"), f"{first} + fastv(layer=1, keep=3)"
+    logits, _, decisions = run(family, samples, spec)
+    for i, s in enumerate(samples):
+        own, _, own_decisions = run(family, [s], spec)
+        assert decisions[i][0].slots <= 3
+        assert own_decisions[0][0].kept.tolist() == decisions[i][0].kept.tolist()
+        assert (own[0] - logits[i]).abs().max() <= NOISE
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_refusals(family):
     model = tiny.subject(family)
     before = tiny.footprint(model)

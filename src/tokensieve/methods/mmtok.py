@@ -42,11 +42,13 @@ class MmTok(Method):
         by_token = asked.transpose(-1, -2)
         rows = normalise(image.given("patches"))
         scaled = rows.transpose(-1, -2) / self.image_temperature
-        total = torch.cat([(part @ scaled).logsumexp(-1) for part in torch.split(rows, CHUNK, dim=1)], 1)[:, None]
+        similar = rows @ scaled if image.total <= CHUNK else None  # a single chunk is kept
+        chunks = (part @ scaled for part in torch.split(rows, CHUNK, dim=1)) if similar is None else [similar]
+        total = torch.cat([chunk.logsumexp(-1) for chunk in chunks], 1)[:, None]
 
         def covers(index: Tensor) -> Tensor:
-            seen = (rows_at(rows, index) @ scaled - total).exp() * (self.balance / image.total)
-            return torch.cat([rows_at(by_token, index), seen], -1)
+            near = rows_at(rows, index) @ scaled if similar is None else rows_at(similar, index)
+            return torch.cat([rows_at(by_token, index), (near - total).exp() * (self.balance / image.total)], -1)
 
         eligible = None if image.padding is None else (~image.padding).float()
         return image.keep(coverage(covers, total[:, 0], image.count(self.keep), eligible))
