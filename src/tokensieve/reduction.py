@@ -40,9 +40,12 @@ class Reduction:
         anchors: `[K]` or `[B, K]`, int64, ascending and distinct in each row.
         mixing: W; ``None`` means the identity on the anchors: pure pruning.
         valid: `[B, K]` bool where an adaptive method keeps a different number per image; ``None``: every slot counts.
+            Padded slots come last, repeat the last anchor, and have no entries in W but zeros.
         scores: `[N]` or `[B, N]`, what the method ranked by, if it did.
         grid: (height, width) of the N tokens, if they form one.
         notes: anything a reader of this decision must know.
+        projected: whether the input rows of W are the projector's outputs; else its inputs, and what W makes of them
+            goes through the projector.
     """
 
     total: int
@@ -52,6 +55,7 @@ class Reduction:
     scores: Tensor | None = None
     grid: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
+    projected: bool = True
 
     @classmethod
     def identity(cls, total: int, batch: int | None = None, device: Any = None, **fields: Any) -> Reduction:
@@ -128,6 +132,7 @@ class Reduction:
             scores=None if self.scores is None else self.scores[image],
             grid=self.grid,
             notes=self.notes,
+            projected=self.projected,
         )
         if self.valid is None:
             return pick
@@ -180,7 +185,8 @@ class Reduction:
             product = picked.coalesce()
             slot, source = product.indices()
             mixing = Mixing(slot, source, product.values())
-        return Reduction(first.total, anchors, mixing, grid=first.grid or self.grid, notes=notes)
+        projected = self.projected and first.projected
+        return Reduction(first.total, anchors, mixing, grid=first.grid or self.grid, notes=notes, projected=projected)
 
     def _sparse(self) -> Tensor:
         if self.mixing is None:
@@ -204,6 +210,8 @@ class Reduction:
             out["grid"] = list(self.grid)
         if self.notes:
             out["notes"] = list(self.notes)
+        if not self.projected:
+            out["projected"] = False
         return out
 
     @classmethod
@@ -222,6 +230,7 @@ class Reduction:
             valid=torch.tensor(data["valid"]) if "valid" in data else None,
             grid=(data["grid"][0], data["grid"][1]) if "grid" in data else None,
             notes=tuple(data.get("notes", ())),
+            projected=data.get("projected", True),
         )
 
     def save(self, path: str | Path) -> None:
@@ -229,7 +238,8 @@ class Reduction:
         tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores}
         if self.mixing is not None:
             tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
-        meta = {"total": str(self.total), "grid": json.dumps(self.grid), "notes": json.dumps(self.notes)}
+        named = {"total": self.total, "grid": self.grid, "notes": self.notes, "projected": self.projected}
+        meta = {name: json.dumps(value) for name, value in named.items()}
         save_file({k: v.contiguous().cpu() for k, v in tensors.items() if v is not None}, path, metadata=meta)
 
     @classmethod
@@ -246,4 +256,5 @@ class Reduction:
             scores=t.get("scores"),
             grid=grid and (grid[0], grid[1]),
             notes=tuple(json.loads(meta["notes"])),
+            projected=json.loads(meta.get("projected", "true")),
         )

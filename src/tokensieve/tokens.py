@@ -26,6 +26,14 @@ class VisualTokens:
         cls_attention: {encoder layer: `[B, N]`}, what the encoder's [CLS] token attends to: post-softmax, mean over
             heads, one value per visual token. Layers count from 0.
         cls_similarity: `[B, N]`, cosine of each token's patch to the [CLS] token in what the encoder puts out.
+        cls_wide: the same with the heads side by side as a single one: one softmax over their full width.
+        received: {encoder layer: `[B, N]`}, what each token gets of all attention: mean over heads and queries.
+        encoder_keys: {encoder layer: `[B, N, H, E]`}, keys as the encoder's attention sees them.
+        patches: `[B, N, C]`, the encoder's rows as they enter the projector.
+        joint, joint_text: `[B, N, E]` and `[B, M, E]`, tokens and prompt in a space that image and text encoder share.
+        padding: `[B, N]` bool, True on patches that show nothing but padding of the picture.
+        tiles: (rows, columns) where an image is shown whole and then in equal tiles: the tokens are those of the whole
+            image, then those of each tile in raster order.
         depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one. In
             the LLM, its number of blocks.
         text: `[B, M, D]`, the user's words in the space of the features: at the connector, the LLM's input embeddings.
@@ -45,6 +53,14 @@ class VisualTokens:
     places: Tensor | None = None
     cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
     cls_similarity: Tensor | None = None
+    cls_wide: Mapping[int, Tensor] = field(default_factory=dict)
+    received: Mapping[int, Tensor] = field(default_factory=dict)
+    encoder_keys: Mapping[int, Tensor] = field(default_factory=dict)
+    patches: Tensor | None = None
+    joint: Tensor | None = None
+    joint_text: Tensor | None = None
+    padding: Tensor | None = None
+    tiles: tuple[int, int] | None = None
     depth: int | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
@@ -67,9 +83,16 @@ class VisualTokens:
         b, n, _ = self.features.shape
         if self.grid is not None and self.grid[0] * self.grid[1] != n:
             raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
-        for layer, rows in self.cls_attention.items():
-            if rows.shape != (b, n):
-                raise ValueError(f"cls_attention[{layer}] must be [{b}, {n}]; got {list(rows.shape)}")
+        for name in ("cls_attention", "cls_wide", "received", "encoder_keys"):
+            for layer, rows in getattr(self, name).items():
+                if rows.shape[:2] != (b, n):
+                    raise ValueError(f"{name}[{layer}] must be [{b}, {n}]; got {list(rows.shape[:2])}")
+        for name in ("patches", "joint", "padding"):
+            rows = getattr(self, name)
+            if rows is not None and rows.shape[:2] != (b, n):
+                raise ValueError(f"{name} must start with [{b}, {n}]; got {list(rows.shape)}")
+        if self.tiles is not None and n % (1 + self.tiles[0] * self.tiles[1]):
+            raise ValueError(f"{n} tokens are not a whole image and {self.tiles[0]}x{self.tiles[1]} equal tiles")
         if self.text is not None and (self.text.ndim != 3 or self.text.shape[0] != b):
             raise ValueError(f"text must be [{b}, M, D]; got shape {list(self.text.shape)}")
         if self.text is not None and self.text_mask is not None and self.text_mask.shape != self.text.shape[:2]:
@@ -100,6 +123,18 @@ class VisualTokens:
             raise ValueError(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
         return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
 
+    def at(self, name: str, layer: int) -> Tensor:
+        """Evidence ``name`` (``cls_attention``, ``received``…) of one encoder layer, float32; −1 is the last layer.
+
+        Raises:
+            ValueError: if it was not given.
+        """
+        given: Mapping[int, Tensor] = getattr(self, name)
+        (wanted,) = resolve_layers(layer, self.depth or max(given, default=-1) + 1)
+        if wanted not in given:
+            raise ValueError(f"no {name} of encoder layer {wanted}; given: {sorted(given)}")
+        return given[wanted].float()
+
     def given(self, name: str) -> Tensor:
         """Evidence that a method cannot do without; ``ValueError`` naming it if it was not given."""
         value: Tensor | None = getattr(self, name)
@@ -120,34 +155,64 @@ class VisualTokens:
             mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
         return self.text, mask.bool()
 
-    def keep(self, indices: Tensor, scores: Tensor | None = None, counts: Tensor | None = None) -> Reduction:
+    def keep(
+        self,
+        indices: Tensor,
+        scores: Tensor | None = None,
+        counts: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> Reduction:
         """Keep the tokens at ``indices`` `[B, K]` (distinct, any order) and drop the others.
 
         Args:
             scores: `[B, N]`, what the method ranked by.
             counts: `[B]`, where images keep different numbers: how many of the first of its indices each one keeps.
+            valid: `[B, K]` bool, the same as a mask: False on padding.
         """
-        valid = None
         if counts is not None:
             indices = indices[:, : int(counts.max())]
-            surplus = torch.arange(indices.shape[1], device=indices.device) >= counts[:, None]
-            indices = indices.masked_fill(surplus, self.total)  # to the end; there the first stands in for them
-        indices = indices.sort(-1).values
-        if counts is not None:
-            valid = indices < self.total
-            indices = indices.where(valid, indices[:, :1])
-        return Reduction(self.total, indices, valid=valid, scores=scores, grid=self.grid, notes=self.notes)
+            valid = torch.arange(indices.shape[1], device=indices.device) < counts[:, None]
+        anchors, _, valid = _in_order(indices, valid)
+        return Reduction(self.total, anchors, valid=valid, scores=scores, grid=self.grid, notes=self.notes)
 
-    def merge(self, anchors: Tensor, slot: Tensor, source: Tensor, weight: Tensor, *notes: str) -> Reduction:
+    def merge(
+        self,
+        anchors: Tensor,
+        slot: Tensor,
+        source: Tensor,
+        weight: Tensor,
+        *notes: str,
+        valid: Tensor | None = None,
+        scores: Tensor | None = None,
+        before_projector: bool = False,
+    ) -> Reduction:
         """Merge: entry e adds ``weight[e] * token[source[e]]`` to the slot that stands at ``anchors[slot[e]]``.
 
         Args:
-            anchors: `[B, K]`, ascending and distinct.
+            anchors: `[B, K]`, distinct, any order.
             slot, source, weight: `[B, E]`.
             notes: anything a reader of this decision must know.
+            valid, scores: as in :meth:`keep`; entries of padded slots must have weight 0.
+            before_projector: merge the rows that enter the projector; the method must need ``patches``.
         """
-        mixing, notes = Mixing(slot, source, weight), (*self.notes, *notes)
-        return Reduction(self.total, anchors, mixing, grid=self.grid, notes=notes)
+        anchors, places, valid = _in_order(anchors, valid)
+        slot = places.gather(-1, slot)
+        if valid is not None:
+            slot = slot.masked_fill(weight == 0, 0)
+        mixing, notes = Mixing(slot, source, weight.float()), (*self.notes, *notes)
+        projected = not before_projector
+        return Reduction(self.total, anchors, mixing, valid, scores, self.grid, notes, projected)
+
+
+def _in_order(anchors: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Anchors ascending, where each went, and which slots are real: padding comes last and repeats the last anchor."""
+    if valid is None:
+        ordered, order = anchors.sort(-1)
+        return ordered, order.argsort(-1), None
+    last = anchors.where(valid, 0).amax(-1, keepdim=True)
+    order = anchors.masked_fill(~valid, torch.iinfo(anchors.dtype).max).argsort(-1)
+    valid = valid.gather(-1, order)
+    return anchors.gather(-1, order).where(valid, last), order.argsort(-1), valid
 
 
 def resolve_layers(layers: Layers, depth: int) -> list[int]:

@@ -14,9 +14,16 @@ VARIANTS = (
 )
 
 
+# these have laws of their own, with merges before the projector and weights that do not sum to 1 (tests/zoo)
+ZOO = ("visionzip", "prumerge", "prumerge+", "vispruner", "hired", "fopru")
+ZOO += ("cdpruner", "scope", "mmtok", "holov", "par", "setok-cluster")
+
+
 def entering():
     """Methods that act before the LLM, in every family; those inside it have laws of their own (tests/decoder)."""
-    return [info for info in methods() if info.stage != "decoder" and not info.needs.cls_similarity]
+    return [
+        info for info in methods() if info.stage != "decoder" and not info.needs.cls_similarity and info.name not in ZOO
+    ]
 
 
 def specs() -> list[str]:

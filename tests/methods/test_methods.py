@@ -25,7 +25,7 @@ def tokens(batch=3, seed=0, dtype=torch.float32):
     text, mask = torch.randn(batch, 4, 8, generator=g), torch.ones(batch, 4, dtype=torch.bool)
     mask[-1, 2:] = False
     features = torch.randn(batch, n, 8, generator=g)
-    return VisualTokens(features.to(dtype), GRID, rows, DEPTH, text.to(dtype), mask)
+    return VisualTokens(features.to(dtype), GRID, cls_attention=rows, depth=DEPTH, text=text.to(dtype), text_mask=mask)
 
 
 def pick(given, images):
@@ -114,6 +114,8 @@ def test_a_budget_that_asks_for_nothing_keeps_the_image_whole_and_says_so(name, 
 @pytest.mark.parametrize("keep", [0, -1, 0.0, 1.5, -0.5, True, None, "64", float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [i.name for i in tokensieve.methods() if "keep" in i.parameters])
 def test_what_is_no_budget(name, keep):
+    if keep is None and name.startswith("prumerge"):
+        return  # adaptive: as many as the image needs
     with pytest.raises(ValueError, match=r"keep must be a whole number of tokens >= 1, or a share in \(0, 1\]; got "):
         tokensieve.parse(name, keep=keep)
 

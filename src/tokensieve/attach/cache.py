@@ -35,6 +35,11 @@ class State:
         """Columns by which the cache is shorter than the caller believes."""
         return self.length - self.mask.shape[1]
 
+    @property
+    def matters(self) -> bool:
+        """Whether a later step must know: a batch may keep its width, and still have got padding or other positions."""
+        return self.dropped > 0 or self.padded or self.shift is not None
+
 
 class ReducedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
     """A cache layer that holds ``dropped`` columns fewer than it reports, so that callers keep counting as before.

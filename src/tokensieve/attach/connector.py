@@ -7,7 +7,7 @@ right because every input was shortened by the same columns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,12 +103,19 @@ class Connector:
         positions: "original" keeps the survivors' position ids, "contiguous" renumbers.
         words: finds the user's words, for methods that read them.
         replay: decisions to apply as they are, instead of a method's.
+        project: the projector, from `[n, C]` encoder rows to `[n, D]`.
     """
 
     def __init__(
-        self, model: Any, method: Method | None, positions: Positions, words: UserWords | None, replay: Decisions | None
+        self,
+        model: Any,
+        method: Method | None,
+        positions: Positions,
+        words: UserWords | None,
+        replay: Decisions | None,
+        project: Callable[[Tensor], Tensor],
     ) -> None:
-        self.model, self.base = model, model.base_model
+        self.model, self.base, self.project = model, model.base_model, project
         self.method, self.positions, self.words, self.replay = method, positions, words, replay
 
     def prefill(self, kwargs: dict[str, Any]) -> Prefill:
@@ -135,7 +142,7 @@ class Connector:
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
         lengths = [n - gone for n, gone in zip(layout.lengths, lost, strict=True)]
         columns = Columns.of(stay, lengths)
-        kwargs["mm_encoder_outputs"]["image"] = _reduced(encoded, [plan.features for plan in plans])
+        kwargs["mm_encoder_outputs"]["image"] = self._reduced(encoded, [plan.features for plan in plans], origins)
         reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
         return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, lengths, state)
@@ -193,10 +200,32 @@ class Connector:
         for images in equal_groups([(len(f), record.grids[i]) for f, i in zip(features, origins, strict=True)]):
             stacked, of = torch.stack([features[image] for image in images]), [rows[image] for image in images]
             words = (None, None) if text is None or real is None else (text[of], real[of])
-            tokens = evidence(record, [origins[image] for image in images], stacked, *words)
+            patches = None
+            if record.patches:
+                patches = torch.stack([plans[image].features.apply(record.patches[origins[image]]) for image in images])
+            tokens = evidence(record, [origins[image] for image in images], stacked, patches, *words)
             for image, decision in zip(images, self.method(tokens), strict=True):
                 plans[image] = plans[image].then(decision)
         return plans
+
+    def _reduced(self, encoded: Any, reductions: Sequence[Reduction], origins: list[int]) -> Any:
+        """A copy of the tower's output with every feature plane reduced; the original may be used again."""
+        out = type(encoded)(**dict(encoded.items()))
+
+        def apply(planes: Any) -> list[Tensor]:
+            return [reduction.apply(plane) for plane, reduction in zip(planes, reductions, strict=True)]
+
+        if all(reduction.projected for reduction in reductions):
+            out.pooler_output = apply(encoded.pooler_output)
+        else:
+            patches = getattr(encoded, RECORD).patches
+            mixed = [r.apply(patches[origin]) for r, origin in zip(reductions, origins, strict=True)]
+            rows = torch.split(self.project(torch.cat(mixed)), [len(rows) for rows in mixed])
+            pairs = zip(reductions, rows, encoded.pooler_output, strict=True)
+            out.pooler_output = [r.apply(plane) if r.projected else own for r, own, plane in pairs]
+        if getattr(encoded, "deepstack_features", None) is not None:
+            out.deepstack_features = [apply(level) for level in encoded.deepstack_features]
+        return out
 
     # -- shortening ---------------------------------------------------------------------------------------------------
 
@@ -234,19 +263,6 @@ class Connector:
         tail = ids.shape[1] - end
         prefix = new_mask[:, : new_mask.shape[1] - tail]
         return State(prefix, columns.padded, end, shift)
-
-
-def _reduced(encoded: Any, reductions: Sequence[Reduction]) -> Any:
-    """A copy of the tower's output with every feature plane reduced; the original may be used again."""
-    out = type(encoded)(**dict(encoded.items()))
-
-    def apply(planes: Any) -> list[Tensor]:
-        return [reduction.apply(plane) for plane, reduction in zip(planes, reductions, strict=True)]
-
-    out.pooler_output = apply(encoded.pooler_output)
-    if getattr(encoded, "deepstack_features", None) is not None:
-        out.deepstack_features = [apply(level) for level in encoded.deepstack_features]
-    return out
 
 
 def _whole(features: Tensor, grid: tuple[int, int]) -> Plan:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import inspect
 import threading
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tokensieve.attach.probe import Probe, attention_from_cls, attention_received
+from tokensieve.attach import probe as reads
+from tokensieve.attach.probe import Probe, Read
 from tokensieve.methods import Method, Needs
 from tokensieve.methods.baselines import Downsample
 from tokensieve.models import Family
+from tokensieve.models.family import spread
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
 
 RECORD = "_tokensieve_record"
+Reads: TypeAlias = dict[str, Read]
 RECEIVED = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
 
 
@@ -31,8 +35,8 @@ class Record:
 
     Attributes:
         grids: (height, width) in the visual tokens that the tower made.
-        layers: encoder layers that were probed.
-        rows: `[S, N]` per image, one row per probed layer.
+        read: what the probes read, as `[evidence][layer][image]`, rows `[N, ...]`.
+        patches: per image `[N, C]`, the rows that entered the projector, if a method needs them.
         similar: `[N]` per image, cosine to [CLS] in what the tower puts out, where a method asks for it.
         depth: number of encoder layers that can be probed.
         notes: remarks on the evidence.
@@ -40,8 +44,8 @@ class Record:
     """
 
     grids: list[tuple[int, int]]
-    layers: list[int]
-    rows: list[Tensor]
+    read: dict[str, dict[int, list[Tensor]]]
+    patches: list[Tensor]
     similar: list[Tensor]
     depth: int
     notes: tuple[str, ...]
@@ -56,28 +60,35 @@ class EncoderHooks:
     """
 
     def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
+        if needs.joint:
+            raise ValueError(
+                f"{family.title} checkpoints hold no text encoder of the vision tower's space; cdpruner(space='llm') "
+                "compares in the LLM's input space"
+            )
         self.family, self.tower = family, family.tower(model)
         self.downsample = method if isinstance(method, Downsample) else None
         self._names = list(inspect.signature(type(self.tower).forward).parameters)[1:]
         self._local = threading.local()
-        attentions, self.layers = family.attentions(self.tower), []
+        attentions = family.attentions(self.tower)
         self.depth, self.cls = len(attentions), family.has_cls(self.tower)
         self.similarity = needs.cls_similarity
         if self.similarity and not self.cls:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
-        if needs.cls_attention is not None:
-            self.layers = resolve_layers(needs.cls_attention, self.depth)
-        read = attention_from_cls if self.cls else attention_received
-        self.probes = [Probe(attentions[layer], read) for layer in self.layers]
+        asked = _asked(needs, self.depth, self.cls)
+        self.substitute = not self.cls and (needs.cls_attention is not None or needs.cls_wide is not None)
+        self.probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
         self._handles = [
             self.tower.register_forward_pre_hook(self._before, with_kwargs=True),
             self.tower.register_forward_hook(self._after),
         ]
+        if needs.patches:
+            projector = family.projector(model)
+            self._handles.append(projector.register_forward_pre_hook(self._projecting, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for probe in self.probes:
+        for probe in self.probes.values():
             probe.remove()
 
     def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -86,10 +97,17 @@ class EncoderHooks:
         reductions = None
         if self.downsample is not None:
             inputs, reductions = self._resize(inputs, grids)
-        self._local.call = (inputs, reductions)
-        for probe in self.probes:
+        self._local.call = Call(inputs, reductions, [])
+        for probe in self.probes.values():
             probe.arm()
         return (), inputs
+
+    def _projecting(self, projector: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep what enters the projector after the tower (LLaVA) or as its last step (Qwen-VL)."""
+        call: Call | None = getattr(self._local, "call", None)
+        if call is not None and not call.patches:
+            rows = args[0] if args else next(iter(kwargs.values()))
+            call.patches.extend(self.family.patches(self.tower, call.inputs, rows))
 
     def _resize(self, inputs: dict[str, Any], grids: list[tuple[int, int]]) -> tuple[dict[str, Any], list[Reduction]]:
         method, device = self.downsample, next(self.tower.parameters()).device
@@ -102,15 +120,49 @@ class EncoderHooks:
         return self.family.resize(self.tower, inputs, [cell for cell in cells if cell is not None]), reductions
 
     def _after(self, tower: nn.Module, args: Any, output: Any) -> None:
-        inputs, reductions = self._local.call
+        call: Call = self._local.call
+        inputs, reductions = call.inputs, call.reductions
         grids = self.family.grids(tower, inputs)
-        read = [self.family.per_token(tower, inputs, probe.take()) for probe in self.probes]
-        rows = [torch.stack(image) for image in zip(*read, strict=True)]
+        read: dict[str, dict[int, list[Tensor]]] = {}
+        for layer, probe in self.probes.items():
+            rows = probe.take()
+            for name in rows[0]:
+                per_token = self.family.per_token(tower, inputs, [r[name] for r in rows])
+                read.setdefault(name, {})[layer] = per_token
         similar = self.family.per_token(tower, inputs, [_to_cls(output.last_hidden_state)]) if self.similarity else []
         if reductions is not None and not all(reduction.whole for reduction in reductions):
             self.family.restore(tower, output, reductions)
-        notes = () if self.cls or not self.layers else (RECEIVED,)
-        setattr(output, RECORD, Record(grids, self.layers, rows, similar, self.depth, notes, reductions))
+            call.patches[:] = [spread(rows, r) for rows, r in zip(call.patches, reductions, strict=False)]
+        notes = (RECEIVED,) if self.substitute else ()
+        setattr(output, RECORD, Record(grids, read, call.patches, similar, self.depth, notes, reductions))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tower call on its way: its inputs, an encoder method's decisions, and the rows that enter the projector."""
+
+    inputs: dict[str, Any]
+    reductions: list[Reduction] | None
+    patches: list[Tensor]
+
+
+def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:
+    """What to read in which layer."""
+    wanted = (
+        ("cls_attention", needs.cls_attention, reads.attention_from_cls if cls else reads.attention_received),
+        ("cls_wide", needs.cls_wide, reads.attention_from_cls_wide if cls else reads.attention_received_wide),
+        ("received", needs.received, reads.attention_received),
+        ("encoder_keys", needs.encoder_keys, reads.keys),
+    )
+    asked: dict[int, Reads] = {}
+    for name, layers, read in wanted:
+        for layer in [] if layers is None else resolve_layers(layers, depth):
+            asked.setdefault(layer, {})[name] = read
+    return asked
+
+
+def _read(wanted: Reads, query: Tensor, key: Tensor, scaling: float) -> dict[str, Tensor]:
+    return {name: read(query, key, scaling) for name, read in wanted.items()}
 
 
 def _to_cls(rows: Tensor) -> Tensor:
@@ -119,16 +171,24 @@ def _to_cls(rows: Tensor) -> Tensor:
 
 
 def evidence(
-    record: Record, images: list[int], features: Tensor, text: Tensor | None, text_mask: Tensor | None
+    record: Record,
+    images: list[int],
+    features: Tensor,
+    patches: Tensor | None,
+    text: Tensor | None,
+    text_mask: Tensor | None,
 ) -> VisualTokens:
     """The visual tokens `[B, N, D]` of equal ``images`` with what the record holds about them."""
     grid = record.grids[images[0]]
-    tokens = VisualTokens(features, depth=record.depth, text=text, text_mask=text_mask, notes=record.notes)
+    tokens = VisualTokens(
+        features, patches=patches, depth=record.depth, text=text, text_mask=text_mask, notes=record.notes
+    )
     if grid[0] * grid[1] == features.shape[1]:
         tokens = replace(tokens, grid=grid)
+    read: dict[str, Any] = {
+        name: {layer: torch.stack([rows[image] for image in images]) for layer, rows in layers.items()}
+        for name, layers in record.read.items()
+    }
     if record.similar:
-        tokens = replace(tokens, cls_similarity=torch.stack([record.similar[image] for image in images]))
-    if record.rows:
-        rows = torch.stack([record.rows[image] for image in images], 1)
-        tokens = replace(tokens, cls_attention=dict(zip(record.layers, rows, strict=True)))
-    return tokens
+        read["cls_similarity"] = torch.stack([record.similar[image] for image in images])
+    return replace(tokens, **read)

@@ -98,6 +98,23 @@ def attention_received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return total / query.shape[-2]
 
 
+def attention_from_cls_wide(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """:func:`attention_from_cls` with the heads side by side as a single one, scaled by its width."""
+    query, key = _one_head(query), _one_head(key)
+    return attention_from_cls(query, key, query.shape[-1] ** -0.5)
+
+
+def attention_received_wide(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """:func:`attention_received` with the heads side by side as a single one, scaled by its width."""
+    query, key = _one_head(query), _one_head(key)
+    return attention_received(query, key, query.shape[-1] ** -0.5)
+
+
+def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """The keys, `[b, n, H, d]`."""
+    return key.transpose(1, 2)
+
+
 def attention_of_queries(query: Tensor, key: Tensor, scaling: float, columns: Tensor, mask: Tensor | None) -> Tensor:
     """Causal post-softmax attention of chosen queries, `[B, H, Q, n]` float32, in O(Q·n).
 
@@ -115,6 +132,11 @@ def attention_of_queries(query: Tensor, key: Tensor, scaling: float, columns: Te
         seen = seen & mask[:, None].bool()
     masked: Tensor = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
     return masked.softmax(-1)
+
+
+def _one_head(heads: Tensor) -> Tensor:
+    """`[b, H, n, d]` to `[b, 1, n, H·d]`."""
+    return heads.transpose(1, 2).flatten(2)[:, None]
 
 
 def _probe_attention(

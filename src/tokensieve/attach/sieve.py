@@ -6,6 +6,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -78,6 +79,8 @@ class Sieve:
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
         decoder = by_stage.get("decoder")
         needs = connector.needs if connector is not None else Needs()
+        if replay is not None and not all(decision.projected for row in replay for decision in row):
+            needs = Needs(patches=True)
         self.model, self.stages, self.positions = model, stages, positions
         self._last: list[list[Plan]] = []
         self._decisions: Decisions | None = None
@@ -85,7 +88,8 @@ class Sieve:
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
         words = UserWords(model, processor) if any(stage.needs.text for stage in stages) else None
-        self._connector = Connector(model, connector, positions, words if needs.text else None, replay)
+        asked = words if needs.text else None
+        self._connector = Connector(model, connector, positions, asked, replay, partial(family.project, model))
         self._encoder = EncoderHooks(family, model, needs, encoder)
         self._decoder: DecoderHooks | None = None
         if isinstance(decoder, DecoderMethod):
@@ -166,8 +170,8 @@ class Sieve:
         self._note(plans, self._tokens(plans, run, prefill.copies))
         cache = getattr(output, "past_key_values", None)
         states = States(prefill.state, {} if run is None else run.states)
-        # a batch whose longest row lost nothing is as wide as before: then only its padding tells
-        if cache is not None and (states.blocks or states.entry.dropped or states.entry.padded):
+        # a batch whose longest row lost nothing is as wide as before: then only its padding or positions tell
+        if cache is not None and (states.blocks or states.entry.matters):
             remember(cache, states)
 
     def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:

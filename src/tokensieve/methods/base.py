@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
-from tokensieve.budget import check_budget, stage_counts
+from tokensieve.budget import Budget, check_budget, stage_counts
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import Layers, VisualTokens
 
@@ -23,6 +23,11 @@ class Needs:
 
     Attributes:
         cls_attention: encoder layers whose [CLS] row is wanted (an int or a slice, negative counts from the last).
+        cls_wide: the same with the heads side by side as a single one.
+        received: encoder layers of which the attention that each token receives is wanted.
+        encoder_keys: encoder layers whose keys are wanted.
+        patches: the encoder's rows before the projector.
+        joint: tokens and prompt in a space shared by image and text encoder.
         text: the embeddings of the user's words.
         grid: the tokens must form a grid.
         queries: in the LLM, attention rows of the last prompt token ("last") or of every word of the user ("words").
@@ -36,6 +41,11 @@ class Needs:
     """
 
     cls_attention: Layers | None = None
+    cls_wide: Layers | None = None
+    received: Layers | None = None
+    encoder_keys: Layers | None = None
+    patches: bool = False
+    joint: bool = False
     text: bool = False
     grid: bool = False
     queries: Literal["last", "words"] | None = None
@@ -49,13 +59,18 @@ class Needs:
 
     def __str__(self) -> str:
         wants = []
-        if self.cls_attention is not None:
+        if self.cls_attention is not None or self.cls_wide is not None:
             wants.append("[CLS] attention")
         if self.cls_similarity:
             wants.append("[CLS] similarity")
+        if self.received is not None:
+            wants.append("attention received")
+        if self.encoder_keys is not None:
+            wants.append("encoder keys")
         if self.queries is not None:
             wants.append(f"LLM attention of {self.queries}")
-        return ", ".join([*wants, *(name for name in ("text", "grid") if getattr(self, name))]) or "nothing"
+        shown = ("patches", "joint", "text", "grid")
+        return ", ".join([*wants, *(name for name in shown if getattr(self, name))]) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,8 @@ class MethodInfo:
 class Method(ABC):
     """Base of all methods. Subclasses add their parameters as fields and implement :meth:`reduce`.
 
-    Fields named ``keep`` are budgets and are validated on creation; a ``Literal`` field accepts its values only.
+    Fields named ``keep`` are budgets and are validated on creation (one that may be ``None`` is of an adaptive method);
+    a ``Literal`` field accepts its values only.
     """
 
     info: ClassVar[MethodInfo]
@@ -83,7 +99,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), get_args(_hint(type(self), field.name))
-            if field.name == "keep" or (field.name == "average" and value is not None):
+            if field.name in ("keep", "average") and not (value is None and type(None) in allowed):
                 check_budget(value)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
@@ -99,7 +115,7 @@ class Method(ABC):
 
     def count(self, image: VisualTokens) -> int | None:
         """Tokens that the budget leaves of each image; ``None`` for a method without one."""
-        keep = getattr(self, "keep", None)
+        keep: Budget | None = getattr(self, "keep", None)
         return None if keep is None else image.count(keep)
 
     def __call__(self, image: VisualTokens) -> Reduction:

@@ -46,7 +46,19 @@ class Family(ABC):
 
     @abstractmethod
     def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
-        """What the probe of one layer read, call by call `[b, keys]`, as one `[N]` per image, in token order."""
+        """What a probe read, call by call `[b, keys, ...]`, as one `[N, ...]` per image, in token order."""
+
+    @abstractmethod
+    def projector(self, model: Any) -> nn.Module:
+        """The module that turns the encoder's rows into visual tokens, each row or group of rows by itself."""
+
+    @abstractmethod
+    def patches(self, tower: Any, inputs: Inputs, rows: Tensor) -> list[Tensor]:
+        """What entered the projector as one row per visual token, `[N, C]` per image, in token order."""
+
+    @abstractmethod
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        """The projector on any rows that :meth:`patches` made, `[n, C]` to `[n, D]`."""
 
     @abstractmethod
     def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:

@@ -41,6 +41,17 @@ class Llava(Family):
     def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
         return list(torch.cat(list(rows))[:, int(self.has_cls(tower)) :])
 
+    def projector(self, model: Any) -> nn.Module:
+        projector: nn.Module = model.base_model.multi_modal_projector
+        return projector
+
+    def patches(self, tower: Any, inputs: Inputs, rows: Tensor) -> list[Tensor]:
+        return list(rows)
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        projected: Tensor = self.projector(model)(rows)
+        return projected
+
     def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:
         patch, pixels = tower.config.patch_size, inputs["pixel_values"]
         size = (cells[0][0] * patch, cells[0][1] * patch)

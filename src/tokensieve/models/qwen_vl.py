@@ -31,12 +31,27 @@ class QwenVL(Family):
         return [(t * h // merge, w // merge) for t, h, w in inputs["grid_thw"].tolist()]
 
     def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
+        read, unit = torch.cat([r.flatten(0, 1) for r in rows]), tower.config.spatial_merge_size**2
+        return self._in_order(tower, inputs, read.view(-1, unit, *read.shape[1:]).mean(1))
+
+    def projector(self, model: Any) -> nn.Module:
+        tower: Any = self.tower(model)
+        merger: nn.Module = tower.merger
+        return merger
+
+    def patches(self, tower: Any, inputs: Inputs, rows: Tensor) -> list[Tensor]:
+        return self._in_order(tower, inputs, rows.view(-1, tower.config.spatial_merge_size**2 * rows.shape[-1]))
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        tower: Any = self.tower(model)
+        merged: Tensor = tower.merger(rows.view(-1, tower.config.hidden_size))
+        return merged
+
+    def _in_order(self, tower: Any, inputs: Inputs, units: Tensor) -> list[Tensor]:
+        """Merged units `[ΣN, ...]` as the tower runs them, one `[N, ...]` per image in token order."""
         config, grid = tower.config, inputs["grid_thw"]
-        units = torch.cat([r.flatten() for r in rows]).view(-1, config.spatial_merge_size**2).mean(-1)
         if hasattr(tower, "fullatt_block_indexes"):  # the tower runs window by window: undo its permutation
-            window, _ = get_vision_window_index(
-                grid, config.spatial_merge_size, tower.config.window_size, tower.config.patch_size
-            )
+            window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
             units = units[window.to(units.device).argsort()]
         return list(torch.split(units, [h * w for h, w in self.grids(tower, inputs)]))
 

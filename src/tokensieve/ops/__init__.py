@@ -1,22 +1,53 @@
 """Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
 
-from tokensieve.ops.cluster import density_peaks
-from tokensieve.ops.merge import area_pool, keep_and_average, pooled_grid
-from tokensieve.ops.score import normalise, text_similarity
-from tokensieve.ops.select import knee, max_min, top_k, top_k_per_group, uniform
+from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
+from tokensieve.ops.greedy import coverage, dpp_map, max_min, rows_at
+from tokensieve.ops.merge import area_pool, keep_and_average, nearest, pooled_grid, sizes_of
+from tokensieve.ops.score import CHUNK, local_variance, normalise, text_similarity, without_sinks
+from tokensieve.ops.select import (
+    at,
+    bipartite_thinning,
+    knee,
+    marked,
+    outliers,
+    rank_in_group,
+    share_out,
+    spread_evenly,
+    top_k,
+    top_k_per_group,
+    uniform,
+)
 from tokensieve.ops.transport import carried
 
 __all__ = [
+    "CHUNK",
     "area_pool",
+    "at",
+    "bipartite_thinning",
     "carried",
+    "connected",
+    "coverage",
     "density_peaks",
+    "dpp_map",
+    "join_nearest",
     "keep_and_average",
     "knee",
+    "local_variance",
+    "marked",
     "max_min",
+    "nearest",
     "normalise",
+    "outliers",
+    "peak_scores",
     "pooled_grid",
+    "rank_in_group",
+    "rows_at",
+    "share_out",
+    "sizes_of",
+    "spread_evenly",
     "text_similarity",
     "top_k",
     "top_k_per_group",
     "uniform",
+    "without_sinks",
 ]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from tokensieve.ops.score import CHUNK, normalise
+
 Grid = tuple[int, int]
 
 
@@ -58,6 +60,29 @@ def area_pool(grid: Grid, cells: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slot, source = weight.nonzero(as_tuple=True)
     anchors = _centres(grid[0], cells[0])[:, None] * grid[1] + _centres(grid[1], cells[1])
     return anchors.flatten(), slot, source, weight[slot, source]
+
+
+def nearest(rows: Tensor, to: Tensor, k: int = 1, own: Tensor | None = None) -> Tensor:
+    """The ``k`` rows of ``to`` with the largest cosine to each of ``rows``, best first, `[..., n, k]`.
+
+    Args:
+        rows: `[..., n, D]`.
+        to: `[..., N, D]`.
+        own: `[..., n]`, where each row itself stands in ``to``: never its own neighbour.
+    """
+    rows, to, found = normalise(rows), normalise(to).transpose(-1, -2), []
+    for start in range(0, rows.shape[-2], CHUNK):
+        cosines = rows[..., start : start + CHUNK, :] @ to
+        if own is not None:
+            cosines = cosines.scatter(-1, own[..., start : start + CHUNK, None], -torch.inf)
+        found.append(cosines.argmax(-1, keepdim=True) if k == 1 else cosines.topk(k, -1).indices)
+    return torch.cat(found, -2)
+
+
+def sizes_of(slot: Tensor, slots: int) -> Tensor:
+    """How many entries each of ``slots`` slots has, `[..., slots]`, from `[..., E]`."""
+    empty = torch.zeros((*slot.shape[:-1], slots), dtype=torch.int64, device=slot.device)
+    return empty.scatter_add(-1, slot, torch.ones_like(slot))
 
 
 def _overlap(size: int, cells: int) -> Tensor:

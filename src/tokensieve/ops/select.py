@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokensieve.ops.score import normalise
-
-CHUNK = 1024  # rows of a similarity matrix held at once, so that no [N, N] matrix is ever made
+from tokensieve.ops.score import CHUNK, normalise
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -43,38 +41,97 @@ def knee(scores: Tensor) -> Tensor:
     return (along + heights - 1).abs().argmax(-1) + 1
 
 
-def max_min(rows: Tensor, k: int) -> Tensor:
-    """Greedy max–min diversity under cosine distance, in the order of selection, `[..., k]`.
+def marked(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where `[..., N]` bool is True, for images that keep different numbers: indices `[..., K]` and which are real.
 
-    Starts at the row farthest from its nearest neighbour, then adds the row farthest from everything selected.
-    O(K·N·D) time after the start and O(N) extra memory: a running minimum, never a distance matrix.
+    K is the largest number. Real indices come first, ascending; padding repeats the last of them. Every image must
+    have at least one.
+    """
+    counts = mask.sum(-1, keepdim=True)
+    order = (~mask).int().argsort(dim=-1, stable=True)[..., : int(counts.max())]
+    place = torch.arange(order.shape[-1], device=mask.device)
+    return order.gather(-1, torch.minimum(place.expand_as(order), counts - 1)), place < counts
+
+
+def at(mask: Tensor, indices: Tensor) -> Tensor:
+    """``mask`` `[..., N]` with True at ``indices`` `[..., K]` as well."""
+    return mask.scatter(-1, indices, True)
+
+
+def outliers(scores: Tensor) -> Tensor:
+    """Scores above the third quartile by 1.5 interquartile ranges, `[..., N]` bool; the largest where there is none."""
+    low, high = torch.quantile(scores.float(), torch.tensor([0.25, 0.75], device=scores.device), dim=-1)
+    return at(scores > (high + 1.5 * (high - low))[..., None], scores.argmax(-1, keepdim=True))
+
+
+def spread_evenly(free: Tensor, k: int) -> Tensor:
+    """``k`` of the tokens where ``free`` `[..., N]` is True, at equal stride among these, `[..., k]`.
+
+    Every image must have the same number of free tokens, at least ``k``.
+    """
+    order = (~free).int().argsort(dim=-1, stable=True)
+    return order[..., uniform(int(free[(0,) * (free.ndim - 1)].sum()), k, free.device)]
+
+
+def share_out(weights: Tensor, k: int, sizes: Tensor) -> Tensor:
+    """Whole shares of ``k`` in proportion to ``weights`` `[..., G]`, none above its size, that add up to ``k``.
+
+    What a full group cannot take goes to the others in proportion; of the rounded-down shares, those of the largest
+    weights are rounded up again.
+
+    Args:
+        weights: `[..., G]`, not negative.
+        k: at most the sum of the sizes.
+        sizes: `[G]`, the members of each group.
+    """
+    weights = weights.double() + torch.finfo(torch.float32).tiny
+    full = torch.zeros_like(weights, dtype=torch.bool)
+    for _ in range(len(sizes)):  # each round fills at least one group, or is the last that changes anything
+        left = k - (sizes * full).sum(-1, keepdim=True)
+        open_weights = weights.masked_fill(full, 0)
+        share = left * open_weights / open_weights.sum(-1, keepdim=True).clamp(min=1e-300)
+        full = full | (share >= sizes)
+    share = share.masked_fill(full, 0).where(~full, sizes.double())
+    quotas = (share + 1e-9).long()
+    first = weights.masked_fill(quotas >= sizes, -1).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return quotas + (first < k - quotas.sum(-1, keepdim=True)).long()
+
+
+def rank_in_group(scores: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Place of each token among those of its group, by descending score from 0, `[..., N]`.
+
+    Args:
+        scores: `[..., N]`.
+        group: `[..., N]`, numbers below ``groups``.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    order = order.gather(-1, group.gather(-1, order).sort(dim=-1, stable=True).indices)
+    size = torch.zeros((*group.shape[:-1], groups), dtype=torch.int64, device=group.device)
+    size = size.scatter_add(-1, group, torch.ones_like(group))
+    start = (size.cumsum(-1) - size).gather(-1, group)
+    return order.argsort(-1) - start
+
+
+def bipartite_thinning(rows: Tensor, order: Tensor, k: int, step: int) -> Tensor:
+    """Drop duplicates from ``order`` `[..., R]` until ``k`` are left (VisPruner), `[..., k]`.
+
+    In turn: of the entries at even places, the ``step`` that are most similar to one at an odd place leave; the other
+    even ones, by descending similarity, and then the odd ones are the new order.
 
     Args:
         rows: `[..., N, D]`.
+        order: indices into the rows.
     """
     rows = normalise(rows)
-    first = _nearest_distance(rows).argmax(-1)
-    chosen, distance = [first], None
-    for _ in range(k - 1):
-        to_last = 1 - (rows @ _row(rows, chosen[-1])[..., None]).squeeze(-1)
-        distance = to_last if distance is None else torch.minimum(distance, to_last)
-        # a selected row is at distance 0 up to rounding: rule it out, so that duplicates cannot pick it again
-        distance = distance.scatter(-1, chosen[-1][..., None], -torch.inf)
-        chosen.append(distance.argmax(-1))
-    return torch.stack(chosen, -1)
-
-
-def _row(rows: Tensor, index: Tensor) -> Tensor:
-    """`[..., N, D]` and `[...]` to `[..., D]`."""
-    return rows.take_along_dim(index[..., None, None], dim=-2).squeeze(-2)
-
-
-def _nearest_distance(rows: Tensor) -> Tensor:
-    """Distance of each unit row to its nearest other row, `[..., N]`."""
-    n, nearest = rows.shape[-2], []
-    for start in range(0, n, CHUNK):
-        cosines = rows[..., start : start + CHUNK, :] @ rows.transpose(-1, -2)
-        own = torch.arange(start, min(start + CHUNK, n), device=rows.device)
-        cosines[..., own - start, own] = -torch.inf
-        nearest.append(1 - cosines.amax(-1))
-    return torch.cat(nearest, -1)
+    gram = rows @ rows.transpose(-1, -2) if rows.shape[-2] <= CHUNK else None
+    while order.shape[-1] > k:
+        even, odd = order[..., ::2], order[..., 1::2]
+        if gram is not None:
+            nearest = gram.take_along_dim(even[..., None], -2).take_along_dim(odd[..., None, :], -1).amax(-1)
+        else:
+            others = rows.take_along_dim(odd[..., None], -2).transpose(-1, -2)
+            parts = torch.split(even, CHUNK, dim=-1)
+            nearest = torch.cat([(rows.take_along_dim(p[..., None], -2) @ others).amax(-1) for p in parts], -1)
+        even = even.gather(-1, nearest.sort(dim=-1, descending=True, stable=True).indices)
+        order = torch.cat([even[..., min(step, order.shape[-1] - k) :], odd], -1)
+    return order

@@ -1,0 +1,45 @@
+"""FoPru: focal pruning, by the attention that each patch receives in the encoder."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import rank_in_group, top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("fopru", paper="arXiv:2411.14164", needs=Needs(received=-2))
+@dataclass(frozen=True)
+class FoPru(Method):
+    """Keep the patches that receive most attention from all others, or the rows of the image that do.
+
+    Args:
+        keep: tokens per image, or a share of them.
+        select: "rank" keeps the best tokens; "row" keeps whole rows of the grid, those of the largest sums, and what
+            is left of the budget goes to the best tokens of the next row.
+
+    Paper: "FoPru: Focal Pruning for Efficient Large Vision-Language Models", 2024. No code is public: which layer's
+    attention counts (here: the one that the features come from, mean over heads, [CLS] as a query too) is our reading.
+    """
+
+    keep: Budget = 0.25
+    select: Literal["rank", "row"] = "rank"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(received=-2, grid=self.select == "row")
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        scores, wanted = image.at("received", -2), image.count(self.keep)
+        if self.select == "rank":
+            return image.keep(top_k(scores, wanted), scores)
+        if image.grid is None:
+            raise ValueError(f"fopru(select='row') needs tokens on a grid; these {image.total} tokens have none")
+        height, width = image.grid
+        order = scores.view(-1, height, width).sum(-1).sort(dim=-1, descending=True, stable=True).indices
+        row = order.argsort(-1).repeat_interleave(width, -1)
+        place = row * width + rank_in_group(scores, row, height)
+        return image.keep(place.argsort(-1)[:, :wanted], scores)

@@ -1,0 +1,56 @@
+"""HoloV: every part of the image keeps a share, the larger the more attention and variety it holds."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import local_variance, rank_in_group, share_out
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("holov", paper="arXiv:2510.02912", needs=Needs(cls_attention=-2))
+@dataclass(frozen=True)
+class HoloV(Method):
+    """Share the budget out over stretches of the raster, and keep the patches of each that [CLS] attends to most.
+
+    A stretch gets its share by the mean over its tokens of attention plus ``variety`` times the variance of their
+    cosines to the others of the stretch (scaled to the stretch's mean attention).
+
+    Args:
+        keep: tokens per image, or a share of them.
+        stretches: how many (the paper: 16 of LLaVA-1.5's 576 tokens).
+        variety: weight of the variance.
+        rank: what counts inside a stretch: "attention", as in the official code, or "holistic", both, as in the paper.
+
+    Paper: "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention", NeurIPS
+    2025. What a full stretch cannot take goes to the others here; the official code fills with zeros or cuts off.
+    """
+
+    keep: Budget = 64
+    stretches: int = 16
+    variety: float = 0.09
+    rank: Literal["attention", "holistic"] = "attention"
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        attention, wanted, parts = image.at("cls_attention", -2), image.count(self.keep), self.stretches
+        parts = min(parts, image.total)
+        sizes = [image.total // parts + (part < image.total % parts) for part in range(parts)]
+        size = torch.tensor(sizes, device=attention.device)
+        group = torch.arange(parts, device=size.device).repeat_interleave(size).expand_as(attention)
+        scaled, variance = attention * 1e3, local_variance(image.features, sizes)
+
+        def mean(values: Tensor) -> Tensor:  # over each stretch, at each of its tokens
+            return torch.zeros_like(values[:, :parts]).scatter_add(-1, group, values).div(size).gather(-1, group)
+
+        scores = scaled + self.variety * variance * mean(scaled) / (mean(variance) + 1e-6)
+        weights = mean(scores)[:, size.cumsum(0) - 1]
+        quotas = share_out(weights, wanted, size)
+        ranked = attention if self.rank == "attention" else scores
+        ahead = rank_in_group(ranked, group, parts) < quotas.gather(-1, group)
+        return image.keep(ahead.int().argsort(dim=-1, descending=True, stable=True)[:, :wanted], scores)

@@ -1,0 +1,46 @@
+"""SCOPE: saliency and coverage, the tokens that matter and that stand for the others."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import coverage, normalise, rows_at
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("scope", paper="arXiv:2510.24214", needs=Needs(cls_attention=-2, patches=True))
+@dataclass(frozen=True)
+class Scope(Method):
+    """Greedily keep the patch that adds most coverage of all patches, times how much [CLS] attends to it.
+
+    A patch is covered as well as the kept one most similar to it (cosine of the encoder's rows).
+
+    Args:
+        keep: tokens per image, or a share of them.
+        alpha: exponent of the attention.
+        combine: "times" multiplies gain and attention, "plus" adds them.
+        heads: what the attention is scaled by where "plus" weighs it against the gain: the official code sums over
+            heads, so their number reproduces it; 1 is the mean.
+
+    Paper: "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs", NeurIPS 2025.
+    """
+
+    keep: Budget = 64
+    alpha: float = 1.0
+    combine: Literal["times", "plus"] = "times"
+    heads: int = 1
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        rows, attention = normalise(image.given("patches")), image.at("cls_attention", -2)
+        saliency = (attention * self.heads) ** self.alpha
+
+        def similar(index: Tensor) -> Tensor:
+            return rows_at(rows, index) @ rows.transpose(-1, -2)
+
+        weight, bonus = (saliency, None) if self.combine == "times" else (None, saliency)
+        return image.keep(coverage(similar, saliency, image.count(self.keep), weight, bonus), attention)

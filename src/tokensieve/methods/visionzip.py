@@ -1,0 +1,71 @@
+"""VisionZip: keep what [CLS] looks at, and let a few contextual tokens carry the rest."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import at, nearest, sizes_of, top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("visionzip", paper="arXiv:2412.04467", needs=Needs(cls_attention=-2, encoder_keys=-2, patches=True))
+@dataclass(frozen=True)
+class VisionZip(Method):
+    """Keep the dominant patches, those that [CLS] attends to most, and merge the others into a few contextual ones.
+
+    The contextual tokens stand at equal stride among the others; each of these goes to the one whose key (mean over
+    heads) is most similar to its own.
+
+    Args:
+        keep: tokens per image, or a share of them (the paper: 192, 128 and 64 of 576).
+        contextual: share of the budget that is contextual (the paper: 30 of 192, 20 of 128, 10 of 64).
+        combine: "add" adds the mean of the merged patches to the contextual one, as the official code does, about
+            twice as long as any token; "mean" is the mean of them all, as the paper says.
+        before_projector: merge the encoder's rows, as the official code does, or what the projector makes of them.
+
+    Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025. The official code also
+    passes on the encoder's [CLS] token, as one of the dominant, and puts the contextual tokens last; here every token
+    is a patch and stands at its place.
+    """
+
+    keep: Budget = 64
+    contextual: float = 0.15625
+    combine: Literal["add", "mean"] = "add"
+    before_projector: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.contextual < 1:
+            raise ValueError(f"contextual must be a share in [0, 1); got {self.contextual}")
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        scores, wanted = image.at("cls_attention", -2), image.count(self.keep)
+        few = round(self.contextual * wanted)
+        dominant = top_k(scores, wanted - few)
+        if few == 0:
+            return image.keep(dominant, scores)
+        kept = at(torch.zeros_like(scores, dtype=torch.bool), dominant)
+        others = kept.int().argsort(dim=-1, stable=True)[:, : image.total - (wanted - few)]
+        stride = others.shape[1] // few
+        target = torch.arange(few, device=others.device) * stride
+        keys = image.at("encoder_keys", -2).mean(-2).take_along_dim(others[..., None], 1)
+        group = nearest(keys, keys[:, target]).squeeze(-1)
+        group[:, target] = torch.arange(few, device=others.device)
+        merged = sizes_of(group, few).gather(-1, group) - int(self.combine == "add")
+        weight = 1 / merged.clamp(min=1)
+        if self.combine == "add":
+            weight[:, target] = 1
+        own = torch.arange(wanted - few, device=others.device).expand_as(dominant)
+        return image.merge(
+            torch.cat([dominant, others[:, target]], -1),
+            torch.cat([own, group + (wanted - few)], -1),
+            torch.cat([dominant, others], -1),
+            torch.cat([torch.ones_like(dominant), weight], -1),
+            scores=scores,
+            before_projector=self.before_projector,
+        )

@@ -1,0 +1,52 @@
+"""VisPruner: half of the tokens for what matters, half for what is different."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import bipartite_thinning, without_sinks
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("vispruner", paper="arXiv:2412.01818v2", needs=Needs(cls_attention=-2, patches=True))
+@dataclass(frozen=True)
+class VisPruner(Method):
+    """Keep the patches that [CLS] attends to most, and of the others the least alike.
+
+    The others, in order of attention, are thinned out round by round: those at even places that resemble one at an
+    odd place most leave.
+
+    Args:
+        keep: tokens per image, or a share of them.
+        important: share of the budget that goes by attention.
+        step: tokens that leave per round. Time grows with the number of rounds: on many thousand tokens, take more.
+        sinks: share of the patches, those of largest norm, that count as attention sinks and rank last.
+
+    Paper: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", ICCV 2025. The
+    official code fails when the number of other patches is odd.
+    """
+
+    keep: Budget = 64
+    important: float = 0.5
+    step: int = 8
+    sinks: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (0 <= self.important <= 1 and 0 <= self.sinks < 1):
+            raise ValueError(f"important and sinks are shares; got {self.important} and {self.sinks}")
+        if self.step < 1:
+            raise ValueError(f"step must be at least 1; got {self.step}")
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        patches, wanted = image.given("patches"), image.count(self.keep)
+        scores = without_sinks(image.at("cls_attention", -2), patches, self.sinks)
+        order, first = scores.sort(dim=-1, descending=True, stable=True).indices, int(wanted * self.important)
+        others = order[:, first:]
+        if first < wanted:
+            others = bipartite_thinning(patches, others, wanted - first, self.step)
+        return image.keep(torch.cat([order[:, :first], others[:, : wanted - first]], -1), scores)
