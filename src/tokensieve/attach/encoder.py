@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from tokensieve.tokens import VisualTokens, resolve_layers
 
 RECORD = "_tokensieve_record"
 Reads: TypeAlias = dict[str, Read]
+T = TypeVar("T")
 RECEIVED = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
 
 
@@ -50,6 +52,21 @@ class Record:
     depth: int
     notes: tuple[str, ...]
     reductions: list[Reduction] | None
+
+    def of(self, images: Sequence[int]) -> Record:
+        """The record of these images, in this order; one may stand there twice."""
+
+        def pick(per_image: list[T]) -> list[T]:
+            return [per_image[image] for image in images] if per_image else per_image
+
+        return replace(
+            self,
+            grids=pick(self.grids),
+            read={name: {layer: pick(rows) for layer, rows in layers.items()} for name, layers in self.read.items()},
+            patches=pick(self.patches),
+            similar=pick(self.similar),
+            reductions=self.reductions and pick(self.reductions),
+        )
 
 
 class EncoderHooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -61,11 +61,5 @@ def encoded(model: Any, inputs: Inputs) -> dict[str, Any]:
     index = list(inputs.images)
     repeated = type(output)(**dict(output.items()))
     repeated.pooler_output = pooled[index] if isinstance(pooled, Tensor) else [pooled[i] for i in index]
-    record = replace(
-        record,
-        grids=[record.grids[i] for i in index],
-        rows=[record.rows[i] for i in index] if record.rows else record.rows,
-        reductions=record.reductions and [record.reductions[i] for i in index],
-    )
-    setattr(repeated, RECORD, record)
+    setattr(repeated, RECORD, record.of(index))
     return {**arguments, "mm_encoder_outputs": {"image": repeated}}
