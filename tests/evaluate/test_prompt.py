@@ -87,6 +87,9 @@ def test_what_is_not_plain_pixels_is_left_alone(model, processor, samples):
 
 def test_the_record_is_repeated_with_the_images(model, processor, samples):
     shared = without_repetitions(model, encode(processor, [samples[0], samples[4]]), [0, 0])
-    with torch.inference_mode(), attach(model, "vtc-cls(keep=9)"):
+    with torch.inference_mode(), attach(model, "visionzip(keep=9)"):
         output = encoded(model, shared)["mm_encoder_outputs"]["image"]
-    assert len(output.pooler_output) == len(getattr(output, RECORD).rows) == 2
+    record = getattr(output, RECORD)
+    per_image = [record.grids, record.patches, *(rows for layers in record.read.values() for rows in layers.values())]
+    assert len(per_image) > 3
+    assert all(len(rows) == len(output.pooler_output) == 2 for rows in per_image)
