@@ -11,7 +11,7 @@ from tokensieve.reference import load
 from tokensieve.report.overlay import overlay, sheet
 
 METHODS = ("vtc-cls", "trsm", "divprune", "pool", "random")
-QUESTIONS, KEEP, SIDE = ("test-0-00004-colour", "test-0-00011-beside"), 0.25, 264
+QUESTIONS, KEEP, SIDE = ("test-0-00003-colour", "test-0-00013-where"), 0.25, 264
 
 
 def main() -> None:
