@@ -18,6 +18,7 @@ def specs() -> list[str]:
     plain = [
         f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
         for info in methods()
+        if info.stage != "fusion"
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
     ]
     return [*plain, *VARIANTS]
@@ -25,4 +26,5 @@ def specs() -> list[str]:
 
 def whole_specs() -> list[str]:
     """Every registered method, asked to keep all."""
-    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in methods()]
+    plain = [info for info in methods() if info.stage != "fusion"]
+    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in plain]

@@ -1,7 +1,18 @@
 """One file per method. A method is a frozen dataclass whose ``reduce`` turns visual tokens into a Reduction."""
 
-from tokensieve.methods.base import Method, MethodInfo, Needs, Positions, Stage
+from tokensieve.methods.base import FusionMethod, Method, MethodInfo, Needs, Positions, Stage
 from tokensieve.methods.registry import info, methods, register
 from tokensieve.methods.spec import parse
 
-__all__ = ["Method", "MethodInfo", "Needs", "Positions", "Stage", "info", "methods", "parse", "register"]
+__all__ = [
+    "FusionMethod",
+    "Method",
+    "MethodInfo",
+    "Needs",
+    "Positions",
+    "Stage",
+    "info",
+    "methods",
+    "parse",
+    "register",
+]
