@@ -34,7 +34,8 @@ def attach(
     Only hooks are installed; weights, config and processor stay untouched, and ``detach()`` leaves no trace.
 
     Args:
-        model: a Hugging Face vision-language model of a family in ``tokensieve.models``.
+        model: a Hugging Face vision-language model of a family in ``tokensieve.models``; for a fusion method such as
+            ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
             stage), or decisions `[sample][image]` as in ``sieve.last``, which are then replayed as they are.
         positions: "original": survivors keep their position ids; "contiguous": they are renumbered, as most official
@@ -52,7 +53,7 @@ def attach(
     with _lock:
         if model in _attached:
             raise ValueError(f"{_attached[model]} is attached to this model already; detach() it first")
-        sieve = Sieve(model, stages, replay, positions, processor)
+        sieve = _kind(stages)(model, stages, replay, positions, processor)
         _attached[model] = sieve
     return sieve
 
@@ -89,6 +90,9 @@ class Sieve:
             if _attached.get(self.model) is not self:
                 return
             del _attached[self.model]
+        self._remove()
+
+    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._encoder.remove()
@@ -124,6 +128,13 @@ class Sieve:
             remember(cache, prefill.state)
 
 
+def _kind(stages: list[Method]) -> type[Sieve]:
+    """LLMs with a vision tower, or cross-modal encoders."""
+    from tokensieve.attach.fusion import FusionSieve
+
+    return FusionSieve if any(stage.info.stage == "fusion" for stage in stages) else Sieve
+
+
 def _read(
     method: str | Method | Sequence[Method] | Decisions, parameters: dict[str, Any]
 ) -> tuple[list[Method], Decisions | None]:
@@ -143,6 +154,8 @@ def _read(
     order = [stage.info.stage for stage in stages]
     if len(set(order)) < len(order):
         raise ValueError(f"two methods of the same stage cannot be combined; got {', '.join(order)}")
-    if order != sorted(order, key=("encoder", "connector").index):
+    if "fusion" in order and len(order) > 1:
+        raise ValueError(f"a fusion method acts alone; got {', '.join(order)}")
+    if order != sorted(order, key=("encoder", "connector", "fusion").index):
         raise ValueError(f"stages must stand in the order encoder, connector; got {', '.join(order)}")
     return stages, None

@@ -1,0 +1,35 @@
+"""The sieve of a cross-modal encoder: hooks and refusals live in ``tokensieve.fusion``, the handle is common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokensieve.attach.connector import Decisions
+from tokensieve.attach.sieve import Sieve
+from tokensieve.fusion import Host, host_of
+from tokensieve.methods import FusionMethod, Method, Positions
+
+
+class FusionSieve(Sieve):
+    """A fusion method, attached. ``last`` is `[sample][image]` of the latest call: what became of its image tokens.
+
+    Image tokens are counted as the encoder sees them: its [CLS] first, then the patches.
+    """
+
+    def __init__(
+        self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
+    ) -> None:
+        (method,) = stages
+        if not isinstance(method, FusionMethod):
+            raise ValueError(f"{method.info.name} must be a FusionMethod to act at the fusion stage")
+        if positions != "original":
+            raise ValueError("a cross-modal encoder has no positions to renumber; leave positions='original'")
+        self.model, self.stages, self.positions = model, stages, positions
+        self._host: Host = host_of(model)(model, method)
+
+    @property
+    def last(self) -> Decisions:  # type: ignore[override]
+        return self._host.last
+
+    def _remove(self) -> None:
+        self._host.remove()
