@@ -1,32 +1,31 @@
-"""Make ``overlays.png``, the README's picture: what five methods keep of one benchmark image, and the answers."""
+"""Make ``overlays.png``, the README's picture: what each method keeps of two benchmark images, and what is answered."""
 
 from pathlib import Path
 
 import torch
 
 import tokensieve
-from tokensieve.evaluate import Sample, decode, encode
+from tokensieve.evaluate import load_data
+from tokensieve.evaluate.prompt import decode, encode
 from tokensieve.reference import load
-from tokensieve.reference.benchmark import benchmark
 from tokensieve.report.overlay import overlay, sheet
 
 METHODS = ("vtc-cls", "trsm", "divprune", "pool", "random")
-ROWS, KEEP, SIDE = (4, 11), 0.25, 300
+QUESTIONS, KEEP, SIDE = ("test-0-00004-colour", "test-0-00011-beside"), 0.25, 264
 
 
 def main() -> None:
     model, processor = load()
+    samples = {sample.id: sample for sample in load_data("reference")}
     pictures = []
-    for row in (benchmark()[index] for index in ROWS):
-        inputs = encode(processor, [Sample(row.id, lambda row=row: row.image, row.question, (row.answer,))])
-        for method in ("full", *METHODS):
-            with tokensieve.attach(
-                model, method, processor=processor, **({} if method == "full" else {"keep": KEEP})
-            ) as sieve, torch.inference_mode():
+    for sample in (samples[name] for name in QUESTIONS):
+        inputs = encode(processor, [sample])
+        for method in ("full", *(f"{method}(keep={KEEP})" for method in METHODS)):
+            with tokensieve.attach(model, method, processor=processor) as sieve, torch.inference_mode():
                 generated = model.generate(**inputs)
             answer = decode(processor, generated, inputs["input_ids"].shape[1])[0]
-            caption = f"“{row.question}” {answer}" if method == "full" else f"{method}: {answer}"
-            pictures.append((caption, overlay(row.image, sieve.last[0][0], SIDE)))
+            name = sample.question if method == "full" else method.partition("(")[0]
+            pictures.append((f"{name}\n{answer}", overlay(sample.open(), sieve.last[0][0], SIDE)))
     sheet(pictures, columns=1 + len(METHODS)).save(Path(__file__).with_name("overlays.png"), optimize=True)
 
 

@@ -30,6 +30,7 @@ GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": 
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def build(family: str, attention: str = "sdpa"):
     """A new model with seeded weights: equal arguments, equal weights."""
     cls, config = {
@@ -46,6 +47,8 @@ def build(family: str, attention: str = "sdpa"):
             torch.nn.init.normal_(weight, std=1.0 if "embed" in name else 0.25)
         elif "bias" in name:
             torch.nn.init.normal_(weight, std=0.1)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    torch.nn.init.zeros_(model.lm_head.weight[VISION_START:])  # never the likeliest: an answer holds no placeholder
     torch.random.set_rng_state(state)
     generation = model.generation_config
     generation.pad_token_id, generation.bos_token_id, generation.eos_token_id = PAD, BOS, None
@@ -55,7 +58,9 @@ def build(family: str, attention: str = "sdpa"):
 @cache
 def subject(family: str, attention: str = "sdpa"):
     """The model that methods are attached to; every test must leave it detached."""
-    return build(family, attention)
+    model = build(family, attention)
+    model.generate(**collate(family, scenario(family, "single")), max_new_tokens=1)  # transformers' own lazy hooks
+    return model
 
 
 @cache
@@ -206,11 +211,11 @@ def hooks(model) -> int:
 
 
 def footprint(model) -> list:
-    """All that attaching could leave behind: each module's attributes (names and identities) and its hooks."""
-    keep = ("_parameters", "_modules", "_buffers")
+    """All that attaching could leave behind: hooks, and each module's attributes, weights and config by identity."""
+    memory = ("rope_deltas", "_previous_max_cache_length")  # what transformers itself remembers of the last call
     out: list = [hooks(model)]
     for name, module in model.named_modules():
-        values = {k: id(v) for k, v in vars(module).items() if not k.startswith("_") or k == "_is_hf_initialized"}
-        out.append((name, sorted(vars(module)), values, id(getattr(module, "config", None))))
-        out.append([(k, id(v)) for part in keep for k, v in getattr(module, part).items()])
+        own = {k: id(v) for k, v in vars(module).items() if k not in memory}
+        parts = (module._parameters, module._modules, module._buffers)
+        out.append((name, own, [(k, id(v)) for part in parts for k, v in part.items()]))
     return out

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from laws.tiny import FAMILIES, collate, scenario, subject
 from tokensieve import Method, Reduction, VisualTokens, register
 from tokensieve.measure import Cost, measure_costs
 from tokensieve.measure.cost import break_even
@@ -104,3 +105,19 @@ def test_break_even():
 def test_json_round_trip(costs):
     for cost in costs.values():
         assert Cost.from_json(cost.to_json()) == cost
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_measured(family):
+    samples = scenario(family, "ragged")
+    prompts = collate(family, samples)
+    full, uniform = measure_costs(subject(family), prompts, ["uniform(keep=4)"], **QUICK)
+    before = [[image.tokens for image in sample.images] for sample in samples]
+    assert full.tokens_before == sum(map(sum, before)) / sum(map(len, before))
+    assert uniform.tokens_after == 4
+    columns = prompts["input_ids"].shape[1]
+    lengths = prompts["attention_mask"].sum(-1).tolist()
+    width = max(n - sum(images) + 4 * len(images) for n, images in zip(lengths, before, strict=True))
+    assert uniform.kv_bytes * columns == full.kv_bytes * width
+    linear = 3 * 2 * (2 * 64 * 64 + 3 * 64 * 128)  # of a row in three layers, without keys, values and attention
+    assert full.flops - uniform.flops > (columns - width) * len(samples) * linear

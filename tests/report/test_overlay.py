@@ -45,10 +45,11 @@ def test_the_whole_image_is_left_alone() -> None:
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:
+    some = torch.tensor([0, 7])
     with pytest.raises(ValueError, match="no grid"):
-        overlay(GREY, Reduction.identity(24))
+        overlay(GREY, Reduction(24, some))
     with pytest.raises(ValueError, match="one image"):
-        overlay(GREY, Reduction.identity(24, 2, grid=GRID))
+        overlay(GREY, Reduction(24, some.expand(2, -1), grid=GRID))
 
 
 def test_as_seen_is_the_centre_crop_of_the_image_processor() -> None:

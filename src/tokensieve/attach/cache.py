@@ -63,8 +63,10 @@ class ReducedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
 
 
 def state_of(cache: Cache | None) -> State | None:
-    """The state that a reduced prefill left on the cache, if any."""
-    return None if cache is None or cache.get_seq_length() == 0 else getattr(cache, STATE, None)
+    """The state that a reduced prefill left on the cache, if any; one that was emptied since has none."""
+    if cache is not None and cache.get_seq_length() == 0:
+        vars(cache).pop(STATE, None)
+    return getattr(cache, STATE, None)
 
 
 def remember(cache: Cache, state: State) -> None:

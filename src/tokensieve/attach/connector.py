@@ -75,7 +75,8 @@ class Connector:
         kwargs = dict(kwargs)
         encoded = self._encode(kwargs)
         features = list(encoded.pooler_output)
-        layout = Layout.read(kwargs["input_ids"], self.model.config.image_token_id, [len(f) for f in features])
+        ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), self.model.config.image_token_id
+        layout = Layout.read(ids, mask, token, [len(f) for f in features])
         origins, copies = _origins(layout.images, len(getattr(encoded, RECORD).grids))
         plans = self._decide(kwargs, encoded, features, layout, origins)
         by_row = _by_row([plan.decision for plan in plans], layout.images)
@@ -95,12 +96,16 @@ class Connector:
     def _check(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("input_ids") is None:
             raise ValueError("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if encoded is not None and not hasattr(encoded, RECORD):
+            raise ValueError(
+                "these image features were encoded before the method was attached, or in prefill chunks "
+                "(prefill_chunk_size): encode them with the method attached, in one piece"
+            )
         check_cache(kwargs.get("past_key_values"))
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask must be [B, L] for a reduced prompt; got {mask.ndim} dimensions")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep must be a number for a reduced prompt, not a tensor of columns")
 
@@ -108,11 +113,6 @@ class Connector:
         """The tower's output with projected features: the one generate() made, or made here as generate() does."""
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
-            if not hasattr(encoded, RECORD):
-                raise ValueError(
-                    "these image features were encoded before the method was attached, or in prefill chunks "
-                    "(prefill_chunk_size): encode them with the method attached, in one piece"
-                )
             return encoded
         encode = self.base.get_image_features
         names = [n for n in inspect.signature(encode).parameters if n in kwargs and n != "kwargs"]
@@ -129,9 +129,10 @@ class Connector:
         """One plan per image of the (possibly expanded) batch."""
         record: Record = getattr(encoded, RECORD)
         if self.replay is not None:
-            return [Plan(decision, decision) for decision in _replayed(self.replay, layout.images)]
+            decisions = _replayed(self.replay, layout.images[:: len(origins) // len(record.grids)])
+            return [Plan(decisions[origin], decisions[origin]) for origin in origins]
         if record.reductions is None:
-            plans = [Plan(whole, whole) for whole in (Reduction.identity(len(f), device=f.device) for f in features)]
+            plans = [_whole(f, record.grids[origin]) for f, origin in zip(features, origins, strict=True)]
         else:  # the encoder made the slots' rows itself: the decision says from what, the features are only picked
             before = [record.reductions[origin] for origin in origins]
             plans = [Plan(r, Reduction(r.total, r.anchors)) for r in before]
@@ -157,11 +158,9 @@ class Connector:
             return given
         ids = kwargs["input_ids"]
         plain = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        if not hasattr(self.base, "get_rope_index"):
-            return plain
-        names = inspect.signature(self.base.get_rope_index).parameters
-        axes, self.base.rope_deltas = self.base.get_rope_index(**{n: kwargs[n] for n in names if n in kwargs})
-        return torch.cat([plain[None], axes])
+        number = getattr(self.base, "compute_3d_position_ids", None)  # M-RoPE; also remembers its rope_deltas
+        axes = number and number(**{name: kwargs.get(name) for name in inspect.signature(number).parameters})
+        return plain if axes is None else torch.cat([plain[None], axes])
 
     def _shorten(
         self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int, reduced: list[bool]
@@ -199,6 +198,12 @@ def _reduced(encoded: Any, reductions: Sequence[Reduction]) -> Any:
     if getattr(encoded, "deepstack_features", None) is not None:
         out.deepstack_features = [apply(level) for level in encoded.deepstack_features]
     return out
+
+
+def _whole(features: Tensor, grid: tuple[int, int]) -> Plan:
+    total = len(features)
+    whole = Reduction.identity(total, device=features.device, grid=grid if grid[0] * grid[1] == total else None)
+    return Plan(whole, whole)
 
 
 def _kept(plans: Sequence[Plan]) -> Tensor:

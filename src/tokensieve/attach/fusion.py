@@ -6,8 +6,9 @@ from typing import Any
 
 from tokensieve.attach.connector import Decisions
 from tokensieve.attach.sieve import Sieve
-from tokensieve.fusion import Host, host_of
+from tokensieve.fusion import host_of
 from tokensieve.methods import FusionMethod, Method, Positions
+from tokensieve.reduction import Reduction
 
 
 class FusionSieve(Sieve):
@@ -25,11 +26,11 @@ class FusionSieve(Sieve):
         if positions != "original":
             raise ValueError("a cross-modal encoder has no positions to renumber; leave positions='original'")
         self.model, self.stages, self.positions = model, stages, positions
-        self._host: Host = host_of(model)(model, method)
+        self.last: Decisions = []
+        self._host = host_of(model)(model, method, self._note)
 
-    @property
-    def last(self) -> Decisions:  # type: ignore[override]
-        return self._host.last
+    def _note(self, decisions: list[list[Reduction]]) -> None:
+        self.last = decisions
 
     def _remove(self) -> None:
         self._host.remove()

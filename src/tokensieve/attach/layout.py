@@ -15,24 +15,35 @@ class Layout:
     Attributes:
         visual: `[B, L]` bool, True on placeholders, on the batch's device.
         images: per row, the tokens of each of its images, in order.
+        real: `[B, L]` bool, False on padding.
+        lengths: per row, the columns that are no padding.
         end: columns up to and with the last placeholder of any row.
     """
 
     visual: Tensor
     images: list[list[int]]
+    real: Tensor
+    lengths: list[int]
     end: int
 
     @classmethod
-    def read(cls, ids: Tensor, token: int, sizes: list[int]) -> Layout:
+    def read(cls, ids: Tensor, mask: Tensor | None, token: int, sizes: list[int]) -> Layout:
         """Find the placeholders ``token`` in ``ids`` `[B, L]` of images with ``sizes`` tokens, row by row.
 
+        Args:
+            mask: `[B, L]`, 0 on padding, or ``None``.
+
         Raises:
-            ValueError: if placeholders and image tokens do not match.
+            ValueError: if placeholders and image tokens do not match, or a row is padded on the right.
         """
         visual = ids == token
+        real = torch.ones_like(visual) if mask is None else mask.bool()
         columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        counts = visual.sum(-1)
-        *per_row, end = torch.cat([counts, (visual * columns).amax()[None]]).tolist()  # the one look at the device
+        seen = torch.cat([visual.sum(-1), real.sum(-1), real[:, -1], (visual * columns).amax()[None]])
+        *numbers, end = seen.tolist()  # the one look at the device
+        per_row, lengths, right = (numbers[i * len(ids) : (i + 1) * len(ids)] for i in range(3))
+        if not all(right):
+            raise ValueError("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         images: list[list[int]] = []
         rest = list(sizes)
         for row, count in enumerate(per_row):
@@ -46,7 +57,7 @@ class Layout:
                 )
         if rest:
             raise ValueError(f"the batch has {sum(per_row)} image placeholders; its images have {sum(sizes)} tokens")
-        return cls(visual, images, end)
+        return cls(visual, images, real, lengths, end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +66,8 @@ class Columns:
 
     Attributes:
         index: `[B, n]`, original column of each new column, ascending in the valid part.
-        valid: `[B, n]` bool, False on the padding of rows that lost more than others.
-        padded: whether there is any such padding.
+        valid: `[B, n]` bool, False on padding.
+        padded: whether there is any padding.
     """
 
     index: Tensor
@@ -70,10 +81,9 @@ class Columns:
         Args:
             left: how many visual tokens each row keeps.
         """
-        width = layout.visual.shape[1]
-        stay = torch.ones_like(layout.visual).masked_scatter(layout.visual, kept)
-        lengths = [width - sum(sizes) + k for sizes, k in zip(layout.images, left, strict=True)]
-        index = stay.int().argsort(dim=-1, stable=True)[:, width - max(lengths) :]
+        stay = layout.real.masked_scatter(layout.visual, kept)
+        lengths = [n - sum(sizes) + k for n, sizes, k in zip(layout.lengths, layout.images, left, strict=True)]
+        index = stay.int().argsort(dim=-1, stable=True)[:, stay.shape[1] - max(lengths) :]
         return cls(index, stay.gather(-1, index), min(lengths) != max(lengths))
 
     def take(self, x: Tensor, filler: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from tokensieve.methods import Method, Needs, Positions, parse
 from tokensieve.models import family_of
 from tokensieve.reduction import Reduction
 
-_attached: weakref.WeakKeyDictionary[Any, Sieve] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakValueDictionary[int, Sieve] = weakref.WeakValueDictionary()  # by id; the hooks keep it alive
 _lock = threading.Lock()
 
 
@@ -51,10 +51,10 @@ def attach(
         raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     stages, replay = _read(method, parameters)
     with _lock:
-        if model in _attached:
-            raise ValueError(f"{_attached[model]} is attached to this model already; detach() it first")
+        if id(model) in _attached:
+            raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
         sieve = _kind(stages)(model, stages, replay, positions, processor)
-        _attached[model] = sieve
+        _attached[id(model)] = sieve
     return sieve
 
 
@@ -87,9 +87,9 @@ class Sieve:
     def detach(self) -> None:
         """Remove every hook: the model is what it was before. Does nothing the second time."""
         with _lock:
-            if _attached.get(self.model) is not self:
+            if _attached.get(id(self.model)) is not self:
                 return
-            del _attached[self.model]
+            del _attached[id(self.model)]
         self._remove()
 
     def _remove(self) -> None:
@@ -112,13 +112,15 @@ class Sieve:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
-        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        state = state_of(cache)
+        if self._encoder.downsample is not None and _shows(kwargs, "pixel_values_videos", "video"):
+            raise ValueError(f"{self._encoder.downsample} resizes images; videos are not supported")
+        if _shows(kwargs, "pixel_values", "image"):
             prefill: Prefill = self._connector.prefill(kwargs)
             self._local.prefill, self.last = prefill, prefill.decisions
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
             self.last = []  # a prompt without images
-        state = state_of(cache)
         return ((), later_step(kwargs, state, cache)) if state is not None else None
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
@@ -133,6 +135,12 @@ def _kind(stages: list[Method]) -> type[Sieve]:
     from tokensieve.attach.fusion import FusionSieve
 
     return FusionSieve if any(stage.info.stage == "fusion" for stage in stages) else Sieve
+
+
+def _shows(kwargs: dict[str, Any], pixels: str, modality: str) -> bool:
+    """Whether a forward gets images (or videos), encoded or not."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return kwargs.get(pixels) is not None or encoded.get(modality) is not None
 
 
 def _read(

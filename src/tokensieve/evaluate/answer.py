@@ -49,6 +49,7 @@ class Answerer:
         self.keys, self.examples = {sample.id: sample_key(sample) for sample in samples}, examples
         self.batches = batches(samples, batch_size)
         self._inputs: dict[int, Inputs] = {}
+        self._held = 0
 
     def finished(self, answers: Mapping[str, Answer]) -> set[str]:
         """Keys of the samples that need no answer: the examples' count only with their decision."""
@@ -95,8 +96,8 @@ class Answerer:
             return self._inputs[number]
         images = {image: i for i, image in enumerate(dict.fromkeys(sample.image for sample in batch))}
         inputs = without_repetitions(self.model, self.inputs(batch), [images[sample.image] for sample in batch])
-        if sum(kept.nbytes for kept in self._inputs.values()) + inputs.nbytes <= CACHE_BYTES:
-            self._inputs[number] = inputs
+        if self._held + inputs.nbytes <= CACHE_BYTES:
+            self._inputs[number], self._held = inputs, self._held + inputs.nbytes
         return inputs
 
 

@@ -101,6 +101,7 @@ def compare(
     place = environment(model)
     costs = Costs(model, words, lambda: answerer.inputs(samples[:1]), journal, place) if measure else None
     settings = setup | {"model": model_name(model), "samples": len(samples), "metric": metric, "seeds": seeds}
+    settings |= {"batch_size": batch_size}
     report = _Progress(progress, len(samples) * sum(len(entry.runs) for entry in entries))
     for entry in entries:
         decide = partial(_oracle, answerer, journal, entry.keep)
@@ -141,10 +142,12 @@ def _answer(answerer: Answerer, journal: Journal, run: Run, attached: Attached, 
 
 
 def _oracle(answerer: Answerer, journal: Journal, keep: Budget | None, sample: Sample) -> Reduction:
-    """The oracle's decision for a sample that full has answered."""
+    """The oracle's decision for a sample, on the grid that an earlier run found."""
     assert keep is not None
-    full = journal.answers["full"][answerer.keys[sample.id]]
-    return oracle(sample.boxes, sample.open().size, full.before, full.grid, keep)
+    key = answerer.keys[sample.id]
+    grids = (answers[key].grid for answers in journal.answers.values() if key in answers)
+    total = journal.answers["full"][key].before
+    return oracle(sample.boxes, sample.open().size, total, next(filter(None, grids), None), keep)
 
 
 class _Progress:

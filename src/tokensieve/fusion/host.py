@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from tokensieve.fusion.progress import Pass
 from tokensieve.methods import FusionMethod
 from tokensieve.reduction import Reduction
 
+Decisions: TypeAlias = list[list[Reduction]]
 FUSION_MODEL_TYPES = ("vilt", "meter", "bridgetower")
 NEEDS_EVERY_WORD = ("MaskedLM", "TokenClassification")  # heads that read one row per text token
 
@@ -23,15 +24,15 @@ NEEDS_EVERY_WORD = ("MaskedLM", "TokenClassification")  # heads that read one ro
 class Host(ABC):
     """Reducers in a live model: forward hooks only, removed by :meth:`remove`.
 
-    Attributes:
-        last: `[sample][image]`, what became of the image tokens in the latest call of the model.
+    Args:
+        done: is told after each call of the model, `[sample][image]`, what became of the image tokens.
     """
 
     where: ClassVar[str]
 
-    def __init__(self, model: Any, method: FusionMethod) -> None:
+    def __init__(self, model: Any, method: FusionMethod, done: Callable[[Decisions], None]) -> None:
         self.method = method
-        self.last: list[list[Reduction]] = []
+        self._done = done
         self._local = _Local()
         self._handles: list[RemovableHandle] = []
         if not method.acts:
@@ -108,7 +109,7 @@ class Host(ABC):
             raise ValueError("gradient checkpointing runs layers twice and would reduce twice; turn it off")
 
     def _finish(self, model: Any, args: Any, output: Any) -> None:
-        self.last = [list(row) for row in zip(*(p.decisions() for p in self._local.passes), strict=True)]
+        self._done([list(row) for row in zip(*(p.decisions() for p in self._local.passes), strict=True)])
 
 
 class _Local(threading.local):
@@ -118,7 +119,7 @@ class _Local(threading.local):
         self.passes: list[Pass] = []
 
 
-def host_of(model: Any) -> Callable[[Any, FusionMethod], Host]:
+def host_of(model: Any) -> type[Host]:
     """The kind of host that a live model is.
 
     Raises:
@@ -127,7 +128,7 @@ def host_of(model: Any) -> Callable[[Any, FusionMethod], Host]:
     from tokensieve.fusion.co_attention import BridgeTower, Meter
     from tokensieve.fusion.vilt import Vilt
 
-    hosts: dict[str, Callable[[Any, FusionMethod], Host]] = {"vilt": Vilt, "meter": Meter, "bridgetower": BridgeTower}
+    hosts: dict[str, type[Host]] = {"vilt": Vilt, "meter": Meter, "bridgetower": BridgeTower}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in hosts:
         raise ValueError(

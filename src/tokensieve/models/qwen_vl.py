@@ -42,6 +42,8 @@ class QwenVL(Family):
 
     def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:
         config, grids = tower.config, inputs["grid_thw"]
+        if bool((grids[:, 0] > 1).any()):
+            raise ValueError("only images can be resized; videos are not supported")
         merge, patches = config.spatial_merge_size, torch.split(inputs["hidden_states"], grids.prod(-1).tolist())
         smaller = [
             _pack(_resized(_unpack(p, thw, config), (h * merge, w * merge), config), config)

@@ -100,7 +100,7 @@ def _pictures(example: Example, results: Results, folder: Path, crop: Crop | Non
         reduction = Reduction.from_json(kept["reductions"][0])
         if reduction.grid is not None or reduction.whole:
             answer = str(kept["prediction"])
-            picture = image if reduction.whole else overlay(image, reduction, side=384)
+            picture = overlay(image, reduction, side=384)
             pictures.append(Picture(label(kept), picture, answer, score(answer, example.answers) > 0))
     return pictures
 

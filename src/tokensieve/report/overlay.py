@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours that stay apart for colour-blind readers and on photographs.
 TINTS = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0))
-DIMMED = np.array([28.0, 30.0, 38.0])
-KEPT_EDGE, CELL_EDGE = np.array([255.0, 255.0, 255.0]), np.array([12.0, 13.0, 16.0])
+DIMMED = np.array([58.0, 64.0, 92.0])
+KEPT_EDGE, CELL_EDGE = np.array([255.0, 209.0, 71.0]), np.array([12.0, 13.0, 16.0])
 
 
 def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.Image:
     """Draw one decision on its image: dropped cells dimmed, kept regions outlined, merged cells tinted per slot.
+
+    An image that was kept whole is shown as it is.
 
     Args:
         image: what the model saw (see :func:`as_seen`); it is stretched over the token grid.
@@ -30,6 +32,9 @@ def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.
     Raises:
         ValueError: if the tokens form no grid, or the Reduction holds several images.
     """
+    if reduction.whole:
+        width, height = (max(1, round(full * side / max(image.size))) for full in image.size)
+        return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     if reduction.grid is None:
         raise ValueError(f"no overlay: these {reduction.total} tokens form no grid")
     if reduction.anchors.ndim != 1:
@@ -48,8 +53,7 @@ def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.
     tint = np.array(TINTS, float)[_colouring(source)]
     pixels = np.where(_enlarge(kept, cell)[..., None], pixels, dropped)
     pixels = np.where(_enlarge(merged, cell)[..., None], 0.76 * pixels + 0.24 * _enlarge(tint, cell), pixels)
-    if not reduction.whole:
-        _edges(pixels, source, kept, merged, cell)
+    _edges(pixels, source, kept, merged, cell)
     picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     _mark_anchors(picture, reduction, merged, cell)
     return picture
@@ -68,18 +72,18 @@ def as_seen(image: Image.Image, processor: Any) -> Image.Image:
 
 
 def sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int, gap: int = 12) -> Image.Image:
-    """One picture of many with their captions, in rows of ``columns``."""
+    """One picture of many with their captions above, in rows of ``columns``."""
     width, height = (max(picture.size[axis] for _, picture in pictures) for axis in (0, 1))
-    line = max(14, width // 15)
-    font = ImageFont.load_default(size=line)
-    lines = -(-len(pictures) // columns)
-    page = Image.new("RGB", (columns * (width + gap) + gap, lines * (height + 2 * line + gap) + gap), "white")
+    size = max(12, width // 18)
+    font = ImageFont.load_default(size=size)
+    above = round(1.4 * size * max(caption.count("\n") + 1 for caption, _ in pictures))
+    down, across = height + above + gap, width + gap
+    page = Image.new("RGB", (columns * across + gap, -(-len(pictures) // columns) * down + gap), "white")
     draw = ImageDraw.Draw(page)
     for index, (caption, picture) in enumerate(pictures):
-        x = gap + index % columns * (width + gap)
-        y = gap + index // columns * (height + 2 * line + gap)
+        x, y = gap + index % columns * across, gap + index // columns * down
         draw.text((x, y), caption, fill=(30, 32, 38), font=font)
-        page.paste(picture, (x, y + round(1.5 * line)))
+        page.paste(picture, (x, y + above))
     return page
 
 

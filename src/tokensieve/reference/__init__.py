@@ -1,0 +1,28 @@
+"""The bundled reference model, its scenes and its questions: what everything runs on when no other model is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+_DIRECTORIES = {"reference": "llava-reference"}
+
+
+def path(name: str = "reference") -> Path:
+    """Directory of a bundled model, as `AutoModelForImageTextToText.from_pretrained` takes it."""
+    if name not in _DIRECTORIES:
+        raise ValueError(f"bundled model {name!r} is unknown; use one of {', '.join(_DIRECTORIES)}")
+    return Path(__file__).parent / "weights" / _DIRECTORIES[name]
+
+
+def load(name: str = "reference") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A bundled model in float32, ready to answer, and its processor. Reads local files only."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    directory = path(name)
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoProcessor.from_pretrained(directory, local_files_only=True)

@@ -1,0 +1,157 @@
+"""The question set of the reference model: every question type once per scene, with what guessing would score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tokensieve.reference.questions import ANSWERS, TYPES, Type, ask
+from tokensieve.reference.scenes import Box, Scene, scene
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCENES = 300  # 2,400 questions: a standard error of about a point at most
+QUESTIONS_SHA256 = "b85fec86bdf262952b1b91690217324d103a332745a8d9209487e3df46e53118"
+PIXELS_SHA256 = "60563a162a16fc4ab170a1eb0d27e491947375052f75aa36b9156b10f39056aa"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question about one image.
+
+    `boxes` (left, top, right, bottom in px) hold what one must see to answer; none if the right answer is that a thing
+    is absent, where any selection will do.
+    """
+
+    id: str
+    question: str
+    answer: str
+    type: Type
+    boxes: tuple[Box, ...]
+    scene: Scene
+
+    @property
+    def image(self) -> Image.Image:
+        """The scene, RGB, 120 × 120 px; drawn at first use, shared by all rows about it."""
+        return self.scene.image
+
+
+def benchmark(split: str = "test", scenes: int = SCENES, seed: int = 0) -> tuple[Row, ...]:
+    """Rows of a split, scene by scene. The default test set is checked against its published hashes.
+
+    Raises:
+        ValueError: the split is unknown or `scenes` is not positive.
+        RuntimeError: the default test set does not consist of the published questions.
+    """
+    if scenes < 1:
+        raise ValueError(f"scenes must be at least 1, got {scenes}")
+    rows: list[Row] = []
+    for index in range(scenes):
+        drawn = scene(split, index, seed)
+        rng = np.random.default_rng((11, seed, index))
+        for type in TYPES:
+            question = ask(drawn, type, rng)
+            name = f"{split}-{seed}-{index:05d}-{type}"
+            rows.append(Row(name, question.text, question.answer, type, question.boxes, drawn))
+    if (split, scenes, seed) == ("test", SCENES, 0):
+        _check(rows)
+    return tuple(rows)
+
+
+def questions_sha256(rows: Iterable[Row]) -> str:
+    """Hash of ids, questions, answers, types and boxes."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.id, row.question, row.answer, row.type, row.boxes]).encode())
+    return digest.hexdigest()
+
+
+def pixels_sha256(rows: Iterable[Row]) -> str:
+    """Hash of the images, each scene once."""
+    digest = hashlib.sha256()
+    for drawn in dict.fromkeys(row.scene for row in rows):
+        digest.update(drawn.image.tobytes())
+    return digest.hexdigest()
+
+
+def _check(rows: list[Row]) -> None:
+    if questions_sha256(rows) != QUESTIONS_SHA256:
+        raise RuntimeError(
+            "the reference test set differs from the published one: NumPy, scikit-learn or scikit-image changed its"
+            " data or random streams, or the generator was edited"
+        )
+    if pixels_sha256(rows) != PIXELS_SHA256:
+        warnings.warn(
+            "the reference test images differ in pixels from the published ones (another Pillow or FreeType version):"
+            " do not compare your numbers with the published table",
+            stacklevel=3,
+        )
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """What one scores on a question type without understanding the question; shares of 1."""
+
+    chance: float  # one of the possible answers at random
+    majority: float  # always the commonest answer
+    best: float  # the best rule that sees the scene but not which thing is asked about (or the majority, if better)
+    rule: str
+
+
+def shortcuts(rows: Iterable[Row]) -> dict[Type, Shortcut]:
+    """Chance, majority answer and best shortcut of every question type that occurs, computed from the rows."""
+    by_type: dict[Type, list[Row]] = {}
+    for row in rows:
+        by_type.setdefault(row.type, []).append(row)
+    return {type: _shortcut(type, by_type[type]) for type in TYPES if type in by_type}
+
+
+def _shortcut(type: Type, rows: list[Row]) -> Shortcut:
+    majority = Counter(row.answer for row in rows).most_common(1)[0][1] / len(rows)
+    values = {"majority answer": majority}
+    for rule, candidates in _RULES.get(type, {}).items():
+        values[rule] = float(np.mean([_share(row.answer, candidates(row)) for row in rows]))
+    rule = max(values, key=lambda name: values[name])
+    return Shortcut(1 / len(ANSWERS[type]), majority, values[rule], rule)
+
+
+def _share(answer: str, candidates: list[str]) -> float:
+    return candidates.count(answer) / len(candidates)
+
+
+def _commonest(values: Iterable[str]) -> list[str]:
+    counts = Counter(values)
+    return [value for value, count in counts.items() if count == max(counts.values())]
+
+
+def _of_kind(row: Row) -> list[str]:
+    """Names of the scene's objects of the asked kind: digits or icons."""
+    (kind,) = {thing.kind for thing in row.scene.objects if thing.box == row.boxes[0]}
+    return [thing.name for thing in row.scene.of(kind)]
+
+
+# Rules by question type: from a row to the answers among which the rule picks at random.
+_RULES: dict[Type, dict[str, Callable[[Row], list[str]]]] = {
+    "colour": {
+        "colour of any object of the asked kind": lambda row: [
+            thing.colour for thing in row.scene.objects if thing.name in _of_kind(row)
+        ]
+    },
+    "name": {"name of any object": lambda row: [thing.name for thing in row.scene.objects]},
+    "where": {
+        "corner with most objects": lambda row: _commonest(thing.place for thing in row.scene.objects),
+        "corner with most objects of the asked kind": lambda row: _commonest(
+            thing.place for thing in row.scene.objects if thing.name in _of_kind(row)
+        ),
+    },
+    "beside": {"any digit that is beside an icon": lambda row: [digit.name for _, digit in row.scene.pairs]},
+    "frame": {"commonest frame in the scene": lambda row: _commonest(thing.frame for thing in row.scene.objects)},
+}

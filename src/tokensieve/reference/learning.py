@@ -1,0 +1,168 @@
+"""How the reference model learns: heads that only training needs, the packed forward pass, losses, token dropping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokensieve.reference.model import vocabulary
+from tokensieve.reference.packing import IGNORE, LENGTH, SEEN, SLOTS, TOKENS, Packs
+from tokensieve.reference.vocabulary import COLOURS, FRAMES
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import LlavaForConditionalGeneration
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's image processor
+PREFIX = [vocabulary().index(word) for word in ("<s>", "USER:")]
+SEEN_IDS = [vocabulary().index(name) for name in SEEN]
+NOTHING = len(SEEN)  # class of a patch that shows no object and no sign
+PARTS = (len(SEEN) + 1, len(COLOURS), len(FRAMES))  # outputs of the patch head
+LISTED_WEIGHT, BACKGROUND_WEIGHT, WORD_WEIGHT, WORD_TEMPERATURE = 5.0, 0.1, 0.05, 0.1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arrays of `Packs` for B scenes and one pack each, as tensors."""
+
+    images: Tensor  # [B, 120, 120, 3] uint8
+    shown: Tensor  # [B, 144]
+    colour: Tensor  # [B, 144]
+    frame: Tensor  # [B, 144]
+    present: Tensor  # [B, names + signs + colours] float
+    tokens: Tensor  # [B, 92]
+    targets: Tensor  # [B, 92]
+    places: Tensor  # [B, 92]
+    slots: Tensor  # [B, 92]
+    asked: Tensor  # [B, 144]
+
+    @classmethod
+    def of(cls, packs: Packs, rows: NDArray[np.int64], variants: NDArray[np.int64]) -> Batch:
+        """Scenes `rows`, each with its pack number `variants`."""
+
+        def pick(part: NDArray[Any], *index: NDArray[np.int64]) -> Tensor:
+            return torch.from_numpy(part[index]).long()
+
+        return cls(
+            images=torch.from_numpy(packs.images[rows]),
+            shown=pick(packs.shown, rows),
+            colour=pick(packs.colour, rows),
+            frame=pick(packs.frame, rows),
+            present=pick(packs.present, rows).float(),
+            tokens=pick(packs.tokens, rows, variants),
+            targets=pick(packs.targets, rows, variants),
+            places=pick(packs.places, rows, variants),
+            slots=pick(packs.slots, rows, variants),
+            asked=pick(packs.asked, rows, variants),
+        )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Visual tokens that stay: indices `[B, K]` ascending, positions `[B, K]`, and the position where text begins."""
+
+    indices: Tensor
+    positions: Tensor
+    end: Tensor  # [] long
+
+    def renumbered(self) -> Kept:
+        """The same tokens under contiguous positions."""
+        count = self.indices.shape[1]
+        return Kept(self.indices, torch.arange(count).repeat(len(self.indices), 1), torch.tensor(count))
+
+    @classmethod
+    def everything(cls, size: int) -> Kept:
+        """All 144 tokens of `size` images."""
+        indices = torch.arange(TOKENS).repeat(size, 1)
+        return cls(indices, indices, torch.tensor(TOKENS))
+
+
+class Trainee(nn.Module):
+    """The model with the two heads that only training needs."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        width = model.config.vision_config.hidden_size
+        self.patch_head = nn.Linear(width, sum(PARTS))
+        self.cls_head = nn.Linear(width, len(SEEN) + len(COLOURS))
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images `[B, 120, 120, 3]` uint8 to penultimate patch features `[B, 144, D]` and the pooled CLS `[B, D]`."""
+        tower = self.model.model.vision_tower
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+        hidden = tower.pre_layrnorm(tower.embeddings((images.permute(0, 3, 1, 2) / 255.0 - mean) / std))
+        for layer in tower.encoder.layers[:-1]:
+            hidden = layer(hidden, None)
+        last = tower.encoder.layers[-1](hidden, None)
+        return hidden[:, 1:], tower.post_layernorm(last[:, 0])
+
+    def answer(self, features: Tensor, kept: Kept, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits `[B, 92, V]` of packed questions that see the kept tokens, and those tokens projected `[B, K, D]`."""
+        language, (size, count) = self.model.model.language_model, kept.indices.shape
+        chosen = features.gather(1, kept.indices.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        visual = self.model.model.multi_modal_projector(chosen)
+        embed, before = language.embed_tokens, len(PREFIX)
+        prefix = embed(torch.tensor(PREFIX)).expand(size, -1, -1)
+        hidden = torch.cat([prefix, visual.to(prefix.dtype), embed(batch.tokens)], 1)
+        start = torch.arange(before).expand(size, -1)
+        positions = torch.cat([start, kept.positions + before, batch.places + (kept.end + before)], 1)
+        context = before + count
+        mask = _block_mask(batch.slots, context)
+        rotary = language.rotary_emb(hidden, position_ids=positions)
+        for layer in language.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
+        return self.model.lm_head(language.norm(hidden[:, context:])), visual
+
+
+def _block_mask(slots: Tensor, context: int) -> Tensor:
+    """Additive mask `[B, 1, S, S]`: causal, and of the text each question sees only itself."""
+    group = torch.cat([slots.new_full((len(slots), context), IGNORE - 1), slots], 1)
+    length = context + LENGTH
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    image = torch.arange(length) < context
+    allowed = causal & (image | (group.unsqueeze(1) == group.unsqueeze(2)))
+    return torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e4).unsqueeze(1)
+
+
+def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch) -> Tensor:
+    """The CLS token lists what is there; every patch says what it shows, in which colour and frame."""
+    listed = F.binary_cross_entropy_with_logits(trainee.cls_head(pooled).float(), batch.present)
+    shown, colour, frame = trainee.patch_head(features).float().flatten(0, 1).split(PARTS, -1)
+    truth = batch.shown.flatten()
+    weight = torch.where(truth == IGNORE, BACKGROUND_WEIGHT, 1.0)
+    what = F.cross_entropy(shown, truth.where(truth != IGNORE, NOTHING), reduction="none")
+    patch = (what * weight).sum() / weight.sum()
+    patch = patch + F.cross_entropy(colour, batch.colour.flatten(), ignore_index=IGNORE)
+    patch = patch + F.cross_entropy(frame, batch.frame.flatten(), ignore_index=IGNORE)
+    return LISTED_WEIGHT * listed + patch
+
+
+def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept, batch: Batch) -> Tensor:
+    """Next-word loss on the answers, and a weak pull of projected tokens towards the word for what they show."""
+    answers = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
+    words = F.normalize(trainee.model.model.language_model.embed_tokens(torch.tensor(SEEN_IDS)).float(), dim=-1)
+    cosine = F.normalize(visual.float(), dim=-1) @ words.T
+    shown = batch.shown.gather(1, kept.indices).flatten()
+    named = F.cross_entropy((cosine / WORD_TEMPERATURE).flatten(0, 1), shown, ignore_index=IGNORE)
+    return answers + WORD_WEIGHT * named
+
+
+def drop(batch: Batch, count: int, rng: np.random.Generator, easy: bool) -> Kept:
+    """Choose `count` tokens of every image to keep, by one of three policies per image.
+
+    At random; objects first, as CLS-guided methods would; what one of the questions needs first, as text-guided methods
+    would. `easy` is how reading begins: always objects first.
+    """
+    size = len(batch.shown)
+    noise = torch.from_numpy(rng.random((size, TOKENS)))
+    policy = torch.full((size, 1), 1) if easy else torch.from_numpy(rng.integers(0, 3, (size, 1)))
+    question = torch.from_numpy(rng.integers(0, len(SLOTS), (size, 1)))
+    score = noise + (policy > 0) * 0.9 * (batch.shown != IGNORE) + (policy > 1) * 2.0 * ((batch.asked >> question) & 1)
+    indices = score.topk(count).indices.sort(-1).values
+    return Kept(indices, indices, torch.tensor(TOKENS))

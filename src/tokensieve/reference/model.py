@@ -1,0 +1,126 @@
+"""The reference model: a LLaVA-1.5 in miniature, made of the genuine transformers classes.
+
+CLIP vision tower with a CLS token (penultimate features, CLS dropped), two-layer GELU projector, Llama decoder; 144
+visual tokens (120 px, patch 10). Word-level tokenizer over the closed vocabulary of the scenes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokensieve.reference.questions import ANSWERS, PHRASES
+from tokensieve.reference.scenes import CANVAS, TOKEN
+from tokensieve.reference.vocabulary import COLOURS, NAMES
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+
+SPECIAL: tuple[str, ...] = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}"
+    "{% if message['role'] == 'user' %} {% else %}</s>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def vocabulary() -> list[str]:
+    """Every token, special ones first; the position is the id."""
+    words = {"?", "a", "an", *NAMES, *COLOURS}
+    for phrases in PHRASES.values():
+        words.update(word for phrase in phrases for word in phrase.replace("{}", "").replace("?", "").split())
+    for answers in ANSWERS.values():
+        words.update(answers)
+    return [*SPECIAL, *sorted(words)]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Lower-cased words and punctuation; unknown words become `<unk>`; `<s>` in front; pads on the left."""
+    from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: number for number, word in enumerate(vocabulary())}
+    core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+(-\w+)*|[^\w\s]"), "removed", invert=True)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=2048,
+        additional_special_tokens=["<image>", "USER:", "ASSISTANT:"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    """Tokenizer and PIL-only CLIP image processor behind a LLaVA-1.5 style chat template."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": CANVAS}, crop_size={"height": CANVAS, "width": CANVAS}
+        ),
+        tokenizer=build_tokenizer(),
+        patch_size=TOKEN,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(
+    seed: int = 0, width: int = 128, vision_layers: int = 6, text_layers: int = 4
+) -> LlavaForConditionalGeneration:
+    """A freshly initialised model, float32."""
+    import torch
+    from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    ids = {word: number for number, word in enumerate(vocabulary())}
+    special = {"bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"], "pad_token_id": ids["<pad>"]}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=width,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=4,
+            image_size=CANVAS,
+            patch_size=TOKEN,
+            hidden_act="gelu",
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(ids),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=text_layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            **special,
+        ),
+        image_token_index=ids["<image>"],
+        image_seq_length=(CANVAS // TOKEN) ** 2,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        **special,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**special, max_new_tokens=4, do_sample=False)
+    return model

@@ -1,0 +1,317 @@
+"""The recipe of the bundled reference model, from nothing to the directory that ships.
+
+Three stages. `tower`: the vision tower learns to see (its CLS token lists what is there, patches say what they show).
+`reader`: tower frozen, its features cached; projector and language model learn to answer, from objects first, then with
+random token dropping. `joint`: everything together, still with dropping, so that reduced inputs are no novelty.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import Tensor, nn
+
+from tokensieve.reference.card import write_card
+from tokensieve.reference.learning import PARTS, Batch, Kept, Trainee, answering_loss, drop, seeing_loss
+from tokensieve.reference.model import build_model, build_processor, vocabulary
+from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, make_packs
+
+VALIDATION_SCENES = 256
+COUNTS = {TOKENS: 0.4, 48: 0.35, 24: 0.25}  # how many visual tokens stay in a step, and how often
+EASY = 48  # while reading begins
+END = vocabulary().index("</s>")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of the recipe: optimiser steps, images per step, peak learning rate, weight of the seeing loss."""
+
+    name: Literal["tower", "reader", "joint"]
+    steps: int
+    batch: int
+    rate: float
+    seeing: float = 0.0
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate: a short linear rise, then half a cosine down to a twentieth of the peak."""
+        warm = max(1, min(200, self.steps // 10))
+        if step < warm:
+            return self.rate * (step + 1) / warm
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        return self.rate * (0.05 + 0.95 * cosine)
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("tower", 1400, 64, 1e-3, seeing=1.0),
+    Stage("reader", 2600, 32, 1e-3),
+    Stage("joint", 1600, 32, 5e-4, seeing=0.2),
+)
+
+
+def train_reference(
+    output: Path,
+    *,
+    scenes: int = 32_000,
+    stages: tuple[Stage, ...] = STAGES,
+    effort: float = 1.0,
+    seed: int = 0,
+    resume: bool = True,
+    processes: int = 2,
+    compiled: bool = False,
+    report_every: int = 250,
+    progress: bool = True,
+    card: bool = True,
+) -> Path:
+    """Train the reference model; returns the directory with the finished model, `output / "model"`.
+
+    Every `report_every` steps the state goes to `checkpoint.pt`, from which a later call continues (`resume`), and one
+    line of losses and validation accuracies to `metrics.jsonl`. `effort` scales the steps of all stages. Each of
+    `processes` single-thread processes trains on its share of the scenes and of every batch, gradients are averaged,
+    and the result depends on their number. `compiled` uses torch.compile (needs a C++ compiler). `card` measures the
+    test split at the end and writes the model's README.md. Memory: some 90 KB a scene.
+
+    Raises:
+        ValueError: the output directory holds a run with another seed, or number of scenes or processes.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for name in ("checkpoint.pt", "metrics.jsonl"):
+            (output / name).unlink(missing_ok=True)
+    stages = tuple(replace(stage, steps=max(1, round(stage.steps * effort))) for stage in stages)
+    identity = {"seed": seed, "scenes": scenes, "processes": processes}
+    if (output / "checkpoint.pt").exists():
+        held = torch.load(output / "checkpoint.pt", weights_only=True)["identity"]
+        if held != identity:
+            raise ValueError(f"{output} holds a run with {held}, got {identity}; or start anew with resume=False")
+    arguments = (output, stages, identity, compiled, report_every, progress)
+    if processes == 1:
+        _work(0, *arguments)
+    else:
+        with tempfile.TemporaryDirectory() as meeting:
+            torch.multiprocessing.start_processes(  # type: ignore[attr-defined, no-untyped-call]
+                _join, (f"file://{meeting}/meet", *arguments), nprocs=processes
+            )
+    if card:
+        write_card(output / "model", output / "metrics.jsonl")
+    return output / "model"
+
+
+def _join(
+    rank: int, meeting: str, output: Path, stages: tuple[Stage, ...], identity: dict[str, int], *rest: Any
+) -> None:
+    """Run as one of several processes."""
+    torch.set_num_threads(1)
+    processes = identity["processes"]
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
+    _work(rank, output, stages, identity, *rest)
+    torch.distributed.destroy_process_group()
+
+
+def _work(
+    rank: int,
+    output: Path,
+    stages: tuple[Stage, ...],
+    identity: dict[str, int],
+    compiled: bool,
+    report_every: int,
+    progress: bool,
+) -> None:
+    """Train until the last stage is done; the first process reports, saves and shows progress."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    run = _Run(rank, output, stages, identity, compiled)
+    note = TextColumn("{task.fields[note]}")
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), note)
+    with Progress(*columns, disable=not progress or rank > 0) as bar:
+        while run.stage < len(stages):
+            stage = stages[run.stage]
+            task = bar.add_task(stage.name, total=stage.steps, completed=run.step, note="")
+            while run.step < stage.steps:
+                run.advance()
+                if rank == 0 and (run.step % report_every == 0 or run.step == stage.steps):
+                    bar.update(task, note=run.report())
+                bar.update(task, completed=run.step)
+            run.next_stage()
+
+
+class _Run:
+    """A training run in a directory: its data, its model and optimiser, and how far it is."""
+
+    def __init__(
+        self, rank: int, output: Path, stages: tuple[Stage, ...], identity: dict[str, int], compiled: bool
+    ) -> None:
+        self.rank, self.output, self.stages, self.identity = rank, output, stages, identity
+        self.processes, self.seed = identity["processes"], identity["seed"]
+        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self.trainee = _fresh(self.seed)
+        self.optimiser = self._new_optimiser()
+        self._restore()
+        self.packs = make_packs("train", range(rank, identity["scenes"], self.processes), seed=self.seed)
+        self.held_out = make_packs("validation", range(VALIDATION_SCENES), variants=1, turned=0.0)
+        self.answer = torch.compile(self.trainee.answer, dynamic=False) if compiled else self.trainee.answer
+        self.features: Tensor | None = None
+        self.losses: dict[str, list[float]] = {}
+        self.clock = time.monotonic()
+
+    def advance(self) -> None:
+        """One optimiser step. Its data and random choices depend on seed, stage, step and process alone."""
+        stage = self.stages[self.stage]
+        common = np.random.default_rng((self.seed, self.stage, self.step))
+        rng = np.random.default_rng((self.seed, self.stage, self.step, self.rank))
+        size = stage.batch // self.processes
+        rows = rng.integers(0, len(self.packs), size)
+        batch = Batch.of(self.packs, rows, rng.integers(0, self.packs.tokens.shape[1], size))
+        for group in self.optimiser.param_groups:
+            group["lr"] = stage.rate_at(self.step)
+        loss = torch.zeros(())
+        with torch.autocast("cpu", torch.bfloat16):
+            if stage.name == "reader":
+                features = self._cached_features()[torch.from_numpy(rows)]
+            else:
+                features, pooled = self.trainee.see(batch.images)
+                seeing = seeing_loss(self.trainee, features, pooled, batch)
+                loss = loss + stage.seeing * seeing
+                self.losses.setdefault("seeing", []).append(seeing.item())
+            if stage.name != "tower":
+                easy = stage.name == "reader" and 2 * self.step < stage.steps
+                count = EASY if easy else int(common.choice(list(COUNTS), p=list(COUNTS.values())))
+                kept = drop(batch, count, rng, easy)
+                kept = kept.renumbered() if not easy and common.integers(2) else kept
+                logits, visual = self.answer(features, kept, batch)
+                answering = answering_loss(self.trainee, logits, visual, kept, batch)
+                loss = loss + answering
+                self.losses.setdefault("answering", []).append(answering.item())
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._average_gradients()
+        nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.step += 1
+
+    def _average_gradients(self) -> None:
+        if self.processes > 1:
+            gradients = [parameter.grad for parameter in self.trainee.parameters() if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            sizes = [gradient.numel() for gradient in gradients]
+            parts = torch.split(flat / self.processes, sizes)
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def report(self) -> str:
+        """Evaluate, save, append one line to the metrics, and return the losses for the progress bar."""
+        self.seconds += time.monotonic() - self.clock
+        line: dict[str, str | float] = {"stage": self.stages[self.stage].name, "step": self.step}
+        losses = {name: round(float(np.mean(values)), 4) for name, values in self.losses.items()}
+        line |= {"seconds": round(self.seconds), **losses}
+        line |= {name: round(value, 4) for name, value in self._evaluate().items()}
+        self._save()
+        with (self.output / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self.losses, self.clock = {}, time.monotonic()
+        return ", ".join(f"{name} {value}" for name, value in losses.items())
+
+    def next_stage(self) -> None:
+        """Export what there is and turn to the next stage."""
+        if self.rank == 0:
+            self._export(self.output / "model")
+        self.stage, self.step, self.features = self.stage + 1, 0, None
+        if self.stage < len(self.stages):
+            self.optimiser = self._new_optimiser()
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        """AdamW over what the stage trains; the rest is frozen."""
+        inner, heads = self.trainee.model.model, (self.trainee.patch_head, self.trainee.cls_head)
+        seeing = (inner.vision_tower, *heads)
+        reading = (inner.multi_modal_projector, inner.language_model, self.trainee.model.lm_head)
+        name = self.stages[self.stage].name
+        self.trainee.requires_grad_(False)
+        for module in {"tower": seeing, "reader": reading, "joint": seeing + reading}[name]:
+            module.requires_grad_(True)
+        trained = [parameter for parameter in self.trainee.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
+
+    @torch.no_grad()
+    def _cached_features(self) -> Tensor:
+        """Features of all training images `[n, 144, D]` in bfloat16, computed once as the tower is frozen."""
+        if self.features is None:
+            images = torch.from_numpy(self.packs.images)
+            self.features = torch.cat([self.trainee.see(part)[0].bfloat16() for part in torch.split(images, 64)])
+        return self.features
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Accuracy on validation scenes, natural phrasing, all tokens: of the patch head and of every question type."""
+        hits: dict[str, list[Tensor]] = {}
+        for rows in np.split(np.arange(VALIDATION_SCENES), VALIDATION_SCENES // 64):
+            batch = Batch.of(self.held_out, rows, np.zeros_like(rows))
+            with torch.autocast("cpu", torch.bfloat16):
+                features, _ = self.trainee.see(batch.images)
+                logits, _ = self.trainee.answer(features, Kept.everything(len(rows)), batch)
+                parts = self.trainee.patch_head(features).split(PARTS, -1)
+            for name, part in zip(("shown", "colour", "frame"), parts, strict=True):
+                truth = getattr(batch, name)
+                hits.setdefault(f"patch {name}", []).append((part.argmax(-1) == truth)[truth != IGNORE])
+            right, word = logits.argmax(-1) == batch.targets, (batch.targets != IGNORE) & (batch.targets != END)
+            for number, type in enumerate(SLOTS):
+                hits.setdefault(type, []).append(right[word & (batch.slots == number)])
+        return {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
+
+    def _save(self) -> None:
+        """Write the checkpoint atomically; if the disk is full, keep the last one and say so."""
+        state = {
+            "trainee": self.trainee.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "progress": {"stage": self.stage, "step": self.step, "seconds": self.seconds},
+            "identity": self.identity,
+        }
+        part = self.output / "checkpoint.part"
+        try:
+            torch.save(state, part)
+            os.replace(part, self.output / "checkpoint.pt")
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            warnings.warn(f"checkpoint not written, the last good one stays: {error}", stacklevel=2)
+
+    def _restore(self) -> None:
+        """Continue from the checkpoint in the output directory, if there is one."""
+        path = self.output / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, weights_only=True)
+        self.stage, self.step, self.seconds = (state["progress"][name] for name in ("stage", "step", "seconds"))
+        self.trainee.load_state_dict(state["trainee"])
+        self.optimiser = self._new_optimiser()
+        self.optimiser.load_state_dict(state["optimiser"])
+
+    def _export(self, directory: Path) -> None:
+        """Write model and processor as a directory that transformers loads: stored in bfloat16, loaded as float32."""
+        weights = {name: value.bfloat16() for name, value in self.trainee.model.state_dict().items()}
+        part = directory.with_name(directory.name + ".part")
+        build_model().save_pretrained(part, state_dict=weights)
+        build_processor().save_pretrained(part)
+        (part / "model.safetensors").chmod(0o644)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(part, directory)
+
+
+def _fresh(seed: int) -> Trainee:
+    """A new model with its heads. Eager attention: on CPU it trains faster than SDPA, whose backward is slow."""
+    model = build_model(seed)
+    model.set_attn_implementation("eager")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Trainee(model)

@@ -1,0 +1,65 @@
+"""The installed command in a process of its own; many calls share one process where starting it is all that costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# tests run side by side: threads that wait for each other would make a tiny model slow
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+COMMAND = str(Path(sys.executable).with_name("tokensieve"))
+
+MANY = """
+import contextlib, io, json, sys, traceback
+from tokensieve.cli import main
+outcomes = {}
+for name, arguments in json.load(sys.stdin).items():
+    sys.argv, code = ["tokensieve", *arguments], 0
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as leave:
+            code = leave.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    outcomes[name] = [code, out.getvalue(), err.getvalue()]
+json.dump(outcomes, sys.stdout)
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    def refused(self) -> str:
+        """The one line on stderr of a user's error."""
+        assert self.code == 2, self.err
+        assert self.out == ""
+        (line,) = self.err.splitlines()
+        assert "Traceback" not in line
+        return line
+
+
+def run(*arguments: str | Path, **environment: str) -> Outcome:
+    """One call of the installed command."""
+    program = [COMMAND, *map(str, arguments)]
+    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT | environment)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def run_many(calls: Mapping[str, Sequence[str | Path]], *, before: str = "") -> dict[str, Outcome]:
+    """Several calls, one after the other, in one process; ``before`` is Python that runs first there."""
+    asked = json.dumps({name: [str(argument) for argument in arguments] for name, arguments in calls.items()})
+    program = [sys.executable, "-c", before + MANY]
+    done = subprocess.run(program, input=asked, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return {name: Outcome(*outcome) for name, outcome in json.loads(done.stdout).items()}

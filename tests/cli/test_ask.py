@@ -1,0 +1,83 @@
+"""``ask`` and ``bench``: one image, without and with a method."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from calling import Outcome, run_many
+from PIL import Image
+
+QUESTION = "what colour is the cup?"
+
+
+@pytest.fixture(scope="module")
+def outcomes(model: str, photo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    folder = tmp_path_factory.mktemp("ask")
+    contributing = Path(__file__).parents[2].joinpath("CONTRIBUTING.md").read_text("utf-8")
+    example = re.search(r"```python\n(.*?)```", contributing, re.S)
+    assert example is not None
+    (folder / "own.py").write_text(example[1], "utf-8")
+    (folder / "buggy.py").write_text(
+        example[1].replace("scores = ", "scores = {}['gone']  # ").replace('"loudest"', '"buggy"')
+    )
+    once = ["--repeats", "1"]
+    ask = ["ask", photo, QUESTION, "--model", model, "--max-new-tokens", "4"]
+    return run_many({
+        "text": [*ask, "--overlay", folder / "kept.png"],
+        "json": [*ask, "--method", "trsm(query='prompt')", "--keep", "25%", "--json"],
+        "merged": [*ask, "--method", "downsample(keep=64) + pool(keep=16)", "--overlay", folder / "pool.png", "--json"],
+        "contiguous": [*ask, "--method", "uniform", "--keep", "9", "--positions", "contiguous", "--json"],
+        "own": [*ask, "--method", f"{folder}/own.py:Loudest", "--keep", "16", "--json"],
+        "buggy": [*ask, "--method", f"{folder}/buggy.py:Loudest"],
+        "bench": ["bench", "--model", model, "--methods", "vtc-cls, pool(keep=9)", "--keep", "36, 11%", *once],
+        "bench json": ["bench", "--model", model, "--methods", "vtc-cls", "--keep", "36", *once, "--json"],
+    })  # fmt: skip
+
+
+def test_text_shows_both_answers_and_saves_the_overlay(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
+    asked = outcomes["text"]
+    assert asked.code == 0, asked.err
+    first, second = asked.out.splitlines()
+    assert re.match(r"full model +144 tokens  ", first)
+    assert re.match(r"vtc-cls\(keep=64\) +64 tokens  ", second)
+    (path,) = re.findall(r"overlay: (.+)", asked.err)
+    with Image.open(path) as picture:
+        assert picture.size == (480, 480)
+
+
+def test_json_is_all_there_is_on_stdout(outcomes: dict[str, Outcome]) -> None:
+    answered = json.loads(outcomes["json"].out)
+    assert list(answered) == [
+        "question", "method", "answer_full", "answer", "tokens_before", "tokens_after", "notes", "overlay"
+    ]  # fmt: skip
+    assert answered["question"] == QUESTION
+    assert answered["method"] == "trsm(keep=0.25, query='prompt')"
+    assert (answered["tokens_before"], answered["tokens_after"]) == (144, 36)
+
+
+def test_stages_positions_and_own_methods(outcomes: dict[str, Outcome]) -> None:
+    merged, contiguous, own = (json.loads(outcomes[name].out) for name in ("merged", "contiguous", "own"))
+    assert merged["tokens_after"] == 16
+    assert Path(merged["overlay"]).is_file()
+    assert contiguous["tokens_after"] == 9
+    assert own["method"] == "loudest(keep=16)"
+    assert own["tokens_after"] == 16
+
+
+def test_a_bug_keeps_its_traceback(outcomes: dict[str, Outcome]) -> None:
+    buggy = outcomes["buggy"]
+    assert buggy.code == 1
+    assert "Traceback" in buggy.err
+    assert "KeyError: 'gone'" in buggy.err
+
+
+def test_bench_prints_a_row_per_method_and_budget(outcomes: dict[str, Outcome]) -> None:
+    lines = outcomes["bench"].out.splitlines()
+    for name in ("full", "vtc-cls(keep=36)", "vtc-cls(keep=0.11)", "pool(keep=9)"):
+        assert sum(line.strip().startswith(name) for line in lines) == 1
+    full, reduced = json.loads(outcomes["bench json"].out)
+    assert (full["method"], reduced["method"]) == ("full", "vtc-cls(keep=36)")
+    assert reduced["tokens_after"] == 36
+    assert reduced["flops"] < full["flops"]
+    assert reduced["kv_bytes"] < full["kv_bytes"]

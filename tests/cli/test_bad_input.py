@@ -1,0 +1,147 @@
+"""Every mistake a user can make is one line that says what, got and allowed, and exit code 2."""
+
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from calling import Outcome, run, run_many
+
+from tokensieve.cli import users_error
+
+QUESTION = "what colour is the cup?"
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size; its pixels are never reached."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, photo: Path) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "photo.jpg").write_bytes(photo.read_bytes())
+    (folder / "text.jpg").write_text("this is no image")
+    (folder / "cut.jpg").write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    (folder / "huge.png").write_bytes(png_header(30_000, 30_000))
+    good = '{"image": "photo.jpg", "question": "what is it?", "answer": "red"}\n'
+    (folder / "column.jsonl").write_text(good + '{"image": "photo.jpg", "query": "what is it?", "answer": "red"}\n')
+    (folder / "line.jsonl").write_text(good + good + '{"image": "photo.jpg", \n')
+    (folder / "cut.jsonl").write_text(good.replace("photo", "cut"))
+    (folder / "empty.jsonl").write_text("")
+    for name, config in (("bert", '{"model_type": "bert"}'), ("strange", '{"model_type": "strange"}'), ("broken", "{")):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(config)
+    (folder / "nothing").mkdir()
+    return folder
+
+
+CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
+    "unknown method": (
+        lambda f, m: ["compare", "--model", m, "--methods", "vtc-clss"],
+        ["unknown method 'vtc-clss'", "did you mean vtc-cls"],
+    ),
+    "unknown parameter": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--method", "vtc-cls(first=1)"],
+        ["vtc-cls has no parameter 'first'", "first_layer"],
+    ),
+    "unreadable spec": (
+        lambda f, m: ["bench", "--methods", "vtc-cls(keep=3"],
+        ["cannot read the method spec 'vtc-cls(keep=3'"],
+    ),
+    "missing method": (lambda f, m: ["compare", "--methods", "vtc-cls,,pool"], ["a method is missing"]),
+    "keep 0": (lambda f, m: ["compare", "--keep", "0"], ["keep", "got 0", ">= 1", "(0, 1]"]),
+    "keep 1.5": (lambda f, m: ["compare", "--keep", "64, 1.5"], ["keep", "got 1.5", "(0, 1]"]),
+    "keep no number": (lambda f, m: ["bench", "--keep", "many"], ["keep", "'many'"]),
+    "ask keep 0": (lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--keep", "0"], ["keep", "got 0"]),
+    "no image": (lambda f, m: ["ask", f"{f}/gone.jpg", QUESTION, "--model", m], ["gone.jpg"]),
+    "text as image": (lambda f, m: ["ask", f"{f}/text.jpg", QUESTION, "--model", m], ["text.jpg", "not an image"]),
+    "truncated image": (lambda f, m: ["ask", f"{f}/cut.jpg", QUESTION, "--model", m], ["cut.jpg"]),
+    "huge image": (
+        lambda f, m: ["ask", f"{f}/huge.png", QUESTION, "--model", m],
+        ["huge.png", "too large", "100,000,000 pixels"],
+    ),
+    "empty question": (lambda f, m: ["ask", f"{f}/photo.jpg", "  ", "--model", m], ["the question is empty"]),
+    "missing column": (
+        lambda f, m: ["compare", "--model", m, "--data", f"{f}/column.jsonl"],
+        ["column.jsonl", "line 2", "question"],
+    ),
+    "bad line": (lambda f, m: ["compare", "--model", m, "--data", f"{f}/line.jsonl"], ["line.jsonl", "line 3"]),
+    "no rows": (lambda f, m: ["compare", "--model", m, "--data", f"{f}/empty.jsonl"], ["empty.jsonl", "no rows"]),
+    "no data": (lambda f, m: ["compare", "--model", m, "--data", f"{f}/gone.jsonl"], ["gone.jsonl"]),
+    "damaged image in data": (
+        lambda f, m: ["compare", "--model", m, "--data", f"{f}/cut.jsonl", "--output", f"{f}/out"],
+        ["cut.jpg"],
+    ),
+    "unknown metric": (
+        lambda f, m: ["compare", "--model", m, "--limit", "1", "--metric", "exacte", "--output", f"{f}/out"],
+        ["exacte", "did you mean exact"],
+    ),
+    "model without config": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", f"{f}/nothing"],
+        ["nothing", "no config.json"],
+    ),
+    "text-only model": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", f"{f}/bert"],
+        ["'bert' model", "supported: llava"],
+    ),
+    "unknown model type": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", f"{f}/strange"],
+        ["does not load", "strange"],
+    ),
+    "broken config": (lambda f, m: ["bench", "--model", f"{f}/broken"], ["does not load", "JSON"]),
+    "an image as model": (lambda f, m: ["bench", "--model", f"{f}/photo.jpg"], ["is not a folder"]),
+    "unknown option": (lambda f, m: ["compare", "--metod", "x"], ["--metod"]),
+    "unknown command": (lambda f, m: ["comapre"], ["comapre"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, model: str) -> dict[str, Outcome]:
+    return run_many({name: arguments(folder, model) for name, (arguments, _) in CASES.items()})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_one_clear_line(name: str, outcomes: dict[str, Outcome]) -> None:
+    line = outcomes[name].refused()
+    for words in CASES[name][1]:
+        assert words in line
+    assert len(line) < 400
+
+
+def test_the_installed_command_exits_the_same_way() -> None:
+    assert "did you mean" in run("compare", "--methods", "fastvlm").refused()
+
+
+def test_a_hub_name_offline_is_refused_at_once(photo: Path) -> None:
+    asked = run("ask", photo, QUESTION, "--model", "someone/some-model", HF_HUB_OFFLINE="1")
+    assert "no model someone/some-model" in asked.refused()
+
+
+def test_a_missing_extra_is_named_before_the_work(model: str, folder: Path) -> None:
+    calls = {"compare": ["compare", "--model", model, "--output", folder / "out"]}
+    hidden = "import sys; sys.modules['jinja2'] = None\n"
+    assert 'pip install "tokensieve[report]"' in run_many(calls, before=hidden)["compare"].refused()
+
+
+def test_only_what_we_raise_ourselves_is_the_users() -> None:
+    def caught(call: Callable[[], object]) -> Exception:
+        with pytest.raises(Exception) as info:  # noqa: PT011
+            call()
+        return info.value
+
+    from tokensieve.budget import parse_budget
+
+    assert users_error(caught(lambda: parse_budget("0"))) is not None
+    assert users_error(caught(lambda: int("x"))) is None
+    assert users_error(caught(lambda: {}["x"])) is None
+    assert users_error(ImportError("cannot import name 'x'")) is None
+    assert (
+        users_error(OSError(28, "No space left on device", "a.json")) == "[Errno 28] No space left on device: 'a.json'"
+    )

@@ -1,0 +1,43 @@
+"""What there is, at a glance and as JSON; and help that does not wait for torch."""
+
+import json
+import time
+
+from calling import run, run_many
+
+import tokensieve
+
+
+def test_help_is_quick_and_lists_the_commands() -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        helped = run("--help")
+        times.append(time.perf_counter() - start)
+        assert helped.code == 0
+    for name in ("methods", "models", "ask", "compare", "bench", "train"):
+        assert name in helped.out
+    assert min(times) < 1.0, "0.3 s on an idle machine; more than this means that torch is imported"
+
+
+def test_the_command_line_does_not_import_torch() -> None:
+    loaded = "import sys, tokensieve.cli; assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+    assert run_many({"help": ["compare", "--help"]}, before=loaded)["help"].code == 0
+
+
+def test_methods_and_models() -> None:
+    outcomes = run_many({
+        "methods": ["methods"],
+        "methods json": ["methods", "--json"],
+        "models": ["models"],
+        "models json": ["models", "--json"],
+    })  # fmt: skip
+    assert all(outcome.code == 0 and outcome.err == "" for outcome in outcomes.values())
+    methods = json.loads(outcomes["methods json"].out)
+    assert [method["name"] for method in methods] == [info.name for info in tokensieve.methods()]
+    assert set(methods[0]) == {"name", "title", "paper", "stage", "needs", "trained", "parameters"}
+    assert all(method["name"] in outcomes["methods"].out for method in methods)
+    (llava,) = (family for family in json.loads(outcomes["models json"].out) if family["name"] == "llava")
+    assert "llava" in llava["model_types"]
+    assert "connector" in llava["stages"]
+    assert llava["title"] in outcomes["models"].out

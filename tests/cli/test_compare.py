@@ -1,0 +1,194 @@
+"""``compare``, the main job: killed, interrupted, resumed, and read in a browser."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from calling import COMMAND, ENVIRONMENT, Outcome, run, run_many
+from PIL import Image
+
+PINNED = [
+    "method", "keep", "tokens_before", "tokens_after", "tokens_average", "samples", "accuracy", "accuracy_low",
+    "accuracy_high", "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token",
+    "peak_activation_mb", "kv_mb",
+]  # fmt: skip
+SAMPLES, RUNS = 16, 5  # full, vtc-cls and pool at one budget, an oracle and one seed of random
+METHODS = "vtc-cls(first_layer=0), pool, random"
+
+
+def arguments(model: str, output: Path) -> list[str]:
+    options = ["--limit", str(SAMPLES), "--batch-size", "2", "--seeds", "1", "--keep", "11%", "--output", str(output)]
+    return ["compare", "--model", model, "--methods", METHODS, *options, "--max-new-tokens", "4"]
+
+
+def stopped(call: list[str], predictions: Path, lines: int, with_signal: signal.Signals) -> Outcome:
+    """Start a call and stop it as soon as so many lines are written."""
+    program = [COMMAND, *call]
+    running = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 300
+    while running.poll() is None and time.monotonic() < deadline:
+        if predictions.exists() and predictions.read_bytes().count(b"\n") >= lines:
+            running.send_signal(with_signal)
+            break
+        time.sleep(0.02)
+    out, err = running.communicate(timeout=300)
+    return Outcome(running.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compare") / "out"
+
+
+@pytest.fixture(scope="module")
+def killed(model: str, output: Path) -> tuple[list[str], Outcome, list[str]]:
+    """A comparison killed and then interrupted: the lines on disk after each, and what the second said."""
+    call, predictions = arguments(model, output), output / "predictions.jsonl"
+    assert stopped(call, predictions, 3, signal.SIGKILL).code == -signal.SIGKILL
+    first = predictions.read_text("utf-8").splitlines()
+    interrupted = stopped(call, predictions, len(first) + 4, signal.SIGINT)
+    return first, interrupted, predictions.read_text("utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def finished(model: str, output: Path, killed: object) -> Outcome:
+    """The same command again, to the end."""
+    return run(*arguments(model, output), "--json")
+
+
+def test_ctrl_c_says_how_to_go_on(killed: tuple[list[str], Outcome, list[str]]) -> None:
+    first, interrupted, second = killed
+    assert interrupted.code == 130
+    assert interrupted.err.strip().splitlines()[-1] == "tokensieve: interrupted; resume with the same command"
+    assert len(second) > len(first)
+
+
+def test_resuming_repeats_nothing_and_loses_nothing(
+    killed: tuple[list[str], Outcome, list[str]], finished: Outcome, output: Path
+) -> None:
+    assert finished.code == 0, finished.err
+    lines = (output / "predictions.jsonl").read_text("utf-8").splitlines()
+    whole = [line for line in killed[2] if _is_json(line)]
+    assert lines[: len(whole) - 1] == whole[:-1]
+    assert len(set(lines)) == len(lines)
+    assert json.loads((output / "results.json").read_text("utf-8"))["complete"] is True
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def test_json_is_the_pinned_rows_and_nothing_else(finished: Outcome) -> None:
+    rows = json.loads(finished.out)
+    assert [row["method"] for row in rows] == ["full", "vtc-cls(first_layer=0)", "pool", "random", "oracle"]
+    for row in rows:
+        assert list(row) == PINNED
+        assert row["samples"] == SAMPLES
+        assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1
+    assert (rows[0]["keep"], rows[0]["tokens_after"], rows[0]["flops_ratio"]) == (None, 144, 1)
+    assert (rows[1]["keep"], rows[1]["tokens_after"]) == (0.11, 16)
+    assert rows[1]["flops_ratio"] < 1
+    assert rows[1]["kv_mb"] < rows[0]["kv_mb"]
+
+
+def test_the_paths_are_printed_apart_from_the_rows(finished: Outcome, output: Path) -> None:
+    assert finished.err.splitlines() == [
+        f"results: {output / 'results.json'}",
+        f"report:  {output / 'report.html'}",
+    ]
+
+
+def test_again_is_quick_and_says_the_same_in_a_table(model: str, finished: Outcome, output: Path) -> None:
+    before = (output / "predictions.jsonl").read_bytes()
+    # a disk that is full, for the report alone: what is written under this name goes nowhere
+    (output / "report.part").symlink_to("/dev/full")
+    outcomes = run_many({
+        "full disk": [*arguments(model, output), "--json"],
+        "table": arguments(model, output),
+        "other settings": [*arguments(model, output), "--prompt", "{question} now"],
+    })  # fmt: skip
+    full_disk = outcomes["full disk"]
+    assert full_disk.code == 2
+    assert len(json.loads(full_disk.out)) == RUNS
+    *_, line = full_disk.err.splitlines()
+    assert "report.html: No space left on device; results.json is kept" in line
+    assert outcomes["table"].code == 0, outcomes["table"].err
+    for row in json.loads(finished.out):
+        assert re.search(
+            rf"^ *{re.escape(row['method'])} .*{100 * row['accuracy']:.1f} \(", outcomes["table"].out, re.M
+        )
+    assert str(output) in outcomes["other settings"].refused()
+    assert (output / "predictions.jsonl").read_bytes() == before
+
+
+def test_the_report_needs_nothing_but_itself(finished: Outcome, output: Path) -> None:
+    page = (output / "report.html").read_text("utf-8")
+    assert len(page) < 3_000_000
+    assert not re.search(r"https?://|<script|@import", page)
+    assert all(source.startswith(("data:", "#")) for source in re.findall(r'(?:src|href)="([^"]*)"', page))
+    for row in json.loads(finished.out):
+        assert row["method"] in page
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_report_in_a_browser(finished: Outcome, output: Path, tmp_path: Path, width: int) -> None:
+    """Everything is drawn, nothing sticks out sideways, on a phone and on a desk."""
+    look = """<script>addEventListener("load", () => {
+      const images = [...document.images], curves = [...document.querySelectorAll("svg")];
+      document.title = "looked " + JSON.stringify({
+        images: images.length, broken: images.filter(image => !image.naturalWidth).length,
+        curves: curves.filter(svg => svg.getBoundingClientRect().height > 100).length,
+        sticksOut: Math.max(0, document.querySelector("main").scrollWidth - innerWidth),
+      });
+    });</script>"""
+    page = (output / "report.html").read_text("utf-8").replace("</body>", look + "</body>")
+    # headless Chromium has a least window width: the page is put in a frame as wide as a phone
+    (tmp_path / "page.html").write_text(page, "utf-8")
+    frame = f'<iframe src="page.html" style="border:0; width:{width}px; height:900px"></iframe>'
+    (tmp_path / "frame.html").write_text(
+        f'<body>{frame}<script>addEventListener("load", () => setInterval(() => {{'
+        "document.body.dataset.seen = frames[0].document.title }, 50))</script></body>",
+        "utf-8",
+    )
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    files = ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, *files, "--dump-dom", str(tmp_path / "frame.html")],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    seen = re.search(r"looked (\{.*?\})", done.stdout.replace("&quot;", '"'))
+    assert seen is not None, done.stdout[-500:] + done.stderr[-500:]
+    found = json.loads(seen[1])
+    assert found["images"] >= RUNS
+    assert (found["broken"], found["curves"], found["sticksOut"]) == (0, 2, 0)
+
+
+def test_a_full_disk_keeps_what_was_answered(model: str, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(["mount", *options], capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        Image.new("RGB", (1, 1)).save(disk / "spare.png")
+        outcome = run(*arguments(model, disk / "out"), "--no-measure")
+        assert "No space left on device" in outcome.refused()
+        kept = (disk / "out" / "predictions.jsonl").read_text("utf-8") if (disk / "out").is_dir() else ""
+        assert all(_is_json(line) for line in kept.splitlines()[:-1])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

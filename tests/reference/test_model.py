@@ -1,0 +1,80 @@
+"""The shipped model: loads offline, speaks its vocabulary, and answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tokensieve import reference
+from tokensieve.reference.model import build_tokenizer, vocabulary
+
+SAMPLE = 40  # scenes
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return reference.load()
+
+
+def test_unknown_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="bundled model 'big' is unknown; use one of reference"):
+        reference.path("big")
+
+
+def test_tokenizer_round_trip() -> None:
+    tokenizer = build_tokenizer()
+    words = vocabulary()[7:]
+    ids = tokenizer(" ".join(words)).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", *words]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == " ".join(words)
+    assert tokenizer.tokenize("Is the Zebra, top-left?") == ["is", "the", "<unk>", "<unk>", "top-left", "?"]
+    assert tokenizer.padding_side == "left"
+
+
+def test_auto_classes_load_the_directory() -> None:
+    model = AutoModelForImageTextToText.from_pretrained(reference.path(), local_files_only=True)
+    processor = AutoProcessor.from_pretrained(reference.path(), local_files_only=True)
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert type(processor).__name__ == "LlavaProcessor"
+    assert model.dtype == torch.float32
+    assert model.config.vision_feature_layer == -2
+    assert model.config.vision_feature_select_strategy == "default"
+    assert sum(file.stat().st_size for file in reference.path().iterdir()) < 16 * 2**20
+
+
+def test_chat_template_and_image_tokens(loaded) -> None:
+    _, processor = loaded
+    content = [{"type": "image"}, {"type": "text", "text": "where is the star?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert prompt == "USER: <image>\nwhere is the star? ASSISTANT:"
+    inputs = processor(images=Image.new("RGB", (120, 120)), text=prompt, return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 144
+    assert inputs["pixel_values"].shape == (1, 3, 120, 120)
+
+
+def test_shipped_weights_answer_held_out_questions(loaded) -> None:
+    """Plain `generate` in left-padded batches: one word, then the end, and mostly the right word."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    pytest.importorskip("matplotlib")
+    from tokensieve.reference.benchmark import benchmark
+
+    model, processor = loaded
+    rows = benchmark("test", scenes=SAMPLE)
+    asked, right = Counter[str](), Counter[str]()
+    for start in range(0, len(rows), 80):
+        part = rows[start : start + 80]
+        prompts = [f"USER: <image>\n{row.question} ASSISTANT:" for row in part]
+        inputs = processor(images=[row.image for row in part], text=prompts, padding=True, return_tensors="pt")
+        output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        assert output.shape[1] == 2
+        assert (output[:, 1] == processor.tokenizer.eos_token_id).all()
+        for row, ids in zip(part, output, strict=True):
+            asked[row.type] += 1
+            right[row.type] += processor.tokenizer.decode(ids, skip_special_tokens=True) == row.answer
+    assert right.total() / asked.total() > 0.85
+    assert all(right[type] / asked[type] > 0.6 for type in asked)
