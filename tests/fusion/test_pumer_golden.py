@@ -1,5 +1,6 @@
 """Against the authors' code: matching, ViLT block, METER layer, and both models end to end through the converter."""
 
+import authors
 import pytest
 import torch
 from hosts import logits
@@ -7,7 +8,6 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import ViltConfig, ViltModel
 
-import golden
 import tokensieve
 from tokensieve.crossmodal import CrossModal, Merge, Stream
 from tokensieve.fusion.convert import build
@@ -19,9 +19,9 @@ from tokensieve.ops import epsilon_attention, mask_bias
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}
 
 
-@pytest.mark.parametrize("case", golden.cases("pumer_bipartite"))
+@pytest.mark.parametrize("case", authors.cases("pumer_bipartite"))
 def test_bipartite_matching(case):
-    settings, inputs, outputs, _ = golden.load("pumer_bipartite", case)
+    settings, inputs, outputs, _ = authors.load("pumer_bipartite", case)
     rows, total, _ = inputs["x"].shape
     pairs = min(settings["r"], (total - 1) // 2)
     every = torch.arange(total).expand(rows, -1)
@@ -42,9 +42,9 @@ class Given(nn.Module):
         return self.rows, self.mask
 
 
-@pytest.mark.parametrize("case", golden.cases("pumer_vilt_block"))
+@pytest.mark.parametrize("case", authors.cases("pumer_vilt_block"))
 def test_vilt_block(case):
-    settings, inputs, outputs, weights = golden.load("pumer_vilt_block", case)
+    settings, inputs, outputs, weights = authors.load("pumer_vilt_block", case)
     width, words = settings["dim"], settings["text_len"]
     config = ViltConfig(
         hidden_size=width,
@@ -60,14 +60,14 @@ def test_vilt_block(case):
     model.encoder.layer[0].load_state_dict({n.split(".", 4)[4]: w for n, w in renamed(theirs, "vilt", "")})
     model.embeddings, model.layernorm = Given(inputs["x"], inputs["mask"]), nn.Identity()
     rows = len(inputs["x"])
-    with tokensieve.attach(model, golden.official(settings, [0])), torch.no_grad():
+    with tokensieve.attach(model, authors.official(settings, [0])), torch.no_grad():
         out = model(torch.zeros(rows, words, dtype=torch.long), pixel_values=torch.zeros(rows, 3, 32, 32))
     assert_close(out.last_hidden_state, outputs["new_x"], **CLOSE)
 
 
-@pytest.mark.parametrize("case", golden.cases("pumer_meter_crosslayer"))
+@pytest.mark.parametrize("case", authors.cases("pumer_meter_crosslayer"))
 def test_meter_layer(case):
-    settings, inputs, outputs, weights = golden.load("pumer_meter_crosslayer", case)
+    settings, inputs, outputs, weights = authors.load("pumer_meter_crosslayer", case)
     width, heads = settings["hidden_size"], settings["num_heads"]
     config = MeterConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=width * settings["mlp_ratio"])
     layer = MeterCoAttentionLayer(config).eval()
@@ -78,7 +78,7 @@ def test_meter_layer(case):
     def split(rows):
         return rows.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def authors(heads, rows, context, bias):
+    def attend(heads, rows, context, bias):
         """Attention with the authors' softmax, which matters where a row's strongest key is padding."""
         parts = epsilon_attention(split(heads.query(rows)), split(heads.key(context)), bias) @ split(
             heads.value(context)
@@ -87,15 +87,15 @@ def test_meter_layer(case):
 
     with torch.no_grad():
         bias = mask_bias(mask, text.dtype, words)
-        mixed = layer.attention.output(authors(layer.attention.self, text, text, bias), text)
+        mixed = layer.attention.output(attend(layer.attention.self, text, text, bias), text)
         cross = layer.crossattention.self
         key = split(cross.key(image))
         streams = [Stream(m.float(), (m.shape[1],) * len(m)) for m in (mask, inputs["image_masks"])]
         text_key = split(layer.attention.self.key(text))
         seen = CrossModal(*streams, split(cross.query(mixed)), key, None, text_key, key)
-        merged_text, merged_image = golden.official(settings, [0]).reduce_pair(seen)
+        merged_text, merged_image = authors.official(settings, [0]).reduce_pair(seen)
         every = mask_bias(inputs["image_masks"], text.dtype, words)
-        rows = layer.crossattention.output(authors(cross, mixed, image, every), mixed)
+        rows = layer.crossattention.output(attend(cross, mixed, image, every), mixed)
         rows = rows if merged_text is None else merged_text.apply(rows)
         assert_close(layer.output(layer.intermediate(rows), rows), outputs["new_text"], **CLOSE)
     if merged_text is not None:
@@ -106,9 +106,9 @@ def test_meter_layer(case):
         assert merged_image.apply(image).shape[1] == image.shape[1] - round(settings["prune_r"] * image.shape[1])
 
 
-@pytest.mark.parametrize("case", golden.cases("pumer_vilt_vqa"))
+@pytest.mark.parametrize("case", authors.cases("pumer_vilt_vqa"))
 def test_vilt_end_to_end(case):
-    settings, inputs, outputs, weights = golden.load("pumer_vilt_vqa", case)
+    settings, inputs, outputs, weights = authors.load("pumer_vilt_vqa", case)
     model = build(weights, heads=settings["config"]["num_heads"])
     given = {
         "input_ids": inputs["text_ids"],
@@ -117,14 +117,14 @@ def test_vilt_end_to_end(case):
         "pixel_mask": outputs["image_masks"],
     }
     assert_close(logits(model, given), outputs["logits_full"], **CLOSE)
-    with tokensieve.attach(model, golden.official(settings, settings["reduce_layers"])):
+    with tokensieve.attach(model, authors.official(settings, settings["reduce_layers"])):
         assert_close(logits(model, given), outputs["logits"], **CLOSE)
     assert_close(logits(model, given), outputs["logits_full"], **CLOSE)
 
 
-@pytest.mark.parametrize("case", golden.cases("pumer_vilt_vqa"))
+@pytest.mark.parametrize("case", authors.cases("pumer_vilt_vqa"))
 def test_vilt_embeds_the_same_patches(case):
-    settings, inputs, outputs, weights = golden.load("pumer_vilt_vqa", case)
+    settings, inputs, outputs, weights = authors.load("pumer_vilt_vqa", case)
     model = build(weights, heads=settings["config"]["num_heads"])
     pixels = inputs["pixel_values"]
     torch.manual_seed(settings["rng_seed"])
@@ -134,9 +134,9 @@ def test_vilt_embeds_the_same_patches(case):
     assert torch.equal(mask, outputs["image_masks"])
 
 
-@pytest.mark.parametrize("case", golden.cases("pumer_meter_vqa"))
+@pytest.mark.parametrize("case", authors.cases("pumer_meter_vqa"))
 def test_meter_end_to_end(case):
-    settings, inputs, outputs, weights = golden.load("pumer_meter_vqa", case)
+    settings, inputs, outputs, weights = authors.load("pumer_meter_vqa", case)
     model = build(weights, heads=settings["config"]["num_heads"])
     given = {
         "input_ids": inputs["text_ids"],
@@ -145,5 +145,5 @@ def test_meter_end_to_end(case):
     }
     assert_close(logits(model, given), outputs["logits_full"], **CLOSE)
     pairs = [layer // 2 for layer in settings["reduce_layers"]]  # the authors count both layers of a pair
-    with tokensieve.attach(model, golden.official(settings, pairs)):
+    with tokensieve.attach(model, authors.official(settings, pairs)):
         assert_close(logits(model, given), outputs["logits"], **CLOSE)

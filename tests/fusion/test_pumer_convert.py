@@ -2,7 +2,7 @@
 
 import json
 
-import golden
+import authors
 import pytest
 import torch
 from hosts import logits
@@ -22,7 +22,7 @@ def run(*arguments):
 @pytest.fixture
 def checkpoint():
     """The tiny official ViLT, its settings and what it should say."""
-    settings, inputs, outputs, weights = golden.load("pumer_vilt_vqa", "c0")
+    settings, inputs, outputs, weights = authors.load("pumer_vilt_vqa", "c0")
     given = {
         "input_ids": inputs["text_ids"],
         "attention_mask": inputs["text_masks"],
@@ -33,7 +33,7 @@ def checkpoint():
 
 
 def test_every_name_of_the_full_model_has_its_place():
-    listed = json.loads((golden.FOLDER / "pumer_vilt_state_dict_keys.json").read_text())
+    listed = json.loads((authors.FOLDER / "pumer_vilt_state_dict_keys.json").read_text())
     with torch.device("meta"):
         model = ViltForQuestionAnswering(ViltConfig(num_labels=3129, layer_norm_eps=1e-6))
         theirs = {entry["name"]: torch.empty(entry["shape"]) for entry in listed["state_dict"]}
