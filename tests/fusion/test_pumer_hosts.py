@@ -109,6 +109,32 @@ def test_conservation(host, weights):
             assert torch.allclose(shares[shares > 0], (1 / decision.counts)[(shares > 0).nonzero()[:, 0]])
 
 
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_authors_habits_one_by_one(host, padding, order):
+    model, inputs = MODELS[host](), batch()
+    habits = {"official_order": order, "official_padding": padding}
+    with tokensieve.attach(model, SPEC[host], **habits) as sieve:
+        reduced = logits(model, inputs)
+        assert reduced.isfinite().all()
+        alike = [torch.allclose(logits(model, alone(inputs, row))[0], reduced[row], atol=1e-4) for row in (0, 2)]
+    assert alike[0]  # it has no padding
+    assert alike[1] != padding
+    assert [decision.slots for (decision,) in sieve.last][0] == 4
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_bfloat16(host):
+    model = MODELS[host]().bfloat16()
+    inputs = batch()
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with tokensieve.attach(model, SPEC[host]):
+        reduced = logits(model, inputs)
+    assert reduced.dtype == torch.bfloat16
+    assert reduced.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "images"), [(vilt_pairs, 2), (meter_pairs, 2), (vilt_retrieval, 1), (meter_retrieval, 1)]
 )

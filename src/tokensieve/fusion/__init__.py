@@ -4,6 +4,6 @@
 pass. ``meter`` is a METER for transformers; ``convert`` reads the authors' checkpoints.
 """
 
-from tokensieve.fusion.host import FUSION_MODEL_TYPES, Host, host_of
+from tokensieve.fusion.host import Host, host_of
 
-__all__ = ["FUSION_MODEL_TYPES", "Host", "host_of"]
+__all__ = ["Host", "host_of"]

@@ -17,7 +17,6 @@ from tokensieve.methods import FusionMethod
 from tokensieve.reduction import Reduction
 
 Decisions: TypeAlias = list[list[Reduction]]
-FUSION_MODEL_TYPES = ("vilt", "meter", "bridgetower")
 NEEDS_EVERY_WORD = ("MaskedLM", "TokenClassification")  # heads that read one row per text token
 
 
@@ -133,6 +132,6 @@ def host_of(model: Any) -> type[Host]:
     if model_type not in hosts:
         raise ValueError(
             f"{type(model).__name__} (model type {model_type!r}) is no cross-modal encoder; "
-            f"supported: {', '.join(FUSION_MODEL_TYPES)}"
+            f"supported: {', '.join(hosts)}"
         )
     return hosts[model_type]
