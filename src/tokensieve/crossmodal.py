@@ -102,11 +102,6 @@ class Merge:
         anchors, source = kept.gather(1, order[:, : max(left)]), kept.gather(1, source)
         return cls(metric.shape[1], anchors, left, source, slot, joins.float())
 
-    @property
-    def whole(self) -> bool:
-        """True when nothing left and nothing was merged."""
-        return self.anchors.shape[1] == self.total and not self.source.shape[1]
-
     def apply(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
         """Average the members of each slot, `[B, N, D]` to `[B, K, D]`; ``weight`` `[B, N]`: what each counts."""
         stayed, joined = _rows(rows, self.anchors), _rows(rows, self.source)

@@ -1,5 +1,7 @@
 """The laws of fusion: identity, rows on their own, reproducible, counts by the rule, nothing left behind."""
 
+import gc
+
 import pytest
 import torch
 from hosts import (
@@ -115,13 +117,32 @@ def test_conservation(host, weights):
 def test_the_authors_habits_one_by_one(host, padding, order):
     model, inputs = MODELS[host](), batch()
     habits = {"official_order": order, "official_padding": padding}
-    with tokensieve.attach(model, SPEC[host], **habits) as sieve:
+    with tokensieve.attach(model, SPEC[host], **habits):
         reduced = logits(model, inputs)
         assert reduced.isfinite().all()
         alike = [torch.allclose(logits(model, alone(inputs, row))[0], reduced[row], atol=1e-4) for row in (0, 2)]
     assert alike[0]  # it has no padding
     assert alike[1] != padding
-    assert [decision.slots for (decision,) in sieve.last][0] == 4
+
+
+def test_meter_as_the_authors_mask_it():
+    model, inputs = meter(own_key_visible=True), batch()
+    with tokensieve.attach(model, SPEC["meter"], official_padding=True):
+        assert logits(model, inputs).isfinite().all()
+    with tokensieve.attach(model, "pumer(layers=(0, 2), prune=0.2, merge=0.3, merge_text=0)") as sieve:
+        assert logits(model, inputs).isfinite().all()
+        assert sieve.last[0][0].slots == 4
+
+
+def test_positional_arguments():
+    inputs = batch()
+    for model in (meter().meter, bridgetower().bridgetower):
+        kind = model.config.model_type
+        given = (inputs["input_ids"], inputs["attention_mask"])
+        more = {"pixel_values": inputs["pixel_values"]}
+        with tokensieve.attach(model, SPEC[kind]), torch.no_grad():
+            named = model(input_ids=given[0], attention_mask=given[1], **more).pooler_output
+            assert torch.equal(model(*given, **more).pooler_output, named)
 
 
 @pytest.mark.parametrize("host", HOSTS)
@@ -218,6 +239,11 @@ def test_what_cannot_be_right_is_refused():
         tokensieve.attach(model, SPEC["vilt"], positions="contiguous")
     with tokensieve.attach(model, SPEC["vilt"]), pytest.raises(ValueError, match="attached to this model already"):
         tokensieve.attach(model, "pumer")
+    forgotten = vilt()
+    tokensieve.attach(forgotten, SPEC["vilt"])  # the hooks keep what the caller did not
+    gc.collect()
+    with pytest.raises(ValueError, match="attached to this model already"):
+        tokensieve.attach(forgotten, "pumer")
     model.activation_checkpointing_enable()
     model.train()
     with tokensieve.attach(model, SPEC["vilt"]), pytest.raises(ValueError, match="gradient checkpointing"):

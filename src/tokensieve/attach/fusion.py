@@ -6,9 +6,8 @@ from typing import Any
 
 from tokensieve.attach.connector import Decisions
 from tokensieve.attach.sieve import Sieve
-from tokensieve.fusion import host_of
+from tokensieve.fusion import Pass, host_of
 from tokensieve.methods import FusionMethod, Method, Positions
-from tokensieve.reduction import Reduction
 
 
 class FusionSieve(Sieve):
@@ -26,11 +25,19 @@ class FusionSieve(Sieve):
         if positions != "original":
             raise ValueError("a cross-modal encoder has no positions to renumber; leave positions='original'")
         self.model, self.stages, self.positions = model, stages, positions
-        self.last: Decisions = []
+        self._passes: list[Pass] = []
+        self._last: Decisions | None = None
         self._host = host_of(model)(model, method, self._note)
 
-    def _note(self, decisions: list[list[Reduction]]) -> None:
-        self.last = decisions
+    @property
+    def last(self) -> Decisions:  # type: ignore[override]
+        """`[sample][image]`, worked out when it is asked for: reading it costs, calling the model does not."""
+        if self._last is None:
+            self._last = [list(row) for row in zip(*(p.decisions() for p in self._passes), strict=True)]
+        return self._last
+
+    def _note(self, passes: list[Pass]) -> None:
+        self._passes, self._last = passes, None
 
     def _remove(self) -> None:
         self._host.remove()

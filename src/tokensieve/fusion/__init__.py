@@ -5,5 +5,6 @@ pass. ``meter`` is a METER for transformers; ``convert`` reads the authors' chec
 """
 
 from tokensieve.fusion.host import Host, host_of
+from tokensieve.fusion.progress import Pass
 
-__all__ = ["Host", "host_of"]
+__all__ = ["Host", "Pass", "host_of"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class CoAttention(Host):
         return int(model.config.num_hidden_layers)
 
     def install(self, base: Any) -> None:
+        self._names = list(inspect.signature(type(base).forward).parameters)[1:]
         self.keep(base.register_forward_pre_hook(self._before, with_kwargs=True))
         pairs = zip(base.cross_modal_text_layers, base.cross_modal_image_layers, strict=True)
         for index, (text, image) in enumerate(pairs):
@@ -43,9 +45,9 @@ class CoAttention(Host):
                 self.keep(tower.register_forward_pre_hook(self._linked(steps)))
 
     def _before(self, base: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        mask = kwargs.get("attention_mask")
-        words = torch.ones_like(ids) if mask is None else mask
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        mask = given.get("attention_mask")
+        words = torch.ones_like(given["input_ids"]) if mask is None else mask
         self.begin(words, words.new_zeros((len(words), 0)))
 
     def _text_mask(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -75,7 +77,7 @@ class CoAttention(Host):
 
     def _masked(self, kwargs: dict[str, Any], name: str, like: Tensor, queries: int) -> dict[str, Any]:
         now = self.current
-        if not now.texts and not self.method.counts_padding:
+        if not (now.texts or now.images or self.method.counts_padding):
             return kwargs
         return {**kwargs, name: now.bias((now.text,), like, queries)}
 

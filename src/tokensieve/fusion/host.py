@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from tokensieve.crossmodal import Stream
 from tokensieve.fusion.progress import Pass
 from tokensieve.methods import FusionMethod
-from tokensieve.reduction import Reduction
 
-Decisions: TypeAlias = list[list[Reduction]]
 NEEDS_EVERY_WORD = ("MaskedLM", "TokenClassification")  # heads that read one row per text token
 
 
@@ -24,12 +22,12 @@ class Host(ABC):
     """Reducers in a live model: forward hooks only, removed by :meth:`remove`.
 
     Args:
-        done: is told after each call of the model, `[sample][image]`, what became of the image tokens.
+        done: is given the passes (one per image of a sample) of each call of the model, when it ends.
     """
 
     where: ClassVar[str]
 
-    def __init__(self, model: Any, method: FusionMethod, done: Callable[[Decisions], None]) -> None:
+    def __init__(self, model: Any, method: FusionMethod, done: Callable[[list[Pass]], None]) -> None:
         self.method = method
         self._done = done
         self._local = _Local()
@@ -108,7 +106,7 @@ class Host(ABC):
             raise ValueError("gradient checkpointing runs layers twice and would reduce twice; turn it off")
 
     def _finish(self, model: Any, args: Any, output: Any) -> None:
-        self._done([list(row) for row in zip(*(p.decisions() for p in self._local.passes), strict=True)])
+        self._done(self._local.passes)
 
 
 class _Local(threading.local):

@@ -53,4 +53,7 @@ def bipartite_match(metric: Tensor, merges: Sequence[int], real: Tensor) -> tupl
 
 def first_of_each(counts: Sequence[int], like: Tensor) -> Tensor:
     """True on the first ``counts[b]`` columns of row b, in the shape `[B, N]` of ``like``."""
-    return torch.arange(like.shape[1], device=like.device) < torch.tensor(counts, device=like.device)[:, None]
+    column = torch.arange(like.shape[1], device=like.device)
+    if min(counts) == max(counts):  # nothing to copy to the device
+        return (column < counts[0]).expand(len(counts), -1)
+    return column < torch.tensor(counts, device=like.device)[:, None]
