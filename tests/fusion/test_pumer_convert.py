@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tokensieve.cli import app
 from tokensieve.fusion.convert import build, convert
 from tokensieve.fusion.convert.names import renamed
+from tokensieve.fusion.meter import MeterForQuestionAnswering
 
 
 def run(*arguments):
@@ -70,6 +71,17 @@ def test_heads_from_the_authors_config(checkpoint, tmp_path):
     torch.save(weights, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": heads}))
     assert_close(logits(convert(tmp_path, tmp_path / "ours"), given), expected, atol=3e-5, rtol=3e-5)
+
+
+def test_meter(tmp_path):
+    settings, inputs, outputs, weights = authors.load("pumer_meter_vqa", "c0")
+    torch.save(weights, tmp_path / "theirs.bin")
+    result = run(tmp_path / "theirs.bin", tmp_path / "ours", "--heads", settings["config"]["num_heads"])
+    assert result.exit_code == 0, result.output
+    model = MeterForQuestionAnswering.from_pretrained(tmp_path / "ours")
+    names = {"input_ids": "text_ids", "attention_mask": "text_masks", "pixel_values": "pixel_values"}
+    given = {ours: inputs[theirs] for ours, theirs in names.items()}
+    assert_close(logits(model, given), outputs["logits_full"], atol=3e-5, rtol=3e-5)
 
 
 def test_pairs_of_images(checkpoint):

@@ -17,6 +17,7 @@ pytest.importorskip("accelerate")
 
 from tokensieve.train.pumer import Recipe, train_pumer
 from tokensieve.train.pumer.data import Records, read_records
+from tokensieve.train.pumer.models import load_student
 from tokensieve.train.pumer.recipe import PumerTrainer, groups
 from tokensieve.train.pumer.tasks import task_named
 
@@ -75,8 +76,20 @@ def test_every_task_runs(folder, task, tmp_path):
     recipe = Recipe(epochs=1, batch_size=8, negatives=2)
     place = str(folder / "model")
     train_pumer(task, place, str(folder / "train.jsonl"), tmp_path, spec=SPEC, recipe=recipe)
-    made = json.loads((tmp_path / "model" / "config.json").read_text())["architectures"]
-    assert made == [task_named(task).models["vilt"].__name__]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["architectures"] == [task_named(task).models["vilt"].__name__]
+    assert config["modality_type_vocab_size"] == (3 if task == "nlvr2" else 2)
+
+
+@pytest.mark.parametrize("make", [vilt, meter])
+def test_a_second_image_starts_as_the_first(make, tmp_path):
+    model = make()
+    model.save_pretrained(tmp_path)
+    pairs = load_student(str(tmp_path), task_named("nlvr2"), ["False", "True"])
+    (kinds,) = (w for n, w in pairs.named_parameters() if n.endswith("token_type_embeddings.weight") and len(w) == 3)
+    assert torch.equal(kinds[1], kinds[2])
+    stored = {n: w for n, w in model.named_parameters() if n.endswith("token_type_embeddings.weight")}
+    assert torch.equal(kinds[:2], next(weight for name, weight in stored.items() if "text" not in name))
 
 
 def test_resumes(folder, tmp_path, monkeypatch):

@@ -30,8 +30,9 @@ class PuMer(FusionMethod):
         weights: what a member counts in an average: "equal", or the number of original tokens it stands for ("size").
         official_order: survivors stand best first, as in the authors' code, where the best one takes the place that is
             protected from merging. Else all stand in their own order, and the first one (the image's [CLS]) stays.
-        official_padding: padding counts as tokens, as in the authors' code; it is scored, merged and weighed down by a
-            fractional mask. Else padding takes no part, and a row is reduced as if it were alone.
+        official_padding: padding counts as tokens, as in the authors' code: it is scored, merged and weighed down by a
+            fractional mask, and attention has their ε. For comparisons, not for speed. Else padding takes no part, and
+            a row is reduced as if it were alone.
 
     Paper: "PuMer: Pruning and Merging Tokens for Efficient Vision Language Models", 2023.
     """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 import tokensieve.fusion.meter  # noqa: F401  (registers METER)
@@ -80,28 +80,22 @@ def _config(place: str, task: Task) -> tuple[Any, str]:
 
 def _load(model: Any, place: str, config: Any, **options: Any) -> Any:
     pairs = "ImagesAndText" in model.__name__
-    kinds = config.modality_type_vocab_size if pairs else 0
     if pairs:
-        config.num_images, config.modality_type_vocab_size = 2, 3
+        config.num_images = 2
     try:
         loaded = model.from_pretrained(place, config=config, dtype=torch.float32, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"the model {place} does not load: {reason}") from error
-    if pairs and kinds == 2:  # a second image starts out as the first one's kind
-        _second_image(loaded, place)
+    if pairs and config.modality_type_vocab_size == 2:
+        _second_image(loaded)
     return loaded
 
 
-def _second_image(loaded: Any, place: str) -> None:
-    from safetensors import safe_open
-
-    kinds_of = [n for n, _ in loaded.named_parameters() if n.endswith("token_type_embeddings.weight")]
-    name = next(n for n in kinds_of if "text" not in n)
-    file = Path(place) / "model.safetensors"
-    if not file.is_file():
-        raise ValueError(f"{place}: two images per text need the weights as model.safetensors in a folder")
-    with safe_open(file, framework="pt") as stored:
-        kinds = stored.get_tensor(name)
-    with torch.no_grad():
-        loaded.get_parameter(name).copy_(kinds[[0, 1, 1]])
+def _second_image(model: Any) -> None:
+    """A third kind of token for the second image; it starts out as the first image's."""
+    base = getattr(model, model.base_model_prefix)
+    home = getattr(base, "embeddings", base)
+    kinds = home.token_type_embeddings.weight.detach()
+    home.token_type_embeddings = nn.Embedding(3, kinds.shape[1], _weight=kinds[[0, 1, 1]].clone())
+    model.config.modality_type_vocab_size = 3
