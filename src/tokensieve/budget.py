@@ -1,5 +1,6 @@
 """How many tokens to keep: an int is tokens per image, a float in (0, 1] a share of the image's tokens."""
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 Budget: TypeAlias = int | float
@@ -31,3 +32,40 @@ def count(keep: Budget, total: int) -> int:
     """Tokens that ``keep`` leaves of an image of ``total`` tokens: at least 1, at most ``total``."""
     wanted = keep if isinstance(keep, int) else round(keep * total)
     return min(max(wanted, 1), total)
+
+
+def stage_counts(
+    total: int, depth: int, blocks: Sequence[int], keep: Budget, average: Budget | None = None
+) -> list[int]:
+    """Tokens that stay from each of the ``blocks`` on, in an LLM of ``depth`` blocks that ``total`` tokens enter.
+
+    The counts fall geometrically to ``keep``, or so that the mean over all blocks is ``average``. An average in tokens
+    that the image does not exceed leaves it whole.
+
+    Raises:
+        ValueError: if the average cannot be reached by stages at these blocks; names the range that can.
+    """
+    if average is None:
+        last = count(keep, total)
+        share = keep if isinstance(keep, float) else last / total
+        shares = [share ** ((stage + 1) / len(blocks)) for stage in range(len(blocks) - 1)]
+        return [*(max(last, int(total * part + 1e-9)) for part in shares), last]
+    wanted = average if isinstance(average, int) else average * total
+    if wanted >= total:
+        return [total] * len(blocks)
+    spans = [after - before for before, after in zip(blocks, [*blocks[1:], depth], strict=True)]
+
+    def mean(ratio: float) -> float:
+        return total * (blocks[0] + sum(n * ratio ** (s + 1) for s, n in enumerate(spans))) / depth
+
+    lowest = blocks[0] * total / depth
+    if wanted <= lowest:
+        raise ValueError(
+            f"an average of {wanted:g} of {total} tokens is out of reach of stages at blocks {list(blocks)} of "
+            f"{depth}; reachable: above {lowest:g}, up to {total}"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):  # the mean grows with the ratio
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) < wanted else (low, middle)
+    return [min(total, max(1, round(total * high ** (stage + 1)))) for stage in range(len(blocks))]

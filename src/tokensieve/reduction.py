@@ -111,18 +111,16 @@ class Reduction:
         m = self.mixing
         return m.weight.new_zeros(self.anchors.shape).scatter_add(-1, m.slot, m.weight)
 
-    def __len__(self) -> int:
-        if self.anchors.ndim == 1:
-            raise TypeError("a Reduction of one image has no length; use .slots")
-        return self.anchors.shape[0]
-
     def __iter__(self) -> Iterator[Reduction]:
-        return (self[i] for i in range(len(self)))
+        """The images of a batched Reduction, one by one."""
+        if self.anchors.ndim == 1:
+            raise TypeError("this Reduction holds one image")
+        return (self[i] for i in range(self.anchors.shape[0]))
 
     def __getitem__(self, image: int) -> Reduction:
         """The decision for one image of a batched Reduction; padded slots of adaptive methods are removed."""
         if self.anchors.ndim == 1:
-            raise IndexError("this Reduction holds one image")
+            raise TypeError("this Reduction holds one image")
         pick = Reduction(
             self.total,
             self.anchors[image],
@@ -131,7 +129,13 @@ class Reduction:
             grid=self.grid,
             notes=self.notes,
         )
-        return pick if self.valid is None else replace(pick, anchors=pick.anchors[self.valid[image]])
+        if self.valid is None:
+            return pick
+        stays, m = self.valid[image], pick.mixing
+        if m is not None:  # entries follow their slots to the slots' new numbers
+            entries, number = stays[m.slot], stays.cumsum(0) - 1
+            m = Mixing(number[m.slot[entries]], m.source[entries], m.weight[entries])
+        return replace(pick, anchors=pick.anchors[stays], mixing=m)
 
     # -- applying -----------------------------------------------------------------------------------------------------
 

@@ -22,20 +22,43 @@ class VisualTokens:
     Attributes:
         features: `[B, N, D]`, the rows that would enter the LLM (after the projector).
         grid: (height, width) with height · width = N, if the tokens form one.
+        places: `[B, N, 2]`, row and column of each token in its image, if its tokens once formed a grid.
         cls_attention: {encoder layer: `[B, N]`}, what the encoder's [CLS] token attends to: post-softmax, mean over
             heads, one value per visual token. Layers count from 0.
-        depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one.
-        text: `[B, M, D]`, LLM input embeddings of the user's words.
+        cls_similarity: `[B, N]`, cosine of each token's patch to the [CLS] token in what the encoder puts out.
+        depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one. In
+            the LLM, its number of blocks.
+        text: `[B, M, D]`, the user's words in the space of the features: at the connector, the LLM's input embeddings.
         text_mask: `[B, M]` bool, True on real words.
+        queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of the last token, or of each word, to the tokens.
+        keys, text_keys: `[B, N, E]` and `[B, M, E]`, in the LLM: key states with heads side by side.
+        before, middle: `[B, N, D]`, in the LLM: what entered the block before, and what its MLP was given.
+        rotary, text_rotary: `[B, N, d]` and `[B, M, d]`, in the LLM: a vector of ones, turned by the rotary embedding.
+        entry, text_entry: `[B, N0, D]` and `[B, M, D]`, in the LLM: embeddings as they entered it.
+        stage: in the LLM, which of the method's stages this is, from 0.
+        entered: visual tokens of the image at the LLM's entry; budgets of decoder methods are shares of these.
         notes: remarks on the evidence (a substitute for a missing [CLS], say); they travel into the Reduction.
     """
 
     features: Tensor
     grid: tuple[int, int] | None = None
+    places: Tensor | None = None
     cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
+    cls_similarity: Tensor | None = None
     depth: int | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    text_keys: Tensor | None = None
+    before: Tensor | None = None
+    middle: Tensor | None = None
+    rotary: Tensor | None = None
+    text_rotary: Tensor | None = None
+    entry: Tensor | None = None
+    text_entry: Tensor | None = None
+    stage: int = 0
+    entered: int | None = None
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,7 +82,7 @@ class VisualTokens:
 
     def count(self, keep: Budget) -> int:
         """Tokens that the budget leaves of each image."""
-        return count(keep, self.total)
+        return min(count(keep, self.entered or self.total), self.total)
 
     def cls_rows(self, layers: Layers) -> Tensor:
         """Attention of [CLS] in the given encoder layers, `[S, B, N]` float32.
@@ -77,6 +100,13 @@ class VisualTokens:
             raise ValueError(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
         return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
 
+    def given(self, name: str) -> Tensor:
+        """Evidence that a method cannot do without; ``ValueError`` naming it if it was not given."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"this method needs VisualTokens({name}=...)")
+        return value
+
     def words(self) -> tuple[Tensor, Tensor]:
         """The user's words and their mask, `[B, M, D]` and `[B, M]`.
 
@@ -90,10 +120,23 @@ class VisualTokens:
             mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
         return self.text, mask.bool()
 
-    def keep(self, indices: Tensor, scores: Tensor | None = None) -> Reduction:
-        """Keep the tokens at ``indices`` `[B, K]` (distinct, any order) and drop the others."""
+    def keep(self, indices: Tensor, scores: Tensor | None = None, counts: Tensor | None = None) -> Reduction:
+        """Keep the tokens at ``indices`` `[B, K]` (distinct, any order) and drop the others.
+
+        Args:
+            scores: `[B, N]`, what the method ranked by.
+            counts: `[B]`, where images keep different numbers: how many of the first of its indices each one keeps.
+        """
+        valid = None
+        if counts is not None:
+            indices = indices[:, : int(counts.max())]
+            surplus = torch.arange(indices.shape[1], device=indices.device) >= counts[:, None]
+            indices = indices.masked_fill(surplus, self.total)  # to the end; there the first stands in for them
         indices = indices.sort(-1).values
-        return Reduction(self.total, indices, scores=scores, grid=self.grid, notes=self.notes)
+        if counts is not None:
+            valid = indices < self.total
+            indices = indices.where(valid, indices[:, :1])
+        return Reduction(self.total, indices, valid=valid, scores=scores, grid=self.grid, notes=self.notes)
 
     def merge(self, anchors: Tensor, slot: Tensor, source: Tensor, weight: Tensor, *notes: str) -> Reduction:
         """Merge: entry e adds ``weight[e] * token[source[e]]`` to the slot that stands at ``anchors[slot[e]]``.

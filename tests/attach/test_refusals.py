@@ -43,7 +43,7 @@ ATTACH = {
     ),
     "bad literal": (("trsm(query='word')",), {}, "query must be one of 'tokens', 'prompt'; got 'word'"),
     "positions": (("full",), {"positions": "kept"}, "positions must be 'original' or 'contiguous'; got 'kept'"),
-    "order": (("pool + downsample",), {}, "order encoder, connector; got connector, encoder"),
+    "order": (("pool + downsample",), {}, "order encoder, connector, decoder; got connector, encoder"),
     "same stage": (
         ("vtc-cls + trsm",),
         {},

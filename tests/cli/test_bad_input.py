@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     "truncated image": (lambda f, m: ["ask", f"{f}/cut.jpg", QUESTION, "--model", m], ["cut.jpg"]),
     "huge image": (
         lambda f, m: ["ask", f"{f}/huge.png", QUESTION, "--model", m],
-        ["huge.png", "too large", "100,000,000 pixels"],
+        ["huge.png", "900,000,000 pixels are too many", "100,000,000 pixels"],
     ),
     "empty question": (lambda f, m: ["ask", f"{f}/photo.jpg", "  ", "--model", m], ["the question is empty"]),
     "missing column": (

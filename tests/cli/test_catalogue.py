@@ -1,7 +1,7 @@
 """What there is, at a glance and as JSON; and help that does not wait for torch."""
 
 import json
-import time
+import os
 
 from calling import run, run_many
 
@@ -11,13 +11,14 @@ import tokensieve
 def test_help_is_quick_and_lists_the_commands() -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         helped = run("--help")
-        times.append(time.perf_counter() - start)
+        after = os.times()  # processor time: what others do on the machine does not count
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert helped.code == 0
     for name in ("methods", "models", "ask", "compare", "bench", "train"):
         assert name in helped.out
-    assert min(times) < 1.0, "0.3 s on an idle machine; more than this means that torch is imported"
+    assert min(times) < 0.3
 
 
 def test_the_command_line_does_not_import_torch() -> None:

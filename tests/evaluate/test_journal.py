@@ -9,8 +9,8 @@ from tokensieve.evaluate import OutputError, ResumeError
 from tokensieve.evaluate.journal import Answer, Journal
 
 SETUP = {"model": "m", "prompt": "{question}"}
-FIRST = Answer("1 aa", "red", 144, 16, (12, 12), {"total": 144, "anchors": [3]})
-SECOND = Answer("2 bb", "grün", 144, 16)
+FIRST = Answer("1 aa", "red", 144, 16, 16.0, (12, 12), {"total": 144, "anchors": [3]})
+SECOND = Answer("2 bb", "grün", 144, 16, 48.5)
 
 
 def test_everything_is_read_back(tmp_path):

@@ -34,6 +34,18 @@ def test_stages_share_an_open_budget_and_keep_their_own():
     assert found["downsample(keep=0.5) + uniform", 8] == ["downsample(keep=0.5) + uniform(keep=8)"]
 
 
+def test_average_budgets_reach_the_methods_that_know_them():
+    specs = ["fastv(layer=1)", "uniform", "vtw", "fastv(average=70)"]
+    found = keys(plan(specs, [72, 0.4], seeds=1, oracle=False, budget="average"))
+    assert found["fastv(layer=1)", 72] == ["fastv(keep=0.5, average=72, layer=1)"]
+    assert found["fastv(layer=1)", 0.4] == ["fastv(keep=0.5, average=0.4, layer=1)"]
+    assert found["uniform", 72] == ["uniform(keep=72)"]
+    assert found["vtw", None] == ["vtw"]
+    assert found["fastv(average=70)", 70] == ["fastv(keep=0.5, average=70)"]
+    with pytest.raises(ValueError, match="'kept' or 'average'"):
+        plan(["uniform"], [8], seeds=1, oracle=False, budget="mean")
+
+
 def test_without_budgets_a_method_runs_at_its_default():
     assert ("uniform", 0.25) in keys(plan(["uniform"], [], seeds=1, oracle=False))
 

@@ -14,11 +14,15 @@ VARIANTS = (
 )
 
 
+def entering():
+    """Methods that act before the LLM, in every family; others have laws of their own (tests/decoder, tests/fusion)."""
+    return [info for info in methods() if info.stage in ("encoder", "connector") and not info.needs.cls_similarity]
+
+
 def specs() -> list[str]:
     plain = [
         f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
-        for info in methods()
-        if info.stage != "fusion"
+        for info in entering()
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
     ]
     return [*plain, *VARIANTS]
@@ -26,5 +30,4 @@ def specs() -> list[str]:
 
 def whole_specs() -> list[str]:
     """Every registered method, asked to keep all."""
-    plain = [info for info in methods() if info.stage != "fusion"]
-    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in plain]
+    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in entering()]

@@ -21,12 +21,14 @@ class State:
         padded: whether any row is; known without a look at the device.
         length: columns of the prefix as the caller sees it.
         shift: `[B, 1]` (or `[axes, B, 1]` for M-RoPE), what contiguous positions are behind the caller's; else None.
+        renumbered: in the state of a block, `[B, 1]` bool: rows that contiguous positions apply to; ``None``: all.
     """
 
     mask: Tensor
     padded: bool
     length: int
-    shift: Tensor | None
+    shift: Tensor | None = None
+    renumbered: Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -62,32 +64,34 @@ class ReducedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         self.dropped = 0
 
 
-def state_of(cache: Cache | None) -> State | None:
-    """The state that a reduced prefill left on the cache, if any; one that was emptied since has none."""
+@dataclass(frozen=True)
+class States:
+    """The states of a cache: of the LLM's entry, and of the blocks that saw fewer tokens than it."""
+
+    entry: State
+    blocks: dict[int, State]
+
+
+def states_of(cache: Cache | None) -> States | None:
+    """What a reduced prefill left on the cache, if any; one that was emptied since has nothing."""
     if cache is not None and cache.get_seq_length() == 0:
         vars(cache).pop(STATE, None)
     return getattr(cache, STATE, None)
 
 
-def remember(cache: Cache, state: State) -> None:
-    """Put the state on a cache that was just filled, and let its layers report the caller's lengths."""
+def remember(cache: Cache, states: States) -> None:
+    """Put the states on a cache that was just filled, and let its layers report the caller's lengths."""
     for i, layer in enumerate(cache.layers):
-        cache.layers[i] = ReducedLayer.adopt(layer, state.dropped)
-    setattr(cache, STATE, state)
+        cache.layers[i] = ReducedLayer.adopt(layer, states.blocks.get(i, states.entry).dropped)
+    setattr(cache, STATE, states)
 
 
 def later_step(kwargs: dict[str, Any], state: State, cache: Cache) -> dict[str, Any]:
     """Arguments of a forward that continues a reduced sequence: mask columns and positions translated."""
     kwargs, mask, positions = dict(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids")
     new = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
-    queries, rows = new.shape[1], len(new)
-    if mask is not None or state.padded:
-        if mask is None:
-            tail = state.mask.new_ones(rows, cache.get_seq_length() + queries - state.length)
-        else:
-            tail = mask[:, state.length :].to(state.mask.dtype)
-        absent = state.mask.new_zeros(rows, state.dropped)
-        kwargs["attention_mask"] = torch.cat([absent, state.mask.expand(rows, -1), tail], 1)
+    queries = new.shape[1]
+    kwargs["attention_mask"] = step_mask(state, mask, cache.get_seq_length() + queries)
     if state.shift is not None:
         if positions is None:
             if state.shift.ndim == 3:
@@ -95,6 +99,21 @@ def later_step(kwargs: dict[str, Any], state: State, cache: Cache) -> dict[str, 
             positions = torch.arange(queries, device=new.device) + cache.get_seq_length()
         kwargs["position_ids"] = positions - state.shift
     return kwargs
+
+
+def step_mask(state: State, mask: Tensor | None, width: int) -> Tensor | None:
+    """2-D mask of a later step, `[B, width]`, in the columns that a reduced layer reports; ``None``: no padding.
+
+    Args:
+        mask: the caller's, over all its columns.
+        width: columns of the sequence after this step, as the caller counts.
+    """
+    if mask is None and not state.padded:
+        return None
+    rows = len(state.mask)
+    tail = state.mask.new_ones(rows, width - state.length) if mask is None else mask[:, state.length :]
+    absent = state.mask.new_zeros(rows, state.dropped)
+    return torch.cat([absent, state.mask, tail.to(state.mask.dtype)], 1)
 
 
 def check_cache(cache: Cache | None) -> None:

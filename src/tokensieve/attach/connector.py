@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokensieve.attach.cache import State, check_cache
 from tokensieve.attach.encoder import RECORD, Record, evidence
-from tokensieve.attach.layout import Columns, Layout
+from tokensieve.attach.layout import Columns, Layout, equal_groups
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import Method, Positions
 from tokensieve.reduction import Reduction
@@ -25,27 +25,73 @@ Decisions = list[list[Reduction]]
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """A shortened prompt: the forward's new arguments, the decisions, and what the cache must remember."""
-
-    kwargs: dict[str, Any]
-    decisions: Decisions
-    state: State | None
-
-
-@dataclass(frozen=True)
 class Plan:
-    """For one image: the decision in terms of its original tokens, and what to do to the rows the encoder made."""
+    """What became of one image.
+
+    Attributes:
+        decision: what the encoder and connector stages decided, in terms of its original tokens.
+        features: what to do to the rows that the encoder made.
+        inside: what each decoder stage did to the rows it was given.
+    """
 
     decision: Reduction
     features: Reduction
+    inside: tuple[Reduction, ...] = ()
 
     def then(self, following: Reduction) -> Plan:
-        return (
-            self
-            if following.whole and not following.notes
-            else Plan(following.after(self.decision), following.after(self.features))
-        )
+        """With a connector's decision about what is left."""
+        if self.decision.whole and not self.decision.notes:
+            return Plan(following, following)
+        return Plan(following.after(self.decision), following.after(self.features))
+
+    def then_inside(self, following: Reduction) -> Plan:
+        """With a decoder stage's decision about what is left."""
+        return replace(self, inside=(*self.inside, following))
+
+    @property
+    def reduced_inside(self) -> bool:
+        return any(stage.slots < stage.total for stage in self.inside)
+
+    @property
+    def anchors(self) -> Tensor:
+        """Original indices of the tokens that are left."""
+        anchors = self.decision.anchors
+        for stage in self.inside:
+            anchors = anchors[stage.anchors]
+        return anchors
+
+    def reduce_inside(self, rows: Tensor) -> Tensor:
+        """What the decoder stages made of rows that entered the LLM."""
+        for stage in self.inside:
+            rows = stage.apply(rows)
+        return rows
+
+    def final(self) -> Reduction:
+        """All stages as one decision in terms of the original tokens."""
+        decision = self.decision
+        for stage in self.inside:
+            decision = stage.after(decision)
+        return decision
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt as it enters the LLM.
+
+    Attributes:
+        kwargs: the top-level forward's arguments.
+        plans: `[row][image]`; beams and several returns repeat a sample's row ``copies`` times.
+        visual: `[B, n]` bool, True on visual tokens.
+        lengths: per row, the columns that are no padding.
+        state: what a cache must remember.
+    """
+
+    kwargs: dict[str, Any]
+    plans: list[list[Plan]]
+    copies: int
+    visual: Tensor
+    lengths: list[int]
+    state: State
 
 
 class Connector:
@@ -79,17 +125,20 @@ class Connector:
         layout = Layout.read(ids, mask, token, [len(f) for f in features])
         origins, copies = _origins(layout.images, len(getattr(encoded, RECORD).grids))
         plans = self._decide(kwargs, encoded, features, layout, origins)
-        by_row = _by_row([plan.decision for plan in plans], layout.images)
+        by_row = _by_row(plans, layout.images)
         kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), "image": encoded}
         if all(plan.decision.whole for plan in plans):
-            return Prefill(kwargs, by_row[::copies], None)
+            return Prefill(kwargs, by_row, copies, layout.visual, layout.lengths, _untouched(kwargs, layout.end))
 
         positions = self._positions(kwargs)
-        columns = Columns.of(layout, _kept(plans), [sum(r.slots for r in row) for row in by_row])
+        stay = layout.real.masked_scatter(layout.visual, _kept(plans))
+        lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
+        lengths = [n - gone for n, gone in zip(layout.lengths, lost, strict=True)]
+        columns = Columns.of(stay, lengths)
         kwargs["mm_encoder_outputs"]["image"] = _reduced(encoded, [plan.features for plan in plans])
-        reduced = [any(not r.whole for r in row) for row in by_row]
+        reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
-        return Prefill(kwargs, by_row[::copies], state)
+        return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, lengths, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 
@@ -141,7 +190,7 @@ class Connector:
         rows = [row for row, sizes in enumerate(layout.images) for _ in sizes]
         text, real = self.words.embedded(kwargs["input_ids"]) if self.words is not None else (None, None)
         features = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
-        for images in _equal([(len(f), record.grids[i]) for f, i in zip(features, origins, strict=True)]):
+        for images in equal_groups([(len(f), record.grids[i]) for f, i in zip(features, origins, strict=True)]):
             stacked, of = torch.stack([features[image] for image in images]), [rows[image] for image in images]
             words = (None, None) if text is None or real is None else (text[of], real[of])
             tokens = evidence(record, [origins[image] for image in images], stacked, *words)
@@ -212,8 +261,15 @@ def _kept(plans: Sequence[Plan]) -> Tensor:
     return torch.cat([k.index_fill(0, p.decision.anchors, True) for k, p in zip(kept, plans, strict=True)])
 
 
-def _by_row(decisions: list[Reduction], images: list[list[int]]) -> Decisions:
-    flat = iter(decisions)
+def _untouched(kwargs: dict[str, Any], end: int) -> State:
+    """The state of a prompt that enters the LLM whole."""
+    ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+    prefix = torch.ones_like(ids[:, :end]) if mask is None else mask[:, :end].long()
+    return State(prefix, False, end, None)
+
+
+def _by_row(plans: list[Plan], images: list[list[int]]) -> list[list[Plan]]:
+    flat = iter(plans)
     return [[next(flat) for _ in sizes] for sizes in images]
 
 
@@ -228,14 +284,6 @@ def _origins(images: list[list[int]], encoded: int) -> tuple[list[int], int]:
         origins += list(range(first, first + len(row))) * copies
         first += len(row)
     return origins, copies
-
-
-def _equal(keys: list[Any]) -> list[list[int]]:
-    """Indices grouped by equal keys, in order of first appearance."""
-    groups: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    return list(groups.values())
 
 
 def _replayed(decisions: Decisions, images: list[list[int]]) -> list[Reduction]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokensieve.attach.probe import Probe
+from tokensieve.attach.probe import Probe, attention_from_cls, attention_received
 from tokensieve.methods import Method, Needs
 from tokensieve.methods.baselines import Downsample
 from tokensieve.models import Family
@@ -33,6 +33,7 @@ class Record:
         grids: (height, width) in the visual tokens that the tower made.
         layers: encoder layers that were probed.
         rows: `[S, N]` per image, one row per probed layer.
+        similar: `[N]` per image, cosine to [CLS] in what the tower puts out, where a method asks for it.
         depth: number of encoder layers that can be probed.
         notes: remarks on the evidence.
         reductions: what an encoder method did per image; the dropped slots hold zeros.
@@ -41,6 +42,7 @@ class Record:
     grids: list[tuple[int, int]]
     layers: list[int]
     rows: list[Tensor]
+    similar: list[Tensor]
     depth: int
     notes: tuple[str, ...]
     reductions: list[Reduction] | None
@@ -50,7 +52,7 @@ class EncoderHooks:
     """Hooks on one vision tower: probes, and the resizing of ``downsample``.
 
     Raises:
-        ValueError: if the tower lacks a layer that is needed.
+        ValueError: if the tower lacks a layer or the [CLS] token that is needed.
     """
 
     def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
@@ -60,9 +62,13 @@ class EncoderHooks:
         self._local = threading.local()
         attentions, self.layers = family.attentions(self.tower), []
         self.depth, self.cls = len(attentions), family.has_cls(self.tower)
+        self.similarity = needs.cls_similarity
+        if self.similarity and not self.cls:
+            raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         if needs.cls_attention is not None:
             self.layers = resolve_layers(needs.cls_attention, self.depth)
-        self.probes = [Probe(attentions[layer], "cls" if self.cls else "received") for layer in self.layers]
+        read = attention_from_cls if self.cls else attention_received
+        self.probes = [Probe(attentions[layer], read) for layer in self.layers]
         self._handles = [
             self.tower.register_forward_pre_hook(self._before, with_kwargs=True),
             self.tower.register_forward_hook(self._after),
@@ -100,10 +106,16 @@ class EncoderHooks:
         grids = self.family.grids(tower, inputs)
         read = [self.family.per_token(tower, inputs, probe.take()) for probe in self.probes]
         rows = [torch.stack(image) for image in zip(*read, strict=True)]
+        similar = self.family.per_token(tower, inputs, [_to_cls(output.last_hidden_state)]) if self.similarity else []
         if reductions is not None and not all(reduction.whole for reduction in reductions):
             self.family.restore(tower, output, reductions)
         notes = () if self.cls or not self.layers else (RECEIVED,)
-        setattr(output, RECORD, Record(grids, self.layers, rows, self.depth, notes, reductions))
+        setattr(output, RECORD, Record(grids, self.layers, rows, similar, self.depth, notes, reductions))
+
+
+def _to_cls(rows: Tensor) -> Tensor:
+    """Cosine of every row to row 0, `[B, n, D]` to `[B, n]`."""
+    return torch.cosine_similarity(rows[:, :1].float(), rows.float(), dim=-1)
 
 
 def evidence(
@@ -114,6 +126,8 @@ def evidence(
     tokens = VisualTokens(features, depth=record.depth, text=text, text_mask=text_mask, notes=record.notes)
     if grid[0] * grid[1] == features.shape[1]:
         tokens = replace(tokens, grid=grid)
+    if record.similar:
+        tokens = replace(tokens, cls_similarity=torch.stack([record.similar[image] for image in images]))
     if record.rows:
         rows = torch.stack([record.rows[image] for image in images], 1)
         tokens = replace(tokens, cls_attention=dict(zip(record.layers, rows, strict=True)))

@@ -26,18 +26,19 @@ class FusionSieve(Sieve):
             raise ValueError("a cross-modal encoder has no positions to renumber; leave positions='original'")
         self.model, self.stages, self.positions = model, stages, positions
         self._passes: list[Pass] = []
-        self._last: Decisions | None = None
-        self._host = host_of(model)(model, method, self._note)
+        self._decisions: Decisions | None = None
+        self.tokens = []
+        self._host = host_of(model)(model, method, self._ended)
 
     @property
-    def last(self) -> Decisions:  # type: ignore[override]
+    def last(self) -> Decisions:
         """`[sample][image]`, worked out when it is asked for: reading it costs, calling the model does not."""
-        if self._last is None:
-            self._last = [list(row) for row in zip(*(p.decisions() for p in self._passes), strict=True)]
-        return self._last
+        if self._decisions is None:
+            self._decisions = [list(row) for row in zip(*(p.decisions() for p in self._passes), strict=True)]
+        return self._decisions
 
-    def _note(self, passes: list[Pass]) -> None:
-        self._passes, self._last = passes, None
+    def _ended(self, passes: list[Pass]) -> None:
+        self._passes, self._decisions = passes, None
 
     def _remove(self) -> None:
         self._host.remove()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,14 +77,8 @@ class Columns:
     padded: bool
 
     @classmethod
-    def of(cls, layout: Layout, kept: Tensor, left: list[int]) -> Columns:
-        """Columns that stay when ``kept`` (bool, one per placeholder in row-major order) do.
-
-        Args:
-            left: how many visual tokens each row keeps.
-        """
-        stay = layout.real.masked_scatter(layout.visual, kept)
-        lengths = [n - sum(sizes) + k for n, sizes, k in zip(layout.lengths, layout.images, left, strict=True)]
+    def of(cls, stay: Tensor, lengths: list[int]) -> Columns:
+        """Columns where ``stay`` `[B, L]` bool is True; ``lengths`` says how many these are in each row."""
         index = stay.int().argsort(dim=-1, stable=True)[:, stay.shape[1] - max(lengths) :]
         return cls(index, stay.gather(-1, index), min(lengths) != max(lengths))
 
@@ -91,3 +87,23 @@ class Columns:
         lead = x.shape[:-2]
         taken = x.expand(*lead, len(self.index), -1).gather(-1, self.index.expand(*lead, *self.index.shape))
         return taken.masked_fill(~self.valid, filler) if filler is not None and self.padded else taken
+
+    def take_rows(self, x: Tensor) -> Tensor:
+        """The kept rows of `[…, B or 1, L, D]`."""
+        lead, width = x.shape[:-3], x.shape[-1]
+        index = self.index[..., None].expand(*lead, *self.index.shape, width)
+        return x.expand(*lead, len(self.index), -1, -1).gather(-2, index)
+
+
+def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
+    """A small tensor of ``values``, on its way to the device: nothing waits for what the device is doing."""
+    made = torch.tensor(values)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:
+    """Indices grouped by equal keys, in order of first appearance."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())

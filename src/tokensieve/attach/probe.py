@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Row: TypeAlias = Literal["cls", "received"]
+Read: TypeAlias = Callable[[Tensor, Tensor, float], Any]
 NAME = "tokensieve_probe"
 CHUNK = 1024  # queries at once where all of them are read: never an [N, N] matrix
 
@@ -26,11 +28,11 @@ class Probe:
 
     Args:
         attention: the module; must go through transformers' attention interface.
-        row: "cls" reads the attention of token 0; "received" the mean attention each token gets from all others.
+        read: what to read, from queries, keys `[b, H, n, d]` and their scaling; e.g. :func:`attention_from_cls`.
     """
 
-    def __init__(self, attention: Any, row: Row) -> None:
-        self.attention, self.row = attention, row
+    def __init__(self, attention: Any, read: Read) -> None:
+        self.attention, self.read = attention, read
         self._config = attention.config
         self._eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
         self._local = threading.local()
@@ -42,11 +44,23 @@ class Probe:
         """Record from now on, until :meth:`take`."""
         self._local.rows = []
 
-    def take(self) -> list[Tensor]:
-        """What was read since :meth:`arm`, call by call: `[b, keys]` float32, mean over heads. Disarms."""
-        rows: list[Tensor] = getattr(self._local, "rows", None) or []
+    def take(self) -> list[Any]:
+        """What was read since :meth:`arm`, call by call. Disarms."""
+        rows: list[Any] = getattr(self._local, "rows", None) or []
         self._local.rows = None
         return rows
+
+    @contextmanager
+    def only(self) -> Iterator[None]:
+        """Read, and stop the forward that runs inside there: nothing after queries and keys is computed."""
+        self.arm()
+        self._local.stop = True
+        try:
+            yield
+        except _Read:
+            pass
+        finally:
+            self._local.stop = False
 
     def remove(self) -> None:
         self.attention.config = self._config
@@ -59,10 +73,15 @@ class Probe:
         rows = getattr(self._local, "rows", None)
         if rows is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            read = attention_from_cls if self.row == "cls" else attention_received
-            rows.append(read(query.detach(), key.detach(), scaling))
+            rows.append(self.read(query.detach(), key.detach(), scaling))
+            if getattr(self._local, "stop", False):
+                raise _Read
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
         return kernel(module, query, key, value, mask, **kwargs)
+
+
+class _Read(Exception):
+    """The row was read; the rest of the forward is not wanted."""
 
 
 def attention_from_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -77,6 +96,25 @@ def attention_received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     for rows in torch.split(query, CHUNK, dim=-2):
         total += (rows @ key.transpose(-1, -2)).float().mul(scaling).softmax(-1).mean(1).sum(-2)
     return total / query.shape[-2]
+
+
+def attention_of_queries(query: Tensor, key: Tensor, scaling: float, columns: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal post-softmax attention of chosen queries, `[B, H, Q, n]` float32, in O(Q·n).
+
+    Args:
+        query: `[B, H, n, d]`.
+        key: `[B, H/g, n, d]`: groups of g heads share their keys.
+        columns: `[B, Q]`, the queries.
+        mask: `[B, n]`, 0 on padding, or ``None``.
+    """
+    chosen = query.take_along_dim(columns[:, None, :, None], -2)
+    grouped = torch.unflatten(chosen, 1, (key.shape[1], -1))
+    scores = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * scaling
+    seen = torch.arange(key.shape[-2], device=key.device) <= columns[..., None]
+    if mask is not None:
+        seen = seen & mask[:, None].bool()
+    masked: Tensor = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
+    return masked.softmax(-1)
 
 
 def _probe_attention(

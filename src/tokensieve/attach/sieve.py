@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tokensieve.attach.cache import later_step, remember, state_of
-from tokensieve.attach.connector import Connector, Decisions, Prefill
+from tokensieve.attach.cache import States, later_step, remember, states_of
+from tokensieve.attach.connector import Connector, Decisions, Plan, Prefill
+from tokensieve.attach.decoder import DecoderHooks
 from tokensieve.attach.encoder import EncoderHooks
+from tokensieve.attach.stream import Run
 from tokensieve.attach.words import UserWords
-from tokensieve.methods import Method, Needs, Positions, parse
+from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
 from tokensieve.models import family_of
 from tokensieve.reduction import Reduction
 
+STAGES = ("encoder", "connector", "decoder")
 _attached: weakref.WeakValueDictionary[int, Sieve] = weakref.WeakValueDictionary()  # by id; the hooks keep it alive
 _lock = threading.Lock()
 
@@ -62,27 +65,50 @@ class Sieve:
     """An attached method. Use as a context manager, or call :meth:`detach`.
 
     Attributes:
-        last: `[sample][image]`, the Reduction of each image in the latest prefill.
+        tokens: `[sample][image]`, how many of its tokens each block of the LLM saw in that prefill.
     """
 
     def __init__(
         self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
     ) -> None:
         family = family_of(model)
+        for stage in stages:
+            if stage.info.stage not in family.stages:
+                raise ValueError(f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}")
         by_stage = {stage.info.stage: stage for stage in stages}
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
+        decoder = by_stage.get("decoder")
         needs = connector.needs if connector is not None else Needs()
         self.model, self.stages, self.positions = model, stages, positions
-        self.last: Decisions = []
+        self._last: list[list[Plan]] = []
+        self._decisions: Decisions | None = None
+        self.tokens: list[list[list[int]]] = []
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
-        words = UserWords(model, processor) if needs.text else None
-        self._connector = Connector(model, connector, positions, words, replay)
+        words = UserWords(model, processor) if any(stage.needs.text for stage in stages) else None
+        self._connector = Connector(model, connector, positions, words if needs.text else None, replay)
         self._encoder = EncoderHooks(family, model, needs, encoder)
+        self._decoder: DecoderHooks | None = None
+        if isinstance(decoder, DecoderMethod):
+            try:
+                self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None)
+            except ValueError:
+                self._encoder.remove()
+                raise
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, always_call=True),
         ]
+
+    @property
+    def last(self) -> Decisions:
+        """`[sample][image]`, the Reduction of each image in the latest prefill, all stages as one."""
+        if self._decisions is None:  # composed when somebody looks, not in the prefill
+            self._decisions = [[plan.final() for plan in row] for row in self._last]
+        return self._decisions
+
+    def _note(self, plans: list[list[Plan]], tokens: list[list[list[int]]]) -> None:
+        self._last, self._decisions, self.tokens = plans, None, tokens
 
     def detach(self) -> None:
         """Remove every hook: the model is what it was before. Does nothing the second time."""
@@ -96,6 +122,8 @@ class Sieve:
         for handle in self._handles:
             handle.remove()
         self._encoder.remove()
+        if self._decoder is not None:
+            self._decoder.remove()
 
     def __enter__(self) -> Sieve:
         return self
@@ -112,22 +140,50 @@ class Sieve:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
-        state = state_of(cache)
+        states = states_of(cache)
         if self._encoder.downsample is not None and _shows(kwargs, "pixel_values_videos", "video"):
             raise ValueError(f"{self._encoder.downsample} resizes images; videos are not supported")
         if _shows(kwargs, "pixel_values", "image"):
+            if self._decoder is not None:
+                self._decoder.check(kwargs)
             prefill: Prefill = self._connector.prefill(kwargs)
-            self._local.prefill, self.last = prefill, prefill.decisions
+            self._local.prefill = prefill
+            if self._decoder is not None:
+                self._decoder.start(prefill)
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
-            self.last = []  # a prompt without images
-        return ((), later_step(kwargs, state, cache)) if state is not None else None
+            self._note([], [])  # a prompt without images
+        if states is None:
+            return None
+        if self._decoder is not None:
+            self._decoder.resume(states.blocks, kwargs.get("attention_mask"))
+        elif states.blocks:
+            raise ValueError("tokens left this cache inside the LLM: continue with the decoder method attached")
+        return (), later_step(kwargs, states.entry, cache)
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
         prefill, self._local.prefill = self._local.prefill, None
+        run = self._decoder.finish() if self._decoder is not None else None
+        if prefill is None or output is None:
+            return
+        plans = (prefill.plans if run is None else run.plans)[:: prefill.copies]
+        self._note(plans, self._tokens(plans, run, prefill.copies))
         cache = getattr(output, "past_key_values", None)
-        if prefill is not None and prefill.state is not None and cache is not None:
-            remember(cache, prefill.state)
+        states = States(prefill.state, {} if run is None else run.states)
+        # a batch whose longest row lost nothing is as wide as before: then only its padding tells
+        if cache is not None and (states.blocks or states.entry.dropped or states.entry.padded):
+            remember(cache, states)
+
+    def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:
+        blocks = range(len(self.model.get_decoder().layers))
+        inside = {} if run is None else {block: rows[::copies] for block, rows in run.tokens.items()}
+        return [
+            [
+                [inside[b][row][image] if b in inside else plan.decision.slots for b in blocks]
+                for image, plan in enumerate(plans)
+            ]
+            for row, plans in enumerate(entered)
+        ]
 
 
 def _kind(stages: list[Method]) -> type[Sieve]:
@@ -164,6 +220,6 @@ def _read(
         raise ValueError(f"two methods of the same stage cannot be combined; got {', '.join(order)}")
     if "fusion" in order and len(order) > 1:
         raise ValueError(f"a fusion method acts alone; got {', '.join(order)}")
-    if order != sorted(order, key=("encoder", "connector", "fusion").index):
-        raise ValueError(f"stages must stand in the order encoder, connector; got {', '.join(order)}")
+    if "fusion" not in order and order != sorted(order, key=STAGES.index):
+        raise ValueError(f"stages must stand in the order {', '.join(STAGES)}; got {', '.join(order)}")
     return stages, None

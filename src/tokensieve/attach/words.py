@@ -40,7 +40,8 @@ class UserWords:
                 if i == 0:
                     content.insert(0, {"type": "image"})
                 messages.append({"role": ("user", "assistant")[i % 2], "content": content})
-            rendered = processor.apply_chat_template(messages, add_generation_prompt=len(turns) % 2 == 1)
+            asks = len(turns) % 2 == 1
+            rendered = processor.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
             ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
             return ids
 
@@ -64,6 +65,11 @@ class UserWords:
         Raises:
             ValueError: if a row with an image has no word.
         """
+        index, real = self.find(ids)
+        return self.model.get_input_embeddings()(ids.gather(1, index)), real
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of each row's words, `[B, M]`, and which of them are real, `[B, M]` bool; raises as above."""
         rows = [self.columns(row) for row in ids.tolist()]
         image = self.model.config.image_token_id
         for i, (found, row) in enumerate(zip(rows, ids.tolist(), strict=True)):
@@ -72,7 +78,7 @@ class UserWords:
         width = max(map(len, rows), default=0)
         index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64, device=ids.device)
         real = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows], device=ids.device)
-        return self.model.get_input_embeddings()(ids.gather(1, index)), real
+        return index, real
 
     def columns(self, row: list[int]) -> list[int]:
         """Columns of one prompt's words, ascending."""

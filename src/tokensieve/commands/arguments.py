@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -21,6 +21,15 @@ ImageFile: TypeAlias = Annotated[Path, typer.Argument(help="Image file.", show_d
 
 METHODS = "vtc-cls, trsm, fastervlm, divprune, pool, random"
 KEEPS = "25%, 11%"
+
+
+def convention(text: str) -> Literal["kept", "average"]:
+    """The budget convention that a text names; ``ValueError`` if it names none."""
+    if text == "kept":
+        return "kept"
+    if text == "average":
+        return "average"
+    raise ValueError(f"--budget must be 'kept' or 'average'; got {text!r}")
 
 
 def split_specs(text: str) -> list[str]:

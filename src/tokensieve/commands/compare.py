@@ -10,7 +10,17 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.commands.arguments import KEEPS, METHODS, Json, Keeps, Methods, Model, split_budgets, split_specs
+from tokensieve.commands.arguments import (
+    KEEPS,
+    METHODS,
+    Json,
+    Keeps,
+    Methods,
+    Model,
+    convention,
+    split_budgets,
+    split_specs,
+)
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.commands.loading import load_model
 
@@ -35,6 +45,9 @@ def compare(
     answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
     prompt: Annotated[str, typer.Option(help="What the user says; {question} is replaced.")] = "{question}",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
+    budget: Annotated[
+        str, typer.Option(help="What --keep counts: 'kept' tokens, or 'average' over the LLM's blocks.")
+    ] = "kept",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 3,
     measure: Annotated[bool, typer.Option(help="Measure FLOPs, latency and memory, too.")] = True,
     report: Annotated[bool, typer.Option(help="Write report.html (needs the 'report' extra).")] = True,
@@ -46,7 +59,8 @@ def compare(
     from tokensieve.evaluate.plan import plan
 
     specs, keeps = split_specs(methods), split_budgets(keep)
-    plan(specs, keeps, seeds=seeds, oracle=False)  # a bad spec is refused before anything is loaded
+    counted = convention(budget)
+    plan(specs, keeps, seeds=seeds, oracle=False, budget=counted)  # a bad spec is refused before anything is loaded
     if report:
         from tokensieve.report.extra import check_report_extra
 
@@ -66,6 +80,7 @@ def compare(
             max_new_tokens=max_new_tokens,
             metric=metric,
             seeds=seeds,
+            budget=counted,
             prompt=prompt,
             measure=measure,
             progress=bar,

@@ -84,12 +84,13 @@ class Answerer:
                 **encoded(self.model, inputs), do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens
             )
         texts = decode(self.processor, generated, inputs.tensors["input_ids"].shape[1])
-        return [self._record(*row) for row in zip(batch, texts, sieve.last, strict=True)]
+        return [self._record(*row) for row in zip(batch, texts, sieve.last, sieve.tokens, strict=True)]
 
-    def _record(self, sample: Sample, text: str, images: list[Reduction]) -> Answer:
-        (reduction,) = images
+    def _record(self, sample: Sample, text: str, images: list[Reduction], tokens: list[list[int]]) -> Answer:
+        (reduction,), (blocks,) = images, tokens
+        average = sum(blocks) / len(blocks)
         recorded = reduction.to_json() if sample.id in self.examples else None
-        return Answer(self.keys[sample.id], text, reduction.total, reduction.slots, reduction.grid, recorded)
+        return Answer(self.keys[sample.id], text, reduction.total, reduction.slots, average, reduction.grid, recorded)
 
     def _batch_inputs(self, number: int, batch: Sequence[Sample]) -> Inputs:
         if number in self._inputs:

@@ -19,7 +19,7 @@ from tokensieve.evaluate.identity import model_identity, model_name
 from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
-from tokensieve.evaluate.plan import Run, plan
+from tokensieve.evaluate.plan import Convention, Run, plan
 from tokensieve.evaluate.results import Row
 from tokensieve.evaluate.table import Table
 from tokensieve.methods.registry import nearest
@@ -42,6 +42,7 @@ def compare(
     max_new_tokens: int = 16,
     metric: str = "exact",
     seeds: int = 3,
+    budget: Convention = "kept",
     prompt: str = "{question}",
     processor_for_text: bool = True,
     measure: bool = True,
@@ -67,6 +68,8 @@ def compare(
         max_new_tokens: longest answer.
         metric: a name in :data:`~tokensieve.evaluate.metrics.METRICS`.
         seeds: runs of a method with an open ``seed``.
+        budget: whether ``keeps`` count the tokens "kept" in the end or, for methods inside the LLM, on "average" over
+            its blocks; the rows always tell both.
         prompt: what the user says; ``{question}`` is replaced.
         processor_for_text: give ``attach`` the processor, so that text-informed methods see the user's words only.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
@@ -80,7 +83,7 @@ def compare(
         OutputError: nothing more can be written (a full disk). What was written before is kept.
     """
     _check(model, samples, metric, batch_size, prompt)
-    entries = plan(methods, keeps, seeds=seeds, oracle=any(sample.boxes for sample in samples))
+    entries = plan(methods, keeps, seeds=seeds, oracle=any(sample.boxes for sample in samples), budget=budget)
     words = processor if processor_for_text else None
     for run in (run for entry in entries for run in entry.runs if run.stages):
         attach(model, run.stages, processor=words).detach()  # what this model cannot run is refused before it starts
@@ -101,7 +104,7 @@ def compare(
     place = environment(model)
     costs = Costs(model, words, lambda: answerer.inputs(samples[:1]), journal, place) if measure else None
     settings = setup | {"model": model_name(model), "samples": len(samples), "metric": metric, "seeds": seeds}
-    settings |= {"batch_size": batch_size}
+    settings |= {"budget": budget, "batch_size": batch_size}
     report = _Progress(progress, len(samples) * sum(len(entry.runs) for entry in entries))
     for entry in entries:
         decide = partial(_oracle, answerer, journal, entry.keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -65,8 +66,10 @@ def _errors(name: str) -> Iterator[None]:
         raise DataError(f"{name}: no such image file") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image") from None
-    except Image.DecompressionBombError:
-        raise DataError(f"{name}: too large; the limit is {MAX_PIXELS:,} pixels") from None
+    except Image.DecompressionBombError as error:
+        found = re.search(r"(\d+) pixels", str(error))  # Pillow refuses before it tells the size otherwise
+        size = f"{int(found[1]):,} pixels are too many" if found else "too large"
+        raise DataError(f"{name}: {size}; the limit is {MAX_PIXELS:,} pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{name}: the image cannot be read ({reason})") from None

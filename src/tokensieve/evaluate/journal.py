@@ -21,6 +21,7 @@ class Answer:
         sample: key of the sample (see :func:`tokensieve.evaluate.identity.sample_key`).
         text: the answer.
         before, after: visual tokens of its image.
+        average: its tokens averaged over the blocks of the LLM.
         grid: (height, width) of the tokens before, if they form one.
         reduction: the decision as JSON, kept for a few examples only.
     """
@@ -29,6 +30,7 @@ class Answer:
     text: str
     before: int
     after: int
+    average: float
     grid: tuple[int, int] | None = None
     reduction: dict[str, Any] | None = None
 

@@ -8,11 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
 from tokensieve.budget import Budget
 from tokensieve.methods import Method, parse
 
 ORACLE = "oracle"
+Convention: TypeAlias = Literal["kept", "average"]
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,31 @@ class Entry:
     runs: tuple[Run, ...]
 
 
-def plan(methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle: bool) -> list[Entry]:
+def plan(
+    methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle: bool, budget: Convention = "kept"
+) -> list[Entry]:
     """The rows, full first, the oracle's last; repeated ones are left out.
 
     A spec whose budget is open runs at every one of ``keeps`` (at its own default if there is none), a spec with a
     budget of its own only there.
 
+    Args:
+        budget: what ``keeps`` count: the tokens kept in the end, or, for methods inside the LLM, the tokens averaged
+            over its blocks. For methods before the LLM the two are the same.
+
     Raises:
-        ValueError: unknown method or parameter, bad budget, fewer than one seed.
+        ValueError: unknown method, parameter or convention, bad budget, fewer than one seed.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
-    entries = [_entry("full", None, 1)]
+    if budget not in get_args(Convention):
+        raise ValueError(f"budget must be 'kept' or 'average'; got {budget!r}")
+    entries = [_entry("full", {}, 1)]
     for spec in methods:
-        entries += [_entry(spec, keep, seeds) for keep in (keeps if _is_open(spec, "keep") and keeps else [None])]
+        name = _budget_of(spec, budget)
+        entries += (
+            [_entry(spec, {name: keep}, seeds) for keep in keeps] if name and keeps else [_entry(spec, {}, seeds)]
+        )
     if oracle:
         entries += [Entry(ORACLE, keep, (Run(f"{ORACLE}(keep={keep!r})", ()),)) for keep in keeps]
     unique: dict[tuple[str, ...], Entry] = {}
@@ -59,10 +72,18 @@ def plan(methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle:
     return list(unique.values())
 
 
-def _entry(spec: str, keep: Budget | None, seeds: int) -> Entry:
-    given = {} if keep is None else {"keep": keep}
+def _budget_of(spec: str, budget: Convention) -> str | None:
+    """The parameter that a spec leaves open for the budgets."""
+    if _names(spec, "average"):
+        return None
+    if budget == "average" and _is_open(spec, "average"):
+        return "average"
+    return "keep" if _is_open(spec, "keep") else None
+
+
+def _entry(spec: str, given: dict[str, Any], seeds: int) -> Entry:
     stages = parse(spec, **given)
-    budgets = [stage.keep for stage in stages if hasattr(stage, "keep")]
+    budgets = [getattr(stage, "average", None) or stage.keep for stage in stages if hasattr(stage, "keep")]
     runs = [parse(spec, **given, seed=seed) for seed in range(seeds)] if _is_open(spec, "seed") else [stages]
     return Entry(spec, budgets[-1] if budgets else None, tuple(Run(_key(run), tuple(run)) for run in runs))
 
@@ -70,7 +91,12 @@ def _entry(spec: str, keep: Budget | None, seeds: int) -> Entry:
 def _is_open(spec: str, parameter: str) -> bool:
     """Whether some stage has the parameter and the spec does not give it."""
     having = sum(hasattr(stage, parameter) for stage in parse(spec))
-    return having > len(re.findall(rf"[(,]\s*{parameter}\s*=", spec))
+    return having > _names(spec, parameter)
+
+
+def _names(spec: str, parameter: str) -> int:
+    """How often the spec gives the parameter."""
+    return len(re.findall(rf"[(,]\s*{parameter}\s*=", spec))
 
 
 def _key(stages: Sequence[Method]) -> str:

@@ -20,7 +20,8 @@ class Row:
     Attributes:
         method: as the user wrote it; "full" is the unhooked model, "oracle" no method but the headroom: the tokens of
             the asked object first (data with boxes only).
-        keep: the budget; ``None`` for full.
+        keep: the budget; ``None`` for full and for methods without one. Under ``budget="average"`` it is the average
+            that methods inside the LLM were asked for.
         tokens_before, tokens_after: visual tokens per image, mean over the samples.
         tokens_average: tokens per image averaged over the LLM's layers (equal to tokens_after for methods that act
             before the LLM).

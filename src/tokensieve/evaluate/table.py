@@ -51,7 +51,7 @@ class Table:
                 keep=entry.keep,
                 tokens_before=sum(answer.before for answer in counted) / len(counted),
                 tokens_after=after,
-                tokens_average=after,
+                tokens_average=sum(answer.average for answer in counted) / len(counted),
                 samples=len(self.samples),
                 accuracy=float(scores.mean()),
                 accuracy_low=low,

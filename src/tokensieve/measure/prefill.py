@@ -143,8 +143,8 @@ def _name(stages: Sequence[Any]) -> str:
 
 
 def _replayable(stages: Sequence[Any]) -> bool:
-    """True where a replay does the same work less the choosing: not for methods that act in the encoder."""
-    return all(isinstance(stage, Method) and stage.info.stage != "encoder" for stage in stages)
+    """True where a replay does the same work less the choosing: not for methods that act in the encoder or the LLM."""
+    return all(isinstance(stage, Method) and stage.info.stage == "connector" for stage in stages)
 
 
 def _tokens(decisions: Decisions) -> tuple[float, float]:

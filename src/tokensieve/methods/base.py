@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
-from tokensieve.budget import check_budget
-from tokensieve.crossmodal import CrossModal, Merge
+from tokensieve.budget import check_budget, stage_counts
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import Layers, VisualTokens
 
-Stage: TypeAlias = Literal["encoder", "connector", "fusion"]
+Stage: TypeAlias = Literal["encoder", "connector", "decoder", "fusion"]
 Positions: TypeAlias = Literal["original", "contiguous"]
 
 
@@ -24,16 +25,36 @@ class Needs:
         cls_attention: encoder layers whose [CLS] row is wanted (an int or a slice, negative counts from the last).
         text: the embeddings of the user's words.
         grid: the tokens must form a grid.
+        queries: in the LLM, attention rows of the last prompt token ("last") or of every word of the user ("words").
+        own: these rows are those of the stage's own block, asked ahead; else of the block before, which has run.
+        keys: in the LLM, key states of visual tokens and words in the block before.
+        entry: in the LLM, the embeddings of visual tokens and words as they entered it.
+        normed: in the LLM, features and text after the LLM's final norm.
+        residual: in the LLM, what entered the block before, and what its MLP was given.
+        rotary: in the LLM, the rotary embedding at the places of visual tokens and words.
+        cls_similarity: how much each patch resembles the encoder's [CLS] token in what the encoder puts out.
     """
 
     cls_attention: Layers | None = None
     text: bool = False
     grid: bool = False
+    queries: Literal["last", "words"] | None = None
+    own: bool = False
+    keys: bool = False
+    entry: bool = False
+    normed: bool = False
+    residual: bool = False
+    rotary: bool = False
+    cls_similarity: bool = False
 
     def __str__(self) -> str:
         wants = []
         if self.cls_attention is not None:
             wants.append("[CLS] attention")
+        if self.cls_similarity:
+            wants.append("[CLS] similarity")
+        if self.queries is not None:
+            wants.append(f"LLM attention of {self.queries}")
         return ", ".join([*wants, *(name for name in ("text", "grid") if getattr(self, name))]) or "nothing"
 
 
@@ -62,7 +83,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, allowed = getattr(self, field.name), get_args(_hint(type(self), field.name))
-            if field.name == "keep":
+            if field.name == "keep" or (field.name == "average" and value is not None):
                 check_budget(value)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
@@ -76,12 +97,16 @@ class Method(ABC):
     def reduce(self, image: VisualTokens) -> Reduction:
         """Decide for B equal images at once."""
 
+    def count(self, image: VisualTokens) -> int | None:
+        """Tokens that the budget leaves of each image; ``None`` for a method without one."""
+        keep = getattr(self, "keep", None)
+        return None if keep is None else image.count(keep)
+
     def __call__(self, image: VisualTokens) -> Reduction:
         """:meth:`reduce`, unless the budget keeps the image whole: then the identity, with a note saying so."""
-        keep = getattr(self, "keep", None)
-        if keep is not None and image.count(keep) == image.total:
+        if self.count(image) == image.total:
             b, n, _ = image.features.shape
-            note = f"kept whole: keep={keep} does not ask for fewer than its {n} tokens"
+            note = f"kept whole: the budget of {self} does not ask for fewer than its {n} tokens"
             return Reduction.identity(n, b, image.features.device, grid=image.grid, notes=(note,))
         return self.reduce(image)
 
@@ -96,43 +121,72 @@ class Method(ABC):
 
 
 @dataclass(frozen=True)
-class FusionMethod(Method):
-    """Base of methods that act inside a cross-modal encoder, on text and image at once: see :meth:`reduce_pair`."""
+class DecoderMethod(Method):
+    """Base of methods that act inside the LLM: :meth:`reduce` is called once per stage, on hidden states.
 
-    layers: tuple[int, ...]
+    Those with a budget have the fields ``keep`` (tokens after the last stage) and ``average`` (over all blocks); those
+    with several stages may have ``counts`` instead (what each stage leaves; shares are rounded down).
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.layers, tuple | list) and all(type(layer) is int for layer in self.layers)
-        if not whole or list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
-            raise ValueError(f"layers must be layer numbers from 0, ascending, as in (2, 5, 8); got {self.layers!r}")
-
-    @property
-    def acts(self) -> bool:
-        """Whether the parameters ask for any reduction at all; if not, nothing is hooked."""
-        return True
-
-    @property
-    def merges_text(self) -> bool:
-        """Whether text tokens may leave; a head that reads every one of them cannot have that."""
-        return False
-
-    @property
-    def counts_padding(self) -> bool:
-        """Whether padding is reduced like tokens; then masks are averaged, and every query sees its own key."""
-        return False
-
-    @property
-    def follows_sizes(self) -> bool:
-        """Whether a token that stands for several counts that much in an average."""
-        return False
+        counts = getattr(self, "counts", None)
+        if counts is not None:
+            stages = len(getattr(self, "layers", counts))
+            if len(counts) != stages or any(later > earlier for earlier, later in pairwise(counts)):
+                raise ValueError(f"counts must be {stages} budgets, none larger than the one before; got {counts!r}")
+            for budget in counts:
+                check_budget(budget)
 
     @abstractmethod
-    def reduce_pair(self, seen: CrossModal) -> tuple[Merge | None, Merge | None]:
-        """Decide about the text and the image in one layer, for a batch; ``None`` leaves that stream as it is."""
+    def stages(self, depth: int) -> list[int]:
+        """Blocks before which tokens leave, ascending, in an LLM of ``depth`` blocks; use :func:`check_blocks`."""
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        raise ValueError(f"{self.info.name} acts inside cross-modal encoders (ViLT, METER, BridgeTower), not on an LLM")
+    def per_stage(self, entered: int, depth: int) -> list[int] | None:
+        """Tokens that each stage leaves of an image of which ``entered`` entered the LLM; ``None``: no budget.
+
+        Raises:
+            ValueError: if an average is out of reach.
+        """
+        counts, keep = getattr(self, "counts", None), getattr(self, "keep", None)
+        if counts is not None:
+            return [max(1, min(c if isinstance(c, int) else int(c * entered), entered)) for c in counts]
+        if keep is None:
+            return None
+        return stage_counts(entered, depth, self.stages(depth), keep, getattr(self, "average", None))
+
+    def check_average(self, depth: int) -> None:
+        """Refuse, before there is an image, an average that no image can reach."""
+        if isinstance(getattr(self, "average", None), float):
+            self.per_stage(10**6, depth)
+
+    def count(self, image: VisualTokens) -> int | None:
+        depth = image.depth or 10**6  # outside of an LLM only single stages and counts make sense
+        counts = self.per_stage(image.entered or image.total, depth)
+        return None if counts is None else min(counts[image.stage], image.total)
+
+    def wanted(self, image: VisualTokens) -> int:
+        """:meth:`count` of a method that has a budget."""
+        return self.count(image) or image.total
+
+
+def check_blocks(blocks: Sequence[int | float], depth: int) -> list[int]:
+    """Block numbers meant by ``blocks`` in an LLM of ``depth`` blocks: floats are shares of the depth.
+
+    Shares that fall on one block in a shallow LLM take the next ones.
+
+    Raises:
+        ValueError: if tokens cannot leave there.
+    """
+    wanted: list[int] = []
+    for block in blocks:
+        first = wanted[-1] + 1 if wanted else 1
+        wanted.append(block if isinstance(block, int) else max(round(block * depth), first))
+    if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 1 or wanted[-1] >= depth:
+        raise ValueError(
+            f"tokens can leave before blocks 1 to {depth - 1} of this LLM, in ascending order; got {wanted}"
+        )
+    return wanted
 
 
 def _hint(cls: type, name: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.crossmodal import CrossModal, Merge
-from tokensieve.methods.base import FusionMethod
+from tokensieve.methods.fusion import FusionMethod
 from tokensieve.methods.registry import register
 from tokensieve.ops import attention, keep_best, text_relevance
 

@@ -19,7 +19,7 @@ from tokensieve.methods.base import Method, MethodInfo, Needs, Stage
 
 ENTRY_POINTS = "tokensieve.methods"
 _registry: dict[str, type[Method]] = {}
-_NOT_METHODS = {"base", "registry", "spec"}
+_NOT_METHODS = {"base", "fusion", "registry", "spec"}
 M = TypeVar("M", bound=type[Method])
 
 
@@ -113,6 +113,6 @@ def _from_file(file: str, class_name: str) -> type[Method]:
             n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method
         ]
         raise ValueError(f"{file} has no method class {class_name!r}; {nearest(class_name, found)}")
-    if not hasattr(cls, "info"):
+    if "info" not in vars(cls):  # its own, not that of a method it derives from
         raise ValueError(f"{class_name} in {file} is not registered: decorate it with @tokensieve.register(...)")
     return cls

@@ -76,8 +76,12 @@ def _call(rest: str, spec: str) -> tuple[dict[str, Any], str]:
             continue  # this parenthesis closes a tuple or stands in a string: try the next one
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             break
+        if len({k.arg for k in call.keywords}) < len(call.keywords):
+            break
         try:
             return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}, rest[end:]
         except ValueError:
             break
-    raise ValueError(f"cannot read the method spec {spec!r}: arguments are key=literal pairs in parentheses")
+    raise ValueError(
+        f"cannot read the method spec {spec!r}: arguments are key=literal pairs in parentheses, each key once"
+    )

@@ -25,7 +25,7 @@ class Family(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    stages: ClassVar[tuple[Stage, ...]] = ("encoder", "connector")
+    stages: ClassVar[tuple[Stage, ...]] = ("encoder", "connector", "decoder")
 
     def tower(self, model: Any) -> nn.Module:
         """The vision tower."""

@@ -16,6 +16,30 @@ def pooled_grid(grid: Grid, k: int) -> Grid:
     return max(((h, min(width, k // h)) for h in range(1, min(height, k) + 1)), key=room)
 
 
+def keep_and_average(
+    kept: Tensor, sources: Tensor, cluster: Tensor, centres: Tensor, *, appended: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Some tokens as they are, and beside them the means of clusters of others.
+
+    Args:
+        kept: `[..., K]` tokens that stay, ascending.
+        sources: `[..., S]` tokens that are averaged.
+        cluster: `[..., S]`, which of C clusters each of them belongs to.
+        centres: `[..., C]`, numbers among the sources: a cluster's mean stands at its centre's place.
+        appended: the means stand after the kept tokens instead, in the places that both together take up.
+
+    Returns:
+        anchors `[..., K + C]`, slot, source `[..., K + S]` and weight; the weights of a slot sum to 1.
+    """
+    k = kept.shape[-1]
+    anchors, order = torch.cat([kept, sources.gather(-1, centres)], -1).sort(-1)
+    slots = torch.arange(order.shape[-1], device=order.device).expand_as(order) if appended else order.argsort(-1)
+    sizes = torch.zeros_like(centres).scatter_add(-1, cluster, torch.ones_like(cluster))
+    slot = torch.cat([slots[..., :k], slots.gather(-1, cluster + k)], -1)
+    weight = torch.cat([torch.ones_like(kept, dtype=torch.float32), 1 / sizes.gather(-1, cluster)], -1)
+    return anchors, slot, torch.cat([kept, sources], -1), weight
+
+
 def area_pool(grid: Grid, cells: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """2-D average pooling by area: each cell is the mean of the tokens under it, border tokens counted by overlap.
 

@@ -14,9 +14,33 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return order[..., :k].sort(dim=-1).values
 
 
+def top_k_per_group(scores: Tensor, k: int, groups: int) -> Tensor:
+    """Indices of the largest in each of ``groups`` consecutive stretches of `[..., N]`, ``k`` in all, ascending."""
+    total, groups = scores.shape[-1], min(groups, k)
+    bounds = [total * g // groups for g in range(groups + 1)]
+    quotas = [k * (g + 1) // groups - k * g // groups for g in range(groups)]
+    chosen = [
+        top_k(scores[..., start:end], quota) + start
+        for start, end, quota in zip(bounds[:-1], bounds[1:], quotas, strict=True)
+    ]
+    return torch.cat(chosen, -1)
+
+
 def uniform(total: int, k: int, device: torch.device | None = None) -> Tensor:
     """``k`` of ``total`` indices at equal stride, each in the middle of its stretch, `[k]`."""
     return ((torch.arange(k, device=device) * 2 + 1) * total).div(2 * k, rounding_mode="floor")
+
+
+def knee(scores: Tensor) -> Tensor:
+    """How many of `[..., N]` scores lie before the knee of their descending curve, `[...]` in 1 … N.
+
+    The knee is the point farthest from the chord between the largest and the smallest score.
+    """
+    curve = scores.float().sort(dim=-1, descending=True).values
+    high, low = curve[..., :1], curve[..., -1:]
+    heights = (curve - low) / (high - low).clamp(min=torch.finfo(torch.float32).tiny)
+    along = torch.linspace(0, 1, curve.shape[-1], device=curve.device)
+    return (along + heights - 1).abs().argmax(-1) + 1
 
 
 def max_min(rows: Tensor, k: int) -> Tensor:

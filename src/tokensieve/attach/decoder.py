@@ -1,0 +1,236 @@
+"""The decoder stage: visual tokens leave between two blocks of the LLM.
+
+In a prefill, the hook on a stage's block lets the method decide and gathers the hidden states (``_reduce``); the hooks
+on it and on every later block hand on positions and mask of the shorter sequence (``_shorten``). Each block's cache
+then holds what that block saw, and one :class:`~tokensieve.attach.cache.State` per block is what later steps need
+(``_translate``). Outside a call of the top-level model the hooks do nothing: the LLM may be called by others, too.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_causal_mask
+
+from tokensieve.attach.cache import State, step_mask
+from tokensieve.attach.connector import Prefill
+from tokensieve.attach.decoder_evidence import DecoderEvidence
+from tokensieve.attach.layout import equal_groups
+from tokensieve.attach.stream import Run
+from tokensieve.attach.words import UserWords
+from tokensieve.methods import DecoderMethod, Positions
+
+
+@dataclass
+class Step:
+    """A later call on a reduced cache: the states, the caller's mask, and the masks made so far."""
+
+    states: dict[int, State]
+    mask: Tensor | None
+    made: dict[int, Tensor | None] = field(default_factory=dict)
+
+
+class DecoderHooks:
+    """Hooks on the blocks of one LLM, for one decoder method.
+
+    Raises:
+        ValueError: if the method names a block that the LLM does not have, an average that its stages cannot reach, or
+            if blocks attend in windows.
+    """
+
+    def __init__(self, model: Any, method: DecoderMethod, positions: Positions, words: UserWords | None) -> None:
+        self.decoder, self.method, self.positions, self.words = model.get_decoder(), method, positions, words
+        blocks = list(self.decoder.layers)
+        self.depth, self.stages = len(blocks), method.stages(len(blocks))
+        kinds = set(getattr(self.decoder.config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            raise ValueError(f"decoder methods need full attention in every block; this LLM has {', '.join(kinds)}")
+        method.check_average(self.depth)
+        self._local = threading.local()
+        self.evidence = DecoderEvidence(self.decoder, method, self.stages, self._current)
+        self._handles = [
+            block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+            for number, block in enumerate(blocks)
+            if number >= self.evidence.first
+        ]
+        if hasattr(self.decoder, "_deepstack_process"):
+            self.decoder._deepstack_process = partial(self._deepstack, self.decoder._deepstack_process)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.evidence.remove()
+        self.decoder.__dict__.pop("_deepstack_process", None)
+
+    # -- called by the sieve ------------------------------------------------------------------------------------------
+
+    def check(self, kwargs: dict[str, Any]) -> None:
+        """Refuse a prompt that cannot be reduced inside the LLM, before anything runs."""
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
+        logits = kwargs.get("logits_to_keep")
+        if (self.evidence.probes or self.method.needs.text) and isinstance(logits, int) and logits > 1:
+            raise ValueError(
+                f"{self.method.info.name} goes by the end of the prompt, which assisted decoding hides behind "
+                "candidates; generate without an assistant (or, in a plain forward, with logits_to_keep=1)"
+            )
+
+    def start(self, prefill: Prefill) -> None:
+        """Arm the hooks for a prompt, as the connector stage left it.
+
+        Raises:
+            ValueError: if a budget is out of reach for an image, or a row has no words to go by.
+        """
+        for entered in {plan.decision.slots for plans in prefill.plans for plan in plans}:
+            self.method.per_stage(entered, self.depth)
+        words = self.words.find(prefill.kwargs["input_ids"]) if self.words is not None else None
+        self._local.call = Run.enter(prefill, words)
+        self.evidence.arm()
+
+    def resume(self, states: dict[int, State], mask: Tensor | None) -> None:
+        """Arm the hooks for a step on a reduced cache; ``mask`` is the caller's."""
+        self._local.call = Step(states, mask)
+
+    def finish(self) -> Run | None:
+        """Disarm; returns the prefill, if it was one."""
+        run, self._local.call = self._current(), None
+        self.evidence.disarm()
+        return run
+
+    def _current(self) -> Run | None:
+        call = getattr(self._local, "call", None)
+        return call if isinstance(call, Run) else None
+
+    # -- a prefill ----------------------------------------------------------------------------------------------------
+
+    def _enter(self, number: int, block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What every hooked block does before it runs."""
+        call: Run | Step | None = getattr(self._local, "call", None)
+        if call is None:
+            return None
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if isinstance(call, Run):
+            if number in self.stages:
+                hidden = self._reduce(call, number, hidden, kwargs)
+            if number >= self.stages[0]:
+                self._shorten(call, number, hidden, kwargs)
+            self.evidence.watch(call, number, hidden)
+        elif number in call.states:
+            self._translate(call, number, hidden, kwargs)
+        return (hidden, *args[1:]), kwargs
+
+    def _reduce(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Let the method decide at a stage, and shorten the hidden states."""
+        before = dict(kwargs)  # positions and mask of the sequence as it is until now
+        self._hand_on(run, number, hidden, before)
+        self.evidence.ask(run, number, hidden, before)
+        images = run.stream.images
+        kept, cloned = [list(of_row) for of_row in images], False
+        flat = [(row, image) for row, of_row in enumerate(images) for image in range(len(of_row))]
+        # images of equal size, now and at the start, are decided upon in one call
+        sizes = [(len(images[r][i]), run.plans[r][i].decision.slots, run.plans[r][i].decision.grid) for r, i in flat]
+        for group in equal_groups(sizes):
+            members = [flat[g] for g in group]
+            decision = self.method(self.evidence.tokens(run, number, hidden, before["position_embeddings"], members))
+            for (row, image), one in zip(members, decision, strict=True):
+                columns = images[row][image]
+                kept[row][image] = columns[one.anchors]
+                if one.mixing is not None:  # merged rows take their anchors' places before the others leave
+                    hidden, cloned = hidden if cloned else hidden.clone(), True
+                    hidden[row, kept[row][image]] = one.apply(hidden[row, columns])
+                run.plans[row][image] = run.plans[row][image].then_inside(one)
+        if number == self.stages[-1]:
+            run.seen.clear()  # nobody will ask again: free the memory
+        chosen = run.move(kept)
+        return hidden if chosen is None else chosen.take_rows(hidden)
+
+    def _shorten(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Give one block what belongs to the shorter sequence, and note what its cache must remember."""
+        run.tokens[number] = [[len(columns) for columns in images] for images in run.stream.images]
+        if run.untouched:
+            return
+        self._hand_on(run, number, hidden, kwargs)
+        if run.state is None:
+            run.state = self._state(run)
+        run.states[number] = run.state
+
+    def _hand_on(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Replace positions and mask by those of the stream, in place."""
+        if run.untouched:
+            return
+        if run.positions is None:
+            run.positions = self._positions(run, hidden, kwargs)
+            run.mask = self._mask(number, hidden, kwargs, run.stream.mask)
+        kwargs["position_embeddings"], kwargs["position_ids"] = run.positions
+        kwargs["attention_mask"] = run.mask
+
+    def _positions(self, run: Run, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+        """Position embeddings and ids of the stream, from those of the entry."""
+        columns, ids = run.stream.columns, kwargs.get("position_ids")
+        embeddings = tuple(columns.take_rows(part) for part in kwargs["position_embeddings"])
+        ids = None if ids is None else columns.take(ids)
+        if self.positions == "contiguous":
+            numbered, rows = run.stream.numbered(), run.renumbered()
+            embeddings = self._renumber(hidden, numbered, rows, embeddings)
+            ids = numbered if ids is None or rows is None else numbered.where(rows, ids)
+        return embeddings, ids
+
+    def _renumber(self, hidden: Tensor, numbered: Tensor, rows: Tensor | None, otherwise: Any) -> Any:
+        """(cos, sin) at the positions ``numbered`` `[B, n]` in the given rows, ``otherwise`` in the others."""
+        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
+        axes = numbered.expand(3, *numbered.shape) if "mrope_section" in rope else numbered
+        made = self.decoder.rotary_emb(hidden, axes)
+        if rows is None:
+            return made
+        return tuple(new.where(rows[..., None], old) for new, old in zip(made, otherwise, strict=True))
+
+    def _mask(self, number: int, hidden: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
+        made: Tensor | None = create_causal_mask(
+            config=self.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            past_key_values=kwargs.get("past_key_values"),
+            layer_idx=number,
+        )
+        return made
+
+    def _state(self, run: Run) -> State:
+        stream, entry = run.stream, run.prefill.state
+        tail = run.prefill.visual.shape[1] - entry.mask.shape[1]
+        mask = torch.ones_like(stream.visual, dtype=torch.long) if stream.mask is None else stream.mask
+        renumbered = run.renumbered() if self.positions == "contiguous" else None
+        return State(mask[:, : stream.width - tail], stream.columns.padded, entry.length, renumbered=renumbered)
+
+    def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
+        """Deepstack features are added after a block: to the tokens that are left, reduced as they were."""
+        run = self._current()
+        if run is not None and not run.untouched:
+            plans = [plan for of_row in run.plans for plan in of_row]
+            parts = torch.split(features, [plan.decision.slots for plan in plans])
+            features = torch.cat([plan.reduce_inside(part) for plan, part in zip(plans, parts, strict=True)])
+            visual = run.stream.visual
+        out: Tensor = process(hidden, visual, features)
+        return out
+
+    # -- a later step -------------------------------------------------------------------------------------------------
+
+    def _translate(self, step: Step, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Positions and mask of a later step for one block, by what its cache holds."""
+        state, cache = step.states[number], kwargs["past_key_values"]
+        seen = cache.get_seq_length(number)
+        if kwargs.get("attention_mask") is not None or step.mask is not None or state.padded:
+            if id(state) not in step.made:
+                mask = step_mask(state, step.mask, seen + hidden.shape[1])
+                step.made[id(state)] = self._mask(number, hidden, kwargs, mask)
+            kwargs["attention_mask"] = step.made[id(state)]
+        if self.positions == "contiguous":
+            held = state.mask.sum(-1, keepdim=True) + seen - state.length
+            numbered = held + torch.arange(hidden.shape[1], device=hidden.device)
+            given = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = self._renumber(hidden, numbered, state.renumbered, given)

@@ -1,0 +1,158 @@
+"""What a decoder method asks to be given, read while the blocks run and handed out at a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.attach.layout import on_device
+from tokensieve.attach.probe import Probe, attention_of_queries
+from tokensieve.attach.stream import Run
+from tokensieve.methods import DecoderMethod
+from tokensieve.tokens import VisualTokens
+
+Member = tuple[int, int]  # a row of the batch, and which of its images
+
+
+class DecoderEvidence:
+    """Reads from the blocks of one LLM what one method needs, and nothing else.
+
+    Args:
+        decoder: the LLM.
+        method: whose needs are met.
+        stages: the blocks before which it acts.
+        current: the prefill of this thread.
+    """
+
+    def __init__(
+        self, decoder: Any, method: DecoderMethod, stages: list[int], current: Callable[[], Run | None]
+    ) -> None:
+        self.decoder, self.needs, self.stages, self.current = decoder, method.needs, stages, current
+        self.probes: dict[int, Probe] = {}
+        if self.needs.queries is not None or self.needs.keys:
+            asked = {stage: decoder.layers[stage - (not self.needs.own)] for stage in stages}
+            self.probes = {stage: Probe(block.self_attn, self._read) for stage, block in asked.items()}
+        self._handles = []
+        if self.needs.residual:
+            norms = [decoder.layers[stage - 1].post_attention_layernorm for stage in stages]
+            self._handles = [norm.register_forward_hook(self._normed) for norm in norms]
+        self.first = 0 if self.needs.entry else stages[0] - self.needs.residual
+        """The first block that must tell :meth:`watch` what enters it."""
+
+    def remove(self) -> None:
+        for probe in self.probes.values():
+            probe.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def arm(self) -> None:
+        for probe in self.probes.values():
+            probe.arm()
+
+    def disarm(self) -> None:
+        for probe in self.probes.values():
+            probe.take()
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def watch(self, run: Run, number: int, hidden: Tensor) -> None:
+        """Take note of what enters block ``number``."""
+        if self.needs.entry and number == 0:
+            run.seen["embeddings"] = hidden
+        if self.needs.residual and number + 1 in self.stages:
+            run.seen["before"] = hidden
+
+    def ask(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Take what the probe of a stage read in the block before, or let the stage's own block read ahead."""
+        if number not in self.probes:
+            return
+        probe = self.probes[number]
+        if self.needs.own:
+            with probe.only():  # runs the block up to its queries and keys, no further
+                self.decoder.layers[number].forward(hidden, **{**kwargs, "past_key_values": None})
+        (read,) = probe.take()
+        run.seen |= read
+
+    def _read(self, query: Tensor, key: Tensor, scaling: float) -> dict[str, Tensor]:
+        """Rows of the wanted queries, `[B, H, Q, n]`, and keys with heads side by side, `[B, n, E]`."""
+        run, read = self.current(), {}
+        assert run is not None  # probes are armed in prefills only
+        stream = run.stream
+        if self.needs.queries == "words":
+            assert stream.words is not None
+            read["queries"] = attention_of_queries(query, key, scaling, stream.words[0], stream.mask)
+        elif self.needs.queries == "last":
+            last = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
+            read["queries"] = attention_of_queries(query, key, scaling, last, stream.mask)
+        if self.needs.keys:
+            read["keys"] = key.transpose(1, 2).flatten(2)
+        return read
+
+    def _normed(self, norm: nn.Module, args: Any, output: Tensor) -> None:
+        run = self.current()
+        if run is not None:
+            run.seen["middle"] = output
+
+    # -- handing out --------------------------------------------------------------------------------------------------
+
+    def tokens(self, run: Run, number: int, hidden: Tensor, positions: Any, members: list[Member]) -> VisualTokens:
+        """What the method sees of equal images: `[G, N]` of G ``members``.
+
+        Args:
+            hidden: what enters block ``number``, before anything leaves.
+            positions: (cos, sin) of that sequence.
+        """
+        needs, stream, seen = self.needs, run.stream, run.seen
+        of = on_device([row for row, _ in members], hidden.device)
+        columns = torch.stack([stream.images[row][image] for row, image in members])
+        words = mask = None
+        if stream.words is not None:
+            words, mask = stream.words[0][of], stream.words[1][of]
+
+        def at(rows: Tensor | None, columns: Tensor | None) -> Tensor | None:
+            return None if rows is None or columns is None else rows.expand(len(hidden), -1, -1)[of[:, None], columns]
+
+        states = self.decoder.norm(hidden) if needs.normed else hidden
+        turned = _turned(*positions) if needs.rotary else None
+        queries, embeddings, first = seen.get("queries"), seen.get("embeddings"), None
+        if embeddings is not None:
+            first = torch.stack([run.entry.images[row][image] for row, image in members])
+        features = at(states, columns)
+        assert features is not None
+        return VisualTokens(
+            features,
+            text=at(states, words),
+            text_mask=mask,
+            queries=None if queries is None else queries[of].take_along_dim(columns[:, None, None], -1),
+            keys=at(seen.get("keys"), columns),
+            text_keys=at(seen.get("keys"), words),
+            entry=at(embeddings, first),
+            text_entry=at(embeddings, None if run.entry.words is None else run.entry.words[0][of]),
+            before=at(seen.get("before"), columns),
+            middle=at(seen.get("middle"), columns),
+            rotary=at(turned, columns),
+            text_rotary=at(turned, words),
+            stage=self.stages.index(number),
+            depth=len(self.decoder.layers),
+            **_whereabouts(run, members, needs.grid),
+        )
+
+
+def _whereabouts(run: Run, members: list[Member], grid: bool) -> dict[str, Any]:
+    """How many tokens of equal images entered the LLM and, if a grid is asked for, where in them the rest stands."""
+    plans = [run.plans[row][image] for row, image in members]
+    decision, places = plans[0].decision, None
+    if grid and decision.grid is not None:
+        anchors, width = torch.stack([plan.anchors for plan in plans]), decision.grid[1]
+        places = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
+    left = decision.slots if not plans[0].inside else plans[0].inside[-1].slots
+    return {"grid": decision.grid if left == decision.total else None, "places": places, "entered": decision.slots}
+
+
+def _turned(cos: Tensor, sin: Tensor) -> Tensor:
+    """A vector of ones as the rotary embedding turns it at each position, `[B, n, d]`."""
+    half = cos.shape[-1] // 2
+    return torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1).float()

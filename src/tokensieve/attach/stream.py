@@ -1,0 +1,137 @@
+"""The sequences of one prefill on their way through the blocks of the LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokensieve.attach.cache import State
+from tokensieve.attach.connector import Plan, Prefill
+from tokensieve.attach.layout import Columns, on_device
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The sequences of a batch as a block of the LLM sees them.
+
+    Attributes:
+        columns: for each column, the one it was at the LLM's entry.
+        visual: `[B, n]` bool, True on visual tokens.
+        mask: `[B, n]` long, 0 on padding; ``None`` if there is none.
+        lengths: per row, the columns that are no padding.
+        images: per row and image, the columns `[K]` of its tokens.
+        words: `[B, M]`, the columns of the user's words, and `[B, M]` bool; ``None`` if nobody asks.
+    """
+
+    columns: Columns
+    visual: Tensor
+    mask: Tensor | None
+    lengths: list[int]
+    images: list[list[Tensor]]
+    words: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def enter(cls, prefill: Prefill, words: tuple[Tensor, Tensor] | None) -> Stream:
+        """The stream at the LLM's entry."""
+        visual, mask = prefill.visual, prefill.kwargs.get("attention_mask")
+        batch, width = visual.shape
+        ordered = (~visual).int().argsort(dim=-1, stable=True)  # visual columns first, in order
+        sizes = [[plan.decision.slots for plan in plans] for plans in prefill.plans]
+        images = [
+            list(torch.split(row[: sum(of_row)], of_row)) if of_row else []
+            for row, of_row in zip(ordered, sizes, strict=True)
+        ]
+        every = torch.arange(width, device=visual.device).expand(batch, -1)
+        real = torch.ones_like(visual) if mask is None else mask.bool()
+        columns = Columns(every, real, min(prefill.lengths) < width)
+        return cls(columns, visual, None if mask is None else mask.long(), prefill.lengths, images, words)
+
+    @property
+    def width(self) -> int:
+        return self.visual.shape[1]
+
+    def keep(self, images: list[list[Tensor]]) -> tuple[Stream, Columns | None]:
+        """The stream in which of every image only the given columns stay, and how to get there (``None``: all stay)."""
+        lost = [_tokens(before) - _tokens(after) for before, after in zip(self.images, images, strict=True)]
+        if not any(lost):
+            return self, None
+        stay = self.columns.valid & ~self.visual
+        for row, kept in zip(stay, images, strict=True):
+            for columns in kept:
+                row.index_fill_(0, columns, True)
+        left = [length - n for length, n in zip(self.lengths, lost, strict=True)]
+        chosen = Columns.of(stay, left)
+        # a column that stays moves to the number of staying columns before it, after the row's new padding
+        padding = on_device([[max(left) - n] for n in left], stay.device)
+        moved = stay.long().cumsum(-1) - 1 + padding
+        following = Stream(
+            columns=Columns(chosen.take(self.columns.index), chosen.valid, chosen.padded),
+            visual=chosen.take(self.visual) & chosen.valid,
+            mask=chosen.valid.long() if chosen.padded else None,
+            lengths=left,
+            images=[[row[columns] for columns in kept] for row, kept in zip(moved, images, strict=True)],
+            words=self.words and (moved.gather(1, self.words[0]).clamp(min=0), self.words[1]),
+        )
+        return following, chosen
+
+    def numbered(self) -> Tensor:
+        """Contiguous position ids, `[B, n]`; padding repeats the first."""
+        mask = torch.ones_like(self.visual) if self.mask is None else self.mask
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@dataclass(eq=False)
+class Run:
+    """A prefill between two blocks.
+
+    Attributes:
+        prefill: how it entered the LLM.
+        entry: the sequences as the first block saw them.
+        stream: the sequences as the next block will see them.
+        plans: `[row][image]`, what became of each image so far.
+        states: for every block that saw fewer tokens than the first, what later steps must know.
+        tokens: visual tokens per image that each block saw, `{block: [row][image]}`.
+        positions: position embeddings and ids of the stream; made by the first block of a stage, used by all of them.
+        mask, state: likewise; the attention mask, and what later steps must know.
+        seen: evidence that was read on the way, by name.
+    """
+
+    prefill: Prefill
+    entry: Stream
+    stream: Stream
+    plans: list[list[Plan]]
+    states: dict[int, State] = field(default_factory=dict)
+    tokens: dict[int, list[list[int]]] = field(default_factory=dict)
+    positions: tuple[Any, Tensor | None] | None = None
+    mask: Tensor | None = None
+    state: State | None = None
+    seen: dict[str, Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def enter(cls, prefill: Prefill, words: tuple[Tensor, Tensor] | None) -> Run:
+        stream = Stream.enter(prefill, words)
+        return cls(prefill, stream, stream, [list(plans) for plans in prefill.plans])
+
+    @property
+    def untouched(self) -> bool:
+        """Whether every token is still there."""
+        return self.stream is self.entry
+
+    def renumbered(self) -> Tensor | None:
+        """`[B, 1]` bool, rows that lost tokens inside the LLM: those that contiguous positions apply to; None: all."""
+        lost = [any(plan.reduced_inside for plan in plans) for plans in self.plans]
+        return None if all(lost) else on_device(lost, self.stream.visual.device)[:, None]
+
+    def move(self, images: list[list[Tensor]]) -> Columns | None:
+        """Let all but the given columns of each image leave; returns how to get there, ``None`` if all stay."""
+        self.stream, chosen = self.stream.keep(images)
+        if chosen is not None:
+            self.positions = self.mask = self.state = None
+        return chosen
+
+
+def _tokens(images: list[Tensor]) -> int:
+    return sum(map(len, images))

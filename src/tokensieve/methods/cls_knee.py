@@ -1,0 +1,27 @@
+"""The half of 2409.01162 before the LLM: patches that resemble [CLS], as many as stand out."""
+
+from dataclasses import dataclass
+
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import knee
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("cls-knee", paper="arXiv:2409.01162", needs=Needs(cls_similarity=True))
+@dataclass(frozen=True)
+class ClsKnee(Method):
+    """Keep the patches most similar to [CLS] in the encoder's output, up to the knee of the sorted similarities.
+
+    Every image keeps its own number. The whole method is ``"cls-knee + text-correlation(keep=...)"``; it needs an
+    encoder with a [CLS] token.
+
+    Paper: "Balancing Performance and Efficiency: A Multimodal Large Language Model Pruning Method based Image Text
+    Interaction", 2024. No code is public; the knee is the point farthest from the chord of the curve.
+    """
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        scores = image.given("cls_similarity").float()
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        return image.keep(order, scores, knee(scores))

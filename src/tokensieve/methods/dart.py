@@ -1,0 +1,76 @@
+"""DART: a few pivots, and for each of them the tokens that resemble it least."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.registry import register
+from tokensieve.ops import normalise, top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("dart", paper="arXiv:2502.11494", stage="decoder", needs=Needs(text=True, keys=True, normed=True))
+@dataclass(frozen=True)
+class Dart(DecoderMethod):
+    """Keep the visual tokens that duplicate a few pivot tokens least, and the visual pivots themselves.
+
+    Pivots are the visual tokens and the words with the largest L1 norm of their keys; in turn, each takes the tokens of
+    lowest cosine to it (after the LLM's final norm) that nobody has taken.
+
+    Args:
+        keep: tokens per image from block ``layer`` on, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all blocks.
+        layer: the first block that sees the shorter sequence.
+        visual_pivots, text_pivots: how many of each.
+        exact: keep what the budget says; else ``visual_pivots + pivots * (budget // pivots)``, as the official code.
+
+    Paper: "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025. The
+    official code visits pivots in the iteration order of a Python set; here by decreasing norm, visual ones first.
+    """
+
+    keep: Budget = 0.222
+    average: Budget | None = None
+    layer: int | float = 2
+    visual_pivots: int = 4
+    text_pivots: int = 4
+    exact: bool = True
+
+    def stages(self, depth: int) -> list[int]:
+        return check_blocks([self.layer], depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        words, mask = image.words()
+        norms = image.given("keys").float().norm(1, -1)
+        text_norms = image.given("text_keys").float().norm(1, -1).masked_fill(~mask, -torch.inf)
+        visual = norms.topk(min(self.visual_pivots, self.wanted(image)), -1).indices
+        # a prompt of fewer words has its pivots twice, so that every image of a batch has as many
+        turns = torch.arange(self.text_pivots, device=norms.device) % mask.sum(-1, keepdim=True)
+        text = text_norms.sort(dim=-1, descending=True, stable=True).indices.gather(-1, turns)
+        pivots = [image.features.take_along_dim(visual[..., None], 1), words.take_along_dim(text[..., None], 1)]
+        kept = least_alike(image.features, torch.cat(pivots, 1), visual, self.shares(image, visual.shape[-1]))
+        return image.keep(kept)
+
+    def shares(self, image: VisualTokens, visual: int) -> list[int]:
+        """How many tokens each pivot adds to the ``visual`` pivots."""
+        wanted, pivots = self.wanted(image), visual + self.text_pivots
+        if self.exact:
+            left = wanted - visual
+            return [left * (turn + 1) // pivots - left * turn // pivots for turn in range(pivots)]
+        return [min(wanted, image.total - visual) // pivots] * pivots
+
+
+def least_alike(rows: Tensor, pivots: Tensor, taken: Tensor, shares: list[int]) -> Tensor:
+    """``taken`` `[B, T]` and, for each pivot in turn, the ``shares[turn]`` rows of lowest cosine that nobody has taken.
+
+    Args:
+        rows: `[B, N, D]`.
+        pivots: `[B, P, D]`.
+    """
+    alike = normalise(rows) @ normalise(pivots).transpose(-1, -2)
+    for turn, share in enumerate(shares):
+        taken = torch.cat([taken, top_k((-alike[..., turn]).scatter(-1, taken, -torch.inf), share)], -1)
+    return taken

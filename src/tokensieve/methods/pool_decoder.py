@@ -1,0 +1,50 @@
+"""LLaVolta's operator: average neighbouring visual tokens between two blocks of the LLM."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tokensieve.methods.base import DecoderMethod, check_blocks
+from tokensieve.methods.registry import register
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("pool-decoder", paper="arXiv:2406.20092", stage="decoder")
+@dataclass(frozen=True)
+class PoolDecoder(DecoderMethod):
+    """Average every ``stride`` visual tokens in raster order, before block ``layer``.
+
+    A mean stands at the position of its middle token.
+
+    Args:
+        stride: tokens per window.
+        incomplete: what becomes of a last window of fewer tokens; the official code drops it.
+        layer: the first block that sees the shorter sequence; a float is a share of the depth.
+
+    Paper: "Efficient Large Multi-modal Models via Visual Context Compression", NeurIPS 2024.
+    """
+
+    stride: int = 8
+    incomplete: Literal["average", "drop"] = "average"
+    layer: int | float = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1; got {self.stride}")
+
+    def stages(self, depth: int) -> list[int]:
+        return check_blocks([self.layer], depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        total, batch, device = image.total, len(image.features), image.features.device
+        if self.incomplete == "drop" and total >= self.stride:
+            total -= total % self.stride
+        source, start = torch.arange(total, device=device), torch.arange(0, total, self.stride, device=device)
+        slot, size = source // self.stride, (total - start).clamp(max=self.stride)
+        anchors, slot, source, weight = (
+            part.expand(batch, -1) for part in (start + (size - 1) // 2, slot, source, 1 / size[slot])
+        )
+        return image.merge(anchors, slot, source, weight)

@@ -1,0 +1,40 @@
+"""PyramidDrop: drop a share of the visual tokens at the end of every quarter of the LLM."""
+
+from dataclasses import dataclass
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.registry import register
+from tokensieve.ops import top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("pyramiddrop", paper="arXiv:2410.17247", stage="decoder", needs=Needs(queries="last", own=True))
+@dataclass(frozen=True)
+class PyramidDrop(DecoderMethod):
+    """At each stage keep a fixed ratio of what the last prompt token attends to most in the stage's own block.
+
+    Args:
+        keep: tokens per image after the last stage, or a share of those that entered the LLM (the paper: 0.125). The
+            stages before it are spaced geometrically.
+        average: instead of ``keep``, tokens averaged over all blocks.
+        counts: instead of ``keep``, what each stage leaves, e.g. (0.5, 0.25, 0.125); shares are rounded down, as in the
+            official code.
+        layers: the stages' blocks; floats are shares of the depth (the paper: 8, 16 and 24 of 32).
+
+    Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
+    2025. The official code renumbers positions at every stage: ``positions="contiguous"``.
+    """
+
+    keep: Budget = 0.125
+    average: Budget | None = None
+    counts: tuple[Budget, ...] | None = None
+    layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
+
+    def stages(self, depth: int) -> list[int]:
+        return check_blocks(self.layers, depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        scores = image.given("queries").mean((1, 2))
+        return image.keep(top_k(scores, self.wanted(image)), scores)

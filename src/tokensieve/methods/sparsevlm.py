@@ -1,0 +1,89 @@
+"""SparseVLM: the words that see the image rate its tokens, and what is dropped is recycled."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.registry import register
+from tokensieve.ops import density_peaks, keep_and_average, top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+def raters(image: VisualTokens) -> Tensor:
+    """The words that rate, `[B, M]` bool: of all words' softmax over the text at the LLM's entry, those above the mean.
+
+    The softmax is averaged over the visual tokens. Where no word is above the mean, all of them rate.
+    """
+    mask = image.words()[1]
+    visual, text = image.given("entry").float(), image.given("text_entry").float()
+    share = (visual @ text.transpose(-1, -2)).masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
+    above = mask & (share > share.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True))
+    return above | (mask & ~above.any(-1, keepdim=True))
+
+
+def rated(image: VisualTokens) -> tuple[Tensor, Tensor]:
+    """What the raters attend to, mean over heads, `[B, M, N]` with zeros for other words; and the raters."""
+    by = raters(image)
+    return image.given("queries").mean(1).masked_fill(~by[..., None], 0), by
+
+
+@register("sparsevlm", paper="arXiv:2410.04417", stage="decoder", needs=Needs(text=True, queries="words", entry=True))
+@dataclass(frozen=True)
+class SparseVlm(DecoderMethod):
+    """Keep what the rater words attend to; cluster the best of the rest and keep the clusters' means.
+
+    A budget counts the kept tokens; the recycled ones come on top, as in the paper's tables.
+
+    Args:
+        keep: tokens per image after the last stage, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all blocks (the paper's convention: 192, 128, 64 of 576).
+        counts: instead of ``keep``, what each stage keeps (official for 192, 128, 64: (300, 200, 110), (303, 110, 36),
+            (66, 30, 17)).
+        layers: the stages' blocks; floats are shares of the depth (the paper prunes after blocks 2, 6 and 15 of 32).
+        recycle: share of the pruned tokens that is clustered.
+        appended: recycled tokens stand after the kept ones, as in the official code; else at their centres' places.
+        noise_seed: break ties of the clustering by noise of this seed, as the official code does.
+
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025. The
+    official code renumbers (``positions="contiguous"``), and keeps at most all but one token.
+    """
+
+    keep: Budget = 0.1
+    average: Budget | None = None
+    counts: tuple[Budget, ...] | None = None
+    layers: tuple[int | float, ...] = (0.09375, 0.21875, 0.5)
+    recycle: float = 0.3
+    appended: bool = False
+    noise_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.recycle <= 1:
+            raise ValueError(f"recycle must be a share in [0, 1]; got {self.recycle}")
+
+    def stages(self, depth: int) -> list[int]:
+        return check_blocks(self.layers, depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        rows, by = rated(image)
+        scores = rows.sum(1) / by.sum(-1, keepdim=True)
+        kept = top_k(scores, self.wanted(image))
+        return self.recycled(image, scores, kept) if self.recycle else image.keep(kept, scores)
+
+    def recycled(self, image: VisualTokens, scores: Tensor, kept: Tensor) -> Reduction:
+        """The kept tokens as they are, and the means of clusters of the best pruned ones."""
+        best = int(self.recycle * (image.total - kept.shape[-1])) + 1
+        order = scores.scatter(-1, kept, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        sources, clusters, noise = order[:, :best], best // 10 + 1, None
+        if self.noise_seed is not None:
+            drawn = torch.rand(1, best, generator=torch.Generator().manual_seed(self.noise_seed))
+            noise = 1e-6 * drawn.to(scores.device)
+        rows = image.features.take_along_dim(sources[..., None], -2)
+        centres, cluster = density_peaks(rows, clusters, clusters, noise)
+        mixing = keep_and_average(kept, sources, cluster, centres, appended=self.appended)
+        notes = ("means of recycled tokens stand after the kept ones: no slot is at its token's place",) * self.appended
+        return image.merge(*mixing, *notes)

@@ -1,0 +1,55 @@
+"""SparseVLM+: raters without the rotary embedding's pull towards what stands near them."""
+
+from dataclasses import dataclass
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.registry import register
+from tokensieve.methods.sparsevlm import raters
+from tokensieve.ops import top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register(
+    "sparsevlm+",
+    paper="arXiv:2410.04417",
+    stage="decoder",
+    needs=Needs(text=True, queries="words", entry=True, rotary=True),
+)
+@dataclass(frozen=True)
+class SparseVlmPlus(DecoderMethod):
+    """Keep what the rater words attend to in the heads that look at the image most, corrected for distance.
+
+    Attention is divided by what the rotary embedding alone would make of two vectors of ones at the same places.
+    Nothing is recycled.
+
+    Args:
+        keep: tokens per image after the last stage, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all blocks.
+        counts: instead of ``keep``, what each stage keeps (official for 192, 128, 64: (300, 200, 118), (238, 108, 60),
+            (66, 34, 20)).
+        layers: the stages' blocks; floats are shares of the depth.
+        heads: how many heads count, or a share of them (the official code: 14 of 32).
+
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", version 2.0 of the
+    official code. The divisor can come near zero or below, there as here.
+    """
+
+    keep: Budget = 0.1
+    average: Budget | None = None
+    counts: tuple[Budget, ...] | None = None
+    layers: tuple[int | float, ...] = (0.09375, 0.21875, 0.5)
+    heads: int | float = 0.5
+
+    def stages(self, depth: int) -> list[int]:
+        return check_blocks(self.layers, depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        by, turned = raters(image), image.given("rotary")
+        gravity = image.given("text_rotary") @ turned.transpose(-1, -2) / turned.shape[-1] ** 0.5
+        rows = (image.given("queries") / gravity[:, None]).masked_fill(~by[:, None, :, None], 0)
+        heads = self.heads if isinstance(self.heads, int) else max(1, round(self.heads * rows.shape[1]))
+        looking = rows.sum((-1, -2)).topk(heads, -1).indices
+        scores = rows.take_along_dim(looking[..., None, None], 1).sum((1, 2)) / (heads * by.sum(-1, keepdim=True))
+        return image.keep(top_k(scores, self.wanted(image)), scores)

@@ -1,0 +1,46 @@
+"""SparseVLM's rule for counts: keep as many tokens as the raters' attention has independent directions."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.registry import register
+from tokensieve.methods.sparsevlm import rated
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register(
+    "sparsevlm-rank", paper="arXiv:2410.04417", stage="decoder", needs=Needs(text=True, queries="words", entry=True)
+)
+@dataclass(frozen=True)
+class SparseVlmRank(DecoderMethod):
+    """Keep ``scale * rank + bias`` of what the rater words attend to, by the rank of their attention to the image.
+
+    Every image keeps its own number, and nothing is recycled; see ``sparsevlm`` for the raters. At full rank (as many
+    directions as tokens) nothing leaves.
+
+    Args:
+        scale, bias: tokens per rank, and in any case.
+        layers: the stages' blocks; floats are shares of the depth.
+
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025; the
+    rule is in early releases of the official code only.
+    """
+
+    scale: float = 1.0
+    bias: float = 0.0
+    layers: tuple[int | float, ...] = (0.09375, 0.21875, 0.5)
+
+    def stages(self, depth: int) -> list[int]:
+        return check_blocks(self.layers, depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        rows, by = rated(image)
+        scores = rows.sum(1) / by.sum(-1, keepdim=True)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        total, smallest = image.total, torch.finfo(rows.dtype).eps
+        rank = torch.linalg.matrix_rank(rows, rtol=by.sum(-1).clamp(min=total) * smallest)
+        counts = (rank * self.scale + self.bias).long().clamp(1, max(total - 1, 1))
+        return image.keep(order, scores, counts.masked_fill(rank == total, total))

@@ -1,0 +1,31 @@
+"""Window FastV: FastV's scores, but every region of the image keeps its share."""
+
+from dataclasses import dataclass
+
+from tokensieve.methods.base import Needs
+from tokensieve.methods.fastv import FastV
+from tokensieve.methods.registry import register
+from tokensieve.ops import top_k_per_group
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("window-fastv", paper="arXiv:2502.11501", stage="decoder", needs=Needs(queries="last"))
+@dataclass(frozen=True)
+class WindowFastV(FastV):
+    """Keep in each of ``windows`` equal stretches of the raster the tokens that the last prompt token attends to most.
+
+    FastV alone keeps mostly the bottom of the image: the tokens nearest to the text. The budget is shared out evenly.
+
+    Args:
+        keep, average, layer: as in ``fastv``.
+        windows: stretches of the raster, e.g. 4: bands of a quarter of the rows each.
+
+    Paper: "Token Pruning in Multimodal Large Language Models: Are We Solving the Right Problem?", ACL Findings 2025.
+    """
+
+    windows: int = 4
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        scores = image.given("queries").mean((1, 2))
+        return image.keep(top_k_per_group(scores, self.wanted(image), self.windows), scores)

@@ -1,0 +1,262 @@
+"""In-LLM methods against inputs and outputs of the authors' code: indices exactly, values to 3e-5."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokensieve import VisualTokens, parse
+from tokensieve.attach.probe import attention_of_queries
+from tokensieve.evaluate.calibrate import first_below, withdrawal_kl
+from tokensieve.methods.dart import Dart, least_alike
+from tokensieve.methods.sparsevlm import raters
+from tokensieve.ops import density_peaks
+
+FOLDER = Path(__file__).parent
+METHODS = {m["method"]: m for m in json.loads((FOLDER / "manifest-decoder.json").read_text())["methods"]}
+CLOSE = {"atol": 3e-5, "rtol": 3e-5}
+
+
+def cases(method):
+    """(hyperparameters, inputs, outputs) of every case."""
+    entry = METHODS[method]
+    tensors = load_file(FOLDER / entry["file"])
+    found = [
+        (
+            case["hyperparameters"],
+            {name: tensors[key] for name, key in case["inputs"].items()},
+            {name: tensors[key] for name, key in case["outputs"].items()},
+        )
+        for case in entry["cases"]
+    ]
+    return pytest.mark.parametrize(("hp", "given", "expected"), found, ids=[c["case"] for c in entry["cases"]])
+
+
+def method(spec):
+    (found,) = parse(spec)
+    return found
+
+
+def split(sequence, start, size):
+    return sequence[:start], sequence[start : start + size], sequence[start + size :]
+
+
+@cases("fastv")
+def test_fastv(hp, given, expected):
+    start, size = hp["sys_length"], hp["image_tokens"]
+    before, image, after = split(given["hidden_states"][0], start, size)
+    tokens = VisualTokens(image[None], queries=given["attention"][..., start : start + size])
+    decision = method(f"fastv(keep={hp['rank']})")(tokens)[0]
+    columns = torch.arange(len(given["hidden_states"][0]))
+    left, here, right = split(columns, start, size)
+    assert torch.equal(torch.cat([left, here[decision.kept], right]), expected["kept_positions"])
+    assert torch.equal(torch.cat([before, decision.apply(image), after]), expected["kept_hidden"][0])
+
+
+def rotated(x, positions, base):
+    size = x.shape[-1]
+    angles = positions[:, None] / base ** (torch.arange(0, size, 2) / size)
+    cos, sin = (torch.cat([f, f], -1) for f in (angles.cos(), angles.sin()))
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+@cases("pyramiddrop")
+def test_pyramiddrop(hp, given, expected):
+    layers = tuple(range(1, len(hp["ratios"]) + 1))
+    spec = method(f"pyramiddrop(layers={layers}, counts={tuple(hp['ratios'])})")
+    for row, (start, entered, words) in enumerate(
+        zip(hp["image_pos"], hp["image_tokens"], hp["prompt_len"], strict=True)
+    ):
+        length = int(given["attention_mask"][row].sum())
+        sequence, places = given["features"][row, :length], torch.arange(length)
+        size = entered
+        for stage in range(len(layers)):
+            normed = sequence * torch.rsqrt(sequence.square().mean(-1, keepdim=True) + hp["rms_eps"])
+            normed = normed * given[f"norm_{stage}"]
+            numbers = torch.arange(len(sequence)).float()  # contiguous positions
+            q, k = (
+                rotated(
+                    (normed @ given[f"{w}_{stage}"].T).unflatten(-1, (hp["num_heads"], -1)).transpose(0, 1),
+                    numbers,
+                    hp["rope_base"],
+                )
+                for w in ("wq", "wk")
+            )
+            last = torch.tensor([[words + size - 1]])
+            rows = attention_of_queries(q[None], k[None], q.shape[-1] ** -0.5, last, None)
+            before, image, after = split(sequence, start, size)
+            tokens = VisualTokens(
+                image[None], queries=rows[..., start : start + size], stage=stage, depth=8, entered=entered
+            )
+            decision = spec(tokens)[0]
+            sequence = torch.cat([before, decision.apply(image), after])
+            left, here, right = split(places, start, size)
+            places, size = torch.cat([left, here[decision.kept], right]), decision.slots
+            assert torch.equal(places[start : start + size], expected[f"kept_{stage}"][row])
+            torch.testing.assert_close(sequence, expected[f"out_{stage}"][row, : len(sequence)], **CLOSE)
+
+
+@cases("vtw")
+def test_vtw_calibration(hp, given, expected):
+    kl = withdrawal_kl(given["logits_full"][:, None], given["logits_withdrawn"])
+    torch.testing.assert_close(kl, expected["kl"], **CLOSE)
+    torch.testing.assert_close(kl.mean(0), expected["kl_mean"], **CLOSE)
+    blocks = list(range(hp["first_layer"], hp["first_layer"] + kl.shape[1]))
+    assert first_below(blocks, kl.mean(0).tolist(), hp["eta"]) == int(expected["k"])
+
+
+@cases("sparsevlm")
+def test_sparsevlm(hp, given, expected):
+    start, size = hp["image_start"], hp["image_tokens"]
+    text = start + size
+    embeds, hidden, attention = given["embeds"], given["hidden"], given["attention"]
+    tokens = VisualTokens(
+        hidden[:, start:text],
+        text=hidden[:, text:],
+        queries=attention[:, :, text:, start:text],
+        entry=embeds[:, start:text],
+        text_entry=embeds[:, text:],
+        stage={2: 0, 6: 1, 15: 2}[hp["layer_idx"]],
+        depth=32,
+    )
+    assert torch.equal(raters(tokens)[0].nonzero().flatten(), expected["rater_idx"])
+    official = method(f"sparsevlm(counts={tuple(hp['keep_list'])}, appended=True, noise_seed={hp['rng_seed']})")
+    decision = official(tokens)[0]
+    kept, clusters = int(expected["keep_mask"].sum()), expected["merged_tokens"].shape[1]
+    assert decision.slots == kept + clusters
+    source = decision.source
+    whole = (source >= 0) & (source < kept)
+    assert torch.equal(whole.to(torch.uint8), expected["keep_mask"][0])
+    merged = (source >= kept).nonzero().flatten()
+    assert torch.equal(merged, expected["merge_source"].sort().values)
+    rows = decision.apply(hidden[0, start:text])
+    torch.testing.assert_close(rows[kept:], expected["merged_tokens"][0], **CLOSE)
+    sequence = torch.cat([hidden[0, :start], rows, hidden[0, text:]])
+    torch.testing.assert_close(sequence, expected["output"][0], **CLOSE)
+    # at their centres' places: the same rows in another order
+    ours = method(f"sparsevlm(counts={tuple(hp['keep_list'])}, noise_seed={hp['rng_seed']})")(tokens)[0]
+    rows = ours.apply(hidden[0, start:text])
+    torch.testing.assert_close(rows.sum(0), sequence[start : start + len(rows)].sum(0), atol=1e-3, rtol=1e-4)
+
+
+@cases("sparsevlm_dpcknn")
+def test_density_peaks(hp, given, expected):
+    x, clusters = given["x"], hp["clusters"]
+    _, cluster = density_peaks(x, clusters, clusters, 1e-6 * expected["density_noise"])
+    of = torch.nn.functional.one_hot(cluster, clusters).float()
+    merged = (of / of.sum(1, keepdim=True)).transpose(1, 2) @ x
+
+    def ordered(rows):
+        """Clusters in a fixed order: the official one is that of the scores."""
+        return torch.stack([row[row[:, 0].argsort()] for row in rows])
+
+    torch.testing.assert_close(ordered(merged), ordered(expected["merged"]), **CLOSE)
+
+
+@cases("sparsevlm_plus")
+def test_sparsevlm_plus(hp, given, expected):
+    start, size, depth = hp["image_start"], hp["image_tokens"], hp["head_dim"]
+    text = start + size
+    positions = given["position_ids"][0].float()
+    ones = rotated(torch.ones(len(positions), depth), positions, 10000)
+    torch.testing.assert_close(ones @ ones.T / depth**0.5, expected["rope_weights"], **CLOSE)
+    by = torch.zeros(len(positions) - text)
+    by[given["rater_idx"]] = 1
+    # embeddings that make exactly the given words rate: their logit is 1, that of the others 0
+    tokens = VisualTokens(
+        torch.zeros(1, size, 1),
+        text=torch.zeros(1, len(by), 1),
+        queries=given["attention"][:, :, text:, start:text],
+        entry=torch.ones(1, size, 1),
+        text_entry=by[None, :, None],
+        rotary=ones[None, start:text],
+        text_rotary=ones[None, text:],
+        depth=32,
+    )
+    decision = method(f"sparsevlm+(layers=(3,), counts=({hp['keep']},), heads=14)")(tokens)
+    torch.testing.assert_close(decision.scores, expected["score"], **CLOSE)
+    assert torch.equal(decision[0].kept, expected["kept_indices"])
+
+
+@cases("sparsevlm_rank")
+def test_sparsevlm_rank(hp, given, expected):
+    start, size = hp["image_start"], hp["image_tokens"]
+    text = start + size
+    by = torch.zeros(given["attention"].shape[-1] - text)
+    by[given["rater_idx"]] = 1
+    tokens = VisualTokens(
+        torch.zeros(1, size, 1),
+        text=torch.zeros(1, len(by), 1),
+        queries=given["attention"][:, :, text:, start:text],
+        entry=torch.ones(1, size, 1),
+        text_entry=by[None, :, None],
+    )
+    decision = method(f"sparsevlm-rank(scale={hp['scale']}, bias={float(hp['bias'])})")(tokens)
+    torch.testing.assert_close(decision.scores, expected["score"], **CLOSE)
+    assert torch.equal(decision[0].kept, expected["kept_indices"])
+
+
+@cases("dart")
+def test_dart(hp, given, expected):
+    start, size = hp["image_start"], hp["image_tokens"]
+    text = start + size
+    rows, keys = given["hidden_normed"], given["keys"].transpose(1, 2).flatten(2)
+    budget = hp["max_num_trunction"] or int(size * (1 - hp["reduction_ratio"]))
+    dart = Dart(keep=budget, visual_pivots=hp["pivot_image"], text_pivots=hp["pivot_text"], exact=False)
+    tokens = VisualTokens(rows[:, start:text], text=rows[:, text:], keys=keys[:, start:text], text_keys=keys[:, text:])
+    norms = keys[0].abs().sum(-1)
+    visual = norms[start:text].topk(hp["pivot_image"]).indices
+    assert torch.equal((visual + start).sort().values, expected["pivot_image"].sort().values)
+    # in the order in which the official code happened to visit its pivots, a set
+    order = expected["pivot_iteration_order"]
+    kept = least_alike(tokens.features, rows[:, order], visual[None], dart.shares(tokens, len(visual)))
+    assert torch.equal(kept[0].sort().values + start, expected["kept_positions"])
+    decision = dart(tokens)[0]
+    assert decision.slots == len(expected["kept_positions"])
+    assert set(visual.tolist()) <= set(decision.kept.tolist())
+
+
+@cases("simignore")
+def test_simignore(hp, given, expected):
+    tokens = VisualTokens(given["image_embeds"][None], text=given["text_embeds"][None])
+    decision = method(f"simignore(keep={hp['k2']}, start={hp['i_index']}, step={hp['step']})")(tokens)[0]
+    assert torch.equal(decision.kept, expected["kept_indices"].sort().values)
+    assert torch.equal(
+        decision.scores.sort(descending=True, stable=True).indices[: hp["k2"]], expected["selection_order"]
+    )
+
+
+@cases("illava_llm")
+def test_illava(hp, given, expected):
+    start, size, r = hp["image_start"], hp["image_tokens"], hp["r"]
+    keep = size - (r if r > 1 else round(size * (1 - r)))
+    before, image, after = split(given["hidden"][0], start, size)
+    tokens = VisualTokens(image[None], queries=given["attention"][..., start : start + size])
+    decision = method(f"illava-llm(keep={keep})")(tokens)[0]
+    left, here, right = split(torch.arange(len(given["hidden"][0])), start, size)
+    assert torch.equal(torch.cat([left, here[decision.kept], right]), expected["kept_positions"])
+    merged = (decision.counts > 1).nonzero().item()
+    assert torch.equal((decision.source == merged).nonzero().flatten(), expected["merged_source"].sort().values)
+    torch.testing.assert_close(
+        torch.cat([before, decision.apply(image), after]), expected["output"][0], atol=3e-5, rtol=3e-5
+    )
+
+
+@cases("llavolta")
+def test_pool_decoder(hp, given, expected):
+    size, positions = hp["visual_length"], given["position_ids"][0]
+    pool = method(f"pool-decoder(stride={hp['stride']}, incomplete='drop')")
+    for row, starts in enumerate(hp["image_starts"]):
+        rows, numbers, at = [], [], 0
+        for start in starts:
+            image = given["hidden"][row, start : start + size]
+            decision = pool(VisualTokens(image[None]))[0]
+            rows += [given["hidden"][row, at:start], decision.apply(image)]
+            numbers += [positions[at:start], positions[start : start + size][decision.anchors]]
+            at = start + size
+        rows, numbers = [*rows, given["hidden"][row, at:]], [*numbers, positions[at:]]
+        torch.testing.assert_close(torch.cat(rows), expected["output"][row], **CLOSE)
+        assert torch.equal(torch.cat(numbers), expected["output_position_ids"][row])

@@ -1,0 +1,194 @@
+"""Reduction: a matrix with a memory. Everything derived from it is checked against the dense matrix."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokensieve import Reduction, VisualTokens
+from tokensieve.reduction import Mixing
+
+settings.register_profile("quick", max_examples=60, deadline=None)
+settings.load_profile("quick")
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@st.composite
+def reductions(draw, total=None, scores=True):
+    """One image: pure pruning or a mixing matrix in which every slot has an entry."""
+    n = total or draw(st.integers(1, 12))
+    anchors = torch.tensor(sorted(draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n))))
+    k, mixing = len(anchors), None
+    if draw(st.booleans()):
+        weight = st.floats(0.125, 2, width=16)
+        more = draw(
+            st.lists(
+                st.tuples(st.integers(0, k - 1), st.integers(0, n - 1), weight), max_size=12, unique_by=lambda e: e[:2]
+            )
+        )
+        entries = [(s, int(a), 0.5) for s, a in enumerate(anchors)]
+        entries += [e for e in more if int(anchors[e[0]]) != e[1]]
+        slot, source, value = zip(*entries, strict=True)
+        mixing = Mixing(torch.tensor(slot), torch.tensor(source), torch.tensor(value))
+    grid = (1, n) if draw(st.booleans()) else None
+    ranked = torch.arange(n, dtype=torch.float32) if scores and draw(st.booleans()) else None
+    notes = tuple(draw(st.lists(st.text(max_size=5), max_size=2)))
+    return Reduction(n, anchors, mixing, scores=ranked, grid=grid, notes=notes)
+
+
+@st.composite
+def pairs(draw):
+    first = draw(reductions())
+    return first, draw(reductions(total=first.slots))
+
+
+def same(a, b):
+    assert (a.total, a.grid, a.notes) == (b.total, b.grid, b.notes)
+    assert torch.equal(a.anchors, b.anchors)
+    assert (a.mixing is None) == (b.mixing is None)
+    assert torch.equal(a.matrix(), b.matrix())
+
+
+@given(reductions(), dtypes)
+def test_apply_is_the_matrix_product(reduction, dtype):
+    rows = torch.randn(reduction.total, 3).to(dtype)
+    out = reduction.apply(rows)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, (reduction.matrix() @ rows.float()).to(dtype))
+
+
+@given(reductions())
+def test_what_is_derived_from_the_matrix(reduction):
+    matrix = reduction.matrix()
+    assert matrix.shape == (reduction.slots, reduction.total)
+    assert torch.equal(reduction.counts, (matrix != 0).sum(-1))
+    torch.testing.assert_close(reduction.weight_sums, matrix.sum(-1))
+    assert reduction.whole == (reduction.mixing is None and reduction.slots == reduction.total)
+    for token, slot in enumerate(reduction.source.tolist()):
+        column = matrix[:, token]
+        assert slot == -1 if not column.any() else column[slot] == column.max()
+
+
+@given(pairs())
+def test_stages_compose_by_multiplying(pair):
+    first, then = pair
+    both = then.after(first)
+    torch.testing.assert_close(both.matrix(), then.matrix() @ first.matrix())
+    assert torch.equal(both.anchors, first.anchors[then.anchors])
+    assert both.total == first.total
+    assert both.notes == first.notes + then.notes
+    assert both.grid == first.grid or first.grid is None
+    rows = torch.randn(first.total, 2)
+    torch.testing.assert_close(both.apply(rows), then.apply(first.apply(rows)), atol=1e-5, rtol=1e-5)
+    assert both.scores is None or both.scores.shape == (both.total,)
+
+
+@given(reductions())
+def test_the_identity_is_neutral(reduction):
+    same(reduction.after(Reduction.identity(reduction.total)), reduction)
+    same(Reduction.identity(reduction.slots).after(reduction), reduction)
+
+
+@given(reductions())
+def test_json_and_back(reduction):
+    import json
+
+    back = Reduction.from_json(json.loads(json.dumps(reduction.to_json())))
+    same(back, reduction)
+    assert back.scores is None
+
+
+@given(reductions())
+def test_safetensors_and_back(tmp_path_factory, reduction):
+    path = tmp_path_factory.mktemp("reductions") / "one.safetensors"
+    reduction.save(path)
+    back = Reduction.load(path)
+    same(back, reduction)
+    assert (back.scores is None) == (reduction.scores is None)
+    assert back.scores is None or torch.equal(back.scores, reduction.scores)
+
+
+def test_a_batch_is_its_images():
+    tokens, scores = VisualTokens(torch.randn(3, 6, 2), grid=(2, 3), notes=("a",)), torch.randn(3, 6)
+    batch = tokens.keep(torch.tensor([[4, 0], [1, 5], [3, 2]]), scores)
+    assert len(batch) == 3
+    assert batch.kept.tolist() == [[0, 4], [1, 5], [2, 3]]
+    for i, one in enumerate(batch):
+        assert torch.equal(one.matrix(), batch.matrix()[i])
+        assert torch.equal(one.source, batch.source[i])
+        assert torch.equal(one.scores, scores[i])
+        assert torch.equal(one.apply(tokens.features[i]), batch.apply(tokens.features)[i])
+        assert (one.grid, one.notes) == ((2, 3), ("a",))
+
+
+def test_padded_slots_of_an_adaptive_batch_disappear():
+    """Where a method keeps a different number per image, padding repeats a kept anchor and `valid` is False there."""
+    anchors, valid = torch.tensor([[0, 2, 5], [3, 3, 4]]), torch.tensor([[True] * 3, [False, True, True]])
+    batch = Reduction(6, anchors, valid=valid)
+    assert not batch.whole
+    assert batch[0].kept.tolist() == [0, 2, 5]
+    assert batch[1].kept.tolist() == [3, 4]
+    assert batch[1].valid is None
+    assert batch.counts.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert batch.source[1].tolist() == [-1, -1, -1, 1, 2, -1]
+    assert batch[1].source.tolist() == [-1, -1, -1, 0, 1, -1]
+
+
+@pytest.mark.parametrize("padding_first", [True, False])
+def test_padded_slots_that_merge_disappear_too(padding_first):
+    """The entries of a mixing matrix must follow their slots when padding is removed."""
+    anchors, valid = torch.tensor([[1, 1, 4]]), torch.tensor([[False, True, True]])
+    slot = torch.tensor([[1, 1, 2, 0]])
+    if not padding_first:
+        anchors, valid, slot = (
+            torch.tensor([[1, 4, 4]]),
+            torch.tensor([[True, True, False]]),
+            torch.tensor([[0, 0, 1, 2]]),
+        )
+    mixing = Mixing(slot, torch.tensor([[0, 1, 4, 0]]), torch.tensor([[0.5, 0.5, 1.0, 0.0]]))
+    one = Reduction(6, anchors, mixing, valid=valid)[0]
+    assert one.kept.tolist() == [1, 4]
+    expected = torch.zeros(2, 6)
+    expected[0, :2], expected[1, 4] = 0.5, 1.0
+    assert torch.equal(one.matrix(), expected)
+    rows = torch.randn(6, 2)
+    torch.testing.assert_close(one.apply(rows), expected @ rows)
+
+
+def test_what_does_not_fit_is_refused():
+    one, batch = Reduction(4, torch.tensor([0, 2])), Reduction(4, torch.tensor([[0, 2]]))
+    with pytest.raises(ValueError, match="this Reduction is for 4 tokens; got 3 rows"):
+        one.apply(torch.randn(3, 2))
+    with pytest.raises(ValueError, match="2 tokens leave the first, the second expects 4"):
+        one.after(one)
+    with pytest.raises(ValueError, match="index the batched ones first"):
+        Reduction.identity(2).after(batch)
+    with pytest.raises(TypeError, match="has no length"):
+        len(one)
+    with pytest.raises(IndexError, match="holds one image"):
+        one[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"features": torch.zeros(2, 3)}, r"features must be \[B, N, D\]"),
+        ({"grid": (2, 2)}, "a grid of 2x2 does not hold 3 tokens"),
+        ({"cls_attention": {0: torch.zeros(2, 2)}}, r"cls_attention\[0\] must be \[2, 3\]; got \[2, 2\]"),
+        ({"text": torch.zeros(1, 4, 5)}, r"text must be \[2, M, D\]"),
+        ({"text": torch.zeros(2, 4, 5), "text_mask": torch.ones(2, 3)}, r"text_mask must be \[2, 4\]"),
+    ],
+)
+def test_evidence_is_checked(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VisualTokens(**{"features": torch.zeros(2, 3, 5), **fields})
+
+
+def test_missing_evidence_is_named():
+    tokens = VisualTokens(torch.zeros(1, 3, 2), cls_attention={1: torch.zeros(1, 3)}, depth=4)
+    with pytest.raises(ValueError, match=r"no \[CLS\] attention of encoder layers \[2\]; given: \[1\]"):
+        tokens.cls_rows(-2)
+    with pytest.raises(ValueError, match="the encoder has layers 0 to 3; got 4"):
+        tokens.cls_rows(4)
+    with pytest.raises(ValueError, match="this method reads the prompt"):
+        tokens.words()

@@ -1,0 +1,245 @@
+"""The spec grammar and the registry: what is read, what is printed, and what an error says."""
+
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+import tokensieve
+from laws.catalogue import specs
+from tokensieve import Method, parse, register
+
+
+@pytest.fixture
+def shape(registry):
+    """A method with every kind of literal as a parameter."""
+
+    @register("shape", paper="none")
+    @dataclass(frozen=True)
+    class Shape(Method):
+        """For these tests."""
+
+        keep: int | float = 4
+        sizes: tuple = ()
+        text: str = ""
+        flag: bool = False
+        weights: tuple | None = None
+
+        def reduce(self, image):
+            raise NotImplementedError
+
+    @register("shape+", paper="none")
+    @dataclass(frozen=True)
+    class ShapePlus(Shape):
+        """Its name ends in a plus sign."""
+
+    return Shape, ShapePlus
+
+
+@pytest.mark.parametrize("spec", specs())
+def test_print_and_parse(spec):
+    stages = parse(spec)
+    assert " + ".join(map(str, stages)) == " + ".join(str(m) for m in parse(" + ".join(map(str, stages))))
+    assert parse(" + ".join(map(str, stages))) == stages
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ("", {}),
+        ("()", {}),
+        ("( keep = 3 )", {"keep": 3}),
+        ("(keep=0.5,)", {"keep": 0.5}),
+        ("(sizes=(1, (2, 3)), keep=2)", {"sizes": (1, (2, 3)), "keep": 2}),
+        ("(text='a) + b(', flag=True)", {"text": "a) + b(", "flag": True}),
+        ('(text="it\'s")', {"text": "it's"}),
+        ("(weights=(0.5, -1e-3, None))", {"weights": (0.5, -1e-3, None)}),
+        ("(text='é+(')", {"text": "é+("}),
+    ],
+)
+@pytest.mark.parametrize("plus", [False, True])
+def test_arguments(shape, arguments, fields, plus):
+    name = "shape+" if plus else "shape"
+    (method,) = parse(name + arguments)
+    assert method == shape[plus](**fields)
+    assert parse(str(method)) == [method]
+    assert parse(f"{name}{arguments} + uniform + {name}{arguments}") == [method, *parse("uniform"), method]
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("shape", ["shape"]),
+        ("shape+", ["shape+"]),
+        (" shape+ ", ["shape+"]),
+        ("shape++uniform", ["shape+", "uniform"]),
+        ("shape+ + uniform", ["shape+", "uniform"]),
+        ("shape + uniform", ["shape", "uniform"]),
+        ("shape+uniform", ["shape", "uniform"]),
+        ("shape+(keep=2)+uniform", ["shape+", "uniform"]),
+        ("uniform+shape+", ["uniform", "shape+"]),
+        ("shape(keep=2)+shape+", ["shape", "shape+"]),
+    ],
+)
+def test_names_that_end_in_a_plus(shape, spec, names):
+    assert [m.info.name for m in parse(spec)] == names
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("vtc-cl", "unknown method 'vtc-cl'; did you mean vtc-cls"),
+        ("xyzzy", "unknown method 'xyzzy'; known: divprune, "),
+        ("vtc-cls(kep=3)", "vtc-cls has no parameter 'kep'; did you mean keep?"),
+        ("full(keep=3)", "full has no parameter 'keep'; known: none"),
+        ("vtc-cls(3)", "arguments are key=literal pairs in parentheses"),
+        ("vtc-cls(**{'keep': 3})", "arguments are key=literal pairs in parentheses"),
+        ("vtc-cls(keep=x)", "arguments are key=literal pairs in parentheses"),
+        ("vtc-cls(keep=__import__('os'))", "arguments are key=literal pairs in parentheses"),
+        ("vtc-cls(keep=3, keep=4)", "arguments are key=literal pairs in parentheses"),
+        ("vtc-cls(keep=3", "arguments are key=literal pairs in parentheses"),
+        ("", "a method name is missing at ''"),
+        (" + vtc-cls", "a method name is missing at '+ vtc-cls'"),
+        ("vtc-cls(keep=3) +", "a method name is missing at ''"),
+        ("vtc-cls uniform", "expected '+' at 'uniform'"),
+        ("vtc-cls(keep=3))", "expected '+' at ')'"),
+        ("vtc-cls(keep=0)", "keep must be a whole number of tokens >= 1"),
+        ("vtc-cls(over_layers='all')", "over_layers must be one of 'sum', 'mean', 'max', 'min'; got 'all'"),
+    ],
+)
+def test_errors_say_what_is_wrong_and_what_is_near(spec, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse(spec)
+
+
+def test_open_parameters():
+    assert parse("downsample + vtc-cls(keep=3)", keep=9) == parse("downsample(keep=9) + vtc-cls(keep=3)")
+    with pytest.raises(ValueError, match="has no open parameter 'keep'"):
+        parse("vtc-cls(keep=3)", keep=4)
+    with pytest.raises(ValueError, match="no open parameter 'first_layr'; did you mean first_layer"):
+        parse("vtc-cls", first_layr=4)
+
+
+# -- registry -------------------------------------------------------------------------------------------------------
+
+FILE = """
+from dataclasses import dataclass
+import tokensieve
+from tokensieve.methods.vtc_cls import VtcCls
+
+@tokensieve.register({name!r}, paper="none")
+@dataclass(frozen=True)
+class Mine(tokensieve.Method):
+    '''Mine.'''
+    keep: int = 4
+    kind: "Undefined" = "a"
+
+    def reduce(self, image):
+        return None
+
+class Silent(VtcCls):
+    pass
+"""
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_a_file_of_methods(tmp_path, registry):
+    file = written(tmp_path / "my.methods-1.py", FILE.format(name="mine"))
+    (method,) = parse(f"{file}:Mine(keep=3)")
+    assert (method.keep, method.kind, str(method)) == (3, "a", "mine(keep=3)")
+    assert parse(f"uniform + {file}:Mine")[1] == type(method)(), "the same class, loaded once"
+    assert parse("mine(keep=3)") == [method]
+    assert "mine" in [info.name for info in tokensieve.methods()]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        (FILE.format(name="mine"), "Mne", "has no method class 'Mne'; did you mean Mine"),
+        (FILE.format(name="mine"), "Silent", "is not registered: decorate it with @tokensieve.register"),
+        (
+            FILE.format(name="vtc-cls"),
+            "Mine",
+            "the method name 'vtc-cls' is taken by tokensieve.methods.vtc_cls.VtcCls",
+        ),
+        ("import no_such_module", "Mine", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("def broken(:", "Mine", "SyntaxError"),
+        ("x = 1", "Mine", "has no method class 'Mine'; known: none"),
+        (None, "Mine", "no such method file"),
+    ],
+)
+def test_files_that_do_not_give_a_method(tmp_path, registry, text, name, message):
+    file = tmp_path / "mine.py"
+    if text is not None:
+        written(file, text)
+    for _ in range(2):  # the second time as well
+        with pytest.raises(ValueError, match=re.escape(message)):
+            parse(f"{file}:{name}")
+
+
+def test_a_file_that_was_repaired_loads(tmp_path, registry):
+    file = written(tmp_path / "mine.py", FILE.format(name="mine") + "\n1 / 0")
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        parse(f"{file}:Mine")
+    written(file, FILE.format(name="mine"))
+    assert parse(f"{file}:Mine")[0].keep == 4
+
+
+def test_two_files_cannot_share_a_name(tmp_path, registry):
+    first, second = (written(tmp_path / f"{n}.py", FILE.format(name="mine")) for n in "ab")
+    parse(f"{first}:Mine")
+    with pytest.raises(ValueError, match="the method name 'mine' is taken by"):
+        parse(f"{second}:Mine")
+
+
+def test_only_method_dataclasses_can_be_registered(registry):
+    with pytest.raises(TypeError, match="Plain must be a dataclass derived from"):
+
+        @register("plain", paper="none")
+        class Plain:
+            pass
+
+
+@pytest.fixture
+def installed(monkeypatch, registry):
+    """Installs distributions that offer entry points."""
+
+    def install(**plugins):
+        found = [SimpleNamespace(name=name, value=f"pkg:{name}", load=load) for name, load in plugins.items()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "tokensieve.methods" else [])
+        registry._load.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    registry._load.cache_clear()
+
+
+def test_an_installed_plugin(installed):
+    def load():
+        @register("installed", paper="none")
+        @dataclass(frozen=True)
+        class Installed(Method):
+            """From another distribution."""
+
+            def reduce(self, image):
+                raise NotImplementedError
+
+        return Installed
+
+    installed(mine=load)
+    assert parse("installed")[0].info.title == "From another distribution."
+
+
+def test_a_broken_plugin_is_named(installed):
+    def load():
+        raise ImportError("no such thing")
+
+    installed(mine=load)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape("the method plug-in 'mine' (pkg:mine) does not load: no such")):
+            tokensieve.methods()
