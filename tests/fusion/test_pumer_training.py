@@ -8,10 +8,12 @@ import torch
 from hosts import batch, meter, vilt
 from PIL import Image
 from transformers import BertTokenizer, ViltForQuestionAnswering, ViltImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner
 
 import tokensieve
 from tokensieve.cli import app
+from tokensieve.fusion.meter import MeterForQuestionAnswering
 
 pytest.importorskip("accelerate")
 
@@ -79,6 +81,18 @@ def test_every_task_runs(folder, task, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["architectures"] == [task_named(task).models["vilt"].__name__]
     assert config["modality_type_vocab_size"] == (3 if task == "nlvr2" else 2)
+
+
+def test_meter_trains(folder, tmp_path):
+    model = meter()
+    model.config.id2label = {i: f"LABEL_{i}" for i in range(5)}
+    model.save_pretrained(tmp_path / "meter")
+    BertTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "meter")
+    square = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size=square, crop_size=square).save_pretrained(tmp_path / "meter")
+    spec, recipe = "pumer(layers=(0, 2))", Recipe.for_model("meter", epochs=1, batch_size=8)
+    train_pumer("vqa", str(tmp_path / "meter"), str(folder / "train.jsonl"), tmp_path, spec=spec, recipe=recipe)
+    assert MeterForQuestionAnswering.from_pretrained(tmp_path / "model").config.num_labels == 3
 
 
 @pytest.mark.parametrize("make", [vilt, meter])
