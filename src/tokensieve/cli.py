@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from tokensieve.commands import ask, bench, calibrate, catalogue, compare, train
+from tokensieve.commands import ask, bench, calibrate, catalogue, compare, convert, train
 
 RESUMABLE = ("compare", "train")
 
@@ -75,6 +75,7 @@ app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.add_typer(calibrate.app, name="calibrate")
+app.add_typer(convert.app, name="convert")
 app.add_typer(train.app, name="train")
 
 

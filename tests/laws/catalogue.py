@@ -20,10 +20,9 @@ ZOO += ("cdpruner", "scope", "mmtok", "holov", "par", "setok-cluster")
 
 
 def entering():
-    """Methods that act before the LLM, in every family; those inside it have laws of their own (tests/decoder)."""
-    return [
-        info for info in methods() if info.stage != "decoder" and not info.needs.cls_similarity and info.name not in ZOO
-    ]
+    """Methods that act before the LLM, in every family; others have laws of their own (tests/decoder, tests/fusion)."""
+    before = [info for info in methods() if info.stage in ("encoder", "connector")]
+    return [info for info in before if not info.needs.cls_similarity and info.name not in ZOO]
 
 
 def specs() -> list[str]:

@@ -38,7 +38,8 @@ def attach(
     Only hooks are installed; weights, config and processor stay untouched, and ``detach()`` leaves no trace.
 
     Args:
-        model: a Hugging Face vision-language model of a family in ``tokensieve.models``.
+        model: a Hugging Face vision-language model of a family in ``tokensieve.models``; for a fusion method such as
+            ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
             stage), or decisions `[sample][image]` as in ``sieve.last``, which are then replayed as they are.
         positions: "original": survivors keep their position ids; "contiguous": they are renumbered, as most official
@@ -56,7 +57,7 @@ def attach(
     with _lock:
         if id(model) in _attached:
             raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
-        sieve = Sieve(model, stages, replay, positions, processor)
+        sieve = _kind(stages)(model, stages, replay, positions, processor)
         _attached[id(model)] = sieve
     return sieve
 
@@ -119,6 +120,9 @@ class Sieve:
             if _attached.get(id(self.model)) is not self:
                 return
             del _attached[id(self.model)]
+        self._remove()
+
+    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._encoder.remove()
@@ -186,6 +190,13 @@ class Sieve:
         ]
 
 
+def _kind(stages: list[Method]) -> type[Sieve]:
+    """LLMs with a vision tower, or cross-modal encoders."""
+    from tokensieve.attach.fusion import FusionSieve
+
+    return FusionSieve if any(stage.info.stage == "fusion" for stage in stages) else Sieve
+
+
 def _shows(kwargs: dict[str, Any], pixels: str, modality: str) -> bool:
     """Whether a forward gets images (or videos), encoded or not."""
     encoded = kwargs.get("mm_encoder_outputs") or {}
@@ -211,6 +222,8 @@ def _read(
     order = [stage.info.stage for stage in stages]
     if len(set(order)) < len(order):
         raise ValueError(f"two methods of the same stage cannot be combined; got {', '.join(order)}")
-    if order != sorted(order, key=STAGES.index):
+    if "fusion" in order and len(order) > 1:
+        raise ValueError(f"a fusion method acts alone; got {', '.join(order)}")
+    if "fusion" not in order and order != sorted(order, key=STAGES.index):
         raise ValueError(f"stages must stand in the order {', '.join(STAGES)}; got {', '.join(order)}")
     return stages, None

@@ -24,9 +24,9 @@ def methods(json: Json = False) -> None:
 
 def models(json: Json = False) -> None:
     """List the supported families of models."""
-    from tokensieve.models import families
+    from tokensieve.models import Family, FusionFamily, families, fusion_families
 
-    found = families()
+    found: list[Family | FusionFamily] = [*families(), *fusion_families()]
     if json:
         keys = ("name", "title", "model_types", "stages")
         print_json([{key: getattr(family, key) for key in keys} for family in found])

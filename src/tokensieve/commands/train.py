@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.commands.console import note
+from tokensieve.commands.arguments import Json
+from tokensieve.commands.console import note, print_json
 
-app = typer.Typer(no_args_is_help=True, help="Train the bundled model from nothing, by its committed recipe.")
+app = typer.Typer(no_args_is_help=True, help="Train: the bundled model from nothing, or PuMer on data of yours.")
 
 
 @app.callback()
 def train() -> None:
-    """Train the bundled model from nothing, by its committed recipe."""
+    """Train: the bundled model from nothing, or PuMer on data of yours."""
 
 
 @app.command()
@@ -34,3 +35,57 @@ def reference(
         output, scenes=scenes, effort=effort, seed=seed, resume=resume, processes=processes, compiled=compiled
     )
     note(f"model: {folder}")
+
+
+@app.command()
+def pumer(
+    task: Annotated[str, typer.Option(help="vqa, nlvr2, ve or retrieval.")],
+    model: Annotated[str, typer.Option(help="Pretrained ViLT, METER or BridgeTower to start from.")],
+    data: Annotated[str, typer.Option(help="Training records: a .jsonl file, or NAME:SPLIT of the datasets library.")],
+    output: Annotated[Path, typer.Option(help="Folder of checkpoints and model.")] = Path("runs/pumer"),
+    teacher: Annotated[str | None, typer.Option(help="Fine-tuned, unreduced model to distil from.")] = None,
+    evaluation: Annotated[str | None, typer.Option(help="Records to measure accuracy on after each epoch.")] = None,
+    method: Annotated[str, typer.Option(help="The reducers, or 'full' for the unreduced fine-tune.")] = "pumer",
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="20")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records per step and device.", show_default="32")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Steps per update.", show_default="1")] = None,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the paper's")] = None,
+    head_rate: Annotated[
+        float | None, typer.Option(help="Times that, for the head.", show_default="the paper's")
+    ] = None,
+    cross_rate: Annotated[
+        float | None, typer.Option(help="Times that, for cross-modal layers.", show_default="the paper's")
+    ] = None,
+    distillation: Annotated[float | None, typer.Option(help="Weight of the teacher.", show_default="1")] = None,
+    patience: Annotated[int | None, typer.Option(help="Epochs without a better one.", show_default="3")] = None,
+    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "fp32",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that open images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of head, order and dropout.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue from the folder's last checkpoint.")] = True,
+    json: Json = False,
+) -> None:
+    """Fine-tune a cross-modal encoder with PuMer's reducers on, distilling from the unreduced model."""
+    from tokensieve.train.pumer import Recipe, train_pumer
+    from tokensieve.train.pumer.models import load_config
+
+    given = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "rate": rate,
+        "head_rate": head_rate,
+        "cross_rate": cross_rate,
+        "distillation": distillation,
+        "patience": patience,
+    }
+    recipe = Recipe.for_model(load_config(model).model_type, **given, precision=precision, workers=workers, seed=seed)
+    spec = None if method == "full" else method
+    options = {"teacher": teacher, "evaluation": evaluation, "spec": spec, "recipe": recipe, "resume": resume}
+    found = train_pumer(task, model, data, output, **options)  # type: ignore[arg-type]
+    if json:
+        print_json(found)
+    elif "eval_accuracy" in found:
+        note(f"accuracy: {found['eval_accuracy']:.1%}")
+    if found["skipped"]:
+        note(f"{found['skipped']:.0f} records could not be used")
+    note(f"model: {output / 'model'}")

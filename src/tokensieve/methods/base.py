@@ -13,7 +13,7 @@ from tokensieve.budget import Budget, check_budget, stage_counts
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import Layers, VisualTokens
 
-Stage: TypeAlias = Literal["encoder", "connector", "decoder"]
+Stage: TypeAlias = Literal["encoder", "connector", "decoder", "fusion"]
 Positions: TypeAlias = Literal["original", "contiguous"]
 
 

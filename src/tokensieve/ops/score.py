@@ -60,3 +60,48 @@ def without_sinks(scores: Tensor, rows: Tensor, share: float) -> Tensor:
     sinks = longest[..., : int(share * rows.shape[-2])]
     below = scores.amin(-1, keepdim=True) - 1 - scores.amax(-1, keepdim=True).abs()
     return scores.scatter(-1, sinks, below.expand_as(sinks))
+
+
+def attention(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Post-softmax attention, float32: `[B, H, T, d]` and `[B, H, N, d]` to `[B, H, T, N]`; ``bias`` is added first."""
+    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    biased: Tensor = scores if bias is None else scores + bias
+    return biased.softmax(-1)
+
+
+def epsilon_attention(query: Tensor, key: Tensor, bias: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Attention as PuMer's code has it: the mask multiplies after exp, and ε is spread over all keys.
+
+    Differs from :func:`attention` only where a row's strongest key is hidden, since the row's maximum counts that key.
+    """
+    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    weight = (scores - scores.amax(-1, keepdim=True)).exp() * bias.float().exp()
+    spread: Tensor = (weight + epsilon / key.shape[-2]) / (weight.sum(-1, keepdim=True) + epsilon)
+    return spread
+
+
+def mask_bias(mask: Tensor, dtype: torch.dtype, queries: int = 0) -> Tensor:
+    """The additive attention bias of a mask that may be fractional: its logarithm, so that a weight multiplies.
+
+    Args:
+        mask: `[B, N]` in [0, 1]; 0 hides a key.
+        dtype: of the bias; hidden keys get its most negative number.
+        queries: if given, query i sees key i whatever the mask says, also in cross-attention: a habit of PuMer's code.
+
+    Returns:
+        `[B, 1, 1, N]`, or `[B, 1, queries, N]`.
+    """
+    bias = mask.float().log().clamp(min=torch.finfo(dtype).min).to(dtype)[:, None, None]
+    if not queries:
+        return bias
+    own = torch.eye(queries, mask.shape[-1], dtype=torch.bool, device=mask.device)
+    return bias.expand(-1, -1, queries, -1).masked_fill(own, 0)
+
+
+def text_relevance(text: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+    """Dot product of each image token with the weighted sum of the text: `[B, T, D]`, `[B, I, D]` to `[B, I]`.
+
+    Args:
+        weight: `[B, T]`, what each text token counts.
+    """
+    return (image.float() @ (weight[:, None] @ text.float()).transpose(-1, -2)).squeeze(-1)

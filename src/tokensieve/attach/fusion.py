@@ -1,0 +1,44 @@
+"""The sieve of a cross-modal encoder: hooks and refusals live in ``tokensieve.fusion``, the handle is common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokensieve.attach.connector import Decisions
+from tokensieve.attach.sieve import Sieve
+from tokensieve.fusion import Pass, host_of
+from tokensieve.methods import FusionMethod, Method, Positions
+
+
+class FusionSieve(Sieve):
+    """A fusion method, attached. ``last`` is `[sample][image]` of the latest call: what became of its image tokens.
+
+    Image tokens are counted as the encoder sees them: its [CLS] first, then the patches.
+    """
+
+    def __init__(
+        self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
+    ) -> None:
+        (method,) = stages
+        if not isinstance(method, FusionMethod):
+            raise ValueError(f"{method.info.name} must be a FusionMethod to act at the fusion stage")
+        if positions != "original":
+            raise ValueError("a cross-modal encoder has no positions to renumber; leave positions='original'")
+        self.model, self.stages, self.positions = model, stages, positions
+        self._passes: list[Pass] = []
+        self._decisions: Decisions | None = None
+        self.tokens = []
+        self._host = host_of(model)(model, method, self._ended)
+
+    @property
+    def last(self) -> Decisions:
+        """`[sample][image]`, worked out when it is asked for: reading it costs, calling the model does not."""
+        if self._decisions is None:
+            self._decisions = [list(row) for row in zip(*(p.decisions() for p in self._passes), strict=True)]
+        return self._decisions
+
+    def _ended(self, passes: list[Pass]) -> None:
+        self._passes, self._decisions = passes, None
+
+    def _remove(self) -> None:
+        self._host.remove()

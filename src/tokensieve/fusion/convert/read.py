@@ -1,0 +1,51 @@
+"""Find the weights and the settings in what the authors published."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def read_weights(source: Path) -> dict[str, Tensor]:
+    """The state dict in a file (.bin, .pt, .ckpt, .safetensors) or in a folder that holds one.
+
+    Raises:
+        ValueError: if there is none, or it cannot be read without running code from it.
+    """
+    file = next((source / name for name in FILES if (source / name).is_file()), source)
+    if not file.is_file():
+        what = f"no {' or '.join(FILES)} in this folder" if source.is_dir() else "no such file"
+        raise ValueError(f"no checkpoint at {source}: {what}")
+    try:
+        if file.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(file)
+            return tensors
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"the checkpoint {file} cannot be read: {reason}") from error
+    weights = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise ValueError(f"{file} holds no state dict: names and tensors are expected")
+    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def read_settings(source: Path) -> dict[str, Any]:
+    """The authors' ``config.json`` beside the weights; empty where there is none."""
+    file = (source if source.is_dir() else source.parent) / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    return settings if isinstance(settings, dict) else {}

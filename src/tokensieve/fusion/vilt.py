@@ -1,0 +1,113 @@
+"""ViLT: one stream of text, image [CLS] and patches; a reducer sits between attention and MLP of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tokensieve.crossmodal import CrossModal
+from tokensieve.fusion.host import Host
+from tokensieve.ops import epsilon_attention
+
+
+class Vilt(Host):
+    """Hooks of a stock transformers ViLT with any head on the pooled text [CLS].
+
+    ViLT embeds the patches of an image in an order drawn anew in each call, and matching pairs alternate tokens: while
+    attached, patches enter in raster order, so that the same call gives the same result and a row does not depend on
+    its batch. Only the order differs: the same patches are drawn, by the same use of the random generator.
+    """
+
+    where = "layers"
+
+    def depth(self, model: Any) -> int:
+        return int(model.config.num_hidden_layers)
+
+    def install(self, base: Any) -> None:
+        self.keep(
+            base.embeddings.register_forward_pre_hook(self._before_embedding),
+            base.embeddings.register_forward_hook(self._after_embedding, always_call=True),
+        )
+        for index, layer in enumerate(base.encoder.layer):
+            attention = layer.attention.attention
+            self.keep(layer.register_forward_pre_hook(self._mask))
+            if index in self.method.layers or self.method.counts_padding:
+                self.record(attention.query, "query")
+                self.record(attention.key, "key")
+                self.keep(attention.register_forward_pre_hook(self._note_heads))
+            if self.method.counts_padding:
+                self.keep(attention.dropout.register_forward_pre_hook(self._authors_softmax))
+            if index in self.method.layers:
+                self.keep(
+                    layer.layernorm_after.register_forward_pre_hook(self._reduce),
+                    layer.output.register_forward_pre_hook(self._residual),
+                )
+
+    def _before_embedding(self, embeddings: nn.Module, args: Any) -> None:
+        self._local.raster = _RasterOrder()
+        self._local.raster.__enter__()
+
+    def _after_embedding(self, embeddings: nn.Module, args: Any, output: Any) -> None:
+        self._local.raster.__exit__(None, None, None)
+        if output is not None:
+            words = args[1].shape[1]
+            self.begin(output[1][:, :words], output[1][:, words:])
+
+    def _mask(self, layer: nn.Module, args: Any) -> Any:
+        """Give the layer the mask of the tokens that are left."""
+        hidden, mask, *rest = args
+        now = self.current
+        if now.texts or now.images or self.method.counts_padding:
+            mask = now.bias((now.text, now.image), hidden, hidden.shape[1])
+        self._local.mask = mask
+        return (hidden, mask, *rest)
+
+    def _note_heads(self, attention: Any, args: Any) -> None:
+        self._local.heads = attention.num_attention_heads
+
+    def _authors_softmax(self, dropout: nn.Module, args: Any) -> Tensor:
+        query, key = self._query_key()
+        return epsilon_attention(query, key, self._local.mask).to(args[0].dtype)
+
+    def _query_key(self) -> tuple[Tensor, Tensor]:
+        return self.recorded("query", self._local.heads), self.recorded("key", self._local.heads)
+
+    def _reduce(self, norm: nn.Module, args: Any) -> Any:
+        """Shorten what enters the MLP."""
+        (hidden,), now = args, self.current
+        words = now.text.mask.shape[1]
+        query, key = self._query_key()
+        mask = self._local.mask
+        text, image = now.reduce(
+            CrossModal(
+                text=now.text,
+                image=now.image,
+                query=query[:, :, :words],
+                key=key,
+                bias=None if mask is None else mask[:, :, :words],
+                text_key=key[:, :, :words],
+                image_key=key[:, :, words:],
+            )
+        )
+        streams = zip(hidden.split([words, hidden.shape[1] - words], 1), (text, image), strict=True)
+        shorter = [rows if step is None else step.apply(rows) for rows, step in streams]
+        self._local.residual = torch.cat(shorter, 1)
+        return (self._local.residual,)
+
+    def _residual(self, output: nn.Module, args: Any) -> Any:
+        """The MLP's residual connection must start from the shortened rows, too."""
+        residual: Tensor = self._local.residual
+        del self._local.residual
+        return args[0], residual
+
+
+class _RasterOrder(TorchFunctionMode):
+    """Draws without replacement come out sorted: ViLT's random patch order becomes the raster order."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        drawn = func(*args, **(kwargs or {}))
+        replacement = (kwargs or {}).get("replacement", False)
+        return drawn.sort().values if func is torch.multinomial and not replacement else drawn

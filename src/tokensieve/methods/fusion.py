@@ -1,0 +1,51 @@
+"""What every method inside a cross-modal encoder is."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from tokensieve.crossmodal import CrossModal, Merge
+from tokensieve.methods.base import Method
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class FusionMethod(Method):
+    """Base of methods that act inside a cross-modal encoder, on text and image at once: see :meth:`reduce_pair`."""
+
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = isinstance(self.layers, tuple | list) and all(type(layer) is int for layer in self.layers)
+        if not whole or list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
+            raise ValueError(f"layers must be layer numbers from 0, ascending, as in (2, 5, 8); got {self.layers!r}")
+
+    @property
+    def acts(self) -> bool:
+        """Whether the parameters ask for any reduction at all; if not, nothing is hooked."""
+        return True
+
+    @property
+    def merges_text(self) -> bool:
+        """Whether text tokens may leave; a head that reads every one of them cannot have that."""
+        return False
+
+    @property
+    def counts_padding(self) -> bool:
+        """Whether padding is reduced like tokens; then masks are averaged, and every query sees its own key."""
+        return False
+
+    @property
+    def follows_sizes(self) -> bool:
+        """Whether a token that stands for several counts that much in an average."""
+        return False
+
+    @abstractmethod
+    def reduce_pair(self, seen: CrossModal) -> tuple[Merge | None, Merge | None]:
+        """Decide about the text and the image in one layer, for a batch; ``None`` leaves that stream as it is."""
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        raise ValueError(f"{self.info.name} acts inside cross-modal encoders (ViLT, METER, BridgeTower), not on an LLM")

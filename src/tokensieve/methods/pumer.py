@@ -1,0 +1,112 @@
+"""PuMer: prune image tokens that the text ignores, merge similar tokens within each modality, layer by layer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokensieve.crossmodal import CrossModal, Merge
+from tokensieve.methods.fusion import FusionMethod
+from tokensieve.methods.registry import register
+from tokensieve.ops import attention, keep_best, text_relevance
+
+
+@register("pumer", paper="arXiv:2305.17530", stage="fusion", trained=True)
+@dataclass(frozen=True)
+class PuMer(FusionMethod):
+    """Inside a cross-modal encoder: prune image tokens by the text's attention, then merge similar tokens of each kind.
+
+    Between attention and MLP of each of ``layers``: of M image tokens the round(prune·M) that the text attends to least
+    leave; round(merge·M) of the rest join the token their key resembles most; and so do round(merge_text·T) of T text
+    tokens. A merged token is the plain average of its members. Made to be fine-tuned with (``tokensieve train pumer``).
+
+    Args:
+        layers: where, ascending; in a two-stream encoder the pairs of co-attention layers, both counted from 0.
+        prune, merge, merge_text: shares in [0, 1), of the tokens that enter the layer.
+        relevance: how the text judges an image token: by its attention, mean over heads ("mean_head") or of the first
+            head ("first_head"), or by the dot product of head-mean keys ("key_key") or text queries and image keys
+            ("query_key"); each summed over the words.
+        weights: what a member counts in an average: "equal", or the number of original tokens it stands for ("size").
+        official_order: survivors stand best first, as in the authors' code, where the best one takes the place that is
+            protected from merging. Else all stand in their own order, and the first one (the image's [CLS]) stays.
+        official_padding: padding counts as tokens, as in the authors' code: it is scored, merged and weighed down by a
+            fractional mask, and attention has their ε. For comparisons, not for speed. Else padding takes no part, and
+            a row is reduced as if it were alone.
+
+    Paper: "PuMer: Pruning and Merging Tokens for Efficient Vision Language Models", 2023.
+    """
+
+    layers: tuple[int, ...] = (2, 5, 8)
+    prune: float = 0.1
+    merge: float = 0.3
+    merge_text: float = 0.2
+    relevance: Literal["mean_head", "first_head", "key_key", "query_key"] = "mean_head"
+    weights: Literal["equal", "size"] = "equal"
+    official_order: bool = False
+    official_padding: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prune", "merge", "merge_text"):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise ValueError(f"{name} must be a share in [0, 1); got {share!r}")
+
+    @property
+    def acts(self) -> bool:
+        return any((self.prune, self.merge, self.merge_text))
+
+    @property
+    def merges_text(self) -> bool:
+        return self.merge_text > 0
+
+    @property
+    def counts_padding(self) -> bool:
+        return self.official_padding
+
+    @property
+    def follows_sizes(self) -> bool:
+        return self.weights == "size"
+
+    def reduce_pair(self, seen: CrossModal) -> tuple[Merge | None, Merge | None]:
+        return self._text(seen), self._image(seen)
+
+    def _text(self, seen: CrossModal) -> Merge | None:
+        counts = seen.text.counts
+        merges = [_merges(self.merge_text, n, n) for n in counts]
+        if not max(merges):
+            return None
+        taking_part = torch.zeros_like(seen.text.mask) if self.official_padding else (seen.text.mask > 0).float()
+        words, _ = keep_best(taking_part, counts)
+        return Merge.of(words, counts, seen.text_key.mean(1), merges, in_place=not self.official_order)
+
+    def _image(self, seen: CrossModal) -> Merge | None:
+        counts = seen.image.counts
+        keep = [max(n - round(self.prune * n), 1) for n in counts]
+        merges = [_merges(self.merge, n, left) for n, left in zip(counts, keep, strict=True)]
+        if tuple(keep) == counts and not max(merges):
+            return None
+        scores = self._scores(seen)
+        if not self.official_padding:
+            scores = scores.masked_fill(seen.image.mask == 0, -torch.inf)
+        if not self.official_order:
+            scores[:, 0] = torch.inf
+        kept, _ = keep_best(scores, keep, in_place=not self.official_order)
+        return Merge.of(kept, keep, seen.image_key.mean(1), merges, in_place=not self.official_order)
+
+    def _scores(self, seen: CrossModal) -> Tensor:
+        mask = seen.text.mask
+        weight = (torch.ones_like(mask) if self.official_padding else mask) / mask.sum(1, keepdim=True)
+        if self.relevance in ("key_key", "query_key"):
+            text = seen.text_key if self.relevance == "key_key" else seen.query
+            return text_relevance(text.mean(1), seen.image_key.mean(1), weight)
+        heads = slice(None) if self.relevance == "mean_head" else slice(1)
+        attended = attention(seen.query[:, heads], seen.key[:, heads], seen.bias).mean(1)
+        images = seen.image.mask.shape[1]
+        return torch.einsum("bt,bti->bi", weight, attended[..., -images:])
+
+
+def _merges(share: float, before: int, left: int) -> int:
+    """Pairs to merge: a share of the tokens before pruning, at most every second one of those left but the first."""
+    return min(round(share * before), (left - 1) // 2)

@@ -1,0 +1,101 @@
+"""Student and teacher: a checkpoint with the head that the task needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+import tokensieve.fusion.meter  # noqa: F401  (registers METER)
+from tokensieve.train.pumer.tasks import Task
+
+
+def load_processors(place: str) -> tuple[Any, Any]:
+    """Tokenizer and image processor of a checkpoint, together or one by one.
+
+    Raises:
+        ValueError: if either is missing.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(place)
+        return processor.tokenizer, processor.image_processor
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass
+    try:
+        return AutoTokenizer.from_pretrained(place), AutoImageProcessor.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{place} has no tokenizer and image processor beside its weights: {reason}") from error
+
+
+def load_config(place: str) -> Any:
+    """The configuration of a checkpoint; one clear line if there is none."""
+    try:
+        return AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"no model at {place}: {reason}") from error
+
+
+def labels_of(config: Any) -> list[str] | None:
+    """The classes that a fine-tuned checkpoint names, ``None`` for transformers' placeholders."""
+    names = [config.id2label[i] for i in range(len(config.id2label))]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
+
+
+def load_student(place: str, task: Task, labels: list[str]) -> Any:
+    """A checkpoint with the task's head: its own where it has one of this size, else a new one."""
+    config, kind = _config(place, task)
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    return _load(task.models[kind], place, config, ignore_mismatched_sizes=True)
+
+
+def load_teacher(place: str, task: Task, labels: list[str]) -> Any:
+    """A fine-tuned checkpoint, frozen.
+
+    Raises:
+        ValueError: if it was fine-tuned for other classes, or for another task.
+    """
+    config, kind = _config(place, task)
+    theirs = labels_of(config)
+    if labels and theirs != labels:
+        raise ValueError(f"the teacher {place} names other classes than the student learns; use the same data and task")
+    made = task.models[kind].__name__
+    if config.architectures and made not in config.architectures:
+        raise ValueError(f"the teacher {place} is a {', '.join(config.architectures)}; {task.name} needs a {made}")
+    return _load(task.models[kind], place, config).eval().requires_grad_(False)
+
+
+def _config(place: str, task: Task) -> tuple[Any, str]:
+    config = load_config(place)
+    kind = config.model_type
+    if kind not in task.models:
+        raise ValueError(f"{place} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")
+    return config, kind
+
+
+def _load(model: Any, place: str, config: Any, **options: Any) -> Any:
+    pairs = "ImagesAndText" in model.__name__
+    if pairs:
+        config.num_images = 2
+    try:
+        loaded = model.from_pretrained(place, config=config, dtype=torch.float32, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"the model {place} does not load: {reason}") from error
+    if pairs and config.modality_type_vocab_size == 2:
+        _second_image(loaded)
+    return loaded
+
+
+def _second_image(model: Any) -> None:
+    """A third kind of token for the second image; it starts out as the first image's."""
+    base = getattr(model, model.base_model_prefix)
+    home = getattr(base, "embeddings", base)
+    kinds = home.token_type_embeddings.weight.detach()
+    home.token_type_embeddings = nn.Embedding(3, kinds.shape[1], _weight=kinds[[0, 1, 1]].clone())
+    model.config.modality_type_vocab_size = 3

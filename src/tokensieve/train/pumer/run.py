@@ -1,0 +1,102 @@
+"""Train: student with reducers on, teacher without, to a folder that ``from_pretrained`` reads."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from tokensieve.attach import attach
+from tokensieve.train.pumer.data import Collator, Records, label_names, read_records
+from tokensieve.train.pumer.models import labels_of, load_config, load_processors, load_student, load_teacher
+from tokensieve.train.pumer.recipe import PumerTrainer, Recipe
+from tokensieve.train.pumer.tasks import task_named
+
+log = logging.getLogger(__name__)
+SPEC_FILE = "tokensieve.json"
+
+
+def train_pumer(
+    task: str,
+    model: str,
+    data: str,
+    output: Path,
+    *,
+    teacher: str | None = None,
+    evaluation: str | None = None,
+    spec: str | None = "pumer",
+    recipe: Recipe | None = None,
+    resume: bool = True,
+) -> dict[str, float]:
+    """Fine-tune with reducers on; returns the last evaluation's numbers and the records skipped.
+
+    Args:
+        task: "vqa", "nlvr2", "ve" or "retrieval".
+        model: folder or name of the pretrained checkpoint to start from, with its tokenizer and image processor.
+        data: training records, as for :func:`~tokensieve.train.pumer.data.read_records`.
+        output: folder of checkpoints; the model ends up in ``output/model`` with the spec in ``tokensieve.json``.
+        teacher: a fine-tuned, unreduced checkpoint to distil from.
+        evaluation: records to measure accuracy on after each epoch; the best epoch is kept.
+        spec: the reducers, ``None`` for the unreduced fine-tune (the later teacher).
+        resume: continue from the last checkpoint in ``output``, if there is one.
+
+    Raises:
+        ValueError: whatever cannot work, before training begins.
+        ImportError: without the ``train`` extra.
+    """
+    _check_extra()
+    wanted, recipe = task_named(task), recipe or Recipe()
+    records = read_records(data, wanted)
+    named = None if teacher is None else labels_of(load_config(teacher))
+    labels = [] if wanted.target is None else named or labels_of(load_config(model)) or label_names(records, wanted)
+    tokenizer, image_processor = load_processors(model)
+    set_seed(recipe.seed)  # a new head is drawn at random
+    student = load_student(model, wanted, labels)
+    master = None if teacher is None else load_teacher(teacher, wanted, labels)
+    numbers = {label: i for i, label in enumerate(labels)}
+    negatives = recipe.negatives if wanted.target is None else 0
+    training = Records(records, wanted, numbers, negatives)
+    held_out = None if evaluation is None else Records(read_records(evaluation, wanted), wanted, numbers, negatives)
+    trainer = PumerTrainer(
+        recipe,
+        wanted,
+        master,
+        model=student,
+        args=recipe.arguments(output, evaluates=held_out is not None),
+        train_dataset=training,
+        eval_dataset=held_out,
+        data_collator=Collator(tokenizer, image_processor, _longest(student.config)),
+    )
+    last = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    sieve = None if spec is None else attach(student, spec)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+        found = trainer.evaluate() if held_out is not None else {}
+    finally:
+        if sieve is not None:
+            sieve.detach()
+    if trainer.is_world_process_zero():
+        target = output / "model"
+        for part in (student, tokenizer, image_processor):
+            part.save_pretrained(target)
+        (target / SPEC_FILE).write_text(json.dumps({"method": None if sieve is None else str(sieve), "task": task}))
+    if training.skipped:
+        log.warning("%d of %d training records could not be used", training.skipped, len(training))
+    return {**found, "skipped": training.skipped}
+
+
+def _longest(config: Any) -> int:
+    """Text tokens that the model has positions for; RoBERTa's begin after its padding index."""
+    text = getattr(config, "text_config", None)
+    return int(config.max_position_embeddings if text is None else text.max_position_embeddings - 2)
+
+
+def _check_extra() -> None:
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise ImportError("training needs the 'train' extra: pip install 'tokensieve[train]'") from None
