@@ -1,6 +1,6 @@
 """The specs that go through the law matrix: every registered method, two budgets, the parameters that matter."""
 
-from tokensieve import methods
+from tokensieve import MethodInfo, methods
 
 # 13 tokens: fewer than some images have, more than others (those stay whole); 0.3: a share of any
 BUDGETS = (13, 0.3)
@@ -19,15 +19,22 @@ def entering():
     return [info for info in methods() if info.stage != "decoder" and not info.needs.cls_similarity]
 
 
-def specs() -> list[str]:
+def here() -> list[MethodInfo]:
+    """The methods of these laws: what acts before the LLM. Reduction inside it has laws of its own (tests/decoder)."""
+    return [info for info in methods() if info.stage in ("encoder", "connector")]
+
+
+def specs(family: str = "llava-clip") -> list[str]:
+    """What goes through the matrix on one family: all but methods that need a [CLS] token where there is none."""
     plain = [
         f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
-        for info in entering()
+        for info in here()
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
+        if family == "llava-clip" or not info.needs.cls_similarity
     ]
     return [*plain, *VARIANTS]
 
 
 def whole_specs() -> list[str]:
-    """Every registered method, asked to keep all."""
-    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in entering()]
+    """Every method that can be asked to keep all."""
+    return ["full", *(f"{info.name}(keep=1.0)" for info in here() if "keep" in info.parameters)]
