@@ -40,7 +40,8 @@ SPECIAL = [
 ]
 CORPUS = [
     "USER: ASSISTANT: user assistant system You are a helpful assistant . \n",
-    "What is in the image ? There is a red ball on the left . Is it the user 's ? one two 7 x : Describe this image . an Be brief",
+    "What is in the image ? There is a red ball on the left . Is it the user 's ? one two 7 x :",
+    "Describe this image . an Be brief",
 ]
 
 

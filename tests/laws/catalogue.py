@@ -1,6 +1,6 @@
 """The specs that go through the law matrix: every registered method, two budgets, the parameters that matter."""
 
-from tokensieve import methods
+from tokensieve import MethodInfo, methods
 
 # 13 tokens: fewer than some images have, more than others (those stay whole); 0.3: a share of any
 BUDGETS = (13, 0.3)
@@ -13,27 +13,27 @@ VARIANTS = (
     "downsample(keep=13) + pool(keep=4)",
 )
 
-
 # these have laws of their own, with merges before the projector and weights that do not sum to 1 (tests/zoo)
 ZOO = ("visionzip", "prumerge", "prumerge+", "vispruner", "hired", "fopru")
 ZOO += ("cdpruner", "scope", "mmtok", "holov", "par", "setok-cluster")
 
 
-def entering():
-    """Methods that act before the LLM, in every family; others have laws of their own (tests/decoder, tests/fusion)."""
-    before = [info for info in methods() if info.stage in ("encoder", "connector")]
-    return [info for info in before if not info.needs.cls_similarity and info.name not in ZOO]
+def here() -> list[MethodInfo]:
+    """The methods of these laws: what acts before the LLM. Others have their own (tests/decoder, zoo, fusion)."""
+    return [info for info in methods() if info.stage in ("encoder", "connector") and info.name not in ZOO]
 
 
-def specs() -> list[str]:
+def specs(family: str = "llava-clip") -> list[str]:
+    """What goes through the matrix on one family: all but methods that need a [CLS] token where there is none."""
     plain = [
         f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
-        for info in entering()
+        for info in here()
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
+        if family == "llava-clip" or not info.needs.cls_similarity
     ]
     return [*plain, *VARIANTS]
 
 
 def whole_specs() -> list[str]:
-    """Every registered method, asked to keep all."""
-    return [f"{info.name}(keep=1.0)" if "keep" in info.parameters else info.name for info in entering()]
+    """Every method that can be asked to keep all."""
+    return ["full", *(f"{info.name}(keep=1.0)" for info in here() if "keep" in info.parameters)]

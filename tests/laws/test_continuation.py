@@ -81,6 +81,8 @@ def test_beams_of_a_batch_are_those_of_each_row(family, scenario, policy):
         together = model.generate(**tiny.collate(family, samples), **beams)[:, -5:]
         assert [len(row) for row in sieve.last] == [len(s.images) for s in samples]
         decided = [[r.kept.tolist() for r in row] for row in sieve.last]
+        model.generate(**tiny.collate(family, samples), max_new_tokens=1)
+        assert decided == [[r.kept.tolist() for r in row] for row in sieve.last], "expansion must not mix images up"
         for i, s in enumerate(samples):
             if s.images:
                 own = model.generate(**tiny.collate(family, [s]), **beams)[:, -5:]

@@ -46,7 +46,7 @@ def test_detach_leaves_no_trace(family):
     model, samples = tiny.subject(family), tiny.scenario(family, "mixed")
     unhooked, before = outputs(tiny.pristine(family), family, "mixed"), tiny.footprint(model)
     config, text = model.config.to_json_string(), model.config.text_config
-    for spec in specs():
+    for spec in specs(family):
         sieve = tokensieve.attach(model, spec)
         model.generate(**tiny.collate(family, samples), max_new_tokens=2)
         assert model.config.to_json_string() == config

@@ -111,7 +111,7 @@ def test_safetensors_and_back(tmp_path_factory, reduction):
 def test_a_batch_is_its_images():
     tokens, scores = VisualTokens(torch.randn(3, 6, 2), grid=(2, 3), notes=("a",)), torch.randn(3, 6)
     batch = tokens.keep(torch.tensor([[4, 0], [1, 5], [3, 2]]), scores)
-    assert len(batch) == 3
+    assert len(list(batch)) == 3
     assert batch.kept.tolist() == [[0, 4], [1, 5], [2, 3]]
     for i, one in enumerate(batch):
         assert torch.equal(one.matrix(), batch.matrix()[i])
@@ -163,9 +163,7 @@ def test_what_does_not_fit_is_refused():
         one.after(one)
     with pytest.raises(ValueError, match="index the batched ones first"):
         Reduction.identity(2).after(batch)
-    with pytest.raises(TypeError, match="has no length"):
-        len(one)
-    with pytest.raises(IndexError, match="holds one image"):
+    with pytest.raises(TypeError, match="holds one image"):
         one[0]
 
 
