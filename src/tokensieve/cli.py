@@ -87,6 +87,5 @@ def main() -> None:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="tokensieve")
-        warnings.filterwarnings("ignore", message="Sparse")  # torch, of the product of two decisions
         warnings.showwarning = lambda message, *_: typer.echo(f"note: {message}", err=True)
     app()

@@ -178,24 +178,22 @@ class Reduction:
             raise ValueError("compose Reductions of single images: index the batched ones first")
         if first.whole:
             return replace(self, grid=first.grid or self.grid, notes=first.notes + self.notes)
-        anchors, notes, mixing = first.anchors[self.anchors], first.notes + self.notes, None
-        if self.mixing is not None or first.mixing is not None:
-            before = first._sparse()
-            picked = before.index_select(0, self.anchors) if self.mixing is None else self._sparse() @ before
-            product = picked.coalesce()
-            slot, source = product.indices()
-            mixing = Mixing(slot, source, product.values())
-        projected = self.projected and first.projected
-        return Reduction(first.total, anchors, mixing, grid=first.grid or self.grid, notes=notes, projected=projected)
+        mixing = None if self.mixing is None and first.mixing is None else _product(self._entries(), first._entries())
+        return Reduction(
+            first.total,
+            first.anchors[self.anchors],
+            mixing,
+            grid=first.grid or self.grid,
+            notes=first.notes + self.notes,
+            projected=self.projected and first.projected,
+        )
 
-    def _sparse(self) -> Tensor:
-        if self.mixing is None:
-            slot, source, weight = torch.arange(self.slots, device=self.anchors.device), self.anchors, None
-        else:
-            slot, source, weight = self.mixing.slot, self.mixing.source, self.mixing.weight
-        weight = torch.ones_like(slot, dtype=torch.float32) if weight is None else weight
-        size = (self.slots, self.total)
-        return torch.sparse_coo_tensor(torch.stack([slot, source]), weight, size, check_invariants=False)
+    def _entries(self) -> Mixing:
+        """W as entries, for pure pruning too; of one image."""
+        if self.mixing is not None:
+            return self.mixing
+        slot = torch.arange(self.slots, device=self.anchors.device)
+        return Mixing(slot, self.anchors, torch.ones_like(slot, dtype=torch.float32))
 
     # -- storing ------------------------------------------------------------------------------------------------------
 
@@ -258,3 +256,17 @@ class Reduction:
             notes=tuple(json.loads(meta["notes"])),
             projected=json.loads(meta.get("projected", "true")),
         )
+
+
+def _product(second: Mixing, first: Mixing) -> Mixing:
+    """The entries of W_second · W_first, one for each pair of slot and source, in their order."""
+    order = first.slot.argsort(stable=True)
+    count = torch.bincount(first.slot, minlength=int(second.source.max()) + 1 if second.source.numel() else 0)
+    start, repeats = count.cumsum(0) - count, count[second.source]
+    left = torch.arange(len(second.slot), device=order.device).repeat_interleave(repeats)
+    place = torch.arange(len(left), device=order.device) - (repeats.cumsum(0) - repeats)[left]
+    right = order[start[second.source[left]] + place]
+    pairs = torch.stack([second.slot[left], first.source[right]])
+    (slot, source), same = torch.unique(pairs, dim=1, return_inverse=True)
+    weight = torch.zeros(slot.shape, device=slot.device)
+    return Mixing(slot, source, weight.index_add(0, same, second.weight[left] * first.weight[right]))
