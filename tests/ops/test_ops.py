@@ -80,29 +80,26 @@ def test_uniform_is_evenly_spread(size):
 
 
 def max_min_by_hand(rows, k):
-    """With the whole distance matrix, in float64."""
+    """With the whole distance matrix, in float64; inputs where rounding would decide between two rows are not used.
+
+    Such ties are real: the two loneliest rows may be each other's nearest.
+    """
     unit = torch.nn.functional.normalize(rows.double(), dim=-1)
     distance = 1 - unit @ unit.T
-    chosen = [int((distance + torch.eye(len(rows)) * 9).amin(0).argmax())]
+    nearest, chosen = (distance + 9 * torch.eye(len(rows))).amin(0), []
     while len(chosen) < k:
+        best = nearest.sort(descending=True).values
+        assume(len(best) == 1 or best[0] - best[1] > 1e-5)
+        chosen.append(int(nearest.argmax()))
         nearest = distance[chosen].amin(0)
         nearest[chosen] = -1
-        chosen.append(int(nearest.argmax()))
     return chosen
-
-
-def assume_no_tie(rows):
-    """The two loneliest rows may be each other's nearest: an exact tie for the start, which rounding then decides."""
-    unit = torch.nn.functional.normalize(rows.double(), dim=-1)
-    lonely = (2 * torch.eye(len(rows)) - unit @ unit.T + 1).amin(0).sort(descending=True).values
-    assume(len(rows) < 2 or lonely[0] - lonely[1] > 1e-6)
 
 
 @given(sizes(most=40), seeds)
 def test_max_min_equals_the_distance_matrix(size, seed):
     n, k = size
     rows = noise(n, 8, seed=seed)
-    assume_no_tie(rows)
     assert max_min(rows, k).tolist() == max_min_by_hand(rows, k)
 
 
@@ -110,9 +107,9 @@ def test_max_min_equals_the_distance_matrix(size, seed):
 def test_max_min_ignores_lengths_and_follows_permutations(size, seed, scale):
     n, k = size
     rows, order = noise(n, 8, seed=seed), torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    assume_no_tie(rows)
-    assert torch.equal(max_min(rows * scale, k), max_min(rows, k))
-    assert torch.equal(order[max_min(rows[order], k)], max_min(rows, k))
+    chosen = max_min_by_hand(rows, k)
+    assert max_min(rows * scale, k).tolist() == chosen
+    assert order[max_min(rows[order], k)].tolist() == chosen
 
 
 @given(sizes(most=30), seeds, st.integers(1, 3), dtypes)
@@ -128,13 +125,11 @@ def test_max_min_never_picks_twice(size, seed, distinct, dtype):
         assert len({tuple(rows[i].tolist()) for i in kept}) == min(k, directions), "every direction before any twice"
 
 
-@given(sizes(most=30), seeds)
+@given(sizes(most=20), seeds)
 def test_max_min_of_a_batch_is_that_of_each_row(size, seed):
     n, k = size
     rows = noise(2, 3, n, 6, seed=seed)
-    for one in rows.flatten(0, 1):
-        assume_no_tie(one)
-    assert torch.equal(max_min(rows, k), torch.stack([torch.stack([max_min(r, k) for r in b]) for b in rows]))
+    assert max_min(rows, k).tolist() == [[max_min_by_hand(one, k) for one in some] for some in rows]
 
 
 def test_max_min_in_chunks(monkeypatch):
