@@ -19,7 +19,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """The method registry; what a test registers is forgotten afterwards."""
     from tokensieve.methods import methods

@@ -18,7 +18,7 @@ PINNED = [
     "accuracy_high", "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token",
     "peak_activation_mb", "kv_mb",
 ]  # fmt: skip
-SAMPLES, RUNS = 16, 5  # full, vtc-cls and pool at one budget, an oracle and one seed of random
+SAMPLES, RUNS = 48, 5  # full, vtc-cls and pool at one budget, an oracle and one seed of random
 METHODS = "vtc-cls(first_layer=0), pool, random"
 
 
