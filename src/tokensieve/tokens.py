@@ -146,7 +146,7 @@ class VisualTokens:
         """The user's words and their mask, `[B, M, D]` and `[B, M]`.
 
         Raises:
-            ValueError: if no text was given, or an image has no word.
+            ValueError: if no text was given.
         """
         if self.text is None:
             raise ValueError("this method reads the prompt: give VisualTokens(text=[B, M, D])")
