@@ -29,6 +29,11 @@ def test_dropped_cells_are_dim_and_kept_ones_untouched() -> None:
     assert (shown[[i for i in range(24) if i not in kept]] < 140).all()
 
 
+def test_nothing_kept_is_all_dim() -> None:
+    nothing = Reduction(24, torch.empty(0, dtype=torch.int64), grid=GRID)
+    assert (centres(overlay(GREY, nothing, side=240)) < 140).all()
+
+
 def test_merged_slots_that_touch_have_different_tints() -> None:
     slot = torch.arange(24) % 6 // 3  # the left half and the right half, one token each
     halves = Reduction(24, torch.tensor([1, 4]), Mixing(slot, torch.arange(24), torch.full((24,), 1 / 12)), grid=GRID)

@@ -44,9 +44,9 @@ def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.
     pixels = np.asarray(image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), float)
 
     source = reduction.source.reshape(rows, columns).cpu().numpy()
-    counts = reduction.counts.cpu().numpy()
+    counts = np.append(reduction.counts.cpu().numpy(), 0)  # −1, the slot of what was dropped, finds the 0
     kept = source >= 0
-    merged = kept & (counts[source] > 1)
+    merged = counts[source] > 1
 
     grey = pixels.mean(-1, keepdims=True)
     dropped = 0.22 * pixels + 0.10 * grey + 0.68 * DIMMED
