@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,14 @@ def arguments(model: str, output: Path) -> list[str]:
 def stopped(call: list[str], predictions: Path, lines: int, with_signal: signal.Signals) -> Outcome:
     """Start a call and stop it as soon as so many lines are written."""
     program = [COMMAND, *call]
-    running = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    running = subprocess.Popen(
+        program,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs are born deaf to Ctrl-C
+    )
     deadline = time.monotonic() + 300
     while running.poll() is None and time.monotonic() < deadline:
         if predictions.exists() and predictions.read_bytes().count(b"\n") >= lines:
