@@ -44,6 +44,8 @@ class Family(ABC):
     Attributes:
         stages: where methods can act.
         joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
+        excluded: why methods cannot act inside the LLM, if they cannot.
+        first_position: the position id of a prompt's first token.
         opaque: why nothing that is read in the tower can be told per visual token, if it cannot.
     """
 
@@ -51,6 +53,8 @@ class Family(ABC):
     title: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
+    excluded: ClassVar[str] = ""
+    first_position: ClassVar[int] = 0
     joins: ClassVar[bool] = False
     opaque: ClassVar[str] = ""
 
@@ -83,9 +87,9 @@ class Family(ABC):
 
     # -- what the rows mean -------------------------------------------------------------------------------------------
 
-    def entries(self, call: EncodeCall) -> Sequence[Tensor]:
-        """The features of each image, `[N, D]`, in what the call returned (with beams: as transformers expanded it)."""
-        return list(call.output.pooler_output)
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """The features of each image, `[N, D]`, in the ``pooler_output`` of a call (with beams: repeated)."""
+        return list(pooled)
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         """How the visual tokens of each image lie, in the order of :meth:`entries`."""
