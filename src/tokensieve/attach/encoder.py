@@ -261,8 +261,8 @@ class EncoderHooks:
         shapes = [shape.to(device) for shape in shapes]
         return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
 
-    def _patches(self, call: Call, shapes: list[Shape], per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """The rows that entered the projector, `[M, C]` per image; the dropped slots of an encoder method hold zeros."""
+    def _patches(self, call: Call, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """The rows that entered the projector, `[M, C]` per image; slots that an encoder method dropped hold zeros."""
         units = self.family.patches(self.model, call, call.rows[0])
         if call.reductions is None or all(reduction.whole for reduction in call.reductions):
             return per_image(units)
