@@ -157,11 +157,9 @@ CALLS = {
         ),
         "needs input_ids: inputs_embeds do not show where the images stand",
     ),
-    "images on a filled cache": (
-        lambda model, inputs: model(
-            **{k: v for k, v in inputs.items() if k != "attention_mask"}, past_key_values=filled_cache(model, inputs)
-        ),
-        "new images on a filled cache are not supported",
+    "a mask that leaves out the cache": (
+        lambda model, inputs: model(**inputs, past_key_values=filled_cache(model, inputs)),
+        r"attention_mask must cover the 3 columns in the cache and the \d+ new ones; got \d+",
     ),
     "a 4-D mask": (
         lambda model, inputs: model(**{**inputs, "attention_mask": inputs["attention_mask"][:, None, None].float()}),

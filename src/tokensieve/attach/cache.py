@@ -35,6 +35,14 @@ class State:
         """Columns by which the cache is shorter than the caller believes."""
         return self.length - self.mask.shape[1]
 
+    def after(self, earlier: State) -> State:
+        """The state of a sequence that ``earlier`` covers so far and whose next columns are this one's."""
+        shift = earlier.shift if self.shift is None else self.shift
+        if earlier.shift is not None and self.shift is not None:
+            shift = earlier.shift + self.shift
+        mask = torch.cat([earlier.mask, self.mask], 1)
+        return State(mask, earlier.padded or self.padded, earlier.length + self.length, shift)
+
     @property
     def matters(self) -> bool:
         """Whether a later step must know: a batch may keep its width, and still have got padding or other positions."""
@@ -94,8 +102,13 @@ class ReducedSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         self.dropped = 0
 
 
-REDUCED: dict[type, Any] = {DynamicLayer: ReducedLayer, DynamicSlidingWindowLayer: ReducedSlidingLayer}
-ALLOWED = (*REDUCED, *REDUCED.values(), LinearAttentionLayer)
+REDUCED: dict[type, Any] = {
+    DynamicLayer: ReducedLayer,
+    ReducedLayer: ReducedLayer,
+    DynamicSlidingWindowLayer: ReducedSlidingLayer,
+    ReducedSlidingLayer: ReducedSlidingLayer,
+}
+ALLOWED = (*REDUCED, LinearAttentionLayer)
 
 
 @dataclass(frozen=True)
@@ -120,6 +133,14 @@ def remember(cache: Cache, states: States) -> None:
         if reduced is not None:  # else it holds no columns
             cache.layers[i] = reduced.adopt(layer, states.blocks.get(i, states.entry).dropped)
     setattr(cache, STATE, states)
+
+
+def all_of(cache: Cache, states: States | None, mask: Tensor | None, rows: int, device: torch.device) -> State:
+    """The state of everything that a filled cache holds; ``mask`` is the caller's, over all its columns."""
+    length = cache.get_seq_length()
+    known = State(torch.ones(rows, 0, dtype=torch.long, device=device), False, 0) if states is None else states.entry
+    tail = known.mask.new_ones(rows, length - known.length) if mask is None else mask[:, known.length : length]
+    return State(tail.to(known.mask.dtype), mask is not None, tail.shape[1]).after(known)
 
 
 def later_step(kwargs: dict[str, Any], state: State, cache: Cache) -> dict[str, Any]:
@@ -158,8 +179,6 @@ def check_cache(cache: Cache | None) -> None:
         return
     if cache.is_compileable:
         raise ValueError("a static cache cannot hold a reduced prompt; use the default dynamic cache")
-    if cache.get_seq_length():
-        raise ValueError("new images on a filled cache are not supported; start a new sequence with all its images")
     for layer in cache.layers:
         if type(layer) not in ALLOWED:
             raise ValueError(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

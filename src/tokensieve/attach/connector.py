@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from tokensieve.attach.cache import State, check_cache
+from tokensieve.attach.cache import State, States, all_of, check_cache
 from tokensieve.attach.encoder import RECORD, Record, evidence
 from tokensieve.attach.layout import Columns, Layout, equal_groups
 from tokensieve.attach.parts import Scope, budget_of, parts_of, per_sample
@@ -142,14 +143,17 @@ class Connector:
         self.family, self.model, self.base, self.modality = family, model, model.base_model, modality
         self.method, self.positions, self.words, self.replay, self.scope = method, positions, words, replay, scope
 
-    def prefill(self, kwargs: dict[str, Any]) -> Prefill:
-        """Shorten a prompt with images.
+    def prefill(self, kwargs: dict[str, Any], states: States | None = None) -> Prefill:
+        """Shorten a prompt with images: a first one, or the next turn of a sequence whose cache has these ``states``.
 
         Raises:
             ValueError: for what cannot be done right; nothing has run then but the vision tower.
         """
         self._check(kwargs)
-        kwargs = dict(kwargs)
+        kwargs, cache = dict(kwargs), kwargs.get("past_key_values")
+        earlier = None
+        if cache is not None and cache.get_seq_length():
+            earlier = self._next_turn(kwargs, cache, states)
         encoded = self._encode(kwargs)
         record: Record = getattr(encoded, RECORD)
         features = self.family.entries(encoded.pooler_output, record.shapes)
@@ -163,7 +167,10 @@ class Connector:
         by_row = _by_row(plans, layout.images)
         kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), self.modality: encoded}
         if all(plan.decision.whole for plan in plans):
-            return Prefill(kwargs, by_row, copies, layout.visual, layout.lengths, _untouched(kwargs, layout.end))
+            state = _untouched(kwargs, layout.end)
+            if earlier is not None:
+                state = self._append(kwargs, state, earlier)
+            return Prefill(kwargs, by_row, copies, layout.visual, layout.lengths, state)
 
         positions = self._positions(kwargs)
         stay = layout.real.masked_scatter(layout.visual, _kept(plans))
@@ -173,6 +180,8 @@ class Connector:
         kwargs["mm_encoder_outputs"][self.modality] = self._reduced(encoded, record, features, plans, origins)
         reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
+        if earlier is not None:
+            state = self._append(kwargs, state, earlier)
         return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, lengths, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
@@ -204,6 +213,35 @@ class Connector:
         for name in (*PIXELS[self.modality], "vision_feature_layer", "vision_feature_select_strategy"):
             kwargs.pop(name, None)
         return encoded
+
+    # -- later turns --------------------------------------------------------------------------------------------------
+
+    def _next_turn(self, kwargs: dict[str, Any], cache: Cache, states: States | None) -> State:
+        """Put a turn's arguments, in place, as if it were the first; returns the state of what stands before it."""
+        ids, mask, held = kwargs["input_ids"], kwargs.get("attention_mask"), cache.get_seq_length()
+        rows, new = ids.shape
+        if mask is not None and mask.shape[1] != held + new:
+            raise ValueError(
+                f"attention_mask must cover the {held} columns in the cache and the {new} new ones; got {mask.shape[1]}"
+            )
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            if hasattr(self.base, "get_rope_index"):
+                raise ValueError("new images on a filled cache with M-RoPE: pass position_ids")
+            positions = (torch.arange(new, device=ids.device) + held).expand(rows, -1)
+        earlier = all_of(cache, states, mask, rows, ids.device)
+        kwargs["position_ids"] = positions if earlier.shift is None else positions - earlier.shift
+        kwargs["attention_mask"] = None if mask is None else mask[:, held:]
+        return earlier
+
+    def _append(self, kwargs: dict[str, Any], state: State, earlier: State) -> State:
+        """Put the mask of a turn behind that of what stands before it, in place; returns the state of both."""
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        if mask is not None or earlier.padded:
+            absent = earlier.mask.new_zeros(len(ids), earlier.dropped)
+            mask = torch.ones_like(ids) if mask is None else mask
+            kwargs["attention_mask"] = torch.cat([absent, earlier.mask, mask], 1)
+        return state.after(earlier)
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
@@ -309,7 +347,8 @@ class Connector:
                 kwargs[name] = columns.take(kwargs[name], filler)
         taken, shift = columns.take(positions), None
         if self.positions == "contiguous":
-            numbered = ((new_mask.long().cumsum(-1) - 1).clamp(min=0) + self.family.first_position).expand_as(taken)
+            first = taken.masked_fill(~columns.valid, torch.iinfo(taken.dtype).max).amin(-1, keepdim=True)
+            numbered = first + (new_mask.long().cumsum(-1) - 1).clamp(min=0)
             if not all(reduced):  # a row that stayed whole keeps its ids, as it does in a batch of its own
                 numbered = numbered.where(torch.tensor(reduced, device=ids.device)[:, None], taken)
             shift, taken = taken[..., -1:] - numbered[..., -1:], numbered

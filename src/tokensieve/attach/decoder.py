@@ -81,6 +81,9 @@ class DecoderHooks:
 
     def check(self, kwargs: dict[str, Any]) -> None:
         """Refuse a prompt that cannot be reduced inside the LLM, before anything runs."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError("new images on a filled cache cannot be reduced inside the LLM; start a new sequence")
         if kwargs.get("labels") is not None:
             raise ValueError("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
         logits = kwargs.get("logits_to_keep")

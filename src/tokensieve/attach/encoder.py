@@ -212,7 +212,7 @@ class EncoderHooks:
             call.rows.append(args[0] if args else next(iter(kwargs.values())))
 
     def _resize(self, call: Call, method: Downsample) -> None:
-        device = next(self.tower.parameters()).device
+        device = next(given.device for given in call.tower.values() if isinstance(given, Tensor))
         grids = [shape.grid or (1, shape.total) for shape in self.family.shapes(self.model, call)]
         images = [VisualTokens(torch.empty(1, h * w, 0, device=device), grid=(h, w)) for h, w in grids]
         call.reductions = reductions = [method(image)[0] for image in images]

@@ -21,6 +21,7 @@ from tokensieve.models import family_of
 from tokensieve.models.family import Modality
 from tokensieve.reduction import Reduction
 
+LEFT_INSIDE = "tokens left this cache inside the LLM: continue with the decoder method attached, and without new images"
 STAGES = ("encoder", "connector", "decoder")
 _attached: weakref.WeakValueDictionary[int, Sieve] = weakref.WeakValueDictionary()  # by id; the hooks keep it alive
 _lock = threading.Lock()
@@ -154,6 +155,10 @@ class Sieve:
     def __str__(self) -> str:
         return " + ".join(map(str, self.stages)) or "a replay"
 
+    def __reduce__(self) -> Any:
+        """Copying or pickling an attached model comes here: hooks belong to one model."""
+        raise ValueError(f"{self} is attached to this model; detach() it first: hooks cannot be copied")
+
     def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         self._local.prefill = None
@@ -164,7 +169,9 @@ class Sieve:
         if _shows(kwargs, "image"):
             if self._decoder is not None:
                 self._decoder.check(kwargs)
-            prefill: Prefill = self._connector.prefill(kwargs)
+            elif states is not None and states.blocks:
+                raise ValueError(LEFT_INSIDE)
+            prefill: Prefill = self._connector.prefill(kwargs, states)
             self._local.prefill = prefill
             if self._decoder is not None:
                 self._decoder.start(prefill)
@@ -176,7 +183,7 @@ class Sieve:
         if self._decoder is not None:
             self._decoder.resume(states.blocks, kwargs.get("attention_mask"))
         elif states.blocks:
-            raise ValueError("tokens left this cache inside the LLM: continue with the decoder method attached")
+            raise ValueError(LEFT_INSIDE)
         return (), later_step(kwargs, states.entry, cache)
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
