@@ -171,7 +171,11 @@ def _published(name: str, published: dict[str, Any]) -> list[str]:
     """What papers report, in tables as they stand there."""
     lines = []
     for table in published["tables"]:
-        rows = [row[1:] for row in table["rows"] if row[0] == name]
+        rows = [
+            [tokens if spec == name else f"{tokens} (`{spec}`)", *cells]
+            for spec, tokens, *cells in table["rows"]
+            if name in _names(spec)
+        ]
         if rows:
             full = [["576 (all)", *table["full"]]] if table["full"] else []
             lines += ["", f"{table['title']}. Source: {table['source']} {table['note']}".rstrip(), ""]

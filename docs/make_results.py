@@ -47,8 +47,8 @@ class Entry:
 
     @property
     def mark(self) -> str:
-        """↓ below random, ≈ not told apart from it."""
-        return "" if self.chance is None or self.chance.won else " ↓" if self.chance.lost else " ≈"
+        """↑ above random, ↓ below it, ≈ not told apart from it; nothing where the two were not compared."""
+        return "" if self.chance is None else " ↑" if self.chance.won else " ↓" if self.chance.lost else " ≈"
 
     def same(self, other: Entry) -> bool:
         return (self.budget, self.method, self.keep) == (other.budget, other.method, other.keep)
