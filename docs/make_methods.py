@@ -119,7 +119,7 @@ def _page(info: MethodInfo, published: dict[str, Any], measured: list[Entry]) ->
     lines += [f"- **Paper:** {f'{paper} ' if paper else ''}{_paper_link(info)}"]
     lines += [f"- **Code:** [{method.__module__}](../../src/{method.__module__.replace('.', '/')}.py)"]
     lines += ["", "## Parameters", "", *_parameters(method, said)]
-    lines += ["", "## What it is given", "", *_needs(info.needs)]
+    lines += ["", "## What it is given", "", *_needs(info)]
     if "Official code" in said.remarks:
         remark = said.remarks["Official code"]
         lines += ["", "## Official code", "", remark[0].upper() + remark[1:]]
@@ -157,14 +157,17 @@ def _type(hint: Any) -> str:
     return (hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)).replace("|", "\\|")
 
 
-def _needs(needs: Needs) -> Iterator[str]:
+def _needs(info: MethodInfo) -> Iterator[str]:
     """Only what differs from the defaults: that is what will be computed."""
     meanings = Docstring.of(Needs).arguments
-    asked = [field for field in fields(needs) if getattr(needs, field.name) != field.default]
-    for field in asked:
-        yield f"- `{field.name}={getattr(needs, field.name)!r}`: {meanings[field.name]}"
-    if not asked:
-        yield "The features of the tokens, and nothing else."
+    asked = {field.name: getattr(info.needs, field.name) for field in fields(Needs)}
+    asked = {name: value for name, value in asked.items() if value != getattr(Needs(), name)}
+    for name, value in asked.items():
+        yield f"- `{name}={value!r}`: {meanings[name]}"
+    if info.stage == "fusion":
+        yield "Text and image tokens of a layer, with its queries and keys."
+    elif not asked:
+        yield "The tokens as they are, and nothing else."
 
 
 def _published(name: str, published: dict[str, Any]) -> list[str]:
