@@ -120,16 +120,19 @@ def _cell(row: Entry | None, *, tokens: bool = False) -> str:
 
 
 def against_random(entries: Sequence[Entry]) -> Iterator[str]:
-    """Who is below random with as many tokens, or not told apart from it, at each budget."""
+    """Who is below random with about as many tokens, or not told apart from it, at each budget."""
+    methods = [entry for entry in entries if entry.method.partition("(")[0] not in ("full", "random", "oracle")]
     for budget in [*_budgets(entries), None]:
-        met = [entry for entry in entries if entry.chance is not None and entry.keep == budget]
-        lost = [entry for entry in met if entry.chance is not None and entry.chance.lost]
-        tied = [entry for entry in met if entry.mark == " ≈"]
+        here = [entry for entry in methods if entry.keep == budget]
+        lost = [entry for entry in here if entry.mark == " ↓"]
+        tied = [entry for entry in here if entry.mark == " ≈"]
+        unmet = [entry for entry in here if entry.chance is None]
         where = "At a number of tokens of their own" if budget is None else f"At {budget:.0%}"
-        if met:
-            yield f"- {where}, {_names(lost) or 'no method'} {'are' if len(lost) > 1 else 'is'} below `random`" + (
-                f"; {_names(tied)} not told apart from it." if tied else "."
-            )
+        said = [f"{_names(lost) or 'no method'} {'are' if len(lost) > 1 else 'is'} below `random`"]
+        said += [f"{_names(tied)} not told apart from it"] if tied else []
+        said += [f"{_names(unmet)} not compared"] if unmet else []
+        if here:
+            yield f"- {where}, {'; '.join(said)}."
 
 
 def _names(entries: Sequence[Entry]) -> str:

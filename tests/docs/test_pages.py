@@ -88,11 +88,12 @@ def test_losses_and_ties_are_told_by_the_paired_interval():
         replace(ENTRY, method="worse", keep=0.11, chance=LOST),
         replace(ENTRY, method="random", keep=0.11),
         replace(ENTRY, method="own", keep=None, tokens_average=80.0, chance=LOST),
+        replace(ENTRY, method="few", keep=None, tokens_after=1.0, tokens_average=1.0),
     ]
     assert list(make_results.against_random(entries)) == [
         "- At 50%, `worse` is below `random`; `tied` not told apart from it.",
         "- At 11%, `worse` is below `random`.",
-        "- At a number of tokens of their own, `own` is below `random`.",
+        "- At a number of tokens of their own, `own` is below `random`; `few` not compared.",
     ]
     table = list(make_results.by_budget(entries))
     assert table[0] == "| method | 50% | 11% |"
@@ -104,6 +105,7 @@ def test_losses_and_ties_are_told_by_the_paired_interval():
     assert table[5:] == [
         "| `better` | 50.0 (40.0–60.0) ↑ |  |",
         "| `own` | 50.0 (40.0–60.0) ↓, 72 kept, 80 on average |  |",
+        "| `few` | 50.0 (40.0–60.0), 1 kept |  |",
     ]
 
 
