@@ -1,50 +1,160 @@
-"""Print Markdown tables of a ``results.json``.
+"""Tables of comparisons.
 
-``python docs/make_results.py runs/final/results.json`` has one row per method and budget, with question types;
-``… --budgets`` one row per method and one column per budget.
+``python docs/make_results.py`` writes the tables of ``docs/results.md`` from the ledger ``docs/results.jsonl``;
+``… runs/zoo/results.json …`` takes the rows of these results into the ledger first, in place of older ones;
+``… --types runs/final/results.json`` prints one table with question types instead (the README's).
 """
 
+from __future__ import annotations
+
+import json
+import re
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from tokensieve.evaluate import Results, Row
+from tokensieve.evaluate import Chance, Results, Row
+
+DOCS = Path(__file__).parent
+LEDGER, PAGE = DOCS / "results.jsonl", DOCS / "results.md"
 
 
-def interval(row: Row) -> str:
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger: what a row of results says about accuracy.
+
+    Attributes:
+        budget: what ``keep`` counts: tokens "kept", or on "average" over the blocks of the LLM.
+        keep: a share of the tokens, a number of them, or ``None`` for methods that choose it themselves.
+        chance: the row against random with about as many tokens.
+    """
+
+    budget: str
+    method: str
+    keep: float | None
+    tokens_after: float
+    tokens_average: float
+    samples: int
+    accuracy: float
+    accuracy_low: float
+    accuracy_high: float
+    chance: Chance | None
+
+    @property
+    def accuracies(self) -> str:
+        return interval(self)
+
+    @property
+    def mark(self) -> str:
+        """↑ above random, ↓ below it, ≈ not told apart from it; nothing where the two were not compared."""
+        return "" if self.chance is None else " ↑" if self.chance.won else " ↓" if self.chance.lost else " ≈"
+
+    def same(self, other: Entry) -> bool:
+        return (self.budget, self.method, self.keep) == (other.budget, other.method, other.keep)
+
+
+def interval(row: Row | Entry) -> str:
     return f"{100 * row.accuracy:.1f} ({100 * row.accuracy_low:.1f}–{100 * row.accuracy_high:.1f})"
 
 
-def by_type(results: Results) -> None:
+def ledger() -> list[Entry]:
+    """Everything measured so far."""
+    lines = map(json.loads, LEDGER.read_text("utf-8").splitlines())
+    return [Entry(**{**line, "chance": line["chance"] and Chance(**line["chance"])}) for line in lines]
+
+
+def enter(results: Results) -> None:
+    """Put the rows of these results into the ledger, in place of those of the same method and budget."""
+    known = ledger() if LEDGER.exists() else []
+    names = {field.name for field in fields(Entry)} & {field.name for field in fields(Row)}
+    for row, chance in zip(results.rows, results.chances, strict=True):
+        shown = {name: value for name, value in asdict(row).items() if name in names}
+        entry = Entry(results.settings["budget"], **shown, chance=chance)
+        place = next((number for number, old in enumerate(known) if old.same(entry)), len(known))
+        known[place : place + 1] = [entry]
+    LEDGER.write_text("".join(json.dumps(_short(asdict(entry))) + "\n" for entry in known), "utf-8")
+
+
+def _short(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _short(part) for key, part in value.items()}
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def page(text: str, entries: Sequence[Entry]) -> str:
+    """``docs/results.md`` with its tables made anew: each stands between two comments that name its convention."""
+
+    def replaced(match: re.Match[str]) -> str:
+        mine = [entry for entry in entries if entry.budget == match[2]]
+        return "\n".join([match[1], "", *by_budget(mine), "", *against_random(mine), "", match[4]])
+
+    return re.sub(r"(<!-- budget: (\w+) -->)(.*?)(<!-- end -->)", replaced, text, flags=re.S)
+
+
+def by_budget(entries: Sequence[Entry]) -> Iterator[str]:
+    """One row per method, one column per budget; methods without one are told with their tokens."""
+    budgets = _budgets(entries)
+    yield "| method | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"
+    yield "|---|" + "---|" * len(budgets)
+    for method in dict.fromkeys(entry.method for entry in entries):
+        rows = {entry.keep: entry for entry in entries if entry.method == method}
+        cells = [_cell(rows.get(budget)) for budget in budgets]
+        if not any(cells):
+            cells = [", ".join(_cell(row, tokens=True) for row in rows.values()), *cells[1:]]
+        yield f"| `{method}` | " + " | ".join(cells) + " |"
+
+
+def _budgets(entries: Sequence[Entry]) -> list[float]:
+    """The budgets at which several methods ran."""
+    found = [entry.keep for entry in entries if entry.keep is not None]
+    return sorted({keep for keep in found if found.count(keep) > 1}, reverse=True)
+
+
+def _cell(row: Entry | None, *, tokens: bool = False) -> str:
+    if row is None:
+        return ""
+    left = f", {row.tokens_after:.3g} kept" if tokens or row.tokens_after != row.tokens_average else ""
+    average = f", {row.tokens_average:.3g} on average" if tokens and row.tokens_after != row.tokens_average else ""
+    return row.accuracies + row.mark + left + average
+
+
+def against_random(entries: Sequence[Entry]) -> Iterator[str]:
+    """Who is below random with about as many tokens, or not told apart from it, at each budget."""
+    methods = [entry for entry in entries if entry.method.partition("(")[0] not in ("full", "random", "oracle")]
+    for budget in [*_budgets(entries), None]:
+        here = [entry for entry in methods if entry.keep == budget]
+        lost = [entry for entry in here if entry.mark == " ↓"]
+        tied = [entry for entry in here if entry.mark == " ≈"]
+        unmet = [entry for entry in here if entry.chance is None]
+        where = "At a number of tokens of their own" if budget is None else f"At {budget:.0%}"
+        said = [f"{_names(lost) or 'no method'} {'are' if len(lost) > 1 else 'is'} below `random`"]
+        said += [f"{_names(tied)} not told apart from it"] if tied else []
+        said += [f"{_names(unmet)} not compared"] if unmet else []
+        if here:
+            yield f"- {where}, {'; '.join(said)}."
+
+
+def _names(entries: Sequence[Entry]) -> str:
+    return ", ".join(f"`{entry.method}`" for entry in entries)
+
+
+def by_type(results: Results) -> Iterator[str]:
+    """One row per method and budget, with question types."""
     types = [score.type for score in results.types[0]]
-    print(f"| method | tokens | accuracy (95 %) | FLOPs | {' | '.join(types)} |")
-    print("|---|---|---|---|" + "---|" * len(types))
+    yield f"| method | tokens | accuracy (95 %) | FLOPs | {' | '.join(types)} |"
+    yield "|---|---|---|---|" + "---|" * len(types)
     for row, scores in zip(results.rows, results.types, strict=True):
         flops = "–" if row.flops_ratio is None else f"{row.flops_ratio:.0%}"
         cells = " | ".join(f"{100 * score.accuracy:.0f}" for score in scores)
-        print(f"| `{row.method}` | {row.tokens_after:.4g} | {interval(row)} | {flops} | {cells} |")
-
-
-def by_budget(results: Results) -> None:
-    budgets = sorted({row.keep for row in results.rows if row.keep}, reverse=True)
-    print("| method | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |")
-    print("|---|" + "---|" * len(budgets))
-    for method in dict.fromkeys(row.method for row in results.rows):
-        rows = {row.keep: row for row in results.rows if row.method == method}
-        if set(rows) == {None}:
-            only = rows[None]
-            cells = [f"{interval(only)}, {only.tokens_after:.3g} tokens, {only.tokens_average:.3g} on average"]
-        else:
-            cells = [_cell(rows.get(budget)) for budget in budgets]
-        print(f"| `{method}` | " + " | ".join(cells) + " |" * (1 + len(budgets) - len(cells)))
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return ""
-    kept = "" if row.tokens_after == row.tokens_average else f", {row.tokens_after:.3g} kept"
-    return interval(row) + kept
+        yield f"| `{row.method}` | {row.tokens_after:.4g} | {interval(row)} | {flops} | {cells} |"
 
 
 if __name__ == "__main__":
-    found = Results.load(Path(sys.argv[1]))
-    (by_budget if "--budgets" in sys.argv else by_type)(found)
+    options, files = [a for a in sys.argv[1:] if a.startswith("-")], [a for a in sys.argv[1:] if not a.startswith("-")]
+    if options == ["--types"]:
+        print("\n".join(line for file in files for line in by_type(Results.load(Path(file)))))
+    else:
+        for file in files:
+            enter(Results.load(Path(file)))
+        PAGE.write_text(page(PAGE.read_text("utf-8"), ledger()), "utf-8")

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from tokensieve.commands import ask, bench, calibrate, catalogue, compare, convert, train
+from tokensieve.commands import ask, bench, calibrate, catalogue, compare, convert, new_method, train
 
 RESUMABLE = ("compare", "train")
 
@@ -74,6 +74,7 @@ app.command("models")(catalogue.models)
 app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("new-method")(new_method.new_method)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")
 app.add_typer(train.app, name="train")

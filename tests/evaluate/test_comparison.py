@@ -97,6 +97,10 @@ def test_results_hold_types_differences_and_examples(run, samples, tmp_path):
         assert sum(score.accuracy for score in types) / 2 == pytest.approx(row.accuracy)
         assert difference == pytest.approx(row.accuracy - rows[0].accuracy)
         assert low <= difference <= high
+    assert [chance is None for chance in results.chances] == [True, False, True, False]  # full, vtc-cls, random, pool
+    for row, chance in zip(rows, results.chances, strict=True):
+        assert chance is None or (chance.tokens, chance.accuracy) == (9, rows[2].accuracy)
+        assert chance is None or chance.difference == pytest.approx(row.accuracy - rows[2].accuracy)
     assert len(results.examples) == 3
     for example in results.examples:
         assert Image.open(tmp_path / "out" / example.image).size[0] == 90

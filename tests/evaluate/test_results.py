@@ -6,8 +6,13 @@ import resource
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tokensieve.evaluate import Example, OutputError, Results, Row, TypeScore, environment
+from tokensieve import parse
+from tokensieve.evaluate import METRICS, Chance, Example, OutputError, Results, Row, Sample, TypeScore, environment
+from tokensieve.evaluate.journal import Answer
+from tokensieve.evaluate.plan import Entry, Run
+from tokensieve.evaluate.table import Table
 
 ROW = Row("pool", 9, 144.0, 9.0, 9.0, 2, 0.5, 0.1, 0.9, None, None, None, None, None, None, None)
 RESULTS = Results(
@@ -17,6 +22,7 @@ RESULTS = Results(
     rows=(ROW,),
     types=((TypeScore("colour", 2, 0.5, 0.1, 0.9),),),
     differences=((0.0, -0.1, 0.1),),
+    chances=(Chance(9.0, 0.6, -0.1, -0.2, 0.0),),
     examples=(Example("1", "examples/0.png", "what?", ("cup", "mug"), ({"method": "pool", "keep": 9},)),),
 )
 
@@ -25,6 +31,36 @@ def test_round_trip(tmp_path):
     RESULTS.save(tmp_path / "results.json")
     assert Results.load(tmp_path / "results.json") == RESULTS
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_random_with_about_as_many_tokens_is_what_a_row_is_held_against():
+    samples = [Sample(str(i), Image.new, "what?", ("a",)) for i in range(40)]
+    table = Table(samples, METRICS["exact"], ())
+
+    def add(spec, tokens, *right):
+        """A row of one run per number of right answers; the same questions are right first."""
+        runs = [
+            {s.id: Answer(s.id, "a" if i < n else "b", 144, tokens, tokens) for i, s in enumerate(samples)}
+            for n in right
+        ]
+        table.add(Entry(spec, None, tuple(Run(spec, tuple(parse(spec))) for _ in right)), runs, None)
+
+    add("full", 144, 40)
+    for tokens in (30, 72):
+        add(f"random(keep={tokens})", tokens, 20, 24)
+    add("pool", 33, 4)
+    add("uniform", 80, 38)
+    add("trsm", 29, 22)
+    add("prumerge", 50, 1)
+    chances = table.results(complete=True, environment={}, settings={}).chances
+    assert chances[:3] == (None, None, None)
+    assert [chance and chance.tokens for chance in chances[3:]] == [30, 72, 30, None]
+    below, above, same, _ = chances[3:]
+    assert (below.lost, below.won) == (True, False)
+    assert (above.lost, above.won) == (False, True)
+    assert (same.lost, same.won) == (False, False)
+    assert (below.difference, below.accuracy) == pytest.approx((-0.45, 0.55))
+    assert below.low < below.difference < below.high < -0.2, "paired: where both are wrong nothing varies"
 
 
 def test_a_full_disk_keeps_the_older_file(tmp_path):
@@ -42,7 +78,7 @@ def test_a_full_disk_keeps_the_older_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "no json", '{"version": 1}'])
+@pytest.mark.parametrize("content", ["[]", "{}", "no json", '{"version": 2}'])
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=r"x\.json is not a results file"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tokensieve.evaluate import Example, Results, Row, TypeScore
+from tokensieve.evaluate import Chance, Example, Results, Row, TypeScore
 from tokensieve.reduction import Reduction
 
 KINDS = ("colour", "where")
@@ -30,6 +30,7 @@ def results(rows: list[Row], by_type: list[tuple[float, ...]] | None = None, fol
         tuple(TypeScore(k, 200, a, a - 0.05, a + 0.05) for k, a in zip(KINDS, line, strict=True)) for line in scores
     )
     differences = tuple((r.accuracy - rows[0].accuracy, -0.1, 0.1) for r in rows)
+    chances = tuple(_chance(r, rows) for r in rows)
     examples: tuple[Example, ...] = ()
     if folder is not None:
         Image.radial_gradient("L").convert("RGB").save(folder / "example.png")
@@ -44,4 +45,13 @@ def results(rows: list[Row], by_type: list[tuple[float, ...]] | None = None, fol
         )
         examples = (Example("0", "example.png", "what colour is <b>it</b>?", ("red",), kept),)
     environment, settings = {"torch": "2.13.0", "threads": 2}, {"model": "reference", "metric": "exact"}
-    return Results(True, environment, settings, tuple(rows), types, differences, examples)
+    return Results(True, environment, settings, tuple(rows), types, differences, chances, examples)
+
+
+def _chance(row: Row, rows: list[Row]) -> Chance | None:
+    """Against the random row of as many tokens, five points either way."""
+    found = [r for r in rows if r.method == "random" and r.tokens_after == row.tokens_after]
+    if not found or row.method in ("full", "random"):
+        return None
+    gap = row.accuracy - found[0].accuracy
+    return Chance(found[0].tokens_average, found[0].accuracy, gap, gap - 0.05, gap + 0.05)

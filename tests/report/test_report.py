@@ -22,11 +22,20 @@ def said(*args: object, **kwargs: object) -> str:
 
 
 def test_remarks_name_losses_ties_and_their_absence() -> None:
-    assert "random" not in said(ROWS)
-    assert "vtc-cls at 36 loses to random here: 40.0 against 60.0." in said([ROWS[0], row("vtc-cls", 36, 0.4), ROWS[2]])
-    assert "Not told apart from random" in said([ROWS[0], row("vtc-cls", 36, 0.63), ROWS[2]])
+    assert "Below random" not in said(ROWS[:3])
+    assert "Not told apart from random, as the interval of the difference holds zero: pool at 36." in said(ROWS)
+    losing = said([ROWS[0], row("vtc-cls", 36, 0.4), ROWS[2], row("pool", 36, 0.3)])
+    assert ": vtc-cls at 36 (-20.0, -25.0 to -15.0), pool at 36 (-30.0, -35.0 to -25.0)." in losing
     assert "no random baseline" in said(ROWS[:2])
-    assert "loses to random" not in said([ROWS[0], row("vtc-cls", 36, 0.4), row("random", 0.11, 0.6)])
+    elsewhere = said([ROWS[0], row("vtc-cls", 72, 0.4), ROWS[2], row("trsm", 36, 0.9)])
+    assert "did not run with about as many tokens: vtc-cls at 72." in elsewhere
+    assert "Below random" not in elsewhere
+    assert "no random baseline" not in elsewhere
+
+
+def test_the_page_says_which_methods_are_below_random(tmp_path: Path) -> None:
+    text = render(results([ROWS[0], row("vtc-cls", 36, 0.4), ROWS[2]], folder=tmp_path), tmp_path)
+    assert re.search(r"<li>Below random with about as many tokens [^<]*: vtc-cls at 36 \(-20\.0, [^<]*</li>", text)
 
 
 def test_remarks_on_types_speed_and_samples() -> None:

@@ -8,10 +8,11 @@ from tokensieve.evaluate.images import open_image
 from tokensieve.evaluate.intervals import bootstrap, wilson
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.prompt import decode, encode
-from tokensieve.evaluate.results import Example, Results, Row, TypeScore
+from tokensieve.evaluate.results import Chance, Example, Results, Row, TypeScore
 
 __all__ = [
     "METRICS",
+    "Chance",
     "DataError",
     "Example",
     "OutputError",

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokensieve.evaluate.errors import OutputError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,33 @@ class TypeScore:
 
 
 @dataclass(frozen=True)
+class Chance:
+    """A row against choosing at random: accuracy minus that of random, paired by question.
+
+    Attributes:
+        tokens: what random had on average over the blocks, at most a fifth more or less than the row.
+        accuracy: of random.
+        difference, low, high: the row's accuracy minus that, with its 95 % bootstrap interval.
+    """
+
+    tokens: float
+    accuracy: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def lost(self) -> bool:
+        """Whether the row is below random beyond the interval."""
+        return self.high < 0
+
+    @property
+    def won(self) -> bool:
+        """Whether it is above random beyond the interval."""
+        return self.low > 0
+
+
+@dataclass(frozen=True)
 class Example:
     """One image and question, with what every method kept of it.
 
@@ -96,6 +123,8 @@ class Results:
         types: for each row, its accuracy by question type (empty when the data has no types).
         differences: for each row, accuracy minus full's, paired by question, with its 95 % bootstrap interval:
             (difference, low, high).
+        chances: for each row, how it does against random; ``None`` for full and random themselves, and where random
+            was not run with about as many tokens.
         examples: the same images for every row.
     """
 
@@ -105,6 +134,7 @@ class Results:
     rows: tuple[Row, ...]
     types: tuple[tuple[TypeScore, ...], ...]
     differences: tuple[tuple[float, float, float], ...]
+    chances: tuple[Chance | None, ...]
     examples: tuple[Example, ...]
 
     def save(self, path: Path) -> None:
@@ -133,7 +163,8 @@ class Results:
             types = tuple(tuple(TypeScore(**score) for score in scores) for scores in data.pop("types"))
             examples = tuple(_example(example) for example in data.pop("examples"))
             differences = tuple((d[0], d[1], d[2]) for d in data.pop("differences"))
-            return cls(rows=rows, types=types, differences=differences, examples=examples, **data)
+            chances = tuple(chance and Chance(**chance) for chance in data.pop("chances"))
+            return cls(rows=rows, types=types, differences=differences, chances=chances, examples=examples, **data)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a results file of Tokensieve") from error
 

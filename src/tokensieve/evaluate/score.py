@@ -32,7 +32,7 @@ def by_type(samples: Sequence[Sample], scores: Scores) -> tuple[TypeScore, ...]:
     return tuple(found)
 
 
-def difference(scores: Scores, full: Scores) -> tuple[float, float, float]:
-    """Mean of scores - full's, paired by question, with its 95 % interval."""
-    paired = scores - full
+def difference(scores: Scores, others: Scores) -> tuple[float, float, float]:
+    """Mean of scores - others', paired by question (and by seed, where both have several), with its 95 % interval."""
+    paired = scores - others
     return float(paired.mean()), *bootstrap(paired)

@@ -11,11 +11,12 @@ from tokensieve.evaluate.intervals import interval
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.metrics import Metric
 from tokensieve.evaluate.plan import Entry
-from tokensieve.evaluate.results import Example, Results, Row, TypeScore
+from tokensieve.evaluate.results import Chance, Example, Results, Row, TypeScore
 from tokensieve.evaluate.score import Scores, by_type, difference, score
 from tokensieve.measure import Cost
 
 MB = 1e6
+ALIKE = 1.2  # random is a baseline for rows of at most so many times its tokens, or as many times fewer
 MEASURED = (
     "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "peak_activation_mb", "kv_mb"
 )  # fmt: skip
@@ -35,13 +36,17 @@ class Table:
         self.rows: list[Row] = []
         self._types: list[tuple[TypeScore, ...]] = []
         self._differences: list[tuple[float, float, float]] = []
-        self._full: Scores | None = None
+        self._scores: list[Scores] = []
+        self._random: list[int] = []
+        self._chances: dict[tuple[int, int], Chance] = {}
 
     def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]], cost: Cost | None) -> None:
         """Add a row: ``runs`` hold the answers by sample id, one mapping per seed."""
         answers = [[run[sample.id] for sample in self.samples] for run in runs]
         scores = score(self.metric, self.samples, [[answer.text for answer in run] for run in answers])
-        self._full = scores if self._full is None else self._full
+        if [method.info.name for method in entry.runs[0].stages] == ["random"]:
+            self._random.append(len(self.rows))
+        self._scores.append(scores)
         low, high = interval(scores)
         counted = [answer for run in answers for answer in run]
         after = sum(answer.after for answer in counted) / len(counted)
@@ -60,7 +65,7 @@ class Table:
             )
         )
         self._types.append(by_type(self.samples, scores))
-        self._differences.append(difference(scores, self._full))
+        self._differences.append(difference(scores, self._scores[0]))
         self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
 
     def results(self, *, complete: bool, environment: dict[str, Any], settings: dict[str, Any]) -> Results:
@@ -72,8 +77,27 @@ class Table:
             rows=tuple(self.rows),
             types=tuple(self._types),
             differences=tuple(self._differences),
+            chances=tuple(self._chance(number) for number in range(len(self.rows))),
             examples=self.examples,
         )
+
+    def _chance(self, number: int) -> Chance | None:
+        """How a row does against the random row that is nearest to it in tokens."""
+        if number == 0 or number in self._random or not self._random:
+            return None
+
+        def apart(other: int) -> float:
+            ratio = self.rows[other].tokens_average / max(self.rows[number].tokens_average, 1e-9)
+            return max(ratio, 1 / ratio)
+
+        nearest = min(self._random, key=apart)
+        if apart(nearest) > ALIKE:
+            return None
+        if (number, nearest) not in self._chances:
+            random = self.rows[nearest]
+            paired = difference(self._scores[number], self._scores[nearest])
+            self._chances[number, nearest] = Chance(random.tokens_average, random.accuracy, *paired)
+        return self._chances[number, nearest]
 
 
 def _measured(cost: Cost | None) -> dict[str, float | None]:

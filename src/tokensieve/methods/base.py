@@ -23,7 +23,7 @@ class Needs:
 
     Attributes:
         cls_attention: encoder layers whose [CLS] row is wanted (an int or a slice, negative counts from the last).
-        cls_wide: the same with the heads side by side as a single one.
+        cls_wide: encoder layers whose [CLS] row is wanted with the heads side by side as a single one.
         received: encoder layers of which the attention that each token receives is wanted.
         encoder_keys: encoder layers whose keys are wanted.
         patches: the encoder's rows before the projector.

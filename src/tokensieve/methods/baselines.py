@@ -15,7 +15,10 @@ from tokensieve.tokens import VisualTokens
 @register("full", paper="baseline")
 @dataclass(frozen=True)
 class Full(Method):
-    """Keep every token: the unreduced model, measured through the same path."""
+    """Keep every token: the unreduced model, measured through the same path.
+
+    Cost: none.
+    """
 
     def reduce(self, image: VisualTokens) -> Reduction:
         b, n, _ = image.features.shape
@@ -30,6 +33,8 @@ class Random(Method):
     Args:
         keep: tokens per image, or a share of them.
         seed: another seed, other places.
+
+    Cost: O(N) time and memory; nothing of the image is read.
     """
 
     keep: Budget = 0.25
@@ -48,6 +53,8 @@ class Uniform(Method):
 
     Args:
         keep: tokens per image, or a share of them.
+
+    Cost: O(K) time and memory; nothing of the image is read.
     """
 
     keep: Budget = 0.25
@@ -66,6 +73,8 @@ class Pool(Method):
 
     Args:
         keep: tokens per image, or a share of them.
+
+    Cost: O(K·N) time and memory for the overlaps of cells and tokens; nothing of the image is read.
     """
 
     keep: Budget = 0.25
@@ -92,4 +101,6 @@ class Downsample(Pool):
 
     Args:
         keep: tokens per image, or a share of them.
+
+    Cost: as ``pool``; the encoder then sees K tokens instead of N.
     """

@@ -30,7 +30,10 @@ class CdPruner(Method):
         over_batch: scale relevance over all images of the call, as the official code does; then what an image keeps
             depends on its neighbours.
 
+    Cost: O(K·N·(D + K)) time, by incremental Cholesky; O(K·N) extra memory, and the `[N, N]` kernel up to 1,024 tokens.
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS 2025.
+    Official code: scales relevance over the whole batch (``over_batch=True``) and renumbers positions
+    (``positions="contiguous"``).
     """
 
     keep: Budget = 64

@@ -17,8 +17,10 @@ class ClsKnee(Method):
     Every image keeps its own number. The whole method is ``"cls-knee + text-correlation(keep=...)"``; it needs an
     encoder with a [CLS] token.
 
+    Cost: O(N·D) time for the similarities, O(N·log N) to sort them; O(N) extra memory.
     Paper: "Balancing Performance and Efficiency: A Multimodal Large Language Model Pruning Method based Image Text
-    Interaction", 2024. No code is public; the knee is the point farthest from the chord of the curve.
+    Interaction", 2024.
+    Official code: none is public; the knee is the point farthest from the chord of the curve.
     """
 
     def reduce(self, image: VisualTokens) -> Reduction:

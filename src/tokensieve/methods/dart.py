@@ -28,8 +28,11 @@ class Dart(DecoderMethod):
         visual_pivots, text_pivots: how many of each.
         exact: keep what the budget says; else ``visual_pivots + pivots * (budget // pivots)``, as the official code.
 
-    Paper: "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025. The
-    official code visits pivots in the iteration order of a Python set; here by decreasing norm, visual ones first.
+    Cost: O(P·N·D) time and O(P·N) extra memory for P pivots, and the LLM's final norm of its states; no attention is
+    read.
+    Paper: "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More", EMNLP 2025.
+    Official code: visits pivots in the iteration order of a Python set; here by decreasing norm, visual ones first. It
+    rounds the budget: ``exact=False``.
     """
 
     keep: Budget = 0.222

@@ -18,7 +18,10 @@ class DivPrune(Method):
     Args:
         keep: tokens per image, or a share of them (the paper's default: 0.098 of LLaVA-1.5's 576).
 
+    Cost: O(N²·D) time to find the first token, O(K·N·D) for the others; extra memory O(N·min(N, 1,024)).
     Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025.
+    Official code: chooses the same tokens by gathering distances anew at every step, O(K²·N), and renumbers
+    positions (``positions="contiguous"``).
     """
 
     keep: Budget = 0.098

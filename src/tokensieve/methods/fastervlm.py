@@ -18,7 +18,9 @@ class FasterVlm(Method):
     Args:
         keep: tokens per image, or a share of them (the paper: 144, 58 and 29 of 576).
 
+    Cost: O(N·D) time for one row of attention, O(N·log N) to sort it; O(N) extra memory.
     Paper: "[CLS] Attention is All You Need for Training-Free Visual Token Pruning", 2024.
+    Official code: renumbers positions (``positions="contiguous"``).
     """
 
     keep: Budget = 144

@@ -20,7 +20,9 @@ class FastV(DecoderMethod):
         average: instead of ``keep``, tokens averaged over all blocks (SparseVLM's convention).
         layer: the first block that sees the shorter sequence (the paper's K).
 
+    Cost: O(L·D) time and O(L) extra memory per head for one row of attention over the L positions of the prompt.
     Paper: "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
+    Official code: without a KV cache prunes again at every generated token; with one it prunes once, as here.
     """
 
     keep: Budget = 0.5

@@ -21,8 +21,10 @@ class FoPru(Method):
         select: "rank" keeps the best tokens; "row" keeps whole rows of the grid, those of the largest sums, and what
             is left of the budget goes to the best tokens of the next row.
 
-    Paper: "FoPru: Focal Pruning for Efficient Large Vision-Language Models", 2024. No code is public: which layer's
-    attention counts (here: the one that the features come from, mean over heads, [CLS] as a query too) is our reading.
+    Cost: O(N²·D) time: every row of one layer's attention, 1,024 at a time; O(N·min(N, 1,024)) extra memory per head.
+    Paper: "FoPru: Focal Pruning for Efficient Large Vision-Language Models", 2024.
+    Official code: none is public: which layer's attention counts (here: the one that the features come from, mean over
+    heads, [CLS] as a query too) is our reading.
     """
 
     keep: Budget = 0.25

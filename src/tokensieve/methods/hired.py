@@ -29,8 +29,11 @@ class Hired(Method):
         official_tiles: count salient patches in consecutive stretches of the raster and round every share down, as
             the official code does, instead of by the tiles' places and to the full budget.
 
+    Cost: O(N·D) time for one row of attention (two for tiled images), O(N·log N) to sort it; O(N) extra memory.
     Paper: "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models",
     AAAI 2025. Tiled images need the first layer's [CLS] attention as well; no family here makes them yet.
+    Official code: counts salient patches and rounds as ``official_tiles=True`` does, and renumbers positions
+    (``positions="contiguous"``).
     """
 
     keep: Budget = 0.2

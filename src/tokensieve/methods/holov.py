@@ -28,8 +28,10 @@ class HoloV(Method):
         variety: weight of the variance.
         rank: what counts inside a stretch: "attention", as in the official code, or "holistic", both, as in the paper.
 
-    Paper: "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention", NeurIPS
-    2025. What a full stretch cannot take goes to the others here; the official code fills with zeros or cuts off.
+    Cost: O(N·D) time for one row of attention, O(N²·D / stretches) for the variances; O((N / stretches)²) extra memory.
+    Paper: "Don't Just Chase 'Highlighted Tokens' in MLLMs: Revisiting Visual Holistic Context Retention", NeurIPS 2025.
+    Official code: ranks inside a stretch by attention alone (the default here), and fills with zeros or cuts off what a
+    full stretch cannot take; here it goes to the others.
     """
 
     keep: Budget = 64

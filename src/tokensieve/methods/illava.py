@@ -25,7 +25,10 @@ class ILlavaLlm(DecoderMethod):
         favour_attended: give the more attended tokens the larger weight, as the paper's text says; the official code
             does the opposite.
 
+    Cost: as ``fastv``, and O(N·D) time to merge.
     Paper: "iLLaVA: An Image is Worth Fewer Than 1/3 Input Tokens in Large Multimodal Models", 2024.
+    Official code: gives the less attended tokens the larger weight, as here; ``favour_attended=True`` is the paper's
+    text.
     """
 
     keep: Budget = 0.7

@@ -27,7 +27,10 @@ class MmTok(Method):
         balance: weight of the image against the words.
         text_temperature, image_temperature: of the two softmaxes.
 
+    Cost: O(N·(N + M)·D) time for the gains of all tokens, then K lazy steps over the 16 best or more;
+    O(N·(min(N, 1,024) + M)) extra memory.
     Paper: "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs", ICLR 2026.
+    Official code: renumbers positions (``positions="contiguous"``).
     """
 
     keep: Budget = 64

@@ -28,6 +28,7 @@ class Par(Method):
         largest: tokens per cluster at most.
         route: share of a cluster's tokens that it may keep, at least one.
 
+    Cost: O(N²·D) time per round of the clustering, whose number depends on the image; O(N·min(N, 1,024)) extra memory.
     Paper: "Retrieval Replace Reduction: An effective visual token reduction method via semantic match", 2024, v2, which
     names retrieval of clusters and a router but no constants: all numbers here are ours.
     """

@@ -23,7 +23,9 @@ class PoolDecoder(DecoderMethod):
         incomplete: what becomes of a last window of fewer tokens; the official code drops it.
         layer: the first block that sees the shorter sequence; a float is a share of the depth.
 
+    Cost: O(N·D) time, O(N) extra memory; nothing is read.
     Paper: "Efficient Large Multi-modal Models via Visual Context Compression", NeurIPS 2024.
+    Official code: drops an incomplete window (``incomplete="drop"``) and averages position ids.
     """
 
     stride: int = 8

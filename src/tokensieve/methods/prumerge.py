@@ -28,9 +28,10 @@ class PruMerge(Method):
         neighbours: how many each kept patch takes up.
         before_projector: merge the encoder's rows, as the official code does, or what the projector makes of them.
 
-    Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025. The official
-    code keeps tokens in order of attention, the extra one last, and fails where nothing stands out; here tokens stand
-    at their places, and one always stays. The weights are not normalised, in the official code and here.
+    Cost: O(K·N·D) time for the neighbours' key cosines; O(K·N) extra memory, and one layer's keys.
+    Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025.
+    Official code: keeps tokens in order of attention, the extra one last, and fails where nothing stands out; here
+    tokens stand at their places, and one always stays. The weights are not normalised, there and here.
     """
 
     keep: Budget | None = None

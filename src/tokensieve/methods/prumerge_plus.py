@@ -25,9 +25,11 @@ class PruMergePlus(PruMerge):
         stride: instead of the stride that follows from the outliers.
         offset: the first place of the grid.
 
-    Paper: as ``prumerge``. The official fixed mode (1/8 by attention, 1/8 by grid) is ``top=72, stride=8, offset=4``,
-    except that it passes on twice what both choose; VTC-CLS's copy for budgets of 64, 128 and 256 is ``top=13,
-    stride=11``, ``top=40, stride=6`` and ``top=95, stride=3``. No grid reaches the last patch, there and here.
+    Cost: as ``prumerge``.
+    Paper: as ``prumerge``.
+    Official code: the fixed mode (1/8 by attention, 1/8 by grid) is ``top=72, stride=8, offset=4``, except that it
+    passes on twice what both choose; VTC-CLS's copy for budgets of 64, 128 and 256 is ``top=13, stride=11``, ``top=40,
+    stride=6`` and ``top=95, stride=3``. No grid reaches the last patch, there and here.
     """
 
     top: int | None = None

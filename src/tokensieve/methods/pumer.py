@@ -34,7 +34,10 @@ class PuMer(FusionMethod):
             fractional mask, and attention has their ε. For comparisons, not for speed. Else padding takes no part, and
             a row is reduced as if it were alone.
 
+    Cost: per layer, O(T·L·D) time for the attention of T text tokens to L positions, O(I²·D) to match I image tokens;
+    O(T·L) extra memory per head and O(I²).
     Paper: "PuMer: Pruning and Merging Tokens for Efficient Vision Language Models", 2023.
+    Official code: orders survivors and counts padding as ``official_order=True`` and ``official_padding=True`` do.
     """
 
     layers: tuple[int, ...] = (2, 5, 8)

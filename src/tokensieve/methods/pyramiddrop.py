@@ -23,8 +23,12 @@ class PyramidDrop(DecoderMethod):
             official code.
         layers: the stages' blocks; floats are shares of the depth (the paper: 8, 16 and 24 of 32).
 
+    Cost: per stage, norm and projections of its block once more, O(L·D²) time, and one row of attention over the L
+    positions, O(L·D); O(L·D) extra memory.
     Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
-    2025. The official code renumbers positions at every stage: ``positions="contiguous"``.
+    2025.
+    Official code: renumbers positions at every stage (``positions="contiguous"``) and rounds shares down
+    (``counts=(0.5, 0.25, 0.125)``).
     """
 
     keep: Budget = 0.125

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -87,8 +88,9 @@ def _load() -> None:
     for plugin in entry_points(group=ENTRY_POINTS):
         try:
             plugin.load()
-        except Exception as error:
-            raise ValueError(f"the method plug-in {plugin.name!r} ({plugin.value}) does not load: {error}") from error
+        except Exception as error:  # whatever a plug-in does wrong, the other methods work
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(f"the method plug-in {plugin.name!r} ({plugin.value}) is left out: {why}", stacklevel=1)
 
 
 def _from_file(file: str, class_name: str) -> type[Method]:

@@ -27,7 +27,11 @@ class Scope(Method):
         heads: what the attention is scaled by where "plus" weighs it against the gain: the official code sums over
             heads, so their number reproduces it; 1 is the mean.
 
+    Cost: O(N²·D) time for the gains of all tokens, then K lazy steps over the 16 best or more; O(N·min(N, 1,024)) extra
+    memory.
     Paper: "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs", NeurIPS 2025.
+    Official code: sums attention over heads, which matters for "plus" only (``heads``), and renumbers positions
+    (``positions="contiguous"``).
     """
 
     keep: Budget = 64

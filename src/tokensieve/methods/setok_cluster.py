@@ -25,8 +25,10 @@ class SetokCluster(Method):
         fallback: clusters where no patch exceeds it, and neighbours that density is measured by.
         before_projector: average the encoder's rows, or what the projector makes of them.
 
+    Cost: O(N²·D) time for distances, twice; O(N·min(N, 1,024)) extra memory.
     Paper: "Towards Semantic Equivalence of Tokenization in Multimodal LLM", ICLR 2025. The paper merges with a trained
-    transformer; here the mean does. The official code breaks ties of density by noise, here the earlier patch wins.
+    transformer; here the mean does.
+    Official code: breaks ties of density by noise; here the earlier patch wins.
     """
 
     threshold: float = 0.5

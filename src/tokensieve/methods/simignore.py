@@ -23,8 +23,9 @@ class Simignore(Method):
         start, step: the pairs of visual token and word are walked in the order of their cosine, from this one and so
             many at a time, until enough tokens were met; the official code starts at 1 and so skips the best pair.
 
-    Paper: "Enhancing Multimodal Large Language Models Complex Reason via Similarity Computation", AAAI 2025. The
-    official code masks the others, which saves nothing; here they leave.
+    Cost: O(N·M·D) time and O(N·M) extra memory for M words.
+    Paper: "Enhancing Multimodal Large Language Models Complex Reason via Similarity Computation", AAAI 2025.
+    Official code: skips the best pair (``start=1``), and masks the other tokens, which saves nothing; here they leave.
     """
 
     keep: Budget = 0.785

@@ -48,8 +48,11 @@ class SparseVlm(DecoderMethod):
         appended: recycled tokens stand after the kept ones, as in the official code; else at their centres' places.
         noise_seed: break ties of the clustering by noise of this seed, as the official code does.
 
-    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025. The
-    official code renumbers (``positions="contiguous"``), and keeps at most all but one token.
+    Cost: per stage, O(M·(L + N)·D) time and O(M·L) extra memory per head for the rows of M words over L positions;
+    O(R²·D) time to cluster R recycled tokens.
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025.
+    Official code: renumbers (``positions="contiguous"``), puts recycled tokens last (``appended``), breaks ties by
+    noise (``noise_seed``), and keeps at most all but one token.
     """
 
     keep: Budget = 0.1

@@ -32,8 +32,11 @@ class SparseVlmPlus(DecoderMethod):
         layers: the stages' blocks; floats are shares of the depth.
         heads: how many heads count, or a share of them (the official code: 14 of 32).
 
-    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", version 2.0 of the
-    official code. The divisor can come near zero or below, there as here.
+    Cost: per stage, O(M·(L + N)·D) time and O(M·L) extra memory per head for the rows of M words over L positions.
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025, version
+    2.0 of the official code.
+    Official code: keeps 14 heads whatever their number (``heads=14``). The divisor can come near zero or below, there
+    as here.
     """
 
     keep: Budget = 0.1

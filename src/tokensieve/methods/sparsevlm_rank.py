@@ -25,8 +25,9 @@ class SparseVlmRank(DecoderMethod):
         scale, bias: tokens per rank, and in any case.
         layers: the stages' blocks; floats are shares of the depth.
 
-    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025; the
-    rule is in early releases of the official code only.
+    Cost: as ``sparsevlm+``, and O(M²·N) time for the singular values.
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025.
+    Official code: the rule is in early releases only.
     """
 
     scale: float = 1.0

@@ -10,7 +10,7 @@ from typing import Any
 from tokensieve.methods.base import Method
 from tokensieve.methods.registry import find, nearest
 
-_NAME = re.compile(r"\s*([\w./\\:~-]+)")
+NAME = re.compile(r"\s*([\w./\\:~-]+)")
 
 
 def parse(spec: str, **parameters: Any) -> list[Method]:
@@ -48,7 +48,7 @@ def _stages(spec: str) -> list[tuple[str, dict[str, Any]]]:
     """Split a spec into names and literal arguments."""
     out, rest = [], spec
     while True:
-        match = _NAME.match(rest)
+        match = NAME.match(rest)
         if match is None:
             raise ValueError(f"cannot read the method spec {spec!r}: a method name is missing at {rest.strip()!r}")
         name, rest = match[1], rest[match.end() :]

@@ -22,9 +22,10 @@ class TextCorrelation(DecoderMethod):
         average: instead of ``keep``, tokens averaged over all blocks.
         layer: the first block that sees the shorter sequence.
 
+    Cost: O(M·L·D) time and O(M·L) extra memory per head for the rows of M words over L positions.
     Paper: "Balancing Performance and Efficiency: A Multimodal Large Language Model Pruning Method based Image Text
-    Interaction", 2024. It gives neither block nor budget, and no code is public; it prunes text, too, which never
-    happens here.
+    Interaction", 2024. It gives neither block nor budget; it prunes text, too, which never happens here.
+    Official code: none is public.
     """
 
     keep: Budget = 0.5

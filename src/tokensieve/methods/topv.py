@@ -31,9 +31,10 @@ class TopV(DecoderMethod):
         sigma: in tokens.
         epsilon, steps: of the transport.
 
+    Cost: O(N²·D) time and O(N²) extra memory for cost and plan.
     Paper: "TopV: Compatible Token Pruning with Inference Time Optimization for Fast and Low-Memory Multimodal Vision
-    Language Model", CVPR 2025. No official code is public: weights, sigma, epsilon and the share recovered are not
-    verified.
+    Language Model", CVPR 2025.
+    Official code: none is public: weights, sigma, epsilon and the share recovered are not verified.
     """
 
     keep: Budget = 0.5

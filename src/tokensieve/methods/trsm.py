@@ -24,6 +24,7 @@ class Trsm(Method):
             the default reads it as "to".
         query: "tokens" scores by the best word, "prompt" by the words' mean.
 
+    Cost: O(N·M·D) time and O(N·M) extra memory for M words.
     Paper: "Retrieval Replace Reduction: An effective visual token reduction method via semantic match", 2024, v1.
     """
 

@@ -28,9 +28,11 @@ class VisionZip(Method):
             twice as long as any token; "mean" is the mean of them all, as the paper says.
         before_projector: merge the encoder's rows, as the official code does, or what the projector makes of them.
 
-    Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025. The official code also
-    passes on the encoder's [CLS] token, as one of the dominant, and puts the contextual tokens last; here every token
-    is a patch and stands at its place.
+    Cost: O(N·D) time for one row of attention, O(F·N·d) to compare keys of width d with F contextual ones; O(N·(D + F))
+    extra memory, one layer's keys included.
+    Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025.
+    Official code: also passes on the encoder's [CLS] token, as one of the dominant, and puts the contextual tokens
+    last; here every token is a patch and stands at its place.
     """
 
     keep: Budget = 64

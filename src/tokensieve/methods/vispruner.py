@@ -26,8 +26,11 @@ class VisPruner(Method):
         step: tokens that leave per round. Time grows with the number of rounds: on many thousand tokens, take more.
         sinks: share of the patches, those of largest norm, that count as attention sinks and rank last.
 
-    Paper: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", ICCV 2025. The
-    official code fails when the number of other patches is odd.
+    Cost: O(N²·D) time for cosines (above 1,024 tokens in every round), (N − K) / ``step`` rounds at most;
+    O(N·min(N, 1,024)) extra memory.
+    Paper: "Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in VLMs", ICCV 2025.
+    Official code: fails when the number of other patches is odd, and renumbers positions
+    (``positions="contiguous"``).
     """
 
     keep: Budget = 64

@@ -36,8 +36,9 @@ class VtcCls(Method):
             layer that the features come from.
         over_layers: how a patch's attentions in these layers become one score ("mean" ranks like "sum").
 
-    Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", 2024. The official code renumbers
-    positions: ``attach(..., positions="contiguous")`` does the same.
+    Cost: O(S·N·D) time for one row of attention in each of S layers; O(S·N) extra memory.
+    Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", 2024.
+    Official code: renumbers positions (``positions="contiguous"``).
     """
 
     keep: Budget = 64

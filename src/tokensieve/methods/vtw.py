@@ -21,6 +21,7 @@ class Vtw(DecoderMethod):
         layer: the first block without visual tokens; a float is a share of the depth (the paper: 15 or 16 of 32).
         calibration: a file of ``tokensieve calibrate vtw``, whose layer is used instead.
 
+    Cost: none: nothing is read.
     Paper: "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference", AAAI 2025.
     """
 

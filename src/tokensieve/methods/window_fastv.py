@@ -21,6 +21,7 @@ class WindowFastV(FastV):
         keep, average, layer: as in ``fastv``.
         windows: stretches of the raster, e.g. 4: bands of a quarter of the rows each.
 
+    Cost: as ``fastv``.
     Paper: "Token Pruning in Multimodal Large Language Models: Are We Solving the Right Problem?", ACL Findings 2025.
     """
 

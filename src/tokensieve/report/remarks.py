@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from tokensieve.evaluate import Chance
 from tokensieve.report.plots import BASELINES, plain_name
 from tokensieve.report.table import Row, budget
 
@@ -16,22 +17,29 @@ def remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_random(rows: Sequence[Row]) -> Iterator[str]:
-    random = {str(row["keep"]): row for row in rows if plain_name(row["method"]) == "random"}
-    contenders = [row for row in rows if plain_name(row["method"]) not in (*BASELINES, "full")]
-    if contenders and not random:
+    """Who is below random, or not told apart from it, by the interval of the difference paired by question."""
+    ran = any(plain_name(row["method"]) == "random" for row in rows)
+    rows = [row for row in rows if plain_name(row["method"]) not in ("full", "random", "oracle")]
+    met = [(row, row["chance"]) for row in rows if row["chance"] is not None]
+    unmet = [row for row in rows if row["chance"] is None and plain_name(row["method"]) not in BASELINES]
+    if unmet and not ran:
         yield "There is no random baseline in this run, so nothing here shows that a method chooses well."
-    pairs = [(row, random[str(row["keep"])]) for row in contenders if str(row["keep"]) in random]
-    for row, chance in pairs:
-        if row["accuracy_high"] < chance["accuracy_low"]:
-            scores = f"{100 * row['accuracy']:.1f} against {100 * chance['accuracy']:.1f}"
-            yield f"{_named(row)} loses to random here: {scores}."
-    ties = [
-        _named(row)
-        for row, chance in pairs
-        if row["accuracy_low"] <= chance["accuracy_high"] and chance["accuracy_low"] <= row["accuracy_high"]
-    ]
+    elif unmet:
+        yield f"Not compared with random, which did not run with about as many tokens: {_list(unmet)}."
+    lost = [f"{_named(row)} ({_points(chance)})" for row, chance in met if chance.lost]
+    if lost:
+        yield f"Below random with about as many tokens (points, with their paired 95 % interval): {', '.join(lost)}."
+    ties = [row for row, chance in met if not chance.lost and not chance.won]
     if ties:
-        yield f"Not told apart from random, as the intervals overlap: {', '.join(ties)}."
+        yield f"Not told apart from random, as the interval of the difference holds zero: {_list(ties)}."
+
+
+def _points(chance: Chance) -> str:
+    return f"{100 * chance.difference:+.1f}, {100 * chance.low:+.1f} to {100 * chance.high:+.1f}"
+
+
+def _list(rows: Sequence[Row]) -> str:
+    return ", ".join(map(_named, rows))
 
 
 def _by_type(rows: Sequence[Row]) -> Iterator[str]:

@@ -13,10 +13,13 @@ Row: TypeAlias = Mapping[str, Any]
 
 
 def as_rows(results: Results) -> list[Row]:
-    """The pinned fields of every row, with ``by_type`` {question type: accuracy} and ``difference`` to full beside."""
+    """The pinned fields of every row, and beside them ``by_type`` {question type: accuracy}, ``difference`` to full
+    and ``chance`` against random."""
+    beside = zip(results.rows, results.types, results.differences, results.chances, strict=True)
     return [
-        asdict(row) | {"by_type": {score.type: score.accuracy for score in types}, "difference": difference}
-        for row, types, difference in zip(results.rows, results.types, results.differences, strict=True)
+        asdict(row)
+        | {"by_type": {score.type: score.accuracy for score in types}, "difference": difference, "chance": chance}
+        for row, types, difference, chance in beside
     ]
 
 

@@ -1,0 +1,236 @@
+"""Write ``docs/methods``: a page for every registered method, and an index.
+
+``python docs/make_methods.py`` reads the methods' dataclasses and docstrings (idea, ``Args:``, ``Cost:``, ``Paper:``,
+``Official code:``), what papers report (``docs/published.json``), and what was measured (``docs/results.jsonl``).
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from make_results import DOCS, Entry, ledger
+
+from tokensieve.methods import Method, MethodInfo, Needs, methods
+from tokensieve.methods.registry import find
+
+FOLDER = DOCS / "methods"
+LABELS = re.compile(r"(Cost|Paper|Official code): +(.*)")
+STAGES = {
+    "encoder": "inside the vision tower, or before it",
+    "connector": "between the vision tower and the language model (LLM)",
+    "decoder": "before a block of the LLM",
+    "fusion": "inside a cross-modal encoder",
+}
+MADE = "<!-- made by docs/make_methods.py -->"
+
+
+@dataclass(frozen=True)
+class Docstring:
+    """What a docstring says: paragraphs, the meaning of each argument, and its labelled remarks."""
+
+    text: tuple[str, ...]
+    arguments: dict[str, str]
+    remarks: dict[str, str]
+
+    @classmethod
+    def of(cls, thing: type) -> Docstring:
+        paragraphs: list[str] = []
+        arguments: dict[str, str] = {}
+        remarks: dict[str, str] = {}
+        for block in re.split(r"\n\s*\n", inspect.getdoc(thing) or ""):
+            if re.match(r"(Args|Attributes):\n", block):
+                for names, meaning in re.findall(r"^    (\w[\w, ]*): ((?:.|\n {5,})*)", block, re.M):
+                    arguments |= {name.strip(): _joined(meaning) for name in names.split(",")}
+                continue
+            said, label = [""], ""
+            for line in block.splitlines():
+                found = LABELS.match(line)
+                if found:
+                    label = found[1]
+                    remarks[label] = found[2]
+                elif label:
+                    remarks[label] += f" {line.strip()}"
+                else:
+                    said.append(line)
+            paragraphs += [_joined("\n".join(said))] if any(said) else []
+        return cls(tuple(paragraphs), arguments, remarks)
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())
+
+
+def pages() -> dict[str, str]:
+    """{file name: text} of everything in ``docs/methods``."""
+    known, measured = methods(), ledger()
+    published = json.loads((DOCS / "published.json").read_text("utf-8"))
+    texts = {f"{info.name}.md": _page(info, published, measured) for info in known}
+    return {"README.md": "\n".join(_index(known)) + "\n"} | {
+        name: _with_links(text, [info.name for info in known]) for name, text in texts.items()
+    }
+
+
+def _with_links(text: str, names: list[str]) -> str:
+    """Double backticks become single ones, and a link where they hold the name of a method; roles leave."""
+
+    def shown(match: re.Match[str]) -> str:
+        return f"[`{match[1]}`]({match[1]}.md)" if match[1] in names else f"`{match[1]}`"
+
+    return re.sub(r"``([^`\n]+)``", shown, re.sub(r":\w+:`~?([^`]+)`", r"``\1``", text))
+
+
+def _index(known: list[MethodInfo]) -> Iterator[str]:
+    yield from (MADE, "# Methods", "")
+    yield (
+        "N is the number of visual tokens of an image, K of those that stay, D their width, M the words of the prompt, "
+        "L the positions of the prompt. Costs come on top of the model's own run. See also [specs and budgets]"
+        "(../specs.md), and [all results](../results.md) on the bundled benchmark."
+    )
+    for stage, meaning in STAGES.items():
+        mine = [info for info in known if info.stage == stage]
+        if mine:
+            yield from ("", f"## {stage.capitalize()}: {meaning}", "", "| method | what it does | cost | paper |")
+            yield "|---|---|---|---|"
+        for info in mine:
+            said = Docstring.of(find(info.name))
+            cost = said.remarks.get("Cost", "not stated").rstrip(".").replace("``", "`")
+            title = info.title.rstrip(".").replace("``", "`")
+            yield f"| [`{info.name}`]({info.name}.md) | {title} | {cost} | {_paper_link(info)} |"
+
+
+def _paper_link(info: MethodInfo) -> str:
+    number = info.paper.removeprefix("arXiv:")
+    return f"[{number}](https://arxiv.org/abs/{number})" if number != info.paper else info.paper
+
+
+def _page(info: MethodInfo, published: dict[str, Any], measured: list[Entry]) -> str:
+    method = find(info.name)
+    said = Docstring.of(method)
+    paper = said.remarks.get("Paper")
+    lines = [MADE, f"# `{info.name}`", "", *_spaced(said.text)]
+    lines += [f"- **Stage:** {info.stage}, {STAGES[info.stage]}."]
+    lines += [f"- **Cost:** {said.remarks.get('Cost', 'not stated.')}"]
+    lines += [f"- **Training:** {'made to be trained with' if info.trained else 'none needed'}."]
+    lines += [f"- **Paper:** {f'{paper} ' if paper else ''}{_paper_link(info)}"]
+    lines += [f"- **Code:** [{method.__module__}](../../src/{method.__module__.replace('.', '/')}.py)"]
+    lines += ["", "## Parameters", "", *_parameters(method, said)]
+    lines += ["", "## What it is given", "", *_needs(info)]
+    if "Official code" in said.remarks:
+        remark = said.remarks["Official code"]
+        lines += ["", "## Official code", "", remark[0].upper() + remark[1:]]
+    lines += _published(info.name, published)
+    lines += _bundled(info.name, measured)
+    return "\n".join(lines) + "\n"
+
+
+def _spaced(paragraphs: tuple[str, ...]) -> Iterator[str]:
+    for paragraph in paragraphs:
+        yield from (paragraph, "")
+
+
+def _parameters(method: type[Method], said: Docstring) -> Iterator[str]:
+    hints = get_type_hints(method)
+    if not fields(method):
+        yield "None."
+        return
+    yield from ("| name | type | default | meaning |", "|---|---|---|---|")
+    for field in fields(method):
+        meaning = _meaning(field.name, said).replace("|", "\\|")
+        yield f"| `{field.name}` | `{_type(hints[field.name])}` | `{field.default!r}` | {meaning} |"
+
+
+def _meaning(name: str, said: Docstring) -> str:
+    """What a parameter means; "as in" another method is looked up there."""
+    meaning = said.arguments.get(name, "")
+    other = re.fullmatch(r"as in ``([^`]+)``\.?", meaning)
+    return _meaning(name, Docstring.of(find(other[1]))) if other else meaning
+
+
+def _type(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " \\| ".join(map(repr, get_args(hint)))
+    return (hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)).replace("|", "\\|")
+
+
+def _needs(info: MethodInfo) -> Iterator[str]:
+    """Only what differs from the defaults: that is what will be computed."""
+    meanings = Docstring.of(Needs).arguments
+    asked = {field.name: getattr(info.needs, field.name) for field in fields(Needs)}
+    asked = {name: value for name, value in asked.items() if value != getattr(Needs(), name)}
+    for name, value in asked.items():
+        yield f"- `{name}={value!r}`: {meanings[name]}"
+    if info.stage == "fusion":
+        yield "Text and image tokens of a layer, with its queries and keys."
+    elif not asked:
+        yield "The tokens as they are, and nothing else."
+
+
+def _published(name: str, published: dict[str, Any]) -> list[str]:
+    """What papers report, in tables as they stand there."""
+    lines = []
+    for table in published["tables"]:
+        rows = [
+            [tokens if spec == name else f"{tokens} (`{spec}`)", *cells]
+            for spec, tokens, *cells in table["rows"]
+            if name in _names(spec)
+        ]
+        if rows:
+            full = [["576 (all)", *table["full"]]] if table["full"] else []
+            lines += ["", f"{table['title']}. Source: {table['source']} {table['note']}".rstrip(), ""]
+            lines += ["| tokens | " + " | ".join(table["columns"]) + " |", "|---|" + "---|" * len(table["columns"])]
+            lines += [
+                "| " + " | ".join("–" if cell is None else str(cell) for cell in row) + " |" for row in full + rows
+            ]
+    if not lines:
+        return []
+    return [
+        "",
+        "## Published results",
+        "",
+        f"{published['model']}; read from the papers named, not measured here.",
+        *lines,
+    ]
+
+
+def _bundled(name: str, measured: list[Entry]) -> list[str]:
+    """What it reaches on the bundled benchmark, alone or with another method."""
+    rows = [entry for entry in measured if name in _names(entry.method)]
+    if not rows:
+        return []
+    lines = ["", "## On the bundled benchmark", ""]
+    lines += [
+        f"{rows[0].samples:,} questions; accuracy in per cent, and points above or below `random` with about as many "
+        "tokens (paired by question), each with its 95 % interval. [All results](../results.md).",
+        "",
+        "| method | budget | tokens kept | on average | accuracy | against random |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        budget = "its own" if row.keep is None else f"{row.keep:.0%}" + " average" * (row.budget == "average")
+        if row.chance is None:
+            against = "–"
+        else:
+            against = "{:+.1f} ({:+.1f} to {:+.1f})".format(
+                *(100 * part for part in (row.chance.difference, row.chance.low, row.chance.high))
+            )
+        counts = f"{row.tokens_after:.3g} | {row.tokens_average:.3g}"
+        lines += [f"| `{row.method}` | {budget} | {counts} | {row.accuracies} | {against} |"]
+    return lines
+
+
+def _names(spec: str) -> list[str]:
+    """The methods in a spec, without their arguments."""
+    return [part.partition("(")[0].strip() for part in re.split(r"\s\+\s", spec)]
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for old in FOLDER.glob("*.md"):
+        old.unlink()
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, "utf-8")

@@ -1,0 +1,53 @@
+"""``tokensieve new-method``: a working method and its test, to start from."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+def new_method(
+    name: Annotated[str, typer.Argument(help="Small letters, digits and hyphens: 'loud-words'.", show_default=False)],
+    stage: Annotated[
+        Literal["connector", "decoder"], typer.Option(help="Act between encoder and LLM, or inside the LLM.")
+    ] = "connector",
+    output: Annotated[Path, typer.Option(help="Folder of the two files, made if need be.")] = Path(),
+) -> None:
+    """Write a method that works, in a file of its own, and its test. Nothing else needs editing."""
+    from tokensieve.methods import methods
+    from tokensieve.methods.spec import NAME as IN_A_SPEC
+
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"a method's name is made of small letters, digits and hyphens, as in 'loud-words'; got {name!r}"
+        )
+    if name in [info.name for info in methods()]:
+        raise ValueError(f"the method name {name!r} is taken; 'tokensieve methods' lists them all")
+    title, module = "".join(part.capitalize() for part in name.split("-")), name.replace("-", "_")
+    method, test = output / f"{module}.py", output / f"test_{module}.py"
+    if not IN_A_SPEC.fullmatch(str(method)):
+        raise ValueError(f"a method spec cannot name {str(method)!r}: use letters, digits and ./\\:~_- in the folder")
+    texts = {method: _template(stage), test: _template("test_my_method")}
+    if re.search(rf"import .*\b{title}\b", texts[method]):
+        raise ValueError(f"a class {title} would hide the one it needs; choose another name than {name!r}")
+    for path in texts:
+        if path.exists():
+            raise ValueError(f"{path} exists already; choose another name or folder")
+    output.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        for ours, own in (("my-method", name), ("my_method", module), ("MyMethod", title)):
+            text = text.replace(ours, own)
+        path.write_text(text, "utf-8")
+    typer.echo(f"{method} works, and {test} says so. Next:\n")
+    typer.echo(f"  python -m pytest {test}")
+    typer.echo(f'  tokensieve compare --methods "{method}:{title}, random" --keep 25% --limit 200')
+
+
+def _template(name: str) -> str:
+    return files("tokensieve.commands.templates").joinpath(f"{name}.py").read_text("utf-8")

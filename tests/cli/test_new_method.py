@@ -1,0 +1,118 @@
+"""``new-method``: what it writes works everywhere a name does, and its test tells a method that does not."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from calling import ENVIRONMENT, Outcome, run_many
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("own")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, model: str, photo: Path) -> dict[str, Outcome]:
+    new = ["new-method", "--output", folder / "new"]
+    own = f"{folder}/new/loudest.py:Loudest"
+    compare = ["compare", "--model", model, "--methods", f"{own}, random", "--keep", "25%", "--limit", "8", "--json"]
+    ask = ["ask", photo, "what colour is the cup?", "--model", model, "--max-new-tokens", "2", "--json"]
+    return run_many({
+        "connector": [*new, "loudest"],
+        "decoder": [*new, "most-watched", "--stage", "decoder"],
+        "again": [*new, "loudest"],
+        "taken": [*new, "vtc-cls"],
+        "bad name": [*new, "../Loudest"],
+        "hides": [*new, "visual-tokens"],
+        "stage": [*new, "other", "--stage", "fusion"],
+        "folder": ["new-method", "other", "--output", folder / "a b"],
+        "no folder": ["new-method", "other", "--output", folder / "new" / "loudest.py"],
+        "ask": [*ask, "--method", f"{folder}/new/most_watched.py:MostWatched", "--keep", "16"],
+        "compare": [*compare, "--no-measure", "--no-report", "--seeds", "1", "--output", folder / "runs"],
+    })  # fmt: skip
+
+
+def test_it_says_what_to_run_next(outcomes: dict[str, Outcome], folder: Path) -> None:
+    assert {path.name for path in (folder / "new").glob("*.py")} == {
+        "loudest.py", "test_loudest.py", "most_watched.py", "test_most_watched.py"
+    }  # fmt: skip
+    said = outcomes["connector"]
+    assert (said.code, said.err) == (0, "")
+    assert said.out.splitlines()[2:] == [
+        f"  python -m pytest {folder}/new/test_loudest.py",
+        f'  tokensieve compare --methods "{folder}/new/loudest.py:Loudest, random" --keep 25% --limit 200',
+    ]
+
+
+def pytest_of(folder: Path) -> str:
+    """What pytest says of a folder, called from another one."""
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder.parent)
+    return done.stdout + done.stderr
+
+
+def test_its_tests_pass_as_written_and_fail_when_the_method_is_wrong(
+    outcomes: dict[str, Outcome], folder: Path
+) -> None:
+    assert re.search(r"^8 passed in", pytest_of(folder / "new"), re.M)
+    broken = folder / "broken"
+    broken.mkdir()
+    (broken / "test_loudest.py").write_text((folder / "new" / "test_loudest.py").read_text("utf-8"))
+    code = (folder / "new" / "loudest.py").read_text("utf-8")
+    across_the_batch, one_short = ".norm(dim=-1).mean(0, keepdim=True).expand(len(image.features), -1)", "keep) - 1"
+    code = code.replace(".norm(dim=-1)", across_the_batch).replace("keep)", one_short)
+    (broken / "loudest.py").write_text(code)
+    said = pytest_of(broken)
+    assert re.search(r"^3 failed, 1 passed in", said, re.M), said
+
+
+def test_the_file_stands_wherever_a_name_does(outcomes: dict[str, Outcome]) -> None:
+    asked = json.loads(outcomes["ask"].out)
+    assert asked["method"] == "most-watched(keep=16)"
+    assert asked["tokens_after"] == 16
+    full, own, random, *_ = json.loads(outcomes["compare"].out)
+    assert [row["tokens_after"] for row in (full, own, random)] == [144, 36, 36]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("again", "loudest.py exists already; choose another name or folder"),
+        ("taken", "the method name 'vtc-cls' is taken"),
+        ("bad name", "small letters, digits and hyphens, as in 'loud-words'; got '../Loudest'"),
+        ("hides", "a class VisualTokens would hide"),
+        ("stage", "'fusion' is not one of 'connector', 'decoder'"),
+        ("folder", "a method spec cannot name"),
+        ("no folder", "loudest.py"),
+    ],
+)
+def test_mistakes_are_one_line(outcomes: dict[str, Outcome], folder: Path, name: str, words: str) -> None:
+    assert words in outcomes[name].refused()
+    assert not list(folder.rglob("*other*"))
+
+
+def test_contributing_shows_what_it_writes(outcomes: dict[str, Outcome], folder: Path) -> None:
+    shown = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.S)
+    assert shown is not None
+    assert shown[1] == (folder / "new" / "loudest.py").read_text("utf-8")
+
+
+def test_a_broken_plugin_is_a_note_and_no_obstacle() -> None:
+    plugin = """
+from importlib.metadata import EntryPoint
+from tokensieve.methods import registry
+broken = EntryPoint("mine", "no_such_module:Mine", "tokensieve.methods")
+registry.entry_points = lambda group: [broken]
+"""
+    listed = run_many({"methods": ["methods", "--json"]}, before=plugin)["methods"]
+    assert listed.code == 0
+    assert "vtc-cls" in [method["name"] for method in json.loads(listed.out)]
+    said = "the method plug-in 'mine' (no_such_module:Mine) is left out: ModuleNotFoundError: No module named"
+    (line,) = listed.err.splitlines()
+    assert line.startswith(f"note: {said}")
