@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from laws.catalogue import ZOO
 from tokensieve import VisualTokens, methods, parse
-from tokensieve.methods import mmtok, par
-from tokensieve.ops import cluster, coverage, dpp_map, greedy, merge, normalise, score, select
+from tokensieve.methods import mmtok, par, scope
+from tokensieve.ops import cluster, dpp_map, greedy, merge, normalise, score, select
 
 WIDTH, HEADS, WORDS = 24, 2, 3
 FEW = settings(deadline=None, derandomize=True, database=None)
@@ -214,32 +214,12 @@ def test_more_tokens_than_one_chunk(monkeypatch):
     tokens = image(5, (7, 9), batch=2)
     specs = (*FIXED, *ADAPTIVE)
     plain = {s: method(s, **({} if s in ADAPTIVE else {"keep": 11}))(tokens) for s in specs}
-    for module in (cluster, greedy, merge, score, select, mmtok, par):
+    for module in (cluster, greedy, merge, score, select, mmtok, par, scope):
         monkeypatch.setattr(module, "CHUNK", 10)
     for spec, expected in plain.items():
         again = method(spec, **({} if spec in ADAPTIVE else {"keep": 11}))(tokens)
         assert again.kept.tolist() == expected.kept.tolist(), spec
         torch.testing.assert_close(again.matrix(), expected.matrix())
-
-
-@settings(FEW, max_examples=8)
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 12), candidates=st.sampled_from([1, 3, 16]))
-def test_lazy_coverage_is_the_plain_greedy_one(seed, k, candidates):
-    table = torch.rand(2, 12, 9, generator=torch.Generator().manual_seed(seed))
-    weight = torch.rand(2, 12, generator=torch.Generator().manual_seed(seed + 1))
-    before, greedy.CANDIDATES = greedy.CANDIDATES, candidates
-    try:
-        order = coverage(lambda i: table.take_along_dim(i[..., None], -2), weight, k, weight=weight)
-    finally:
-        greedy.CANDIDATES = before
-    for i in range(2):
-        covered, chosen = torch.zeros(9), []
-        for _ in range(k):
-            gain = weight[i] * (table[i] - covered).clamp(min=0).sum(-1)
-            gain[chosen] = -1
-            chosen.append(int(gain.argmax()))
-            covered = torch.maximum(covered, table[i, chosen[-1]])
-        assert order[i].tolist() == chosen
 
 
 def test_a_full_span_goes_on_with_the_best_quality():
