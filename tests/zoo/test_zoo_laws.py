@@ -35,12 +35,12 @@ SPECS = (
     "holov(keep=6, stretches=4)",
     "holov(keep=6, stretches=4, rank='holistic')",
     "par(keep=6, threshold=0.3)",
-    "setok-cluster(threshold=0.9)",
     "setok-cluster(threshold=9, fallback=3)",
+    "setok-cluster(threshold=0.9)",
 )
 
 
-# the first spec of each method, for what is sampled
+# the first spec of each method, for what is sampled; each of them leaves fewer tokens of every image
 METHODS = tuple({spec.split("(")[0]: spec for spec in reversed(SPECS)}.values())
 OTHER_WAYS = (("sdpa", "contiguous"), ("eager", "original"), ("eager", "contiguous"))
 
@@ -185,7 +185,7 @@ def test_identity(family, attention, policy):
                     assert torch.equal(model(**inputs).logits, plain), spec
                 assert all(r.whole for row in sieve.last for r in row)
             with tokensieve.attach(model, spec, positions=policy):
-                assert model(**inputs).logits.shape != plain.shape, "something left, so the law above could fail"
+                assert model(**inputs).logits.shape[1] < plain.shape[1]
             assert tiny.footprint(model) == before, spec
         assert torch.equal(model(**inputs).logits, plain)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokensieve.ops.score import CHUNK, normalise
+from tokensieve.ops.score import CHUNK, gram, normalise
 
 NEIGHBOURS = 64  # near neighbours of a token among which its most similar one is looked for first
 
@@ -151,5 +151,8 @@ def bipartite_thinning(rows: Tensor, order: Tensor, k: int, step: int) -> Tensor
 
 def _nearest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest cosines of each unit row to any row, and whose they are, both `[..., N, k]`, in any order."""
+    if rows.shape[-2] <= CHUNK:
+        found = gram(rows).topk(k, sorted=False)
+        return found.values, found.indices
     parts = [(part @ rows.transpose(-1, -2)).topk(k, sorted=False) for part in torch.split(rows, CHUNK, dim=-2)]
     return torch.cat([part.values for part in parts], -2), torch.cat([part.indices for part in parts], -2)
