@@ -32,14 +32,20 @@ FIXED = (
     "holov(stretches=5)",
     "par(threshold=0.2)",
     "fastervlm",
+    "vtc-cls",
     "divprune",
     "trsm",
     "simignore",
+    "uniform",
+    "random",
 )
 PRUNING = tuple(s for s in FIXED if not s.startswith(("visionzip", "prumerge", "par")))
 # the place of a token counts in the others: strides, stretches, rows, even and odd places
-EQUIVARIANT = ("fastervlm", "divprune", "trsm", "cdpruner", "scope", "mmtok", "vispruner", "fopru", "hired", "prumerge")
-SCORED = ("fastervlm", "vispruner", "hired", "fopru", "scope", "visionzip", "holov", "prumerge")
+EQUIVARIANT = ("fastervlm", "vtc-cls", "divprune", "trsm", "simignore", "cdpruner", "scope", "mmtok", "vispruner")
+EQUIVARIANT += ("fopru", "hired", "prumerge")
+SCORED = ("fastervlm", "vtc-cls", "vispruner", "hired", "fopru", "fopru(select='row')", "scope", "visionzip", "holov")
+SCORED += ("prumerge", "prumerge+")
+COSINE = ("divprune", "cdpruner", "scope", "mmtok", "trsm", "simignore", "vispruner")  # directions count, not lengths
 ADAPTIVE = ("prumerge", "prumerge+", "setok-cluster(threshold=0.8)", "prumerge+(top=2, stride=3)")
 
 
@@ -165,6 +171,17 @@ def test_scaled_scores_choose_the_same(spec, seed, factor):
     assert method(spec, keep=9)(tokens).kept.tolist() == method(spec, keep=9)(scaled).kept.tolist()
 
 
+@pytest.mark.parametrize("spec", COSINE)
+@settings(FEW, max_examples=8)
+@given(seed=st.integers(0, 10**6))
+def test_longer_tokens_choose_the_same(spec, seed):
+    """Each token scaled by a power of two of its own: exact in floating point."""
+    tokens = image(seed)
+    lengths = 2.0 ** torch.randint(-3, 4, (1, 24, 1), generator=torch.Generator().manual_seed(seed))
+    scaled = dataclasses.replace(tokens, features=tokens.features * lengths, patches=tokens.patches * lengths)
+    assert method(spec, keep=9)(tokens).kept.tolist() == method(spec, keep=9)(scaled).kept.tolist()
+
+
 @settings(FEW, max_examples=8)
 @given(seed=st.integers(0, 10**6), keep=st.integers(1, 23))
 def test_merge_weights_are_conserved(seed, keep):
@@ -191,9 +208,9 @@ def test_merge_weights_are_conserved(seed, keep):
 
 def test_ties_go_to_the_lower_index():
     tokens = mapped(image(0), torch.ones_like)
-    for spec in ("fastervlm", "hired", "fopru", "simignore", "trsm"):
+    for spec in ("fastervlm", "vtc-cls", "hired", "fopru", "simignore", "trsm", "divprune", "scope", "mmtok"):
         assert method(spec, keep=4)(tokens).kept.tolist() == [[0, 1, 2, 3]], spec
-    for spec in ("divprune", "cdpruner", "scope", "mmtok", "vispruner", "holov", "prumerge", "par"):
+    for spec in ("cdpruner", "vispruner", "holov", "prumerge", "par"):
         first, second = (method(spec, keep=4)(tokens) for _ in range(2))
         assert first.kept.tolist() == second.kept.tolist(), spec
         assert first.slots == 4
