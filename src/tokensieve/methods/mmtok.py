@@ -39,7 +39,7 @@ class MmTok(Method):
         words, mask = image.words()
         cosines = normalise(words) @ normalise(image.features).transpose(-1, -2)
         asked = (cosines / self.text_temperature).softmax(-1) * (mask / mask.sum(-1, keepdim=True))[..., None]
-        by_token, rows = asked.transpose(-1, -2), normalise(image.given("patches"))
+        by_token, rows = asked.mT.contiguous(), normalise(image.given("patches"))
         whole = gram(rows) if image.total <= CHUNK else None
 
         def shares(cosines: Tensor) -> Tensor:  # of the softmax, up to its sum; no cosine exceeds 1

@@ -1,7 +1,7 @@
 """Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
 
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
-from tokensieve.ops.greedy import coverage, dpp_map, max_min, rows_at
+from tokensieve.ops.greedy import coverage, dpp_map, max_min
 from tokensieve.ops.match import bipartite_match, first_of_each, keep_best
 from tokensieve.ops.merge import area_pool, keep_and_average, nearest, pooled_grid, sizes_of
 from tokensieve.ops.score import (
@@ -12,6 +12,7 @@ from tokensieve.ops.score import (
     local_variance,
     mask_bias,
     normalise,
+    rows_at,
     text_relevance,
     text_similarity,
     without_sinks,

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tokensieve.ops.score import CHUNK, gram, normalise
+from tokensieve.ops.score import CHUNK, gram, normalise, rows_at
 from tokensieve.ops.select import uniform
 
 Covers: TypeAlias = Callable[[Tensor], Tensor]
@@ -188,8 +188,3 @@ def coverage(
 def _flat(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """`[..., N, D]` as `[B, N, D]`, and what the leading dimensions were."""
     return rows.reshape(-1, *rows.shape[-2:]), rows.shape[:-2]
-
-
-def rows_at(rows: Tensor, index: Tensor) -> Tensor:
-    """`[..., N, D]` and `[..., m]` to `[..., m, D]`."""
-    return rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1]))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokensieve.ops.score import CHUNK, gram, normalise
+from tokensieve.ops.score import CHUNK, gram, normalise, rows_at
 
 NEIGHBOURS = 64  # near neighbours of a token among which its most similar one is looked for first
 
@@ -131,14 +131,13 @@ def bipartite_thinning(rows: Tensor, order: Tensor, k: int, step: int) -> Tensor
     while order.shape[-1] > k:
         left = order.shape[-1]
         few = left if left <= CHUNK and rows.device.type != "cpu" else min(few, left)
-        cosine, near = _nearest(rows.take_along_dim(order[..., None], -2), few)
+        cosine, near = _nearest(rows_at(rows, order), few)
         place, found = torch.arange(left, device=order.device).expand_as(order), None
         while place.shape[-1] > max(k, left // 2 if few < left else 0):
             even, odd = place[..., ::2], place[..., 1::2]
             is_odd = at(torch.zeros_like(order, dtype=torch.bool), odd)
-            met = is_odd.take_along_dim(near.take_along_dim(even[..., None], -2).flatten(-2), -1)
-            alike = cosine.take_along_dim(even[..., None], -2).masked_fill(~met.view(*even.shape, few), -torch.inf)
-            alike = alike.amax(-1)
+            met = is_odd.gather(-1, rows_at(near, even).flatten(-2)).view(*even.shape, few)
+            alike = rows_at(cosine, even).masked_fill(~met, -torch.inf).amax(-1)
             found = alike.amin() if found is None else torch.minimum(found, alike.amin())
             even = even.gather(-1, alike.sort(dim=-1, descending=True, stable=True).indices)
             place = torch.cat([even[..., min(step, place.shape[-1] - k) :], odd], -1)
