@@ -132,15 +132,6 @@ def test_max_min_of_a_batch_is_that_of_each_row(size, seed):
     assert max_min(rows, k).tolist() == [[max_min_by_hand(one, k) for one in some] for some in rows]
 
 
-def test_max_min_in_chunks(monkeypatch):
-    import sys
-
-    module, rows = sys.modules["tokensieve.ops.select"], noise(50, 8, seed=0)
-    whole = max_min(rows, 9)
-    monkeypatch.setattr(module, "CHUNK", 7)
-    assert torch.equal(max_min(rows, 9), whole)
-
-
 # -- scores ---------------------------------------------------------------------------------------------------------
 
 

@@ -35,15 +35,20 @@ SPECS = (
     "holov(keep=6, stretches=4)",
     "holov(keep=6, stretches=4, rank='holistic')",
     "par(keep=6, threshold=0.3)",
-    "setok-cluster(threshold=0.9)",
     "setok-cluster(threshold=9, fallback=3)",
+    "setok-cluster(threshold=0.9)",
 )
 
 
+# the first spec of each method, for what is sampled; each of them leaves fewer tokens of every image
+METHODS = tuple({spec.split("(")[0]: spec for spec in reversed(SPECS)}.values())
+OTHER_WAYS = (("sdpa", "contiguous"), ("eager", "original"), ("eager", "contiguous"))
+
+
 @cache
-def encoded(family, scenario):
+def encoded(family, scenario, attention="sdpa"):
     """Per sample and image: rows before the projector `[N, C]`, and the reference's features."""
-    model = tiny.pristine(family)
+    model = tiny.pristine(family, attention)
     return [
         [(unprojected(model, family, i), reference.encode(model, family, i)) for i in s.images]
         for s in tiny.scenario(family, scenario)
@@ -73,9 +78,9 @@ def project(model, family, rows):
     return model.model.visual.merger(rows.view(-1, model.config.vision_config.hidden_size))
 
 
-def by_hand(family, scenario, decisions):
+def by_hand(family, scenario, decisions, attention="sdpa"):
     """The rows that should stand in the sequence, from W: before the projector where the decision says so."""
-    model = tiny.pristine(family)
+    model = tiny.pristine(family, attention)
     return [
         [
             features.mixed(r.matrix())
@@ -83,38 +88,57 @@ def by_hand(family, scenario, decisions):
             else Encoded(project(model, family, r.matrix() @ rows), features.mixed(r.matrix()).planes)
             for (rows, features), r in zip(found, row, strict=True)
         ]
-        for found, row in zip(encoded(family, scenario), decisions, strict=True)
+        for found, row in zip(encoded(family, scenario, attention), decisions, strict=True)
     ]
 
 
-def run(family, samples, method, **more):
-    model = tiny.subject(family)
-    with tokensieve.attach(model, method) as sieve:
-        inputs = tiny.collate(family, samples)
-        out = model.generate(**inputs, max_new_tokens=STEPS, **tiny.GREEDY, **more)
+def run(family, samples, method, attention="sdpa", policy="original"):
+    model = tiny.subject(family, attention)
+    with tokensieve.attach(model, method, positions=policy) as sieve:
+        out = model.generate(**tiny.collate(family, samples), max_new_tokens=STEPS, **tiny.GREEDY)
         return torch.stack(out.logits, 1), out.sequences[:, -STEPS:], sieve.last
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-@pytest.mark.parametrize("spec", SPECS)
-def test_oracle_and_batch(spec, family, deviation):
-    scenario, samples = "ragged", tiny.scenario(family, "ragged")
-    logits, tokens, decisions = run(family, samples, spec)
-    rows = by_hand(family, scenario, decisions)
+def assert_as_by_hand(spec, family, scenario, attention, policy, deviation):
+    """Laws 2 and 5 of every sample of a batch; what the batch gave."""
+    samples = tiny.scenario(family, scenario)
+    logits, tokens, decisions = run(family, samples, spec, attention, policy)
+    rows = by_hand(family, scenario, decisions, attention)
     for i, s in enumerate(samples):
         for image, r in zip(s.images, decisions[i], strict=True):
             assert r.total == image.tokens == len(r.source)
             assert bool((r.kept.diff() > 0).all())
             assert torch.equal((r.matrix() != 0).sum(-1), r.counts)
-        answer = tokens[i].tolist()
-        hand = reference.logits(
-            tiny.pristine(family), family, s, [r.kept for r in decisions[i]], rows[i], "original", answer[: STEPS - 1]
-        )
+        kept, answer = [r.kept for r in decisions[i]], tokens[i].tolist()
+        pristine = tiny.pristine(family, attention)
+        hand = reference.logits(pristine, family, s, kept, rows[i], policy, answer[: STEPS - 1])
         assert deviation("from the hand reference (law 2)", logits[i], hand) <= NOISE
+    return logits, tokens, decisions
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_oracle_and_batch(spec, family, deviation):
+    logits, tokens, decisions = assert_as_by_hand(spec, family, "ragged", "sdpa", "original", deviation)
+    for i, s in enumerate(tiny.scenario(family, "ragged")):
         own_logits, own_tokens, own = run(family, [s], spec)
         assert [r.kept.tolist() for r in own[0]] == [r.kept.tolist() for r in decisions[i]]
         assert deviation("of a batch row from its own run (law 3)", logits[i], own_logits[0]) <= NOISE
-        assert own_tokens[0].tolist() == answer
+        assert own_tokens[0].tolist() == tokens[i].tolist()
+
+
+@pytest.mark.parametrize(("attention", "policy"), OTHER_WAYS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("spec", METHODS)
+def test_eager_attention_and_contiguous_positions(spec, family, attention, policy, deviation):
+    """Several images per sample, and rows without any; the choice does not depend on the attention kernel."""
+    logits, tokens, decisions = assert_as_by_hand(spec, family, "mixed", attention, policy, deviation)
+    usual = run(family, tiny.scenario(family, "mixed"), spec)[2]
+    assert [[r.kept.tolist() for r in row] for row in decisions] == [[r.kept.tolist() for r in row] for row in usual]
+    s = tiny.scenario(family, "mixed")[0]
+    own_logits, own_tokens, _ = run(family, [s], spec, attention, policy)
+    assert deviation("of a batch row from its own run (law 3)", logits[0], own_logits[0]) <= NOISE
+    assert own_tokens[0].tolist() == tokens[0].tolist()
 
 
 @pytest.mark.parametrize("family", ["llava-clip", "qwen2.5-vl"])
@@ -146,18 +170,23 @@ def test_adaptive_methods_keep_different_numbers_in_one_batch():
         assert len({row[0].slots for row in decisions}) > 1, spec
 
 
+@pytest.mark.parametrize("policy", ["original", "contiguous"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_identity(family):
-    samples = tiny.scenario(family, "ragged")
-    model, inputs = tiny.subject(family), tiny.collate(family, samples)
+def test_identity(family, attention, policy):
+    """Keeping all changes no bit, and what is attached leaves no trace."""
+    model, inputs = tiny.subject(family, attention), tiny.collate(family, tiny.scenario(family, "mixed"))
+    before = tiny.footprint(model)
     with torch.no_grad():
         plain = model(**inputs).logits
-        for spec in SPECS:
-            if "keep" in spec:
-                name = spec.split("(")[0]
-                with tokensieve.attach(model, name, keep=1.0) as sieve:
-                    assert torch.equal(model(**inputs).logits, plain)
+        for spec in METHODS:
+            if "keep" in tokensieve.parse(spec)[0].info.parameters:
+                with tokensieve.attach(model, spec.split("(")[0], keep=1.0, positions=policy) as sieve:
+                    assert torch.equal(model(**inputs).logits, plain), spec
                 assert all(r.whole for row in sieve.last for r in row)
+            with tokensieve.attach(model, spec, positions=policy):
+                assert model(**inputs).logits.shape[1] < plain.shape[1]
+            assert tiny.footprint(model) == before, spec
         assert torch.equal(model(**inputs).logits, plain)
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from laws.catalogue import ZOO
 from tokensieve import VisualTokens, methods, parse
-from tokensieve.methods import mmtok, par
-from tokensieve.ops import cluster, coverage, dpp_map, greedy, merge, normalise, score, select
+from tokensieve.methods import mmtok, par, scope
+from tokensieve.ops import cluster, dpp_map, greedy, merge, normalise, score, select
 
 WIDTH, HEADS, WORDS = 24, 2, 3
 FEW = settings(deadline=None, derandomize=True, database=None)
@@ -32,14 +32,20 @@ FIXED = (
     "holov(stretches=5)",
     "par(threshold=0.2)",
     "fastervlm",
+    "vtc-cls",
     "divprune",
     "trsm",
     "simignore",
+    "uniform",
+    "random",
 )
 PRUNING = tuple(s for s in FIXED if not s.startswith(("visionzip", "prumerge", "par")))
 # the place of a token counts in the others: strides, stretches, rows, even and odd places
-EQUIVARIANT = ("fastervlm", "divprune", "trsm", "cdpruner", "scope", "mmtok", "vispruner", "fopru", "hired", "prumerge")
-SCORED = ("fastervlm", "vispruner", "hired", "fopru", "scope", "visionzip", "holov", "prumerge")
+EQUIVARIANT = ("fastervlm", "vtc-cls", "divprune", "trsm", "simignore", "cdpruner", "scope", "mmtok", "vispruner")
+EQUIVARIANT += ("fopru", "hired", "prumerge")
+SCORED = ("fastervlm", "vtc-cls", "vispruner", "hired", "fopru", "fopru(select='row')", "scope", "visionzip", "holov")
+SCORED += ("prumerge", "prumerge+")
+COSINE = ("divprune", "cdpruner", "scope", "mmtok", "trsm", "simignore", "vispruner")  # directions count, not lengths
 ADAPTIVE = ("prumerge", "prumerge+", "setok-cluster(threshold=0.8)", "prumerge+(top=2, stride=3)")
 
 
@@ -165,6 +171,17 @@ def test_scaled_scores_choose_the_same(spec, seed, factor):
     assert method(spec, keep=9)(tokens).kept.tolist() == method(spec, keep=9)(scaled).kept.tolist()
 
 
+@pytest.mark.parametrize("spec", COSINE)
+@settings(FEW, max_examples=8)
+@given(seed=st.integers(0, 10**6))
+def test_longer_tokens_choose_the_same(spec, seed):
+    """Each token scaled by a power of two of its own: exact in floating point."""
+    tokens = image(seed)
+    lengths = 2.0 ** torch.randint(-3, 4, (1, 24, 1), generator=torch.Generator().manual_seed(seed))
+    scaled = dataclasses.replace(tokens, features=tokens.features * lengths, patches=tokens.patches * lengths)
+    assert method(spec, keep=9)(tokens).kept.tolist() == method(spec, keep=9)(scaled).kept.tolist()
+
+
 @settings(FEW, max_examples=8)
 @given(seed=st.integers(0, 10**6), keep=st.integers(1, 23))
 def test_merge_weights_are_conserved(seed, keep):
@@ -191,9 +208,9 @@ def test_merge_weights_are_conserved(seed, keep):
 
 def test_ties_go_to_the_lower_index():
     tokens = mapped(image(0), torch.ones_like)
-    for spec in ("fastervlm", "hired", "fopru", "simignore", "trsm"):
+    for spec in ("fastervlm", "vtc-cls", "hired", "fopru", "simignore", "trsm", "divprune", "scope", "mmtok"):
         assert method(spec, keep=4)(tokens).kept.tolist() == [[0, 1, 2, 3]], spec
-    for spec in ("divprune", "cdpruner", "scope", "mmtok", "vispruner", "holov", "prumerge", "par"):
+    for spec in ("cdpruner", "vispruner", "holov", "prumerge", "par"):
         first, second = (method(spec, keep=4)(tokens) for _ in range(2))
         assert first.kept.tolist() == second.kept.tolist(), spec
         assert first.slots == 4
@@ -214,32 +231,12 @@ def test_more_tokens_than_one_chunk(monkeypatch):
     tokens = image(5, (7, 9), batch=2)
     specs = (*FIXED, *ADAPTIVE)
     plain = {s: method(s, **({} if s in ADAPTIVE else {"keep": 11}))(tokens) for s in specs}
-    for module in (cluster, greedy, merge, score, select, mmtok, par):
+    for module in (cluster, greedy, merge, score, select, mmtok, par, scope):
         monkeypatch.setattr(module, "CHUNK", 10)
     for spec, expected in plain.items():
         again = method(spec, **({} if spec in ADAPTIVE else {"keep": 11}))(tokens)
         assert again.kept.tolist() == expected.kept.tolist(), spec
         torch.testing.assert_close(again.matrix(), expected.matrix())
-
-
-@settings(FEW, max_examples=8)
-@given(seed=st.integers(0, 10**6), k=st.integers(1, 12), candidates=st.sampled_from([1, 3, 16]))
-def test_lazy_coverage_is_the_plain_greedy_one(seed, k, candidates):
-    table = torch.rand(2, 12, 9, generator=torch.Generator().manual_seed(seed))
-    weight = torch.rand(2, 12, generator=torch.Generator().manual_seed(seed + 1))
-    before, greedy.CANDIDATES = greedy.CANDIDATES, candidates
-    try:
-        order = coverage(lambda i: table.take_along_dim(i[..., None], -2), weight, k, weight=weight)
-    finally:
-        greedy.CANDIDATES = before
-    for i in range(2):
-        covered, chosen = torch.zeros(9), []
-        for _ in range(k):
-            gain = weight[i] * (table[i] - covered).clamp(min=0).sum(-1)
-            gain[chosen] = -1
-            chosen.append(int(gain.argmax()))
-            covered = torch.maximum(covered, table[i, chosen[-1]])
-        assert order[i].tolist() == chosen
 
 
 def test_a_full_span_goes_on_with_the_best_quality():

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import CHUNK, coverage, normalise, rows_at
+from tokensieve.ops import CHUNK, coverage, gram, normalise, rows_at
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -42,16 +42,19 @@ class MmTok(Method):
         words, mask = image.words()
         cosines = normalise(words) @ normalise(image.features).transpose(-1, -2)
         asked = (cosines / self.text_temperature).softmax(-1) * (mask / mask.sum(-1, keepdim=True))[..., None]
-        by_token = asked.transpose(-1, -2)
-        rows = normalise(image.given("patches"))
-        scaled = rows.transpose(-1, -2) / self.image_temperature
-        similar = rows @ scaled if image.total <= CHUNK else None  # a single chunk is kept
-        chunks = (part @ scaled for part in torch.split(rows, CHUNK, dim=1)) if similar is None else [similar]
-        total = torch.cat([chunk.logsumexp(-1) for chunk in chunks], 1)[:, None]
+        by_token, rows = asked.mT.contiguous(), normalise(image.given("patches"))
+        whole = gram(rows) if image.total <= CHUNK else None
+
+        def shares(cosines: Tensor) -> Tensor:  # of the softmax, up to its sum; no cosine exceeds 1
+            return ((cosines - 1) / self.image_temperature).exp_()
+
+        parts = [whole] if whole is not None else (part @ rows.mT for part in torch.split(rows, CHUNK, 1))
+        sums = torch.cat([shares(part).sum(-1) for part in parts], 1)
+        scale = (self.balance / image.total / sums)[:, None]
 
         def covers(index: Tensor) -> Tensor:
-            near = rows_at(rows, index) @ scaled if similar is None else rows_at(similar, index)
-            return torch.cat([rows_at(by_token, index), (near - total).exp() * (self.balance / image.total)], -1)
+            return torch.cat([rows_at(by_token, index), shares(rows_at(rows, index) @ rows.mT) * scale], -1)
 
+        table = covers if whole is None else torch.cat([by_token, shares(whole) * scale], -1)
         eligible = None if image.padding is None else (~image.padding).float()
-        return image.keep(coverage(covers, total[:, 0], image.count(self.keep), eligible))
+        return image.keep(coverage(table, sums, image.count(self.keep), eligible))

@@ -7,7 +7,7 @@ import torch
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import CHUNK, connected, normalise, rank_in_group, sizes_of, text_similarity
+from tokensieve.ops import CHUNK, connected, normalise, rank_in_group, rows_at, sizes_of, text_similarity
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -58,7 +58,7 @@ class Par(Method):
 
         joined, home = [], cluster.gather(-1, kept)[:, None]
         for part, own in zip(torch.split(rows, CHUNK, 1), torch.split(cluster, CHUNK, 1), strict=True):
-            near = part @ rows.take_along_dim(kept[..., None], 1).transpose(-1, -2)
+            near = part @ rows_at(rows, kept).transpose(-1, -2)
             joined.append(near.masked_fill(own[..., None] != home, -torch.inf).max(-1))
         slot = torch.cat([j.indices for j in joined], 1)
         slot = slot.scatter(-1, kept, torch.arange(wanted, device=slot.device).expand_as(kept))

@@ -8,7 +8,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, marked, nearest, outliers, top_k
+from tokensieve.ops import at, marked, nearest, outliers, rows_at, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -54,7 +54,7 @@ class PruMerge(Method):
         stay = self.chosen(image, scores)
         kept, real = marked(stay) if self.keep is None else (_indices(stay), None)
         slots, sources = kept.shape[1], torch.arange(image.total, device=kept.device).expand_as(scores)
-        rows = keys.take_along_dim(kept[..., None], 1)
+        rows = rows_at(keys, kept)
         near = nearest(rows, keys, min(self.neighbours, image.total - 1), own=kept)
         own = torch.arange(slots, device=kept.device).expand_as(kept)
         weight = scores.gather(-1, near.flatten(1)).view_as(near)

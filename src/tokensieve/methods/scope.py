@@ -8,7 +8,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import coverage, normalise, rows_at
+from tokensieve.ops import CHUNK, coverage, gram, normalise, rows_at
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -46,5 +46,6 @@ class Scope(Method):
         def similar(index: Tensor) -> Tensor:
             return rows_at(rows, index) @ rows.transpose(-1, -2)
 
+        covers = gram(rows) if image.total <= CHUNK else similar
         weight, bonus = (saliency, None) if self.combine == "times" else (None, saliency)
-        return image.keep(coverage(similar, saliency, image.count(self.keep), weight, bonus), attention)
+        return image.keep(coverage(covers, saliency, image.count(self.keep), weight, bonus), attention)

@@ -8,7 +8,7 @@ import torch
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, nearest, sizes_of, top_k
+from tokensieve.ops import at, nearest, rows_at, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -59,7 +59,7 @@ class VisionZip(Method):
         others = kept.int().argsort(dim=-1, stable=True)[:, : image.total - (wanted - few)]
         stride = others.shape[1] // few
         target = torch.arange(few, device=others.device) * stride
-        keys = image.at("encoder_keys", -2).mean(-2).take_along_dim(others[..., None], 1)
+        keys = rows_at(image.at("encoder_keys", -2).mean(-2), others)
         group = nearest(keys, keys[:, target]).squeeze(-1)
         group[:, target] = torch.arange(few, device=others.device)
         merged = sizes_of(group, few).gather(-1, group) - int(self.combine == "add")

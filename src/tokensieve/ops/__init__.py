@@ -1,16 +1,18 @@
 """Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
 
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
-from tokensieve.ops.greedy import coverage, dpp_map, max_min, rows_at
+from tokensieve.ops.greedy import coverage, dpp_map, max_min
 from tokensieve.ops.match import bipartite_match, first_of_each, keep_best
 from tokensieve.ops.merge import area_pool, keep_and_average, nearest, pooled_grid, sizes_of
 from tokensieve.ops.score import (
     CHUNK,
     attention,
     epsilon_attention,
+    gram,
     local_variance,
     mask_bias,
     normalise,
+    rows_at,
     text_relevance,
     text_similarity,
     without_sinks,
@@ -44,6 +46,7 @@ __all__ = [
     "dpp_map",
     "epsilon_attention",
     "first_of_each",
+    "gram",
     "join_nearest",
     "keep_and_average",
     "keep_best",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokensieve.ops.score import CHUNK, normalise
+from tokensieve.ops.score import CHUNK, normalise, rows_at
 
 
 def density_peaks(rows: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def join_nearest(rows: Tensor, centres: Tensor, real: Tensor | None = None) -> T
     Args:
         real: `[..., C]` bool, False on padding that nobody may join.
     """
-    places = rows.take_along_dim(centres[..., None], -2)
+    places = rows_at(rows, centres)
     own = torch.arange(centres.shape[-1], device=rows.device).expand_as(centres)
     joined = []
     for chunk in torch.split(rows, CHUNK, dim=-2):

@@ -55,11 +55,13 @@ def area_pool(grid: Grid, cells: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         anchors `[K]` (the token at each cell's centre), slot, source `[E]` int64 and weight `[E]` float32; the weights
         of a slot sum to 1.
     """
-    rows, columns = _overlap(grid[0], cells[0]), _overlap(grid[1], cells[1])
-    weight = torch.einsum("ab,cd->acbd", rows, columns).reshape(cells[0] * cells[1], grid[0] * grid[1])
-    slot, source = weight.nonzero(as_tuple=True)
+    (down, row, height), (across, column, width) = (_overlap(n, c) for n, c in zip(grid, cells, strict=True))
+    slot = (down[:, None] * cells[1] + across).flatten()
+    source = (row[:, None] * grid[1] + column).flatten()
+    order = (slot * (grid[0] * grid[1]) + source).argsort()
+    weight = (height[:, None] * width).flatten()
     anchors = _centres(grid[0], cells[0])[:, None] * grid[1] + _centres(grid[1], cells[1])
-    return anchors.flatten(), slot, source, weight[slot, source]
+    return anchors.flatten(), slot[order], source[order], weight[order]
 
 
 def nearest(rows: Tensor, to: Tensor, k: int = 1, own: Tensor | None = None) -> Tensor:
@@ -85,13 +87,14 @@ def sizes_of(slot: Tensor, slots: int) -> Tensor:
     return empty.scatter_add(-1, slot, torch.ones_like(slot))
 
 
-def _overlap(size: int, cells: int) -> Tensor:
-    """Share of each of ``cells`` equal stretches that falls on each of ``size`` unit steps, `[cells, size]`."""
+def _overlap(size: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of ``cells`` equal stretches meets which of ``size`` unit steps, and what share of it that step is."""
     edges, length = torch.arange(size, dtype=torch.float64), size / cells
     start = torch.arange(cells, dtype=torch.float64)[:, None] * length
     covered = (torch.minimum(edges + 1, start + length) - torch.maximum(edges, start)).clamp(min=0)
     covered[covered < 1e-9] = 0
-    return (covered / covered.sum(-1, keepdim=True)).float()
+    cell, step = covered.nonzero(as_tuple=True)
+    return cell, step, (covered / covered.sum(-1, keepdim=True))[cell, step].float()
 
 
 def _centres(size: int, cells: int) -> Tensor:

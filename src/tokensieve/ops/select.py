@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from tokensieve.ops.score import CHUNK, normalise
+from tokensieve.ops.score import CHUNK, gram, normalise, rows_at
+
+NEIGHBOURS = 64  # near neighbours of a token among which its most similar one is looked for first
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -112,26 +114,44 @@ def rank_in_group(scores: Tensor, group: Tensor, groups: int) -> Tensor:
     return order.argsort(-1) - start
 
 
+@torch.no_grad()
 def bipartite_thinning(rows: Tensor, order: Tensor, k: int, step: int) -> Tensor:
     """Drop duplicates from ``order`` `[..., R]` until ``k`` are left (VisPruner), `[..., k]`.
 
     In turn: of the entries at even places, the ``step`` that are most similar to one at an odd place leave; the other
-    even ones, by descending similarity, and then the odd ones are the new order.
+    even ones, by descending similarity, and then the odd ones are the new order. Each token looks for its most similar
+    one among a few near neighbours, found anew whenever half of the tokens have left; should any token find none there,
+    the rounds since are taken back and done with more neighbours. O(R²·D) time, O(R) extra memory beyond a chunk.
 
     Args:
         rows: `[..., N, D]`.
         order: indices into the rows.
     """
-    rows = normalise(rows)
-    gram = rows @ rows.transpose(-1, -2) if rows.shape[-2] <= CHUNK else None
+    rows, few = normalise(rows), NEIGHBOURS
     while order.shape[-1] > k:
-        even, odd = order[..., ::2], order[..., 1::2]
-        if gram is not None:
-            nearest = gram.take_along_dim(even[..., None], -2).take_along_dim(odd[..., None, :], -1).amax(-1)
+        left = order.shape[-1]
+        few = left if left <= CHUNK and rows.device.type != "cpu" else min(few, left)
+        cosine, near = _nearest(rows_at(rows, order), few)
+        place, found = torch.arange(left, device=order.device).expand_as(order), None
+        while place.shape[-1] > max(k, left // 2 if few < left else 0):
+            even, odd = place[..., ::2], place[..., 1::2]
+            is_odd = at(torch.zeros_like(order, dtype=torch.bool), odd)
+            met = is_odd.gather(-1, rows_at(near, even).flatten(-2)).view(*even.shape, few)
+            alike = rows_at(cosine, even).masked_fill(~met, -torch.inf).amax(-1)
+            found = alike.amin() if found is None else torch.minimum(found, alike.amin())
+            even = even.gather(-1, alike.sort(dim=-1, descending=True, stable=True).indices)
+            place = torch.cat([even[..., min(step, place.shape[-1] - k) :], odd], -1)
+        if few < left and found is not None and bool(found.isinf()):
+            few *= 2
         else:
-            others = rows.take_along_dim(odd[..., None], -2).transpose(-1, -2)
-            parts = torch.split(even, CHUNK, dim=-1)
-            nearest = torch.cat([(rows.take_along_dim(p[..., None], -2) @ others).amax(-1) for p in parts], -1)
-        even = even.gather(-1, nearest.sort(dim=-1, descending=True, stable=True).indices)
-        order = torch.cat([even[..., min(step, order.shape[-1] - k) :], odd], -1)
+            order = order.gather(-1, place)
     return order
+
+
+def _nearest(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest cosines of each unit row to any row, and whose they are, both `[..., N, k]`, in any order."""
+    if rows.shape[-2] <= CHUNK:
+        found = gram(rows).topk(k, sorted=False)
+        return found.values, found.indices
+    parts = [(part @ rows.transpose(-1, -2)).topk(k, sorted=False) for part in torch.split(rows, CHUNK, dim=-2)]
+    return torch.cat([part.values for part in parts], -2), torch.cat([part.indices for part in parts], -2)
