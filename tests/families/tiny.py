@@ -27,7 +27,7 @@ GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """One visual unit: ``inputs`` as the model takes them (first axis: images or patches) and its ``ids`` in the prompt.
+    """One visual unit: ``inputs`` as the model takes them, images or patches first, and its ``ids`` in the prompt.
 
     ``grid`` is (height, width) in visual tokens where they form one; ``newlines`` are tokens that are no patches.
     """
