@@ -62,12 +62,16 @@ def around(ids: list[int]) -> list[int]:
 
 
 def square(side: int, tokens: int, marks: bool = False, axes: int = 4) -> Draw:
-    """Pictures of ``side`` x ``side`` patches; ``marks``: start and end tokens; ``axes`` 5: [image, tile, 3, H, W]."""
+    """Tiles of ``side`` x ``side`` patches and ``tokens`` tokens each; a shape is how many there are, else one.
+
+    ``marks``: with a start and an end token; ``axes`` 5: pixels are [image, tile, 3, H, W].
+    """
 
     def draw(shape: Shape, generator: torch.Generator) -> Image:
-        pixels = torch.randn(*[1] * (axes - 3), 3, side * 14, side * 14, generator=generator)
-        cells = round(tokens**0.5)
-        return Image({"pixel_values": pixels}, (around if marks else list)([IMAGE] * tokens), (cells, cells))
+        (tiles,), cells = shape or (1,), round(tokens**0.5)
+        pixels = torch.randn(*[1] * (axes - 4), tiles, 3, side * 14, side * 14, generator=generator)
+        ids = (around if marks else list)([IMAGE] * tokens * tiles)
+        return Image({"pixel_values": pixels}, ids, (cells, cells) if tiles == 1 else None)
 
     return draw
 
@@ -313,6 +317,7 @@ FAMILIES = {
             "InternVL",
             {"vision_config": vision("", 8), "text_config": text("qwen2"), "image_seq_length": 16},
             square(8, 16, marks=True),
+            ((1,), (3,), (2,)),
         ),
         Family(
             "idefics3",
@@ -417,6 +422,7 @@ FAMILIES = {
                 "projector_pooling_ratio": 2,
             },
             square(8, 16, axes=5),
+            ((2,),),
         ),
         Family(
             "glm4v",
@@ -536,3 +542,16 @@ def collate(name: str, samples: list[Sample], **more: Any) -> dict[str, Tensor]:
     if family.types:  # PaliGemma's says what belongs to the answer: in a prompt, nothing
         inputs[family.types] = (ids == IMAGE).long() * (family.bidirectional != "prompt")
     return {**inputs, **more}
+
+
+def footprint(model: Any) -> list:
+    """All that attaching could leave behind: hooks, and each module's attributes, weights and config by identity."""
+    memory = ("rope_deltas", "_previous_max_cache_length")  # what transformers itself remembers of the last call
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    out = []
+    for name, module in model.named_modules():
+        own = {key: id(value) for key, value in vars(module).items() if key not in memory}
+        parts = (module._parameters, module._modules, module._buffers)
+        listening = [len(getattr(module, hook)) for hook in hooks]
+        out.append((name, own, listening, [(key, id(value)) for part in parts for key, value in part.items()]))
+    return out
