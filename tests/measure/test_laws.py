@@ -197,9 +197,17 @@ def test_batch_notices_a_method_that_looks_at_its_neighbours(own):
     assert "other tokens than its own run" in broken(own(Nosy)())["batch"]
 
 
-def test_continuation_notices_a_cache_that_is_forgotten(own, monkeypatch):
-    monkeypatch.setattr(sieve, "remember", lambda cache, states: None)
-    assert "continuation" in broken(own(Own)())
+def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
+    later = sieve.later_step
+
+    def shifted(kwargs, state, cache):
+        kwargs = later(kwargs, state, cache)
+        if kwargs["input_ids"].shape[1] > 1:
+            kwargs["position_ids"] = kwargs["position_ids"] + 3
+        return kwargs
+
+    monkeypatch.setattr(sieve, "later_step", shifted)
+    assert broken(own(Own)()).keys() == {"continuation"}
 
 
 def test_conservation_notices_a_false_record(own):

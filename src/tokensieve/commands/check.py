@@ -46,10 +46,11 @@ def check(
     import transformers
 
     from tokensieve.budget import parse_budget
+    from tokensieve.evaluate.plan import plan
     from tokensieve.measure import Laws
 
-    budget = parse_budget(keep)
-    candidates = [_stages(spec, budget) for spec in method or METHODS]
+    entries = plan(list(method or METHODS), [parse_budget(keep)], seeds=1, oracle=False)
+    candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]  # full comes first, always
     vlm, processor = load_model(model, dtype, random)
     torch.manual_seed(0)
     with progress() as report:
@@ -77,14 +78,6 @@ def check(
     if broken:
         note(f"{broken} laws are broken")
         raise typer.Exit(1)
-
-
-def _stages(spec: str, budget: Any) -> list[Any]:
-    """A spec with the budget where it leaves one open."""
-    from tokensieve.methods import parse
-
-    stages = parse(spec)
-    return parse(spec, keep=budget) if any(hasattr(stage, "keep") for stage in stages) else stages
 
 
 def _cells(row: Sequence[Verdict]) -> list[str]:
