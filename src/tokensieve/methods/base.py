@@ -57,6 +57,17 @@ class Needs:
     rotary: bool = False
     cls_similarity: bool = False
 
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether anything is wanted that is read inside the vision tower."""
+        return self.patches or self.cls_similarity or self.reads_attention
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether attention of the vision tower is wanted, or its keys."""
+        layers = (self.cls_attention, self.cls_wide, self.received, self.encoder_keys)
+        return any(layer is not None for layer in layers)
+
     def __str__(self) -> str:
         wants = []
         if self.cls_attention is not None or self.cls_wide is not None:
