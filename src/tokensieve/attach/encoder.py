@@ -1,4 +1,4 @@
-"""The encoder stage: what is read from, and changed in, a call of the vision tower.
+"""The encoder stage: what is read from, and changed in, a call of the vision tower (inside it: ``tower.py``).
 
 ``generate()`` encodes images before the first forward and insists on the usual number of features, so nothing is
 dropped here: a record of the call travels on the tower's output, and the connector stage acts on it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.attach import probe as reads
-from tokensieve.attach.probe import Probe, Read
-from tokensieve.methods import Method, Needs
+from tokensieve.attach.probe import Probe
+from tokensieve.attach.tower import Arrived, Tower
+from tokensieve.methods import EncoderMethod, Method, Needs
 from tokensieve.methods.baselines import Downsample
 from tokensieve.models import Family
 from tokensieve.models.family import spread
@@ -26,7 +27,7 @@ from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
 
 RECORD = "_tokensieve_record"
-Reads: TypeAlias = dict[str, Read]
+Reads: TypeAlias = dict[str, Callable[[Tensor, Tensor, float, Tensor | None], Tensor]]
 T = TypeVar("T")
 RECEIVED = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
 
@@ -70,7 +71,7 @@ class Record:
 
 
 class EncoderHooks:
-    """Hooks on one vision tower: probes, and the resizing of ``downsample``.
+    """Hooks on one vision tower: probes, the resizing of ``downsample``, and those inside the tower.
 
     Raises:
         ValueError: if the tower lacks a layer or the [CLS] token that is needed.
@@ -83,6 +84,7 @@ class EncoderHooks:
                 "compares in the LLM's input space"
             )
         self.family, self.tower = family, family.tower(model)
+        self.method = method
         self.downsample = method if isinstance(method, Downsample) else None
         self._names = list(inspect.signature(type(self.tower).forward).parameters)[1:]
         self._local = threading.local()
@@ -93,7 +95,15 @@ class EncoderHooks:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         asked = _asked(needs, self.depth, self.cls)
         self.substitute = not self.cls and (needs.cls_attention is not None or needs.cls_wide is not None)
-        self.probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
+        self.inside = Tower(family, model, method) if isinstance(method, EncoderMethod) else None
+        own: dict[int, Reads] = {}
+        if self.inside is not None and method is not None:
+            own = {stage: _asked(method.needs, stage + 1, self.cls).get(stage, {}) for stage in self.inside.stages}
+        self.asked = asked
+        self.probes = {
+            layer: Probe(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
+            for layer in sorted({*asked, *(stage for stage, reads in own.items() if reads)})
+        }
         self._handles = [
             self.tower.register_forward_pre_hook(self._before, with_kwargs=True),
             self.tower.register_forward_hook(self._after),
@@ -107,6 +117,16 @@ class EncoderHooks:
             handle.remove()
         for probe in self.probes.values():
             probe.remove()
+        if self.inside is not None:
+            self.inside.remove()
+
+    def _read(self, asked: Reads, own: Reads, query: Tensor, key: Tensor, scaling: float) -> dict[str, Tensor]:
+        """What the connector stage asked of a layer; what a stage inside the tower asked is handed to it at once."""
+        passage = None if self.inside is None else self.inside.passage
+        bias = None if passage is None else passage.bias
+        if passage is not None:
+            passage.seen = {name: read(query, key, scaling, bias) for name, read in own.items()}
+        return {name: read(query, key, scaling, bias) for name, read in asked.items()}
 
     def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
@@ -114,6 +134,8 @@ class EncoderHooks:
         reductions = None
         if self.downsample is not None:
             inputs, reductions = self._resize(inputs, grids)
+        if self.inside is not None:
+            self.inside.start(inputs, grids, next(tower.parameters()).device)
         self._local.call = Call(inputs, reductions, [])
         for probe in self.probes.values():
             probe.arm()
@@ -140,18 +162,34 @@ class EncoderHooks:
         call: Call = self._local.call
         inputs, reductions = call.inputs, call.reductions
         grids = self.family.grids(tower, inputs)
+        arrived = None if self.inside is None else self.inside.finish()
         read: dict[str, dict[int, list[Tensor]]] = {}
         for layer, probe in self.probes.items():
             rows = probe.take()
-            for name in rows[0]:
-                per_token = self.family.per_token(tower, inputs, [r[name] for r in rows])
-                read.setdefault(name, {})[layer] = per_token
-        similar = self.family.per_token(tower, inputs, [_to_cls(output.last_hidden_state)]) if self.similarity else []
-        if reductions is not None and not all(reduction.whole for reduction in reductions):
+            for name in self.asked.get(layer, {}):
+                read.setdefault(name, {})[layer] = self._per_token(
+                    inputs, arrived, name, layer, [r[name] for r in rows]
+                )
+        similar = []
+        if self.similarity:
+            to_cls = [_to_cls(output.last_hidden_state)]
+            similar = self._per_token(inputs, arrived, "cls_similarity", self.depth, to_cls)
+        if self.inside is not None and arrived is not None:
+            reductions = arrived.reductions()
+            self.inside.restore(arrived.passage, output)
+        elif reductions is not None and not all(reduction.whole for reduction in reductions):
             self.family.restore(tower, output, reductions)
             call.patches[:] = [spread(rows, r) for rows, r in zip(call.patches, reductions, strict=False)]
         notes = (RECEIVED,) if self.substitute else ()
         setattr(output, RECORD, Record(grids, read, call.patches, similar, self.depth, notes, reductions))
+
+    def _per_token(
+        self, inputs: dict[str, Any], arrived: Arrived | None, name: str, layer: int, rows: list[Tensor]
+    ) -> list[Tensor]:
+        """What was read in a layer (or of what the tower puts out), per image in terms of the tokens that are left."""
+        if arrived is not None and arrived.short:
+            return arrived.lift(name, layer, torch.cat(rows))
+        return self.family.per_token(self.tower, inputs, rows)
 
 
 @dataclass(frozen=True)
@@ -176,10 +214,6 @@ def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:
         for layer in [] if layers is None else resolve_layers(layers, depth):
             asked.setdefault(layer, {})[name] = read
     return asked
-
-
-def _read(wanted: Reads, query: Tensor, key: Tensor, scaling: float) -> dict[str, Tensor]:
-    return {name: read(query, key, scaling) for name, read in wanted.items()}
 
 
 def _to_cls(rows: Tensor) -> Tensor:

@@ -84,33 +84,41 @@ class _Read(Exception):
     """The row was read; the rest of the forward is not wanted."""
 
 
-def attention_from_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Post-softmax attention of token 0, mean over heads: `[b, H, n, d]` twice to `[b, n]` float32."""
-    scores = (query[:, :, :1] @ key.transpose(-1, -2)).squeeze(-2)
-    return (scores.float() * scaling).softmax(-1).mean(1)
+def attention_from_cls(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """Post-softmax attention of token 0, mean over heads: `[b, H, n, d]` twice to `[b, n]` float32.
+
+    Args:
+        bias: `[b, 1, 1, n]`, added to the scores; here and below.
+    """
+    return _weights(query[:, :, :1], key, scaling, bias).squeeze(-2).mean(1)
 
 
-def attention_received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def attention_received(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """Post-softmax attention each token receives, mean over heads and queries: `[b, H, n, d]` twice to `[b, n]`."""
     total = query.new_zeros((query.shape[0], key.shape[-2]), dtype=torch.float32)
     for rows in torch.split(query, CHUNK, dim=-2):
-        total += (rows @ key.transpose(-1, -2)).float().mul(scaling).softmax(-1).mean(1).sum(-2)
+        total += _weights(rows, key, scaling, bias).mean(1).sum(-2)
     return total / query.shape[-2]
 
 
-def attention_from_cls_wide(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def attention_from_cls_wide(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """:func:`attention_from_cls` with the heads side by side as a single one, scaled by its width."""
     query, key = _one_head(query), _one_head(key)
-    return attention_from_cls(query, key, query.shape[-1] ** -0.5)
+    return attention_from_cls(query, key, query.shape[-1] ** -0.5, bias)
 
 
-def attention_received_wide(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def attention_received_wide(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """:func:`attention_received` with the heads side by side as a single one, scaled by its width."""
     query, key = _one_head(query), _one_head(key)
-    return attention_received(query, key, query.shape[-1] ** -0.5)
+    return attention_received(query, key, query.shape[-1] ** -0.5, bias)
 
 
-def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def _weights(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    return (scores if bias is None else scores + bias.float()).softmax(-1)
+
+
+def keys(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
     """The keys, `[b, n, H, d]`."""
     return key.transpose(1, 2)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tokensieve.methods.base import Stage
+from tokensieve.models.vit import VitLayer
 from tokensieve.reduction import Reduction
 
 Grid = tuple[int, int]
@@ -38,7 +39,19 @@ class Family(ABC):
 
     @abstractmethod
     def has_cls(self, tower: Any) -> bool:
-        """Whether the tower has a [CLS] token (as row 0); otherwise attention *received* stands in for its row."""
+        """Whether the tower has a [CLS] token (as row 0); else a pooling head or attention received stands in."""
+
+    def pooling_head(self, tower: Any, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Query `[B, H, 1, d]` and keys `[B, H, n, d]` of a head that pools what the tower puts out, `[B, n, C]`."""
+        return None
+
+    def vit_layers(self, tower: Any) -> list[VitLayer]:
+        """The layers of a plain ViT tower, between which tokens may leave; none where the tower is of another kind."""
+        return []
+
+    def layers_used(self, model: Any) -> int:
+        """How many layers of the tower the visual tokens depend on."""
+        return len(self.attentions(self.tower(model)))
 
     @abstractmethod
     def grids(self, tower: Any, inputs: Inputs) -> list[Grid]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from tokensieve.models import vit
 from tokensieve.models.family import Family, Grid, Inputs, spread
 from tokensieve.reduction import Reduction
 
@@ -32,6 +33,15 @@ class Llava(Family):
 
     def has_cls(self, tower: Any) -> bool:
         return hasattr(tower.embeddings, "class_embedding")
+
+    def pooling_head(self, tower: Any, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+        return vit.pooling_head(tower, rows)
+
+    def vit_layers(self, tower: Any) -> list[vit.VitLayer]:
+        return vit.vit_layers(tower)
+
+    def layers_used(self, model: Any) -> int:
+        return vit.layers_used(self.tower(model), model.config.vision_feature_layer)
 
     def grids(self, tower: Any, inputs: Inputs) -> list[Grid]:
         images, _, height, width = inputs["pixel_values"].shape
