@@ -159,7 +159,7 @@ def mustdrop(side: int, window: int, threshold: float):
         patches, merged = x[rows.specials :], {}
         for top in range(0, side - window + 1, window):
             for left in range(0, side - window + 1, window):
-                members = [(top + y) * side + left + x for y in range(window) for x in range(window)]
+                members = [(top + i) * side + left + j for i in range(window) for j in range(window)]
                 pairs = [
                     cosine_similarity(patches[a], patches[b], dim=0).item() for a in members for b in members if a != b
                 ]

@@ -38,6 +38,13 @@ class ToMe(EncoderMethod):
     prop_attn: bool = True
     official_order: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is not None and (not isinstance(self.r, int) or self.r < 0):
+            raise ValueError(f"r must be a whole number >= 0; got {self.r!r}")
+        if not -1 <= self.inflection <= 1:
+            raise ValueError(f"inflection must be in [-1, 1]; got {self.inflection!r}")
+
     @property
     def proportional(self) -> bool:
         return self.prop_attn
@@ -57,7 +64,7 @@ class ToMe(EncoderMethod):
         for stage in reversed(range(stages - 1)):  # where a layer would have to lose more than half, more leave before
             left[stage] = min(left[stage], 2 * left[stage + 1])
         if 2 * left[0] < total:
-            raise ValueError(f"{self} is out of reach: each of {stages} layers can merge {total} tokens into half")
+            raise ValueError(f"{self} is out of reach: {stages} layers, which can halve {total} tokens each")
         return left
 
     def reduce(self, image: VisualTokens) -> Reduction:
