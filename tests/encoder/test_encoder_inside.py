@@ -3,6 +3,7 @@
 import re
 import threading
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def with_features(family, layer):
 def test_features_of_other_layers(family, layer, used, deviation):
     """The budget is met where the features come from; layers behind that lose nothing more."""
     model, (s,) = with_features(family, layer), tiny.scenario(family, "two-images")
-    counts = {4: [21, 18, 14, 13], 3: [21, 17, 13], 2: [19, 13], 1: [13]}[used]
+    counts = {4: [22, 19, 16, 13], 3: [21, 17, 13], 2: [19, 13], 1: [13]}[used]
     leave = [a - b for a, b in zip([25, *counts[:-1]], counts, strict=True)]
     logits, (decisions,) = forward(model, family, [s], "tome(keep=13)")
     rule, rows = Rule(tome(leave), list(range(used)), proportional=True), []
@@ -154,8 +155,6 @@ def test_features_of_other_layers(family, layer, used, deviation):
             found = []
             for state in [layer] if isinstance(layer, int) else layer:
                 x, places = hand.states[state]
-                if state == -1 and family == "llava-siglip" and False:
-                    x = model.model.vision_tower.post_layernorm(x)
                 found.append(x[hand.specials :][[places.index(p) for p in sorted(hand.places)]])
             rows.append(reference.Encoded(model.model.multi_modal_projector(torch.cat(found, -1)), []))
         assert decision.kept.tolist() == sorted(hand.places)
@@ -168,10 +167,10 @@ def test_features_of_other_layers(family, layer, used, deviation):
 @pytest.mark.parametrize("spec", RULES)
 @each_family
 def test_the_tower_puts_out_its_native_shapes(family, spec):
-    tower, shown = tiny.subject(family).model.vision_tower, tiny.scenario(family, "two-images")[0].images
+    model, shown = tiny.subject(family), tiny.scenario(family, "two-images")[0].images
     pixels = torch.stack([image.pixels for image in shown])
-    with tokensieve.attach(tiny.subject(family), spec), torch.no_grad():
-        out = tower(pixels, output_hidden_states=True)
+    with tokensieve.attach(model, spec), torch.no_grad():
+        out = model.model.get_image_features(pixels, output_hidden_states=True)
     last = tiny.pristine(family).model.vision_tower.post_layernorm if family == "llava-siglip" else (lambda x: x)
     for i, image in enumerate(shown):
         with torch.no_grad():
@@ -198,25 +197,25 @@ def layer_flops(family, before, after):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @each_family
 def test_later_layers_compute_less(family, attention):
-    """FLOPs of the tower fall as the counts say; the rest is the matching's own products, 12 + 9 + 5 halves of keys."""
-    tower = tiny.subject(family, attention).model.vision_tower
+    """FLOPs of the encode call fall by what the layers save, less the products that the matching itself needs."""
+    model = tiny.subject(family, attention)
     pixels = torch.stack([image.pixels for image in tiny.scenario(family, "two-images")[0].images])
 
     def cost():
         with torch.no_grad():
-            return count_flops(lambda: tower(pixels))
+            return count_flops(lambda: model.model.get_image_features(pixels))
 
     full, counts = cost(), [25, 18, 10, 5, 5]
-    with tokensieve.attach(tiny.subject(family, attention), "tome(keep=5)"):
+    with tokensieve.attach(model, "tome(keep=5)"):
         reduced = cost()
-    layers = [layer_flops(family, a, b) for a, b in zip(counts[:-1], counts[1:], strict=True)]
+    layers = [layer_flops(family, a, b) for a, b in pairwise(counts)]
     matching = sum(2 * (n // 2) * (n - n // 2) * 8 for n in counts[:3])
     head = 0
     if family == "llava-siglip":  # the pooling head projects keys and values of what is left, and attends
         head = (25 - 5) * 2 * 2 * 32 * 32 + (25 - 5) * 2 * 2 * 32
     saved = 4 * layer_flops(family, 25, 25) - sum(layers) - matching + head
     assert full - reduced == 2 * saved
-    assert reduced < 0.5 * full
+    assert reduced < 0.7 * full
 
 
 # -- training, threads ------------------------------------------------------------------------------------------------
@@ -283,7 +282,7 @@ def test_two_threads(family):
 def test_towers_that_run_packed_are_refused(family, spec):
     model = tiny.subject(family)
     before = tiny.footprint(model)
-    with pytest.raises(ValueError, match="not supported in Qwen2.5-VL, Qwen3-VL: its patches run packed, in windows"):
+    with pytest.raises(ValueError, match=re.escape("not supported in Qwen2.5-VL, Qwen3-VL: its patches run packed")):
         tokensieve.attach(model, spec)
     assert tiny.footprint(model) == before
 

@@ -98,7 +98,7 @@ def outputs(model, family, scenario):
     inputs = tiny.collate(family, tiny.scenario(family, scenario))
     out = model.generate(**inputs, max_new_tokens=2, **tiny.GREEDY)
     plain = model(**inputs, labels=inputs["input_ids"])
-    tower = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    tower = model.model.get_image_features(inputs["pixel_values"], output_hidden_states=True)
     return [*out.logits, plain.logits, plain.loss, tower.last_hidden_state, *tower.hidden_states]
 
 

@@ -137,12 +137,15 @@ class Tower:
             )
         self.layers, self.depth = len(layers), family.layers_used(model)
         self.stages = method.stages(self.depth)
-        self._local = threading.local()
-        self._handles = []
-        for number, parts in enumerate(layers):
+        self._parts, self._local = layers, threading.local()
+        self._handles: list[Any] = []
+
+    def install(self) -> None:
+        """Hook the layers."""
+        for number, parts in enumerate(self._parts):
             hooks = [parts.attention.register_forward_pre_hook(self._attend, with_kwargs=True)]
             if number in self.stages:
-                if not method.behind:
+                if not self.method.behind:
                     hooks.append(parts.norm.register_forward_pre_hook(partial(self._between, number)))
                     hooks.append(parts.mlp.register_forward_hook(self._added))
                 hooks.append(parts.layer.register_forward_hook(partial(self._behind, number), prepend=True))
@@ -181,6 +184,11 @@ class Tower:
                     f"{self.method} adds to attention scores, which {kernel} cannot: load the vision tower with sdpa"
                 )
         self._local.passage = Passage.start(grids, device)
+
+    def see(self, seen: dict[str, Tensor]) -> None:
+        """What the method wants to know in the layer that runs."""
+        if self.passage is not None:
+            self.passage.seen = seen
 
     @property
     def passage(self) -> Passage | None:

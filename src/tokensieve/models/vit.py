@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+Pooling: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,21 @@ def layers_used(tower: Any, features: int | list[int]) -> int:
     return max(index % states for index in wanted)
 
 
-def pooling_head(tower: Any, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Query `[B, H, 1, d]` and keys `[B, H, n, d]` of SigLIP's pooling head; ``None`` if the tower uses none.
+def pooling_head(tower: Any) -> Pooling | None:
+    """SigLIP's pooling head, as the query and keys it makes of what the tower puts out; ``None`` if it uses none.
 
-    Args:
-        rows: `[B, n, C]`, what the tower puts out (after its last norm).
+    Whether a head was ever trained cannot be told from the model: ``tower.use_head = False`` turns it off.
     """
-    if not getattr(tower, "use_head", False):
-        return None
-    probe, attention = tower.head.probe, tower.head.attention
-    weight, bias = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
+    head = getattr(tower, "head", None) if getattr(tower, "use_head", False) else None
+    return None if head is None or head.probe.is_meta else partial(_pooled, head)
+
+
+def _pooled(head: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Query `[B, H, 1, d]` and keys `[B, H, n, d]` of a head that pools `[B, n, C]`."""
+    weight, bias = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
 
     def heads(x: Tensor, which: int) -> Tensor:
         projected = nn.functional.linear(x, weight[which], bias[which])
-        return projected.view(*projected.shape[:2], attention.num_heads, -1).transpose(1, 2)
+        return projected.view(*projected.shape[:2], head.attention.num_heads, -1).transpose(1, 2)
 
-    return heads(probe, 0).expand(len(rows), -1, -1, -1), heads(rows, 1)
+    return heads(head.probe, 0).expand(len(rows), -1, -1, -1), heads(rows, 1)
