@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tokensieve import VisualTokens, parse
-from tokensieve.methods.tome import ramp
+from tokensieve.budget import ramp
 
 FOLDER = Path(__file__).parent.parent / "golden"
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}

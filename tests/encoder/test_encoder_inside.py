@@ -313,7 +313,7 @@ def test_refusals_when_attaching(family, spec, reason):
 def test_refusals_when_called(family, monkeypatch):
     model, samples = tiny.subject(family), tiny.scenario(family, "ragged")
     for spec, more, reason in (
-        ("tome(keep=3)", {}, "tome(keep=3) is out of reach: 3 layers"),
+        ("tome(keep=3)", {}, "3 of 25 tokens are out of reach: 3 layers"),
         ("mustdrop-encoder(window=6)", {}, "needs tokens on a grid of at least a window; got (5, 5)"),
         ("tome(keep=9)", {"vision_feature_layer": -1}, "this call takes its features from layer 3"),
     ):

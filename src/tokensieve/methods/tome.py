@@ -1,11 +1,10 @@
 """ToMe: in every layer of the vision tower, the most similar tokens become one."""
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
-from tokensieve.budget import Budget, count
+from tokensieve.budget import Budget, merge_counts, ramp
 from tokensieve.methods.base import EncoderMethod, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import alternate_match
@@ -53,39 +52,24 @@ class ToMe(EncoderMethod):
         return list(range(depth))
 
     def per_stage(self, total: int, stages: int) -> list[int]:
-        if self.r is not None:
-            left = [total]
-            for r in ramp(self.r, int(self.r * (1 - self.inflection)), stages):
-                left.append(left[-1] - min(int(r), left[-1] // 2))
-            return left[1:]
-        gone = total - count(self.keep, total)
-        leave = ramp(gone / stages, gone / stages * (1 - self.inflection), stages)
-        left = [total - round(n) for n in accumulate(leave)]
-        for stage in reversed(range(stages - 1)):  # where a layer would have to lose more than half, more leave before
-            left[stage] = min(left[stage], 2 * left[stage + 1])
-        if 2 * left[0] < total:
-            raise ValueError(f"{self} is out of reach: {stages} layers, which can halve {total} tokens each")
-        return left
+        if self.r is None:
+            return merge_counts(total, stages, self.keep, self.inflection)
+        left = [total]
+        for r in ramp(self.r, int(self.r * (1 - self.inflection)), stages):
+            left.append(left[-1] - min(int(r), left[-1] // 2))
+        return left[1:]
 
     def reduce(self, image: VisualTokens) -> Reduction:
         leave, first = image.total - self.wanted(image), image.specials % 2  # [CLS] takes part in alternating
         order, partner = alternate_match(image.at("encoder_keys", -1).mean(-2), first)
         gone, into = order[:, :leave], partner[:, :leave]
         token = torch.arange(image.total, device=order.device).expand(len(order), -1)
+        target = token.scatter(1, gone, into)
+        anchors = (target != token).int().argsort(dim=1, stable=True)[:, : image.total - leave]
         if self.official_order:
             alone = order[:, leave:].sort(-1).values if image.specials else order[:, leave:]
             anchors = torch.cat([alone, token[:, 1 - first :: 2]], 1)
-        else:
-            anchors = (
-                torch.zeros_like(token).scatter(1, gone, 1).argsort(dim=1, stable=True)[:, : token.shape[1] - leave]
-            )
-        target = token.scatter(1, gone, into)
         slot = torch.zeros_like(token).scatter(1, anchors, token[:, : anchors.shape[1]]).gather(1, target)
         sizes = torch.ones_like(token, dtype=torch.float32) if image.sizes is None else image.sizes
         merged = torch.zeros_like(sizes).scatter_add(1, target, sizes).gather(1, target)
         return Reduction(image.total, anchors, Mixing(slot, token, sizes / merged), notes=image.notes)
-
-
-def ramp(mean: float, first: float, steps: int) -> list[float]:
-    """``steps`` numbers on a line from ``first``, with this mean."""
-    return [mean] if steps == 1 else [first + 2 * (mean - first) * step / (steps - 1) for step in range(steps)]
