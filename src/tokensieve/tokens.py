@@ -41,6 +41,7 @@ class VisualTokens:
         queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of the last token, or of each word, to the tokens.
         keys, text_keys: `[B, N, E]` and `[B, M, E]`, in the LLM: key states with heads side by side.
         before, middle: `[B, N, D]`, in the LLM: what entered the block before, and what its MLP was given.
+        ranked: `[B, N]`, in the LLM: what the connector method ranked the tokens by, if it did.
         rotary, text_rotary: `[B, N, d]` and `[B, M, d]`, in the LLM: a vector of ones, turned by the rotary embedding.
         entry, text_entry: `[B, N0, D]` and `[B, M, D]`, in the LLM: embeddings as they entered it.
         sizes: `[B, N]` float32, inside the encoder: how many patches each token stands for.
@@ -71,6 +72,7 @@ class VisualTokens:
     text_keys: Tensor | None = None
     before: Tensor | None = None
     middle: Tensor | None = None
+    ranked: Tensor | None = None
     rotary: Tensor | None = None
     text_rotary: Tensor | None = None
     entry: Tensor | None = None

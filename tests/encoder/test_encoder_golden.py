@@ -122,3 +122,24 @@ def test_mustdrop(case):
     alone = [method(f"{spec})")(VisualTokens(rows[None, 1:], grid=(side, side)))[0].slots for rows in hidden]
     assert max(alone) == expected["merged"].shape[1] - 1, "in a batch of the official code the others merge less"
     assert [one.slots for one in method(f"{spec})")(image)] == alone
+
+
+@cases("mustdrop_llm")
+def test_mustdrop_llm(case):
+    given, expected = tensors("mustdrop_llm", case)
+    hp = case["hyperparameters"]
+    start, n = hp["image_start"], hp["image_tokens"]
+    ranked = torch.zeros(1, n)
+    ranked[0, given["key_set"]] = 1.0
+    image = VisualTokens(
+        torch.zeros(1, n, 1),
+        queries=given["attention"][:, :, start + n :, start : start + n],
+        ranked=ranked,
+    )
+    spec = f"mustdrop-llm(layers=(1,), together={hp['global_thr'] * n}, single={hp['individual_thr'] * n}"
+    (decision,) = method(f"{spec}, protect={(len(given['key_set']) - 0.5) / n})")(image)
+    assert decision.kept.tolist() == expected["kept_indices"].tolist()
+    assert torch.isin(expected["new_key_set"], decision.source[given["key_set"]]).all()
+    (decision,) = method(f"{spec}, protect=0)")(image)
+    assert decision.kept.tolist() == expected["passing_indices"].tolist()
+    assert decision.notes == ()

@@ -282,7 +282,7 @@ def test_two_threads(family):
 def test_towers_that_run_packed_are_refused(family, spec):
     model = tiny.subject(family)
     before = tiny.footprint(model)
-    with pytest.raises(ValueError, match=re.escape("not supported in Qwen2.5-VL, Qwen3-VL: its patches run packed")):
+    with pytest.raises(ValueError, match="not supported in Qwen.*: its patches run packed"):
         tokensieve.attach(model, spec)
     assert tiny.footprint(model) == before
 

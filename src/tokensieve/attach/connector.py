@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.attach.cache import State, check_cache
-from tokensieve.attach.encoder import RECORD, Call, Record, evidence
+from tokensieve.attach.encoder import RECORD, Record, evidence
 from tokensieve.attach.layout import Columns, Layout, equal_groups
 from tokensieve.attach.parts import Scope, budget_of, parts_of, per_sample
 from tokensieve.attach.words import UserWords
@@ -38,18 +38,22 @@ class Plan:
         decision: what the encoder and connector stages decided, in terms of its original tokens.
         features: what to do to the rows that the encoder made.
         inside: what each decoder stage did to the rows it was given.
+        ranked: what the connector method ranked the tokens by that entered the LLM, if it did.
     """
 
     shape: Shape
     decision: Reduction
     features: Reduction
     inside: tuple[Reduction, ...] = ()
+    ranked: Tensor | None = None
 
     def then(self, following: Reduction) -> Plan:
         """With a connector's decision about what is left."""
         if self.decision.whole and not self.decision.notes:
-            return Plan(self.shape, following, following)
-        return Plan(self.shape, following.after(self.decision), following.after(self.features))
+            return Plan(self.shape, following, following, ranked=following.ranking)
+        return Plan(
+            self.shape, following.after(self.decision), following.after(self.features), ranked=following.ranking
+        )
 
     def then_inside(self, following: Reduction) -> Plan:
         """With a decoder stage's decision about what is left."""
@@ -152,7 +156,7 @@ class Connector:
         kwargs = dict(kwargs)
         encoded = self._encode(kwargs)
         record: Record = getattr(encoded, RECORD)
-        features = list(self.family.entries(Call({}, self.modality, output=encoded)))
+        features = self.family.entries(encoded.pooler_output, record.shapes)
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         token = getattr(self.model.config, f"{self.modality}_token_id")
         layout = Layout.read(ids, mask, token, [len(f) for f in features])
@@ -228,6 +232,9 @@ class Connector:
         patches = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
         places = [shape.places for shape in shapes]
         patches = [f if at is None else f[at] for f, at in zip(patches, places, strict=True)]
+        entered = [record.patches[origin] for origin in origins] if record.patches else []
+        if record.reductions is not None:
+            entered = [plan.features.apply(rows) for plan, rows in zip(plans, entered, strict=False)]
         counted = iter(map(len, patches))
         methods = per_sample(self.method, self.scope, [[next(counted) for _ in sizes] for sizes in layout.images])
         flat = [method for row in methods for method in row]
@@ -240,8 +247,7 @@ class Connector:
             said, heard = (None, None) if text is None or real is None else (text[of], real[of])
             before_projector = None
             if record.patches:
-                own = [plans[p.image].features.apply(record.patches[origins[p.image]])[p.where] for p in members]
-                before_projector = torch.stack(own)
+                before_projector = torch.stack([entered[p.image][p.where] for p in members])
             where = [(origins[part.image], part.where) for part in members]
             tokens = evidence(record, where, stacked, before_projector, said, heard, members[0].grid)
             made |= dict(zip(group, members[0].method(tokens), strict=True))
@@ -287,7 +293,7 @@ class Connector:
             given: Tensor = kwargs["position_ids"]
             return given
         ids = kwargs["input_ids"]
-        plain = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        plain = (torch.arange(ids.shape[1], device=ids.device) + self.family.first_position).expand(len(ids), -1)
         number = getattr(self.base, "compute_3d_position_ids", None)  # M-RoPE; also remembers its rope_deltas
         axes = number and number(**{name: kwargs.get(name) for name in inspect.signature(number).parameters})
         return plain if axes is None else torch.cat([plain[None], axes])
@@ -307,7 +313,7 @@ class Connector:
                 kwargs[name] = columns.take(kwargs[name], filler)
         taken, shift = columns.take(positions), None
         if self.positions == "contiguous":
-            numbered = (new_mask.long().cumsum(-1) - 1).clamp(min=0).expand_as(taken)
+            numbered = ((new_mask.long().cumsum(-1) - 1).clamp(min=0) + self.family.first_position).expand_as(taken)
             if not all(reduced):  # a row that stayed whole keeps its ids, as it does in a batch of its own
                 numbered = numbered.where(torch.tensor(reduced, device=ids.device)[:, None], taken)
             shift, taken = taken[..., -1:] - numbered[..., -1:], numbered

@@ -160,6 +160,8 @@ class EncoderHooks:
         if self.similarity and not cls:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
+        if needs.reads_attention and not attentions:
+            raise ValueError(f"the attention of {type(tower).__name__} cannot be read: transformers does not run it")
         self.pooling = None if cls else family.pooling_head(tower)
         self.pooled = {} if self.pooling is None else _last_alone(needs, self.depth)
         nothing: dict[str, Any] = dict.fromkeys(self.pooled)
@@ -296,6 +298,11 @@ class EncoderHooks:
     def _record(self, call: Call) -> Record:
         family, model = self.family, self.model
         shapes = family.shapes(model, call)
+        if (call.reads or call.rows or call.pooled) and not all(shape.mapped for shape in shapes):
+            raise ValueError(
+                f"{family.title} resamples an image of this size after its encoder: what is read there belongs to none "
+                "of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
+            )
 
         def per_image(units: Tensor) -> list[Tensor]:
             if not any(shape.units is not None for shape in shapes):
@@ -313,14 +320,21 @@ class EncoderHooks:
         }
         for name, rows in call.pooled.items():
             read.setdefault(name, {})[self.pooled[name]] = told(name, self.depth, [rows])
-        patches = per_image(family.patches(model, call, call.rows[0])) if call.rows else []
-        if call.reductions is not None and call.arrived is None:
-            patches = [spread(rows, r) for rows, r in zip(patches, call.reductions, strict=False)]
+        patches = self._patches(call, per_image) if call.rows else []
         similar = told("cls_similarity", self.depth, call.similar) if call.similar else []
         notes = (POOLED,) * bool(self.pooled) + (RECEIVED,) * self.substitute
         device = call.output.pooler_output[0].device
         shapes = [shape.to(device) for shape in shapes]
         return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
+
+    def _patches(self, call: Call, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """The rows that entered the projector, `[M, C]` per image; slots that an encoder method dropped hold zeros."""
+        units = self.family.patches(self.model, call, call.rows[0])
+        if call.reductions is None or all(reduction.whole for reduction in call.reductions):
+            return per_image(units)
+        if len(units) == sum(r.total for r in call.reductions):  # the projector comes after the tower, and restoring
+            return list(torch.split(units, [r.total for r in call.reductions]))
+        return [spread(rows, r) for rows, r in zip(per_image(units), call.reductions, strict=True)]
 
 
 def _last_alone(needs: Needs, depth: int) -> dict[str, int]:

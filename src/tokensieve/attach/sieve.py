@@ -86,7 +86,10 @@ class Sieve:
         family = family_of(model)
         for stage in stages:
             if stage.info.stage not in family.stages:
-                raise ValueError(f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}")
+                because = f": {family.excluded}" if stage.info.stage == "decoder" else ""
+                raise ValueError(
+                    f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}{because}"
+                )
         by_stage = {stage.info.stage: stage for stage in stages}
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
         decoder = by_stage.get("decoder")

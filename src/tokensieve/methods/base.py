@@ -37,6 +37,7 @@ class Needs:
         normed: in the LLM, features and text after the LLM's final norm.
         residual: in the LLM, what entered the block before, and what its MLP was given.
         rotary: in the LLM, the rotary embedding at the places of visual tokens and words.
+        ranked: in the LLM, what the connector method ranked the tokens by.
         cls_similarity: how much each patch resembles the encoder's [CLS] token in what the encoder puts out.
     """
 
@@ -55,13 +56,19 @@ class Needs:
     normed: bool = False
     residual: bool = False
     rotary: bool = False
+    ranked: bool = False
     cls_similarity: bool = False
 
     @property
     def reads_encoder(self) -> bool:
         """Whether anything is wanted that is read inside the vision tower."""
+        return self.patches or self.cls_similarity or self.reads_attention
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether attention of the vision tower is wanted, or its keys."""
         layers = (self.cls_attention, self.cls_wide, self.received, self.encoder_keys)
-        return self.patches or self.cls_similarity or any(layer is not None for layer in layers)
+        return any(layer is not None for layer in layers)
 
     def __str__(self) -> str:
         wants = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokensieve.methods.base import Stage
 from tokensieve.models.shape import Grid, Shape
-from tokensieve.models.vit import Pooling, VitLayer
+from tokensieve.models.vit import Pooling, VitLayer, pooling_head
 from tokensieve.reduction import Reduction
 
 Modality: TypeAlias = Literal["image", "video"]
@@ -45,6 +45,8 @@ class Family(ABC):
     Attributes:
         stages: where methods can act.
         joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
+        excluded: why methods cannot act inside the LLM, if they cannot.
+        first_position: the position id of a prompt's first token.
         opaque: why nothing that is read in the tower can be told per visual token, if it cannot.
     """
 
@@ -52,6 +54,8 @@ class Family(ABC):
     title: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
+    excluded: ClassVar[str] = ""
+    first_position: ClassVar[int] = 0
     joins: ClassVar[bool] = False
     opaque: ClassVar[str] = ""
 
@@ -75,7 +79,7 @@ class Family(ABC):
 
     def pooling_head(self, tower: Any) -> Pooling | None:
         """How a head pools what the tower puts out: `[B, n, C]` to a query `[B, H, 1, d]` and keys `[B, H, n, d]`."""
-        return None
+        return pooling_head(tower)
 
     def projector(self, model: Any) -> nn.Module:
         """The module whose input :meth:`patches` reads."""
@@ -88,9 +92,9 @@ class Family(ABC):
 
     # -- what the rows mean -------------------------------------------------------------------------------------------
 
-    def entries(self, call: EncodeCall) -> Sequence[Tensor]:
-        """The features of each image, `[N, D]`, in what the call returned (with beams: as transformers expanded it)."""
-        return list(call.output.pooler_output)
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """The features of each image, `[N, D]`, in the ``pooler_output`` of a call (with beams: repeated)."""
+        return list(pooled)
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         """How the visual tokens of each image lie, in the order of :meth:`entries`."""

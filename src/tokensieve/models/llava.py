@@ -30,9 +30,6 @@ class Llava(Family):
             raise ValueError(f"LLaVA with a {model_type} tower is not supported; supported: {', '.join(TOWERS)}")
         return tower
 
-    def pooling_head(self, tower: Any) -> vit.Pooling | None:
-        return vit.pooling_head(tower)
-
     def vit_layers(self, tower: Any) -> list[vit.VitLayer]:
         return vit.vit_layers(tower)
 

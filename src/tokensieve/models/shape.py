@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -28,6 +28,7 @@ class Shape:
             the M rows that follow those of the image before.
         line: `[N]` int64, the line each token stands in; ``None`` where there are no structure rows.
         structure: `[N]` bool, True on structure rows; ``None``: there are none.
+        mapped: whether ``units`` says which unit each patch token is; False where tokens were resampled from them.
     """
 
     total: int
@@ -35,6 +36,7 @@ class Shape:
     units: Tensor | None = None
     line: Tensor | None = None
     structure: Tensor | None = None
+    mapped: bool = True
 
     @classmethod
     def grid_of(cls, height: int, width: int) -> Shape:
@@ -62,7 +64,7 @@ class Shape:
         """The same with its tensors on a device."""
         if self.structure is None or self.line is None or self.structure.device == device:
             return self
-        return Shape(self.total, self.views, self.units, self.line.to(device), self.structure.to(device))
+        return replace(self, line=self.line.to(device), structure=self.structure.to(device))
 
     def left(self, anchors: Tensor) -> Shape:
         """What is left when the tokens ``anchors`` stay: no grids any more."""

@@ -43,8 +43,8 @@ def pooling_head(tower: Any) -> Pooling | None:
 
     Whether a head was ever trained cannot be told from the model: ``tower.use_head = False`` turns it off.
     """
-    head = getattr(tower, "head", None) if getattr(tower, "use_head", False) else None
-    return None if head is None or head.probe.is_meta else partial(_pooled, head)
+    used = getattr(tower.config, "model_type", None) == "siglip_vision_model" and tower.use_head
+    return partial(_pooled, tower.head) if used and not tower.head.probe.is_meta else None
 
 
 def _pooled(head: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
