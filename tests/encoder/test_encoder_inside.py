@@ -282,7 +282,7 @@ def test_two_threads(family):
 def test_towers_that_run_packed_are_refused(family, spec):
     model = tiny.subject(family)
     before = tiny.footprint(model)
-    with pytest.raises(ValueError, match="not supported in Qwen.*: its patches run packed"):
+    with pytest.raises(ValueError, match=r"not supported in Qwen.*: its patches run packed"):
         tokensieve.attach(model, spec)
     assert tiny.footprint(model) == before
 
@@ -326,4 +326,19 @@ def test_refusals_when_called(family, monkeypatch):
             forward(model, family, samples, spec)
     monkeypatch.undo()
     forward(model, family, samples, "tome(keep=9)")
-    assert tiny.footprint(model) == tiny.footprint(model)
+
+
+@each_family
+def test_a_call_that_fails_on_its_way_leaves_nothing_behind(family):
+    model, samples = tiny.subject(family), tiny.scenario(family, "ragged")
+    tower, inputs = model.model.vision_tower, tiny.collate(family, samples)
+    with torch.no_grad():
+        plain = tower(inputs["pixel_values"]).last_hidden_state
+        with tokensieve.attach(model, "tome(keep=9)"):
+            expected = model(**inputs).logits
+            broken = tower.encoder.layers[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(**inputs)
+            broken.remove()
+            assert torch.equal(tower(inputs["pixel_values"]).last_hidden_state, plain), "nobody encodes for a prompt"
+            assert torch.equal(model(**inputs).logits, expected)

@@ -207,6 +207,8 @@ class EncoderHooks:
                 call.output = encode(*args, **kwargs)
             finally:
                 self._local.call = None
+                if self.inside is not None:
+                    self.inside.stop()
             if not isinstance(call.output, tuple):  # return_dict=False: nobody can act on it
                 setattr(call.output, RECORD, self._record(call))
             return call.output

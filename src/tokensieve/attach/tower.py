@@ -163,7 +163,6 @@ class Tower:
         Raises:
             ValueError: for what cannot be done right; nothing has run then.
         """
-        self._local.passage = None
         selected = inputs.get("output_hidden_states")
         if isinstance(selected, list | tuple) or (isinstance(selected, int) and not isinstance(selected, bool)):
             used = layers_used(self.tower, selected if isinstance(selected, int) else list(selected))
@@ -197,9 +196,14 @@ class Tower:
 
     def finish(self) -> Arrived:
         """The call ends."""
-        passage, self._local.passage = self.passage, None
+        passage = self.passage
         assert passage is not None
+        self.stop()
         return Arrived(passage, self.layers, self.specials)
+
+    def stop(self) -> None:
+        """Nothing is to happen until the next start: a call may have failed on its way."""
+        self._local.passage = None
 
     def restore(self, passage: Passage, output: Any) -> None:
         """Give every state that the tower puts out its native shape, in place."""
@@ -324,9 +328,8 @@ def _apply(decision: Reduction, rows: Tensor, anchors: Tensor, sizes: Tensor) ->
 def _gathered(values: Tensor, slot: Tensor, slots: int) -> Tensor:
     """Sums of `[…, n, E]` over the tokens of each of ``slots`` slots, `[…, slots, E]`; slot −1 counts for nobody."""
     index = slot.remainder(slots + 1)[..., None].expand_as(values)  # −1 becomes one slot more, which is cut off
-    return values.new_zeros((*values.shape[:-2], slots + 1, values.shape[-1])).scatter_add(-2, index, values)[
-        ..., :-1, :
-    ]
+    sums = values.new_zeros((*values.shape[:-2], slots + 1, values.shape[-1])).scatter_add(-2, index, values)
+    return sums[..., :-1, :]
 
 
 class Arrived:
