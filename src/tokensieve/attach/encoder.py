@@ -34,7 +34,6 @@ RECORD = "_tokensieve_record"
 Reads: TypeAlias = dict[str, Read]
 T = TypeVar("T")
 RECEIVED = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
-
 POOLED = "no [CLS] token in this encoder: what its pooling head attends to in the last layer's output"
 
 
@@ -133,10 +132,8 @@ class EncoderHooks:
                 "compares in the LLM's input space"
             )
         self.family, self.model, self.modality, self.base = family, model, modality, model.base_model
-        self.method, self.inside = (
-            method,
-            None if not isinstance(method, EncoderMethod) else Tower(family, model, method),
-        )
+        self.method = method
+        self.inside = Tower(family, model, method) if isinstance(method, EncoderMethod) else None
         self.downsample = method if isinstance(method, Downsample) else None
         self.similarity = needs.cls_similarity
         self._local = threading.local()
