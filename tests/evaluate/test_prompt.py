@@ -90,6 +90,6 @@ def test_the_record_is_repeated_with_the_images(model, processor, samples):
     with torch.inference_mode(), attach(model, "visionzip(keep=9)"):
         output = encoded(model, shared)["mm_encoder_outputs"]["image"]
     record = getattr(output, RECORD)
-    per_image = [record.grids, record.patches, *(rows for layers in record.read.values() for rows in layers.values())]
+    per_image = [record.shapes, record.patches, *(rows for layers in record.read.values() for rows in layers.values())]
     assert len(per_image) > 3
     assert all(len(rows) == len(output.pooler_output) == 2 for rows in per_image)
