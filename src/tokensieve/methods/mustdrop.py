@@ -1,4 +1,4 @@
-"""MustDrop: even windows become one token early in the tower; inside the LLM go tokens that the text ignores."""
+"""MustDrop, the half inside the vision tower: windows of patches that are all alike become one token each."""
 
 from dataclasses import dataclass
 from typing import ClassVar
