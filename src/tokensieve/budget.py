@@ -1,6 +1,7 @@
 """How many tokens to keep: an int is tokens per image, a float in (0, 1] a share of the image's tokens."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypeAlias
 
 Budget: TypeAlias = int | float
@@ -69,6 +70,30 @@ def stage_counts(
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < wanted else (low, middle)
     return [min(total, max(1, round(total * high ** (stage + 1)))) for stage in range(len(blocks))]
+
+
+def merge_counts(total: int, stages: int, keep: Budget, inflection: float = 0.0) -> list[int]:
+    """Tokens that each of ``stages`` stages leaves of ``total`` so that ``keep`` are left, none losing more than half.
+
+    Args:
+        inflection: 0: the same number leaves at each stage; towards −1 more of them early, towards 1 late.
+
+    Raises:
+        ValueError: if even halving at each stage leaves more.
+    """
+    gone = total - count(keep, total)
+    leave = ramp(gone / stages, gone / stages * (1 - inflection), stages)
+    left = [total - round(n) for n in accumulate(leave)]
+    for stage in reversed(range(stages - 1)):  # where a stage would have to lose more than half, more leave before
+        left[stage] = min(left[stage], 2 * left[stage + 1])
+    if 2 * left[0] < total:
+        raise ValueError(f"{keep} of {total} tokens are out of reach: {stages} layers can only halve them each")
+    return left
+
+
+def ramp(mean: float, first: float, steps: int) -> list[float]:
+    """``steps`` numbers on a line from ``first``, with this mean."""
+    return [mean] if steps == 1 else [first + 2 * (mean - first) * step / (steps - 1) for step in range(steps)]
 
 
 def share_out(keep: Budget, sizes: Sequence[int]) -> list[int]:

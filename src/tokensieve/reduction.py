@@ -108,6 +108,11 @@ class Reduction:
         return torch.zeros_like(self.anchors).scatter_add(-1, m.slot, (m.weight != 0).long())
 
     @property
+    def ranking(self) -> Tensor | None:
+        """The scores of the slots' anchors, `[K]` or `[B, K]`."""
+        return None if self.scores is None else self.scores.gather(-1, self.anchors)
+
+    @property
     def weight_sums(self) -> Tensor:
         """Sum of each slot's weights, `[K]` or `[B, K]` float32: 1 for pruning and for averages."""
         if self.mixing is None:

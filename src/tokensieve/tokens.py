@@ -41,10 +41,13 @@ class VisualTokens:
         queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of the last token, or of each word, to the tokens.
         keys, text_keys: `[B, N, E]` and `[B, M, E]`, in the LLM: key states with heads side by side.
         before, middle: `[B, N, D]`, in the LLM: what entered the block before, and what its MLP was given.
+        ranked: `[B, N]`, in the LLM: what the connector method ranked the tokens by, if it did.
         rotary, text_rotary: `[B, N, d]` and `[B, M, d]`, in the LLM: a vector of ones, turned by the rotary embedding.
         entry, text_entry: `[B, N0, D]` and `[B, M, D]`, in the LLM: embeddings as they entered it.
-        stage: in the LLM, which of the method's stages this is, from 0.
-        entered: visual tokens of the image at the LLM's entry; budgets of decoder methods are shares of these.
+        sizes: `[B, N]` float32, inside the encoder: how many patches each token stands for.
+        specials: inside the encoder, rows such as [CLS] that stand before the tokens and never leave.
+        stage, stages: in encoder and LLM, which of the method's stages this is, from 0; in the encoder, of how many.
+        entered: visual tokens of the image at the first layer or block; budgets of such methods are shares of these.
         notes: remarks on the evidence (a substitute for a missing [CLS], say); they travel into the Reduction.
     """
 
@@ -69,11 +72,15 @@ class VisualTokens:
     text_keys: Tensor | None = None
     before: Tensor | None = None
     middle: Tensor | None = None
+    ranked: Tensor | None = None
     rotary: Tensor | None = None
     text_rotary: Tensor | None = None
     entry: Tensor | None = None
     text_entry: Tensor | None = None
+    sizes: Tensor | None = None
+    specials: int = 0
     stage: int = 0
+    stages: int = 1
     entered: int | None = None
     notes: tuple[str, ...] = ()
 

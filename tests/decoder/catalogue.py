@@ -38,6 +38,7 @@ RULES = {
     "sparsevlm(layers=(2, 3), counts=(0.5, 0.25))": Rule([2, 3], rules.sparsevlm, down(0.5, 0.25)),
     "sparsevlm+(layers=(2, 4), counts=(0.5, 0.25))": Rule([2, 4], rules.sparsevlm_plus, down(0.5, 0.25)),
     "sparsevlm-rank(layers=(1, 3), scale=2.0, bias=1.0)": Rule([1, 3], rules.sparsevlm_rank(2.0, 1.0)),
+    "mustdrop-llm(layers=(1, 3), together=0.8, single=2.0)": Rule([1, 3], rules.mustdrop(0.8, 2.0)),
     "dart(layer=2, keep=0.5, visual_pivots=2, text_pivots=3)": Rule([2], rules.dart(2, 3), share(0.5)),
     "topv(layer=2, keep=0.7)": Rule([2], rules.topv, share(0.7)),
     "text-correlation(layer=2, keep=0.4)": Rule([2], rules.text_correlation, share(0.4)),

@@ -163,6 +163,21 @@ def sparsevlm_rank(scale, bias):
     return decide
 
 
+def mustdrop(together, single):
+    def decide(sequence, image, decoder, count):
+        attention = word_rows(sequence, image).mean(0)
+        sums, entered = attention.sum(0), len(sequence.entry_images[image])
+        total = float(sums.sum())
+        kept = [
+            i
+            for i in range(len(sums))
+            if float(sums[i]) >= together / entered * total or float(attention[:, i].max()) >= single / entered
+        ]
+        return pick(kept or best(sums, 1), len(sums))
+
+    return decide
+
+
 def dart(visual_pivots, text_pivots):
     def decide(sequence, image, decoder, count):
         here, keys = sequence.images[image], sequence.seen[-1].keys.abs().sum(-1)

@@ -9,6 +9,7 @@ from decoder.catalogue import RULES
 from laws import tiny
 from tokensieve import VisualTokens, parse
 
+THRESHOLDS = ("mustdrop-llm",)  # may find nothing to drop
 NAMES = [info.name for info in tokensieve.methods() if info.stage == "decoder"]
 
 
@@ -23,7 +24,8 @@ def test_defaults(name, family):
     with tokensieve.attach(model, name) as sieve, torch.no_grad():
         logits = model(**tiny.collate(family, samples)).logits
     assert logits.isfinite().all()
-    assert all(row[0].slots < row[0].total for row in sieve.last)
+    if name not in THRESHOLDS:
+        assert all(row[0].slots < row[0].total for row in sieve.last)
     for row in sieve.tokens:
         assert row[0] == sorted(row[0], reverse=True)
 

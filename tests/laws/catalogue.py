@@ -13,14 +13,16 @@ VARIANTS = (
     "downsample(keep=13) + pool(keep=4)",
 )
 
-# these have laws of their own, with merges before the projector and weights that do not sum to 1 (tests/zoo)
+# these have laws of their own: merges before the projector and weights that do not sum to 1 (tests/zoo), and tokens
+# that leave inside the vision tower (tests/encoder)
 ZOO = ("visionzip", "prumerge", "prumerge+", "vispruner", "hired", "fopru")
 ZOO += ("cdpruner", "scope", "mmtok", "holov", "par", "setok-cluster")
+TOWER = ("tome", "illava-encoder", "mustdrop-encoder")
 
 
 def here() -> list[MethodInfo]:
     """The methods of these laws: what acts before the LLM. Others have their own (tests/decoder, zoo, fusion)."""
-    return [info for info in methods() if info.stage in ("encoder", "connector") and info.name not in ZOO]
+    return [info for info in methods() if info.stage in ("encoder", "connector") and info.name not in ZOO + TOWER]
 
 
 def specs(family: str = "llava-clip") -> list[str]:

@@ -40,18 +40,22 @@ class Plan:
         decision: what the encoder and connector stages decided, in terms of its original tokens.
         features: what to do to the rows that the encoder made.
         inside: what each decoder stage did to the rows it was given.
+        ranked: what the connector method ranked the tokens by that entered the LLM, if it did.
     """
 
     shape: Shape
     decision: Reduction
     features: Reduction
     inside: tuple[Reduction, ...] = ()
+    ranked: Tensor | None = None
 
     def then(self, following: Reduction) -> Plan:
         """With a connector's decision about what is left."""
         if self.decision.whole and not self.decision.notes:
-            return Plan(self.shape, following, following)
-        return Plan(self.shape, following.after(self.decision), following.after(self.features))
+            return Plan(self.shape, following, following, ranked=following.ranking)
+        return Plan(
+            self.shape, following.after(self.decision), following.after(self.features), ranked=following.ranking
+        )
 
     def then_inside(self, following: Reduction) -> Plan:
         """With a decoder stage's decision about what is left."""

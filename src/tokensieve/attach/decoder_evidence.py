@@ -135,6 +135,7 @@ class DecoderEvidence:
             middle=at(seen.get("middle"), columns),
             rotary=at(turned, columns),
             text_rotary=at(turned, words),
+            ranked=_ranked(run, members) if needs.ranked else None,
             stage=self.stages.index(number),
             depth=len(self.decoder.layers),
             **_whereabouts(run, members, needs.grid),
@@ -150,6 +151,17 @@ def _whereabouts(run: Run, members: list[Member], grid: bool) -> dict[str, Any]:
         places = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
     left = decision.slots if not plans[0].inside else plans[0].inside[-1].slots
     return {"grid": decision.grid if left == decision.total else None, "places": places, "entered": plans[0].entered}
+
+
+def _ranked(run: Run, members: list[Member]) -> Tensor | None:
+    """What the connector method ranked the patches of equal images by; ``None`` if it did not."""
+    found = []
+    for plan in (run.plans[row][image] for row, image in members):
+        if plan.ranked is None:
+            return None
+        rows, structure = plan.reduce_inside(plan.ranked[:, None])[:, 0], plan.left.structure
+        found.append(rows if structure is None else rows[~structure])
+    return torch.stack(found)
 
 
 def _entered(run: Run, row: int, image: int) -> Tensor:

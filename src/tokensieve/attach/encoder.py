@@ -1,4 +1,4 @@
-"""The encoder stage: what is read from, and changed in, a call that encodes images.
+"""The encoder stage: what is read from, and changed in, a call that encodes images (inside the tower: ``tower.py``).
 
 ``generate()`` encodes images before the first forward and insists on the usual number of features, so nothing is
 dropped here: a record of the call travels on its output, and the connector stage acts on it.
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from tokensieve.attach import probe as reads
 from tokensieve.attach.probe import Probe, Read
-from tokensieve.methods import Method, Needs
+from tokensieve.attach.tower import Arrived, Tower
+from tokensieve.methods import EncoderMethod, Method, Needs
 from tokensieve.methods.baselines import Downsample
 from tokensieve.models import EncodeCall, Family, Shape
 from tokensieve.models.family import Modality, spread
 from tokensieve.models.shape import Grid
+from tokensieve.models.vit import Pooling
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
 
@@ -32,6 +34,7 @@ RECORD = "_tokensieve_record"
 Reads: TypeAlias = dict[str, Read]
 T = TypeVar("T")
 RECEIVED = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
+POOLED = "no [CLS] token in this encoder: what its pooling head attends to in the last layer's output"
 
 
 @dataclass(frozen=True)
@@ -101,16 +104,20 @@ class Call(EncodeCall):
         rows: what entered the projector.
         reads: `[evidence][layer]`, what the probes read, attention call by call.
         similar: cosines to [CLS] in what the tower puts out, as a probe would read them.
+        arrived: what left a tower in which tokens leave.
+        pooled: `[evidence]`, what a pooling head attends to.
     """
 
     reductions: list[Reduction] | None = None
     rows: list[Tensor] = field(default_factory=list)
     reads: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
     similar: list[Tensor] = field(default_factory=list)
+    arrived: Arrived | None = None
+    pooled: dict[str, Tensor] = field(default_factory=dict)
 
 
 class EncoderHooks:
-    """The encode function of a model, wrapped, and hooks on its tower: probes, and the resizing of ``downsample``.
+    """The encode function of a model, wrapped, and hooks on its tower: probes, and what encoder methods do.
 
     Raises:
         ValueError: if the family or the tower lacks something that is needed.
@@ -125,12 +132,16 @@ class EncoderHooks:
                 "compares in the LLM's input space"
             )
         self.family, self.model, self.modality, self.base = family, model, modality, model.base_model
+        self.method = method
+        self.inside = Tower(family, model, method) if isinstance(method, EncoderMethod) else None
         self.downsample = method if isinstance(method, Downsample) else None
         self.similarity = needs.cls_similarity
         self._local = threading.local()
         self.probes: dict[int, Probe] = {}
         self._handles: list[Any] = []
         self.depth, self.substitute = 0, False
+        self.pooling: Pooling | None = None
+        self.pooled: dict[str, int] = {}  # evidence, and the layer whose [CLS] row the pooling head's stands in for
         if family.opaque:
             if needs.reads_encoder:
                 raise ValueError(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
@@ -149,10 +160,20 @@ class EncoderHooks:
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
         if needs.reads_attention and not attentions:
             raise ValueError(f"the attention of {type(tower).__name__} cannot be read: transformers does not run it")
+        self.pooling = None if cls else family.pooling_head(tower)
+        self.pooled = {} if self.pooling is None else _last_alone(needs, self.depth)
+        nothing: dict[str, Any] = dict.fromkeys(self.pooled)
+        needs = replace(needs, **nothing)
         asked = _asked(needs, self.depth, cls)
         self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
         projector = family.projector(self.model) if needs.patches else None
-        self.probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
+        own = {} if self.inside is None else self._asked_inside(self.inside, cls)
+        self.probes = {
+            layer: Probe(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
+            for layer in sorted(asked.keys() | own.keys())
+        }
+        if self.inside is not None:
+            self.inside.install()
         self._handles = [
             tower.register_forward_pre_hook(self._before, with_kwargs=True),
             tower.register_forward_hook(self._after),
@@ -165,6 +186,8 @@ class EncoderHooks:
             handle.remove()
         for probe in self.probes.values():
             probe.remove()
+        if self.inside is not None:
+            self.inside.remove()
         delattr(self.base, self._name)
         if self._own is not None:
             setattr(self.base, self._name, self._own)
@@ -184,6 +207,8 @@ class EncoderHooks:
                 call.output = encode(*args, **kwargs)
             finally:
                 self._local.call = None
+                if self.inside is not None:
+                    self.inside.stop()
             if not isinstance(call.output, tuple):  # return_dict=False: nobody can act on it
                 setattr(call.output, RECORD, self._record(call))
             return call.output
@@ -197,6 +222,20 @@ class EncoderHooks:
 
     # -- while the tower runs -----------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _asked_inside(tower: Tower, cls: bool) -> dict[int, Reads]:
+        """What a method inside the tower wants to know in its own layers."""
+        asked = {stage: _asked(tower.method.needs, stage + 1, cls).get(stage, {}) for stage in tower.stages}
+        return {stage: reads for stage, reads in asked.items() if reads}
+
+    def _read(
+        self, asked: Reads, own: Reads, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What the connector stage asked of a layer; what a stage inside the tower asked is handed to it at once."""
+        if self.inside is not None:
+            self.inside.see({name: read(query, key, scaling, mask) for name, read in own.items()})
+        return {name: read(query, key, scaling, mask) for name, read in asked.items()}
+
     def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = self._current
         if call is None:
@@ -204,6 +243,9 @@ class EncoderHooks:
         call.tower = dict(zip(self._names, args, strict=False)) | kwargs
         if self.downsample is not None:
             self._resize(call, self.downsample)
+        if self.inside is not None:
+            pixels = call.tower["pixel_values"]
+            self.inside.start(call.tower, [self.family.tile(self.model, call)] * len(pixels), pixels.device)
         for probe in self.probes.values():
             probe.arm()
         return (), call.tower
@@ -234,15 +276,31 @@ class EncoderHooks:
                     call.reads.setdefault(name, {}).setdefault(layer, []).append(rows)
         if self.similarity:
             call.similar.append(_to_cls(output.last_hidden_state))
-        if call.reductions is not None and not all(reduction.whole for reduction in call.reductions):
+        if self.inside is not None:
+            call.arrived = self.inside.finish()
+            call.reductions = call.arrived.reductions()
+        self._pool(call, output)
+        if self.inside is not None and call.arrived is not None:
+            self.inside.restore(call.arrived.passage, output)
+        elif call.reductions is not None and not all(reduction.whole for reduction in call.reductions):
             self.family.restore(tower, output, call.reductions)
+
+    def _pool(self, call: Call, output: Any) -> None:
+        """Read what the pooling head attends to, in the rows that left the tower."""
+        if self.pooling is None or not self.pooled:
+            return
+        query, key = self.pooling(output.last_hidden_state.detach())
+        bias = None if call.arrived is None else call.arrived.passage.bias
+        for name in self.pooled:
+            read = reads.attention_from_cls if name == "cls_attention" else reads.attention_from_cls_wide
+            call.pooled[name] = read(query, key, query.shape[-1] ** -0.5, bias)
 
     # -- when the call returns ----------------------------------------------------------------------------------------
 
     def _record(self, call: Call) -> Record:
         family, model = self.family, self.model
         shapes = family.shapes(model, call)
-        if (call.reads or call.rows) and not all(shape.mapped for shape in shapes):
+        if (call.reads or call.rows or call.pooled) and not all(shape.mapped for shape in shapes):
             raise ValueError(
                 f"{family.title} resamples an image of this size after its encoder: what is read there belongs to none "
                 "of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
@@ -253,13 +311,20 @@ class EncoderHooks:
                 return list(torch.split(units, [shape.patches for shape in shapes]))
             return [units[shape.units.to(units.device)] for shape in shapes if shape.units is not None]
 
+        def told(name: str, layer: int, rows: list[Tensor]) -> list[Tensor]:
+            if call.arrived is not None and call.arrived.short:
+                return call.arrived.lift(name, layer, torch.cat(rows))
+            return per_image(family.read(model, call, rows))
+
         read = {
-            name: {layer: per_image(family.read(model, call, rows)) for layer, rows in layers.items()}
+            name: {layer: told(name, layer, rows) for layer, rows in layers.items()}
             for name, layers in call.reads.items()
         }
+        for name, rows in call.pooled.items():
+            read.setdefault(name, {})[self.pooled[name]] = told(name, self.depth, [rows])
         patches = self._patches(call, per_image) if call.rows else []
-        similar = per_image(family.read(model, call, call.similar)) if call.similar else []
-        notes = (RECEIVED,) if self.substitute else ()
+        similar = told("cls_similarity", self.depth, call.similar) if call.similar else []
+        notes = (POOLED,) * bool(self.pooled) + (RECEIVED,) * self.substitute
         device = call.output.pooler_output[0].device
         shapes = [shape.to(device) for shape in shapes]
         return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
@@ -272,6 +337,16 @@ class EncoderHooks:
         if len(units) == sum(r.total for r in call.reductions):  # the projector comes after the tower, and restoring
             return list(torch.split(units, [r.total for r in call.reductions]))
         return [spread(rows, r) for rows, r in zip(per_image(units), call.reductions, strict=True)]
+
+
+def _last_alone(needs: Needs, depth: int) -> dict[str, int]:
+    """What of [CLS] is wanted of a single layer, the last but one or the last; and that layer."""
+    found = {}
+    for name, layers in (("cls_attention", needs.cls_attention), ("cls_wide", needs.cls_wide)):
+        wanted = [] if layers is None else resolve_layers(layers, depth)
+        if len(wanted) == 1 and wanted[0] >= depth - 2:
+            found[name] = wanted[0]
+    return found
 
 
 def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:
@@ -287,10 +362,6 @@ def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:
         for layer in [] if layers is None else resolve_layers(layers, depth):
             asked.setdefault(layer, {})[name] = read
     return asked
-
-
-def _read(wanted: Reads, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> dict[str, Tensor]:
-    return {name: read(query, key, scaling, mask) for name, read in wanted.items()}
 
 
 def _to_cls(rows: Tensor) -> Tensor:

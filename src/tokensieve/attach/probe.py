@@ -91,16 +91,23 @@ def attention_from_cls(query: Tensor, key: Tensor, scaling: float, mask: Tensor 
 
 
 def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Post-softmax attention each token receives, mean over heads and the queries that see it: `[b, n]` float32."""
+    """Post-softmax attention each token receives, mean over heads and the queries that see it: `[b, n]` float32.
+
+    Keys that nobody sees are padding, and ask nothing either.
+    """
     total = query.new_zeros((query.shape[0], key.shape[-2]), dtype=torch.float32)
     seen = total.clone()
     for start in range(0, query.shape[-2], CHUNK):
         part = slice(start, start + CHUNK)
         rows, own = query[:, :, part], _rows(mask, part)
-        total += _attention(rows, key, scaling, own).sum(-2)
+        given = _attention(rows, key, scaling, own)
         if own is not None:
-            visible = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
-            seen += visible[:, 0].expand(-1, rows.shape[-2], -1).sum(-2)
+            visible = (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2)[:, 0]
+            if visible.shape[-2] == 1:
+                visible = visible & visible[:, 0, part, None]
+                given = given * visible.any(-1, keepdim=True)
+            seen += visible.expand(-1, rows.shape[-2], -1).sum(-2)
+        total += given.sum(-2)
     return total / (query.shape[-2] if mask is None else seen.clamp(min=1))
 
 

@@ -167,8 +167,8 @@ class Sieve:
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
         states = states_of(cache)
-        if self._encoder.downsample is not None and _shows(kwargs, "video"):
-            raise ValueError(f"{self._encoder.downsample} resizes images; videos are not supported")
+        if self._encoder.method is not None and _shows(kwargs, "video"):
+            raise ValueError(f"{self._encoder.method} acts on images in the encoder; videos are not supported")
         if _shows(kwargs, "image"):
             if self._decoder is not None:
                 self._decoder.check(kwargs)

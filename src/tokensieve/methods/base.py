@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
-from tokensieve.budget import Budget, check_budget, stage_counts
+from tokensieve.budget import Budget, check_budget, count, stage_counts
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import Layers, VisualTokens
 
@@ -37,6 +37,7 @@ class Needs:
         normed: in the LLM, features and text after the LLM's final norm.
         residual: in the LLM, what entered the block before, and what its MLP was given.
         rotary: in the LLM, the rotary embedding at the places of visual tokens and words.
+        ranked: in the LLM, what the connector method ranked the tokens by.
         cls_similarity: how much each patch resembles the encoder's [CLS] token in what the encoder puts out.
     """
 
@@ -55,6 +56,7 @@ class Needs:
     normed: bool = False
     residual: bool = False
     rotary: bool = False
+    ranked: bool = False
     cls_similarity: bool = False
 
     @property
@@ -195,6 +197,68 @@ class DecoderMethod(Method):
     def wanted(self, image: VisualTokens) -> int:
         """:meth:`count` of a method that has a budget."""
         return self.count(image) or image.total
+
+
+@dataclass(frozen=True)
+class EncoderMethod(Method):
+    """Base of methods that act inside the vision tower: :meth:`reduce` is called once per stage, on the rows there.
+
+    Evidence is that of the stage's own layer: ``needs`` asks for layer −1 and ``image.at(name, -1)`` reads it. Each
+    token may go into one slot only; slots may stand in any order, and the next stage finds them in that order.
+    """
+
+    behind: ClassVar[bool] = False  # tokens leave behind the whole layer; else between its attention and its MLP
+
+    @abstractmethod
+    def stages(self, depth: int) -> list[int]:
+        """Layers in which tokens leave, ascending, of the ``depth`` that features come from; use `check_layers`."""
+
+    @property
+    def proportional(self) -> bool:
+        """Whether later layers attend to a merged token as to that many patches (log of its size, added to scores)."""
+        return False
+
+    def per_stage(self, total: int, stages: int) -> list[int] | None:
+        """Tokens that each stage leaves of ``total``; ``None``: no budget. Here: the same number leave at each.
+
+        Raises:
+            ValueError: if the budget is out of reach.
+        """
+        keep: Budget | None = getattr(self, "keep", None)
+        if keep is None:
+            return None
+        gone = total - count(keep, total)
+        return [total - round(gone * (stage + 1) / stages) for stage in range(stages)]
+
+    def count(self, image: VisualTokens) -> int | None:
+        counts = self.per_stage(image.entered or image.total, image.stages)
+        return None if counts is None else min(counts[image.stage], image.total)
+
+    def wanted(self, image: VisualTokens) -> int:
+        """:meth:`count` of a method that has a budget."""
+        return self.count(image) or image.total
+
+
+def check_layers(layers: Sequence[int | float], depth: int) -> list[int]:
+    """Layer numbers meant by ``layers`` in a tower of which ``depth`` layers are used: floats are shares of these.
+
+    Shares that fall on one layer take the next ones, as far as there are any.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    wanted: list[int] = []
+    for layer in layers:
+        first = wanted[-1] + 1 if wanted else 0
+        number = layer if isinstance(layer, int) else max(round(layer * depth), first)
+        if isinstance(layer, int) or number < depth:
+            wanted.append(number)
+    if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] >= depth:
+        raise ValueError(
+            f"tokens can leave in layers 0 to {depth - 1} of this tower, those that the features come from, in "
+            f"ascending order; got {wanted or list(layers)}"
+        )
+    return wanted
 
 
 def check_blocks(blocks: Sequence[int | float], depth: int) -> list[int]:

@@ -1,14 +1,41 @@
-"""iLLaVA, the half inside the LLM: what is dropped leaves one token behind."""
+"""iLLaVA: what is dropped leaves one token behind, inside the vision tower and inside the LLM."""
 
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.base import DecoderMethod, EncoderMethod, Needs, check_blocks, check_layers
 from tokensieve.methods.registry import register
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
+
+
+@register("illava-encoder", paper="arXiv:2412.06263", stage="encoder", needs=Needs(received=-1))
+@dataclass(frozen=True)
+class ILlavaEncoder(EncoderMethod):
+    """In some layers of the vision tower, keep what receives most attention, and merge the others into one by rank.
+
+    Of r dropped tokens, the r + 1 that receive least become one, at the place of the best of them; see ``illava-llm``.
+
+    Args:
+        keep: tokens per image at the end, the merged ones counted, or a share; equally many leave in each layer.
+        layers: where, between attention and MLP; a float is a share of the layers that features come from.
+        favour_attended: as in ``illava-llm``.
+
+    Paper: as of ``illava-llm``; there layers 5 to 8 of 26, 92 of 729 tokens in each.
+    """
+
+    keep: Budget = 0.5
+    layers: tuple[int | float, ...] = (0.2, 0.24, 0.28, 0.32)
+    favour_attended: bool = False
+
+    def stages(self, depth: int) -> list[int]:
+        return check_layers(self.layers, depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        return merge_rest(image, image.at("received", -1), self.wanted(image), self.favour_attended)
 
 
 @register("illava-llm", paper="arXiv:2412.06263", stage="decoder", needs=Needs(queries="last"))
@@ -40,13 +67,17 @@ class ILlavaLlm(DecoderMethod):
         return check_blocks([self.layer], depth)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        scores, wanted = image.given("queries").mean((1, 2)), self.wanted(image)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        kept, merged = order[:, : wanted - 1], order[:, wanted - 1 :]
-        rank = torch.arange(1, merged.shape[1] + 1, device=order.device, dtype=torch.float32)
-        weight = (rank.flip(0) if self.favour_attended else rank) / rank.sum()
-        anchors, places = torch.cat([kept, merged[:, :1]], -1).sort(-1)
-        slot = places.argsort(-1)
-        slot = torch.cat([slot[:, :-1], slot[:, -1:].expand_as(merged)], -1)
-        weights = torch.cat([torch.ones_like(kept, dtype=torch.float32), weight.expand_as(merged)], -1)
-        return image.merge(anchors, slot, order, weights)
+        return merge_rest(image, image.given("queries").mean((1, 2)), self.wanted(image), self.favour_attended)
+
+
+def merge_rest(image: VisualTokens, scores: Tensor, wanted: int, favour_best: bool) -> Reduction:
+    """Keep the best by ``scores`` `[B, N]`, and merge all others into the best of them, weighted by rank."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    kept, merged = order[:, : wanted - 1], order[:, wanted - 1 :]
+    rank = torch.arange(1, merged.shape[1] + 1, device=order.device, dtype=torch.float32)
+    weight = (rank.flip(0) if favour_best else rank) / rank.sum()
+    anchors, places = torch.cat([kept, merged[:, :1]], -1).sort(-1)
+    slot = places.argsort(-1)
+    slot = torch.cat([slot[:, :-1], slot[:, -1:].expand_as(merged)], -1)
+    weights = torch.cat([torch.ones_like(kept, dtype=torch.float32), weight.expand_as(merged)], -1)
+    return image.merge(anchors, slot, order, weights)

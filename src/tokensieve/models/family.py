@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokensieve.methods.base import Stage
 from tokensieve.models.shape import Grid, Shape
+from tokensieve.models.vit import Pooling, VitLayer, pooling_head
 from tokensieve.reduction import Reduction
 
 Modality: TypeAlias = Literal["image", "video"]
@@ -82,8 +83,12 @@ class Family(ABC):
         return [attention for attention in found if attention is not None]
 
     def has_cls(self, tower: Any) -> bool:
-        """Whether the tower has a [CLS] token (as row 0); otherwise attention *received* stands in for its row."""
+        """Whether the tower has a [CLS] token (as row 0); else a pooling head or attention received stands in."""
         return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
+
+    def pooling_head(self, tower: Any) -> Pooling | None:
+        """How a head pools what the tower puts out: `[B, n, C]` to a query `[B, H, 1, d]` and keys `[B, H, n, d]`."""
+        return pooling_head(tower)
 
     def projector(self, model: Any) -> nn.Module:
         """The module whose input :meth:`patches` reads."""
@@ -139,6 +144,14 @@ class Family(ABC):
         return height // patch, width // patch
 
     # -- the encoder stage --------------------------------------------------------------------------------------------
+
+    def vit_layers(self, tower: Any) -> list[VitLayer]:
+        """The layers of a plain ViT tower, between which tokens may leave; none where the tower is of another kind."""
+        return []
+
+    def layers_used(self, model: Any) -> int:
+        """How many layers of the tower the visual tokens depend on."""
+        return len(self.attentions(self.tower(model)))
 
     def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         """Tower inputs for the same images drawn smaller: ``cells[i]`` visual tokens for image i."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from tokensieve.models import vit
 from tokensieve.models.family import Family, spread
 from tokensieve.models.shape import Grid
 from tokensieve.reduction import Reduction
@@ -28,6 +29,12 @@ class Llava(Family):
         if model_type not in TOWERS:
             raise ValueError(f"LLaVA with a {model_type} tower is not supported; supported: {', '.join(TOWERS)}")
         return tower
+
+    def vit_layers(self, tower: Any) -> list[vit.VitLayer]:
+        return vit.vit_layers(tower)
+
+    def layers_used(self, model: Any) -> int:
+        return vit.layers_used(self.tower(model), model.config.vision_feature_layer)
 
     def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         patch, pixels = tower.config.patch_size, inputs["pixel_values"]

@@ -2,7 +2,7 @@
 
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min
-from tokensieve.ops.match import bipartite_match, first_of_each, keep_best
+from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
 from tokensieve.ops.merge import area_pool, keep_and_average, nearest, pooled_grid, sizes_of
 from tokensieve.ops.score import (
     CHUNK,
@@ -34,6 +34,7 @@ from tokensieve.ops.transport import carried
 
 __all__ = [
     "CHUNK",
+    "alternate_match",
     "area_pool",
     "at",
     "attention",

@@ -51,6 +51,22 @@ def bipartite_match(metric: Tensor, merges: Sequence[int], real: Tensor) -> tupl
     return 2 * proposer, 2 * partner.gather(-1, proposer) + 1, first_of_each(merges, proposer)
 
 
+def alternate_match(metric: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Every second token, from the ``first`` on, most similar to one of the others first; and which one that is.
+
+    Args:
+        metric: `[B, N, D]`, what similarity (the cosine) is measured on.
+        first: 0 or 1.
+
+    Returns:
+        tokens `[B, A]` and their partners `[B, A]`; several tokens may have the same one.
+    """
+    unit = normalise(metric)
+    similarity, partner = (unit[:, first::2] @ unit[:, 1 - first :: 2].transpose(-1, -2)).max(-1)
+    order = similarity.sort(dim=-1, descending=True, stable=True).indices
+    return 2 * order + first, 2 * partner.gather(-1, order) + 1 - first
+
+
 def first_of_each(counts: Sequence[int], like: Tensor) -> Tensor:
     """True on the first ``counts[b]`` columns of row b, in the shape `[B, N]` of ``like``."""
     column = torch.arange(like.shape[1], device=like.device)

@@ -1,0 +1,70 @@
+"""MustDrop, the half after the vision tower: key tokens are protected, others go when no word looks at them."""
+
+import math
+from dataclasses import dataclass, replace
+
+from tokensieve.methods.base import DecoderMethod, Method, Needs, check_blocks
+from tokensieve.methods.registry import register
+from tokensieve.ops import at, marked
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+UNPROTECTED = "no token was protected: no connector method (such as mustdrop-keys) ranked them"
+
+
+@register("mustdrop-keys", paper="arXiv:2411.10803", needs=Needs(cls_attention=-1))
+@dataclass(frozen=True)
+class MustDropKeys(Method):
+    """Keep all, and rank the tokens by what [CLS] attends to in the last layer: ``mustdrop-llm`` protects the best.
+
+    Paper: as of ``mustdrop-llm``.
+    """
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        b, n, _ = image.features.shape
+        scores = image.at("cls_attention", -1)
+        return Reduction.identity(n, b, scores.device, grid=image.grid, notes=image.notes, scores=scores)
+
+
+@register(
+    "mustdrop-llm", paper="arXiv:2411.10803", stage="decoder", needs=Needs(text=True, queries="words", ranked=True)
+)
+@dataclass(frozen=True)
+class MustDropLlm(DecoderMethod):
+    """Before some blocks, drop the tokens that the words ignore both together and one by one.
+
+    How many are left is the image's own. The best by what a connector method ranked the tokens by never leave
+    (``mustdrop-keys``; without such a method nothing is protected, and the notes say so).
+
+    Args:
+        layers: where; a float is a share of the depth.
+        together: a token goes only if its share of the words' attention to the image is below this, in even shares of
+            the tokens that entered; 0.7 is the official 0.0012 for 576 tokens.
+        single: … and if no word's attention to it reaches this, in the same unit.
+        protect: share of the tokens that entered the LLM which never leave.
+
+    Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024. There every
+    token after the image is a word, template included. Its cache policy while decoding is not covered.
+    """
+
+    layers: tuple[int | float, ...] = (0.1, 0.22, 0.34, 0.47)
+    together: float = 0.7
+    single: float = 0.6
+    protect: float = 0.08
+
+    def stages(self, depth: int) -> list[int]:
+        return check_blocks(self.layers, depth)
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        attention, entered = image.given("queries").float().mean(1), image.entered or image.total
+        if image.text_mask is not None:
+            attention = attention * image.text_mask[..., None]
+        sums = attention.sum(1)
+        even = sums.sum(-1, keepdim=True) / entered
+        stays = (sums >= self.together * even) | (attention.amax(1) >= self.single / entered)
+        if image.ranked is not None:
+            best = image.ranked.sort(dim=-1, descending=True, stable=True).indices
+            stays = at(stays, best[:, : math.ceil(self.protect * entered)])
+        indices, valid = marked(at(stays, sums.argmax(-1, keepdim=True)))
+        note = () if image.ranked is not None else (UNPROTECTED,)
+        return replace(image, notes=(*image.notes, *note)).keep(indices, sums, valid=valid)

@@ -1,0 +1,75 @@
+"""ToMe: in every layer of the vision tower, the most similar tokens become one."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokensieve.budget import Budget, merge_counts, ramp
+from tokensieve.methods.base import EncoderMethod, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import alternate_match
+from tokensieve.reduction import Mixing, Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("tome", paper="arXiv:2210.09461", stage="encoder", needs=Needs(encoder_keys=-1))
+@dataclass(frozen=True)
+class ToMe(EncoderMethod):
+    """In each layer of the vision tower, merge the tokens whose keys are most alike: later layers are shorter.
+
+    Between attention and MLP every second token looks for that of the others whose key, mean over heads, is nearest;
+    the most similar pairs become their mean, weighted by the patches that each side stands for.
+
+    Args:
+        keep: tokens per image at the end, or a share; equally many leave in each layer, at most half of them.
+        r: instead of ``keep``, how many leave in each layer.
+        inflection: from −1 (all merging early) over 0 (the same in every layer) to 1 (late).
+        prop_attn: attend to a merged token as to the patches it stands for: the log of its size is added.
+        official_order: the next layer pairs tokens in the order in which the authors' code leaves them (first those
+            that looked for a partner and did not merge); else in raster order.
+
+    Paper: "Token Merging: Your ViT But Faster", 2022.
+    """
+
+    keep: Budget = 0.25
+    r: int | None = None
+    inflection: float = 0.0
+    prop_attn: bool = True
+    official_order: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r is not None and (not isinstance(self.r, int) or self.r < 0):
+            raise ValueError(f"r must be a whole number >= 0; got {self.r!r}")
+        if not -1 <= self.inflection <= 1:
+            raise ValueError(f"inflection must be in [-1, 1]; got {self.inflection!r}")
+
+    @property
+    def proportional(self) -> bool:
+        return self.prop_attn
+
+    def stages(self, depth: int) -> list[int]:
+        return list(range(depth))
+
+    def per_stage(self, total: int, stages: int) -> list[int]:
+        if self.r is None:
+            return merge_counts(total, stages, self.keep, self.inflection)
+        left = [total]
+        for r in ramp(self.r, int(self.r * (1 - self.inflection)), stages):
+            left.append(left[-1] - min(int(r), left[-1] // 2))
+        return left[1:]
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        leave, first = image.total - self.wanted(image), image.specials % 2  # [CLS] takes part in alternating
+        order, partner = alternate_match(image.at("encoder_keys", -1).mean(-2), first)
+        gone, into = order[:, :leave], partner[:, :leave]
+        token = torch.arange(image.total, device=order.device).expand(len(order), -1)
+        target = token.scatter(1, gone, into)
+        anchors = (target != token).int().argsort(dim=1, stable=True)[:, : image.total - leave]
+        if self.official_order:
+            alone = order[:, leave:].sort(-1).values if image.specials else order[:, leave:]
+            anchors = torch.cat([alone, token[:, 1 - first :: 2]], 1)
+        slot = torch.zeros_like(token).scatter(1, anchors, token[:, : anchors.shape[1]]).gather(1, target)
+        sizes = torch.ones_like(token, dtype=torch.float32) if image.sizes is None else image.sizes
+        merged = torch.zeros_like(sizes).scatter_add(1, target, sizes).gather(1, target)
+        return Reduction(image.total, anchors, Mixing(slot, token, sizes / merged), notes=image.notes)

@@ -1,0 +1,58 @@
+"""Plain ViT towers, CLIP's and SigLIP's: the same rows `[images, specials + patches, C]` go through all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+Pooling: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class VitLayer:
+    """One layer: ``x = x + attention(…)``, then ``x + mlp(norm(x))``."""
+
+    layer: nn.Module
+    attention: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+
+
+def vit_layers(tower: Any) -> list[VitLayer]:
+    """The layers of a CLIP or SigLIP tower, first to last."""
+    return [VitLayer(layer, layer.self_attn, layer.layer_norm2, layer.mlp) for layer in tower.encoder.layers]
+
+
+def layers_used(tower: Any, features: int | list[int]) -> int:
+    """How many layers of the tower the features depend on.
+
+    Args:
+        features: which of the hidden states they are, of which there is one before the first layer.
+    """
+    wanted = [features] if isinstance(features, int) else features
+    states = len(tower.encoder.layers) + 1
+    return max(index % states for index in wanted)
+
+
+def pooling_head(tower: Any) -> Pooling | None:
+    """SigLIP's pooling head, as the query and keys it makes of what the tower puts out; ``None`` if it uses none.
+
+    Whether a head was ever trained cannot be told from the model: ``tower.use_head = False`` turns it off.
+    """
+    used = getattr(tower.config, "model_type", None) == "siglip_vision_model" and tower.use_head
+    return partial(_pooled, tower.head) if used and not tower.head.probe.is_meta else None
+
+
+def _pooled(head: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Query `[B, H, 1, d]` and keys `[B, H, n, d]` of a head that pools `[B, n, C]`."""
+    weight, bias = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
+
+    def heads(x: Tensor, which: int) -> Tensor:
+        projected = nn.functional.linear(x, weight[which], bias[which])
+        return projected.view(*projected.shape[:2], head.attention.num_heads, -1).transpose(1, 2)
+
+    return heads(head.probe, 0).expand(len(rows), -1, -1, -1), heads(rows, 1)
