@@ -137,6 +137,7 @@ class EncoderHooks:
         else:
             self._hook_tower(family.tower(model), needs)
         self._name = f"get_{modality}_features"
+        self._own = vars(self.base).get(self._name)  # somebody else may have wrapped it, too
         setattr(self.base, self._name, self._recorded(getattr(self.base, self._name)))
 
     def _hook_tower(self, tower: nn.Module, needs: Needs) -> None:
@@ -165,6 +166,8 @@ class EncoderHooks:
         for probe in self.probes.values():
             probe.remove()
         delattr(self.base, self._name)
+        if self._own is not None:
+            setattr(self.base, self._name, self._own)
 
     def _recorded(self, encode: Callable[..., Any]) -> Callable[..., Any]:
         """The model's encode function, laying a record on what it returns."""
@@ -174,8 +177,8 @@ class EncoderHooks:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._current is not None:  # one that the encode function of another modality calls
                 return encode(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs).arguments
-            call = Call({**bound, **bound.pop("kwargs", {})}, self.modality)
+            bound = dict(signature.bind(*args, **kwargs).arguments)
+            call = Call(bound.pop("kwargs", {}) | bound, self.modality)
             self._local.call = call
             try:
                 call.output = encode(*args, **kwargs)

@@ -110,8 +110,9 @@ class Sieve:
         self._encoder = EncoderHooks(family, model, needs, encoder)
         self._decoder: DecoderHooks | None = None
         if isinstance(decoder, DecoderMethod):
+            said = words if decoder.needs.text else None
             try:
-                self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None, scope)
+                self._decoder = DecoderHooks(model, decoder, positions, said, scope, family.untested)
             except ValueError:
                 self._encoder.remove()
                 raise
