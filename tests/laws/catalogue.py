@@ -19,8 +19,9 @@ ZOO += ("cdpruner", "scope", "mmtok", "holov", "par", "setok-cluster")
 
 
 def here() -> list[MethodInfo]:
-    """The methods of these laws: what acts before the LLM. Others have their own (tests/decoder, zoo, fusion)."""
-    return [info for info in methods() if info.stage in ("encoder", "connector") and info.name not in ZOO]
+    """The methods of these laws: what acts before the LLM. tests/decoder, zoo, video and fusion have the others."""
+    stages = ("encoder", "connector")
+    return [m for m in methods() if m.stage in stages and m.name not in ZOO and not m.needs.video]
 
 
 def specs(family: str = "llava-clip") -> list[str]:

@@ -38,6 +38,7 @@ class Needs:
         residual: in the LLM, what entered the block before, and what its MLP was given.
         rotary: in the LLM, the rotary embedding at the places of visual tokens and words.
         cls_similarity: how much each patch resembles the encoder's [CLS] token in what the encoder puts out.
+        video: the tokens must be those of a video's frames; images stay whole.
     """
 
     cls_attention: Layers | None = None
@@ -56,6 +57,7 @@ class Needs:
     residual: bool = False
     rotary: bool = False
     cls_similarity: bool = False
+    video: bool = False
 
     def __str__(self) -> str:
         wants = []
@@ -69,7 +71,7 @@ class Needs:
             wants.append("encoder keys")
         if self.queries is not None:
             wants.append(f"LLM attention of {self.queries}")
-        shown = ("patches", "joint", "text", "grid")
+        shown = ("patches", "joint", "text", "grid", "video")
         return ", ".join([*wants, *(name for name in shown if getattr(self, name))]) or "nothing"
 
 
