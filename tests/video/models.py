@@ -25,7 +25,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from laws.tiny import BOS, EOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, VOCABULARY, _qwen, _qwen3, _qwen25, _text
+from laws.tiny import BOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, _qwen, _qwen3, _qwen25, _text
 
 FAMILIES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "llava-next-video", "video-llava")
 QWEN = FAMILIES[:3]
