@@ -69,3 +69,22 @@ def stage_counts(
         middle = (low + high) / 2
         low, high = (middle, high) if mean(middle) < wanted else (low, middle)
     return [min(total, max(1, round(total * high ** (stage + 1)))) for stage in range(len(blocks))]
+
+
+def share_out(keep: Budget, sizes: Sequence[int]) -> list[int]:
+    """A budget for parts of the given ``sizes`` together, shared out by size: exact in sum, and at least 1 each.
+
+    Fewer tokens than parts leave one each.
+    """
+    if not sizes:
+        return []
+    total = sum(sizes)
+    spare, room = count(keep, total) - len(sizes), total - len(sizes)
+    if spare <= 0:
+        return [1] * len(sizes)
+    # largest remainders of spare * (size - 1) / room; of equals the earlier part
+    counts = [1 + spare * (size - 1) // room for size in sizes]
+    remainders = [spare * (size - 1) % room for size in sizes]
+    for part in sorted(range(len(sizes)), key=lambda part: -remainders[part])[: count(keep, total) - sum(counts)]:
+        counts[part] += 1
+    return counts

@@ -182,7 +182,7 @@ class Reduction:
             raise ValueError("compose Reductions of single images: index the batched ones first")
         if first.whole:
             return replace(self, grid=first.grid or self.grid, notes=first.notes + self.notes)
-        mixing = None if self.mixing is None and first.mixing is None else _product(self._entries(), first._entries())
+        mixing = None if self.mixing is None and first.mixing is None else _product(self.entries(), first.entries())
         return Reduction(
             first.total,
             first.anchors[self.anchors],
@@ -192,7 +192,7 @@ class Reduction:
             projected=self.projected and first.projected,
         )
 
-    def _entries(self) -> Mixing:
+    def entries(self) -> Mixing:
         """W as entries, for pure pruning too; of one image."""
         if self.mixing is not None:
             return self.mixing

@@ -7,21 +7,26 @@ right because every input was shortened by the same columns.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokensieve.attach.cache import State, check_cache
-from tokensieve.attach.encoder import RECORD, Record, evidence
+from tokensieve.attach.encoder import RECORD, Call, Record, evidence
 from tokensieve.attach.layout import Columns, Layout, equal_groups
+from tokensieve.attach.parts import Scope, budget_of, parts_of, per_sample
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import Method, Positions
+from tokensieve.models import Family, Shape
+from tokensieve.models.family import Modality
 from tokensieve.reduction import Reduction
 
 Decisions = list[list[Reduction]]
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,13 @@ class Plan:
     """What became of one image.
 
     Attributes:
+        shape: how its original tokens lie.
         decision: what the encoder and connector stages decided, in terms of its original tokens.
         features: what to do to the rows that the encoder made.
         inside: what each decoder stage did to the rows it was given.
     """
 
+    shape: Shape
     decision: Reduction
     features: Reduction
     inside: tuple[Reduction, ...] = ()
@@ -41,8 +48,8 @@ class Plan:
     def then(self, following: Reduction) -> Plan:
         """With a connector's decision about what is left."""
         if self.decision.whole and not self.decision.notes:
-            return Plan(following, following)
-        return Plan(following.after(self.decision), following.after(self.features))
+            return Plan(self.shape, following, following)
+        return Plan(self.shape, following.after(self.decision), following.after(self.features))
 
     def then_inside(self, following: Reduction) -> Plan:
         """With a decoder stage's decision about what is left."""
@@ -59,6 +66,20 @@ class Plan:
         for stage in self.inside:
             anchors = anchors[stage.anchors]
         return anchors
+
+    @property
+    def left(self) -> Shape:
+        """How the tokens that are left lie."""
+        if self.shape.structure is None:
+            return Shape((self.inside[-1] if self.inside else self.decision).slots)
+        return self.shape.left(self.anchors)
+
+    @cached_property
+    def entered(self) -> int:
+        """Patches that entered the LLM: what budgets of decoder methods are shares of."""
+        if self.shape.structure is None:
+            return self.decision.slots
+        return self.shape.left(self.decision.anchors).patches
 
     def reduce_inside(self, rows: Tensor) -> Tensor:
         """What the decoder stages made of rows that entered the LLM."""
@@ -98,25 +119,28 @@ class Connector:
     """Turns the arguments of a prefill into those of a shorter one.
 
     Args:
-        model: the top-level model.
-        method: the connector method; ``None`` when only an encoder method acts.
+        family, model: the top-level model, and what is known of it.
+        method: the connector method; ``None`` when only others act.
         positions: "original" keeps the survivors' position ids, "contiguous" renumbers.
         words: finds the user's words, for methods that read them.
         replay: decisions to apply as they are, instead of a method's.
-        project: the projector, from `[n, C]` encoder rows to `[n, D]`.
+        scope: what a budget is for.
+        modality: what is encoded.
     """
 
     def __init__(
         self,
+        family: Family,
         model: Any,
         method: Method | None,
         positions: Positions,
         words: UserWords | None,
         replay: Decisions | None,
-        project: Callable[[Tensor], Tensor],
+        scope: Scope = "image",
+        modality: Modality = "image",
     ) -> None:
-        self.model, self.base, self.project = model, model.base_model, project
-        self.method, self.positions, self.words, self.replay = method, positions, words, replay
+        self.family, self.model, self.base, self.modality = family, model, model.base_model, modality
+        self.method, self.positions, self.words, self.replay, self.scope = method, positions, words, replay, scope
 
     def prefill(self, kwargs: dict[str, Any]) -> Prefill:
         """Shorten a prompt with images.
@@ -127,13 +151,17 @@ class Connector:
         self._check(kwargs)
         kwargs = dict(kwargs)
         encoded = self._encode(kwargs)
-        features = list(encoded.pooler_output)
-        ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), self.model.config.image_token_id
+        record: Record = getattr(encoded, RECORD)
+        features = list(self.family.entries(Call({}, self.modality, output=encoded)))
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        token = getattr(self.model.config, f"{self.modality}_token_id")
         layout = Layout.read(ids, mask, token, [len(f) for f in features])
-        origins, copies = _origins(layout.images, len(getattr(encoded, RECORD).grids))
-        plans = self._decide(kwargs, encoded, features, layout, origins)
+        if self.family.joins and any(len(sizes) > 1 for sizes in layout.images):
+            layout, record, features = _joined(layout, record, features)
+        origins, copies = _origins(layout.images, len(record.shapes))
+        plans = self._decide(kwargs, record, features, layout, origins)
         by_row = _by_row(plans, layout.images)
-        kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), "image": encoded}
+        kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), self.modality: encoded}
         if all(plan.decision.whole for plan in plans):
             return Prefill(kwargs, by_row, copies, layout.visual, layout.lengths, _untouched(kwargs, layout.end))
 
@@ -142,7 +170,7 @@ class Connector:
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
         lengths = [n - gone for n, gone in zip(layout.lengths, lost, strict=True)]
         columns = Columns.of(stay, lengths)
-        kwargs["mm_encoder_outputs"]["image"] = self._reduced(encoded, [plan.features for plan in plans], origins)
+        kwargs["mm_encoder_outputs"][self.modality] = self._reduced(encoded, record, features, plans, origins)
         reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
         return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, lengths, state)
@@ -152,7 +180,7 @@ class Connector:
     def _check(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("input_ids") is None:
             raise ValueError("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get(self.modality)
         if encoded is not None and not hasattr(encoded, RECORD):
             raise ValueError(
                 "these image features were encoded before the method was attached, or in prefill chunks "
@@ -167,62 +195,86 @@ class Connector:
 
     def _encode(self, kwargs: dict[str, Any]) -> Any:
         """The tower's output with projected features: the one generate() made, or made here as generate() does."""
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        encoded = (kwargs.get("mm_encoder_outputs") or {}).get(self.modality)
         if encoded is not None:
             return encoded
-        encode = self.base.get_image_features
+        encode = getattr(self.base, f"get_{self.modality}_features")
         names = [n for n in inspect.signature(encode).parameters if n in kwargs and n != "kwargs"]
         encoded = encode(**{n: kwargs[n] for n in names}, return_dict=True)
-        for name in ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy"):
+        for name in (*PIXELS[self.modality], "vision_feature_layer", "vision_feature_select_strategy"):
             kwargs.pop(name, None)
         return encoded
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
     def _decide(
-        self, kwargs: dict[str, Any], encoded: Any, features: list[Tensor], layout: Layout, origins: list[int]
+        self, kwargs: dict[str, Any], record: Record, features: list[Tensor], layout: Layout, origins: list[int]
     ) -> list[Plan]:
         """One plan per image of the (possibly expanded) batch."""
-        record: Record = getattr(encoded, RECORD)
+        shapes = [_fitting(record.shapes[o], len(f)) for f, o in zip(features, origins, strict=True)]
         if self.replay is not None:
-            decisions = _replayed(self.replay, layout.images[:: len(origins) // len(record.grids)])
-            return [Plan(decisions[origin], decisions[origin]) for origin in origins]
+            decisions = _replayed(self.replay, layout.images[:: len(origins) // len(record.shapes)])
+            return [Plan(shape, decisions[o], decisions[o]) for shape, o in zip(shapes, origins, strict=True)]
         if record.reductions is None:
-            plans = [_whole(f, record.grids[origin]) for f, origin in zip(features, origins, strict=True)]
+            plans = [_whole(shape, f.device) for shape, f in zip(shapes, features, strict=True)]
         else:  # the encoder made the slots' rows itself: the decision says from what, the features are only picked
             before = [record.reductions[origin] for origin in origins]
-            plans = [Plan(r, Reduction(r.total, r.anchors)) for r in before]
+            plans = [Plan(Shape(r.total), r, Reduction(r.total, r.anchors)) for r in before]
+            shapes = [_fitting(record.shapes[o], r.slots) for o, r in zip(origins, before, strict=True)]
         if self.method is None:
             return plans
         rows = [row for row, sizes in enumerate(layout.images) for _ in sizes]
         text, real = self.words.embedded(kwargs["input_ids"]) if self.words is not None else (None, None)
-        features = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
-        for images in equal_groups([(len(f), record.grids[i]) for f, i in zip(features, origins, strict=True)]):
-            stacked, of = torch.stack([features[image] for image in images]), [rows[image] for image in images]
-            words = (None, None) if text is None or real is None else (text[of], real[of])
-            patches = None
+        patches = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
+        places = [shape.places for shape in shapes]
+        patches = [f if at is None else f[at] for f, at in zip(patches, places, strict=True)]
+        counted = iter(map(len, patches))
+        methods = per_sample(self.method, self.scope, [[next(counted) for _ in sizes] for sizes in layout.images])
+        flat = [method for row in methods for method in row]
+        parts = [p for i, shape in enumerate(shapes) for p in parts_of(i, shape, flat[i], self.scope)]
+        decided: list[list[Reduction]] = [[] for _ in plans]
+        made: dict[int, Reduction] = {}
+        for group in equal_groups([(part.size, part.grid, budget_of(part.method)) for part in parts]):
+            members = [parts[number] for number in group]
+            stacked, of = torch.stack([patches[p.image][p.where] for p in members]), [rows[p.image] for p in members]
+            said, heard = (None, None) if text is None or real is None else (text[of], real[of])
+            before_projector = None
             if record.patches:
-                patches = torch.stack([plans[image].features.apply(record.patches[origins[image]]) for image in images])
-            tokens = evidence(record, [origins[image] for image in images], stacked, patches, *words)
-            for image, decision in zip(images, self.method(tokens), strict=True):
-                plans[image] = plans[image].then(decision)
-        return plans
+                own = [plans[p.image].features.apply(record.patches[origins[p.image]])[p.where] for p in members]
+                before_projector = torch.stack(own)
+            where = [(origins[part.image], part.where) for part in members]
+            tokens = evidence(record, where, stacked, before_projector, said, heard, members[0].grid)
+            made |= dict(zip(group, members[0].method(tokens), strict=True))
+        for number, part in enumerate(parts):
+            decided[part.image].append(made[number])
+        return [plan.then(shape.lifted(d)) for plan, shape, d in zip(plans, shapes, decided, strict=True)]
 
-    def _reduced(self, encoded: Any, reductions: Sequence[Reduction], origins: list[int]) -> Any:
-        """A copy of the tower's output with every feature plane reduced; the original may be used again."""
-        out = type(encoded)(**dict(encoded.items()))
+    def _reduced(
+        self, encoded: Any, record: Record, features: list[Tensor], plans: list[Plan], origins: list[int]
+    ) -> Any:
+        """A copy of the encoder's output with every feature plane reduced; the original may be used again."""
+        out, reductions = type(encoded)(**dict(encoded.items())), [plan.features for plan in plans]
 
         def apply(planes: Any) -> list[Tensor]:
             return [reduction.apply(plane) for plane, reduction in zip(planes, reductions, strict=True)]
 
         if all(reduction.projected for reduction in reductions):
-            out.pooler_output = apply(encoded.pooler_output)
+            reduced = apply(features)
         else:
-            patches = getattr(encoded, RECORD).patches
-            mixed = [r.apply(patches[origin]) for r, origin in zip(reductions, origins, strict=True)]
-            rows = torch.split(self.project(torch.cat(mixed)), [len(rows) for rows in mixed])
-            pairs = zip(reductions, rows, encoded.pooler_output, strict=True)
-            out.pooler_output = [r.apply(plane) if r.projected else own for r, own, plane in pairs]
+            shapes = [plan.shape for plan in plans]
+            entered = [shape.spread(record.patches[o]) for shape, o in zip(shapes, origins, strict=True)]
+            mixed = [r.apply(rows) for r, rows in zip(reductions, entered, strict=True)]
+            rows = torch.split(self.family.project(self.model, torch.cat(mixed)), [len(rows) for rows in mixed])
+            reduced = []
+            for reduction, own, plane, shape in zip(reductions, rows, features, shapes, strict=True):
+                if reduction.projected:
+                    own = reduction.apply(plane)
+                elif shape.structure is not None:  # no patch of the projector's stands behind these rows
+                    stays = reduction.anchors
+                    own = plane[stays].where(shape.structure[stays][:, None], own)
+                reduced.append(own)
+        # models that stack equal images look at all rows in a line, so any number of rows fits
+        out.pooler_output = torch.cat(reduced)[None] if isinstance(encoded.pooler_output, Tensor) else reduced
         if getattr(encoded, "deepstack_features", None) is not None:
             out.deepstack_features = [apply(level) for level in encoded.deepstack_features]
         return out
@@ -265,10 +317,29 @@ class Connector:
         return State(prefix, columns.padded, end, shift)
 
 
-def _whole(features: Tensor, grid: tuple[int, int]) -> Plan:
-    total = len(features)
-    whole = Reduction.identity(total, device=features.device, grid=grid if grid[0] * grid[1] == total else None)
-    return Plan(whole, whole)
+def _fitting(shape: Shape, total: int) -> Shape:
+    """The shape, if it is one of ``total`` tokens; else nothing is known but their number."""
+    return shape if shape.total == total else Shape(total)
+
+
+def _whole(shape: Shape, device: torch.device) -> Plan:
+    whole = Reduction.identity(shape.total, device=device, grid=shape.grid)
+    return Plan(shape, whole, whole)
+
+
+def _joined(layout: Layout, record: Record, features: list[Tensor]) -> tuple[Layout, Record, list[Tensor]]:
+    """With entries that stand side by side in the prompt as one image."""
+    groups = layout.side_by_side()
+    sizes = [[[layout.images[row][i] for i in group] for group in of_row] for row, of_row in enumerate(groups)]
+    copies = sum(map(len, layout.images)) // len(record.shapes)
+    first, members = 0, []
+    for of_row in groups[::copies]:
+        members += [[first + i for i in group] for group in of_row]
+        first += sum(map(len, of_row))
+    rest = iter(features)
+    whole = [torch.cat([next(rest) for _ in group]) for of_row in groups for group in of_row]
+    images = [[sum(group) for group in of_row] for of_row in sizes]
+    return replace(layout, images=images), record.joined(members), whole
 
 
 def _kept(plans: Sequence[Plan]) -> Tensor:

@@ -21,9 +21,11 @@ from tokensieve.attach.cache import State, step_mask
 from tokensieve.attach.connector import Prefill
 from tokensieve.attach.decoder_evidence import DecoderEvidence
 from tokensieve.attach.layout import equal_groups
+from tokensieve.attach.parts import Scope, per_sample
 from tokensieve.attach.stream import Run
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Positions
+from tokensieve.models import Shape
 
 
 @dataclass
@@ -43,11 +45,19 @@ class DecoderHooks:
             if blocks attend in windows.
     """
 
-    def __init__(self, model: Any, method: DecoderMethod, positions: Positions, words: UserWords | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        method: DecoderMethod,
+        positions: Positions,
+        words: UserWords | None,
+        scope: Scope = "image",
+    ) -> None:
+        self.scope = scope
         self.decoder, self.method, self.positions, self.words = model.get_decoder(), method, positions, words
         blocks = list(self.decoder.layers)
         self.depth, self.stages = len(blocks), method.stages(len(blocks))
-        kinds = set(getattr(self.decoder.config, "layer_types", None) or ()) - {"full_attention"}
+        kinds = _other_attention(self.decoder.config)
         if kinds:
             raise ValueError(f"decoder methods need full attention in every block; this LLM has {', '.join(kinds)}")
         method.check_average(self.depth)
@@ -86,10 +96,13 @@ class DecoderHooks:
         Raises:
             ValueError: if a budget is out of reach for an image, or a row has no words to go by.
         """
-        for entered in {plan.decision.slots for plans in prefill.plans for plan in plans}:
-            self.method.per_stage(entered, self.depth)
+        entered = [[plan.entered for plan in plans] for plans in prefill.plans]
+        methods = per_sample(self.method, self.scope, entered)
+        for own, sizes in zip(methods, entered, strict=True):
+            for method, patches in zip(own, sizes, strict=True):
+                method.per_stage(patches, self.depth)
         words = self.words.find(prefill.kwargs["input_ids"]) if self.words is not None else None
-        self._local.call = Run.enter(prefill, words)
+        self._local.call = Run.enter(prefill, methods, words)
         self.evidence.arm()
 
     def resume(self, states: dict[int, State], mask: Tensor | None) -> None:
@@ -133,13 +146,15 @@ class DecoderHooks:
         images = run.stream.images
         kept, cloned = [list(of_row) for of_row in images], False
         flat = [(row, image) for row, of_row in enumerate(images) for image in range(len(of_row))]
+        shapes = {member: run.plan(member).left for member in flat}
+        patches = {(r, i): _patches(images[r][i], shapes[r, i]) for r, i in flat}
         # images of equal size, now and at the start, are decided upon in one call
-        sizes = [(len(images[r][i]), run.plans[r][i].decision.slots, run.plans[r][i].decision.grid) for r, i in flat]
-        for group in equal_groups(sizes):
+        for group in equal_groups([(len(patches[member]), *run.kind(member)) for member in flat]):
             members = [flat[g] for g in group]
-            decision = self.method(self.evidence.tokens(run, number, hidden, before["position_embeddings"], members))
-            for (row, image), one in zip(members, decision, strict=True):
-                columns = images[row][image]
+            columns = torch.stack([patches[member] for member in members])
+            tokens = self.evidence.tokens(run, number, hidden, before["position_embeddings"], members, columns)
+            for (row, image), decision in zip(members, run.method(members[0])(tokens), strict=True):
+                one, columns = shapes[row, image].lifted([decision]), images[row][image]
                 kept[row][image] = columns[one.anchors]
                 if one.mixing is not None:  # merged rows take their anchors' places before the others leave
                     hidden, cloned = hidden if cloned else hidden.clone(), True
@@ -234,3 +249,16 @@ class DecoderHooks:
             numbered = held + torch.arange(hidden.shape[1], device=hidden.device)
             given = kwargs["position_embeddings"]
             kwargs["position_embeddings"] = self._renumber(hidden, numbered, state.renumbered, given)
+
+
+def _patches(columns: Tensor, shape: Shape) -> Tensor:
+    """Those of an image's columns that hold patches."""
+    return columns if shape.structure is None else columns[~shape.structure]
+
+
+def _other_attention(config: Any) -> set[str]:
+    """Kinds of attention in an LLM's blocks other than full causal attention."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds and getattr(config, "sliding_window", None):
+        kinds = {f"a sliding window of {config.sliding_window}"}
+    return kinds - {"full_attention"}

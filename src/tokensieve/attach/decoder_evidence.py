@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from tokensieve.attach.layout import on_device
 from tokensieve.attach.probe import Probe, attention_of_queries
-from tokensieve.attach.stream import Run
+from tokensieve.attach.stream import Member, Run
 from tokensieve.methods import DecoderMethod
 from tokensieve.tokens import VisualTokens
-
-Member = tuple[int, int]  # a row of the batch, and which of its images
 
 
 class DecoderEvidence:
@@ -76,7 +74,7 @@ class DecoderEvidence:
         (read,) = probe.take()
         run.seen |= read
 
-    def _read(self, query: Tensor, key: Tensor, scaling: float) -> dict[str, Tensor]:
+    def _read(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> dict[str, Tensor]:
         """Rows of the wanted queries, `[B, H, Q, n]`, and keys with heads side by side, `[B, n, E]`."""
         run, read = self.current(), {}
         assert run is not None  # probes are armed in prefills only
@@ -98,16 +96,18 @@ class DecoderEvidence:
 
     # -- handing out --------------------------------------------------------------------------------------------------
 
-    def tokens(self, run: Run, number: int, hidden: Tensor, positions: Any, members: list[Member]) -> VisualTokens:
+    def tokens(
+        self, run: Run, number: int, hidden: Tensor, positions: Any, members: list[Member], columns: Tensor
+    ) -> VisualTokens:
         """What the method sees of equal images: `[G, N]` of G ``members``.
 
         Args:
             hidden: what enters block ``number``, before anything leaves.
             positions: (cos, sin) of that sequence.
+            columns: `[G, N]`, where the patches of each member stand in it.
         """
         needs, stream, seen = self.needs, run.stream, run.seen
         of = on_device([row for row, _ in members], hidden.device)
-        columns = torch.stack([stream.images[row][image] for row, image in members])
         words = mask = None
         if stream.words is not None:
             words, mask = stream.words[0][of], stream.words[1][of]
@@ -119,7 +119,7 @@ class DecoderEvidence:
         turned = _turned(*positions) if needs.rotary else None
         queries, embeddings, first = seen.get("queries"), seen.get("embeddings"), None
         if embeddings is not None:
-            first = torch.stack([run.entry.images[row][image] for row, image in members])
+            first = torch.stack([_entered(run, row, image) for row, image in members])
         features = at(states, columns)
         assert features is not None
         return VisualTokens(
@@ -149,7 +149,14 @@ def _whereabouts(run: Run, members: list[Member], grid: bool) -> dict[str, Any]:
         anchors, width = torch.stack([plan.anchors for plan in plans]), decision.grid[1]
         places = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
     left = decision.slots if not plans[0].inside else plans[0].inside[-1].slots
-    return {"grid": decision.grid if left == decision.total else None, "places": places, "entered": decision.slots}
+    return {"grid": decision.grid if left == decision.total else None, "places": places, "entered": plans[0].entered}
+
+
+def _entered(run: Run, row: int, image: int) -> Tensor:
+    """Where the patches of an image stood as they entered the LLM."""
+    columns, plan = run.entry.images[row][image], run.plans[row][image]
+    structure = plan.shape.structure
+    return columns if structure is None else columns[~structure[plan.decision.anchors]]
 
 
 def _turned(cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
-"""The encoder stage: what is read from, and changed in, a call of the vision tower.
+"""The encoder stage: what is read from, and changed in, a call that encodes images.
 
 ``generate()`` encodes images before the first forward and insists on the usual number of features, so nothing is
-dropped here: a record of the call travels on the tower's output, and the connector stage acts on it.
+dropped here: a record of the call travels on its output, and the connector stage acts on it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -20,8 +22,9 @@ from tokensieve.attach import probe as reads
 from tokensieve.attach.probe import Probe, Read
 from tokensieve.methods import Method, Needs
 from tokensieve.methods.baselines import Downsample
-from tokensieve.models import Family
-from tokensieve.models.family import spread
+from tokensieve.models import EncodeCall, Family, Shape
+from tokensieve.models.family import Modality, spread
+from tokensieve.models.shape import Grid
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
 
@@ -33,19 +36,19 @@ RECEIVED = "no [CLS] token in this encoder: attention received from all patches,
 
 @dataclass(frozen=True)
 class Record:
-    """What one tower call told about its images, in their order.
+    """What one encode call told about its images, in their order. Rows are those of patches, `[M, ...]` per image.
 
     Attributes:
-        grids: (height, width) in the visual tokens that the tower made.
-        read: what the probes read, as `[evidence][layer][image]`, rows `[N, ...]`.
-        patches: per image `[N, C]`, the rows that entered the projector, if a method needs them.
-        similar: `[N]` per image, cosine to [CLS] in what the tower puts out, where a method asks for it.
+        shapes: how the visual tokens that the encoder made lie.
+        read: what the probes read, as `[evidence][layer][image]`.
+        patches: per image `[M, C]`, the rows that entered the projector, if a method needs them.
+        similar: `[M]` per image, cosine to [CLS] in what the tower puts out, where a method asks for it.
         depth: number of encoder layers that can be probed.
         notes: remarks on the evidence.
         reductions: what an encoder method did per image; the dropped slots hold zeros.
     """
 
-    grids: list[tuple[int, int]]
+    shapes: list[Shape]
     read: dict[str, dict[int, list[Tensor]]]
     patches: list[Tensor]
     similar: list[Tensor]
@@ -59,47 +62,99 @@ class Record:
         def pick(per_image: list[T]) -> list[T]:
             return [per_image[image] for image in images] if per_image else per_image
 
+        return self._with(pick, pick, pick)
+
+    def joined(self, groups: Sequence[Sequence[int]]) -> Record:
+        """The record of images that are several entries each: the views of a group, one after another."""
+
+        def join(rows: list[Tensor]) -> list[Tensor]:
+            return [torch.cat([rows[i] for i in group]) for group in groups] if rows else rows
+
+        def shape(shapes: list[Shape]) -> list[Shape]:
+            views = [[view for i in group for view in shapes[i].views] for group in groups]
+            return [Shape(sum(map(prod, each)), tuple(each)) for each in views]
+
+        return self._with(shape, join, lambda reductions: reductions)
+
+    def _with(
+        self,
+        shapes: Callable[[list[Shape]], list[Shape]],
+        rows: Callable[[list[Tensor]], list[Tensor]],
+        reductions: Callable[[list[Reduction]], list[Reduction]],
+    ) -> Record:
         return replace(
             self,
-            grids=pick(self.grids),
-            read={name: {layer: pick(rows) for layer, rows in layers.items()} for name, layers in self.read.items()},
-            patches=pick(self.patches),
-            similar=pick(self.similar),
-            reductions=self.reductions and pick(self.reductions),
+            shapes=shapes(self.shapes),
+            read={name: {layer: rows(each) for layer, each in layers.items()} for name, layers in self.read.items()},
+            patches=rows(self.patches),
+            similar=rows(self.similar),
+            reductions=self.reductions and reductions(self.reductions),
         )
 
 
-class EncoderHooks:
-    """Hooks on one vision tower: probes, and the resizing of ``downsample``.
+@dataclass(eq=False)
+class Call(EncodeCall):
+    """An encode call on its way, with what was read and decided in it.
 
-    Raises:
-        ValueError: if the tower lacks a layer or the [CLS] token that is needed.
+    Attributes:
+        reductions: an encoder method's decisions.
+        rows: what entered the projector.
+        reads: `[evidence][layer]`, what the probes read, attention call by call.
+        similar: cosines to [CLS] in what the tower puts out, as a probe would read them.
     """
 
-    def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
+    reductions: list[Reduction] | None = None
+    rows: list[Tensor] = field(default_factory=list)
+    reads: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
+    similar: list[Tensor] = field(default_factory=list)
+
+
+class EncoderHooks:
+    """The encode function of a model, wrapped, and hooks on its tower: probes, and the resizing of ``downsample``.
+
+    Raises:
+        ValueError: if the family or the tower lacks something that is needed.
+    """
+
+    def __init__(
+        self, family: Family, model: Any, needs: Needs, method: Method | None, modality: Modality = "image"
+    ) -> None:
         if needs.joint:
             raise ValueError(
                 f"{family.title} checkpoints hold no text encoder of the vision tower's space; cdpruner(space='llm') "
                 "compares in the LLM's input space"
             )
-        self.family, self.tower = family, family.tower(model)
+        self.family, self.model, self.modality, self.base = family, model, modality, model.base_model
         self.downsample = method if isinstance(method, Downsample) else None
-        self._names = list(inspect.signature(type(self.tower).forward).parameters)[1:]
-        self._local = threading.local()
-        attentions = family.attentions(self.tower)
-        self.depth, self.cls = len(attentions), family.has_cls(self.tower)
         self.similarity = needs.cls_similarity
-        if self.similarity and not self.cls:
+        self._local = threading.local()
+        self.probes: dict[int, Probe] = {}
+        self._handles: list[Any] = []
+        self.depth, self.substitute = 0, False
+        if family.opaque:
+            if needs.reads_encoder:
+                raise ValueError(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
+        else:
+            self._hook_tower(family.tower(model), needs)
+        self._name = f"get_{modality}_features"
+        setattr(self.base, self._name, self._recorded(getattr(self.base, self._name)))
+
+    def _hook_tower(self, tower: nn.Module, needs: Needs) -> None:
+        family = self.family
+        attentions = family.attentions(tower)
+        self.tower, self.depth, cls = tower, len(attentions), family.has_cls(tower)
+        if self.similarity and not cls:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
-        asked = _asked(needs, self.depth, self.cls)
-        self.substitute = not self.cls and (needs.cls_attention is not None or needs.cls_wide is not None)
+        self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
+        asked = _asked(needs, self.depth, cls)
+        self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
+        projector = family.projector(self.model) if needs.patches else None
         self.probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
         self._handles = [
-            self.tower.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.tower.register_forward_hook(self._after),
+            tower.register_forward_pre_hook(self._before, with_kwargs=True),
+            tower.register_forward_hook(self._after),
         ]
-        if needs.patches:
-            projector = family.projector(model)
+        if projector is not None:
             self._handles.append(projector.register_forward_pre_hook(self._projecting, with_kwargs=True))
 
     def remove(self) -> None:
@@ -107,60 +162,99 @@ class EncoderHooks:
             handle.remove()
         for probe in self.probes.values():
             probe.remove()
+        delattr(self.base, self._name)
+
+    def _recorded(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's encode function, laying a record on what it returns."""
+        signature = inspect.signature(encode)
+
+        @functools.wraps(encode)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if self._current is not None:  # one that the encode function of another modality calls
+                return encode(*args, **kwargs)
+            bound = signature.bind(*args, **kwargs).arguments
+            call = Call({**bound, **bound.pop("kwargs", {})}, self.modality)
+            self._local.call = call
+            try:
+                call.output = encode(*args, **kwargs)
+            finally:
+                self._local.call = None
+            if not isinstance(call.output, tuple):  # return_dict=False: nobody can act on it
+                setattr(call.output, RECORD, self._record(call))
+            return call.output
+
+        return recorded
+
+    @property
+    def _current(self) -> Call | None:
+        call: Call | None = getattr(self._local, "call", None)
+        return call
+
+    # -- while the tower runs -----------------------------------------------------------------------------------------
 
     def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        inputs = dict(zip(self._names, args, strict=False)) | kwargs
-        grids = self.family.grids(tower, inputs)
-        reductions = None
+        call = self._current
+        if call is None:
+            return None
+        call.tower = dict(zip(self._names, args, strict=False)) | kwargs
         if self.downsample is not None:
-            inputs, reductions = self._resize(inputs, grids)
-        self._local.call = Call(inputs, reductions, [])
+            self._resize(call, self.downsample)
         for probe in self.probes.values():
             probe.arm()
-        return (), inputs
+        return (), call.tower
 
     def _projecting(self, projector: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Keep what enters the projector after the tower (LLaVA) or as its last step (Qwen-VL)."""
-        call: Call | None = getattr(self._local, "call", None)
-        if call is not None and not call.patches:
-            rows = args[0] if args else next(iter(kwargs.values()))
-            call.patches.extend(self.family.patches(self.tower, call.inputs, rows))
+        call = self._current
+        if call is not None and not call.rows:
+            call.rows.append(args[0] if args else next(iter(kwargs.values())))
 
-    def _resize(self, inputs: dict[str, Any], grids: list[tuple[int, int]]) -> tuple[dict[str, Any], list[Reduction]]:
-        method, device = self.downsample, next(self.tower.parameters()).device
-        assert method is not None
+    def _resize(self, call: Call, method: Downsample) -> None:
+        device = next(self.tower.parameters()).device
+        grids = [shape.grid or (1, shape.total) for shape in self.family.shapes(self.model, call)]
         images = [VisualTokens(torch.empty(1, h * w, 0, device=device), grid=(h, w)) for h, w in grids]
-        reductions = [method(image)[0] for image in images]
-        if all(reduction.whole for reduction in reductions):
-            return inputs, reductions
-        cells = [image.grid if r.whole else method.cells(image) for image, r in zip(images, reductions, strict=True)]
-        return self.family.resize(self.tower, inputs, [cell for cell in cells if cell is not None]), reductions
+        call.reductions = reductions = [method(image)[0] for image in images]
+        if not all(reduction.whole for reduction in reductions):
+            pairs = zip(grids, images, reductions, strict=True)
+            cells = [grid if reduction.whole else method.cells(image) for grid, image, reduction in pairs]
+            call.tower = self.family.resize(self.tower, call.tower, cells)
 
     def _after(self, tower: nn.Module, args: Any, output: Any) -> None:
-        call: Call = self._local.call
-        inputs, reductions = call.inputs, call.reductions
-        grids = self.family.grids(tower, inputs)
-        read: dict[str, dict[int, list[Tensor]]] = {}
+        call = self._current
+        if call is None:
+            return
         for layer, probe in self.probes.items():
-            rows = probe.take()
-            for name in rows[0]:
-                per_token = self.family.per_token(tower, inputs, [r[name] for r in rows])
-                read.setdefault(name, {})[layer] = per_token
-        similar = self.family.per_token(tower, inputs, [_to_cls(output.last_hidden_state)]) if self.similarity else []
-        if reductions is not None and not all(reduction.whole for reduction in reductions):
-            self.family.restore(tower, output, reductions)
-            call.patches[:] = [spread(rows, r) for rows, r in zip(call.patches, reductions, strict=False)]
+            for read in probe.take():
+                for name, rows in read.items():
+                    call.reads.setdefault(name, {}).setdefault(layer, []).append(rows)
+        if self.similarity:
+            call.similar.append(_to_cls(output.last_hidden_state))
+        if call.reductions is not None and not all(reduction.whole for reduction in call.reductions):
+            self.family.restore(tower, output, call.reductions)
+
+    # -- when the call returns ----------------------------------------------------------------------------------------
+
+    def _record(self, call: Call) -> Record:
+        family, model = self.family, self.model
+        shapes = family.shapes(model, call)
+
+        def per_image(units: Tensor) -> list[Tensor]:
+            if not any(shape.units is not None for shape in shapes):
+                return list(torch.split(units, [shape.patches for shape in shapes]))
+            return [units[shape.units.to(units.device)] for shape in shapes if shape.units is not None]
+
+        read = {
+            name: {layer: per_image(family.read(model, call, rows)) for layer, rows in layers.items()}
+            for name, layers in call.reads.items()
+        }
+        patches = per_image(family.patches(model, call, call.rows[0])) if call.rows else []
+        if call.reductions is not None:
+            patches = [spread(rows, r) for rows, r in zip(patches, call.reductions, strict=False)]
+        similar = per_image(family.read(model, call, call.similar)) if call.similar else []
         notes = (RECEIVED,) if self.substitute else ()
-        setattr(output, RECORD, Record(grids, read, call.patches, similar, self.depth, notes, reductions))
-
-
-@dataclass(frozen=True)
-class Call:
-    """A tower call on its way: its inputs, an encoder method's decisions, and the rows that enter the projector."""
-
-    inputs: dict[str, Any]
-    reductions: list[Reduction] | None
-    patches: list[Tensor]
+        device = call.output.pooler_output[0].device
+        shapes = [shape.to(device) for shape in shapes]
+        return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
 
 
 def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:
@@ -178,8 +272,8 @@ def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:
     return asked
 
 
-def _read(wanted: Reads, query: Tensor, key: Tensor, scaling: float) -> dict[str, Tensor]:
-    return {name: read(query, key, scaling) for name, read in wanted.items()}
+def _read(wanted: Reads, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> dict[str, Tensor]:
+    return {name: read(query, key, scaling, mask) for name, read in wanted.items()}
 
 
 def _to_cls(rows: Tensor) -> Tensor:
@@ -189,23 +283,21 @@ def _to_cls(rows: Tensor) -> Tensor:
 
 def evidence(
     record: Record,
-    images: list[int],
+    parts: list[tuple[int, slice]],
     features: Tensor,
     patches: Tensor | None,
     text: Tensor | None,
     text_mask: Tensor | None,
+    grid: Grid | None,
 ) -> VisualTokens:
-    """The visual tokens `[B, N, D]` of equal ``images`` with what the record holds about them."""
-    grid = record.grids[images[0]]
+    """The visual tokens `[B, N, D]` of equal ``parts`` (image, which of its patches) with what the record holds."""
     tokens = VisualTokens(
-        features, patches=patches, depth=record.depth, text=text, text_mask=text_mask, notes=record.notes
+        features, grid=grid, patches=patches, depth=record.depth, text=text, text_mask=text_mask, notes=record.notes
     )
-    if grid[0] * grid[1] == features.shape[1]:
-        tokens = replace(tokens, grid=grid)
     read: dict[str, Any] = {
-        name: {layer: torch.stack([rows[image] for image in images]) for layer, rows in layers.items()}
+        name: {layer: torch.stack([rows[image][where] for image, where in parts]) for layer, rows in layers.items()}
         for name, layers in record.read.items()
     }
     if record.similar:
-        read["cls_similarity"] = torch.stack([record.similar[image] for image in images])
+        read["cls_similarity"] = torch.stack([record.similar[image][where] for image, where in parts])
     return replace(tokens, **read)

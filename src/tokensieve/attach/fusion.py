@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokensieve.attach.connector import Decisions
+from tokensieve.attach.parts import Scope
 from tokensieve.attach.sieve import Sieve
 from tokensieve.fusion import Pass, host_of
 from tokensieve.methods import FusionMethod, Method, Positions
@@ -17,7 +18,13 @@ class FusionSieve(Sieve):
     """
 
     def __init__(
-        self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
+        self,
+        model: Any,
+        stages: list[Method],
+        replay: Decisions | None,
+        positions: Positions,
+        processor: Any,
+        scope: Scope = "image",
     ) -> None:
         (method,) = stages
         if not isinstance(method, FusionMethod):

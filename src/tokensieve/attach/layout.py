@@ -61,6 +61,19 @@ class Layout:
             raise ValueError(f"the batch has {sum(per_row)} image placeholders; its images have {sum(sizes)} tokens")
         return cls(visual, images, real, lengths, end)
 
+    def side_by_side(self) -> list[list[list[int]]]:
+        """Per row, its images in groups between whose placeholders nothing stands, by number."""
+        groups: list[list[list[int]]] = []
+        for row, sizes in enumerate(self.images):
+            columns = self.visual[row].nonzero().squeeze(-1).tolist()
+            groups.append([])
+            first = 0
+            for image, size in enumerate(sizes):
+                adjacent = image > 0 and columns[first] == columns[first - 1] + 1
+                groups[-1][-1].append(image) if adjacent else groups[-1].append([image])
+                first += size
+        return groups
+
 
 @dataclass(frozen=True, eq=False)
 class Columns:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-Read: TypeAlias = Callable[[Tensor, Tensor, float], Any]
+Read: TypeAlias = Callable[[Tensor, Tensor, float, Tensor | None], Any]
 NAME = "tokensieve_probe"
 CHUNK = 1024  # queries at once where all of them are read: never an [N, N] matrix
 
@@ -28,7 +28,8 @@ class Probe:
 
     Args:
         attention: the module; must go through transformers' attention interface.
-        read: what to read, from queries, keys `[b, H, n, d]` and their scaling; e.g. :func:`attention_from_cls`.
+        read: what to read, from queries and keys `[b, H, n, d]`, their scaling, and the mask `[b or 1, 1, n, n]` (bool,
+            or to be added) if there is one; e.g. :func:`attention_from_cls`.
     """
 
     def __init__(self, attention: Any, read: Read) -> None:
@@ -73,7 +74,7 @@ class Probe:
         rows = getattr(self._local, "rows", None)
         if rows is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            rows.append(self.read(query.detach(), key.detach(), scaling))
+            rows.append(self.read(query.detach(), key.detach(), scaling, mask))
             if getattr(self._local, "stop", False):
                 raise _Read
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
@@ -84,33 +85,38 @@ class _Read(Exception):
     """The row was read; the rest of the forward is not wanted."""
 
 
-def attention_from_cls(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def attention_from_cls(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """Post-softmax attention of token 0, mean over heads: `[b, H, n, d]` twice to `[b, n]` float32."""
-    scores = (query[:, :, :1] @ key.transpose(-1, -2)).squeeze(-2)
-    return (scores.float() * scaling).softmax(-1).mean(1)
+    return _attention(query[:, :, :1], key, scaling, _rows(mask, slice(0, 1))).squeeze(-2)
 
 
-def attention_received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Post-softmax attention each token receives, mean over heads and queries: `[b, H, n, d]` twice to `[b, n]`."""
+def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
+    """Post-softmax attention each token receives, mean over heads and the queries that see it: `[b, n]` float32."""
     total = query.new_zeros((query.shape[0], key.shape[-2]), dtype=torch.float32)
-    for rows in torch.split(query, CHUNK, dim=-2):
-        total += (rows @ key.transpose(-1, -2)).float().mul(scaling).softmax(-1).mean(1).sum(-2)
-    return total / query.shape[-2]
+    seen = total.clone()
+    for start in range(0, query.shape[-2], CHUNK):
+        part = slice(start, start + CHUNK)
+        rows, own = query[:, :, part], _rows(mask, part)
+        total += _attention(rows, key, scaling, own).sum(-2)
+        if own is not None:
+            visible = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+            seen += visible[:, 0].expand(-1, rows.shape[-2], -1).sum(-2)
+    return total / (query.shape[-2] if mask is None else seen.clamp(min=1))
 
 
-def attention_from_cls_wide(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def attention_from_cls_wide(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """:func:`attention_from_cls` with the heads side by side as a single one, scaled by its width."""
     query, key = _one_head(query), _one_head(key)
-    return attention_from_cls(query, key, query.shape[-1] ** -0.5)
+    return attention_from_cls(query, key, query.shape[-1] ** -0.5, mask)
 
 
-def attention_received_wide(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def attention_received_wide(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """:func:`attention_received` with the heads side by side as a single one, scaled by its width."""
     query, key = _one_head(query), _one_head(key)
-    return attention_received(query, key, query.shape[-1] ** -0.5)
+    return attention_received(query, key, query.shape[-1] ** -0.5, mask)
 
 
-def keys(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def keys(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
     """The keys, `[b, n, H, d]`."""
     return key.transpose(1, 2)
 
@@ -132,6 +138,24 @@ def attention_of_queries(query: Tensor, key: Tensor, scaling: float, columns: Te
         seen = seen & mask[:, None].bool()
     masked: Tensor = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
     return masked.softmax(-1)
+
+
+def _attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """Post-softmax attention, mean over heads, `[b, q, n]` float32."""
+    scores = (query @ key.transpose(-1, -2)).float() * scaling
+    if mask is not None:
+        unseen = torch.finfo(torch.float32).min
+        scores = scores.masked_fill(~mask, unseen) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(-1).mean(1)
+
+
+def _rows(mask: Tensor | None, queries: slice) -> Tensor | None:
+    """The mask of some queries, `[b or 1, 1, q, n]`; a 2-D mask of flash kernels says which keys there are."""
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, None, None].bool()
+    return mask[:, :1] if mask.shape[-2] == 1 else mask[:, :1, queries]
 
 
 def _one_head(heads: Tensor) -> Tensor:

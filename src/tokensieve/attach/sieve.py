@@ -6,18 +6,19 @@ import inspect
 import threading
 import weakref
 from collections.abc import Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
 from tokensieve.attach.cache import States, later_step, remember, states_of
-from tokensieve.attach.connector import Connector, Decisions, Plan, Prefill
+from tokensieve.attach.connector import PIXELS, Connector, Decisions, Plan, Prefill
 from tokensieve.attach.decoder import DecoderHooks
 from tokensieve.attach.encoder import EncoderHooks
+from tokensieve.attach.parts import Scope, check_scope
 from tokensieve.attach.stream import Run
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
 from tokensieve.models import family_of
+from tokensieve.models.family import Modality
 from tokensieve.reduction import Reduction
 
 STAGES = ("encoder", "connector", "decoder")
@@ -31,6 +32,7 @@ def attach(
     *,
     positions: Positions = "original",
     processor: Any = None,
+    budget_scope: Scope = "image",
     **parameters: Any,
 ) -> Sieve:
     """Make every later call of ``model`` drop visual tokens: ``generate`` and ``forward``, any batch.
@@ -45,6 +47,8 @@ def attach(
         positions: "original": survivors keep their position ids; "contiguous": they are renumbered, as most official
             codes do, at the cost of grounding.
         processor: the model's processor; tells the user's words from the chat template for text-informed methods.
+        budget_scope: what ``keep`` is for: each "image"; all images of a "sample" together, shared out by size; or each
+            "tile" of an image that the encoder sees in tiles.
         parameters: values for parameters of a spec, e.g. ``keep=64``.
 
     Raises:
@@ -54,10 +58,11 @@ def attach(
     if positions not in ("original", "contiguous"):
         raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     stages, replay = _read(method, parameters)
+    check_scope(budget_scope, stages)
     with _lock:
         if id(model) in _attached:
             raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
-        sieve = _kind(stages)(model, stages, replay, positions, processor)
+        sieve = _kind(stages)(model, stages, replay, positions, processor, budget_scope)
         _attached[id(model)] = sieve
     return sieve
 
@@ -70,7 +75,13 @@ class Sieve:
     """
 
     def __init__(
-        self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
+        self,
+        model: Any,
+        stages: list[Method],
+        replay: Decisions | None,
+        positions: Positions,
+        processor: Any,
+        scope: Scope = "image",
     ) -> None:
         family = family_of(model)
         for stage in stages:
@@ -90,12 +101,12 @@ class Sieve:
         self._local = threading.local()
         words = UserWords(model, processor) if any(stage.needs.text for stage in stages) else None
         asked = words if needs.text else None
-        self._connector = Connector(model, connector, positions, asked, replay, partial(family.project, model))
+        self._connector = Connector(family, model, connector, positions, asked, replay, scope)
         self._encoder = EncoderHooks(family, model, needs, encoder)
         self._decoder: DecoderHooks | None = None
         if isinstance(decoder, DecoderMethod):
             try:
-                self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None)
+                self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None, scope)
             except ValueError:
                 self._encoder.remove()
                 raise
@@ -145,9 +156,9 @@ class Sieve:
         self._local.prefill = None
         cache = kwargs.get("past_key_values")
         states = states_of(cache)
-        if self._encoder.downsample is not None and _shows(kwargs, "pixel_values_videos", "video"):
+        if self._encoder.downsample is not None and _shows(kwargs, "video"):
             raise ValueError(f"{self._encoder.downsample} resizes images; videos are not supported")
-        if _shows(kwargs, "pixel_values", "image"):
+        if _shows(kwargs, "image"):
             if self._decoder is not None:
                 self._decoder.check(kwargs)
             prefill: Prefill = self._connector.prefill(kwargs)
@@ -197,10 +208,10 @@ def _kind(stages: list[Method]) -> type[Sieve]:
     return FusionSieve if any(stage.info.stage == "fusion" for stage in stages) else Sieve
 
 
-def _shows(kwargs: dict[str, Any], pixels: str, modality: str) -> bool:
+def _shows(kwargs: dict[str, Any], modality: Modality) -> bool:
     """Whether a forward gets images (or videos), encoded or not."""
     encoded = kwargs.get("mm_encoder_outputs") or {}
-    return kwargs.get(pixels) is not None or encoded.get(modality) is not None
+    return encoded.get(modality) is not None or any(kwargs.get(name) is not None for name in PIXELS[modality])
 
 
 def _read(

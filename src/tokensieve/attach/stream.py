@@ -11,6 +11,10 @@ from torch import Tensor
 from tokensieve.attach.cache import State
 from tokensieve.attach.connector import Plan, Prefill
 from tokensieve.attach.layout import Columns, on_device
+from tokensieve.attach.parts import budget_of
+from tokensieve.methods import DecoderMethod
+
+Member = tuple[int, int]  # a row of the batch, and which of its images
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,7 @@ class Run:
         entry: the sequences as the first block saw them.
         stream: the sequences as the next block will see them.
         plans: `[row][image]`, what became of each image so far.
+        methods: `[row][image]`, the method with the image's budget.
         states: for every block that saw fewer tokens than the first, what later steps must know.
         tokens: visual tokens per image that each block saw, `{block: [row][image]}`.
         positions: position embeddings and ids of the stream; made by the first block of a stage, used by all of them.
@@ -103,6 +108,7 @@ class Run:
     entry: Stream
     stream: Stream
     plans: list[list[Plan]]
+    methods: list[list[DecoderMethod]]
     states: dict[int, State] = field(default_factory=dict)
     tokens: dict[int, list[list[int]]] = field(default_factory=dict)
     positions: tuple[Any, Tensor | None] | None = None
@@ -111,9 +117,20 @@ class Run:
     seen: dict[str, Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def enter(cls, prefill: Prefill, words: tuple[Tensor, Tensor] | None) -> Run:
+    def enter(cls, prefill: Prefill, methods: list[list[DecoderMethod]], words: tuple[Tensor, Tensor] | None) -> Run:
         stream = Stream.enter(prefill, words)
-        return cls(prefill, stream, stream, [list(plans) for plans in prefill.plans])
+        return cls(prefill, stream, stream, [list(plans) for plans in prefill.plans], methods)
+
+    def plan(self, member: Member) -> Plan:
+        return self.plans[member[0]][member[1]]
+
+    def method(self, member: Member) -> DecoderMethod:
+        return self.methods[member[0]][member[1]]
+
+    def kind(self, member: Member) -> tuple[Any, ...]:
+        """What images of equal size must have in common besides, to be decided upon in one call."""
+        plan = self.plan(member)
+        return plan.entered, plan.decision.grid, budget_of(self.method(member))
 
     @property
     def untouched(self) -> bool:

@@ -59,6 +59,12 @@ class Needs:
     cls_similarity: bool = False
     video: bool = False
 
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether anything is wanted that is read inside the vision tower."""
+        layers = (self.cls_attention, self.cls_wide, self.received, self.encoder_keys)
+        return self.patches or self.cls_similarity or any(layer is not None for layer in layers)
+
     def __str__(self) -> str:
         wants = []
         if self.cls_attention is not None or self.cls_wide is not None:

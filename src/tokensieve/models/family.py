@@ -2,98 +2,141 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from tokensieve.methods.base import Stage
+from tokensieve.models.shape import Grid, Shape
 from tokensieve.reduction import Reduction
 
-Grid = tuple[int, int]
-Inputs = Mapping[str, Any]
+Modality: TypeAlias = Literal["image", "video"]
+
+
+@dataclass(eq=False)
+class EncodeCall:
+    """One call of ``get_image_features`` (or ``get_video_features``) of the base model, as far as it has come.
+
+    Attributes:
+        inputs: its arguments by name.
+        modality: what it encodes.
+        tower: the arguments of the tower's forward by name.
+        output: what it returned, ``pooler_output`` and all; ``None`` until then.
+    """
+
+    inputs: dict[str, Any]
+    modality: Modality = "image"
+    tower: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
 
 
 class Family(ABC):
     """One family of vision-language models; its subclasses are declarations, one file each.
 
-    Everything about a *tower call* is expressed per image: ``inputs`` are the arguments of the vision tower's forward
-    by name, images are in the order in which the tower sees them.
+    As it stands, it describes a tower that sees tiles of equal size, `[b, 3, H, W]`, and a projector that makes one
+    row of each unit of ``merge`` x ``merge`` patches, in raster order. *Units* are these rows, in the order in which
+    the projector makes them; an image's :class:`Shape` says which of them it shows.
+
+    Attributes:
+        stages: where methods can act.
+        joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
+        opaque: why nothing that is read in the tower can be told per visual token, if it cannot.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    stages: ClassVar[tuple[Stage, ...]] = ("encoder", "connector", "decoder")
+    stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
+    joins: ClassVar[bool] = False
+    opaque: ClassVar[str] = ""
+
+    # -- where things are ---------------------------------------------------------------------------------------------
 
     def tower(self, model: Any) -> nn.Module:
         """The vision tower."""
         tower: nn.Module = model.get_encoder(modality="image")
         return tower
 
-    @abstractmethod
     def attentions(self, tower: Any) -> list[nn.Module]:
         """Attention modules of the encoder layers in which every patch of an image sees every other, first to last."""
+        lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention(m[0]) is not None]
+        alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+        found = [_attention(layer) for layer in max(alike, key=len, default=[])]
+        return [attention for attention in found if attention is not None]
 
-    @abstractmethod
     def has_cls(self, tower: Any) -> bool:
         """Whether the tower has a [CLS] token (as row 0); otherwise attention *received* stands in for its row."""
+        return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
 
-    @abstractmethod
-    def grids(self, tower: Any, inputs: Inputs) -> list[Grid]:
-        """(height, width) of each image in visual tokens."""
-
-    @abstractmethod
-    def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
-        """What a probe read, call by call `[b, keys, ...]`, as one `[N, ...]` per image, in token order."""
-
-    @abstractmethod
     def projector(self, model: Any) -> nn.Module:
-        """The module that turns the encoder's rows into visual tokens, each row or group of rows by itself."""
+        """The module whose input :meth:`patches` reads."""
+        projector: nn.Module = model.base_model.multi_modal_projector
+        return projector
 
-    @abstractmethod
-    def patches(self, tower: Any, inputs: Inputs, rows: Tensor) -> list[Tensor]:
-        """What entered the projector as one row per visual token, `[N, C]` per image, in token order."""
+    def merge(self, model: Any) -> int:
+        """Patches along the side of the square unit that becomes one visual token."""
+        return 1
 
-    @abstractmethod
+    # -- what the rows mean -------------------------------------------------------------------------------------------
+
+    def entries(self, call: EncodeCall) -> Sequence[Tensor]:
+        """The features of each image, `[N, D]`, in what the call returned (with beams: as transformers expanded it)."""
+        return list(call.output.pooler_output)
+
+    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+        """How the visual tokens of each image lie, in the order of :meth:`entries`."""
+        tiles, (height, width) = len(call.tower["pixel_values"]), self.tile(model, call)
+        return [Shape.grid_of(height, width)] * tiles
+
+    def tile(self, model: Any, call: EncodeCall) -> Grid:
+        """(height, width) of one tile in visual tokens."""
+        height, width = self._patches_of_tile(model, call)
+        side = self.merge(model)
+        return height // side, width // side
+
+    def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+        """What a probe read, attention call by call `[b, keys, ...]`, as one row per unit, `[U, ...]`: their mean."""
+        rows = torch.cat(list(reads))[:, int(self.has_cls(self.tower(model))) :]
+        return self.in_units(model, call, rows).mean(1)
+
+    def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
+        """What entered :meth:`projector` as one row per unit, `[U, C]`."""
+        return rows.flatten(0, -2)
+
     def project(self, model: Any, rows: Tensor) -> Tensor:
         """The projector on any rows that :meth:`patches` made, `[n, C]` to `[n, D]`."""
+        projected: Tensor = self.projector(model)(rows)
+        return projected
 
-    @abstractmethod
-    def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:
+    def in_units(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
+        """Rows of all patches `[b, P, ...]`, tile by tile, as those of each unit `[U, unit, ...]`."""
+        (height, width), side = self._patches_of_tile(model, call), self.merge(model)
+        blocks = rows.view(len(rows), height // side, side, width // side, side, *rows.shape[2:])
+        units: Tensor = blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+        return units
+
+    def _patches_of_tile(self, model: Any, call: EncodeCall) -> Grid:
+        tower: Any = self.tower(model)
+        patch, (height, width) = tower.config.patch_size, call.tower["pixel_values"].shape[-2:]
+        patch = patch[0] if isinstance(patch, list | tuple) else patch
+        return height // patch, width // patch
+
+    # -- the encoder stage --------------------------------------------------------------------------------------------
+
+    def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         """Tower inputs for the same images drawn smaller: ``cells[i]`` visual tokens for image i."""
+        raise NotImplementedError
 
-    @abstractmethod
     def restore(self, tower: Any, output: Any, reductions: Sequence[Reduction]) -> None:
         """Put the rows of resized images back at their anchors, in place, so that the model sees its usual shapes.
 
         The slots in between hold zeros; the connector stage drops them.
         """
-
-
-def families() -> list[Family]:
-    """All families that Tokensieve knows, by name."""
-    from tokensieve.models.llava import Llava
-    from tokensieve.models.qwen_vl import QwenVL
-
-    return [Llava(), QwenVL()]
-
-
-def family_of(model: Any) -> Family:
-    """The family of a live model.
-
-    Raises:
-        ValueError: if the model is of no known family; names those that are.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for family in families():
-        if model_type in family.model_types:
-            return family
-    known = ", ".join(t for family in families() for t in family.model_types)
-    raise ValueError(
-        f"{type(model).__name__} (model type {model_type!r}) is of no supported family; supported: {known}"
-    )
+        raise NotImplementedError
 
 
 def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:
@@ -102,3 +145,11 @@ def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:
     out[:specials] = rows[:specials]
     out[specials + reduction.anchors] = rows[specials:]
     return out
+
+
+def _attention(layer: nn.Module) -> nn.Module | None:
+    """The module of a layer that goes through transformers' attention interface, if there is one."""
+    for module in layer.modules():
+        if "Attention" in type(module).__name__ and hasattr(module, "config"):
+            return module
+    return None

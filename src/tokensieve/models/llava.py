@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from tokensieve.models.family import Family, Grid, Inputs, spread
+from tokensieve.models.family import Family, spread
+from tokensieve.models.shape import Grid
 from tokensieve.reduction import Reduction
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -19,6 +20,7 @@ class Llava(Family):
     name = "llava"
     title = "LLaVA-1.5 (CLIP or SigLIP tower)"
     model_types = ("llava",)
+    stages = ("encoder", "connector", "decoder")
 
     def tower(self, model: Any) -> nn.Module:
         tower = super().tower(model)
@@ -27,32 +29,7 @@ class Llava(Family):
             raise ValueError(f"LLaVA with a {model_type} tower is not supported; supported: {', '.join(TOWERS)}")
         return tower
 
-    def attentions(self, tower: Any) -> list[nn.Module]:
-        return [layer.self_attn for layer in tower.encoder.layers]
-
-    def has_cls(self, tower: Any) -> bool:
-        return hasattr(tower.embeddings, "class_embedding")
-
-    def grids(self, tower: Any, inputs: Inputs) -> list[Grid]:
-        images, _, height, width = inputs["pixel_values"].shape
-        patch = tower.config.patch_size
-        return [(height // patch, width // patch)] * images
-
-    def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
-        return list(torch.cat(list(rows))[:, int(self.has_cls(tower)) :])
-
-    def projector(self, model: Any) -> nn.Module:
-        projector: nn.Module = model.base_model.multi_modal_projector
-        return projector
-
-    def patches(self, tower: Any, inputs: Inputs, rows: Tensor) -> list[Tensor]:
-        return list(rows)
-
-    def project(self, model: Any, rows: Tensor) -> Tensor:
-        projected: Tensor = self.projector(model)(rows)
-        return projected
-
-    def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:
+    def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         patch, pixels = tower.config.patch_size, inputs["pixel_values"]
         size = (cells[0][0] * patch, cells[0][1] * patch)
         smaller = interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)

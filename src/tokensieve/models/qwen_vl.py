@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.vision_utils import get_vision_window_index
 
-from tokensieve.models.family import Family, Grid, Inputs, spread
+from tokensieve.models.family import EncodeCall, Family, spread
+from tokensieve.models.shape import Grid, Shape
 from tokensieve.reduction import Reduction
 
 
@@ -18,44 +19,48 @@ class QwenVL(Family):
     name = "qwen-vl"
     title = "Qwen2.5-VL, Qwen3-VL"
     model_types = ("qwen2_5_vl", "qwen3_vl")
+    stages = ("encoder", "connector", "decoder")
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
         return [tower.blocks[layer].attn for layer in layers]
 
-    def has_cls(self, tower: Any) -> bool:
-        return False
+    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+        side = self.merge(model)
+        return [Shape.grid_of(t * h // side, w // side) for t, h, w in call.tower["grid_thw"].tolist()]
 
-    def grids(self, tower: Any, inputs: Inputs) -> list[Grid]:
-        merge = tower.config.spatial_merge_size
-        return [(t * h // merge, w // merge) for t, h, w in inputs["grid_thw"].tolist()]
-
-    def per_token(self, tower: Any, inputs: Inputs, rows: Sequence[Tensor]) -> list[Tensor]:
-        read, unit = torch.cat([r.flatten(0, 1) for r in rows]), tower.config.spatial_merge_size**2
-        return self._in_order(tower, inputs, read.view(-1, unit, *read.shape[1:]).mean(1))
+    def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+        rows = torch.cat([read.flatten(0, 1) for read in reads])
+        return self._in_order(model, call, rows.view(-1, self.merge(model) ** 2, *rows.shape[1:]).mean(1))
 
     def projector(self, model: Any) -> nn.Module:
         tower: Any = self.tower(model)
         merger: nn.Module = tower.merger
         return merger
 
-    def patches(self, tower: Any, inputs: Inputs, rows: Tensor) -> list[Tensor]:
-        return self._in_order(tower, inputs, rows.view(-1, tower.config.spatial_merge_size**2 * rows.shape[-1]))
+    def merge(self, model: Any) -> int:
+        tower: Any = self.tower(model)
+        side: int = tower.config.spatial_merge_size
+        return side
+
+    def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
+        return self._in_order(model, call, rows.view(-1, self.merge(model) ** 2 * rows.shape[-1]))
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
-        tower: Any = self.tower(model)
-        merged: Tensor = tower.merger(rows.view(-1, tower.config.hidden_size))
+        merged: Tensor = self.projector(model)(rows.view(len(rows) * self.merge(model) ** 2, -1))
         return merged
 
-    def _in_order(self, tower: Any, inputs: Inputs, units: Tensor) -> list[Tensor]:
-        """Merged units `[ΣN, ...]` as the tower runs them, one `[N, ...]` per image in token order."""
-        config, grid = tower.config, inputs["grid_thw"]
-        if hasattr(tower, "fullatt_block_indexes"):  # the tower runs window by window: undo its permutation
-            window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-            units = units[window.to(units.device).argsort()]
-        return list(torch.split(units, [h * w for h, w in self.grids(tower, inputs)]))
+    def _in_order(self, model: Any, call: EncodeCall, units: Tensor) -> Tensor:
+        """Merged units `[U, ...]` as the tower runs them, in token order."""
+        tower: Any = self.tower(model)
+        if not hasattr(tower, "fullatt_block_indexes"):
+            return units
+        config = tower.config  # the tower runs window by window: undo its permutation
+        grid = call.tower["grid_thw"]
+        window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+        return units[window.to(units.device).argsort()]
 
-    def resize(self, tower: Any, inputs: Inputs, cells: Sequence[Grid]) -> dict[str, Any]:
+    def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         config, grids = tower.config, inputs["grid_thw"]
         if bool((grids[:, 0] > 1).any()):
             raise ValueError("only images can be resized; videos are not supported")

@@ -1,0 +1,39 @@
+"""Which families there are, and which one a live model belongs to."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any
+
+import tokensieve.models
+from tokensieve.models.family import Family
+
+
+@cache
+def families() -> tuple[Family, ...]:
+    """All families that Tokensieve knows: one per file of this folder that declares ``model_types``, by name."""
+    found: dict[str, Family] = {}
+    for file in pkgutil.iter_modules(tokensieve.models.__path__):
+        module = importlib.import_module(f"tokensieve.models.{file.name}")
+        for cls in vars(module).values():
+            if isinstance(cls, type) and issubclass(cls, Family) and "model_types" in vars(cls):
+                found[cls.name] = cls()
+    return tuple(found[name] for name in sorted(found))
+
+
+def family_of(model: Any) -> Family:
+    """The family of a live model.
+
+    Raises:
+        ValueError: if the model is of no known family; names those that are.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for family in families():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(t for family in families() for t in family.model_types)
+    raise ValueError(
+        f"{type(model).__name__} (model type {model_type!r}) is of no supported family; supported: {known}"
+    )

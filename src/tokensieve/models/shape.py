@@ -1,0 +1,123 @@
+"""How the visual tokens of one image lie: views that are grids, and rows between them that belong to no patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tokensieve.reduction import Mixing, Reduction
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """The visual tokens of one image, in their order in the prompt.
+
+    Methods decide about patches only. A structure row (a newline after a row of the grid) stays if a patch of its line
+    does.
+
+    Attributes:
+        total: N, tokens of the image.
+        views: (height, width) of the grids that the patches form, one after another; empty where they form none.
+        units: `[M]` int64, which row of the projector each patch token is, counted over a whole encode call; ``None``:
+            the M rows that follow those of the image before.
+        line: `[N]` int64, the line each token stands in; ``None`` where there are no structure rows.
+        structure: `[N]` bool, True on structure rows; ``None``: there are none.
+    """
+
+    total: int
+    views: tuple[Grid, ...] = ()
+    units: Tensor | None = None
+    line: Tensor | None = None
+    structure: Tensor | None = None
+
+    @classmethod
+    def grid_of(cls, height: int, width: int) -> Shape:
+        """One grid and nothing else."""
+        return cls(height * width, ((height, width),))
+
+    @property
+    def grid(self) -> Grid | None:
+        """(height, width) of all tokens, if they are one grid."""
+        return self.views[0] if len(self.views) == 1 and self.structure is None else None
+
+    @property
+    def patches(self) -> int:
+        """M, tokens that belong to a patch."""
+        if self.structure is None:
+            return self.total
+        return sum(map(prod, self.views)) if self.views else int((~self.structure).sum())
+
+    @property
+    def places(self) -> Tensor | None:
+        """`[M]`, where the patches stand among all tokens; ``None``: everywhere."""
+        return None if self.structure is None else (~self.structure).nonzero().squeeze(-1)
+
+    def to(self, device: torch.device) -> Shape:
+        """The same with its tensors on a device."""
+        if self.structure is None or self.line is None or self.structure.device == device:
+            return self
+        return Shape(self.total, self.views, self.units, self.line.to(device), self.structure.to(device))
+
+    def left(self, anchors: Tensor) -> Shape:
+        """What is left when the tokens ``anchors`` stay: no grids any more."""
+        if self.structure is None or self.line is None:
+            return Shape(len(anchors))
+        return Shape(len(anchors), line=self.line[anchors], structure=self.structure[anchors])
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows of the patches `[M, C]` with zeros at structure rows, `[N, C]`."""
+        places = self.places
+        if places is None:
+            return rows
+        return rows.new_zeros((self.total, *rows.shape[1:])).index_copy(0, places.to(rows.device), rows)
+
+    def lifted(self, parts: Sequence[Reduction]) -> Reduction:
+        """Decisions about successive parts of the patches as one decision about all tokens."""
+        if len(parts) == 1 and self.structure is None:
+            return parts[0]
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        device, sizes = parts[0].anchors.device, [part.total for part in parts]
+        if all(part.whole for part in parts):
+            return Reduction.identity(self.total, device=device, grid=self.grid, notes=notes)
+        places, starts = self.places, [sum(sizes[:number]) for number in range(len(sizes))]
+        mixed = any(part.mixing is not None for part in parts)
+        anchors = torch.cat([part.anchors + start for part, start in zip(parts, starts, strict=True)])
+        mixing, first = None, 0
+        if mixed:
+            entries = []
+            for part, start in zip(parts, starts, strict=True):
+                own = part.entries()
+                entries.append((own.slot + first, own.source + start, own.weight))
+                first += part.slots
+            mixing = Mixing(*(torch.cat(column) for column in zip(*entries, strict=True)))
+        scores = None
+        if all(part.scores is not None for part in parts):
+            scores = self.spread(torch.cat([part.scores for part in parts if part.scores is not None]))
+        if places is not None:
+            anchors, mixing = self._among_all(places.to(device), anchors, mixing)
+        projected = all(part.projected for part in parts)
+        return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected)
+
+    def _among_all(self, places: Tensor, anchors: Tensor, mixing: Mixing | None) -> tuple[Tensor, Mixing | None]:
+        """Anchors and entries in terms of all tokens, with the structure rows whose line keeps a patch."""
+        assert self.line is not None
+        assert self.structure is not None
+        kept = torch.zeros(self.total, dtype=torch.bool, device=anchors.device)
+        lines = torch.zeros_like(kept).index_fill(0, self.line[places[anchors]], True)
+        breaks = self.structure & lines[self.line]
+        stay = kept.index_fill(0, places[anchors], True) | breaks
+        slots = stay.nonzero().squeeze(-1)
+        if mixing is None:
+            return slots, None
+        number = stay.cumsum(0) - 1
+        own = breaks.nonzero().squeeze(-1)
+        slot = torch.cat([number[places[anchors]][mixing.slot], number[own]])
+        source = torch.cat([places[mixing.source], own])
+        weight = torch.cat([mixing.weight, mixing.weight.new_ones(len(own))])
+        return slots, Mixing(slot, source, weight)
