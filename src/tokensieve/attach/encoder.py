@@ -64,6 +64,20 @@ class Record:
 
         return self._with(pick, pick, pick)
 
+    def beside(self, other: Record) -> Record:
+        """The record of these images, and then those of another call."""
+
+        def both(name: str) -> Any:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            return mine and theirs and [*mine, *theirs]
+
+        read = {
+            name: {layer: [*rows, *other.read[name][layer]] for layer, rows in layers.items()}
+            for name, layers in self.read.items()
+        }
+        lists = {name: both(name) for name in ("shapes", "patches", "similar", "reductions")}
+        return replace(self, read=read, **lists)
+
     def joined(self, groups: Sequence[Sequence[int]]) -> Record:
         """The record of images that are several entries each: the views of a group, one after another."""
 
@@ -116,55 +130,56 @@ class EncoderHooks:
         ValueError: if the family or the tower lacks something that is needed.
     """
 
-    def __init__(
-        self, family: Family, model: Any, needs: Needs, method: Method | None, modality: Modality = "image"
-    ) -> None:
+    def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
         if needs.joint:
             raise ValueError(
                 f"{family.title} checkpoints hold no text encoder of the vision tower's space; cdpruner(space='llm') "
                 "compares in the LLM's input space"
             )
-        self.family, self.model, self.modality, self.base = family, model, modality, model.base_model
+        self.family, self.model, self.base = family, model, model.base_model
         self.downsample = method if isinstance(method, Downsample) else None
         self.similarity = needs.cls_similarity
         self._local = threading.local()
-        self.probes: dict[int, Probe] = {}
+        self.probes: list[Probe] = []
         self._handles: list[Any] = []
         self.depth, self.substitute = 0, False
         if family.opaque:
             if needs.reads_encoder:
                 raise ValueError(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
         else:
-            self._hook_tower(family.tower(model), needs)
-        self._name = f"get_{modality}_features"
-        setattr(self.base, self._name, self._recorded(getattr(self.base, self._name)))
+            for tower in family.towers(model):
+                self._hook_tower(tower, needs)
+            if needs.patches:
+                hook = family.projector(model).register_forward_pre_hook(self._projecting, with_kwargs=True)
+                self._handles.append(hook)
+        for modality in family.modalities:
+            name = f"get_{modality}_features"
+            setattr(self.base, name, self._recorded(getattr(self.base, name), modality))
 
     def _hook_tower(self, tower: nn.Module, needs: Needs) -> None:
-        family = self.family
-        attentions = family.attentions(tower)
-        self.tower, self.depth, cls = tower, len(attentions), family.has_cls(tower)
+        attentions, cls = self.family.attentions(tower), self.family.has_cls(tower)
+        self.depth = len(attentions)
         if self.similarity and not cls:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
         asked = _asked(needs, self.depth, cls)
         self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
-        projector = family.projector(self.model) if needs.patches else None
-        self.probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
-        self._handles = [
-            tower.register_forward_pre_hook(self._before, with_kwargs=True),
-            tower.register_forward_hook(self._after),
+        probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
+        self.probes += probes.values()
+        self._handles += [
+            tower.register_forward_pre_hook(partial(self._before, probes), with_kwargs=True),
+            tower.register_forward_hook(partial(self._after, probes)),
         ]
-        if projector is not None:
-            self._handles.append(projector.register_forward_pre_hook(self._projecting, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for probe in self.probes.values():
+        for probe in self.probes:
             probe.remove()
-        delattr(self.base, self._name)
+        for modality in self.family.modalities:
+            delattr(self.base, f"get_{modality}_features")
 
-    def _recorded(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+    def _recorded(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
         """The model's encode function, laying a record on what it returns."""
         signature = inspect.signature(encode)
 
@@ -173,7 +188,7 @@ class EncoderHooks:
             if self._current is not None:  # one that the encode function of another modality calls
                 return encode(*args, **kwargs)
             bound = signature.bind(*args, **kwargs).arguments
-            call = Call({**bound, **bound.pop("kwargs", {})}, self.modality)
+            call = Call({**bound, **bound.pop("kwargs", {})}, modality)
             self._local.call = call
             try:
                 call.output = encode(*args, **kwargs)
@@ -192,14 +207,14 @@ class EncoderHooks:
 
     # -- while the tower runs -----------------------------------------------------------------------------------------
 
-    def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before(self, probes: dict[int, Probe], tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = self._current
         if call is None:
             return None
         call.tower = dict(zip(self._names, args, strict=False)) | kwargs
         if self.downsample is not None:
-            self._resize(call, self.downsample)
-        for probe in self.probes.values():
+            self._resize(tower, call, self.downsample)
+        for probe in probes.values():
             probe.arm()
         return (), call.tower
 
@@ -209,21 +224,21 @@ class EncoderHooks:
         if call is not None and not call.rows:
             call.rows.append(args[0] if args else next(iter(kwargs.values())))
 
-    def _resize(self, call: Call, method: Downsample) -> None:
-        device = next(self.tower.parameters()).device
+    def _resize(self, tower: nn.Module, call: Call, method: Downsample) -> None:
+        device = next(tower.parameters()).device
         grids = [shape.grid or (1, shape.total) for shape in self.family.shapes(self.model, call)]
         images = [VisualTokens(torch.empty(1, h * w, 0, device=device), grid=(h, w)) for h, w in grids]
         call.reductions = reductions = [method(image)[0] for image in images]
         if not all(reduction.whole for reduction in reductions):
             pairs = zip(grids, images, reductions, strict=True)
             cells = [grid if reduction.whole else method.cells(image) for grid, image, reduction in pairs]
-            call.tower = self.family.resize(self.tower, call.tower, cells)
+            call.tower = self.family.resize(tower, call.tower, cells)
 
-    def _after(self, tower: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, probes: dict[int, Probe], tower: nn.Module, args: Any, output: Any) -> None:
         call = self._current
         if call is None:
             return
-        for layer, probe in self.probes.items():
+        for layer, probe in probes.items():
             for read in probe.take():
                 for name, rows in read.items():
                     call.reads.setdefault(name, {}).setdefault(layer, []).append(rows)
@@ -289,10 +304,18 @@ def evidence(
     text: Tensor | None,
     text_mask: Tensor | None,
     grid: Grid | None,
+    frames: int | None = None,
 ) -> VisualTokens:
     """The visual tokens `[B, N, D]` of equal ``parts`` (image, which of its patches) with what the record holds."""
     tokens = VisualTokens(
-        features, grid=grid, patches=patches, depth=record.depth, text=text, text_mask=text_mask, notes=record.notes
+        features,
+        grid=grid,
+        frames=frames,
+        patches=patches,
+        depth=record.depth,
+        text=text,
+        text_mask=text_mask,
+        notes=record.notes,
     )
     read: dict[str, Any] = {
         name: {layer: torch.stack([rows[image][where] for image, where in parts]) for layer, rows in layers.items()}

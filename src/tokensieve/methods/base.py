@@ -127,12 +127,15 @@ class Method(ABC):
         return None if keep is None else image.count(keep)
 
     def __call__(self, image: VisualTokens) -> Reduction:
-        """:meth:`reduce`, unless the budget keeps the image whole: then the identity, with a note saying so."""
-        if self.count(image) == image.total:
-            b, n, _ = image.features.shape
+        """:meth:`reduce`, unless the image is kept whole: then the identity, with a note saying why."""
+        b, n, _ = image.features.shape
+        if self.needs.video and image.frames is None:
+            note = f"kept whole: {self.info.name} reduces videos, and this is an image"
+        elif self.count(image) == n:
             note = f"kept whole: the budget of {self} does not ask for fewer than its {n} tokens"
-            return Reduction.identity(n, b, image.features.device, grid=image.grid, notes=(note,))
-        return self.reduce(image)
+        else:
+            return self.reduce(image)
+        return Reduction.identity(n, b, image.features.device, grid=image.grid, notes=(note,))
 
     def __str__(self) -> str:
         """The spec that :func:`~tokensieve.parse` reads back: non-default parameters, and the budget always."""

@@ -43,6 +43,7 @@ class Family(ABC):
 
     Attributes:
         stages: where methods can act.
+        modalities: what can be reduced.
         joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
         opaque: why nothing that is read in the tower can be told per visual token, if it cannot.
     """
@@ -51,6 +52,7 @@ class Family(ABC):
     title: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
+    modalities: ClassVar[tuple[Modality, ...]] = ("image",)
     joins: ClassVar[bool] = False
     opaque: ClassVar[str] = ""
 
@@ -60,6 +62,10 @@ class Family(ABC):
         """The vision tower."""
         tower: nn.Module = model.get_encoder(modality="image")
         return tower
+
+    def towers(self, model: Any) -> list[nn.Module]:
+        """Every vision tower, the one of images first."""
+        return [self.tower(model)]
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         """Attention modules of the encoder layers in which every patch of an image sees every other, first to last."""

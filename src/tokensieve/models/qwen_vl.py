@@ -20,6 +20,7 @@ class QwenVL(Family):
     title = "Qwen2.5-VL, Qwen3-VL"
     model_types = ("qwen2_5_vl", "qwen3_vl")
     stages = ("encoder", "connector", "decoder")
+    modalities = ("image", "video")
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
@@ -27,7 +28,10 @@ class QwenVL(Family):
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         side = self.merge(model)
-        return [Shape.grid_of(t * h // side, w // side) for t, h, w in call.tower["grid_thw"].tolist()]
+        grids = [(t, h // side, w // side) for t, h, w in call.tower["grid_thw"].tolist()]
+        if call.modality == "video":
+            return [Shape.frames_of(*grid) for grid in grids]
+        return [Shape.grid_of(t * h, w) for t, h, w in grids]
 
     def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         rows = torch.cat([read.flatten(0, 1) for read in reads])

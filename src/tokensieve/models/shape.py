@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -28,6 +28,7 @@ class Shape:
             the M rows that follow those of the image before.
         line: `[N]` int64, the line each token stands in; ``None`` where there are no structure rows.
         structure: `[N]` bool, True on structure rows; ``None``: there are none.
+        video: the views are the frames of a video, all of one size.
     """
 
     total: int
@@ -35,16 +36,35 @@ class Shape:
     units: Tensor | None = None
     line: Tensor | None = None
     structure: Tensor | None = None
+    video: bool = False
 
     @classmethod
     def grid_of(cls, height: int, width: int) -> Shape:
         """One grid and nothing else."""
         return cls(height * width, ((height, width),))
 
+    @classmethod
+    def frames_of(cls, frames: int, height: int, width: int) -> Shape:
+        """The frames of a video and nothing else."""
+        return cls(frames * height * width, ((height, width),) * frames, video=True)
+
     @property
     def grid(self) -> Grid | None:
-        """(height, width) of all tokens, if they are one grid."""
-        return self.views[0] if len(self.views) == 1 and self.structure is None else None
+        """(height, width) of all tokens, if they are one grid; frames count as one below the other."""
+        return self.stacked if self.structure is None else None
+
+    @property
+    def stacked(self) -> Grid | None:
+        """(height, width) of all patches, if they are one grid; frames count as one below the other."""
+        if len(self.views) != 1 and not self.video:
+            return None
+        height, width = self.views[0]
+        return len(self.views) * height, width
+
+    @property
+    def frames(self) -> int | None:
+        """T, if it is a video."""
+        return len(self.views) if self.video else None
 
     @property
     def patches(self) -> int:
@@ -62,7 +82,7 @@ class Shape:
         """The same with its tensors on a device."""
         if self.structure is None or self.line is None or self.structure.device == device:
             return self
-        return Shape(self.total, self.views, self.units, self.line.to(device), self.structure.to(device))
+        return replace(self, line=self.line.to(device), structure=self.structure.to(device))
 
     def left(self, anchors: Tensor) -> Shape:
         """What is left when the tokens ``anchors`` stay: no grids any more."""
