@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 STATE = "_tokensieve_state"
 
@@ -69,6 +69,34 @@ class ReducedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         self.dropped = 0
 
 
+class ReducedSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """The same of a layer whose attention has a window, which slides over the columns that are held."""
+
+    dropped: int
+
+    @classmethod
+    def adopt(cls, layer: DynamicSlidingWindowLayer, dropped: int) -> ReducedSlidingLayer:
+        reduced = cls.__new__(cls)
+        reduced.__dict__.update(layer.__dict__)
+        reduced.dropped = dropped
+        return reduced
+
+    def get_seq_length(self) -> int:
+        held = int(super().get_seq_length())
+        return held + self.dropped if held else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query_length)
+        return length, offset + self.dropped if self.cumulative_length else 0
+
+    def reset(self) -> None:
+        super().reset()
+        self.dropped = 0
+
+
+REDUCED: dict[type, Any] = {DynamicLayer: ReducedLayer, DynamicSlidingWindowLayer: ReducedSlidingLayer}
+
+
 @dataclass(frozen=True)
 class States:
     """The states of a cache: of the LLM's entry, and of the blocks that saw fewer tokens than it."""
@@ -87,7 +115,8 @@ def states_of(cache: Cache | None) -> States | None:
 def remember(cache: Cache, states: States) -> None:
     """Put the states on a cache that was just filled, and let its layers report the caller's lengths."""
     for i, layer in enumerate(cache.layers):
-        cache.layers[i] = ReducedLayer.adopt(layer, states.blocks.get(i, states.entry).dropped)
+        reduced = REDUCED.get(type(layer), type(layer))
+        cache.layers[i] = reduced.adopt(layer, states.blocks.get(i, states.entry).dropped)
     setattr(cache, STATE, states)
 
 
@@ -130,5 +159,5 @@ def check_cache(cache: Cache | None) -> None:
     if cache.get_seq_length():
         raise ValueError("new images on a filled cache are not supported; start a new sequence with all its images")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, ReducedLayer):
+        if type(layer) not in (*REDUCED, *REDUCED.values()):
             raise ValueError(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

@@ -230,6 +230,9 @@ class Connector:
         patches = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
         places = [shape.places for shape in shapes]
         patches = [f if at is None else f[at] for f, at in zip(patches, places, strict=True)]
+        entered = [record.patches[origin] for origin in origins] if record.patches else []
+        if record.reductions is not None:
+            entered = [plan.features.apply(rows) for plan, rows in zip(plans, entered, strict=False)]
         counted = iter(map(len, patches))
         methods = per_sample(self.method, self.scope, [[next(counted) for _ in sizes] for sizes in layout.images])
         flat = [method for row in methods for method in row]
@@ -242,8 +245,7 @@ class Connector:
             said, heard = (None, None) if text is None or real is None else (text[of], real[of])
             before_projector = None
             if record.patches:
-                own = [plans[p.image].features.apply(record.patches[origins[p.image]])[p.where] for p in members]
-                before_projector = torch.stack(own)
+                before_projector = torch.stack([entered[p.image][p.where] for p in members])
             where = [(origins[part.image], part.where) for part in members]
             kind = members[0]
             tokens = evidence(record, where, stacked, before_projector, said, heard, kind.grid, kind.frames)
@@ -290,7 +292,7 @@ class Connector:
             given: Tensor = kwargs["position_ids"]
             return given
         ids = kwargs["input_ids"]
-        plain = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        plain = (torch.arange(ids.shape[1], device=ids.device) + self.family.first_position).expand(len(ids), -1)
         number = getattr(self.base, "compute_3d_position_ids", None)  # M-RoPE; also remembers its rope_deltas
         axes = number and number(**{name: kwargs.get(name) for name in inspect.signature(number).parameters})
         return plain if axes is None else torch.cat([plain[None], axes])
@@ -310,7 +312,7 @@ class Connector:
                 kwargs[name] = columns.take(kwargs[name], filler)
         taken, shift = columns.take(positions), None
         if self.positions == "contiguous":
-            numbered = (new_mask.long().cumsum(-1) - 1).clamp(min=0).expand_as(taken)
+            numbered = ((new_mask.long().cumsum(-1) - 1).clamp(min=0) + self.family.first_position).expand_as(taken)
             if not all(reduced):  # a row that stayed whole keeps its ids, as it does in a batch of its own
                 numbered = numbered.where(torch.tensor(reduced, device=ids.device)[:, None], taken)
             shift, taken = taken[..., -1:] - numbered[..., -1:], numbered

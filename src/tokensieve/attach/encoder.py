@@ -162,6 +162,8 @@ class EncoderHooks:
         if self.similarity and not cls:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
+        if needs.reads_attention and not attentions:
+            raise ValueError(f"the attention of {type(tower).__name__} cannot be read: transformers does not run it")
         asked = _asked(needs, self.depth, cls)
         self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
         probes = {layer: Probe(attentions[layer], partial(_read, read)) for layer, read in asked.items()}
@@ -252,6 +254,11 @@ class EncoderHooks:
     def _record(self, call: Call) -> Record:
         family, model = self.family, self.model
         shapes = family.shapes(model, call)
+        if (call.reads or call.rows) and not all(shape.mapped for shape in shapes):
+            raise ValueError(
+                f"{family.title} resamples an image of this size after its encoder: what is read there belongs to none "
+                "of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
+            )
 
         def per_image(units: Tensor) -> list[Tensor]:
             if not any(shape.units is not None for shape in shapes):
@@ -262,14 +269,21 @@ class EncoderHooks:
             name: {layer: per_image(family.read(model, call, rows)) for layer, rows in layers.items()}
             for name, layers in call.reads.items()
         }
-        patches = per_image(family.patches(model, call, call.rows[0])) if call.rows else []
-        if call.reductions is not None:
-            patches = [spread(rows, r) for rows, r in zip(patches, call.reductions, strict=False)]
+        patches = self._patches(call, per_image) if call.rows else []
         similar = per_image(family.read(model, call, call.similar)) if call.similar else []
         notes = (RECEIVED,) if self.substitute else ()
         device = call.output.pooler_output[0].device
         shapes = [shape.to(device) for shape in shapes]
         return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
+
+    def _patches(self, call: Call, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """The rows that entered the projector, `[M, C]` per image; slots that an encoder method dropped hold zeros."""
+        units = self.family.patches(self.model, call, call.rows[0])
+        if call.reductions is None or all(reduction.whole for reduction in call.reductions):
+            return per_image(units)
+        if len(units) == sum(r.total for r in call.reductions):  # the projector comes after the tower, and restoring
+            return list(torch.split(units, [r.total for r in call.reductions]))
+        return [spread(rows, r) for rows, r in zip(per_image(units), call.reductions, strict=True)]
 
 
 def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:

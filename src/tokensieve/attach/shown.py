@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.attach.encoder import RECORD, Call, Record
+from tokensieve.attach.encoder import RECORD, Record
 from tokensieve.attach.layout import Layout
 from tokensieve.models import Family
 from tokensieve.models.family import Modality
@@ -44,9 +44,7 @@ class Shown:
             ValueError: if these do not fit the placeholders.
         """
         record: Record = getattr(encoded, RECORD)
-        features = list(family.entries(Call({}, modality, output=encoded)))
-        if modality == "video" and len(features[0]) != record.shapes[0].total:  # frame by frame: all videos are equal
-            features = list(torch.split(torch.cat(features), record.shapes[0].total))
+        features = family.entries(encoded.pooler_output, record.shapes)
         ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), getattr(config, f"{modality}_token_id")
         layout = Layout.read(ids, mask, token, [len(f) for f in features], modality)
         if family.joins and modality == "image" and any(len(sizes) > 1 for sizes in layout.images):

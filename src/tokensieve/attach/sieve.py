@@ -87,7 +87,10 @@ class Sieve:
         family = family_of(model)
         for stage in stages:
             if stage.info.stage not in family.stages:
-                raise ValueError(f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}")
+                because = f": {family.excluded}" if stage.info.stage == "decoder" else ""
+                raise ValueError(
+                    f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}{because}"
+                )
             if stage.needs.video and "video" not in family.modalities:
                 raise ValueError(f"{stage} reduces videos, which is not supported in {family.title}")
         by_stage = {stage.info.stage: stage for stage in stages}

@@ -62,8 +62,13 @@ class Needs:
     @property
     def reads_encoder(self) -> bool:
         """Whether anything is wanted that is read inside the vision tower."""
+        return self.patches or self.cls_similarity or self.reads_attention
+
+    @property
+    def reads_attention(self) -> bool:
+        """Whether attention of the vision tower is wanted, or its keys."""
         layers = (self.cls_attention, self.cls_wide, self.received, self.encoder_keys)
-        return self.patches or self.cls_similarity or any(layer is not None for layer in layers)
+        return any(layer is not None for layer in layers)
 
     def __str__(self) -> str:
         wants = []

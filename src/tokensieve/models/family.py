@@ -45,6 +45,8 @@ class Family(ABC):
         stages: where methods can act.
         modalities: what can be reduced.
         joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
+        excluded: why methods cannot act inside the LLM, if they cannot.
+        first_position: the position id of a prompt's first token.
         opaque: why nothing that is read in the tower can be told per visual token, if it cannot.
     """
 
@@ -53,6 +55,8 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
+    excluded: ClassVar[str] = ""
+    first_position: ClassVar[int] = 0
     joins: ClassVar[bool] = False
     opaque: ClassVar[str] = ""
 
@@ -89,9 +93,9 @@ class Family(ABC):
 
     # -- what the rows mean -------------------------------------------------------------------------------------------
 
-    def entries(self, call: EncodeCall) -> Sequence[Tensor]:
-        """The features of each image, `[N, D]`, in what the call returned (with beams: as transformers expanded it)."""
-        return list(call.output.pooler_output)
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        """The features of each image, `[N, D]`, in the ``pooler_output`` of a call (with beams: repeated)."""
+        return list(pooled)
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         """How the visual tokens of each image lie, in the order of :meth:`entries`."""
@@ -120,10 +124,7 @@ class Family(ABC):
 
     def in_units(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         """Rows of all patches `[b, P, ...]`, tile by tile, as those of each unit `[U, unit, ...]`."""
-        (height, width), side = self._patches_of_tile(model, call), self.merge(model)
-        blocks = rows.view(len(rows), height // side, side, width // side, side, *rows.shape[2:])
-        units: Tensor = blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-        return units
+        return in_blocks(rows, self._patches_of_tile(model, call), self.merge(model))
 
     def _patches_of_tile(self, model: Any, call: EncodeCall) -> Grid:
         tower: Any = self.tower(model)
@@ -143,6 +144,15 @@ class Family(ABC):
         The slots in between hold zeros; the connector stage drops them.
         """
         raise NotImplementedError
+
+
+def in_blocks(rows: Tensor, grid: Grid, side: int) -> Tensor:
+    """Rows `[b, P, ...]` on a grid as those of its blocks of ``side`` x ``side``, `[b · blocks, side², ...]`."""
+    height, width = grid[0] // side, grid[1] // side
+    on_grid = rows.view(len(rows), *grid, *rows.shape[2:])[:, : height * side, : width * side]
+    blocks = on_grid.reshape(len(rows), height, side, width, side, *rows.shape[2:])
+    units: Tensor = blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    return units
 
 
 def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:

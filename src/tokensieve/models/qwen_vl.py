@@ -1,26 +1,27 @@
-"""Qwen2.5-VL and Qwen3-VL: packed patches of any size, a 2x2 merger, M-RoPE, and (Qwen3) deepstack features."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed patches of any size, a 2x2 merger, M-RoPE, and in Qwen3-VL deepstack."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.vision_utils import get_vision_window_index
 
-from tokensieve.models.family import EncodeCall, Family, spread
+from tokensieve.methods.base import Stage
+from tokensieve.models.family import EncodeCall, Family, Modality, spread
 from tokensieve.models.shape import Grid, Shape
 from tokensieve.reduction import Reduction
 
 
 class QwenVL(Family):
     name = "qwen-vl"
-    title = "Qwen2.5-VL, Qwen3-VL"
-    model_types = ("qwen2_5_vl", "qwen3_vl")
-    stages = ("encoder", "connector", "decoder")
-    modalities = ("image", "video")
+    title = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    stages: ClassVar[tuple[Stage, ...]] = ("encoder", "connector", "decoder")
+    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))

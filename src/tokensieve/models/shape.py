@@ -28,6 +28,7 @@ class Shape:
             the M rows that follow those of the image before.
         line: `[N]` int64, the line each token stands in; ``None`` where there are no structure rows.
         structure: `[N]` bool, True on structure rows; ``None``: there are none.
+        mapped: whether ``units`` says which unit each patch token is; False where tokens were resampled from them.
         video: the views are the frames of a video, all of one size.
     """
 
@@ -36,6 +37,7 @@ class Shape:
     units: Tensor | None = None
     line: Tensor | None = None
     structure: Tensor | None = None
+    mapped: bool = True
     video: bool = False
 
     @classmethod

@@ -1,0 +1,28 @@
+"""Idefics3 and SmolVLM: tiles with marks between them, each an image of its own here, and pixel shuffle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.models.pixel_shuffle import PixelShuffle
+from tokensieve.models.shape import Shape
+
+
+class Idefics3(PixelShuffle):
+    name = "idefics3"
+    title = "Idefics3, SmolVLM"
+    model_types = ("idefics3", "smolvlm")
+
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        return [tile for sample in pooled if len(sample) for tile in torch.split(sample, shapes[0].total)]
+
+    def projector(self, model: Any) -> nn.Module:
+        connector: nn.Module = model.base_model.connector
+        return connector
+
+    def merge(self, model: Any) -> int:
+        return int(model.config.scale_factor)

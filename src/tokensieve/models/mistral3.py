@@ -1,0 +1,47 @@
+"""Mistral 3: a Pixtral tower of packed patches, any size, and a projector that merges 2x2 of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.models.family import EncodeCall, Family
+from tokensieve.models.shape import Shape
+
+
+class Mistral3(Family):
+    name = "mistral3"
+    title = "Mistral 3 (Pixtral tower)"
+    model_types = ("mistral3",)
+
+    def merge(self, model: Any) -> int:
+        return int(model.config.spatial_merge_size)
+
+    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+        side = model.config.vision_config.patch_size * self.merge(model)
+        return [Shape.grid_of(int(h) // side, int(w) // side) for h, w in call.tower["image_sizes"]]
+
+    def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+        (rows,) = reads  # one call for all images, kept apart by its mask
+        grids, side = [shape.views[0] for shape in self.shapes(model, call)], self.merge(model)
+        tower: Any = self.tower(model)
+        if len(grids) > 1 and "flash" in tower.config._attn_implementation:
+            raise ValueError("the attention of several images at once cannot be read from a flash kernel; use sdpa")
+        images = torch.split(rows[0], [h * w * side**2 for h, w in grids])
+        units = []
+        for image, (h, w) in zip(images, grids, strict=True):
+            blocks = image.view(h, side, w, side, *image.shape[1:]).transpose(1, 2)
+            units.append(blocks.flatten(2, 3).flatten(0, 1).mean(1))
+        return torch.cat(units)
+
+    def projector(self, model: Any) -> nn.Module:
+        layer: nn.Module = model.base_model.multi_modal_projector.patch_merger.merging_layer
+        return layer
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        whole = model.base_model.multi_modal_projector
+        projected: Tensor = whole.linear_2(whole.act(whole.linear_1(self.projector(model)(rows))))
+        return projected

@@ -1,0 +1,21 @@
+"""Ovis2: each visual token is a mixture of a visual vocabulary; tiles have indicator tokens between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tokensieve.models.family import Family
+
+
+class Ovis2(Family):
+    name = "ovis2"
+    title = "Ovis2"
+    model_types = ("ovis2",)
+
+    def merge(self, model: Any) -> int:
+        return int(model.config.vision_config.hidden_stride)
+
+    def projector(self, model: Any) -> nn.Module:
+        raise ValueError(f"{self.title} has no projector: its tokens are mixtures of a visual vocabulary")

@@ -1,0 +1,12 @@
+"""PaliGemma: a SigLIP tower and a linear projector; the prompt attends to itself in both directions."""
+
+from tokensieve.models.family import Family
+
+
+class PaliGemma(Family):
+    name = "paligemma"
+    title = "PaliGemma"
+    model_types = ("paligemma",)
+    stages = ("connector",)
+    excluded = "its prompt attends in both directions"
+    first_position = 1
