@@ -128,7 +128,7 @@ def _video_llava() -> VideoLlavaConfig:
 class Shown:
     """An image or a video of a prompt: ``pixels`` as the model takes them, frames, (height, width) of one in tokens.
 
-    ``tokens`` are its placeholders: newlines and [CLS] rows of the video families included.
+    ``tokens`` are its placeholders; those of a video that show no patch (newline, [CLS]) are its ``structure``.
     """
 
     kind: Kind
@@ -136,6 +136,7 @@ class Shown:
     frames: int
     grid: tuple[int, int]
     tokens: int
+    structure: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +155,13 @@ def show(family: str, kind: Kind, frames: int, grid: tuple[int, int], g: torch.G
     size, tokens = SIDE[family] * 14, TOKENS[family]
     if kind == "video":
         pixels = torch.randn(frames, 3, size, size, generator=g)
-        more = {"llava-onevision": 1, "llava-next-video": 0, "video-llava": frames}[family]
-        return Shown(kind, pixels, frames, (tokens, tokens), frames * tokens * tokens + more)
+        own = frames * tokens * tokens
+        structure = {
+            "llava-onevision": (own,),
+            "llava-next-video": (),
+            "video-llava": tuple(frame * (tokens * tokens + 1) for frame in range(frames)),
+        }[family]
+        return Shown(kind, pixels, frames, (tokens, tokens), own + len(structure), structure)
     if family == "video-llava":
         return Shown(kind, torch.randn(3, size, size, generator=g), 1, (tokens, tokens), tokens * tokens)
     # the base tile and one more, each patch a token, and a newline after each row of the second

@@ -42,9 +42,7 @@ class LlavaOnevision(AnyResolution):
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         if call.modality == "video":
-            raise ValueError(
-                "LLaVA-OneVision pools a video after its projector: no rows before it belong to its tokens"
-            )
+            raise ValueError("LLaVA-OneVision pools videos after its projector: no row before it belongs to one token")
         return super().patches(model, call, rows)
 
     def tiles(self, model: Any, call: EncodeCall) -> list[int]:
