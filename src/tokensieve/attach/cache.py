@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 STATE = "_tokensieve_state"
 
@@ -95,6 +95,7 @@ class ReducedSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
 
 
 REDUCED: dict[type, Any] = {DynamicLayer: ReducedLayer, DynamicSlidingWindowLayer: ReducedSlidingLayer}
+ALLOWED = (*REDUCED, *REDUCED.values(), LinearAttentionLayer)
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def states_of(cache: Cache | None) -> States | None:
 def remember(cache: Cache, states: States) -> None:
     """Put the states on a cache that was just filled, and let its layers report the caller's lengths."""
     for i, layer in enumerate(cache.layers):
-        reduced = REDUCED.get(type(layer), type(layer))
-        cache.layers[i] = reduced.adopt(layer, states.blocks.get(i, states.entry).dropped)
+        reduced = REDUCED.get(type(layer))
+        if reduced is not None:  # else it holds no columns
+            cache.layers[i] = reduced.adopt(layer, states.blocks.get(i, states.entry).dropped)
     setattr(cache, STATE, states)
 
 
@@ -159,5 +161,5 @@ def check_cache(cache: Cache | None) -> None:
     if cache.get_seq_length():
         raise ValueError("new images on a filled cache are not supported; start a new sequence with all its images")
     for layer in cache.layers:
-        if type(layer) not in (*REDUCED, *REDUCED.values()):
+        if type(layer) not in ALLOWED:
             raise ValueError(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

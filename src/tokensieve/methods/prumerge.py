@@ -1,6 +1,6 @@
 """LLaVA-PruMerge: outliers of [CLS] attention stay, and take up what their nearest neighbours had to say."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class PruMerge(Method):
     keep: Budget | None = None
     neighbours: int = 32
     before_projector: bool = True
+
+    @property
+    def needs(self) -> Needs:
+        return replace(self.info.needs, patches=self.before_projector)
 
     def chosen(self, image: VisualTokens, scores: Tensor) -> Tensor:
         """Which patches stay, `[B, N]` bool, besides the extra token."""

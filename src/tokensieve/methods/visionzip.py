@@ -1,6 +1,6 @@
 """VisionZip: keep what [CLS] looks at, and let a few contextual tokens carry the rest."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,6 +42,10 @@ class VisionZip(Method):
         super().__post_init__()
         if not 0 <= self.contextual < 1:
             raise ValueError(f"contextual must be a share in [0, 1); got {self.contextual}")
+
+    @property
+    def needs(self) -> Needs:
+        return replace(self.info.needs, patches=self.before_projector)
 
     def reduce(self, image: VisualTokens) -> Reduction:
         scores, wanted = image.at("cls_attention", -2), image.count(self.keep)

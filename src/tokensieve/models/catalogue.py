@@ -9,6 +9,7 @@ from typing import Any
 
 import tokensieve.models
 from tokensieve.models.family import Family
+from tokensieve.models.generic import REFUSED, Generic, discoverable
 
 
 @cache
@@ -24,15 +25,19 @@ def families() -> tuple[Family, ...]:
 
 
 def family_of(model: Any) -> Family:
-    """The family of a live model.
+    """The family of a live model; of an unknown one of the same shape, what can be discovered.
 
     Raises:
-        ValueError: if the model is of no known family; names those that are.
+        ValueError: if the model is of no known family and of another shape; names the families, or the reason.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in families():
         if model_type in family.model_types:
             return family
+    if model_type in REFUSED:
+        raise ValueError(f"{type(model).__name__} is not supported: {REFUSED[model_type]}")
+    if discoverable(model):
+        return Generic(model)
     known = ", ".join(t for family in families() for t in family.model_types)
     raise ValueError(
         f"{type(model).__name__} (model type {model_type!r}) is of no supported family; supported: {known}"
