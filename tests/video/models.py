@@ -19,6 +19,8 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     VideoLlavaConfig,
@@ -27,8 +29,9 @@ from transformers import (
 
 from laws.tiny import BOS, IMAGE, PAD, VIDEO, VISION_END, VISION_START, _qwen, _qwen3, _qwen25, _text
 
-FAMILIES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava-onevision", "llava-next-video", "video-llava")
-QWEN = FAMILIES[:3]
+QWEN = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5")
+TIMED = ("qwen3-vl", "qwen3.5")  # a timestamp before each frame
+FAMILIES = (*QWEN, "llava-onevision", "llava-next-video", "video-llava")
 SIDE = {"llava-onevision": 5, "llava-next-video": 6, "video-llava": 4}  # patches along a frame
 TOKENS = {"llava-onevision": 3, "llava-next-video": 3, "video-llava": 4}  # visual tokens along a frame
 Kind = Literal["image", "video"]
@@ -44,6 +47,7 @@ def build(family: str, attention: str = "sdpa"):
         "qwen2-vl": (Qwen2VLForConditionalGeneration, _qwen2),
         "qwen2.5-vl": (Qwen2_5_VLForConditionalGeneration, _qwen25),
         "qwen3-vl": (Qwen3VLForConditionalGeneration, _qwen3),
+        "qwen3.5": (Qwen3_5ForConditionalGeneration, _qwen35),
         "llava-onevision": (LlavaOnevisionForConditionalGeneration, _onevision),
         "llava-next-video": (LlavaNextVideoForConditionalGeneration, _next_video),
         "video-llava": (VideoLlavaForConditionalGeneration, _video_llava),
@@ -79,6 +83,18 @@ def _qwen2() -> Qwen2VLConfig:
     config = _qwen(Qwen2VLConfig, {}, {})
     vision = {"depth": 4, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 4, "patch_size": 14}
     return Qwen2VLConfig(**{**config.to_dict(), "vision_config": vision})
+
+
+def _qwen35() -> Qwen3_5Config:
+    kinds = ["linear_attention", "full_attention", "linear_attention"]
+    heads = {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    text = {"head_dim": 16, "partial_rotary_factor": 1.0, "layer_types": kinds, **heads}
+    return _qwen(Qwen3_5Config, {"patch_size": 16, "num_position_embeddings": 64}, {"mrope_interleaved": True}, **text)
 
 
 def _vision(tower: type, side: int):
@@ -149,7 +165,7 @@ class Sample:
 
 def show(family: str, kind: Kind, frames: int, grid: tuple[int, int], g: torch.Generator) -> Shown:
     if family in QWEN:
-        patch = 16 if family == "qwen3-vl" else 14
+        patch = 16 if family in TIMED else 14
         pixels = torch.randn(4 * frames * grid[0] * grid[1], 3 * 2 * patch * patch, generator=g)
         return Shown(kind, pixels, frames, grid, frames * grid[0] * grid[1])
     size, tokens = SIDE[family] * 14, TOKENS[family]
@@ -185,7 +201,7 @@ def sample(family: str, parts: tuple, seed: int) -> Sample:
         one = show(family, "image" if part == "image" else "video", frames, tuple(grid), g)
         shown.append(one)
         token = IMAGE if part == "image" else VIDEO
-        if family == "qwen3-vl" and one.kind == "video":  # a timestamp before each frame
+        if family in TIMED and one.kind == "video":
             for _ in range(frames):
                 ids += [*words(2), VISION_START, *[token] * (grid[0] * grid[1]), VISION_END]
         else:

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from laws.reference import Encoded
 from laws.tiny import IMAGE, VIDEO
-from video.models import QWEN, SIDE, Sample, Shown, collate
+from video.models import QWEN, SIDE, TIMED, Sample, Shown, collate
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def positions(family: str, sample: Sample) -> tuple[Tensor, int]:
         if one is None:
             one, frame = next(shown), 0
         h, w = one.grid
-        # Qwen3-VL numbers each frame by itself; Qwen2.5-VL counts four steps a frame, Qwen2-VL one
-        step, frames = {"qwen2-vl": (1, one.frames), "qwen2.5-vl": (4, one.frames), "qwen3-vl": (0, 1)}[family]
+        # with timestamps each frame is numbered by itself; else Qwen2.5-VL counts four steps a frame, Qwen2-VL one
+        step, frames = (0, 1) if family in TIMED else ({"qwen2-vl": 1, "qwen2.5-vl": 4}[family], one.frames)
         out += [(at + t * step, at + y, at + x) for t in range(frames) for y in range(h) for x in range(w)]
         at, column, frame = at + max(h, w), column + frames * h * w, frame + frames
         one = None if frame == one.frames else one
