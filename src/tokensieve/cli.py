@@ -10,7 +10,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from tokensieve.commands import ask, bench, calibrate, catalogue, compare, convert, train
+from tokensieve.commands import ask, bench, calibrate, catalogue, check, compare, convert, train
+from tokensieve.errors import raised_by_us
 
 RESUMABLE = ("compare", "train")
 
@@ -45,20 +46,13 @@ def users_error(error: Exception) -> str | None:
         text = str(error.format_message())
     elif (
         isinstance(error, OSError)
-        or (isinstance(error, ValueError) and _raised_by_us(error))
+        or (isinstance(error, ValueError) and raised_by_us(error))
         or (isinstance(error, ImportError) and "pip install" in str(error))
     ):
         text = str(error)
     else:
         return None
     return " ".join(text.split()) or None
-
-
-def _raised_by_us(error: Exception) -> bool:
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("tokensieve")
 
 
 app = typer.Typer(
@@ -74,6 +68,7 @@ app.command("models")(catalogue.models)
 app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("check")(check.check)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")
 app.add_typer(train.app, name="train")

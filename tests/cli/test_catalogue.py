@@ -16,7 +16,7 @@ def test_help_is_quick_and_lists_the_commands() -> None:
         after = os.times()  # processor time: what others do on the machine does not count
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert helped.code == 0
-    for name in ("methods", "models", "ask", "compare", "bench", "train"):
+    for name in ("methods", "models", "ask", "compare", "bench", "check", "train"):
         assert name in helped.out
     assert min(times) < 0.3
 

@@ -26,6 +26,7 @@ from tokensieve.models import Family, Shape
 from tokensieve.reduction import Reduction
 
 Decisions = list[list[Reduction]]
+PER_TOKEN = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # and what stands on padding
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 
@@ -186,6 +187,10 @@ class Connector:
                     "(prefill_chunk_size): encode them with the method attached, in one piece"
                 )
         check_cache(kwargs.get("past_key_values"))
+        known = {"input_ids", "attention_mask", "position_ids", *PER_TOKEN}
+        for name, value in kwargs.items():
+            if name not in known and isinstance(value, Tensor) and value.shape[:2] == kwargs["input_ids"].shape:
+                raise ValueError(f"{name} has a value per token, and nothing is known about how to shorten it")
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"attention_mask must be [B, L] for a reduced prompt; got {mask.ndim} dimensions")
@@ -307,7 +312,7 @@ class Connector:
         # Without a cache transformers reads gaps in the positions as packed sequences, unless it is given a mask.
         needed = mask is not None or columns.padded or kwargs.get("past_key_values") is None
         kwargs["attention_mask"] = new_mask if needed else None
-        for name, filler in (("mm_token_type_ids", 0), ("token_type_ids", 0), ("labels", -100)):
+        for name, filler in PER_TOKEN.items():
             if kwargs.get(name) is not None:
                 kwargs[name] = columns.take(kwargs[name], filler)
         taken, shift = columns.take(positions), None

@@ -52,8 +52,9 @@ class DecoderHooks:
         positions: Positions,
         words: UserWords | None,
         scope: Scope = "image",
+        verify: bool = False,
     ) -> None:
-        self.scope = scope
+        self.scope, self.verify = scope, verify
         self.decoder, self.method, self.positions, self.words = model.get_decoder(), method, positions, words
         blocks = list(self.decoder.layers)
         self.depth, self.stages = len(blocks), method.stages(len(blocks))
@@ -129,6 +130,8 @@ class DecoderHooks:
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(call, Run):
+            if self.verify and number == self.stages[0]:
+                self._verify(call, number, hidden, kwargs)
             if number in self.stages:
                 hidden = self._reduce(call, number, hidden, kwargs)
             if number >= self.stages[0]:
@@ -137,6 +140,12 @@ class DecoderHooks:
         elif number in call.states:
             self._translate(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
+
+    def _verify(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Refuse an unknown LLM whose blocks are not given the causal mask that this stage would shorten."""
+        given, causal = kwargs.get("attention_mask"), self._mask(number, hidden, kwargs, run.entry.mask)
+        if not (given is causal or (given is not None and causal is not None and torch.equal(given, causal))):
+            raise ValueError("decoder methods need causal attention in every block; this LLM's mask is another one")
 
     def _reduce(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Let the method decide at a stage, and shorten the hidden states."""

@@ -147,13 +147,15 @@ class EncoderHooks:
             if needs.reads_encoder:
                 raise ValueError(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
         else:
+            projector = family.projector(model) if needs.patches else None
             for tower in family.towers(model):
                 self._hook_tower(tower, needs)
-            if needs.patches:
-                hook = family.projector(model).register_forward_pre_hook(self._projecting, with_kwargs=True)
-                self._handles.append(hook)
+            if projector is not None:
+                self._handles.append(projector.register_forward_pre_hook(self._projecting, with_kwargs=True))
+        self._own = {}  # somebody else may have wrapped these, too
         for modality in family.modalities:
             name = f"get_{modality}_features"
+            self._own[name] = vars(self.base).get(name)
             setattr(self.base, name, self._recorded(getattr(self.base, name), modality))
 
     def _hook_tower(self, tower: nn.Module, needs: Needs) -> None:
@@ -178,8 +180,10 @@ class EncoderHooks:
             handle.remove()
         for probe in self.probes:
             probe.remove()
-        for modality in self.family.modalities:
-            delattr(self.base, f"get_{modality}_features")
+        for name, own in self._own.items():
+            delattr(self.base, name)
+            if own is not None:
+                setattr(self.base, name, own)
 
     def _recorded(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
         """The model's encode function, laying a record on what it returns."""
@@ -189,8 +193,8 @@ class EncoderHooks:
         def recorded(*args: Any, **kwargs: Any) -> Any:
             if self._current is not None:  # one that the encode function of another modality calls
                 return encode(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs).arguments
-            call = Call({**bound, **bound.pop("kwargs", {})}, modality)
+            bound = dict(signature.bind(*args, **kwargs).arguments)
+            call = Call(bound.pop("kwargs", {}) | bound, modality)
             self._local.call = call
             try:
                 call.output = encode(*args, **kwargs)

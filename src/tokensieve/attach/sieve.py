@@ -15,6 +15,7 @@ from tokensieve.attach.decoder import DecoderHooks
 from tokensieve.attach.encoder import EncoderHooks
 from tokensieve.attach.parts import Scope, check_scope
 from tokensieve.attach.stream import Run
+from tokensieve.attach.versions import warn_if_untested
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
 from tokensieve.models import family_of
@@ -58,6 +59,7 @@ def attach(
     """
     if positions not in ("original", "contiguous"):
         raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
+    warn_if_untested()
     stages, replay = _read(method, parameters)
     check_scope(budget_scope, stages)
     with _lock:
@@ -111,8 +113,9 @@ class Sieve:
         self._encoder = EncoderHooks(family, model, needs, encoder)
         self._decoder: DecoderHooks | None = None
         if isinstance(decoder, DecoderMethod):
+            said = words if decoder.needs.text else None
             try:
-                self._decoder = DecoderHooks(model, decoder, positions, words if decoder.needs.text else None, scope)
+                self._decoder = DecoderHooks(model, decoder, positions, said, scope, family.untested)
             except ValueError:
                 self._encoder.remove()
                 raise

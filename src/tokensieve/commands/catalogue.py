@@ -24,15 +24,16 @@ def methods(json: Json = False) -> None:
 
 def models(json: Json = False) -> None:
     """List the supported families of models."""
-    from tokensieve.models import Family, FusionFamily, families, fusion_families
+    from tokensieve.models import TESTED, Family, FusionFamily, families, fusion_families
 
     found: list[Family | FusionFamily] = [*families(), *fusion_families()]
     if json:
-        keys = ("name", "title", "model_types", "stages")
-        print_json([{key: getattr(family, key) for key in keys} for family in found])
+        keys = ("name", "title", "model_types", "stages", "limits")
+        print_json([{key: getattr(family, key) for key in keys} | {"transformers": TESTED} for family in found])
         return
-    rows = [(f.name, f.title, ", ".join(f.model_types), ", ".join(f.stages)) for f in found]
-    print_table(("family", "models", "model types", "stages"), rows, left=4)
+    rows = [(f.name, f.title, ", ".join(f.model_types), ", ".join(f.stages), f.limits or "–") for f in found]
+    print_table(("family", "models", "model types", "stages", "limits"), rows, left=5)
+    print(f"Tested with transformers {TESTED}.")
 
 
 def _parameters(parameters: dict[str, object]) -> str:

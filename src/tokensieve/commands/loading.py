@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
-def load_model(name: str) -> tuple[Any, Any]:
+def load_model(name: str, dtype: str | None = None, random: bool = False) -> tuple[Any, Any]:
     """The model in eval mode on its device (a GPU if there is one), and its processor.
 
     Args:
         name: "reference", a folder, or a hub name.
+        dtype: a torch dtype by name; by default the checkpoint's on a GPU, float32 elsewhere.
+        random: random weights instead of the checkpoint's, in an LLM of at most four blocks.
 
     Raises:
         ValueError: if nothing of a supported family loads from there; one line that says why.
@@ -30,7 +32,11 @@ def load_model(name: str) -> tuple[Any, Any]:
             f"supported: {', '.join(known)}"
         )
     gpu = torch.cuda.is_available()
-    model = _from_pretrained(AutoModelForImageTextToText, place, dtype="auto" if gpu else torch.float32)
+    wanted = ("auto" if gpu else torch.float32) if dtype is None else getattr(torch, dtype)
+    if random:
+        model = _random(config).to(torch.float32 if wanted == "auto" else wanted)
+    else:
+        model = _from_pretrained(AutoModelForImageTextToText, place, dtype=wanted)
     processor = _from_pretrained(AutoProcessor, place)
     return model.eval().to("cuda" if gpu else "cpu"), processor
 
@@ -80,3 +86,21 @@ def _from_pretrained(loader: Any, place: _Place, **options: Any) -> Any:
             raise ValueError(f"no model {place.path}: {why}") from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"the model {place.path} does not load: {reason}") from error
+
+
+def _random(config: Any) -> Any:
+    """A model of this config with random weights, equal ones every time, and few blocks in its LLM."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    text = config.get_text_config()
+    text.num_hidden_layers = min(4, text.num_hidden_layers)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config)
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:  # wide enough for attention that is not flat
+                weight.normal_(std=1.0 if "embed" in name else 2 * weight[0].numel() ** -0.5)
+    return model

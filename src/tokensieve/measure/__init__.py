@@ -3,13 +3,17 @@
 from tokensieve.measure.cost import Cost
 from tokensieve.measure.flops import count_flops
 from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
+from tokensieve.measure.laws import LAWS, Laws, Verdict
 from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
 from tokensieve.measure.prefill import Bench, measure_costs
 
 __all__ = [
+    "LAWS",
     "Bench",
     "Cost",
+    "Laws",
     "Spread",
+    "Verdict",
     "count_flops",
     "interleave",
     "kv_bytes",

@@ -11,6 +11,9 @@ import tokensieve.models
 from tokensieve.models.family import Family
 from tokensieve.models.generic import REFUSED, Generic, discoverable
 
+TESTED = "5.23"
+"""The transformers release that the families are tested with."""
+
 
 @cache
 def families() -> tuple[Family, ...]:

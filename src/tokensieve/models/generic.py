@@ -25,6 +25,7 @@ class Generic(Family):
     """
 
     name = "generic"
+    untested = True
     opaque = "nothing is known about how its encoder's rows become visual tokens"
 
     def __init__(self, model: Any) -> None:

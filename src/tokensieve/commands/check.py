@@ -1,0 +1,141 @@
+"""``tokensieve check``: the laws on a model of yours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from tokensieve.commands.arguments import Json
+from tokensieve.commands.console import note, print_json, print_table, progress
+from tokensieve.commands.loading import load_model
+
+if TYPE_CHECKING:
+    from tokensieve.measure import Verdict
+
+# one of each kind: attention of the encoder, none, text, merging, inside the LLM
+METHODS = ("fastervlm", "divprune", "trsm", "visionzip(before_projector=False)", "fastv")
+QUESTIONS = (
+    ("what is in the image?", 1),
+    ("how many things are in the first picture, and in which colour is the largest one in the other?", 2),
+    ("is there a circle?", 1),
+)
+SIZES = ((448, 336), (336, 480), (400, 400), (512, 256))
+
+
+def check(
+    model: Annotated[str, typer.Argument(help="Folder or hub name; 'reference' is the bundled one.")] = "reference",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Method spec; may be given several times.", show_default="one of each kind"),
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Budget where a spec leaves it open: tokens or a share.")] = "25%",
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights and few blocks: only the config counts.")
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Precision.", show_default="float32, on a GPU the checkpoint's"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Prove on your model that a method drops tokens and changes nothing else. Exit code 1 if a law is broken."""
+    import torch
+    import transformers
+
+    from tokensieve.budget import parse_budget
+    from tokensieve.evaluate.plan import plan
+    from tokensieve.measure import Laws
+
+    entries = plan(list(method or METHODS), [parse_budget(keep)], seeds=1, oracle=False)
+    candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]  # full comes first, always
+    vlm, processor = load_model(model, dtype, random)
+    torch.manual_seed(0)
+    with progress() as report:
+        report(0, len(candidates), "the unmodified model")
+        laws = Laws(vlm, prompts(processor, vlm.device), len(QUESTIONS), processor)
+        verdicts: list[list[Verdict]] = []
+        for done, stages in enumerate(candidates):
+            report(done, len(candidates), " + ".join(map(str, stages)))
+            verdicts.append(list(laws.check(stages)))
+    precision = str(next(vlm.parameters()).dtype).removeprefix("torch.")
+    if json:
+        about = {"model": model, "model_type": vlm.config.model_type, "dtype": precision, "random_weights": random}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        noise = {"noise_floor": laws.floor, "allowed": laws.allowed}
+        print_json({**about, **versions, **noise, "verdicts": [asdict(v) for row in verdicts for v in row]})
+    else:
+        print_table(("method", *(verdict.law for verdict in verdicts[0])), [_cells(row) for row in verdicts])
+        for reason, where in _reasons(verdicts).items():
+            typer.echo(f"{where}: {reason}")
+        typer.echo(
+            f"{vlm.config.model_type}, {precision}. Numbers: the largest difference of a logit; rounding alone makes "
+            f"{laws.floor:.1e}, up to {laws.allowed:.1e} passes"
+        )
+    broken = sum(verdict.status == "FAIL" for row in verdicts for verdict in row)
+    if broken:
+        note(f"{broken} laws are broken")
+        raise typer.Exit(1)
+
+
+def _cells(row: Sequence[Verdict]) -> list[str]:
+    shown = [v.status if v.deviation is None else f"{v.status} {v.deviation:.1e}" for v in row]
+    return [row[0].method, *("–" if cell == "skipped" else cell for cell in shown)]
+
+
+def _reasons(verdicts: Sequence[Sequence[Verdict]]) -> Mapping[str, str]:
+    """Every remark once, with the methods and laws that it is about."""
+    where: dict[str, dict[str, list[str]]] = {}
+    for verdict in (v for row in verdicts for v in row if v.reason):
+        where.setdefault(verdict.reason, {}).setdefault(verdict.method, []).append(verdict.law)
+    return {
+        reason: "; ".join(f"{name} ({', '.join(laws)})" for name, laws in about.items())
+        for reason, about in where.items()
+    }
+
+
+def prompts(processor: Any, device: Any) -> Callable[[Sequence[int]], Mapping[str, Any]]:
+    """Gives the prompts with some numbers, about drawn pictures, as one left-padded batch."""
+    return lambda numbers: _inputs(processor, numbers, device)
+
+
+def _inputs(processor: Any, numbers: Sequence[int], device: Any) -> Mapping[str, Any]:
+    from tokensieve.evaluate.prompt import KEYWORDS
+
+    questions = [QUESTIONS[number] for number in numbers]
+    pictures = [[_picture(number + at) for at in range(QUESTIONS[number][1])] for number in numbers]
+    if getattr(processor, "chat_template", None):
+        turns = [
+            [
+                {
+                    "role": "user",
+                    "content": [*({"type": "image", "image": p} for p in shown), {"type": "text", "text": q}],
+                }
+            ]
+            for (q, _), shown in zip(questions, pictures, strict=True)
+        ]
+        inputs = processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=dict(KEYWORDS)
+        )
+    else:
+        texts = [f"{processor.image_token * len(p)}\n{q}" for (q, _), p in zip(questions, pictures, strict=True)]
+        inputs = processor(images=pictures, text=texts, **KEYWORDS)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def _picture(number: int) -> Any:
+    """A picture with something everywhere in it."""
+    from PIL import Image, ImageDraw
+
+    width, height = SIZES[number % len(SIZES)]
+    gradients = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
+    turned = gradients[number % 3 :] + gradients[: number % 3]
+    picture = Image.merge("RGB", turned).resize((width, height))
+    draw = ImageDraw.Draw(picture)
+    for i in range(6):
+        x, y = (97 * (i + number)) % (width - 60), (61 * (i + 2 * number)) % (height - 60)
+        shape = draw.ellipse if i % 2 else draw.rectangle
+        shape((x, y, x + 30 + 5 * i, y + 60 - 5 * i), fill=tuple((85 * (i + c + number)) % 256 for c in range(3)))
+    return picture

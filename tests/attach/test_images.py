@@ -1,0 +1,360 @@
+"""What an image is where it is seen in tiles: views, structure rows, shares of a budget; and unknown families."""
+
+import inspect
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import tokensieve
+from families import tiny
+from tokensieve import Method, Reduction
+from tokensieve.attach.probe import attention_from_cls, attention_received
+from tokensieve.budget import share_out
+from tokensieve.models import Shape, families, family_of
+
+GENERATE = {"max_new_tokens": 1, **tiny.GREEDY}
+
+
+def run(name, samples, spec, **more):
+    """Logits after the prompt, and the decisions."""
+    model = tiny.subject(name)
+    with tokensieve.attach(model, spec, **more) as sieve:
+        out = model.generate(**tiny.collate(name, samples), **GENERATE)
+    return out.logits[0], sieve.last
+
+
+def internvl(*tiles):
+    """A prompt of InternVL with an image of so many tiles each."""
+    images = []
+    for number, count in enumerate(tiles):
+        generator = torch.Generator().manual_seed(number)
+        drawn = [tiny.FAMILIES["internvl"].draw((), generator) for _ in range(count)]
+        pixels = {"pixel_values": torch.cat([image.inputs["pixel_values"] for image in drawn])}
+        images.append(tiny.Image(pixels, [tiny.START, *[tiny.IMAGE] * 16 * count, tiny.END]))
+    ids = [tiny.BOS, 7, *(i for image in images for i in [*image.ids, 8, 9])]
+    return tiny.Sample(ids, images)
+
+
+# -- structure rows -------------------------------------------------------------------------------------------------
+
+
+def newlines_of(grid, base):
+    """Places of the newlines after the rows of ``grid``, behind ``base`` tokens."""
+    return [base + row * (grid[1] + 1) + grid[1] for row in range(grid[0])]
+
+
+@pytest.mark.parametrize("spec", ["uniform(keep=9)", "vtc-cls(keep=3)", "fastv(layer=1, keep=4)", "divprune(keep=0.2)"])
+def test_a_newline_stays_if_its_row_keeps_a_patch_and_methods_never_see_one(spec):
+    name = "llava-next"
+    _, decisions = run(name, tiny.scenario(name, "ragged"), spec)
+    for sample, row in zip(tiny.scenario(name, "ragged"), decisions, strict=True):
+        for image, decision in zip(sample.images, row, strict=True):
+            kept, places = set(decision.kept.tolist()), set(image.newlines)
+            width = image.newlines[1] - image.newlines[0] - 1
+            expected = {place for place in places if kept & set(range(place - width, place))}
+            assert kept & places == expected
+            patches = image.tokens - len(places)
+            keep = {"uniform(keep=9)": 9, "vtc-cls(keep=3)": 3, "fastv(layer=1, keep=4)": 4}
+            assert len(kept - places) == keep.get(spec, round(0.2 * patches))
+
+
+def test_the_shapes_of_llava_next_are_what_its_packing_makes():
+    name = "llava-next"
+    model, (sample,) = tiny.subject(name), tiny.scenario(name, "single")
+    inputs = {"pixel_values": sample.images[0].inputs["pixel_values"], "image_sizes": torch.tensor([[56, 84]])}
+    with tokensieve.attach(model, "full"):
+        encoded = model.model.get_image_features(**inputs, return_dict=True)
+    (shape,) = vars(encoded)["_tokensieve_record"].shapes
+    assert shape.views == ((4, 4), (4, 6))
+    assert shape.structure.nonzero().squeeze(-1).tolist() == newlines_of((4, 6), 16)
+    rows = model.model.multi_modal_projector(
+        model.model.vision_tower(inputs["pixel_values"][0], output_hidden_states=True).hidden_states[-2][:, 1:]
+    )
+    assert torch.equal(encoded.pooler_output[0][shape.places], rows.flatten(0, 1)[shape.units])
+    assert torch.equal(encoded.pooler_output[0][shape.structure], model.model.image_newline.expand(4, -1))
+
+
+def test_merges_are_lifted_over_structure_rows():
+    """Two views of 4 tokens, a newline after each pair: the whole's matrix has the parts' as its blocks."""
+    structure = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1]).bool()
+    line = torch.arange(4).repeat_interleave(3)
+    shape = Shape(12, ((2, 2), (2, 2)), line=line, structure=structure)
+    image = tokensieve.VisualTokens(torch.randn(1, 4, 3), grid=(2, 2))
+    slot, source = torch.tensor([[0, 0, 0]]), torch.tensor([[0, 1, 2]])
+    merged = image.merge(torch.tensor([[1]]), slot, source, torch.tensor([[0.5, 0.25, 0.25]]))[0]
+    kept = image.keep(torch.tensor([[2, 3]]))[0]
+    lifted = shape.lifted([merged, kept])
+    assert lifted.anchors.tolist() == [1, 2, 9, 10, 11]  # of the first view only its first line keeps a token
+    expected = torch.zeros(5, 12)
+    expected[0, [0, 1, 3]] = torch.tensor([0.5, 0.25, 0.25])
+    expected[[1, 2, 3, 4], [2, 9, 10, 11]] = 1
+    assert torch.equal(lifted.matrix(), expected)
+    assert shape.lifted([Reduction.identity(4), Reduction.identity(4)]).whole
+
+
+PROJECTORS = [name for name in tiny.FAMILIES if name not in ("ovis2", "fast-vlm", "perception-lm")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_what_enters_the_projector_is_told_token_by_token(name):
+    """Row by row, in token order: what the family says went in, projected, is what came out."""
+    model, samples = tiny.subject(name), tiny.scenario(name, "ragged")
+    family = family_of(model)
+    with tokensieve.attach(model, "visionzip(keep=8)"):
+        out = model.model.get_image_features(**tiny.pictures(name, samples), return_dict=True)
+    record = vars(out)["_tokensieve_record"]
+    entries = family.entries(out.pooler_output, record.shapes)
+    assert sum(map(len, entries)) == sum(image.tokens for s in samples for image in s.images)
+    for rows, shape, features in zip(record.patches, record.shapes, entries, strict=True):
+        places = slice(None) if shape.places is None else shape.places
+        assert torch.allclose(family.project(model, rows), features[places], atol=1e-4)
+
+
+def test_newlines_are_left_alone_by_merges_before_the_projector():
+    name, seen = "llava-next", {}
+    model, (sample,) = tiny.subject(name), tiny.scenario(name, "single")
+
+    def watch(module, args, kwargs):
+        seen.setdefault("rows", kwargs["mm_encoder_outputs"]["image"].pooler_output[0])
+
+    with tokensieve.attach(model, "visionzip(keep=8)") as sieve:
+        hook = model.model.register_forward_pre_hook(watch, with_kwargs=True)
+        model.generate(**tiny.collate(name, [sample]), **GENERATE)
+        hook.remove()
+        ((decision,),) = sieve.last
+    newlines = torch.isin(decision.anchors, torch.tensor(sample.images[0].newlines))
+    assert not decision.projected
+    assert int(newlines.sum()) >= 1
+    assert torch.equal(seen["rows"][newlines], model.model.image_newline.expand(int(newlines.sum()), -1))
+    assert not torch.isin(seen["rows"][~newlines], model.model.image_newline).any()
+
+
+# -- views and budgets ----------------------------------------------------------------------------------------------
+
+
+def test_budgets_are_shared_out_exactly():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        sizes = (
+            torch.randint(1, 40, (int(torch.randint(1, 6, (), generator=generator)),), generator=generator)
+        ).tolist()
+        keep = int(torch.randint(1, 150, (), generator=generator))
+        shares = share_out(keep, sizes)
+        assert all(1 <= share <= size for share, size in zip(shares, sizes, strict=True))
+        assert sum(shares) == max(len(sizes), min(keep, sum(sizes)))
+        exact = [keep * size / sum(sizes) for size in sizes]
+        if keep < sum(sizes) and min(exact) >= 2:
+            assert all(abs(share - e) < 2 for share, e in zip(shares, exact, strict=True))
+    assert share_out(0.5, [4, 4, 8]) == [2, 2, 4]
+    assert share_out(2, [9, 9, 9]) == [1, 1, 1]
+
+
+def test_tiles_side_by_side_are_one_image():
+    sample = internvl(3, 1)
+    _, ((first, second),) = run("internvl", [sample], "vtc-cls(keep=5)")
+    assert (first.total, first.slots, first.grid) == (48, 5, None)
+    assert (second.total, second.slots, second.grid) == (16, 5, (4, 4))
+
+
+def test_what_needs_a_grid_acts_view_by_view_within_the_budget_of_the_image():
+    _, ((first, second),) = run("internvl", [internvl(3, 1)], "pool(keep=12)")
+    assert first.slots == 12
+    assert [int((first.anchors // 16 == tile).sum()) for tile in range(3)] == [4, 4, 4]
+    assert second.slots == 12
+    tile_of = torch.arange(48) // 16
+    assert torch.equal(tile_of[first.anchors][:, None].expand(-1, 48)[first.matrix() > 0],
+                       tile_of.expand(12, -1)[first.matrix() > 0])  # fmt: skip
+    _, ((mosaic,),) = run("llava-next", tiny.scenario("llava-next", "single"), "pool(keep=20)")
+    assert len(set(mosaic.kept.tolist()) - set(newlines_of((4, 6), 16))) <= 20
+
+
+def test_a_budget_for_each_tile():
+    _, ((first, second),) = run("internvl", [internvl(3, 1)], "divprune(keep=2)", budget_scope="tile")
+    assert first.slots == 6
+    assert [int((first.anchors // 16 == tile).sum()) for tile in range(3)] == [2, 2, 2]
+    assert second.slots == 2
+
+
+@pytest.mark.parametrize("spec", ["vtc-cls(keep=10)", "pool(keep=10)", "fastv(layer=1, keep=10)"])
+def test_a_budget_for_each_sample(spec):
+    batch = [internvl(3, 1), internvl(1)]
+    _, ((first, second), (alone,)) = run("internvl", batch, spec, budget_scope="sample")
+    assert second.slots < first.slots
+    assert alone.slots == 10 if "pool" not in spec else alone.slots <= 10
+    if "pool" not in spec:
+        assert first.slots + second.slots == 10
+    logits, decisions = run("internvl", batch, spec, budget_scope="sample")
+    for row, sample in enumerate(batch):
+        own, ((*mine,),) = run("internvl", [sample], spec, budget_scope="sample")
+        assert torch.allclose(own[0], logits[row], atol=1e-4)
+        assert [r.kept.tolist() for r in mine] == [r.kept.tolist() for r in decisions[row]]
+
+
+SCOPES = {
+    "unknown": ("vtc-cls", "photo", "budget_scope must be one of 'image', 'sample', 'tile'"),
+    "encoder": ("downsample", "sample", "budget_scope='sample' is not for methods that act in the encoder"),
+    "tiles inside the LLM": ("fastv", "tile", "budget_scope='tile' is not for methods that act in the decoder"),
+    "another budget": (
+        "fastv(layer=1, average=0.5)",
+        "sample",
+        "fastv(keep=0.5, average=0.5, layer=1) has other budgets",
+    ),
+    "fusion": ("pumer", "sample", "is not for methods that act in the fusion"),
+}
+
+
+@pytest.mark.parametrize("case", SCOPES)
+def test_scopes_that_a_budget_cannot_have(case):
+    spec, scope, message = SCOPES[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tokensieve.attach(tiny.subject("internvl"), spec, budget_scope=scope)
+
+
+def test_models_that_stack_equal_images_are_handed_one_tensor():
+    """InternVL's features are a tensor; uneven images of a batch still reach it as one."""
+    seen = []
+    model = tiny.subject("internvl")
+    with tokensieve.attach(model, "random(keep=0.3)", budget_scope="sample"):
+        hook = model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["mm_encoder_outputs"]["image"].pooler_output),
+            with_kwargs=True,
+        )
+        model.generate(**tiny.collate("internvl", [internvl(3, 1)]), **GENERATE)
+        hook.remove()
+    assert isinstance(seen[0], torch.Tensor)
+    assert seen[0].shape == (1, round(0.3 * 64), 64)
+
+
+# -- reading the encoder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_attention_is_read_under_the_mask(kind):
+    """Two packed images: each as if it were alone."""
+    g = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 2, 7, 4, generator=g), torch.randn(1, 2, 7, 4, generator=g)
+    image = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    mask = (image[:, None] == image)[None, None]
+    if kind == "additive":
+        mask = torch.zeros(1, 1, 7, 7).masked_fill(~mask, torch.finfo(torch.float32).min)
+    together = attention_received(query, key, 0.5, mask)
+    alone = [attention_received(query[:, :, image == i], key[:, :, image == i], 0.5) for i in (0, 1)]
+    assert torch.allclose(together, torch.cat(alone, -1), atol=1e-6)
+    first = attention_from_cls(query[:, :, :3], key[:, :, :3], 0.5)
+    assert torch.allclose(attention_from_cls(query, key, 0.5, mask)[:, :3], first, atol=1e-6)
+
+
+def test_an_image_that_is_resampled_after_the_encoder():
+    """LLaVA-OneVision shrinks large mosaics: features can be chosen among, attention belongs to none of them."""
+    name = "llava-onevision"
+    model, (sample,) = tiny.build(name), tiny.scenario(name, "single")
+    pixels = torch.randn(1, 5, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[112, 112]])}
+    model.config.vision_aspect_ratio = "anyres_max_2"  # of at most 2 tiles: 8 x 8 patches become 5 x 5
+    ids = torch.tensor([[*sample.ids[:3], *[tiny.IMAGE] * (16 + 5 * 6), 7, 8]])
+    with tokensieve.attach(model, "divprune(keep=5)") as sieve:
+        model.generate(input_ids=ids, **inputs, **GENERATE)
+    kept = set(sieve.last[0][0].kept.tolist())
+    assert len(kept - set(newlines_of((5, 5), 16))) == 5
+    with (
+        tokensieve.attach(model, "vtc-cls(keep=5)"),
+        pytest.raises(ValueError, match="resamples an image of this size"),
+    ):
+        model.generate(input_ids=ids, **inputs, **GENERATE)
+
+
+def test_the_encode_function_is_wrapped_on_the_instance_and_given_back():
+    model = tiny.subject("llava-next")
+    before = inspect.signature(model.model.get_image_features)
+    with tokensieve.attach(model, "uniform(keep=5)"):
+        assert inspect.signature(model.model.get_image_features) == before
+        assert "get_image_features" in vars(model.model)
+    assert "get_image_features" not in vars(model.model)
+    own = model.model.get_image_features
+    model.model.get_image_features = own
+    with tokensieve.attach(model, "uniform(keep=5)"):
+        pass
+    assert vars(model.model).pop("get_image_features") is own
+
+
+# -- families -------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_is_a_family():
+    found = families()
+    assert {"llava", "qwen-vl", "llava-next", "internvl"} <= {family.name for family in found}
+    types = [kind for family in found for kind in family.model_types]
+    assert len(types) == len(set(types))
+    assert all(family.title and family.stages for family in found)
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """A model of a known shape under a name that nobody has heard of."""
+
+    def make(name):
+        model = tiny.subject(name)
+        monkeypatch.setattr(type(model.config), "model_type", "novel_vlm")
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("spec", ["divprune(keep=5)", "trsm(keep=5)", "fastv(layer=1, keep=5)"])
+def test_an_unknown_family_of_the_same_shape(unknown, spec):
+    expected, decided = run("vipllava", tiny.scenario("vipllava", "ragged"), spec)
+    assert "untested" in family_of(unknown("vipllava")).title
+    got, again = run("vipllava", tiny.scenario("vipllava", "ragged"), spec)
+    assert torch.equal(got, expected)
+    assert [[r.kept.tolist() for r in row] for row in again] == [[r.kept.tolist() for r in row] for row in decided]
+
+
+def test_what_an_unknown_family_cannot_give(unknown):
+    model = unknown("vipllava")
+    with pytest.raises(ValueError, match="nothing is known about how its encoder's rows become visual tokens"):
+        tokensieve.attach(model, "vtc-cls")
+    inputs = tiny.collate("vipllava", tiny.scenario("vipllava", "single"))
+    with tokensieve.attach(model, "pool(keep=4)"), pytest.raises(ValueError, match="needs tokens on a grid"):
+        model.generate(**inputs, **GENERATE)
+    with tokensieve.attach(model, "uniform(keep=4)"), pytest.raises(ValueError, match="speaker has a value per token"):
+        model(**inputs, speaker=torch.zeros_like(inputs["input_ids"]))
+
+
+def test_an_unknown_llm_with_another_mask(unknown):
+    model = unknown("paligemma")
+    inputs = tiny.collate("paligemma", tiny.scenario("paligemma", "single"))
+    with tokensieve.attach(model, "fastv(layer=1, keep=4)"), pytest.raises(ValueError, match="mask is another one"):
+        model.generate(**inputs, **GENERATE)
+    with tokensieve.attach(model, "uniform(keep=4)"):
+        model.generate(**inputs, **GENERATE)
+
+
+@pytest.mark.parametrize("kind", ["mllama", "blip-2", "instructblip"])
+def test_families_that_are_refused(kind):
+    @dataclass
+    class Config:
+        model_type: str = kind
+
+    class Stub(torch.nn.Module):
+        config = Config()
+
+    with pytest.raises(ValueError, match=r"is not supported: (its LLM reads images by cross|a Q-Former hands its LLM)"):
+        tokensieve.attach(Stub(), "full")
+
+
+def test_a_plugin_whose_parameters_cannot_be_hashed(registry):
+    @tokensieve.register("listed", paper="none")
+    @dataclass(frozen=True)
+    class Listed(Method):
+        """Keep these."""
+
+        places: tuple = ()
+
+        def reduce(self, image):
+            return image.keep(torch.tensor(self.places).expand(len(image.features), -1))
+
+    _, decisions = run("internvl", [internvl(1, 1)], [Listed(places=[0, 3])])
+    assert [r.kept.tolist() for r in decisions[0]] == [[0, 3]] * 2

@@ -1,0 +1,240 @@
+"""Laws 1 to 5 on every family: methods of every kind, both kernels, one prompt and a ragged batch with several images.
+
+A family is one entry of ``tiny.FAMILIES``; what it cannot give is refused, with the words in ``REFUSED``.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+import tokensieve
+from families import reference, tiny
+from families.reference import noise
+from tokensieve import Reduction
+from tokensieve.models import family_of
+from tokensieve.reduction import Mixing
+
+STEPS, WORDS = 4, [11, 12, 13]
+METHODS = {
+    "attention": "fastervlm(keep=5)",
+    "features": "divprune(keep=5)",
+    "text": "trsm(keep=5)",
+    "merging": "visionzip(keep=7, before_projector=False)",
+    "inside": "fastv(layer=1, keep=5)",
+}
+REFUSED = {
+    "qwen3.5": dict.fromkeys(METHODS, "no supported family"),
+    "gemma3": {"inside": "in both directions within an image"},
+    "paligemma": {"inside": "its prompt attends in both directions"},
+    "aya-vision": {"inside": "this LLM has sliding_attention"},
+    "cohere2-vision": {"inside": "this LLM has sliding_attention"},
+    "ovis2": {"merging": "mixtures of a visual vocabulary"},
+    "fast-vlm": {"attention": "its tower is convolutional", "merging": "its tower is convolutional"},
+    "perception-lm": {"attention": "timm's, whose attention cannot be read", "merging": "timm's, whose attention"},
+}
+
+each_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+each_batch = pytest.mark.parametrize("batch", ["single", "ragged"])
+
+
+def supported(name):
+    return [kind for kind in METHODS if kind not in REFUSED.get(name, {})]
+
+
+each_name = pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if supported(name)])
+each_cell = pytest.mark.parametrize(
+    ("name", "kind"), [(name, kind) for name in tiny.FAMILIES for kind in supported(name)]
+)
+
+
+@cache
+def encoded(name, attention, batch):
+    """Features of every image, `[sample][image]`, each sample by itself."""
+    return [reference.encode(tiny.pristine(name, attention), name, s) for s in tiny.scenario(name, batch)]
+
+
+@cache
+def outputs(name, attention, batch, hooked):
+    """Logits and tokens of generate, and those of a plain forward."""
+    model, inputs = (tiny.subject if hooked else tiny.pristine)(name, attention), collate(name, batch)
+    out = model.generate(**inputs, max_new_tokens=2, **tiny.GREEDY)
+    with torch.no_grad():
+        return [*out.logits, out.sequences, model(**inputs).logits]
+
+
+def collate(name, batch):
+    return tiny.collate(name, tiny.scenario(name, batch))
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# -- law 1 --------------------------------------------------------------------------------------------------------
+
+
+@each_batch
+@each_kernel
+@each_name
+def test_keeping_all_changes_no_bit(name, attention, batch):
+    model, unhooked = tiny.subject(name, attention), outputs(name, attention, batch, False)
+    assert same(outputs(name, attention, batch, True), unhooked)
+    before = tiny.footprint(model)
+    for kind in supported(name):
+        spec = METHODS[kind].replace("keep=5", "keep=1.0").replace("keep=7", "keep=1.0")
+        with tokensieve.attach(model, spec) as sieve:
+            assert same(outputs.__wrapped__(name, attention, batch, True), unhooked), spec
+            assert all(r.whole for row in sieve.last for r in row)
+        assert tiny.footprint(model) == before, spec
+    assert same(outputs.__wrapped__(name, attention, batch, True), unhooked)
+
+
+# -- laws 2 to 5 --------------------------------------------------------------------------------------------------
+
+
+@each_batch
+@each_kernel
+@each_cell
+def test_oracle_batch_continuation_and_conservation(name, kind, attention, batch, deviation):
+    model, samples, inputs = tiny.subject(name, attention), tiny.scenario(name, batch), collate(name, batch)
+    with tokensieve.attach(model, METHODS[kind]) as sieve:
+        first = model.generate(**inputs, max_new_tokens=STEPS, **tiny.GREEDY)
+        decisions = sieve.last
+        turn = longer(name, inputs, first.sequences)
+        second = model.generate(**turn, max_new_tokens=2, past_key_values=first.past_key_values, **tiny.GREEDY)
+        alone = [own(model, name, s, sieve) for s in samples] if len(samples) > 1 else []
+    answers, after = first.sequences[:, -STEPS:].tolist(), second.sequences[:, -2:].tolist()
+    got = torch.stack([*first.logits, *second.logits], 1)
+
+    assert [len(row) for row in decisions] == [len(s.images) for s in samples]
+    for i, s in enumerate(samples):
+        kept = [r.kept.tolist() for r in decisions[i]]
+        for image, decision in zip(s.images, decisions[i], strict=True):
+            conserved(image, decision, kind)
+        # laws 2 and 4: one sequence by hand holds both turns
+        tail = [*answers[i], *WORDS, *after[i]]
+        by_hand = hand(name, attention, batch, i, kind, decisions[i], tail[:-1])
+        by_hand = torch.cat([by_hand[:STEPS], by_hand[-2:]])
+        assert deviation("from the hand reference (law 2)", got[i, :STEPS], by_hand[:STEPS]) <= noise(name)
+        assert deviation("of a second turn (law 4)", got[i, STEPS:], by_hand[STEPS:]) <= noise(name)
+        assert by_hand.argmax(-1).tolist() == [*answers[i], *after[i]]
+        if alone:  # law 3; its logits are by hand already
+            assert [r.kept.tolist() for r in alone[i][1]] == kept
+            assert deviation("of a row from its own run (law 3)", got[i, 0], alone[i][0]) <= noise(name)
+
+
+def hand(name, attention, batch, i, kind, decisions, answer):
+    """Logits after the prompt and after each token of ``answer``, of sample ``i`` with these decisions."""
+    model, s = tiny.pristine(name, attention), tiny.scenario(name, batch)[i]
+    kept = [r.kept.tolist() for r in decisions]
+    if kind == "inside":
+        assert all(r.mixing is None for r in decisions)
+        chosen_by_attention(name, s, kept)
+        return reference.logits_inside(model, name, s, 1, kept, answer)
+    assert all(r.projected for r in decisions)
+    rows = [e.mixed(r.matrix()) for e, r in zip(encoded(name, attention, batch)[i], decisions, strict=True)]
+    return reference.logits(model, name, s, kept, rows, answer)
+
+
+def chosen_by_attention(name, sample, kept):
+    """FastV's choice: no patch that was dropped gets more attention from the last prompt token than one that stayed."""
+    for image, scores, stay in zip(sample.images, attended(name, sample), kept, strict=True):
+        patches = set(range(image.tokens)) - set(image.newlines)
+        dropped = sorted(patches - set(stay))
+        if dropped:
+            assert scores[sorted(patches & set(stay))].min() >= scores[dropped].max() - 1e-5
+
+
+@cache
+def attended(name, sample):
+    return reference.attended(tiny.pristine(name, "eager"), name, sample, 0)
+
+
+def own(model, name, sample, sieve):
+    """First logits and decisions of a sample's own run."""
+    out = model.generate(**tiny.collate(name, [sample]), max_new_tokens=1, **tiny.GREEDY)
+    return out.logits[0][0], sieve.last[0]
+
+
+def longer(name, inputs, sequences):
+    """The same prompts with what was answered and ``WORDS`` appended; without the images."""
+    rows, added = len(sequences), sequences.shape[1] - inputs["input_ids"].shape[1] + len(WORDS)
+    out = {
+        "input_ids": torch.cat([sequences, torch.tensor(WORDS).expand(rows, -1)], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(rows, added, dtype=torch.long)], 1),
+    }
+    kind = tiny.FAMILIES[name].types
+    if kind:
+        out[kind] = torch.cat([inputs[kind], torch.full((rows, added), int(name == "paligemma"))], 1)
+    return out
+
+
+def conserved(image, decision, kind):
+    """Law 5, and the rule for newlines: one stays if a patch of its row does."""
+    source, anchors = decision.source, decision.anchors.tolist()
+    assert decision.total == image.tokens == len(source)
+    assert anchors == sorted(set(anchors))
+    assert set(source.tolist()) - {-1} == set(range(decision.slots))
+    assert torch.equal((decision.matrix() != 0).sum(-1), decision.counts)
+    if decision.mixing is None:
+        assert torch.equal(source[decision.anchors], torch.arange(decision.slots))
+        assert int((source >= 0).sum()) == decision.slots
+    patches = [i for i in anchors if i not in image.newlines]
+    assert set(anchors) - set(patches) == reference.rows_left(image, patches)
+    assert len(patches) == min(7 if kind == "merging" else 5, image.tokens - len(image.newlines))
+
+
+# -- rows before the projector --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if "merging" in supported(name)])
+def test_rows_before_the_projector_are_those_of_their_tokens(name, deviation):
+    """A decision that mixes each token with nothing but itself, before the projector: its own features come out."""
+    model, samples, inputs = tiny.subject(name), tiny.scenario(name, "ragged"), collate(name, "ragged")
+    g = torch.Generator().manual_seed(0)
+
+    def some(image):
+        patches = [i for i in range(image.tokens) if i not in image.newlines]
+        chosen = [patches[i] for i in torch.randperm(len(patches), generator=g)[:6].tolist()]
+        kept = torch.tensor(sorted({*chosen, *reference.rows_left(image, chosen)}))
+        return Reduction(
+            image.tokens, kept, Mixing(torch.arange(len(kept)), kept, torch.ones(len(kept))), projected=False
+        )
+
+    decisions = [[some(image) for image in s.images] for s in samples]
+    with tokensieve.attach(model, decisions):
+        out = model.generate(**inputs, max_new_tokens=1, **tiny.GREEDY)
+    for i, s in enumerate(samples):
+        rows = [e.mixed(r.matrix()) for e, r in zip(encoded(name, "sdpa", "ragged")[i], decisions[i], strict=True)]
+        by_hand = reference.logits(tiny.pristine(name), name, s, [r.kept for r in decisions[i]], rows, [])
+        assert deviation("of rows before the projector", out.logits[0][i], by_hand[0]) <= noise(name)
+
+
+# -- refusals, beams ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in REFUSED for kind in REFUSED[name]])
+def test_what_a_family_cannot_give_is_refused(name, kind):
+    model = tiny.subject(name)
+    before = tiny.footprint(model)
+    with pytest.raises(ValueError, match=REFUSED[name][kind]):
+        tokensieve.attach(model, METHODS[kind])
+    assert tiny.footprint(model) == before
+
+
+@each_name
+def test_beams_of_a_batch_are_those_of_each_row(name):
+    model, samples = tiny.subject(name), tiny.scenario(name, "ragged")
+    beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3, "do_sample": False}
+    with tokensieve.attach(model, METHODS["features"]) as sieve:
+        together = model.generate(**tiny.collate(name, samples), **beams)[:, -3:]
+        assert [len(row) for row in sieve.last] == [len(s.images) for s in samples]
+        for i, s in enumerate(samples):
+            alone = model.generate(**tiny.collate(name, [s]), **beams)[:, -3:]
+            assert together[2 * i : 2 * i + 2].tolist() == alone.tolist()
+
+
+@each_name
+def test_the_family_is_known_by_name(name):
+    assert tiny.subject(name).config.model_type in family_of(tiny.subject(name)).model_types

@@ -1,0 +1,273 @@
+"""``Laws``: they hold on models that are right, and each of them notices what breaks it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+
+import tokensieve
+from laws import reference, tiny
+from laws.reference import NOISE
+from tokensieve import Method, Needs, Reduction, VisualTokens
+from tokensieve.attach import sieve
+from tokensieve.attach.connector import Connector
+from tokensieve.attach.sieve import Sieve
+from tokensieve.measure import LAWS, Laws
+from tokensieve.measure.hiding import dropped_columns, hidden, merged
+
+METHODS = (
+    "fastervlm(keep=5)",
+    "divprune(keep=0.3)",
+    "trsm(keep=5)",
+    "visionzip(keep=7, before_projector=False)",
+    "fastv(layer=1, keep=5)",
+    "uniform(keep=8) + fastv(layer=2, keep=3)",
+)
+
+
+@cache
+def laws(family: str, attention: str = "sdpa") -> Laws:
+    samples = [*tiny.scenario(family, "ragged")[:2], *tiny.scenario(family, "two-images")]
+    model = tiny.subject(family, attention)
+    return Laws(model, lambda numbers: tiny.collate(family, [samples[i] for i in numbers]))
+
+
+def verdicts(family: str, method) -> dict:
+    return {verdict.law: verdict for verdict in laws(family).check(method)}
+
+
+@pytest.mark.parametrize(("family", "attention"), [("llava-clip", "sdpa"), ("qwen3-vl", "eager")])
+def test_they_hold(family, attention):
+    trial = laws(family, attention)
+    before = tiny.footprint(trial.model)
+    assert 0 < trial.floor < 2e-5
+    for method in METHODS:
+        found = list(trial.check(method))
+        assert [verdict.law for verdict in found] == list(LAWS)
+        assert all(verdict.status == "pass" for verdict in found), found
+        numbers = {verdict.law: verdict.deviation for verdict in found}
+        assert numbers["identity"] == 0.0
+        assert all(numbers[law] <= NOISE for law in ("oracle", "batch", "continuation"))
+        assert {verdict.method for verdict in found} == {" + ".join(map(str, tokensieve.parse(method)))}
+    assert tiny.footprint(trial.model) == before
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [("llava-clip", "sdpa"), ("llava-siglip", "eager"), ("qwen2.5-vl", "eager"), ("qwen3-vl", "sdpa")],
+)
+def test_hiding_tokens_is_the_language_model_fed_by_hand(family, attention, deviation):
+    """The oracle of this command and the hand reference of the tests: two ways to leave tokens out, one result."""
+    model, samples = tiny.subject(family, attention), tiny.scenario(family, "mixed")
+    before, g = tiny.footprint(model), torch.Generator().manual_seed(0)
+
+    def decide(image) -> Reduction:
+        kept = torch.randperm(image.tokens, generator=g)[:5].sort().values
+        mixing = tokensieve.reduction.Mixing(torch.tensor([0, 0, 1, 2, 3, 4]), torch.tensor([0, *kept]), torch.rand(6))
+        return Reduction(image.tokens, kept, mixing)
+
+    decisions = [[decide(image) for image in s.images] for s in samples]
+    inputs = tiny.collate(family, samples)
+    gone = dropped_columns(inputs["input_ids"], tiny.IMAGE, decisions)
+    with hidden(model, gone), merged(model, decisions):
+        out = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+    for i, s in enumerate(samples):
+        rows = [
+            reference.encode(model, family, image).mixed(r.matrix())
+            for image, r in zip(s.images, decisions[i], strict=True)
+        ]
+        answer = out.sequences[i, -4:].tolist()
+        by_hand = reference.logits(model, family, s, [r.kept for r in decisions[i]], rows, "original", answer[:-1])
+        assert deviation("of hidden tokens from the hand reference", torch.stack(out.logits, 1)[i], by_hand) <= NOISE
+    assert tiny.footprint(model) == before
+
+
+def test_hiding_tokens_inside_needs_no_mask_of_the_caller(deviation):
+    """One prompt without padding runs on the kernel's own causal mask; in a batch there is one to add to."""
+    model, samples = tiny.subject("llava-clip"), tiny.scenario("llava-clip", "ragged")
+    decisions = [[Reduction(image.tokens, torch.tensor([3, 7, 11])) for image in s.images] for s in samples]
+    rows = []
+    for some, of in ((samples, decisions), (samples[1:2], decisions[1:2])):
+        inputs = tiny.collate("llava-clip", some)
+        with hidden(model, dropped_columns(inputs["input_ids"], tiny.IMAGE, of), 1):
+            rows.append(torch.stack(model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY).logits, 1))
+    assert deviation("of tokens hidden inside", rows[0][1], rows[1][0]) <= NOISE
+    whole = torch.stack(model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY).logits, 1)
+    assert (rows[1] - whole).abs().max() > 0.1
+
+
+def test_a_refusal_is_no_failure():
+    found = verdicts("llava-siglip", "cls-knee")
+    assert {verdict.status for verdict in found.values()} == {"refused"}
+    assert all("this encoder has none" in verdict.reason for verdict in found.values())
+    with pytest.raises(ValueError, match="unknown method"):
+        verdicts("llava-clip", "nonsuch")
+
+
+def test_what_cannot_be_checked_says_why():
+    for method, why in (
+        ("visionzip(keep=7)", "before the projector"),
+        ("downsample(keep=9)", "another image"),
+        ("pyramiddrop(layers=(1, 2), counts=(9, 4))", "several blocks"),
+    ):
+        found = verdicts("llava-clip", method)
+        assert {law: found[law].status for law in LAWS} == dict.fromkeys(LAWS, "pass") | dict.fromkeys(
+            ("oracle", "continuation"), "skipped"
+        )
+        assert why in found["oracle"].reason
+    assert "no budget" in verdicts("llava-clip", "vtw(layer=1)")["identity"].reason
+
+
+# -- every law notices what breaks it ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Own(Method):
+    """Keeps the first tokens; what is wrong with it comes in subclasses."""
+
+    keep: int | float = 5
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        first = torch.arange(image.count(self.keep)).expand(image.features.shape[0], -1)
+        return image.keep(first)
+
+
+def broken(method: Method) -> dict[str, str]:
+    """Laws that fail, with the reason."""
+    found = verdicts("llava-clip", [method]).values()
+    assert "refused" not in {verdict.status for verdict in found}, found
+    return {verdict.law: verdict.reason for verdict in found if verdict.status == "FAIL"}
+
+
+@pytest.fixture
+def own(registry):
+    return registry.register("own", paper="none", needs=Needs())
+
+
+def test_a_sound_method_breaks_nothing(own):
+    assert broken(own(Own)()) == {}
+
+
+def test_identity_notices_a_method_that_drops_what_it_should_keep(own):
+    class Greedy(Own):
+        def __call__(self, image: VisualTokens) -> Reduction:
+            return image.keep(torch.arange(image.total - 1).expand(image.features.shape[0], -1))
+
+    assert broken(own(Greedy)()).keys() == {"identity"}
+
+
+def test_identity_notices_what_is_left_behind(own, monkeypatch):
+    trial = laws("llava-clip")
+    left = []
+    method = own(Own)()
+    with monkeypatch.context() as patch:
+        patch.setattr(Sieve, "_remove", lambda attached: left.append(attached))
+        found = {verdict.law: verdict.status for verdict in trial.check([method])}
+    for attached in left:
+        attached._remove()
+    assert found["identity"] == "FAIL"
+
+
+def test_oracle_notices_wrong_positions(own, monkeypatch):
+    positions = Connector._positions
+    monkeypatch.setattr(Connector, "_positions", lambda self, kwargs: positions(self, kwargs) * 2)
+    assert "oracle" in broken(own(Own)())
+
+
+def test_oracle_notices_wrong_rows(own, monkeypatch):
+    apply = Reduction.apply
+
+    def shifted(self, rows):
+        return apply(self, rows if self.whole else rows.roll(1, -2))
+
+    monkeypatch.setattr(Reduction, "apply", shifted)
+    assert broken(own(Own)()).keys() <= {"oracle", "continuation"}
+    assert "oracle" in broken(own(Own)())
+
+
+def test_batch_notices_a_method_that_looks_at_its_neighbours(own):
+    class Nosy(Own):
+        def reduce(self, image: VisualTokens) -> Reduction:
+            total = image.features.flatten(1).sum()  # of all images of the batch
+            return image.keep((torch.arange(3) + int(total.abs() * 1e4) % 20).expand(image.features.shape[0], -1))
+
+    assert "other tokens than its own run" in broken(own(Nosy)())["batch"]
+
+
+def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
+    later = sieve.later_step
+
+    def shifted(kwargs, state, cache):
+        kwargs = later(kwargs, state, cache)
+        if kwargs["input_ids"].shape[1] > 1:
+            kwargs["position_ids"] = kwargs["position_ids"] + 3
+        return kwargs
+
+    monkeypatch.setattr(sieve, "later_step", shifted)
+    assert broken(own(Own)()).keys() == {"continuation"}
+
+
+def test_conservation_notices_a_false_record(own):
+    class Liar(Reduction):
+        @property
+        def source(self):
+            return torch.zeros(self.total, dtype=torch.long)
+
+        def __getitem__(self, image):
+            return Liar(self.total, self.anchors[image])
+
+    class Lying(Own):
+        def reduce(self, image: VisualTokens) -> Reduction:
+            honest = super().reduce(image)
+            return Liar(honest.total, honest.anchors)
+
+    assert "listed as kept" in broken(own(Lying)())["conservation"]
+
+
+def test_cache_notices_columns_that_stayed(own, monkeypatch):
+    tokens = Sieve._tokens
+    fewer = lambda self, *args: [[[n - 1 for n in blocks] for blocks in row] for row in tokens(self, *args)]  # noqa: E731
+    monkeypatch.setattr(Sieve, "_tokens", fewer)
+    assert "columns; " in broken(own(Own)())["cache"]
+
+
+def test_a_crash_is_a_failure(own):
+    class Crashing(Own):
+        def reduce(self, image: VisualTokens) -> Reduction:
+            raise KeyError("gone")
+
+    assert broken(own(Crashing)()) == dict.fromkeys(LAWS, "KeyError: 'gone'")
+
+
+# -- half precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["fastervlm", "divprune", "trsm", "visionzip(before_projector=False)", "fastv"])
+def test_bfloat16_on_the_bundled_model(method, bundled):
+    """Identity exact, the oracle within measured rounding, and the same greedy tokens."""
+    trial = bundled(torch.bfloat16)
+    found = {verdict.law: verdict for verdict in trial.check(method, keep=36)}
+    assert all(verdict.status == "pass" for verdict in found.values()), found
+    assert found["identity"].deviation == 0.0
+    assert found["oracle"].deviation <= 2 * trial.floor
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    from functools import cache
+
+    from tokensieve import reference as bundle
+    from tokensieve.commands.check import prompts
+
+    if not (bundle.path() / "model.safetensors").is_file():
+        pytest.skip("no trained weights")
+
+    @cache
+    def build(dtype):
+        model, processor = bundle.load()
+        return Laws(model.to(dtype), prompts(processor, model.device), 3, processor)
+
+    return build
