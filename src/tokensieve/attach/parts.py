@@ -12,7 +12,7 @@ from tokensieve.methods import Method
 from tokensieve.models import Shape
 from tokensieve.models.shape import Grid
 
-Scope: TypeAlias = Literal["image", "clip", "sample", "tile", "frame"]
+Scope: TypeAlias = Literal["image", "sample", "tile", "clip", "frame"]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
