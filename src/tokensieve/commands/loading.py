@@ -21,12 +21,16 @@ def load_model(name: str, dtype: str | None = None, random: bool = False) -> tup
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from tokensieve.models import families
+    from tokensieve.models import REFUSED, families
 
     place = _place(name)
     config = _from_pretrained(AutoConfig, place)
     known = [kind for family in families() for kind in family.model_types]
-    if config.model_type not in known:
+    if config.model_type in REFUSED:
+        raise ValueError(f"{name} is a {config.model_type!r} model, not supported: {REFUSED[config.model_type]}")
+    if config.model_type not in known and not hasattr(
+        config, "image_token_id"
+    ):  # the shape of unknown ones shows later
         raise ValueError(
             f"{name} is a {config.model_type!r} model, not a supported vision-language model; "
             f"supported: {', '.join(known)}"

@@ -3,6 +3,17 @@
 from tokensieve.models.catalogue import TESTED, families, family_of
 from tokensieve.models.family import EncodeCall, Family
 from tokensieve.models.fusion import FusionFamily, fusion_families
+from tokensieve.models.generic import REFUSED
 from tokensieve.models.shape import Shape
 
-__all__ = ["TESTED", "EncodeCall", "Family", "FusionFamily", "Shape", "families", "family_of", "fusion_families"]
+__all__ = [
+    "REFUSED",
+    "TESTED",
+    "EncodeCall",
+    "Family",
+    "FusionFamily",
+    "Shape",
+    "families",
+    "family_of",
+    "fusion_families",
+]
