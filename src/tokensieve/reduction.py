@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+ENTRIES = 16384  # of a mixing matrix at once, so that a long video needs no float32 copy of all its rows
+
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
@@ -158,10 +160,12 @@ class Reduction:
         width = rows.shape[-1]
         if self.mixing is None:
             return rows.gather(-2, self.anchors[..., None].expand(*self.anchors.shape, width))
-        m = self.mixing
-        parts = rows.gather(-2, m.source[..., None].expand(*m.source.shape, width)).float() * m.weight[..., None]
-        out = parts.new_zeros((*self.anchors.shape, width))
-        return out.scatter_add(-2, m.slot[..., None].expand_as(parts), parts).to(rows.dtype)
+        out = torch.zeros((*self.anchors.shape, width), device=rows.device)
+        entries = (torch.split(t, ENTRIES, dim=-1) for t in (self.mixing.slot, self.mixing.source, self.mixing.weight))
+        for slot, source, weight in zip(*entries, strict=True):
+            parts = rows.gather(-2, source[..., None].expand(*source.shape, width)).float() * weight[..., None]
+            out = out.scatter_add(-2, slot[..., None].expand_as(parts), parts)
+        return out.to(rows.dtype)
 
     def matrix(self) -> Tensor:
         """W as a dense `[K, N]` (or `[B, K, N]`) float32 tensor: for tests and plots, not for the hot path."""

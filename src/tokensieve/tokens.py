@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget, count
+from tokensieve.ops import marked
 from tokensieve.reduction import Mixing, Reduction
 
 Layers: TypeAlias = int | slice
@@ -22,6 +23,8 @@ class VisualTokens:
     Attributes:
         features: `[B, N, D]`, the rows that would enter the LLM (after the projector).
         grid: (height, width) with height · width = N, if the tokens form one.
+        frames: T, where the images are videos: the tokens are those of T equal frames, one frame after the other, and
+            the grid is the frames' grids one below the other.
         places: `[B, N, 2]`, row and column of each token in its image, if its tokens once formed a grid.
         cls_attention: {encoder layer: `[B, N]`}, what the encoder's [CLS] token attends to: post-softmax, mean over
             heads, one value per visual token. Layers count from 0.
@@ -53,6 +56,7 @@ class VisualTokens:
 
     features: Tensor
     grid: tuple[int, int] | None = None
+    frames: int | None = None
     places: Tensor | None = None
     cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
     cls_similarity: Tensor | None = None
@@ -90,6 +94,8 @@ class VisualTokens:
         b, n, _ = self.features.shape
         if self.grid is not None and self.grid[0] * self.grid[1] != n:
             raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
+        if self.frames is not None and n % self.frames:
+            raise ValueError(f"{n} tokens are not {self.frames} frames of equal size")
         for name in ("cls_attention", "cls_wide", "received", "encoder_keys"):
             for layer, rows in getattr(self, name).items():
                 if rows.shape[:2] != (b, n):
@@ -148,6 +154,16 @@ class VisualTokens:
         if value is None:
             raise ValueError(f"this method needs VisualTokens({name}=...)")
         return value
+
+    def in_frames(self, rows: Tensor) -> Tensor:
+        """Rows `[B, N, ...]` of videos frame by frame, `[B, T, n, ...]`; ``ValueError`` if these are images."""
+        if self.frames is None:
+            raise ValueError("this method compares the frames of a video; these tokens are of images")
+        return rows.view(len(rows), self.frames, -1, *rows.shape[2:])
+
+    def noted(self, note: str) -> VisualTokens:
+        """The same with one more remark for the Reduction."""
+        return replace(self, notes=(*self.notes, note))
 
     def words(self) -> tuple[Tensor, Tensor]:
         """The user's words and their mask, `[B, M, D]` and `[B, M]`.
@@ -209,6 +225,22 @@ class VisualTokens:
         mixing, notes = Mixing(slot, source, weight.float()), (*self.notes, *notes)
         projected = not before_projector
         return Reduction(self.total, anchors, mixing, valid, scores, self.grid, notes, projected)
+
+    def merge_into(self, into: Tensor, weight: Tensor, *notes: str, scores: Tensor | None = None) -> Reduction:
+        """Every token goes into one: token i adds ``weight[i]`` of itself to token ``into[i]``.
+
+        Args:
+            into: `[B, N]`; a token that goes into itself stays, −1 is dropped.
+            weight: `[B, N]`.
+            notes, scores: as in :meth:`merge`.
+        """
+        source = torch.arange(self.total, device=into.device).expand_as(into)
+        stays, lost = into == source, into < 0
+        anchors, valid = marked(stays)
+        slot = (stays.long().cumsum(-1) - 1).gather(-1, into.clamp(min=0)).masked_fill(lost, 0)
+        mixing = Mixing(slot, source, weight.float().masked_fill(lost, 0))
+        real = None if bool(valid.all()) else valid
+        return Reduction(self.total, anchors, mixing, real, scores, self.grid, (*self.notes, *notes))
 
 
 def _in_order(anchors: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,8 +21,9 @@ TOWER = ("tome", "illava-encoder", "mustdrop-encoder")
 
 
 def here() -> list[MethodInfo]:
-    """The methods of these laws: what acts before the LLM. Others have their own (tests/decoder, zoo, fusion)."""
-    return [info for info in methods() if info.stage in ("encoder", "connector") and info.name not in ZOO + TOWER]
+    """The methods of these laws: what acts before the LLM. tests/decoder, zoo, encoder, video have the others."""
+    before = [info for info in methods() if info.stage in ("encoder", "connector") and not info.needs.video]
+    return [info for info in before if info.name not in ZOO + TOWER]
 
 
 def specs(family: str = "llava-clip") -> list[str]:

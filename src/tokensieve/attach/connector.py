@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokensieve.attach.cache import State, States, all_of, check_cache
-from tokensieve.attach.encoder import RECORD, Record, evidence
-from tokensieve.attach.layout import Columns, Layout, equal_groups
+from tokensieve.attach.encoder import RECORD, evidence
+from tokensieve.attach.layout import Columns, equal_groups
 from tokensieve.attach.parts import Scope, budget_of, parts_of, per_sample
+from tokensieve.attach.shown import Shown
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import Method, Positions
 from tokensieve.models import Family, Shape
-from tokensieve.models.family import Modality
 from tokensieve.reduction import Reduction
 
 Decisions = list[list[Reduction]]
@@ -109,6 +109,7 @@ class Prefill:
         kwargs: the top-level forward's arguments.
         plans: `[row][image]`; beams and several returns repeat a sample's row ``copies`` times.
         visual: `[B, n]` bool, True on visual tokens.
+        inside: `[B, n]` bool, True between the frames of a video, where nobody speaks; ``None``: there is no video.
         lengths: per row, the columns that are no padding.
         state: what a cache must remember.
     """
@@ -117,6 +118,7 @@ class Prefill:
     plans: list[list[Plan]]
     copies: int
     visual: Tensor
+    inside: Tensor | None
     lengths: list[int]
     state: State
 
@@ -131,7 +133,6 @@ class Connector:
         words: finds the user's words, for methods that read them.
         replay: decisions to apply as they are, instead of a method's.
         scope: what a budget is for.
-        modality: what is encoded.
     """
 
     def __init__(
@@ -143,13 +144,12 @@ class Connector:
         words: UserWords | None,
         replay: Decisions | None,
         scope: Scope = "image",
-        modality: Modality = "image",
     ) -> None:
-        self.family, self.model, self.base, self.modality = family, model, model.base_model, modality
+        self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.words, self.replay, self.scope = method, positions, words, replay, scope
 
     def prefill(self, kwargs: dict[str, Any], states: States | None = None) -> Prefill:
-        """Shorten a prompt with images: a first one, or the next turn of a sequence whose cache has these ``states``.
+        """Shorten a prompt with images or videos: a first one, or the next turn on a cache that has these ``states``.
 
         Raises:
             ValueError: for what cannot be done right; nothing has run then but the vision tower.
@@ -159,47 +159,45 @@ class Connector:
         earlier = None
         if cache is not None and cache.get_seq_length():
             earlier = self._next_turn(kwargs, cache, states)
-        encoded = self._encode(kwargs)
-        record: Record = getattr(encoded, RECORD)
-        features = self.family.entries(encoded.pooler_output, record.shapes)
-        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        token = getattr(self.model.config, f"{self.modality}_token_id")
-        layout = Layout.read(ids, mask, token, [len(f) for f in features])
-        if self.family.joins and any(len(sizes) > 1 for sizes in layout.images):
-            layout, record, features = _joined(layout, record, features)
-        origins, copies = _origins(layout.images, len(record.shapes))
-        plans = self._decide(kwargs, record, features, layout, origins)
+        encoded = kwargs["mm_encoder_outputs"] = self._encode(kwargs)
+        kinds = [kind for kind in self.family.modalities if encoded.get(kind) is not None]
+        every = [Shown.read(self.family, self.model.config, kwargs, kind, encoded[kind]) for kind in kinds]
+        shown = every[0].beside(every[1]) if len(every) > 1 else every[0]
+        layout, inside = shown.layout, shown.between_frames()
+        plans = self._decide(kwargs, shown, inside)
         by_row = _by_row(plans, layout.images)
-        kwargs["mm_encoder_outputs"] = {**(kwargs.get("mm_encoder_outputs") or {}), self.modality: encoded}
         if all(plan.decision.whole for plan in plans):
             state = _untouched(kwargs, layout.end)
             if earlier is not None:
                 state = self._append(kwargs, state, earlier)
-            return Prefill(kwargs, by_row, copies, layout.visual, layout.lengths, state)
+            return Prefill(kwargs, by_row, shown.copies, layout.visual, inside, layout.lengths, state)
 
         positions = self._positions(kwargs)
         stay = layout.real.masked_scatter(layout.visual, _kept(plans))
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
         lengths = [n - gone for n, gone in zip(layout.lengths, lost, strict=True)]
         columns = Columns.of(stay, lengths)
-        kwargs["mm_encoder_outputs"][self.modality] = self._reduced(encoded, record, features, plans, origins)
+        for kind, images in shown.groups.items():
+            encoded[kind] = self._reduced(encoded[kind], shown, plans, images)
         reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
         if earlier is not None:
             state = self._append(kwargs, state, earlier)
-        return Prefill(kwargs, by_row, copies, columns.take(layout.visual) & columns.valid, lengths, state)
+        visual, inside = columns.take(layout.visual) & columns.valid, None if inside is None else columns.take(inside)
+        return Prefill(kwargs, by_row, shown.copies, visual, inside, lengths, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("input_ids") is None:
             raise ValueError("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get(self.modality)
-        if encoded is not None and not hasattr(encoded, RECORD):
-            raise ValueError(
-                "these image features were encoded before the method was attached, or in prefill chunks "
-                "(prefill_chunk_size): encode them with the method attached, in one piece"
-            )
+        for kind in self.family.modalities:
+            encoded = (kwargs.get("mm_encoder_outputs") or {}).get(kind)
+            if encoded is not None and not hasattr(encoded, RECORD):
+                raise ValueError(
+                    f"these {kind} features were encoded before the method was attached, or in prefill chunks "
+                    "(prefill_chunk_size): encode them with the method attached, in one piece"
+                )
         check_cache(kwargs.get("past_key_values"))
         known = {"input_ids", "attention_mask", "position_ids", *PER_TOKEN}
         for name, value in kwargs.items():
@@ -211,17 +209,19 @@ class Connector:
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep must be a number for a reduced prompt, not a tensor of columns")
 
-    def _encode(self, kwargs: dict[str, Any]) -> Any:
-        """The tower's output with projected features: the one generate() made, or made here as generate() does."""
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get(self.modality)
-        if encoded is not None:
-            return encoded
-        encode = getattr(self.base, f"get_{self.modality}_features")
-        names = [n for n in inspect.signature(encode).parameters if n in kwargs and n != "kwargs"]
-        encoded = encode(**{n: kwargs[n] for n in names}, return_dict=True)
-        for name in (*PIXELS[self.modality], "vision_feature_layer", "vision_feature_select_strategy"):
+    def _encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """By modality, the towers' outputs with projected features: generate() made them, or they are made likewise."""
+        outputs, done = dict(kwargs.get("mm_encoder_outputs") or {}), set()
+        for kind, pixels in PIXELS.items():
+            if all(kwargs.get(name) is None for name in pixels):
+                continue
+            encode = getattr(self.base, f"get_{kind}_features")
+            names = [n for n in inspect.signature(encode).parameters if n in kwargs and n != "kwargs"]
+            outputs[kind] = encode(**{n: kwargs[n] for n in names}, return_dict=True)
+            done |= {*pixels, "vision_feature_layer", "vision_feature_select_strategy"}
+        for name in done:
             kwargs.pop(name, None)
-        return encoded
+        return outputs
 
     # -- later turns --------------------------------------------------------------------------------------------------
 
@@ -254,10 +254,9 @@ class Connector:
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
-    def _decide(
-        self, kwargs: dict[str, Any], record: Record, features: list[Tensor], layout: Layout, origins: list[int]
-    ) -> list[Plan]:
+    def _decide(self, kwargs: dict[str, Any], shown: Shown, inside: Tensor | None) -> list[Plan]:
         """One plan per image of the (possibly expanded) batch."""
+        layout, record, features, origins = shown.layout, shown.record, shown.features, shown.origins
         shapes = [_fitting(record.shapes[o], len(f)) for f, o in zip(features, origins, strict=True)]
         if self.replay is not None:
             decisions = _replayed(self.replay, layout.images[:: len(origins) // len(record.shapes)])
@@ -270,8 +269,10 @@ class Connector:
             shapes = [_fitting(record.shapes[o], r.slots) for o, r in zip(origins, before, strict=True)]
         if self.method is None:
             return plans
+        if self.method.needs.video and not any(shape.video for shape in shapes):
+            raise ValueError(f"{self.method} reduces videos; there is none in this prompt")
         rows = [row for row, sizes in enumerate(layout.images) for _ in sizes]
-        text, real = self.words.embedded(kwargs["input_ids"]) if self.words is not None else (None, None)
+        text, real = self.words.embedded(kwargs["input_ids"], inside) if self.words is not None else (None, None)
         patches = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
         places = [shape.places for shape in shapes]
         patches = [f if at is None else f[at] for f, at in zip(patches, places, strict=True)]
@@ -284,7 +285,7 @@ class Connector:
         parts = [p for i, shape in enumerate(shapes) for p in parts_of(i, shape, flat[i], self.scope)]
         decided: list[list[Reduction]] = [[] for _ in plans]
         made: dict[int, Reduction] = {}
-        for group in equal_groups([(part.size, part.grid, budget_of(part.method)) for part in parts]):
+        for group in equal_groups([(part.size, part.grid, part.frames, budget_of(part.method)) for part in parts]):
             members = [parts[number] for number in group]
             stacked, of = torch.stack([patches[p.image][p.where] for p in members]), [rows[p.image] for p in members]
             said, heard = (None, None) if text is None or real is None else (text[of], real[of])
@@ -292,16 +293,17 @@ class Connector:
             if record.patches:
                 before_projector = torch.stack([entered[p.image][p.where] for p in members])
             where = [(origins[part.image], part.where) for part in members]
-            tokens = evidence(record, where, stacked, before_projector, said, heard, members[0].grid)
-            made |= dict(zip(group, members[0].method(tokens), strict=True))
+            kind = members[0]
+            tokens = evidence(record, where, stacked, before_projector, said, heard, kind.grid, kind.frames)
+            made |= dict(zip(group, kind.method(tokens), strict=True))
         for number, part in enumerate(parts):
             decided[part.image].append(made[number])
         return [plan.then(shape.lifted(d)) for plan, shape, d in zip(plans, shapes, decided, strict=True)]
 
-    def _reduced(
-        self, encoded: Any, record: Record, features: list[Tensor], plans: list[Plan], origins: list[int]
-    ) -> Any:
+    def _reduced(self, encoded: Any, shown: Shown, plans: list[Plan], images: list[int]) -> Any:
         """A copy of the encoder's output with every feature plane reduced; the original may be used again."""
+        features, plans = [shown.features[image] for image in images], [plans[image] for image in images]
+        origins, record = [shown.origins[image] for image in images], shown.record
         out, reductions = type(encoded)(**dict(encoded.items())), [plan.features for plan in plans]
 
         def apply(planes: Any) -> list[Tensor]:
@@ -377,21 +379,6 @@ def _whole(shape: Shape, device: torch.device) -> Plan:
     return Plan(shape, whole, whole)
 
 
-def _joined(layout: Layout, record: Record, features: list[Tensor]) -> tuple[Layout, Record, list[Tensor]]:
-    """With entries that stand side by side in the prompt as one image."""
-    groups = layout.side_by_side()
-    sizes = [[[layout.images[row][i] for i in group] for group in of_row] for row, of_row in enumerate(groups)]
-    copies = sum(map(len, layout.images)) // len(record.shapes)
-    first, members = 0, []
-    for of_row in groups[::copies]:
-        members += [[first + i for i in group] for group in of_row]
-        first += sum(map(len, of_row))
-    rest = iter(features)
-    whole = [torch.cat([next(rest) for _ in group]) for of_row in groups for group in of_row]
-    images = [[sum(group) for group in of_row] for of_row in sizes]
-    return replace(layout, images=images), record.joined(members), whole
-
-
 def _kept(plans: Sequence[Plan]) -> Tensor:
     """Which placeholders stay, all images in order, bool."""
     kept = [plan.decision.anchors.new_zeros(plan.decision.total, dtype=torch.bool) for plan in plans]
@@ -410,19 +397,6 @@ def _by_row(plans: list[Plan], images: list[list[int]]) -> list[list[Plan]]:
     return [[next(flat) for _ in sizes] for sizes in images]
 
 
-def _origins(images: list[list[int]], encoded: int) -> tuple[list[int], int]:
-    """Index in the tower call of each image in the batch, and how often beams or several returns repeat a sample."""
-    total = sum(map(len, images))
-    copies = total // encoded if encoded else 1
-    if copies * encoded != total:
-        raise ValueError(f"the batch shows {total} images; the encoder saw {encoded}")
-    origins, first = [], 0
-    for row in images[::copies]:
-        origins += list(range(first, first + len(row))) * copies
-        first += len(row)
-    return origins, copies
-
-
 def _replayed(decisions: Decisions, images: list[list[int]]) -> list[Reduction]:
     if [[r.total for r in row] for row in decisions] != images:
         shapes = [[r.total for r in row] for row in decisions]
@@ -431,7 +405,8 @@ def _replayed(decisions: Decisions, images: list[list[int]]) -> list[Reduction]:
 
 
 def _padding_id(model: Any) -> int:
-    """An id for padding columns that is no image placeholder."""
+    """An id for padding columns that is no placeholder."""
     config = getattr(model, "generation_config", None)
     pad = getattr(config, "pad_token_id", None)
-    return 0 if pad is None or pad == model.config.image_token_id else int(pad)
+    placeholders = (model.config.image_token_id, getattr(model.config, "video_token_id", None))
+    return 0 if pad is None or pad in placeholders else int(pad)

@@ -67,6 +67,20 @@ class Record:
 
         return self._with(pick, pick, pick)
 
+    def beside(self, other: Record) -> Record:
+        """The record of these images, and then those of another call."""
+
+        def both(name: str) -> Any:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            return mine and theirs and [*mine, *theirs]
+
+        read = {
+            name: {layer: [*rows, *other.read[name][layer]] for layer, rows in layers.items()}
+            for name, layers in self.read.items()
+        }
+        lists = {name: both(name) for name in ("shapes", "patches", "similar", "reductions")}
+        return replace(self, read=read, **lists)
+
     def joined(self, groups: Sequence[Sequence[int]]) -> Record:
         """The record of images that are several entries each: the views of a group, one after another."""
 
@@ -123,21 +137,18 @@ class EncoderHooks:
         ValueError: if the family or the tower lacks something that is needed.
     """
 
-    def __init__(
-        self, family: Family, model: Any, needs: Needs, method: Method | None, modality: Modality = "image"
-    ) -> None:
+    def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
         if needs.joint:
             raise ValueError(
                 f"{family.title} checkpoints hold no text encoder of the vision tower's space; cdpruner(space='llm') "
                 "compares in the LLM's input space"
             )
-        self.family, self.model, self.modality, self.base = family, model, modality, model.base_model
-        self.method = method
+        self.family, self.model, self.base, self.method = family, model, model.base_model, method
         self.inside = Tower(family, model, method) if isinstance(method, EncoderMethod) else None
         self.downsample = method if isinstance(method, Downsample) else None
         self.similarity = needs.cls_similarity
         self._local = threading.local()
-        self.probes: dict[int, Probe] = {}
+        self.probes: list[Probe] = []
         self._handles: list[Any] = []
         self.depth, self.substitute = 0, False
         self.pooling: Pooling | None = None
@@ -146,53 +157,57 @@ class EncoderHooks:
             if needs.reads_encoder:
                 raise ValueError(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
         else:
-            self._hook_tower(family.tower(model), needs)
-        self._name = f"get_{modality}_features"
-        self._own = vars(self.base).get(self._name)  # somebody else may have wrapped it, too
-        setattr(self.base, self._name, self._recorded(getattr(self.base, self._name)))
+            projector = family.projector(model) if needs.patches else None
+            for tower in family.towers(model):
+                self._hook_tower(tower, needs)
+            if projector is not None:
+                self._handles.append(projector.register_forward_pre_hook(self._projecting, with_kwargs=True))
+        self._own = {}  # somebody else may have wrapped these, too
+        for modality in family.modalities:
+            name = f"get_{modality}_features"
+            self._own[name] = vars(self.base).get(name)
+            setattr(self.base, name, self._recorded(getattr(self.base, name), modality))
 
     def _hook_tower(self, tower: nn.Module, needs: Needs) -> None:
-        family = self.family
-        attentions = family.attentions(tower)
-        self.tower, self.depth, cls = tower, len(attentions), family.has_cls(tower)
+        attentions, cls = self.family.attentions(tower), self.family.has_cls(tower)
+        self.depth = len(attentions)
         if self.similarity and not cls:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
         if needs.reads_attention and not attentions:
             raise ValueError(f"the attention of {type(tower).__name__} cannot be read: transformers does not run it")
-        self.pooling = None if cls else family.pooling_head(tower)
+        self.pooling = None if cls else self.family.pooling_head(tower)
         self.pooled = {} if self.pooling is None else _last_alone(needs, self.depth)
         nothing: dict[str, Any] = dict.fromkeys(self.pooled)
         needs = replace(needs, **nothing)
         asked = _asked(needs, self.depth, cls)
         self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
-        projector = family.projector(self.model) if needs.patches else None
         own = {} if self.inside is None else self._asked_inside(self.inside, cls)
-        self.probes = {
+        probes = {
             layer: Probe(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
             for layer in sorted(asked.keys() | own.keys())
         }
+        self.probes += probes.values()
         if self.inside is not None:
             self.inside.install()
-        self._handles = [
-            tower.register_forward_pre_hook(self._before, with_kwargs=True),
-            tower.register_forward_hook(self._after),
+        self._handles += [
+            tower.register_forward_pre_hook(partial(self._before, probes), with_kwargs=True),
+            tower.register_forward_hook(partial(self._after, probes)),
         ]
-        if projector is not None:
-            self._handles.append(projector.register_forward_pre_hook(self._projecting, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for probe in self.probes.values():
+        for probe in self.probes:
             probe.remove()
         if self.inside is not None:
             self.inside.remove()
-        delattr(self.base, self._name)
-        if self._own is not None:
-            setattr(self.base, self._name, self._own)
+        for name, own in self._own.items():
+            delattr(self.base, name)
+            if own is not None:
+                setattr(self.base, name, own)
 
-    def _recorded(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+    def _recorded(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
         """The model's encode function, laying a record on what it returns."""
         signature = inspect.signature(encode)
 
@@ -201,7 +216,7 @@ class EncoderHooks:
             if self._current is not None:  # one that the encode function of another modality calls
                 return encode(*args, **kwargs)
             bound = dict(signature.bind(*args, **kwargs).arguments)
-            call = Call(bound.pop("kwargs", {}) | bound, self.modality)
+            call = Call(bound.pop("kwargs", {}) | bound, modality)
             self._local.call = call
             try:
                 call.output = encode(*args, **kwargs)
@@ -236,17 +251,17 @@ class EncoderHooks:
             self.inside.see({name: read(query, key, scaling, mask) for name, read in own.items()})
         return {name: read(query, key, scaling, mask) for name, read in asked.items()}
 
-    def _before(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before(self, probes: dict[int, Probe], tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         call = self._current
         if call is None:
             return None
         call.tower = dict(zip(self._names, args, strict=False)) | kwargs
         if self.downsample is not None:
-            self._resize(call, self.downsample)
+            self._resize(tower, call, self.downsample)
         if self.inside is not None:
             pixels = call.tower["pixel_values"]
             self.inside.start(call.tower, [self.family.tile(self.model, call)] * len(pixels), pixels.device)
-        for probe in self.probes.values():
+        for probe in probes.values():
             probe.arm()
         return (), call.tower
 
@@ -256,7 +271,7 @@ class EncoderHooks:
         if call is not None and not call.rows:
             call.rows.append(args[0] if args else next(iter(kwargs.values())))
 
-    def _resize(self, call: Call, method: Downsample) -> None:
+    def _resize(self, tower: nn.Module, call: Call, method: Downsample) -> None:
         device = next(given.device for given in call.tower.values() if isinstance(given, Tensor))
         grids = [shape.grid or (1, shape.total) for shape in self.family.shapes(self.model, call)]
         images = [VisualTokens(torch.empty(1, h * w, 0, device=device), grid=(h, w)) for h, w in grids]
@@ -264,13 +279,13 @@ class EncoderHooks:
         if not all(reduction.whole for reduction in reductions):
             pairs = zip(grids, images, reductions, strict=True)
             cells = [grid if reduction.whole else method.cells(image) for grid, image, reduction in pairs]
-            call.tower = self.family.resize(self.tower, call.tower, cells)
+            call.tower = self.family.resize(tower, call.tower, cells)
 
-    def _after(self, tower: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, probes: dict[int, Probe], tower: nn.Module, args: Any, output: Any) -> None:
         call = self._current
         if call is None:
             return
-        for layer, probe in self.probes.items():
+        for layer, probe in probes.items():
             for read in probe.take():
                 for name, rows in read.items():
                     call.reads.setdefault(name, {}).setdefault(layer, []).append(rows)
@@ -377,10 +392,18 @@ def evidence(
     text: Tensor | None,
     text_mask: Tensor | None,
     grid: Grid | None,
+    frames: int | None = None,
 ) -> VisualTokens:
     """The visual tokens `[B, N, D]` of equal ``parts`` (image, which of its patches) with what the record holds."""
     tokens = VisualTokens(
-        features, grid=grid, patches=patches, depth=record.depth, text=text, text_mask=text_mask, notes=record.notes
+        features,
+        grid=grid,
+        frames=frames,
+        patches=patches,
+        depth=record.depth,
+        text=text,
+        text_mask=text_mask,
+        notes=record.notes,
     )
     read: dict[str, Any] = {
         name: {layer: torch.stack([rows[image][where] for image, where in parts]) for layer, rows in layers.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -29,11 +30,12 @@ class Layout:
     end: int
 
     @classmethod
-    def read(cls, ids: Tensor, mask: Tensor | None, token: int, sizes: list[int]) -> Layout:
+    def read(cls, ids: Tensor, mask: Tensor | None, token: int, sizes: list[int], kind: str = "image") -> Layout:
         """Find the placeholders ``token`` in ``ids`` `[B, L]` of images with ``sizes`` tokens, row by row.
 
         Args:
             mask: `[B, L]`, 0 on padding, or ``None``.
+            kind: what these are called in an error.
 
         Raises:
             ValueError: if placeholders and image tokens do not match, or a row is padded on the right.
@@ -55,11 +57,19 @@ class Layout:
                 images[-1].append(rest.pop(0))
             if count != 0:
                 raise ValueError(
-                    f"sample {row} has {per_row[row]} image placeholders; its images have {images[-1]} tokens"
+                    f"sample {row} has {per_row[row]} {kind} placeholders; its {kind}s have {images[-1]} tokens"
                 )
         if rest:
-            raise ValueError(f"the batch has {sum(per_row)} image placeholders; its images have {sum(sizes)} tokens")
+            raise ValueError(f"the batch has {sum(per_row)} {kind} placeholders; its {kind}s have {sum(sizes)} tokens")
         return cls(visual, images, real, lengths, end)
+
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """Per row, the first and the last column of each of its images."""
+        spans: list[list[tuple[int, int]]] = []
+        for row, sizes in zip(self.visual, self.images, strict=True):
+            columns, edges = row.nonzero().squeeze(-1).tolist(), [0, *accumulate(sizes)]
+            spans.append([(columns[first], columns[end - 1]) for first, end in pairwise(edges)])
+        return spans
 
     def side_by_side(self) -> list[list[list[int]]]:
         """Per row, its images in groups between whose placeholders nothing stands, by number."""

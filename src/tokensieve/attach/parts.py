@@ -12,7 +12,7 @@ from tokensieve.methods import Method
 from tokensieve.models import Shape
 from tokensieve.models.shape import Grid
 
-Scope: TypeAlias = Literal["image", "sample", "tile"]
+Scope: TypeAlias = Literal["image", "sample", "tile", "clip", "frame"]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
@@ -24,12 +24,14 @@ class Part:
         image: which image of the batch.
         where: which of its patches.
         grid: (height, width) of these, if they form one.
+        frames: of these, if they are a video.
         method: with the part's budget.
     """
 
     image: int
     where: slice
     grid: Grid | None
+    frames: int | None
     method: Method
 
     @property
@@ -42,8 +44,10 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
     if scope not in get_args(Scope):
         allowed = ", ".join(map(repr, get_args(Scope)))
         raise ValueError(f"budget_scope must be one of {allowed}; got {scope!r}")
-    for method in methods if scope != "image" else ():
-        if method.info.stage not in ("connector", "decoder") or (scope == "tile" and method.info.stage == "decoder"):
+    for method in methods if scope not in ("image", "clip") else ():
+        if method.info.stage not in ("connector", "decoder") or (
+            scope in ("tile", "frame") and method.info.stage == "decoder"
+        ):
             raise ValueError(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
         if scope == "sample" and any(getattr(method, name, None) is not None for name in ("average", "counts")):
             raise ValueError(f"budget_scope='sample' shares out keep; {method} has other budgets")
@@ -67,16 +71,16 @@ def parts_of(image: int, shape: Shape, method: Method, scope: Scope) -> list[Par
     """The parts of one image: its views where the scope asks for them, or the method for a grid; else all of it."""
     keep = budget_of(method)
     sizes = list(map(prod, shape.views))
-    by_view = len(sizes) > 1 and (scope == "tile" or method.needs.grid)
-    if not by_view or (scope != "tile" and keep is not None and count(keep, shape.patches) == shape.patches):
-        grid = shape.views[0] if len(shape.views) == 1 else None
-        return [Part(image, slice(0, shape.patches), grid, method)]
+    each = scope == ("frame" if shape.video else "tile") and not method.needs.video
+    by_view = len(sizes) > 1 and (each or method.needs.grid)
+    if not by_view or (not each and keep is not None and count(keep, shape.patches) == shape.patches):
+        return [Part(image, slice(0, shape.patches), shape.stacked, shape.frames, method)]
     methods = [method] * len(sizes)
-    if scope != "tile" and keep is not None:
+    if not each and keep is not None:
         methods = [_with(method, share) for share in share_out(keep, sizes)]
     starts = [sum(sizes[:view]) for view in range(len(sizes))]
     return [
-        Part(image, slice(start, start + size), grid, own)
+        Part(image, slice(start, start + size), grid, None, own)
         for start, size, grid, own in zip(starts, sizes, shape.views, methods, strict=True)
     ]
 

@@ -49,8 +49,9 @@ def attach(
         positions: "original": survivors keep their position ids; "contiguous": they are renumbered, as most official
             codes do, at the cost of grounding.
         processor: the model's processor; tells the user's words from the chat template for text-informed methods.
-        budget_scope: what ``keep`` is for: each "image"; all images of a "sample" together, shared out by size; or each
-            "tile" of an image that the encoder sees in tiles.
+        budget_scope: what ``keep`` is for: each "image" or video ("clip" says the same); all of a "sample" together,
+            shared out by size; each "tile" of an image that the encoder sees in tiles; or each "frame" of a video, then
+            the method sees frame by frame.
         parameters: values for parameters of a spec, e.g. ``keep=64``.
 
     Raises:
@@ -93,6 +94,8 @@ class Sieve:
                 raise ValueError(
                     f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}{because}"
                 )
+            if stage.needs.video and "video" not in family.modalities:
+                raise ValueError(f"{stage} reduces videos, which is not supported in {family.title}")
         by_stage = {stage.info.stage: stage for stage in stages}
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
         decoder = by_stage.get("decoder")
@@ -169,7 +172,7 @@ class Sieve:
         states = states_of(cache)
         if self._encoder.method is not None and _shows(kwargs, "video"):
             raise ValueError(f"{self._encoder.method} acts on images in the encoder; videos are not supported")
-        if _shows(kwargs, "image"):
+        if any(_shows(kwargs, modality) for modality in self._encoder.family.modalities):
             if self._decoder is not None:
                 self._decoder.check(kwargs)
             elif states is not None and states.blocks:
@@ -180,7 +183,7 @@ class Sieve:
                 self._decoder.start(prefill)
             return (), prefill.kwargs
         if cache is None or cache.get_seq_length() == 0:
-            self._note([], [])  # a prompt without images
+            self._note([], [])  # a prompt that shows nothing
         if states is None:
             return None
         if self._decoder is not None:

@@ -15,7 +15,7 @@ class UserWords:
 
     With a processor that has a chat template, the template's own pieces (before the words, between image and words,
     after the words, and whole assistant turns) are told from two renderings of it. Without, every text token after
-    the first image that is not special counts.
+    the first image or video that is not special counts.
 
     Args:
         model: the top-level model; for its embeddings and special ids.
@@ -25,6 +25,7 @@ class UserWords:
     def __init__(self, model: Any, processor: Any = None) -> None:
         self.model = model
         tokenizer = getattr(processor, "tokenizer", processor)
+        self.shown = {model.config.image_token_id, getattr(model.config, "video_token_id", None)} - {None}
         self.special = _special_ids(model) | set(getattr(tokenizer, "all_special_ids", []))
         self.after_image: list[int] = []
         self.after_words: list[int] = []
@@ -59,21 +60,25 @@ class UserWords:
         other = tokens("x", MARKS[0], MARKS[1])
         return _common_start(tail, other[len(renderings[0]) - len(tail) :])
 
-    def embedded(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def embedded(self, ids: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embeddings of each row's words, `[B, M, D]`, and which of them are real, `[B, M]` bool.
 
+        Args:
+            inside: `[B, L]` bool, True where there can be none: at the timestamps between the frames of a video.
+
         Raises:
-            ValueError: if a row with an image has no word.
+            ValueError: if a row with an image or a video has no word.
         """
-        index, real = self.find(ids)
+        index, real = self.find(ids, inside)
         return self.model.get_input_embeddings()(ids.gather(1, index)), real
 
-    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def find(self, ids: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Columns of each row's words, `[B, M]`, and which of them are real, `[B, M]` bool; raises as above."""
         rows = [self.columns(row) for row in ids.tolist()]
-        image = self.model.config.image_token_id
+        if inside is not None:
+            rows = [[c for c in row if not within[c]] for row, within in zip(rows, inside.tolist(), strict=True)]
         for i, (found, row) in enumerate(zip(rows, ids.tolist(), strict=True)):
-            if not found and image in row:
+            if not found and self.shown.intersection(row):
                 raise ValueError(f"the prompt of sample {i} has no words to go by; this method needs the user's text")
         width = max(map(len, rows), default=0)
         index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64, device=ids.device)
@@ -82,13 +87,12 @@ class UserWords:
 
     def columns(self, row: list[int]) -> list[int]:
         """Columns of one prompt's words, ascending."""
-        image = self.model.config.image_token_id
-        if image not in row:
+        first = next((column for column, token in enumerate(row) if token in self.shown), None)
+        if first is None:
             return []
-        first = row.index(image)
         template = [False] * len(row)
         for start in range(first, len(row)):
-            if row[start - 1] == image != row[start] and _at(row, start, self.after_image):
+            if row[start - 1] in self.shown and row[start] not in self.shown and _at(row, start, self.after_image):
                 _mark(template, start, start + len(self.after_image))
             if _at(row, start, self.after_words):  # from here the assistant speaks, until the next turn
                 end = start + len(self.after_words)

@@ -28,10 +28,14 @@ def models(json: Json = False) -> None:
 
     found: list[Family | FusionFamily] = [*families(), *fusion_families()]
     if json:
-        keys = ("name", "title", "model_types", "stages", "limits")
+        keys = ("name", "title", "model_types", "stages", "modalities", "limits")
         print_json([{key: getattr(family, key) for key in keys} | {"transformers": TESTED} for family in found])
         return
-    rows = [(f.name, f.title, ", ".join(f.model_types), ", ".join(f.stages), f.limits or "–") for f in found]
+    titles = [f"{f.title}; videos, too" if "video" in f.modalities else f.title for f in found]
+    rows = [
+        (f.name, title, ", ".join(f.model_types), ", ".join(f.stages), f.limits or "–")
+        for f, title in zip(found, titles, strict=True)
+    ]
     print_table(("family", "models", "model types", "stages", "limits"), rows, left=5)
     print(f"Tested with transformers {TESTED}.")
 

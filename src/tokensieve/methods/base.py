@@ -39,6 +39,7 @@ class Needs:
         rotary: in the LLM, the rotary embedding at the places of visual tokens and words.
         ranked: in the LLM, what the connector method ranked the tokens by.
         cls_similarity: how much each patch resembles the encoder's [CLS] token in what the encoder puts out.
+        video: the tokens must be those of a video's frames; images stay whole.
     """
 
     cls_attention: Layers | None = None
@@ -58,6 +59,7 @@ class Needs:
     rotary: bool = False
     ranked: bool = False
     cls_similarity: bool = False
+    video: bool = False
 
     @property
     def reads_encoder(self) -> bool:
@@ -82,7 +84,7 @@ class Needs:
             wants.append("encoder keys")
         if self.queries is not None:
             wants.append(f"LLM attention of {self.queries}")
-        shown = ("patches", "joint", "text", "grid")
+        shown = ("patches", "joint", "text", "grid", "video")
         return ", ".join([*wants, *(name for name in shown if getattr(self, name))]) or "nothing"
 
 
@@ -132,12 +134,15 @@ class Method(ABC):
         return None if keep is None else image.count(keep)
 
     def __call__(self, image: VisualTokens) -> Reduction:
-        """:meth:`reduce`, unless the budget keeps the image whole: then the identity, with a note saying so."""
-        if self.count(image) == image.total:
-            b, n, _ = image.features.shape
+        """:meth:`reduce`, unless the image is kept whole: then the identity, with a note saying why."""
+        b, n, _ = image.features.shape
+        if self.needs.video and image.frames is None:
+            note = f"kept whole: {self.info.name} reduces videos, and this is an image"
+        elif self.count(image) == n:
             note = f"kept whole: the budget of {self} does not ask for fewer than its {n} tokens"
-            return Reduction.identity(n, b, image.features.device, grid=image.grid, notes=(note,))
-        return self.reduce(image)
+        else:
+            return self.reduce(image)
+        return Reduction.identity(n, b, image.features.device, grid=image.grid, notes=(note,))
 
     def __str__(self) -> str:
         """The spec that :func:`~tokensieve.parse` reads back: non-default parameters, and the budget always."""

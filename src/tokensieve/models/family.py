@@ -44,6 +44,7 @@ class Family(ABC):
 
     Attributes:
         stages: where methods can act.
+        modalities: what can be reduced.
         joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
         excluded: why methods cannot act inside the LLM, if they cannot.
         untested: what was discovered instead of declared is checked once more in every call.
@@ -55,6 +56,7 @@ class Family(ABC):
     title: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
+    modalities: ClassVar[tuple[Modality, ...]] = ("image",)
     excluded: ClassVar[str] = ""
     untested: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
@@ -74,6 +76,10 @@ class Family(ABC):
         """The vision tower."""
         tower: nn.Module = model.get_encoder(modality="image")
         return tower
+
+    def towers(self, model: Any) -> list[nn.Module]:
+        """Every vision tower, the one of images first."""
+        return [self.tower(model)]
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         """Attention modules of the encoder layers in which every patch of an image sees every other, first to last."""
@@ -132,10 +138,7 @@ class Family(ABC):
 
     def in_units(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         """Rows of all patches `[b, P, ...]`, tile by tile, as those of each unit `[U, unit, ...]`."""
-        (height, width), side = self._patches_of_tile(model, call), self.merge(model)
-        blocks = rows.view(len(rows), height // side, side, width // side, side, *rows.shape[2:])
-        units: Tensor = blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-        return units
+        return in_blocks(rows, self._patches_of_tile(model, call), self.merge(model))
 
     def _patches_of_tile(self, model: Any, call: EncodeCall) -> Grid:
         tower: Any = self.tower(model)
@@ -163,6 +166,15 @@ class Family(ABC):
         The slots in between hold zeros; the connector stage drops them.
         """
         raise NotImplementedError
+
+
+def in_blocks(rows: Tensor, grid: Grid, side: int) -> Tensor:
+    """Rows `[b, P, ...]` on a grid as those of its blocks of ``side`` x ``side``, `[b · blocks, side², ...]`."""
+    height, width = grid[0] // side, grid[1] // side
+    on_grid = rows.view(len(rows), *grid, *rows.shape[2:])[:, : height * side, : width * side]
+    blocks = on_grid.reshape(len(rows), height, side, width, side, *rows.shape[2:])
+    units: Tensor = blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    return units
 
 
 def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:

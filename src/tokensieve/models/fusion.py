@@ -15,6 +15,7 @@ class FusionFamily:
     title: str
     model_types: tuple[str, ...]
     stages: tuple[Stage, ...] = ("fusion",)
+    modalities: tuple[str, ...] = ("image",)
     limits: str = ""
 
 

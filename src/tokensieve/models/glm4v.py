@@ -15,6 +15,7 @@ class Glm4v(QwenVL):
     title = "GLM-4V"
     model_types = ("glm4v",)
     stages = ("connector", "decoder")
+    modalities = ("image",)  # its videos stand in the prompt as images do
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         return rows

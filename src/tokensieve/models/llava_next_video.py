@@ -1,9 +1,30 @@
-"""LLaVA-NeXT-Video: its images are LLaVA-NeXT's."""
+"""LLaVA-NeXT-Video: its images are LLaVA-NeXT's; the frames of its videos are pooled before the projector."""
 
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tokensieve.models.family import EncodeCall, in_blocks
 from tokensieve.models.llava_next import LlavaNext
+from tokensieve.models.shape import Shape
 
 
 class LlavaNextVideo(LlavaNext):
     name = "llava-next-video"
-    title = "LLaVA-NeXT-Video (images)"
+    title = "LLaVA-NeXT-Video"
     model_types = ("llava_next_video",)
+    modalities = ("image", "video")
+
+    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+        if call.modality == "image":
+            return super().shapes(model, call)
+        videos, frames = call.inputs["pixel_values_videos"].shape[:2]
+        stride, (height, width) = model.config.spatial_pool_stride, self.tile(model, call)
+        return [Shape.frames_of(frames, height // stride, width // stride)] * videos
+
+    def in_units(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
+        if call.modality == "image":
+            return super().in_units(model, call, rows)
+        return in_blocks(rows, self.tile(model, call), model.config.spatial_pool_stride)

@@ -1,19 +1,49 @@
-"""LLaVA-OneVision: tiles of any resolution for a single image, the base tile alone where a prompt has several."""
+"""LLaVA-OneVision: tiles of any resolution for a single image, the base tile alone where a prompt has several.
+
+The frames of a video are halved by interpolation after the projector, and a newline ends the video.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokensieve.models.any_resolution import AnyResolution
 from tokensieve.models.family import EncodeCall
+from tokensieve.models.shape import Shape
 
 
 class LlavaOnevision(AnyResolution):
     name = "llava-onevision"
-    title = "LLaVA-OneVision (images)"
+    title = "LLaVA-OneVision"
     model_types = ("llava_onevision",)
+    modalities = ("image", "video")
+
+    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+        if call.modality == "image":
+            return super().shapes(model, call)
+        videos, frames = call.inputs["pixel_values_videos"].shape[:2]
+        height, width = (-(-side // 2) for side in self.tile(model, call))
+        newline = torch.arange(frames * height * width + 1) == frames * height * width
+        shape = Shape.frames_of(frames, height, width)
+        line = torch.zeros_like(newline, dtype=torch.int64)  # of the whole video: the newline stays
+        return [replace(shape, total=len(newline), line=line, structure=newline)] * videos
+
+    def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+        if call.modality == "image":
+            return super().read(model, call, reads)
+        rows = torch.cat(list(reads))[:, int(self.has_cls(self.tower(model))) :]
+        pooled: Tensor = model.base_model.apply_pooling(rows.flatten(2).float() if rows.ndim > 2 else rows[..., None])
+        return pooled.flatten(0, 1).view(-1, *rows.shape[2:])
+
+    def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
+        if call.modality == "video":
+            raise ValueError("LLaVA-OneVision pools videos after its projector: no row before it belongs to one token")
+        return super().patches(model, call, rows)
 
     def tiles(self, model: Any, call: EncodeCall) -> list[int]:
         tiles, counts = super().tiles(model, call), call.inputs.get("batch_num_images")

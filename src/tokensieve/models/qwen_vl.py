@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from transformers.vision_utils import get_vision_window_index
 
 from tokensieve.methods.base import Stage
-from tokensieve.models.family import EncodeCall, Family, spread
+from tokensieve.models.family import EncodeCall, Family, Modality, spread
 from tokensieve.models.shape import Grid, Shape
 from tokensieve.reduction import Reduction
 
@@ -21,6 +21,7 @@ class QwenVL(Family):
     title = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     stages: ClassVar[tuple[Stage, ...]] = ("encoder", "connector", "decoder")
+    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
@@ -28,7 +29,10 @@ class QwenVL(Family):
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         side = self.merge(model)
-        return [Shape.grid_of(t * h // side, w // side) for t, h, w in call.tower["grid_thw"].tolist()]
+        grids = [(t, h // side, w // side) for t, h, w in call.tower["grid_thw"].tolist()]
+        if call.modality == "video":
+            return [Shape.frames_of(*grid) for grid in grids]
+        return [Shape.grid_of(t * h, w) for t, h, w in grids]
 
     def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         rows = torch.cat([read.flatten(0, 1) for read in reads])

@@ -29,6 +29,7 @@ class Shape:
         line: `[N]` int64, the line each token stands in; ``None`` where there are no structure rows.
         structure: `[N]` bool, True on structure rows; ``None``: there are none.
         mapped: whether ``units`` says which unit each patch token is; False where tokens were resampled from them.
+        video: the views are the frames of a video, all of one size.
     """
 
     total: int
@@ -37,16 +38,35 @@ class Shape:
     line: Tensor | None = None
     structure: Tensor | None = None
     mapped: bool = True
+    video: bool = False
 
     @classmethod
     def grid_of(cls, height: int, width: int) -> Shape:
         """One grid and nothing else."""
         return cls(height * width, ((height, width),))
 
+    @classmethod
+    def frames_of(cls, frames: int, height: int, width: int) -> Shape:
+        """The frames of a video and nothing else."""
+        return cls(frames * height * width, ((height, width),) * frames, video=True)
+
     @property
     def grid(self) -> Grid | None:
-        """(height, width) of all tokens, if they are one grid."""
-        return self.views[0] if len(self.views) == 1 and self.structure is None else None
+        """(height, width) of all tokens, if they are one grid; frames count as one below the other."""
+        return self.stacked if self.structure is None else None
+
+    @property
+    def stacked(self) -> Grid | None:
+        """(height, width) of all patches, if they are one grid; frames count as one below the other."""
+        if len(self.views) != 1 and not self.video:
+            return None
+        height, width = self.views[0]
+        return len(self.views) * height, width
+
+    @property
+    def frames(self) -> int | None:
+        """T, if it is a video."""
+        return len(self.views) if self.video else None
 
     @property
     def patches(self) -> int:

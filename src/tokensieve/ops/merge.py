@@ -72,9 +72,9 @@ def nearest(rows: Tensor, to: Tensor, k: int = 1, own: Tensor | None = None) -> 
         to: `[..., N, D]`.
         own: `[..., n]`, where each row itself stands in ``to``: never its own neighbour.
     """
-    rows, to, found = normalise(rows), normalise(to).transpose(-1, -2), []
+    to, found = normalise(to).transpose(-1, -2), []
     for start in range(0, rows.shape[-2], CHUNK):
-        cosines = rows[..., start : start + CHUNK, :] @ to
+        cosines = normalise(rows[..., start : start + CHUNK, :]) @ to
         if own is not None:
             cosines = cosines.scatter(-1, own[..., start : start + CHUNK, None], -torch.inf)
         found.append(cosines.argmax(-1, keepdim=True) if k == 1 else cosines.topk(k, -1).indices)

@@ -1,0 +1,131 @@
+"""What a batch of prompts shows: its images and its videos, in one list, in their order in the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokensieve.attach.encoder import RECORD, Record
+from tokensieve.attach.layout import Layout
+from tokensieve.models import Family
+from tokensieve.models.family import Modality
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The images and videos ("images", for short) of a batch.
+
+    Attributes:
+        layout: where they stand.
+        record: what their encode calls told; of each image once, however often beams repeat it.
+        features: per image of the batch, the rows that the encoder made.
+        origins: per image of the batch, its number in the record.
+        copies: how often beams or several returns repeat a sample.
+        groups: per modality, which images of the batch are of it.
+    """
+
+    layout: Layout
+    record: Record
+    features: list[Tensor]
+    origins: list[int]
+    copies: int
+    groups: dict[Modality, list[int]]
+
+    @classmethod
+    def read(cls, family: Family, config: Any, kwargs: dict[str, Any], modality: Modality, encoded: Any) -> Shown:
+        """All images, or all videos, that one encode call made.
+
+        Raises:
+            ValueError: if these do not fit the placeholders.
+        """
+        record: Record = getattr(encoded, RECORD)
+        features = family.entries(encoded.pooler_output, record.shapes)
+        ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), getattr(config, f"{modality}_token_id")
+        layout = Layout.read(ids, mask, token, [len(f) for f in features], modality)
+        if family.joins and modality == "image" and any(len(sizes) > 1 for sizes in layout.images):
+            layout, record, features = _joined(layout, record, features)
+        origins, copies = _origins(layout.images, len(record.shapes))
+        return cls(layout, record, features, origins, copies, {modality: list(range(len(features)))})
+
+    def beside(self, other: Shown) -> Shown:
+        """Images and videos of the same batch, in their order in the prompts.
+
+        Raises:
+            ValueError: if one begins before another has ended.
+        """
+        mine, theirs, images = 0, 0, []
+        features: list[Tensor] = []
+        groups: dict[Modality, list[int]] = {kind: [] for kind in (*self.groups, *other.groups)}
+        (own,), (kind,) = self.groups, other.groups
+        order: list[list[tuple[Modality, int]]] = []
+        for a, b in zip(self.layout.spans(), other.layout.spans(), strict=True):
+            spans = sorted([(*span, own) for span in a] + [(*span, kind) for span in b])
+            if any(second[0] <= first[1] for first, second in pairwise(spans)):
+                raise ValueError("an image stands between the frames of a video; that is not supported")
+            order.append([])
+            sizes = []
+            for _, _, modality in spans:
+                source, number = (self, mine) if modality == own else (other, theirs)
+                mine, theirs = mine + (modality == own), theirs + (modality != own)
+                groups[modality].append(len(features))
+                features.append(source.features[number])
+                sizes.append(len(features[-1]))
+                order[-1].append((modality, source.origins[number]))
+            images.append(sizes)
+        if self.copies != other.copies and self.features and other.features:
+            raise ValueError(f"the batch repeats its images {self.copies} times and its videos {other.copies} times")
+        first_of_other = len(self.record.shapes)
+        numbers = [o if m == own else first_of_other + o for row in order[:: self.copies] for m, o in row]
+        layout = replace(
+            self.layout,
+            visual=self.layout.visual | other.layout.visual,
+            images=images,
+            end=max(self.layout.end, other.layout.end),
+        )
+        origins, copies = _origins(images, len(numbers))
+        return Shown(layout, self.record.beside(other.record).of(numbers), features, origins, copies, groups)
+
+    def between_frames(self) -> Tensor | None:
+        """`[B, L]` bool, True from the first to the last placeholder of a video; ``None`` if there is no video."""
+        if "video" not in self.groups:
+            return None
+        inside, videos, image = torch.zeros_like(self.layout.visual), set(self.groups["video"]), 0
+        for row, spans in enumerate(self.layout.spans()):
+            for first, last in spans:
+                if image in videos:
+                    inside[row, first : last + 1] = True
+                image += 1
+        return inside
+
+
+def _joined(layout: Layout, record: Record, features: list[Tensor]) -> tuple[Layout, Record, list[Tensor]]:
+    """With entries that stand side by side in the prompt as one image."""
+    groups = layout.side_by_side()
+    sizes = [[[layout.images[row][i] for i in group] for group in of_row] for row, of_row in enumerate(groups)]
+    copies = sum(map(len, layout.images)) // len(record.shapes)
+    first, members = 0, []
+    for of_row in groups[::copies]:
+        members += [[first + i for i in group] for group in of_row]
+        first += sum(map(len, of_row))
+    rest = iter(features)
+    whole = [torch.cat([next(rest) for _ in group]) for of_row in groups for group in of_row]
+    images = [[sum(group) for group in of_row] for of_row in sizes]
+    return replace(layout, images=images), record.joined(members), whole
+
+
+def _origins(images: Sequence[Sequence[int]], encoded: int) -> tuple[list[int], int]:
+    """Index in the encode call of each image in the batch, and how often beams or several returns repeat a sample."""
+    total = sum(map(len, images))
+    copies = total // encoded if encoded else 1
+    if copies * encoded != total:
+        raise ValueError(f"the batch shows {total} images; the encoder saw {encoded}")
+    origins, first = [], 0
+    for row in images[::copies]:
+        origins += list(range(first, first + len(row))) * copies
+        first += len(row)
+    return origins, copies

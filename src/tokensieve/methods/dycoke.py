@@ -1,0 +1,55 @@
+"""DyCoke, the half before the LLM: in windows of four frames, what repeats itself goes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import in_proportion, marked, same_place_cosine
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+BACK = (0, 1, 2, 1)  # by how many frames each frame of a window looks back
+
+
+@register("dycoke", paper="arXiv:2411.15024", needs=Needs(video=True))
+@dataclass(frozen=True)
+class DyCoke(Method):
+    """Of every four frames keep the first whole, and of the others what resembles an earlier frame least.
+
+    The second frame and the third are compared with the first, the fourth with the third, token by token at equal
+    places; a share of each goes.
+
+    Args:
+        drop: the share that goes of a frame that is not kept whole (the paper's K: 0.5, 0.7 or 0.9).
+        keep: instead of ``drop``, tokens per video, or a share of them; never less than the frames that stay whole.
+
+    Paper: "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", CVPR 2025. The half that
+    prunes the KV cache while decoding is left out. The official code drops the last frame of an odd number and leaves
+    the third frame of the last window whole; here they are frames like any other.
+    """
+
+    keep: Budget | None = None
+    drop: float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.drop <= 1:
+            raise ValueError(f"drop must be a share in [0, 1]; got {self.drop}")
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        frames = image.in_frames(image.features)
+        number, size = torch.arange(frames.shape[1], device=frames.device), frames.shape[2]
+        alike = same_place_cosine(frames, number - torch.tensor(BACK, device=number.device)[number % 4])
+        whole = torch.where(number % 4 == 0, size, 0)
+        if self.keep is None:
+            quota = whole.where(whole > 0, round(size * (1 - self.drop)))
+        else:
+            quota = whole + in_proportion(max(0, image.count(self.keep) - int(whole.sum())), size - whole)
+        rank = alike.argsort(dim=-1, stable=True).argsort(-1)
+        if self.keep is not None and int(quota.sum()) > image.count(self.keep):
+            image = image.noted(f"every fourth frame is kept: {int(quota.sum())} tokens, more than the budget")
+        kept, _ = marked((rank < quota[:, None]).flatten(1))
+        return image.keep(kept, (1 - alike).flatten(1))

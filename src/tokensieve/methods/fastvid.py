@@ -1,0 +1,79 @@
+"""FastVID: salient tokens of every frame, and a segment's other tokens merged into anchors of high density."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import blended, in_proportion, nearest, normalise, peak_scores, segments_at, top_k
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("fastvid", paper="arXiv:2503.11187", needs=Needs(cls_attention=-1, video=True))
+@dataclass(frozen=True)
+class FastVid(Method):
+    """Keep what the encoder attends to most in each frame, and density peaks into which the rest of a segment merges.
+
+    Segments end where consecutive frames differ most. Anchors stand in every fourth frame from a segment's end, or in
+    more frames where they would not fit.
+
+    Args:
+        keep: tokens per video, or a share of them (the paper: 0.25 to 0.1), the same number in each frame.
+        context: share of the budget that goes to anchors.
+        segments: at least so many segments.
+        alike: frames whose cosine to the next is below this end a segment, too.
+        every: distance of the frames with anchors.
+        own: smallest weight of an anchor in its merged token; what joins it shares the rest.
+
+    Paper: "FastVID: Dynamic Density Pruning for Fast Video Large Language Models", NeurIPS 2025. There attention and
+    frame features are those of SigLIP's pooling head; here the last layer's [CLS] attention (or attention received),
+    and the mean of a frame's tokens.
+    """
+
+    keep: Budget = 0.25
+    context: float = 0.4
+    segments: int = 8
+    alike: float = 0.9
+    every: int = 4
+    own: float = 0.6
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        attention = image.in_frames(image.at("cls_attention", -1))
+        clips, wanted = zip(image.in_frames(image.features), attention, strict=True), image.count(self.keep)
+        into, weight = (torch.stack(part) for part in zip(*(self.clip(*clip, wanted) for clip in clips), strict=True))
+        return image.merge_into(into, weight, scores=attention.flatten(1))
+
+    def clip(self, rows: Tensor, attention: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """Where each token of one video goes and its weight, `[N]` each."""
+        quota = in_proportion(wanted, torch.full_like(attention[:, 0], attention.shape[1], dtype=torch.int64))
+        context = (quota * self.context).long()
+        rank = attention.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+        salient = rank < (quota - context)[:, None]
+        into = torch.arange(salient.numel(), device=rows.device).where(salient.flatten(), -1)
+        weight = salient.flatten().float()
+        mean = normalise(rows.mean(1, dtype=torch.float32))
+        similar = (mean[1:] * mean[:-1]).sum(-1)
+        cut = (similar < self.alike).scatter(0, top_k(-similar, self.segments - 1), True)
+        for first, end in segments_at(cut):
+            if few := int(context[first:end].sum()):
+                free = (~salient[first:end]).flatten().nonzero().squeeze(-1)
+                anchors, flat = self.anchors(rows[first:end], salient[first:end], few), rows[first:end].flatten(0, 1)
+                cluster, centre = nearest(flat[free], flat[anchors]).squeeze(-1), torch.searchsorted(free, anchors)
+                cluster[centre], there = torch.arange(few, device=rows.device), free + first * rows.shape[1]
+                into[there], weight[there] = there[centre[cluster]], blended(cluster, centre, self.own)
+        return into, weight
+
+    def anchors(self, rows: Tensor, salient: Tensor, wanted: int) -> Tensor:
+        """The ``wanted`` anchors of one segment, ascending."""
+        (frames, size), room = salient.shape, salient.shape[1] - int(salient.sum(-1).amax())
+        stride = next((s for s in range(self.every, 1, -1) if -(-wanted // -(-frames // s)) <= room), 1)
+        found, holders = [], list(range(frames - 1, -1, -stride))
+        for place, frame in enumerate(holders):
+            k = wanted * (place + 1) // len(holders) - wanted * place // len(holders)
+            free = (~salient[frame]).nonzero().squeeze(-1)
+            found.append(free[top_k(peak_scores(rows[frame, free], 4), k)] + frame * size)
+        return torch.cat(found).sort().values

@@ -1,0 +1,77 @@
+"""PruneVid, the half before the LLM: what stands still is averaged over time, and all is clustered in space."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods.base import Method, Needs
+from tokensieve.methods.registry import register
+from tokensieve.ops import (
+    Segment,
+    blended,
+    density_peaks,
+    group_sizes,
+    in_proportion,
+    mean_pairwise_cosine,
+    merge_groups,
+    segments_at,
+)
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
+
+
+@register("prunevid", paper="arXiv:2412.16117", needs=Needs(video=True))
+@dataclass(frozen=True)
+class PruneVid(Method):
+    """Average still places over the frames of a scene, then merge them, and each frame's other tokens, by clusters.
+
+    Scenes are runs of frames that fall into one cluster of frames. How many tokens stay depends on the video.
+
+    Args:
+        keep: at most so many tokens per video, or a share of them; ``None``: what ``merged`` leaves.
+        merged: clusters per token where there are more than 14 tokens.
+        scenes: clusters of frames per frame.
+        still: a place whose tokens have a larger mean cosine over the scene stands still.
+        neighbours: of the density of a token or frame, itself counted.
+
+    Paper: "PruneVid: Visual Token Pruning for Efficient Video Large Language Models", ACL Findings 2025. The half
+    inside the LLM is left out. A merged token stands at its cluster's centre, in the first frame of the scene if it is
+    still; the official code lines up a scene's still tokens before the others and renumbers.
+    """
+
+    keep: Budget | None = None
+    merged: float = 0.5
+    scenes: float = 0.25
+    still: float = 0.8
+    neighbours: int = 7
+
+    def reduce(self, image: VisualTokens) -> Reduction:
+        wanted = None if self.keep is None else image.count(self.keep)
+        clips = [self.clip(rows, wanted) for rows in image.in_frames(image.features)]
+        into, weight = (torch.stack(part) for part in zip(*clips, strict=True))
+        return image.merge_into(into, weight)
+
+    def clip(self, rows: Tensor, wanted: int | None) -> tuple[Tensor, Tensor]:
+        """Where each token of one video goes and its weight, `[N]` each."""
+        frames = rows.mean(1, dtype=torch.float32)
+        _, scene = density_peaks(frames, max(1, int(len(frames) * self.scenes)), self.neighbours)
+        segments = segments_at(scene[1:] != scene[:-1])
+        still = [self.stands_still(rows, segment) for segment in segments]
+        sizes = group_sizes(segments, still)
+        if wanted is None:
+            quotas = (sizes * self.merged).long().where(sizes > 14, sizes)
+        else:
+            quotas = in_proportion(min(wanted, int(sizes.sum())), sizes)
+        return merge_groups(rows, segments, still, quotas.tolist(), self.pick)
+
+    def stands_still(self, rows: Tensor, segment: Segment) -> Tensor:
+        first, end = segment
+        if end - first == 1:
+            return torch.zeros_like(rows[0, :, 0], dtype=torch.bool)
+        return mean_pairwise_cosine(rows[first:end]) > self.still
+
+    def pick(self, tokens: Tensor, rows: Tensor, quota: int, still: bool) -> tuple[Tensor, Tensor]:
+        centres, cluster = density_peaks(rows, quota, self.neighbours)
+        return centres[cluster], blended(cluster, centres, 0)
