@@ -79,7 +79,7 @@ def test_a_failing_attach_leaves_the_model_untouched(case, reason):
     ],
 )
 def test_models_of_no_known_family(model):
-    with pytest.raises(ValueError, match="is of no supported family; supported: .*llava, .*qwen2_5_vl, .*qwen3_vl"):
+    with pytest.raises(ValueError, match=r"is of no supported family; supported: .*llava, .*qwen2_5_vl, .*qwen3_vl"):
         tokensieve.attach(model(), "full")
 
 
