@@ -106,26 +106,6 @@ def test_merges_are_lifted_over_structure_rows():
     assert shape.lifted([Reduction.identity(4), Reduction.identity(4)]).whole
 
 
-RESAMPLED = ("ovis2", "fast-vlm", "perception-lm", "llava-onevision-resampled")
-PROJECTORS = [name for name in tiny.FAMILIES if name not in RESAMPLED]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", PROJECTORS)
-def test_what_enters_the_projector_is_told_token_by_token(name):
-    """Row by row, in token order: what the family says went in, projected, is what came out."""
-    model, samples = tiny.subject(name), tiny.scenario(name, "ragged")
-    family = family_of(model)
-    with tokensieve.attach(model, "visionzip(keep=8)"):
-        out = model.model.get_image_features(**tiny.pictures(name, samples), return_dict=True)
-    record = vars(out)["_tokensieve_record"]
-    entries = family.entries(out.pooler_output, record.shapes)
-    assert sum(map(len, entries)) == sum(image.tokens for s in samples for image in s.images)
-    for rows, shape, features in zip(record.patches, record.shapes, entries, strict=True):
-        places = slice(None) if shape.places is None else shape.places
-        assert torch.allclose(family.project(model, rows), features[places], atol=1e-4)
-
-
 def test_newlines_are_left_alone_by_merges_before_the_projector():
     name, seen = "llava-next", {}
     model, (sample,) = tiny.subject(name), tiny.scenario(name, "single")

@@ -196,13 +196,22 @@ def logits(model: Any, name: str, sample: Sample, kept: Any, encoded: list[Encod
     return forward(model, name, enter(model, name, sample, kept, encoded, answer))[-1 - len(answer) :]
 
 
-def logits_inside(model: Any, name: str, sample: Sample, stage: int, kept: Any, answer: list[int]) -> Tensor:
-    """The same where the tokens that are not ``kept`` leave before block ``stage`` of the LLM."""
-    whole = [range(image.tokens) for image in sample.images]
-    sequence = enter(model, name, sample, whole, encode(model, name, sample), answer)
+def logits_inside(
+    model: Any, name: str, sample: Sample, stage: int, kept: Any, answer: list[int], entered: Any = None
+) -> Tensor:
+    """The same where the tokens that are not ``kept`` leave before block ``stage`` of the LLM.
+
+    ``entered``: per image, original indices of the tokens that entered it; ``None``: all.
+    """
+    entered = entered or [list(range(image.tokens)) for image in sample.images]
+    features = [
+        Encoded(e.rows[i], [p[i] for p in e.planes]) for e, i in zip(encode(model, name, sample), entered, strict=True)
+    ]
+    sequence = enter(model, name, sample, entered, features, answer)
     stay = sequence.owner < 0
-    for own, indices in zip(image_columns(sample), kept, strict=True):
-        stay[[own[int(i)] for i in indices]] = True
+    for number, (before, after) in enumerate(zip(entered, kept, strict=True)):
+        places = (sequence.owner == number).nonzero().flatten().tolist()
+        stay[[place for place, i in zip(places, before, strict=True) if i in after]] = True
     return block_by_block(model, name, sequence, stage, stay)[-1 - len(answer) :]
 
 

@@ -186,6 +186,28 @@ def conserved(image, decision, kind):
     assert len(patches) == min(7 if kind == "merging" else 5, image.tokens - len(image.newlines))
 
 
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if "inside" in supported(name)])
+def test_a_method_inside_after_one_before(name, deviation):
+    """Decisions of two stages: what the second is given are the tokens, and the newlines, that the first left."""
+    model, samples, inputs = tiny.subject(name), tiny.scenario(name, "ragged"), collate(name, "ragged")
+    first, both = METHODS["features"], METHODS["features"] + " + fastv(layer=1, keep=3)"
+    with tokensieve.attach(model, first) as sieve:
+        model.generate(**inputs, max_new_tokens=1)
+        entered = [[r.kept.tolist() for r in row] for row in sieve.last]
+    with tokensieve.attach(model, both) as sieve:
+        out = model.generate(**inputs, max_new_tokens=3, **tiny.GREEDY)
+        kept = [[r.kept.tolist() for r in row] for row in sieve.last]
+    for i, s in enumerate(samples):
+        for image, before, after in zip(s.images, entered[i], kept[i], strict=True):
+            patches = [at for at in after if at not in image.newlines]
+            assert set(after) <= set(before)
+            assert len(patches) == 3
+            assert set(after) - set(patches) == reference.rows_left(image, patches)
+        answer = out.sequences[i, -3:].tolist()
+        by_hand = reference.logits_inside(tiny.pristine(name), name, s, 1, kept[i], answer[:-1], entered[i])
+        assert deviation("of two stages", torch.stack(out.logits, 1)[i], by_hand) <= noise(name)
+
+
 # -- rows before the projector --------------------------------------------------------------------------------------
 
 

@@ -114,13 +114,17 @@ RESAMPLED = (((56, 84), (1, 2), (3, 4)), ((100, 48), (2, 1), (5, 2)), ((112, 112
 ONE_TILE = {"vision_aspect_ratio": "anyres_max_1"}
 
 
-def pixtral(shape: Shape, generator: torch.Generator) -> Image:
-    """Any (height, width) in tokens of 2x2 patches; every row of tokens ends with a mark, the last with another."""
-    height, width = shape
-    pixels = torch.randn(1, 3, 28 * height, 28 * width, generator=generator)
-    ids = ([IMAGE] * width + [BREAK]) * height
-    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[28 * height, 28 * width]])}
-    return Image(inputs, [*ids[:-1], END], (height, width))
+def pixtral(merge: int) -> Draw:
+    """Any (height, width) in tokens of ``merge`` x ``merge`` patches; a mark ends every row, another the last."""
+
+    def draw(shape: Shape, generator: torch.Generator) -> Image:
+        (height, width), cell = shape, 14 * merge
+        pixels = torch.randn(1, 3, cell * height, cell * width, generator=generator)
+        ids = ([IMAGE] * width + [BREAK]) * height
+        inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[cell * height, cell * width]])}
+        return Image(inputs, [*ids[:-1], END], (height, width))
+
+    return draw
 
 
 def unmerged(shape: Shape, generator: torch.Generator) -> Image:
@@ -409,7 +413,19 @@ FAMILIES = {
                 "text_config": text("mistral", head_dim=16, sliding_window=None),
                 "spatial_merge_size": 2,
             },
-            pixtral,
+            pixtral(merge=2),
+            GRIDS,
+        ),
+        Family(
+            "pixtral",
+            "Llava",
+            {
+                "vision_config": vision("pixtral", 16, head_dim=8),
+                "text_config": text("mistral", head_dim=16, sliding_window=None),
+                "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "full",
+            },
+            pixtral(merge=1),
             GRIDS,
         ),
         Family(
@@ -472,7 +488,7 @@ FAMILIES = {
             "lighton-ocr",
             "LightOnOcr",
             {"vision_config": vision("pixtral", 16, head_dim=8), "text_config": text("qwen3", head_dim=16)},
-            pixtral,
+            pixtral(merge=2),
             GRIDS,
         ),
     )

@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokensieve.reduction import Mixing, Reduction
 
@@ -90,7 +91,9 @@ class Shape:
         """What is left when the tokens ``anchors`` stay: no grids any more."""
         if self.structure is None or self.line is None:
             return Shape(len(anchors))
-        return Shape(len(anchors), line=self.line[anchors], structure=self.structure[anchors])
+        line = self.line[anchors]  # lines that lost all their tokens are not counted
+        line = pad((line.diff() != 0).long().cumsum(0), (1, 0))[: len(anchors)]
+        return Shape(len(anchors), line=line, structure=self.structure[anchors])
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows of the patches `[M, C]` with zeros at structure rows, `[N, C]`."""
