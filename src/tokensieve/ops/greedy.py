@@ -177,7 +177,7 @@ def coverage(
 def _race(
     offered: Tensor, covered: Tensor, plus: Tensor, factor: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """``steps`` choices of :func:`coverage` among m tokens that offer `[..., m, R]`; ``plus`` is −inf where one is gone.
+    """``steps`` choices of :func:`coverage` among m tokens that offer `[..., m, R]`; ``plus`` is −inf where gone.
 
     Returns:
         what each choice was worth and its place, both `[..., steps]`; what all tokens were worth before each choice,
