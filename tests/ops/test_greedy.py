@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.test_ops import assert_selection, max_min_by_hand, noise, seeds, sizes
+from tokensieve.measure import peak_activation_bytes
 from tokensieve.ops import (
     bipartite_thinning,
     coverage,
@@ -19,6 +20,7 @@ from tokensieve.ops import (
     max_min,
     normalise,
     rank_in_group,
+    rows_at,
     score,
     select,
     share_out,
@@ -254,3 +256,21 @@ def test_no_wait_per_step(monkeypatch):
         with Waits() as waits:
             call()
         assert waits.count <= limit
+
+
+def test_no_matrix_of_all_pairs(monkeypatch):
+    """Beyond a chunk, extra memory stays well below the [N, N] matrix."""
+    monkeypatch.setattr(greedy, "PROMISING", 20)
+    monkeypatch.setattr(select, "NEIGHBOURS", 8)
+    n, k = 1000, 8
+    rows, bytes_of_all_pairs = noise(1, n, 16, seed=0), 4 * 1000**2
+    unit = normalise(rows)
+    with chunk(20):
+        for call in (
+            lambda: max_min(rows, k),
+            lambda: dpp_map(rows, noise(1, n, seed=1).exp(), k),
+            lambda: coverage(lambda index: rows_at(unit, index) @ unit.mT, rows[..., 0], k),
+            lambda: bipartite_thinning(rows, torch.arange(n)[None], k, 50),
+            lambda: local_variance(rows, [n // 2, n // 2]),
+        ):
+            assert peak_activation_bytes(call) < bytes_of_all_pairs / 3

@@ -23,7 +23,7 @@ class VisPruner(Method):
     Args:
         keep: tokens per image, or a share of them.
         important: share of the budget that goes by attention.
-        step: tokens that leave per round. Time grows with the number of rounds: on many thousand tokens, take more.
+        step: tokens that leave per round; a larger one is faster on many thousand tokens.
         sinks: share of the patches, those of largest norm, that count as attention sinks and rank last.
 
     Cost: O(N²·D) time for cosines (above 1,024 tokens in every round), (N − K) / ``step`` rounds at most;

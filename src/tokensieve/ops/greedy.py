@@ -152,24 +152,13 @@ def coverage(
     score = gain * weight + bonus  # never below what a token is worth now
     wide = total if isinstance(covers, Tensor) and tokens.device.type != "cpu" else min(total, PROMISING)
     covered = torch.zeros_like(offer(torch.zeros_like(gain[..., :1], dtype=torch.int64)))
-    chosen, left = [], k
-    steps = k if wide == total else STEPS
+    chosen, left, steps = [], k, k if wide == total else STEPS
     while left:
         order = score.sort(dim=-1, descending=True, stable=True).indices
         near = order[..., :wide].sort(-1).values
         offered, factor = offer(near), weight.gather(-1, near)
         plus = bonus.gather(-1, near).masked_fill(score.gather(-1, near).isinf(), -torch.inf)
-        room, now = torch.empty_like(offered), covered
-        worths, values, places = [], [], []
-        for _ in range(min(steps, left)):
-            gain = torch.sub(offered, now, out=room).relu_().sum(-1)
-            worths.append(torch.addcmul(plus, gain, factor))
-            value, best = worths[-1].max(-1, keepdim=True)
-            now = torch.maximum(now, rows_at(offered, best))
-            plus.scatter_(-1, best, -torch.inf)
-            values.append(value)
-            places.append(best)
-        place, value = torch.cat(places, -1), torch.cat(values, -1)
+        value, place, worths, now = _race(offered, covered, plus, factor, min(steps, left))
         pick, sure = near.gather(-1, place), place.shape[-1]
         if wide < total:  # the choices count until a token that was not looked at might have won
             rival = order[..., wide : wide + 1]
@@ -183,6 +172,27 @@ def coverage(
         covered, left, steps = now, left - sure, sure + STEPS // 4
         chosen.append(pick[..., :sure])
     return torch.cat(chosen, -1)
+
+
+def _race(
+    offered: Tensor, covered: Tensor, plus: Tensor, factor: Tensor, steps: int
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """``steps`` choices of :func:`coverage` among m tokens that offer `[..., m, R]`; ``plus`` is −inf where gone.
+
+    Returns:
+        what each choice was worth and its place, both `[..., steps]`; what all tokens were worth before each choice,
+        `[..., m]`; and what is covered in the end, `[..., 1, R]`.
+    """
+    room, values, places, worths = torch.empty_like(offered), [], [], []
+    for _ in range(steps):
+        gain = torch.sub(offered, covered, out=room).relu_().sum(-1)
+        worths.append(torch.addcmul(plus, gain, factor))
+        value, best = worths[-1].max(-1, keepdim=True)
+        covered = torch.maximum(covered, rows_at(offered, best))
+        plus.scatter_(-1, best, -torch.inf)
+        values.append(value)
+        places.append(best)
+    return torch.cat(values, -1), torch.cat(places, -1), worths, covered
 
 
 def _flat(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
