@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tokensieve.attach.cache import State, check_cache
 from tokensieve.attach.encoder import RECORD, evidence
-from tokensieve.attach.layout import Columns, equal_groups
+from tokensieve.attach.layout import Columns, Layout, equal_groups
 from tokensieve.attach.parts import Scope, budget_of, parts_of, per_sample
 from tokensieve.attach.shown import Shown
 from tokensieve.attach.words import UserWords
@@ -104,7 +104,9 @@ class Prefill:
         kwargs: the top-level forward's arguments.
         plans: `[row][image]`; beams and several returns repeat a sample's row ``copies`` times.
         visual: `[B, n]` bool, True on visual tokens.
-        inside: `[B, n]` bool, True between the frames of a video, where nobody speaks; ``None``: there is no video.
+        layout: of the whole prompt.
+        videos: which of its images are videos.
+        columns: those of the whole prompt that are left; ``None``: all.
         lengths: per row, the columns that are no padding.
         state: what a cache must remember.
     """
@@ -113,9 +115,16 @@ class Prefill:
     plans: list[list[Plan]]
     copies: int
     visual: Tensor
-    inside: Tensor | None
+    layout: Layout
+    videos: list[int]
+    columns: Columns | None
     lengths: list[int]
     state: State
+
+    def between_frames(self) -> Tensor | None:
+        """`[B, n]` bool, True between the frames of a video, where nobody speaks; ``None``: there is no video."""
+        inside = self.layout.between(self.videos)
+        return inside if inside is None or self.columns is None else self.columns.take(inside)
 
 
 class Connector:
@@ -155,12 +164,11 @@ class Connector:
         kinds = [kind for kind in self.family.modalities if encoded.get(kind) is not None]
         every = [Shown.read(self.family, self.model.config, kwargs, kind, encoded[kind]) for kind in kinds]
         shown = every[0].beside(every[1]) if len(every) > 1 else every[0]
-        layout, inside = shown.layout, shown.between_frames()
-        plans = self._decide(kwargs, shown, inside)
+        layout, videos, plans = shown.layout, shown.groups.get("video", []), self._decide(kwargs, shown)
         by_row = _by_row(plans, layout.images)
         if all(plan.decision.whole for plan in plans):
             state = _untouched(kwargs, layout.end)
-            return Prefill(kwargs, by_row, shown.copies, layout.visual, inside, layout.lengths, state)
+            return Prefill(kwargs, by_row, shown.copies, layout.visual, layout, videos, None, layout.lengths, state)
 
         positions = self._positions(kwargs)
         stay = layout.real.masked_scatter(layout.visual, _kept(plans))
@@ -171,8 +179,8 @@ class Connector:
             encoded[kind] = self._reduced(encoded[kind], shown, plans, images)
         reduced = [any(not p.decision.whole for p in row) for row in by_row]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
-        visual, inside = columns.take(layout.visual) & columns.valid, None if inside is None else columns.take(inside)
-        return Prefill(kwargs, by_row, shown.copies, visual, inside, lengths, state)
+        visual = columns.take(layout.visual) & columns.valid
+        return Prefill(kwargs, by_row, shown.copies, visual, layout, videos, columns, lengths, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 
@@ -213,7 +221,7 @@ class Connector:
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
-    def _decide(self, kwargs: dict[str, Any], shown: Shown, inside: Tensor | None) -> list[Plan]:
+    def _decide(self, kwargs: dict[str, Any], shown: Shown) -> list[Plan]:
         """One plan per image of the (possibly expanded) batch."""
         layout, record, features, origins = shown.layout, shown.record, shown.features, shown.origins
         shapes = [_fitting(record.shapes[o], len(f)) for f, o in zip(features, origins, strict=True)]
@@ -231,7 +239,9 @@ class Connector:
         if self.method.needs.video and not any(shape.video for shape in shapes):
             raise ValueError(f"{self.method} reduces videos; there is none in this prompt")
         rows = [row for row, sizes in enumerate(layout.images) for _ in sizes]
-        text, real = self.words.embedded(kwargs["input_ids"], inside) if self.words is not None else (None, None)
+        text, real = None, None
+        if self.words is not None:
+            text, real = self.words.embedded(kwargs["input_ids"], layout.between(shown.groups.get("video", [])))
         patches = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
         places = [shape.places for shape in shapes]
         patches = [f if at is None else f[at] for f, at in zip(patches, places, strict=True)]
