@@ -56,9 +56,8 @@ def main() -> None:
     if len(sys.argv) == 3:
         measure(sys.argv[1], int(sys.argv[2]))
         return
-    print(
-        "| method | tokens | kept | choosing | applying | extra memory | the rows themselves |\n|---|---|---|---|---|---|---|"
-    )
+    print("| method | tokens | kept | choosing | applying | extra memory | the rows themselves |")
+    print("|---|---|---|---|---|---|---|")
     for name in METHODS:
         for frames in (51, 511):
             done = subprocess.run(

@@ -89,7 +89,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     ),
     "text-only model": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", f"{f}/bert"],
-        ["'bert' model", "supported: llava"],
+        ["'bert' model", "llava_next"],
     ),
     "unknown model type": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", f"{f}/strange"],
