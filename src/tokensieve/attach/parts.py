@@ -44,10 +44,9 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
     if scope not in get_args(Scope):
         allowed = ", ".join(map(repr, get_args(Scope)))
         raise ValueError(f"budget_scope must be one of {allowed}; got {scope!r}")
+    stages = ("connector",) if scope in ("tile", "frame") else ("connector", "decoder")
     for method in methods if scope not in ("image", "clip") else ():
-        if method.info.stage not in ("connector", "decoder") or (
-            scope in ("tile", "frame") and method.info.stage == "decoder"
-        ):
+        if method.info.stage not in stages:
             raise ValueError(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
         if scope == "frame" and method.needs.video:
             raise ValueError(f"budget_scope='frame' shows a method one frame at a time; {method} compares frames")
