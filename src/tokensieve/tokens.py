@@ -159,7 +159,7 @@ class VisualTokens:
         """Rows `[B, N, ...]` of videos frame by frame, `[B, T, n, ...]`; ``ValueError`` if these are images."""
         if self.frames is None:
             raise ValueError("this method compares the frames of a video; these tokens are of images")
-        return rows.view(len(rows), self.frames, -1, *rows.shape[2:])
+        return rows.reshape(len(rows), self.frames, -1, *rows.shape[2:])
 
     def noted(self, note: str) -> VisualTokens:
         """The same with one more remark for the Reduction."""

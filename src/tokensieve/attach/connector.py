@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from tokensieve.attach.cache import State, States, all_of, check_cache
 from tokensieve.attach.encoder import RECORD, evidence
-from tokensieve.attach.layout import Columns, equal_groups
+from tokensieve.attach.layout import Columns, Layout, equal_groups
 from tokensieve.attach.parts import Scope, budget_of, parts_of, per_sample
 from tokensieve.attach.shown import Shown
 from tokensieve.attach.words import UserWords
@@ -109,7 +109,9 @@ class Prefill:
         kwargs: the top-level forward's arguments.
         plans: `[row][image]`; beams and several returns repeat a sample's row ``copies`` times.
         visual: `[B, n]` bool, True on visual tokens.
-        inside: `[B, n]` bool, True between the frames of a video, where nobody speaks; ``None``: there is no video.
+        layout: of the whole prompt.
+        videos: which of its images are videos.
+        columns: those of the whole prompt that are left; ``None``: all.
         lengths: per row, the columns that are no padding.
         state: what a cache must remember.
     """
@@ -118,9 +120,16 @@ class Prefill:
     plans: list[list[Plan]]
     copies: int
     visual: Tensor
-    inside: Tensor | None
+    layout: Layout
+    videos: list[int]
+    columns: Columns | None
     lengths: list[int]
     state: State
+
+    def between_frames(self) -> Tensor | None:
+        """`[B, n]` bool, True between the frames of a video, where nobody speaks; ``None``: there is no video."""
+        inside = self.layout.between(self.videos)
+        return inside if inside is None or self.columns is None else self.columns.take(inside)
 
 
 class Connector:
@@ -163,14 +172,13 @@ class Connector:
         kinds = [kind for kind in self.family.modalities if encoded.get(kind) is not None]
         every = [Shown.read(self.family, self.model.config, kwargs, kind, encoded[kind]) for kind in kinds]
         shown = every[0].beside(every[1]) if len(every) > 1 else every[0]
-        layout, inside = shown.layout, shown.between_frames()
-        plans = self._decide(kwargs, shown, inside)
+        layout, videos, plans = shown.layout, shown.groups.get("video", []), self._decide(kwargs, shown)
         by_row = _by_row(plans, layout.images)
         if all(plan.decision.whole for plan in plans):
             state = _untouched(kwargs, layout.end)
             if earlier is not None:
                 state = self._append(kwargs, state, earlier)
-            return Prefill(kwargs, by_row, shown.copies, layout.visual, inside, layout.lengths, state)
+            return Prefill(kwargs, by_row, shown.copies, layout.visual, layout, videos, None, layout.lengths, state)
 
         positions = self._positions(kwargs)
         stay = layout.real.masked_scatter(layout.visual, _kept(plans))
@@ -179,12 +187,12 @@ class Connector:
         columns = Columns.of(stay, lengths)
         for kind, images in shown.groups.items():
             encoded[kind] = self._reduced(encoded[kind], shown, plans, images)
-        reduced = [any(not p.decision.whole for p in row) for row in by_row]
+        reduced = [gone > 0 for gone in lost]
         state = self._shorten(kwargs, columns, positions, layout.end, reduced)
         if earlier is not None:
             state = self._append(kwargs, state, earlier)
-        visual, inside = columns.take(layout.visual) & columns.valid, None if inside is None else columns.take(inside)
-        return Prefill(kwargs, by_row, shown.copies, visual, inside, lengths, state)
+        visual = columns.take(layout.visual) & columns.valid
+        return Prefill(kwargs, by_row, shown.copies, visual, layout, videos, columns, lengths, state)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 
@@ -256,7 +264,7 @@ class Connector:
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
-    def _decide(self, kwargs: dict[str, Any], shown: Shown, inside: Tensor | None) -> list[Plan]:
+    def _decide(self, kwargs: dict[str, Any], shown: Shown) -> list[Plan]:
         """One plan per image of the (possibly expanded) batch."""
         layout, record, features, origins = shown.layout, shown.record, shown.features, shown.origins
         shapes = [_fitting(record.shapes[o], len(f)) for f, o in zip(features, origins, strict=True)]
@@ -273,23 +281,19 @@ class Connector:
             return plans
         if self.method.needs.video and not any(shape.video for shape in shapes):
             raise ValueError(f"{self.method} reduces videos; there is none in this prompt")
-        decided = self._ask(self.method, kwargs, shown, inside, plans, shapes)
+        decided = self._ask(self.method, kwargs, shown, plans, shapes)
         return [plan.then(decision) for plan, decision in zip(plans, decided, strict=True)]
 
     def _ask(
-        self,
-        method: Method,
-        kwargs: dict[str, Any],
-        shown: Shown,
-        inside: Tensor | None,
-        plans: list[Plan],
-        shapes: list[Shape],
+        self, method: Method, kwargs: dict[str, Any], shown: Shown, plans: list[Plan], shapes: list[Shape]
     ) -> list[Reduction]:
         """What the method decides about the rows of each image that the encoder left, structure rows put back."""
-        layout, record, features, origins = shown.layout, shown.record, shown.features, shown.origins
+        layout, record, origins, text, real = shown.layout, shown.record, shown.origins, None, None
+        if self.words is not None:
+            text, real = self.words.embedded(kwargs["input_ids"], layout.between(shown.groups.get("video", [])))
         rows = [row for row, sizes in enumerate(layout.images) for _ in sizes]
-        text, real = self.words.embedded(kwargs["input_ids"], inside) if self.words is not None else (None, None)
-        left = [_patches(plan.features.apply(f), shape) for plan, f, shape in zip(plans, features, shapes, strict=True)]
+        both = zip(plans, shown.features, shapes, strict=True)
+        left = [_patches(plan.features.apply(features), shape) for plan, features, shape in both]
         entered = [record.patches[origin] for origin in origins] if record.patches else []
         if record.reductions is not None:
             entered = [plan.features.apply(own) for plan, own in zip(plans, entered, strict=False)]

@@ -105,7 +105,9 @@ class DecoderHooks:
         for own, sizes in zip(methods, entered, strict=True):
             for method, patches in zip(own, sizes, strict=True):
                 method.per_stage(patches, self.depth)
-        words = self.words.find(prefill.kwargs["input_ids"], prefill.inside) if self.words is not None else None
+        words = None
+        if self.words is not None:
+            words = self.words.find(prefill.kwargs["input_ids"], prefill.between_frames())
         self._local.call = Run.enter(prefill, methods, words)
         self.evidence.arm()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -70,6 +70,18 @@ class Layout:
             columns, edges = row.nonzero().squeeze(-1).tolist(), [0, *accumulate(sizes)]
             spans.append([(columns[first], columns[end - 1]) for first, end in pairwise(edges)])
         return spans
+
+    def between(self, images: Collection[int]) -> Tensor | None:
+        """`[B, L]` bool, True from the first to the last placeholder of some images, by number; ``None``: no image."""
+        if not images:
+            return None
+        inside, number = torch.zeros_like(self.visual), -1
+        for row, spans in enumerate(self.spans()):
+            for first, last in spans:
+                number += 1
+                if number in images:
+                    inside[row, first : last + 1] = True
+        return inside
 
     def side_by_side(self) -> list[list[list[int]]]:
         """Per row, its images in groups between whose placeholders nothing stands, by number."""

@@ -44,11 +44,12 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
     if scope not in get_args(Scope):
         allowed = ", ".join(map(repr, get_args(Scope)))
         raise ValueError(f"budget_scope must be one of {allowed}; got {scope!r}")
+    stages = ("connector",) if scope in ("tile", "frame") else ("connector", "decoder")
     for method in methods if scope not in ("image", "clip") else ():
-        if method.info.stage not in ("connector", "decoder") or (
-            scope in ("tile", "frame") and method.info.stage == "decoder"
-        ):
+        if method.info.stage not in stages:
             raise ValueError(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
+        if scope == "frame" and method.needs.video:
+            raise ValueError(f"budget_scope='frame' shows a method one frame at a time; {method} compares frames")
         if scope == "sample" and any(getattr(method, name, None) is not None for name in ("average", "counts")):
             raise ValueError(f"budget_scope='sample' shares out keep; {method} has other budgets")
 
@@ -71,7 +72,7 @@ def parts_of(image: int, shape: Shape, method: Method, scope: Scope) -> list[Par
     """The parts of one image: its views where the scope asks for them, or the method for a grid; else all of it."""
     keep = budget_of(method)
     sizes = list(map(prod, shape.views))
-    each = scope == ("frame" if shape.video else "tile") and not method.needs.video
+    each = scope == ("frame" if shape.video else "tile")
     by_view = len(sizes) > 1 and (each or method.needs.grid)
     if not by_view or (not each and keep is not None and count(keep, shape.patches) == shape.patches):
         return [Part(image, slice(0, shape.patches), shape.stacked, shape.frames, method)]

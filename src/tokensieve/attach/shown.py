@@ -58,49 +58,29 @@ class Shown:
         Raises:
             ValueError: if one begins before another has ended.
         """
-        mine, theirs, images = 0, 0, []
-        features: list[Tensor] = []
-        groups: dict[Modality, list[int]] = {kind: [] for kind in (*self.groups, *other.groups)}
-        (own,), (kind,) = self.groups, other.groups
-        order: list[list[tuple[Modality, int]]] = []
-        for a, b in zip(self.layout.spans(), other.layout.spans(), strict=True):
-            spans = sorted([(*span, own) for span in a] + [(*span, kind) for span in b])
-            if any(second[0] <= first[1] for first, second in pairwise(spans)):
+        (mine,), (theirs,) = self.groups, other.groups
+        sources = {mine: self, theirs: other}
+        left = {kind: iter(range(len(source.features))) for kind, source in sources.items()}
+        rows = []  # per row, in order: what it is, and its number among its kind
+        for spans in zip(self.layout.spans(), other.layout.spans(), strict=True):
+            placed = sorted((*span, kind) for kind, own in zip(sources, spans, strict=True) for span in own)
+            if any(second[0] <= first[1] for first, second in pairwise(placed)):
                 raise ValueError("an image stands between the frames of a video; that is not supported")
-            order.append([])
-            sizes = []
-            for _, _, modality in spans:
-                source, number = (self, mine) if modality == own else (other, theirs)
-                mine, theirs = mine + (modality == own), theirs + (modality != own)
-                groups[modality].append(len(features))
-                features.append(source.features[number])
-                sizes.append(len(features[-1]))
-                order[-1].append((modality, source.origins[number]))
-            images.append(sizes)
-        if self.copies != other.copies and self.features and other.features:
+            rows.append([(kind, next(left[kind])) for *_, kind in placed])
+        if self.copies != other.copies:
             raise ValueError(f"the batch repeats its images {self.copies} times and its videos {other.copies} times")
-        first_of_other = len(self.record.shapes)
-        numbers = [o if m == own else first_of_other + o for row in order[:: self.copies] for m, o in row]
-        layout = replace(
-            self.layout,
-            visual=self.layout.visual | other.layout.visual,
-            images=images,
-            end=max(self.layout.end, other.layout.end),
+        flat, first = [entry for row in rows for entry in row], {mine: 0, theirs: len(self.record.shapes)}
+        numbers = [first[kind] + sources[kind].origins[n] for row in rows[:: self.copies] for kind, n in row]
+        features = [sources[kind].features[n] for kind, n in flat]
+        images = [[len(sources[kind].features[n]) for kind, n in row] for row in rows]
+        visual, end = self.layout.visual | other.layout.visual, max(self.layout.end, other.layout.end)
+        return Shown(
+            replace(self.layout, visual=visual, images=images, end=end),
+            self.record.beside(other.record).of(numbers),
+            features,
+            *_origins(images, len(numbers)),
+            {kind: [i for i, (of, _) in enumerate(flat) if of == kind] for kind in sources},
         )
-        origins, copies = _origins(images, len(numbers))
-        return Shown(layout, self.record.beside(other.record).of(numbers), features, origins, copies, groups)
-
-    def between_frames(self) -> Tensor | None:
-        """`[B, L]` bool, True from the first to the last placeholder of a video; ``None`` if there is no video."""
-        if "video" not in self.groups:
-            return None
-        inside, videos, image = torch.zeros_like(self.layout.visual), set(self.groups["video"]), 0
-        for row, spans in enumerate(self.layout.spans()):
-            for first, last in spans:
-                if image in videos:
-                    inside[row, first : last + 1] = True
-                image += 1
-        return inside
 
 
 def _joined(layout: Layout, record: Record, features: list[Tensor]) -> tuple[Layout, Record, list[Tensor]]:

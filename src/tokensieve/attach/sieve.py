@@ -127,7 +127,7 @@ class Sieve:
 
     @property
     def last(self) -> Decisions:
-        """`[sample][image]`, the Reduction of each image in the latest prefill, all stages as one."""
+        """`[sample][image]`, the Reduction of each image or video in the latest prefill, all stages as one."""
         if self._decisions is None:  # composed when somebody looks, not in the prefill
             self._decisions = [[plan.final() for plan in row] for row in self._last]
         return self._decisions

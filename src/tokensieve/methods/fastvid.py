@@ -62,7 +62,7 @@ class FastVid(Method):
             if few := int(context[first:end].sum()):
                 free = (~salient[first:end]).flatten().nonzero().squeeze(-1)
                 anchors, flat = self.anchors(rows[first:end], salient[first:end], few), rows[first:end].flatten(0, 1)
-                cluster, centre = nearest(flat[free], flat[anchors]).squeeze(-1), torch.searchsorted(free, anchors)
+                cluster, centre = nearest(flat, flat[anchors])[free, 0], torch.searchsorted(free, anchors)
                 cluster[centre], there = torch.arange(few, device=rows.device), free + first * rows.shape[1]
                 into[there], weight[there] = there[centre[cluster]], blended(cluster, centre, self.own)
         return into, weight

@@ -72,13 +72,17 @@ def nearest(rows: Tensor, to: Tensor, k: int = 1, own: Tensor | None = None) -> 
         to: `[..., N, D]`.
         own: `[..., n]`, where each row itself stands in ``to``: never its own neighbour.
     """
-    to, found = normalise(to).transpose(-1, -2), []
+    to, found = (
+        normalise(to).transpose(-1, -2),
+        torch.empty((*rows.shape[:-1], k), dtype=torch.int64, device=rows.device),
+    )
     for start in range(0, rows.shape[-2], CHUNK):
-        cosines = normalise(rows[..., start : start + CHUNK, :]) @ to
+        part = slice(start, start + CHUNK)
+        cosines = normalise(rows[..., part, :]) @ to
         if own is not None:
-            cosines = cosines.scatter(-1, own[..., start : start + CHUNK, None], -torch.inf)
-        found.append(cosines.argmax(-1, keepdim=True) if k == 1 else cosines.topk(k, -1).indices)
-    return torch.cat(found, -2)
+            cosines = cosines.scatter(-1, own[..., part, None], -torch.inf)
+        found[..., part, :] = cosines.argmax(-1, keepdim=True) if k == 1 else cosines.topk(k, -1).indices
+    return found
 
 
 def sizes_of(slot: Tensor, slots: int) -> Tensor:

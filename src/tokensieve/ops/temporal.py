@@ -19,11 +19,11 @@ def same_place_cosine(rows: Tensor, reference: Tensor) -> Tensor:
     Args:
         reference: `[T]`, frame numbers.
     """
-    step, found = max(1, CHUNK // rows.shape[-2]), []
-    for frames in torch.split(torch.arange(rows.shape[-3], device=rows.device), step):
-        here, there = rows[..., frames, :, :], rows[..., reference[frames], :, :]
-        found.append((normalise(here) * normalise(there)).sum(-1))
-    return torch.cat(found, -2)
+    step, found = max(1, CHUNK // rows.shape[-2]), torch.empty(rows.shape[:-1], device=rows.device)
+    for first in range(0, rows.shape[-3], step):
+        here, there = rows[..., first : first + step, :, :], rows[..., reference[first : first + step], :, :]
+        found[..., first : first + step, :] = (normalise(here) * normalise(there)).sum(-1)
+    return found
 
 
 def mean_pairwise_cosine(rows: Tensor) -> Tensor:
