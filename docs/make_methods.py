@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from make_results import DOCS, Entry, ledger
+from make_results import DOCS, Entry, ledger, wished
 
 from tokensieve.methods import Method, MethodInfo, Needs, methods
 from tokensieve.methods.registry import find
@@ -211,7 +211,7 @@ def _bundled(name: str, measured: list[Entry]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        budget = "its own" if row.keep is None else f"{row.keep:.0%}" + " average" * (row.budget == "average")
+        budget = "its own" if row.keep is None else wished(row.keep) + " average" * (row.budget == "average")
         if row.chance is None:
             against = "–"
         else:

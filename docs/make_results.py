@@ -58,6 +58,11 @@ def interval(row: Row | Entry) -> str:
     return f"{100 * row.accuracy:.1f} ({100 * row.accuracy_low:.1f}–{100 * row.accuracy_high:.1f})"
 
 
+def wished(keep: float) -> str:
+    """A budget as one says it."""
+    return f"{keep:.0%}" if isinstance(keep, float) else f"{keep} tokens"
+
+
 def ledger() -> list[Entry]:
     """Everything measured so far."""
     lines = map(json.loads, LEDGER.read_text("utf-8").splitlines())
@@ -95,7 +100,7 @@ def page(text: str, entries: Sequence[Entry]) -> str:
 def by_budget(entries: Sequence[Entry]) -> Iterator[str]:
     """One row per method, one column per budget; methods without one are told with their tokens."""
     budgets = _budgets(entries)
-    yield "| method | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |"
+    yield "| method | " + " | ".join(map(wished, budgets)) + " |"
     yield "|---|" + "---|" * len(budgets)
     for method in dict.fromkeys(entry.method for entry in entries):
         rows = {entry.keep: entry for entry in entries if entry.method == method}
@@ -127,7 +132,7 @@ def against_random(entries: Sequence[Entry]) -> Iterator[str]:
         lost = [entry for entry in here if entry.mark == " ↓"]
         tied = [entry for entry in here if entry.mark == " ≈"]
         unmet = [entry for entry in here if entry.chance is None]
-        where = "At a number of tokens of their own" if budget is None else f"At {budget:.0%}"
+        where = "At a number of tokens of their own" if budget is None else f"At {wished(budget)}"
         said = [f"{_names(lost) or 'no method'} {'are' if len(lost) > 1 else 'is'} below `random`"]
         said += [f"{_names(tied)} not told apart from it"] if tied else []
         said += [f"{_names(unmet)} not compared"] if unmet else []

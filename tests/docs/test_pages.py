@@ -12,7 +12,7 @@ from tokensieve.evaluate import Chance
 from tokensieve.methods.registry import find
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path.append(str(ROOT / "docs"))
 import make_methods  # noqa: E402
 import make_results  # noqa: E402
 
