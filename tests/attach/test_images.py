@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
 
 import tokensieve
 from families import tiny
@@ -15,6 +16,17 @@ from tokensieve.budget import share_out
 from tokensieve.models import Shape, families, family_of
 
 GENERATE = {"max_new_tokens": 1, **tiny.GREEDY}
+
+
+@dataclass
+class Tower:
+    model_type: str
+
+
+def _config(kind, tower):
+    config = transformers.PretrainedConfig()
+    config.model_type, config.vision_config = kind, Tower(tower)
+    return config
 
 
 def run(name, samples, spec, **more):
@@ -280,14 +292,47 @@ def test_the_encode_function_is_wrapped_on_the_instance_and_given_back():
     assert vars(model.model).pop("get_image_features") is own
 
 
+@torch.no_grad()
+def test_pixtral_is_read_image_by_image():
+    """LLaVA with a Pixtral tower packs its images into one call: their evidence must not mix."""
+    vision = tiny.vision("pixtral", 16, head_dim=8)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=tiny.text("mistral", head_dim=16, sliding_window=None),
+        image_token_id=tiny.IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    sizes, pixels = torch.tensor([[56, 84], [70, 28]]), torch.randn(2, 3, 70, 84)
+    ids = [[tiny.BOS, 7, *[tiny.IMAGE] * 24, 8, *[tiny.IMAGE] * 10, 9]]
+    inputs = {"input_ids": torch.tensor(ids), "pixel_values": pixels, "image_sizes": sizes}
+    assert family_of(model).name == "pixtral"
+    plain = model(**inputs).logits
+    with tokensieve.attach(model, "vtc-cls(keep=1.0)"):
+        assert torch.equal(model(**inputs).logits, plain)
+    with tokensieve.attach(model, "vtc-cls(keep=5, first_layer=-2)") as sieve:
+        model(**inputs)
+        ((first, second),) = sieve.last
+        assert (first.grid, second.grid) == ((4, 6), (5, 2))
+        for image, decision, count in ((0, first, 24), (1, second, 10)):
+            height, width = sizes[image].tolist()
+            alone = {"pixel_values": pixels[image : image + 1, :, :height, :width], "image_sizes": sizes[image][None]}
+            model(input_ids=torch.tensor([[tiny.BOS, 7, *[tiny.IMAGE] * count, 9]]), **alone)
+            assert sieve.last[0][0].kept.tolist() == decision.kept.tolist()
+            assert torch.allclose(sieve.last[0][0].scores, decision.scores, atol=1e-6)
+
+
 # -- families -------------------------------------------------------------------------------------------------------
 
 
 def test_every_file_is_a_family():
     found = families()
     assert {"llava", "qwen-vl", "llava-next", "internvl"} <= {family.name for family in found}
-    types = [kind for family in found for kind in family.model_types]
-    assert len(types) == len(set(types))
+    types = {kind for family in found for kind in family.model_types}
+    assert all(sum(family.describes(_config(kind, "clip")) for family in found) == 1 for kind in types)
     assert all(family.title and family.stages for family in found)
 
 

@@ -8,8 +8,9 @@ import torch
 from tokensieve import attach
 from tokensieve.attach.encoder import RECORD
 from tokensieve.evaluate import decode, encode
-from tokensieve.evaluate.answer import batches
+from tokensieve.evaluate.answer import batches, together
 from tokensieve.evaluate.share import encoded, without_repetitions
+from tokensieve.reduction import Reduction
 
 
 def test_prompts_are_left_padded_and_the_processor_is_not_changed(processor, samples, monkeypatch):
@@ -93,3 +94,11 @@ def test_the_record_is_repeated_with_the_images(model, processor, samples):
     per_image = [record.shapes, record.patches, *(rows for layers in record.read.values() for rows in layers.values())]
     assert len(per_image) > 3
     assert all(len(rows) == len(output.pooler_output) == 2 for rows in per_image)
+
+
+def test_tiles_that_are_images_count_as_one():
+    """A picture that a model takes for several images has one decision in the results."""
+    first, second = Reduction(4, torch.tensor([1, 3])), Reduction(3, torch.tensor([0]))
+    both = together([first, second])
+    assert (both.total, both.anchors.tolist(), both.grid) == (7, [1, 3, 4], None)
+    assert together([first]) is first

@@ -109,6 +109,9 @@ WIDE = ((56, 84), (1, 2), (4, 6))  # unpadded: one column on each side of 4 x 8
 TALL = ((100, 48), (2, 1), (8, 4))
 LARGE = ((112, 112), (2, 2), (8, 8))
 ALONE = ((40, 56), (0, 0), (0, 0))
+# a mosaic of more than 16 tokens is resampled to about as many, bilinearly
+RESAMPLED = (((56, 84), (1, 2), (3, 4)), ((100, 48), (2, 1), (5, 2)), ((112, 112), (2, 2), (4, 4)))
+ONE_TILE = {"vision_aspect_ratio": "anyres_max_1"}
 
 
 def pixtral(shape: Shape, generator: torch.Generator) -> Image:
@@ -243,6 +246,15 @@ FAMILIES = {
             {"vision_config": vision(SIGLIP, 4), "text_config": text("qwen2"), **PINPOINTS},
             any_resolution,
             SIZES,
+            several=(ALONE,),
+            counts="batch_num_images",
+        ),
+        Family(
+            "llava-onevision-resampled",
+            "LlavaOnevision",
+            {"vision_config": vision(SIGLIP, 4), "text_config": text("qwen2"), **PINPOINTS, **ONE_TILE},
+            any_resolution,
+            RESAMPLED,
             several=(ALONE,),
             counts="batch_num_images",
         ),
@@ -434,6 +446,13 @@ FAMILIES = {
             },
             packed(14),
             **QWEN,
+        ),
+        Family(  # of no family that Tokensieve knows
+            "lighton-ocr",
+            "LightOnOcr",
+            {"vision_config": vision("pixtral", 16, head_dim=8), "text_config": text("qwen3", head_dim=16)},
+            pixtral,
+            GRIDS,
         ),
     )
 }

@@ -15,8 +15,10 @@ from tokensieve import Method, Needs, Reduction, VisualTokens
 from tokensieve.attach import sieve
 from tokensieve.attach.connector import Connector
 from tokensieve.attach.sieve import Sieve
+from tokensieve.evaluate import Sample, encode
 from tokensieve.measure import LAWS, Laws
 from tokensieve.measure.hiding import dropped_columns, hidden, merged
+from tokensieve.reference.benchmark import benchmark
 
 METHODS = (
     "fastervlm(keep=5)",
@@ -253,6 +255,22 @@ def test_bfloat16_on_the_bundled_model(method, bundled):
     assert all(verdict.status == "pass" for verdict in found.values()), found
     assert found["identity"].deviation == 0.0
     assert found["oracle"].deviation <= 2 * trial.floor
+
+
+def test_bfloat16_says_the_same_tokens_as_the_oracle(bundled):
+    """Real questions of the bundled benchmark, answered to the end."""
+    trial = bundled(torch.bfloat16)
+    model, processor, asked = trial.model, trial.processor, benchmark(scenes=4)
+    samples = [Sample(row.id, lambda row=row: row.image, row.question, ()) for row in asked]
+    inputs = encode(processor, samples)
+    for method in ("fastervlm(keep=36)", "trsm(keep=36)", "divprune(keep=36)"):
+        with tokensieve.attach(model, method, processor=processor) as attached:
+            said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            decisions = attached.last
+        with hidden(model, dropped_columns(inputs["input_ids"], trial.token, decisions)):
+            oracle = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert len(said) > 10
+        assert torch.equal(said, oracle), method
 
 
 @pytest.fixture(scope="module")

@@ -192,7 +192,8 @@ class Connector:
                 "(prefill_chunk_size): encode them with the method attached, in one piece"
             )
         check_cache(kwargs.get("past_key_values"))
-        known = {"input_ids", "attention_mask", "position_ids", *PER_TOKEN}
+        encode = getattr(self.base, f"get_{self.modality}_features")
+        known = {"input_ids", "attention_mask", "position_ids", *PER_TOKEN, *inspect.signature(encode).parameters}
         for name, value in kwargs.items():
             if name not in known and isinstance(value, Tensor) and value.shape[:2] == kwargs["input_ids"].shape:
                 raise ValueError(f"{name} has a value per token, and nothing is known about how to shorten it")
@@ -232,33 +233,45 @@ class Connector:
             shapes = [_fitting(record.shapes[o], r.slots) for o, r in zip(origins, before, strict=True)]
         if self.method is None:
             return plans
+        decided = self._ask(self.method, kwargs, record, plans, shapes, features, layout, origins)
+        return [plan.then(decision) for plan, decision in zip(plans, decided, strict=True)]
+
+    def _ask(
+        self,
+        method: Method,
+        kwargs: dict[str, Any],
+        record: Record,
+        plans: list[Plan],
+        shapes: list[Shape],
+        features: list[Tensor],
+        layout: Layout,
+        origins: list[int],
+    ) -> list[Reduction]:
+        """What the method decides about the rows of each image that the encoder left, structure rows put back."""
         rows = [row for row, sizes in enumerate(layout.images) for _ in sizes]
         text, real = self.words.embedded(kwargs["input_ids"]) if self.words is not None else (None, None)
-        patches = [plan.features.apply(f) for plan, f in zip(plans, features, strict=True)]
-        places = [shape.places for shape in shapes]
-        patches = [f if at is None else f[at] for f, at in zip(patches, places, strict=True)]
+        left = [_patches(plan.features.apply(f), shape) for plan, f, shape in zip(plans, features, shapes, strict=True)]
         entered = [record.patches[origin] for origin in origins] if record.patches else []
         if record.reductions is not None:
-            entered = [plan.features.apply(rows) for plan, rows in zip(plans, entered, strict=False)]
-        counted = iter(map(len, patches))
-        methods = per_sample(self.method, self.scope, [[next(counted) for _ in sizes] for sizes in layout.images])
-        flat = [method for row in methods for method in row]
-        parts = [p for i, shape in enumerate(shapes) for p in parts_of(i, shape, flat[i], self.scope)]
-        decided: list[list[Reduction]] = [[] for _ in plans]
+            entered = [plan.features.apply(own) for plan, own in zip(plans, entered, strict=False)]
+        sizes = iter(map(len, left))
+        methods = per_sample(method, self.scope, [[next(sizes) for _ in images] for images in layout.images])
+        flat = [own for row in methods for own in row]
+        parts = [part for i, shape in enumerate(shapes) for part in parts_of(i, shape, flat[i], self.scope)]
         made: dict[int, Reduction] = {}
         for group in equal_groups([(part.size, part.grid, budget_of(part.method)) for part in parts]):
             members = [parts[number] for number in group]
-            stacked, of = torch.stack([patches[p.image][p.where] for p in members]), [rows[p.image] for p in members]
+            of = [rows[part.image] for part in members]
             said, heard = (None, None) if text is None or real is None else (text[of], real[of])
-            before_projector = None
-            if record.patches:
-                before_projector = torch.stack([entered[p.image][p.where] for p in members])
+            stacked = torch.stack([left[part.image][part.where] for part in members])
+            patches = torch.stack([entered[part.image][part.where] for part in members]) if entered else None
             where = [(origins[part.image], part.where) for part in members]
-            tokens = evidence(record, where, stacked, before_projector, said, heard, members[0].grid)
+            tokens = evidence(record, where, stacked, patches, said, heard, members[0].grid)
             made |= dict(zip(group, members[0].method(tokens), strict=True))
+        of_image: list[list[Reduction]] = [[] for _ in plans]
         for number, part in enumerate(parts):
-            decided[part.image].append(made[number])
-        return [plan.then(shape.lifted(d)) for plan, shape, d in zip(plans, shapes, decided, strict=True)]
+            of_image[part.image].append(made[number])
+        return [shape.lifted(decisions) for shape, decisions in zip(shapes, of_image, strict=True)]
 
     def _reduced(
         self, encoded: Any, record: Record, features: list[Tensor], plans: list[Plan], origins: list[int]
@@ -331,6 +344,11 @@ class Connector:
 def _fitting(shape: Shape, total: int) -> Shape:
     """The shape, if it is one of ``total`` tokens; else nothing is known but their number."""
     return shape if shape.total == total else Shape(total)
+
+
+def _patches(rows: Tensor, shape: Shape) -> Tensor:
+    """Those of an image's rows that belong to patches."""
+    return rows if shape.places is None else rows[shape.places]
 
 
 def _whole(shape: Shape, device: torch.device) -> Plan:

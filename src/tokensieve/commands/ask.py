@@ -31,6 +31,7 @@ def ask(
     from tokensieve.attach import attach
     from tokensieve.budget import parse_budget
     from tokensieve.evaluate import Sample, encode, open_image
+    from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
 
     if not question.strip():
@@ -43,7 +44,7 @@ def ask(
     before = _answer(vlm, processor, inputs, max_new_tokens)
     with attach(vlm, stages, positions=positions, processor=processor) as sieve:
         after = _answer(vlm, processor, inputs, max_new_tokens)
-    (reduction,) = sieve.last[0]
+    reduction = together(sieve.last[0])
     if overlay is not None:
         from tokensieve.report.overlay import as_seen
         from tokensieve.report.overlay import overlay as draw

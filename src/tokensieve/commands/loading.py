@@ -25,7 +25,7 @@ def load_model(name: str, dtype: str | None = None, random: bool = False) -> tup
 
     place = _place(name)
     config = _from_pretrained(AutoConfig, place)
-    known = [kind for family in families() for kind in family.model_types]
+    known = sorted({kind for family in families() for kind in family.model_types})
     if config.model_type in REFUSED:
         raise ValueError(f"{name} is a {config.model_type!r} model, not supported: {REFUSED[config.model_type]}")
     if config.model_type not in known and not hasattr(

@@ -13,6 +13,7 @@ from tokensieve.evaluate.identity import sample_key
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.prompt import decode, encode
 from tokensieve.evaluate.share import Inputs, encoded, without_repetitions
+from tokensieve.models import Shape
 from tokensieve.reduction import Reduction
 
 CACHE_BYTES = 2**30  # processed batches kept for the next method
@@ -87,7 +88,7 @@ class Answerer:
         return [self._record(*row) for row in zip(batch, texts, sieve.last, sieve.tokens, strict=True)]
 
     def _record(self, sample: Sample, text: str, images: list[Reduction], tokens: list[list[int]]) -> Answer:
-        (reduction,), (blocks,) = images, tokens
+        reduction, blocks = together(images), [sum(seen) for seen in zip(*tokens, strict=True)]
         average = sum(blocks) / len(blocks)
         recorded = reduction.to_json() if sample.id in self.examples else None
         return Answer(self.keys[sample.id], text, reduction.total, reduction.slots, average, reduction.grid, recorded)
@@ -100,6 +101,11 @@ class Answerer:
         if self._held + inputs.nbytes <= CACHE_BYTES:
             self._inputs[number], self._held = inputs, self._held + inputs.nbytes
         return inputs
+
+
+def together(images: Sequence[Reduction]) -> Reduction:
+    """One decision about all that the model took for images of a sample: where tiles are images, there are several."""
+    return Shape(sum(reduction.total for reduction in images)).lifted(images)
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:

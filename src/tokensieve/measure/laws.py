@@ -4,7 +4,7 @@
 2. oracle: a reduced run equals the unmodified model with the dropped tokens hidden (:mod:`~tokensieve.measure.hiding`).
 3. batch: every row of a ragged batch equals its own run.
 4. continuation: a second turn on the returned cache equals that of the oracle.
-5. conservation: every visual token is kept, merged into a known slot, or dropped, and no budget is exceeded.
+5. conservation: every visual token is kept, merged into a known slot, or dropped.
 6. cache: the KV cache holds as many columns as the counts say.
 
 Deviations are in logits. Two runs that must be equal are computed in different shapes, so they differ by rounding; how
@@ -247,12 +247,11 @@ class _Trial:
         ids, kinds = laws.together["input_ids"], getattr(text, "layer_types", None) or []
         if any("linear" in kind for kind in kinds):
             raise Unchecked("linear attention has no mask to hide a token with")
-        if any("sliding" in kind for kind in kinds) and text.sliding_window < ids.shape[1] + 3 * STEPS:
+        window = text.sliding_window if any("sliding" in kind for kind in kinds) else None
+        if window is not None and window < ids.shape[1] + 3 * STEPS:
             raise Unchecked("hidden tokens would count in this model's sliding window")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
-        entered = self.decisions
-        if inside is not None:
-            entered = self._entered()
+        entered = self.decisions if inside is None else self._entered()
         if any(stage.info.stage == "encoder" for stage in self.stages):
             raise Unchecked("the encoder itself sees another image")
         if not all(image.projected for row in entered for image in row):
@@ -301,7 +300,8 @@ def _deviation(a: Run, b: Run) -> float:
     """Largest difference of two runs' logits, step by step as long as both rows say the same."""
     alike = (a.tokens == b.tokens).cumprod(-1).roll(1, -1)
     alike[:, 0] = 1  # a step's logits come from the tokens before it
-    return float(((a.logits - b.logits).abs().amax(-1) * alike).max())
+    apart = (a.logits - b.logits).abs().masked_fill(a.logits == b.logits, 0)  # a model may mask ids: both are -inf
+    return float((apart.amax(-1) * alike).max())
 
 
 def _agreement(own: Sequence[Reduction], other: Sequence[Reduction]) -> float:

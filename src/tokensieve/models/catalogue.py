@@ -33,15 +33,16 @@ def family_of(model: Any) -> Family:
     Raises:
         ValueError: if the model is of no known family and of another shape; names the families, or the reason.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
     for family in families():
-        if model_type in family.model_types:
+        if family.describes(config):
             return family
+    model_type = getattr(config, "model_type", None)
     if model_type in REFUSED:
         raise ValueError(f"{type(model).__name__} is not supported: {REFUSED[model_type]}")
     if discoverable(model):
         return Generic(model)
-    known = ", ".join(t for family in families() for t in family.model_types)
+    known = ", ".join(sorted({t for family in families() for t in family.model_types}))
     raise ValueError(
         f"{type(model).__name__} (model type {model_type!r}) is of no supported family; supported: {known}"
     )

@@ -68,6 +68,10 @@ class Family(ABC):
         before = f"nothing that reads the encoder: {self.opaque}" if self.opaque else ""
         return "; ".join(filter(None, (inside, before)))
 
+    def describes(self, config: Any) -> bool:
+        """Whether a model of this config is of this family."""
+        return getattr(config, "model_type", None) in self.model_types
+
     # -- where things are ---------------------------------------------------------------------------------------------
 
     def tower(self, model: Any) -> nn.Module:

@@ -23,6 +23,9 @@ class Llava(Family):
     model_types = ("llava",)
     stages = ("encoder", "connector", "decoder")
 
+    def describes(self, config: Any) -> bool:
+        return super().describes(config) and config.vision_config.model_type != "pixtral"
+
     def tower(self, model: Any) -> nn.Module:
         tower = super().tower(model)
         model_type = getattr(tower.config, "model_type", None)

@@ -1,0 +1,112 @@
+"""What a method is told about a visual token is what the encoder says of the patches behind it.
+
+Which patches these are is found by experiment: in a tower without attention every row depends on its own patch alone,
+so one patch is changed at a time, to see which rows of the tower and which visual tokens change.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import tokensieve
+from families import reference, tiny
+from families.test_matrix import METHODS, each_kernel, supported
+
+LAYER = 2  # of four: the layer before the last, which FasterVLM reads; in Qwen2.5-VL one of those without windows
+seen: dict[torch.nn.Module, torch.Tensor] = {}
+
+
+def by_hand(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+    seen[module] = weights
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attentions(model):
+    """The attention modules of the vision tower, first to last."""
+    tower = model.get_encoder(modality="image")
+    found = [m for m in tower.modules() if type(m).__name__.endswith("Attention")]
+    return [m for m in found if type(m).__module__.startswith("transformers")]
+
+
+@cache
+def behind(name):
+    """`[row of the tower -> set of visual tokens]` of the image of "single", of a twin whose tower does not attend."""
+    model, (sample,) = tiny.build(name), tiny.scenario(name, "single")
+    rows: list[torch.Tensor] = []
+    for layer, module in enumerate(attentions(model)):
+        if layer == LAYER:
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs: rows.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        module.register_forward_hook(lambda m, args, out: (0 * out[0], *out[1:]) if isinstance(out, tuple) else 0 * out)
+    encode = lambda: torch.cat([e.rows for e in reference.encode(model, name, sample)])  # noqa: E731
+    features = encode()
+    pixels, found = sample.images[0].inputs["pixel_values"], {}
+    for patch in patches(pixels):
+        original = patch.clone()
+        patch.add_(1.0)
+        changed, states = different(encode(), features), rows[-1].flatten(0, -2)
+        patch.copy_(original)
+        (row,) = different(states, rows[0].flatten(0, -2))
+        found[row] = set(changed)
+    return found
+
+
+def patches(pixels):
+    """Each patch as a view that can be written to."""
+    if pixels.ndim == 2:  # Qwen's packing
+        yield from pixels
+        return
+    tiles = pixels.view(-1, *pixels.shape[-3:])
+    for tile in tiles:
+        for y in range(0, tile.shape[1], 14):
+            for x in range(0, tile.shape[2], 14):
+                yield tile[:, y : y + 14, x : x + 14]
+
+
+def different(a, b):
+    return ((a - b).abs().amax(-1) > 1e-5).nonzero().flatten().tolist()
+
+
+@pytest.fixture
+def attention_by_hand():
+    ALL_ATTENTION_FUNCTIONS.register("by_hand", by_hand)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("by_hand", eager_mask)
+    seen.clear()
+    yield
+    seen.clear()
+
+
+@each_kernel
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if "attention" in supported(name)])
+def test_scores_are_those_of_the_patches_behind_each_token(name, attention, attention_by_hand, deviation):
+    model, (sample,) = tiny.subject(name, attention), tiny.scenario(name, "single")
+    with tokensieve.attach(model, METHODS["attention"]) as sieve:
+        model.generate(**tiny.collate(name, [sample]), max_new_tokens=1)
+        ((decision,),) = sieve.last
+
+    twin = tiny.build(name, "eager")
+    for module in attentions(twin):
+        module.config._attn_implementation_internal = "by_hand"
+    reference.encode(twin, name, sample)
+    weights = seen[attentions(twin)[LAYER]]  # [tiles, heads, rows, rows]
+    cls = any(key.endswith(("class_embedding", "cls_token")) for key, _ in twin.named_parameters())
+    rows = weights[:, :, 0].mean(1) if cls else weights.mean((1, 2))
+
+    units: dict[int, list[float]] = {}
+    for row, tokens in behind(name).items():
+        for token in tokens:
+            units.setdefault(token, []).append(float(rows.flatten()[row]))
+    image = sample.images[0]
+    assert set(units) == set(range(image.tokens)) - set(image.newlines)
+    expected = torch.zeros(image.tokens)
+    for token, values in units.items():
+        expected[token] = sum(values) / len(values)
+    assert deviation("of attention scores", decision.scores, expected) <= 1e-5
+    best = expected.topk(5).indices.tolist()
+    assert set(decision.kept.tolist()) - set(image.newlines) == set(best)
