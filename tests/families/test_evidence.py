@@ -73,6 +73,12 @@ def different(a, b):
     return ((a - b).abs().amax(-1) > 1e-5).nonzero().flatten().tolist()
 
 
+@torch.no_grad()
+def head_row(head, rows):
+    """What a pooling head attends to, as torch's own module reports it, mean over heads: `[tiles, rows]`."""
+    return head.attention(head.probe.expand(len(rows), -1, -1), rows, rows)[1][:, 0]
+
+
 @pytest.fixture
 def attention_by_hand():
     ALL_ATTENTION_FUNCTIONS.register("by_hand", by_hand)
@@ -93,10 +99,14 @@ def test_scores_are_those_of_the_patches_behind_each_token(name, attention, atte
     twin = tiny.build(name, "eager")
     for module in attentions(twin):
         module.config._attn_implementation_internal = "by_hand"
+    tower, pooled = twin.get_encoder(modality="image"), []
+    if getattr(tower, "use_head", False):  # SigLIP's pooling head stands in for a late [CLS] row
+        tower.head.register_forward_pre_hook(lambda head, args: pooled.append(head_row(head, args[0])))
     reference.encode(twin, name, sample)
     weights = seen[attentions(twin)[LAYER]]  # [tiles, heads, rows, rows]
     cls = any(key.endswith(("class_embedding", "cls_token")) for key, _ in twin.named_parameters())
-    rows = weights[:, :, 0].mean(1) if cls else weights.mean((1, 2))
+    rows = weights[:, :, 0].mean(1) if cls else pooled[0] if pooled else weights.mean((1, 2))
+    assert any("pooling head" in note for note in decision.notes) == bool(pooled)
 
     units: dict[int, list[float]] = {}
     for row, tokens in behind(name).items():
