@@ -152,7 +152,8 @@ class VisualTokens:
         """Evidence that a method cannot do without; ``ValueError`` naming it if it was not given."""
         value: Tensor | None = getattr(self, name)
         if value is None:
-            raise ValueError(f"this method needs VisualTokens({name}=...)")
+            where = ", which only the tokens of a single grid have" if name == "places" else ""
+            raise ValueError(f"this method needs VisualTokens({name}=...){where}")
         return value
 
     def in_frames(self, rows: Tensor) -> Tensor:

@@ -285,6 +285,7 @@ def bundled():
     @cache
     def build(dtype):
         model, processor = bundle.load()
-        return Laws(model.to(dtype), prompts(processor, model.device), 3, processor)
+        model.to(dtype)
+        return Laws(model, prompts(processor, model), 3, processor)
 
     return build

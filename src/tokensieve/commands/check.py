@@ -55,7 +55,7 @@ def check(
     torch.manual_seed(0)
     with progress() as report:
         report(0, len(candidates), "the unmodified model")
-        laws = Laws(vlm, prompts(processor, vlm.device), len(QUESTIONS), processor)
+        laws = Laws(vlm, prompts(processor, vlm), len(QUESTIONS), processor)
         verdicts: list[list[Verdict]] = []
         for done, stages in enumerate(candidates):
             report(done, len(candidates), " + ".join(map(str, stages)))
@@ -96,33 +96,28 @@ def _reasons(verdicts: Sequence[Sequence[Verdict]]) -> Mapping[str, str]:
     }
 
 
-def prompts(processor: Any, device: Any) -> Callable[[Sequence[int]], Mapping[str, Any]]:
-    """Gives the prompts with some numbers, about drawn pictures, as one left-padded batch."""
-    return lambda numbers: _inputs(processor, numbers, device)
+def prompts(processor: Any, model: Any) -> Callable[[Sequence[int]], Mapping[str, Any]]:
+    """Gives the prompts with some numbers, about drawn pictures, as one left-padded batch for this model."""
+    precision = next(model.parameters()).dtype
+    return lambda numbers: dict(_inputs(processor, numbers).to(model.device, dtype=precision))
 
 
-def _inputs(processor: Any, numbers: Sequence[int], device: Any) -> Mapping[str, Any]:
+def _inputs(processor: Any, numbers: Sequence[int]) -> Any:
     from tokensieve.evaluate.prompt import KEYWORDS
 
     questions = [QUESTIONS[number] for number in numbers]
     pictures = [[_picture(number + at) for at in range(QUESTIONS[number][1])] for number in numbers]
     if getattr(processor, "chat_template", None):
-        turns = [
-            [
-                {
-                    "role": "user",
-                    "content": [*({"type": "image", "image": p} for p in shown), {"type": "text", "text": q}],
-                }
-            ]
-            for (q, _), shown in zip(questions, pictures, strict=True)
+        said = [
+            [*({"type": "image", "image": picture} for picture in shown), {"type": "text", "text": question}]
+            for (question, _), shown in zip(questions, pictures, strict=True)
         ]
-        inputs = processor.apply_chat_template(
+        turns = [[{"role": "user", "content": content}] for content in said]
+        return processor.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=dict(KEYWORDS)
         )
-    else:
-        texts = [f"{processor.image_token * len(p)}\n{q}" for (q, _), p in zip(questions, pictures, strict=True)]
-        inputs = processor(images=pictures, text=texts, **KEYWORDS)
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    texts = [f"{processor.image_token * len(p)}\n{q}" for (q, _), p in zip(questions, pictures, strict=True)]
+    return processor(images=pictures, text=texts, **KEYWORDS)
 
 
 def _picture(number: int) -> Any:
