@@ -106,25 +106,6 @@ def test_merges_are_lifted_over_structure_rows():
     assert shape.lifted([Reduction.identity(4), Reduction.identity(4)]).whole
 
 
-PROJECTORS = [name for name in tiny.FAMILIES if name not in ("ovis2", "fast-vlm", "perception-lm")]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", PROJECTORS)
-def test_what_enters_the_projector_is_told_token_by_token(name):
-    """Row by row, in token order: what the family says went in, projected, is what came out."""
-    model, samples = tiny.subject(name), tiny.scenario(name, "ragged")
-    family = family_of(model)
-    with tokensieve.attach(model, "visionzip(keep=8)"):
-        out = model.model.get_image_features(**tiny.pictures(name, samples), return_dict=True)
-    record = vars(out)["_tokensieve_record"]
-    entries = family.entries(out.pooler_output, record.shapes)
-    assert sum(map(len, entries)) == sum(image.tokens for s in samples for image in s.images)
-    for rows, shape, features in zip(record.patches, record.shapes, entries, strict=True):
-        places = slice(None) if shape.places is None else shape.places
-        assert torch.allclose(family.project(model, rows), features[places], atol=1e-4)
-
-
 def test_newlines_are_left_alone_by_merges_before_the_projector():
     name, seen = "llava-next", {}
     model, (sample,) = tiny.subject(name), tiny.scenario(name, "single")
@@ -290,39 +271,6 @@ def test_the_encode_function_is_wrapped_on_the_instance_and_given_back():
     with tokensieve.attach(model, "uniform(keep=5)"):
         pass
     assert vars(model.model).pop("get_image_features") is own
-
-
-@torch.no_grad()
-def test_pixtral_is_read_image_by_image():
-    """LLaVA with a Pixtral tower packs its images into one call: their evidence must not mix."""
-    vision = tiny.vision("pixtral", 16, head_dim=8)
-    config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=tiny.text("mistral", head_dim=16, sliding_window=None),
-        image_token_id=tiny.IMAGE,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    sizes, pixels = torch.tensor([[56, 84], [70, 28]]), torch.randn(2, 3, 70, 84)
-    ids = [[tiny.BOS, 7, *[tiny.IMAGE] * 24, 8, *[tiny.IMAGE] * 10, 9]]
-    inputs = {"input_ids": torch.tensor(ids), "pixel_values": pixels, "image_sizes": sizes}
-    assert family_of(model).name == "pixtral"
-    plain = model(**inputs).logits
-    with tokensieve.attach(model, "vtc-cls(keep=1.0)"):
-        assert torch.equal(model(**inputs).logits, plain)
-    with tokensieve.attach(model, "vtc-cls(keep=5, first_layer=-2)") as sieve:
-        model(**inputs)
-        ((first, second),) = sieve.last
-        assert (first.grid, second.grid) == ((4, 6), (5, 2))
-        for image, decision, count in ((0, first, 24), (1, second, 10)):
-            height, width = sizes[image].tolist()
-            alone = {"pixel_values": pixels[image : image + 1, :, :height, :width], "image_sizes": sizes[image][None]}
-            model(input_ids=torch.tensor([[tiny.BOS, 7, *[tiny.IMAGE] * count, 9]]), **alone)
-            assert sieve.last[0][0].kept.tolist() == decision.kept.tolist()
-            assert torch.allclose(sieve.last[0][0].scores, decision.scores, atol=1e-6)
 
 
 # -- families -------------------------------------------------------------------------------------------------------

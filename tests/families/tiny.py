@@ -123,6 +123,15 @@ def pixtral(shape: Shape, generator: torch.Generator) -> Image:
     return Image(inputs, [*ids[:-1], END], (height, width))
 
 
+def unmerged(shape: Shape, generator: torch.Generator) -> Image:
+    """Pixtral: any (height, width) in tokens of one patch each, marked as above."""
+    height, width = shape
+    size = torch.tensor([[14 * height, 14 * width]])
+    pixels = torch.randn(1, 3, 14 * height, 14 * width, generator=generator)
+    ids = ([IMAGE] * width + [BREAK]) * height
+    return Image({"pixel_values": pixels, "image_sizes": size}, [*ids[:-1], END], (height, width))
+
+
 def tile(shape: Shape, generator: torch.Generator) -> Image:
     """Idefics3: a tile of 8x8 patches, 16 tokens after a mark."""
     pixels = torch.randn(1, 3, 112, 112, generator=generator)
@@ -226,6 +235,18 @@ FAMILIES = {
                 "vision_feature_select_strategy": "full",
             },
             square(5, 25),
+        ),
+        Family(
+            "pixtral",
+            "Llava",
+            {
+                "vision_config": vision("pixtral", 16, head_dim=8),
+                "text_config": text("mistral", head_dim=16, sliding_window=None),
+                "vision_feature_layer": -1,
+                "vision_feature_select_strategy": "full",
+            },
+            unmerged,
+            GRIDS,
         ),
         Family(
             "vipllava",
