@@ -263,7 +263,7 @@ def test_a_video_is_not_resized(family):
     }
     with (
         tokensieve.attach(model, "downsample(keep=5)"),
-        pytest.raises(ValueError, match="resizes images; videos are not supported"),
+        pytest.raises(ValueError, match="acts on images in the encoder; videos are not supported"),
     ):
         model(**inputs)
 

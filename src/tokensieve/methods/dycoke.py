@@ -26,6 +26,7 @@ class DyCoke(Method):
         drop: the share that goes of a frame that is not kept whole (the paper's K: 0.5, 0.7 or 0.9).
         keep: instead of ``drop``, tokens per video, or a share of them; never less than the frames that stay whole.
 
+    Cost: O(N·D) time, O(N·log n) to sort frames of n tokens; O(N) extra memory.
     Paper: "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models", CVPR 2025. The half that
     prunes the KV cache while decoding is left out. The official code drops the last frame of an odd number and leaves
     the third frame of the last window whole; here they are frames like any other.

@@ -22,6 +22,7 @@ class Evs(Method):
     Args:
         keep: tokens per video, or a share of them; 1 − the paper's pruning rate q.
 
+    Cost: O(N·D) time, O(N·log N) to sort; O(N) extra memory.
     Paper: "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference", 2025. The paper
     compares pixels; as in vLLM, it is the cosine of visual tokens here.
     """

@@ -37,6 +37,8 @@ class HoliTom(Method):
         own: smallest weight of a density peak in its merged token; the tokens that join it share the rest.
         neighbours: of the density of a token, itself counted.
 
+    Cost: all rows of one layer's attention, O(n²·D) time per frame; O(T² + T·n) to cut T frames; O(n²·D) to
+    cluster still tokens.
     Paper: "HoliTom: Holistic Token Merging for Fast Video Large Language Models", NeurIPS 2025, with the official
     default of pure attention for what moves. The half inside the LLM is left out.
     """

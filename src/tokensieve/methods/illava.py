@@ -24,6 +24,7 @@ class ILlavaEncoder(EncoderMethod):
         layers: where, between attention and MLP; a float is a share of the layers that features come from.
         favour_attended: as in ``illava-llm``.
 
+    Cost: in each of its layers O(n²·D) time for all rows of attention, O(n·min(n, 1,024)) extra memory per head.
     Paper: as of ``illava-llm``; there layers 5 to 8 of 26, 92 of 729 tokens in each.
     """
 

@@ -26,6 +26,7 @@ class MustDropEncoder(EncoderMethod):
         layer: behind which layer; a float is a share of the layers that features come from.
         over_batch: every image merges as many windows as the one that has fewest, as in the official code.
 
+    Cost: O(N·D) time and extra memory.
     Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024. The official
     code puts merged tokens first; here each stands in the middle of its window.
     """

@@ -17,6 +17,7 @@ UNPROTECTED = "no token was protected: no connector method (such as mustdrop-key
 class MustDropKeys(Method):
     """Keep all, and rank the tokens by what [CLS] attends to in the last layer: ``mustdrop-llm`` protects the best.
 
+    Cost: one row of attention: O(N·D) time, O(N) extra memory per head.
     Paper: as of ``mustdrop-llm``.
     """
 
@@ -43,6 +44,7 @@ class MustDropLlm(DecoderMethod):
         single: … and if no word's attention to it reaches this, in the same unit.
         protect: share of the tokens that entered the LLM which never leave.
 
+    Cost: per stage, O(M·L·D) time and O(M·L) extra memory per head for the rows of M words over L positions.
     Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024. There every
     token after the image is a word, template included. Its cache policy while decoding is not covered.
     """

@@ -36,6 +36,7 @@ class PruneVid(Method):
         still: a place whose tokens have a larger mean cosine over the scene stands still.
         neighbours: of the density of a token or frame, itself counted.
 
+    Cost: O(n²·D) time per frame of n tokens and per scene; O(n·min(n, 1,024)) extra memory.
     Paper: "PruneVid: Visual Token Pruning for Efficient Video Large Language Models", ACL Findings 2025. The half
     inside the LLM is left out. A merged token stands at its cluster's centre, in the first frame of the scene if it is
     still; the official code lines up a scene's still tokens before the others and renumbers.

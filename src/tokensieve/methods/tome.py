@@ -28,6 +28,7 @@ class ToMe(EncoderMethod):
         official_order: the next layer pairs tokens in the order in which the authors' code leaves them (first those
             that looked for a partner and did not merge); else in raster order.
 
+    Cost: per layer, O(n²·D) time and O(n²) extra memory to match n tokens; later layers see fewer.
     Paper: "Token Merging: Your ViT But Faster", 2022.
     """
 
