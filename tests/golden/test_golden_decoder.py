@@ -11,7 +11,7 @@ from tokensieve import VisualTokens, parse
 from tokensieve.attach.probe import attention_of_queries
 from tokensieve.evaluate.calibrate import first_below, withdrawal_kl
 from tokensieve.methods.dart import Dart, least_alike
-from tokensieve.methods.sparsevlm import raters
+from tokensieve.methods.raters import raters
 from tokensieve.ops import density_peaks
 
 FOLDER = Path(__file__).parent

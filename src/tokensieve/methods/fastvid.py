@@ -29,8 +29,7 @@ class FastVid(Method):
         every: distance of the frames with anchors.
         own: smallest weight of an anchor in its merged token; what joins it shares the rest.
 
-    Cost: one row of attention per frame (all rows without [CLS]), O(n²·D) time per frame with anchors, O(N·A·D)
-    to join A anchors.
+    Cost: one row of attention per frame, O(n²·D) time per frame with anchors, O(N·A·D) to join A anchors.
     Paper: "FastVID: Dynamic Density Pruning for Fast Video Large Language Models", NeurIPS 2025. There attention and
     frame features are those of SigLIP's pooling head; here the last layer's [CLS] attention (or attention received),
     and the mean of a frame's tokens.

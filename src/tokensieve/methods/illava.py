@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from tokensieve.budget import Budget
 from tokensieve.methods.base import DecoderMethod, EncoderMethod, Needs, check_blocks, check_layers
 from tokensieve.methods.registry import register
+from tokensieve.ops import merge_by_rank
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -36,7 +34,7 @@ class ILlavaEncoder(EncoderMethod):
         return check_layers(self.layers, depth)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        return merge_rest(image, image.at("received", -1), self.wanted(image), self.favour_attended)
+        return image.merge(*merge_by_rank(image.at("received", -1), self.wanted(image), self.favour_attended))
 
 
 @register("illava-llm", paper="arXiv:2412.06263", stage="decoder", needs=Needs(queries="last"))
@@ -68,17 +66,5 @@ class ILlavaLlm(DecoderMethod):
         return check_blocks([self.layer], depth)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        return merge_rest(image, image.given("queries").mean((1, 2)), self.wanted(image), self.favour_attended)
-
-
-def merge_rest(image: VisualTokens, scores: Tensor, wanted: int, favour_best: bool) -> Reduction:
-    """Keep the best by ``scores`` `[B, N]`, and merge all others into the best of them, weighted by rank."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    kept, merged = order[:, : wanted - 1], order[:, wanted - 1 :]
-    rank = torch.arange(1, merged.shape[1] + 1, device=order.device, dtype=torch.float32)
-    weight = (rank.flip(0) if favour_best else rank) / rank.sum()
-    anchors, places = torch.cat([kept, merged[:, :1]], -1).sort(-1)
-    slot = places.argsort(-1)
-    slot = torch.cat([slot[:, :-1], slot[:, -1:].expand_as(merged)], -1)
-    weights = torch.cat([torch.ones_like(kept, dtype=torch.float32), weight.expand_as(merged)], -1)
-    return image.merge(anchors, slot, order, weights)
+        scores = image.given("queries").mean((1, 2))
+        return image.merge(*merge_by_rank(scores, self.wanted(image), self.favour_attended))

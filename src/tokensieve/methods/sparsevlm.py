@@ -7,28 +7,11 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.raters import rated
 from tokensieve.methods.registry import register
 from tokensieve.ops import density_peaks, keep_and_average, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
-
-
-def raters(image: VisualTokens) -> Tensor:
-    """The words that rate, `[B, M]` bool: of all words' softmax over the text at the LLM's entry, those above the mean.
-
-    The softmax is averaged over the visual tokens. Where no word is above the mean, all of them rate.
-    """
-    mask = image.words()[1]
-    visual, text = image.given("entry").float(), image.given("text_entry").float()
-    share = (visual @ text.transpose(-1, -2)).masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1)
-    above = mask & (share > share.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True))
-    return above | (mask & ~above.any(-1, keepdim=True))
-
-
-def rated(image: VisualTokens) -> tuple[Tensor, Tensor]:
-    """What the raters attend to, mean over heads, `[B, M, N]` with zeros for other words; and the raters."""
-    by = raters(image)
-    return image.given("queries").mean(1).masked_fill(~by[..., None], 0), by
 
 
 @register("sparsevlm", paper="arXiv:2410.04417", stage="decoder", needs=Needs(text=True, queries="words", entry=True))

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from tokensieve.budget import Budget
 from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.raters import raters
 from tokensieve.methods.registry import register
-from tokensieve.methods.sparsevlm import raters
 from tokensieve.ops import top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods.raters import rated
 from tokensieve.methods.registry import register
-from tokensieve.methods.sparsevlm import rated
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 

@@ -3,7 +3,7 @@
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
-from tokensieve.ops.merge import area_pool, keep_and_average, nearest, pooled_grid, sizes_of
+from tokensieve.ops.merge import area_pool, keep_and_average, merge_by_rank, nearest, pooled_grid, sizes_of
 from tokensieve.ops.score import (
     CHUNK,
     attention,
@@ -72,6 +72,7 @@ __all__ = [
     "mask_bias",
     "max_min",
     "mean_pairwise_cosine",
+    "merge_by_rank",
     "merge_groups",
     "nearest",
     "normalise",

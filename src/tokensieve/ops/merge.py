@@ -103,3 +103,19 @@ def _overlap(size: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _centres(size: int, cells: int) -> Tensor:
     return ((torch.arange(cells) * 2 + 1) * size).div(2 * cells, rounding_mode="floor")
+
+
+def merge_by_rank(scores: Tensor, keep: int, favour_best: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep the best by ``scores`` `[B, N]` and merge all others into the best of them, weighted by rank.
+
+    Returns:
+        Anchors `[B, keep]`, and slot, source and weight `[B, N]` of each entry.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    kept, merged = order[:, : keep - 1], order[:, keep - 1 :]
+    rank = torch.arange(1, merged.shape[1] + 1, device=order.device, dtype=torch.float32)
+    weight = (rank.flip(0) if favour_best else rank) / rank.sum()
+    anchors, places = torch.cat([kept, merged[:, :1]], -1).sort(-1)
+    slot = places.argsort(-1)
+    slot = torch.cat([slot[:, :-1], slot[:, -1:].expand_as(merged)], -1)
+    return anchors, slot, order, torch.cat([torch.ones_like(kept, dtype=torch.float32), weight.expand_as(merged)], -1)
