@@ -37,9 +37,9 @@ def noise(family):
     return LINEAR_NOISE if family == "qwen3.5" else laws.NOISE
 
 
-def run(family, samples, spec, steps=STEPS, **parameters):
+def run(family, samples, spec, steps=STEPS, attention="sdpa", **parameters):
     """Greedy steps with the method attached: logits `[row, step, vocabulary]`, tokens, decisions."""
-    model = models.subject(family)
+    model = models.subject(family, attention)
     with tokensieve.attach(model, spec, **parameters) as sieve:
         out = model.generate(**models.collate(family, samples), max_new_tokens=steps, **tiny.GREEDY)
         return torch.stack(out.logits, 1), out.sequences[:, -steps:], sieve.last
@@ -77,6 +77,16 @@ def test_oracle_batch_and_conservation(family, spec, parameters, deviation):
             assert deviation("of a row from its own run (law 3)", logits[i], alone[0]) <= noise(family)
             assert answer[0].tolist() == tokens[i].tolist()
             assert [r.kept.tolist() for r in own] == [r.kept.tolist() for r in decisions[i]]
+
+
+@each_family
+def test_oracle_with_eager_attention(family, deviation):
+    samples = models.scenario(family, "ragged")
+    logits, tokens, decisions = run(family, samples, "fastvid(keep=10)", attention="eager")
+    assert_oracle(family, "ragged", logits, tokens, decisions, deviation)
+    _, _, others = run(family, samples, "fastvid(keep=10)")
+    for row, other in zip(decisions, others, strict=True):
+        assert [r.kept.tolist() for r in row] == [r.kept.tolist() for r in other]
 
 
 def assert_conserved(one, r, spec, parameters):
