@@ -20,7 +20,7 @@ from tokensieve.methods.base import Method, MethodInfo, Needs, Stage
 
 ENTRY_POINTS = "tokensieve.methods"
 _registry: dict[str, type[Method]] = {}
-_NOT_METHODS = {"base", "fusion", "registry", "spec"}
+_NOT_METHODS = {"base", "fusion", "raters", "registry", "spec"}
 M = TypeVar("M", bound=type[Method])
 
 
