@@ -168,7 +168,7 @@ def test_identity_notices_what_is_left_behind(own, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Sieve, "_remove", lambda attached: left.append(attached))
         found = {verdict.law: verdict.status for verdict in trial.check([method])}
-    for attached in left:
+    for attached in reversed(left):
         attached._remove()
     assert found["identity"] == "FAIL"
 
