@@ -8,6 +8,7 @@ from tokensieve.attach.connector import Decisions
 from tokensieve.attach.sieve import Sieve
 from tokensieve.fusion import Pass, host_of
 from tokensieve.methods import FusionMethod, Method, Positions
+from tokensieve.methods.pumer import PuMer
 
 
 class FusionSieve(Sieve):
@@ -20,6 +21,8 @@ class FusionSieve(Sieve):
         self, model: Any, stages: list[Method], replay: Decisions | None, positions: Positions, processor: Any
     ) -> None:
         (method,) = stages
+        if method.info.name == "full":
+            method = PuMer(layers=())
         if not isinstance(method, FusionMethod):
             raise ValueError(f"{method.info.name} must be a FusionMethod to act at the fusion stage")
         if positions != "original":
@@ -29,6 +32,7 @@ class FusionSieve(Sieve):
         self._decisions: Decisions | None = None
         self.tokens = []
         self._host = host_of(model)(model, method, self._ended)
+        self._depth = self._host.depth(model)
 
     @property
     def last(self) -> Decisions:
@@ -39,6 +43,8 @@ class FusionSieve(Sieve):
 
     def _ended(self, passes: list[Pass]) -> None:
         self._passes, self._decisions = passes, None
+        by_image = [p.tokens(self._depth) for p in passes]
+        self.tokens = [list(row) for row in zip(*by_image, strict=True)]
 
     def _remove(self) -> None:
         self._host.remove()
