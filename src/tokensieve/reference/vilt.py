@@ -90,3 +90,20 @@ def copy_tower(tower: Any, model: ViltForQuestionAnswering, pixels: Tensor) -> N
         }
         for source, target in pairs.items():
             target.load_state_dict(source.state_dict())
+
+
+def mark_places(model: ViltForQuestionAnswering, size: float = 0.3, waves: int = 4, seed: int = 0) -> None:
+    """Add row and column of each patch to its position embedding: slow cosines of both, along random directions.
+
+    `size`: root mean square of what is added.
+    """
+    import torch
+
+    table, side = model.vilt.embeddings.position_embeddings, CANVAS // TOKEN
+    along = (torch.arange(side) + 0.5) * torch.pi / side
+    cosines = torch.stack([(wave * along).cos() / wave for wave in range(1, waves + 1)], 1)
+    rows, columns = cosines.repeat_interleave(side, 0), cosines.repeat(side, 1)
+    draw = torch.Generator().manual_seed(seed)
+    places = torch.cat([rows, columns], 1) @ torch.randn(2 * waves, table.shape[-1], generator=draw)
+    with torch.no_grad():
+        table[0, 1:] += places * size / places.square().mean().sqrt()

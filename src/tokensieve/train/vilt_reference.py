@@ -1,10 +1,11 @@
 """Pretraining of the small reference ViLT, up to where `tokensieve train pumer` takes over.
 
-Two stages. `look`: the image's way through the copied layers is distilled to that of the CLIP tower it was copied from.
+Three stages. `look`: the image's way through the copied layers is distilled to that of the CLIP tower it was copied from.
 `read`: these layers stay as they are; text and the layers above them learn to answer. Eight questions about an image
 share a pass in which patches do not yet see the text, so that they are computed once. As in the reference model, many
 questions first see little beyond what they need; and the answer is asked of the last word, where one step of attention
-finds it, as well as of the [CLS] that must fetch it from there.
+finds it, as well as of the [CLS] that must fetch it from there. `joint`: the same, and the copied layers learn, too;
+for that, patches are told their place, of which the tower's features keep no trace: a LLaVA's LLM numbers its tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tokensieve.reference import load
 from tokensieve.reference.learning import MEAN, STD
 from tokensieve.reference.model import vocabulary
 from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, Packs, make_packs
-from tokensieve.reference.vilt import COPIED, LABELS, WORDS, build_model, build_processor, copy_tower
+from tokensieve.reference.vilt import COPIED, LABELS, WORDS, build_model, build_processor, copy_tower, mark_places
 
 ASKED = tuple(number for number, type in enumerate(SLOTS) if type != "beside")
 VALIDATION_SCENES = 128
@@ -38,7 +39,7 @@ HIDDEN = -1e4
 class Stage:
     """One part: optimiser steps, images per step, peak learning rate."""
 
-    name: Literal["look", "read"]
+    name: Literal["look", "read", "joint"]
     steps: int
     batch: int
     rate: float
@@ -52,7 +53,7 @@ class Stage:
         return self.rate * (0.05 + 0.95 * cosine)
 
 
-STAGES = (Stage("look", 300, 32, 5e-4), Stage("read", 2000, 32, 2e-3))
+STAGES = (Stage("look", 300, 32, 5e-4), Stage("read", 2000, 32, 2e-3), Stage("joint", 400, 32, 8e-4))
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,7 @@ class _Run:
         count = EASY if rng.random() < (0.8 if ease else 0.3) else TOKENS
         objects = torch.from_numpy(self.packs.shown[rows]) != IGNORE
         kept = (torch.from_numpy(rng.random((size, TOKENS))) + 0.9 * objects).topk(count).indices.sort(-1).values
-        with torch.no_grad():
+        with torch.set_grad_enabled(stage.name == "joint"):
             places = torch.cat([torch.zeros(size, 1, dtype=torch.long), kept + 1], 1).unsqueeze(-1)
             states = [state.gather(1, places.expand(-1, -1, state.shape[-1])) for state in self.look(images)]
         needed = (asked.gather(1, kept).unsqueeze(1) >> torch.tensor(ASKED).view(1, -1, 1)) & 1
@@ -272,7 +273,7 @@ class _Run:
         stage = self.stages[self.stage]
         line: dict[str, Any] = {"stage": stage.name, "step": self.step, "seconds": round(self.seconds)}
         line["loss"] = round(float(np.mean(self.losses)), 4)
-        if stage.name == "read":
+        if stage.name != "look":
             line |= {name: round(value, 4) for name, value in self._evaluate().items()}
         self._save()
         with (self.output / "metrics.jsonl").open("a") as stream:
@@ -281,11 +282,13 @@ class _Run:
 
     def next_stage(self) -> None:
         """Export what there is and turn to the next stage."""
-        if self.stages[self.stage].name == "read":
+        if self.stages[self.stage].name == "joint":
             self._centre()
         export(self.reader.model, self.output / "model")
         self.stage, self.step = self.stage + 1, 0
         if self.stage < len(self.stages):
+            if self.stages[self.stage].name == "joint":
+                mark_places(self.reader.model)
             self.optimiser = self._new_optimiser()
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
@@ -294,9 +297,9 @@ class _Run:
         embeddings, layers = vilt.embeddings, vilt.encoder.layer
         image = (*embeddings.patch_embeddings.parameters(), embeddings.position_embeddings, embeddings.cls_token)
         seeing = {id(p) for p in (*image, *layers[:COPIED].parameters())}
-        looks = self.stages[self.stage].name == "look"
+        name = self.stages[self.stage].name
         for parameter in self.reader.parameters():
-            parameter.requires_grad_((id(parameter) in seeing) == looks)
+            parameter.requires_grad_(name == "joint" or (id(parameter) in seeing) == (name == "look"))
         trained = [parameter for parameter in self.reader.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
 
