@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from typing import Any
 
 _DIRECTORIES = {
     "reference": "llava-reference",
@@ -27,11 +24,12 @@ def path(name: str = "reference") -> Path:
     return Path(__file__).parent / "weights" / _DIRECTORIES[name]
 
 
-def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The reference model in float32, ready to answer, and its processor. Reads local files only."""
+def load(name: str = "reference") -> tuple[Any, Any]:
+    """A bundled model in float32, ready to answer, and its processor. Reads local files only."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, ViltForQuestionAnswering
 
-    directory = path()
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    directory = path(name)
+    kind: Any = AutoModelForImageTextToText if name == "reference" else ViltForQuestionAnswering
+    model = kind.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     return model.eval(), AutoProcessor.from_pretrained(directory, local_files_only=True)

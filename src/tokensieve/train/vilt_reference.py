@@ -1,6 +1,6 @@
 """Pretraining of the small reference ViLT, up to where `tokensieve train pumer` takes over.
 
-Three stages. `look`: the image's way through the copied layers is distilled to that of the CLIP tower it was copied from.
+Three stages. `look`: the image's way through the copied layers is distilled to that of the CLIP tower they came from.
 `read`: these layers stay as they are; text and the layers above them learn to answer. Eight questions about an image
 share a pass in which patches do not yet see the text, so that they are computed once. As in the reference model, many
 questions first see little beyond what they need; and the answer is asked of the last word, where one step of attention
@@ -53,7 +53,7 @@ class Stage:
         return self.rate * (0.05 + 0.95 * cosine)
 
 
-STAGES = (Stage("look", 300, 32, 5e-4), Stage("read", 2000, 32, 2e-3), Stage("joint", 400, 32, 8e-4))
+STAGES = (Stage("look", 300, 32, 5e-4), Stage("read", 1300, 32, 2e-3), Stage("joint", 400, 32, 8e-4))
 
 
 @dataclass(frozen=True)
