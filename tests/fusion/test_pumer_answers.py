@@ -45,6 +45,13 @@ def test_compare(folder, tmp_path):
     assert runs == {"full", spec, f"{spec} fine-tuned"}
 
 
+def test_other_kinds_are_not_compared(folder, tmp_path):
+    command = ["compare", "--model", "reference", "--unreduced", str(folder / "full"), "--limit", "7"]
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path), "--no-report"])
+    assert result.exit_code == 2
+    assert "a LlavaForConditionalGeneration cannot be compared with a ViltForQuestionAnswering" in result.output
+
+
 def test_ask(folder, tmp_path):
     row = benchmark("validation", scenes=1)[0]
     row.image.save(tmp_path / "scene.png")

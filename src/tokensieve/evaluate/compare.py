@@ -89,6 +89,8 @@ def compare(
     oracle = model.can_generate() and any(sample.boxes for sample in samples)
     entries = plan(methods, keeps, seeds=seeds, oracle=oracle, budget=budget)
     if trained is not None:
+        if type(trained) is not type(model):
+            raise ValueError(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
         full, *others = entries
         entries = [full, *(both for entry in others for both in (entry, entry.fine_tuned()))]
     words = processor if processor_for_text else None
