@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 
 import pytest
 import torch
@@ -140,6 +141,35 @@ def test_unreadable_images_are_skipped_and_counted(folder, tmp_path, caplog):
     assert found["skipped"] == 3
     assert "record 2 skipped" in caplog.text
     assert "3 of 8 training records" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_no_damage_to_an_image_stops_a_run(kind, tmp_path):
+    """Bytes overwritten and ends cut off: the record is used or skipped."""
+    rng, whole = random.Random(0), tmp_path / f"whole.{kind}"
+    Image.linear_gradient("L").resize((16, 16)).save(whole, kind)
+    records = []
+    for number in range(40):
+        data = bytearray(whole.read_bytes())
+        for _ in range(rng.randint(1, 5)):
+            data[rng.randrange(min(len(data), 120))] = rng.randrange(256)
+        path = tmp_path / f"{number}.{kind}"
+        path.write_bytes(data[: rng.randint(1, len(data))])
+        records.append({"image": path, "question": "what?", "answer": "red"})
+    found = Records([*records, {**records[0], "image": whole}], task_named("vqa"), {"red": 0})
+    assert all(found[number]["images"][0].mode == "RGB" for number in range(len(records)))
+    assert found.skipped > 0
+
+
+def test_the_bundled_questions_as_records():
+    records = read_records("reference:train[:9]", task_named("vqa"))
+    assert len(records) == 9
+    found = Records(records, task_named("vqa"), {record["answer"]: 0 for record in records})
+    assert found[8]["images"][0].size == (120, 120)
+    assert found.skipped == 0
+    for source in ("reference:nowhere", "reference:train[3]"):
+        with pytest.raises(ValueError, match="train"):
+            read_records(source, task_named("vqa"))
 
 
 def test_nothing_but_bad_images(tmp_path):

@@ -9,6 +9,7 @@ from tokensieve.attach.parts import Scope
 from tokensieve.attach.sieve import Sieve
 from tokensieve.fusion import Pass, host_of
 from tokensieve.methods import FusionMethod, Method, Positions
+from tokensieve.methods.pumer import PuMer
 
 
 class FusionSieve(Sieve):
@@ -27,6 +28,8 @@ class FusionSieve(Sieve):
         scope: Scope = "image",
     ) -> None:
         (method,) = stages
+        if method.info.name == "full":
+            method = PuMer(layers=())
         if not isinstance(method, FusionMethod):
             raise ValueError(f"{method.info.name} must be a FusionMethod to act at the fusion stage")
         if positions != "original":
@@ -36,6 +39,7 @@ class FusionSieve(Sieve):
         self._decisions: Decisions | None = None
         self.tokens = []
         self._host = host_of(model)(model, method, self._ended)
+        self._depth = self._host.depth(model)
 
     @property
     def last(self) -> Decisions:
@@ -46,6 +50,8 @@ class FusionSieve(Sieve):
 
     def _ended(self, passes: list[Pass]) -> None:
         self._passes, self._decisions = passes, None
+        by_image = [p.tokens(self._depth) for p in passes]
+        self.tokens = [list(row) for row in zip(*by_image, strict=True)]
 
     def _remove(self) -> None:
         self._host.remove()

@@ -18,7 +18,7 @@ from tokensieve.attach.stream import Run
 from tokensieve.attach.versions import warn_if_untested
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
-from tokensieve.models import family_of
+from tokensieve.models import family_of, is_fusion
 from tokensieve.models.family import Modality
 from tokensieve.reduction import Reduction
 
@@ -66,7 +66,7 @@ def attach(
     with _lock:
         if id(model) in _attached:
             raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
-        sieve = _kind(stages)(model, stages, replay, positions, processor, budget_scope)
+        sieve = _kind(model, stages)(model, stages, replay, positions, processor, budget_scope)
         _attached[id(model)] = sieve
     return sieve
 
@@ -217,11 +217,13 @@ class Sieve:
         ]
 
 
-def _kind(stages: list[Method]) -> type[Sieve]:
-    """LLMs with a vision tower, or cross-modal encoders."""
+def _kind(model: Any, stages: list[Method]) -> type[Sieve]:
+    """LLMs with a vision tower, or cross-modal encoders; ``full`` goes with either."""
     from tokensieve.attach.fusion import FusionSieve
 
-    return FusionSieve if any(stage.info.stage == "fusion" for stage in stages) else Sieve
+    fusing = any(stage.info.stage == "fusion" for stage in stages)
+    unreduced = is_fusion(model) and [stage.info.name for stage in stages] == ["full"]
+    return FusionSieve if fusing or unreduced else Sieve
 
 
 def _shows(kwargs: dict[str, Any], modality: Modality) -> bool:

@@ -9,13 +9,15 @@ import typer
 
 from tokensieve.commands.arguments import ImageFile, Json, Model
 from tokensieve.commands.console import note, print_json
-from tokensieve.commands.loading import load_model
+from tokensieve.commands.loading import load_model, trained_spec
+
+METHOD = "vtc-cls"
 
 
 def ask(
     image: ImageFile,
     question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
-    method: Annotated[str, typer.Option(help="Method spec, e.g. 'vtc-cls(first_layer=-2)'.")] = "vtc-cls",
+    method: Annotated[str, typer.Option(help="Method spec, e.g. 'vtc-cls(first_layer=-2)'.")] = METHOD,
     keep: Annotated[
         str | None, typer.Option(help="Budget: tokens (36) or a share (0.25, 25%).", show_default="the method's own")
     ] = None,
@@ -30,16 +32,23 @@ def ask(
     """Answer a question about an image, without and with a method."""
     from tokensieve.attach import attach
     from tokensieve.budget import parse_budget
-    from tokensieve.evaluate import Sample, encode, open_image
+    from tokensieve.evaluate import Sample, encode, encode_pairs, open_image
     from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
+    from tokensieve.models import longest_text
 
     if not question.strip():
         raise ValueError("the question is empty; ask something about the image")
-    stages = parse(method, **({} if keep is None else {"keep": parse_budget(keep)}))
+    budget = {} if keep is None else {"keep": parse_budget(keep)}
+    parse(method, **budget)  # a bad spec is refused before anything is loaded
     picture = open_image(image)
-    vlm, processor = load_model(model)
-    inputs = encode(processor, [Sample("ask", lambda: picture, question, ())])
+    vlm, processor = load_model(model, classifiers=True)
+    if method == METHOD and not vlm.can_generate():
+        method = trained_spec(model)
+    stages = parse(method, **budget)
+    asked = [Sample("ask", lambda: picture, question, ())]
+    longest = None if vlm.can_generate() else longest_text(vlm.config)
+    inputs = encode(processor, asked) if longest is None else encode_pairs(processor, asked, longest=longest)
     inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
     before = _answer(vlm, processor, inputs, max_new_tokens)
     with attach(vlm, stages, positions=positions, processor=processor) as sieve:
@@ -71,5 +80,7 @@ def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: 
     from tokensieve.evaluate import decode
 
     with torch.inference_mode():
+        if not model.can_generate():
+            return str(model.config.id2label[int(model(**inputs).logits.argmax())])
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return decode(processor, generated, inputs["input_ids"].shape[1])[0].strip()

@@ -59,9 +59,9 @@ def _cells(cost: Cost) -> list[str]:
         f"{cost.prefill_ms.low:.3g}–{cost.prefill_ms.high:.3g}",
         f"{cost.prefill_speedup.median:.2f}×",
         "–" if cost.method_ms is None else f"{cost.method_ms.median:.2g}",
-        f"{cost.decode_ms_per_token.median:.3g}",
+        "–" if cost.decode_ms_per_token is None else f"{cost.decode_ms_per_token.median:.3g}",
         f"{cost.flops_ratio:.0%}",
         f"{cost.peak_activation_bytes / 1e6:.3g}",
-        f"{cost.kv_bytes / 1e6:.3g}",
+        "–" if cost.kv_bytes is None else f"{cost.kv_bytes / 1e6:.3g}",
         "never" if cost.break_even_tokens is None else f"{cost.break_even_tokens:.4g}",
     ]

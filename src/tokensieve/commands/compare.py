@@ -22,11 +22,15 @@ from tokensieve.commands.arguments import (
     split_specs,
 )
 from tokensieve.commands.console import note, print_json, print_table, progress
-from tokensieve.commands.loading import load_model
+from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
 
 
 def compare(
     model: Model = "reference",
+    unreduced: Annotated[
+        str | None,
+        typer.Option(help="The unreduced fine-tune that --model, fine-tuned with PuMer, is compared with."),
+    ] = None,
     data: Annotated[
         str, typer.Option(help="'reference' for the bundled benchmark, or a .jsonl, .csv or .parquet file.")
     ] = "reference",
@@ -67,7 +71,12 @@ def compare(
         check_report_extra()
     columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
     samples = load_data(data, **columns, limit=limit)
-    vlm, processor = load_model(model)
+    vlm, processor = load_model(model, classifiers=True)
+    trained = None
+    if unreduced := unreduced or COMPARED_WITH.get(model):
+        trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
+    if methods == METHODS and not vlm.can_generate():
+        specs = [trained_spec(model)]
     with progress() as bar:
         rows = run(
             vlm,
@@ -82,6 +91,7 @@ def compare(
             seeds=seeds,
             budget=counted,
             prompt=prompt,
+            trained=trained,
             measure=measure,
             progress=bar,
         )

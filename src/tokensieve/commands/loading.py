@@ -2,47 +2,63 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+COMPARED_WITH = {"pumer-reference": "vilt-reference"}
 
-def load_model(name: str, dtype: str | None = None, random: bool = False) -> tuple[Any, Any]:
+
+def load_model(
+    name: str, dtype: str | None = None, random: bool = False, *, classifiers: bool = False
+) -> tuple[Any, Any]:
     """The model in eval mode on its device (a GPU if there is one), and its processor.
 
     Args:
-        name: "reference", a folder, or a hub name.
+        name: a bundled model such as "reference", a folder, or a hub name.
         dtype: a torch dtype by name; by default the checkpoint's on a GPU, float32 elsewhere.
         random: random weights instead of the checkpoint's, in an LLM of at most four blocks.
+        classifiers: also take cross-modal encoders that choose among answers.
 
     Raises:
         ValueError: if nothing of a supported family loads from there; one line that says why.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ViltForQuestionAnswering
 
+    from tokensieve.fusion.meter import MeterForQuestionAnswering
     from tokensieve.models import REFUSED, families
 
     place = _place(name)
     config = _from_pretrained(AutoConfig, place)
-    known = sorted({kind for family in families() for kind in family.model_types})
+    loaders: dict[str, Any] = {kind: AutoModelForImageTextToText for f in families() for kind in f.model_types}
+    if classifiers:
+        loaders |= {"vilt": ViltForQuestionAnswering, "meter": MeterForQuestionAnswering}
     if config.model_type in REFUSED:
         raise ValueError(f"{name} is a {config.model_type!r} model, not supported: {REFUSED[config.model_type]}")
-    if config.model_type not in known and not hasattr(
-        config, "image_token_id"
-    ):  # the shape of unknown ones shows later
+    if hasattr(config, "image_token_id"):  # what an unknown one looks like shows when a method is attached
+        loaders.setdefault(config.model_type, AutoModelForImageTextToText)
+    if config.model_type not in loaders:
         raise ValueError(
             f"{name} is a {config.model_type!r} model, not a supported vision-language model; "
-            f"supported: {', '.join(known)}"
+            f"supported: {', '.join(loaders)}"
         )
     gpu = torch.cuda.is_available()
     wanted = ("auto" if gpu else torch.float32) if dtype is None else getattr(torch, dtype)
     if random:
         model = _random(config).to(torch.float32 if wanted == "auto" else wanted)
     else:
-        model = _from_pretrained(AutoModelForImageTextToText, place, dtype=wanted)
+        model = _from_pretrained(loaders[config.model_type], place, dtype=wanted)
     processor = _from_pretrained(AutoProcessor, place)
     return model.eval().to("cuda" if gpu else "cpu"), processor
+
+
+def trained_spec(name: str) -> str:
+    """The method that a model was fine-tuned with, as `train pumer` leaves it beside the weights; else plain PuMer."""
+    note = Path(_place(name).path) / "tokensieve.json"
+    method = json.loads(note.read_text())["method"] if note.is_file() else None
+    return method or "pumer"
 
 
 @dataclass(frozen=True)
@@ -54,14 +70,13 @@ class _Place:
 
 
 def _place(name: str) -> _Place:
-    """What the user's name means: the bundled model, a folder, or a model on the hub."""
-    path = Path(name).expanduser()
-    if name.startswith("reference") and not path.exists():
-        from tokensieve.reference import path as bundled
+    """What the user's name means: a bundled model, a folder, or a model on the hub."""
+    from tokensieve.reference import NAMES
+    from tokensieve.reference import path as bundled
 
+    path = Path(name).expanduser()
+    if (name in NAMES or name.startswith("reference")) and not path.exists():
         path = bundled(name)
-        if not path.is_dir():
-            raise ValueError(f"the bundled model {name!r} has no weights in this installation")
     if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _Place(name, unreachable=_hub_refusal(name))
     if not (path / "config.json").is_file():

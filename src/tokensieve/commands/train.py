@@ -37,11 +37,32 @@ def reference(
     note(f"model: {folder}")
 
 
+@app.command("vilt-reference")
+def vilt_reference(
+    output: Annotated[Path, typer.Option(help="Folder of checkpoint, metrics and model.")] = Path(
+        "runs/vilt-reference"
+    ),
+    effort: Annotated[float, typer.Option(min=0.0, help="Share of the recipe's steps.")] = 1.0,
+    scenes: Annotated[int, typer.Option(min=1, help="Training images, about 90 KB of memory each.")] = 12_000,
+    seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue from the folder's checkpoint.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Use torch.compile: a slow start, then fast steps.")] = False,
+) -> None:
+    """Pretrain the small ViLT of the bundled questions; `train pumer` goes on from there."""
+    from tokensieve.train.vilt_reference import train_vilt_reference
+
+    folder = train_vilt_reference(output, scenes=scenes, effort=effort, seed=seed, resume=resume, compiled=compiled)
+    note(f"model: {folder}")
+
+
 @app.command()
 def pumer(
     task: Annotated[str, typer.Option(help="vqa, nlvr2, ve or retrieval.")],
     model: Annotated[str, typer.Option(help="Pretrained ViLT, METER or BridgeTower to start from.")],
-    data: Annotated[str, typer.Option(help="Training records: a .jsonl file, or NAME:SPLIT of the datasets library.")],
+    data: Annotated[
+        str,
+        typer.Option(help="Training records: a .jsonl file, NAME:SPLIT of the datasets library, reference:train."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder of checkpoints and model.")] = Path("runs/pumer"),
     teacher: Annotated[str | None, typer.Option(help="Fine-tuned, unreduced model to distil from.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Records to measure accuracy on after each epoch.")] = None,

@@ -7,7 +7,7 @@ from tokensieve.evaluate.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.images import open_image
 from tokensieve.evaluate.intervals import bootstrap, wilson
 from tokensieve.evaluate.metrics import METRICS
-from tokensieve.evaluate.prompt import decode, encode
+from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.results import Chance, Example, Results, Row, TypeScore
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "compare",
     "decode",
     "encode",
+    "encode_pairs",
     "environment",
     "load_data",
     "open_image",

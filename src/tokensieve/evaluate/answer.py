@@ -11,9 +11,9 @@ from tokensieve.attach import Sieve, attach
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.identity import sample_key
 from tokensieve.evaluate.journal import Answer
-from tokensieve.evaluate.prompt import decode, encode
+from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.share import Inputs, encoded, without_repetitions
-from tokensieve.models import Shape
+from tokensieve.models import Shape, longest_text
 from tokensieve.reduction import Reduction
 
 CACHE_BYTES = 2**30  # processed batches kept for the next method
@@ -73,19 +73,27 @@ class Answerer:
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """The processor's tensors for some samples, on the model's device."""
-        made = encode(self.processor, samples, prompt=self.prompt)
+        made = self.encode(samples)
         floats = {name: tensor for name, tensor in made.items() if tensor.is_floating_point()}
         made |= {name: tensor.to(self.model.dtype) for name, tensor in floats.items()}
         return {name: tensor.to(self.model.device) for name, tensor in made.items()}
 
+    def encode(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """What the processor makes of some samples."""
+        return encode(self.processor, samples, prompt=self.prompt)
+
     def _answer(self, number: int, batch: Sequence[Sample], attached: Attached) -> list[Answer]:
         inputs = self._batch_inputs(number, batch)
         with attached(batch) as sieve, torch.inference_mode():
-            generated = self.model.generate(
-                **encoded(self.model, inputs), do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens
-            )
-        texts = decode(self.processor, generated, inputs.tensors["input_ids"].shape[1])
+            texts = self.texts(inputs)
         return [self._record(*row) for row in zip(batch, texts, sieve.last, sieve.tokens, strict=True)]
+
+    def texts(self, inputs: Inputs) -> list[str]:
+        """What the model says to a batch."""
+        generated = self.model.generate(
+            **encoded(self.model, inputs), do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens
+        )
+        return decode(self.processor, generated, inputs.tensors["input_ids"].shape[1])
 
     def _record(self, sample: Sample, text: str, images: list[Reduction], tokens: list[list[int]]) -> Answer:
         reduction, blocks = together(images), [sum(seen) for seen in zip(*tokens, strict=True)]
@@ -97,10 +105,27 @@ class Answerer:
         if number in self._inputs:
             return self._inputs[number]
         images = {image: i for i, image in enumerate(dict.fromkeys(sample.image for sample in batch))}
-        inputs = without_repetitions(self.model, self.inputs(batch), [images[sample.image] for sample in batch])
+        inputs = self._shared(self.inputs(batch), [images[sample.image] for sample in batch])
         if self._held + inputs.nbytes <= CACHE_BYTES:
             self._inputs[number], self._held = inputs, self._held + inputs.nbytes
         return inputs
+
+    def _shared(self, tensors: dict[str, torch.Tensor], images: list[int]) -> Inputs:
+        return without_repetitions(self.model, tensors, images)
+
+
+class Classifier(Answerer):
+    """Answers of a model that chooses among those it knows, in one forward."""
+
+    def texts(self, inputs: Inputs) -> list[str]:
+        names, logits = self.model.config.id2label, self.model(**inputs.tensors).logits
+        return [names[number] for number in logits.argmax(-1).tolist()]
+
+    def encode(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        return encode_pairs(self.processor, samples, prompt=self.prompt, longest=longest_text(self.model.config))
+
+    def _shared(self, tensors: dict[str, torch.Tensor], images: list[int]) -> Inputs:
+        return Inputs(tensors, None)
 
 
 def together(images: Sequence[Reduction]) -> Reduction:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from tokensieve.attach import attach
 from tokensieve.budget import Budget
-from tokensieve.evaluate.answer import Answerer, Attached, attaching, replaying
+from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
 from tokensieve.evaluate.costs import Costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.environment import environment
@@ -45,6 +45,7 @@ def compare(
     budget: Convention = "kept",
     prompt: str = "{question}",
     processor_for_text: bool = True,
+    trained: Any = None,
     measure: bool = True,
     examples: int = 4,
     progress: Progress | None = None,
@@ -58,7 +59,8 @@ def compare(
     (:class:`~tokensieve.evaluate.results.Results`) is replaced after each row; the same call again continues.
 
     Args:
-        model: a vision-language model with nothing attached, in eval mode on its device.
+        model: a vision-language model with nothing attached, in eval mode on its device; or a cross-modal encoder that
+            classifies answers (a ViLT or METER for question answering), which gets no oracle row.
         processor: its processor.
         samples: see :func:`~tokensieve.evaluate.data.load_data`.
         methods: method specs.
@@ -72,6 +74,7 @@ def compare(
             its blocks; the rows always tell both.
         prompt: what the user says; ``{question}`` is replaced.
         processor_for_text: give ``attach`` the processor, so that text-informed methods see the user's words only.
+        trained: the same model fine-tuned with reducers on. Each method then has a second row, "… fine-tuned", on it.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
         examples: images whose kept tokens are recorded for the report.
         progress: called with (questions done, questions in all, what is running).
@@ -83,36 +86,51 @@ def compare(
         OutputError: nothing more can be written (a full disk). What was written before is kept.
     """
     _check(model, samples, metric, batch_size, prompt)
-    entries = plan(methods, keeps, seeds=seeds, oracle=any(sample.boxes for sample in samples), budget=budget)
+    oracle = model.can_generate() and any(sample.boxes for sample in samples)
+    entries = plan(methods, keeps, seeds=seeds, oracle=oracle, budget=budget)
+    if trained is not None:
+        if type(trained) is not type(model):
+            raise ValueError(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
+        full, *others = entries
+        entries = [full, *(both for entry in others for both in (entry, entry.fine_tuned()))]
     words = processor if processor_for_text else None
     for run in (run for entry in entries for run in entry.runs if run.stages):
         attach(model, run.stages, processor=words).detach()  # what this model cannot run is refused before it starts
 
     setup = {"prompt": prompt, "max_new_tokens": max_new_tokens, "processor_for_text": processor_for_text}
-    journal = Journal(output, {"tokensieve": __version__, **setup, **model_identity(model)})
+    identity = model_identity(model) | ({} if trained is None else {"trained": model_identity(trained)})
+    journal = Journal(output, {"tokensieve": __version__, **setup, **identity})
     shown = choose(samples, examples)
     table = Table(samples, METRICS[metric], store(shown, output))
-    answerer = Answerer(
-        model,
-        processor,
-        samples,
-        prompt=prompt,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        examples={sample.id for sample in shown},
-    )
+    answering = Answerer if model.can_generate() else Classifier
+    answerers = [
+        answering(
+            each,
+            processor,
+            samples,
+            prompt=prompt,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            examples={sample.id for sample in shown},
+        )
+        for each in (model, trained)
+        if each is not None
+    ]
     place = environment(model)
-    costs = Costs(model, words, lambda: answerer.inputs(samples[:1]), journal, place) if measure else None
+    costs = [Costs(a.model, words, partial(a.inputs, samples[:1]), journal, place) for a in answerers if measure]
     settings = setup | {"model": model_name(model), "samples": len(samples), "metric": metric, "seeds": seeds}
     settings |= {"budget": budget, "batch_size": batch_size}
     report = _Progress(progress, len(samples) * sum(len(entry.runs) for entry in entries))
     for entry in entries:
+        answerer = answerers[entry.trained]
         decide = partial(_oracle, answerer, journal, entry.keep)
         for run in entry.runs:
-            attached = attaching(model, run.stages, words) if run.stages else replaying(model, decide)
+            body = answerer.model
+            attached = attaching(body, run.stages, words) if run.stages else replaying(body, decide)
             _answer(answerer, journal, run, attached, report)
         first = entry.runs[0]
-        cost = costs.of(first.key, first.stages or [[decide(samples[0])]]) if costs else None
+        stages = first.stages or [[decide(samples[0])]]
+        cost = costs[entry.trained].of(first.key, stages) if measure else None
         table.add(entry, [answerer.by_id(journal.answers[run.key]) for run in entry.runs], cost)
         table.results(complete=entry is entries[-1], environment=place, settings=settings).save(output / RESULTS)
     return table.rows

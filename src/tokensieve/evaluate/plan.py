@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -14,6 +14,7 @@ from tokensieve.budget import Budget
 from tokensieve.methods import Method, parse
 
 ORACLE = "oracle"
+FINE_TUNED = "fine-tuned"
 Convention: TypeAlias = Literal["kept", "average"]
 
 
@@ -32,11 +33,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the table: a method at a budget, averaged over its runs (one per seed)."""
+    """One row of the table: a method at a budget, averaged over its runs (one per seed).
+
+    Attributes:
+        trained: whether it runs on the model that was fine-tuned with it, not on the one that it is compared with.
+    """
 
     method: str
     keep: Budget | None
     runs: tuple[Run, ...]
+    trained: bool = False
+
+    def fine_tuned(self) -> Entry:
+        """The same on the model that was fine-tuned with it."""
+        runs = tuple(replace(run, key=f"{run.key} {FINE_TUNED}") for run in self.runs)
+        return Entry(f"{self.method} {FINE_TUNED}", self.keep, runs, trained=True)
 
 
 def plan(

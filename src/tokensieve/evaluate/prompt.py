@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokensieve.evaluate.data import Sample
 
+ENCODER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
 KEYWORDS = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
 
@@ -42,6 +43,23 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
     else:
         raise ValueError(f"{type(processor).__name__} has neither a chat template nor an image token")
     return dict(inputs)
+
+
+def encode_pairs(
+    processor: Any, samples: Sequence[Sample], *, prompt: str = "{question}", longest: int
+) -> dict[str, Tensor]:
+    """A batch for an encoder that classifies answers: questions padded on the right, cut to ``longest`` tokens.
+
+    Raises:
+        DataError: an image that cannot be decoded.
+    """
+    opened = {image: sample.open() for image, sample in {sample.image: sample for sample in samples}.items()}
+    images = [opened[sample.image] for sample in samples]
+    texts = [prompt.replace("{question}", sample.question) for sample in samples]
+    options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": longest}
+    words = processor.tokenizer(texts, **options, return_tensors="pt")
+    made = {**words, **processor.image_processor(images, return_tensors="pt")}
+    return {name: made[name] for name in ENCODER_INPUTS if name in made}
 
 
 def decode(processor: Any, generated: Tensor, prompt_length: int) -> list[str]:

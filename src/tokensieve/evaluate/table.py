@@ -109,9 +109,9 @@ def _measured(cost: Cost | None) -> dict[str, float | None]:
         "prefill_ms": cost.prefill_ms.median,
         "prefill_speedup": cost.prefill_speedup.median,
         "method_ms": cost.method_ms.median if cost.method_ms else None,
-        "decode_ms_per_token": cost.decode_ms_per_token.median,
+        "decode_ms_per_token": cost.decode_ms_per_token.median if cost.decode_ms_per_token else None,
         "peak_activation_mb": cost.peak_activation_bytes / MB,
-        "kv_mb": cost.kv_bytes / MB,
+        "kv_mb": None if cost.kv_bytes is None else cost.kv_bytes / MB,
     }
 
 

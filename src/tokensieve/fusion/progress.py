@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,7 @@ class Pass:
         method: decides.
         text, image: the streams as they stand now; the image's may be unknown before the first reducer.
         texts, images: the decisions so far, in order.
+        entered: image tokens per row that entered each layer with a reducer, so far.
     """
 
     method: FusionMethod
@@ -40,10 +42,12 @@ class Pass:
     image: Stream
     texts: list[Step] = field(default_factory=list)
     images: list[Step] = field(default_factory=list)
+    entered: list[tuple[int, ...]] = field(default_factory=list)
 
     @torch.no_grad()
     def reduce(self, seen: CrossModal) -> tuple[Step | None, Step | None]:
         """Decide about text and image in one layer, and move both streams on."""
+        self.entered.append(self.image.counts)
         text, image = self.method.reduce_pair(seen)
         if text is not None:
             self.texts.append(Step(text, self.text.size))
@@ -59,6 +63,11 @@ class Pass:
             return None
         mask = torch.cat([stream.mask for stream in streams], 1)
         return mask_bias(mask, like.dtype, queries if self.method.counts_padding else 0)
+
+    def tokens(self, depth: int) -> list[list[int]]:
+        """For each row, the image tokens that entered each of ``depth`` layers."""
+        counts, layers = [*self.entered, self.image.counts], self.method.layers
+        return [[counts[bisect_left(layers, layer)][row] for layer in range(depth)] for row in range(len(counts[0]))]
 
     def decisions(self) -> list[Reduction]:
         """What became of each sample's image tokens, all layers together."""

@@ -19,11 +19,12 @@ class Cost:
         prefill_speedup: unhooked time / time with the method, pair by pair.
         method_ms: time with the method - time with a replay of its decisions; ``None`` where no replay does the same
             work (a method that acts inside or before the encoder, a replay itself) and for the unhooked model.
-        decode_ms_per_token: each further token of greedy generation, for the whole batch.
+        decode_ms_per_token: each further token of greedy generation, for the whole batch. ``None`` for a
+            model that does not generate.
         flops: of the prefill.
         flops_ratio: flops / flops of the unhooked prefill.
         peak_activation_bytes: of the prefill, the KV cache included.
-        kv_bytes: of the cache after the prefill.
+        kv_bytes: of the cache after the prefill; ``None`` for a model that does not generate.
         break_even_tokens: generated tokens after which the method has paid for itself: 0 where its prefill is already
             as fast, ``None`` where it never does.
     """
@@ -34,11 +35,11 @@ class Cost:
     prefill_ms: Spread
     prefill_speedup: Spread
     method_ms: Spread | None
-    decode_ms_per_token: Spread
+    decode_ms_per_token: Spread | None
     flops: int
     flops_ratio: float
     peak_activation_bytes: int
-    kv_bytes: int
+    kv_bytes: int | None
     break_even_tokens: float | None
 
     def to_json(self) -> dict[str, Any]:

@@ -72,14 +72,16 @@ class Bench:
         self.model, self.inputs, self.processor = model, inputs, processor
         self.repeats, self.warmup, self.decode_tokens = repeats, warmup, decode_tokens
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._prompt = {**inputs, "use_cache": True, **({"logits_to_keep": 1} if last_only else {})}
+        self._generates = model.can_generate()
+        cached = {"use_cache": True} if self._generates else {}
+        self._prompt = {**inputs, **cached, **({"logits_to_keep": 1} if last_only else {})}
         self.full = self._full()
 
     def _full(self) -> Cost:
         with attach(self.model, "full") as sieve:
             self._prefill()
             tokens, _ = _tokens(sieve.last)
-        (times,), (gaps,) = self._times([nullcontext]), self._gaps([nullcontext])
+        (times,), (gap,) = self._times([nullcontext]), self._gaps([nullcontext])
         return Cost(
             method="full",
             tokens_before=tokens,
@@ -87,11 +89,11 @@ class Bench:
             prefill_ms=Spread.of(times),
             prefill_speedup=Spread(1.0, 1.0, 1.0),
             method_ms=None,
-            decode_ms_per_token=Spread.of(gaps),
+            decode_ms_per_token=gap,
             flops=count_flops(self._prefill),
             flops_ratio=1.0,
             peak_activation_bytes=peak_activation_bytes(self._prefill, self.model.device),
-            kv_bytes=kv_bytes(self._prefill().past_key_values),
+            kv_bytes=self._kv_bytes(self._prefill()),
             break_even_tokens=0.0,
         )
 
@@ -100,7 +102,7 @@ class Bench:
         stages: Any = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else method
         attached = partial(attach, self.model, stages, processor=self.processor)
         with attached() as sieve:
-            kv = kv_bytes(self._prefill().past_key_values)
+            kv = self._kv_bytes(self._prefill())
             decisions = sieve.last
             flops = count_flops(self._prefill)
             peak = peak_activation_bytes(self._prefill, self.model.device)
@@ -108,9 +110,9 @@ class Bench:
         if _replayable(stages):
             runs = [*runs, partial(attach, self.model, decisions)]
         full, times, *replay = self._times(runs)
-        full_gaps, gaps = self._gaps(runs[:2])
+        full_gap, gap = self._gaps(runs[:2])
         before, after = _tokens(decisions)
-        saved_per_token = Spread.of(full_gaps).median - Spread.of(gaps).median
+        saved_per_token = full_gap.median - gap.median if full_gap and gap else 0.0
         return Cost(
             method=method if isinstance(method, str) else _name(stages),
             tokens_before=before,
@@ -118,7 +120,7 @@ class Bench:
             prefill_ms=Spread.of(times),
             prefill_speedup=paired_ratio(full, times),
             method_ms=paired_difference(times, replay[0]) if replay else None,
-            decode_ms_per_token=Spread.of(gaps),
+            decode_ms_per_token=gap,
             flops=flops,
             flops_ratio=flops / self.full.flops,
             peak_activation_bytes=peak,
@@ -134,8 +136,14 @@ class Bench:
         calls = [self._prefill] * len(around)
         return interleave(calls, around=around, repeats=self.repeats, warmup=self.warmup, device=self.model.device)
 
-    def _gaps(self, around: Contexts) -> list[list[float]]:
-        return decode_ms(self.model, self.inputs, around, self.decode_tokens)
+    def _gaps(self, around: Contexts) -> list[Spread | None]:
+        """Time per generated token, where the model generates any."""
+        if not self._generates:
+            return [None] * len(around)
+        return [Spread.of(gaps) for gaps in decode_ms(self.model, self.inputs, around, self.decode_tokens)]
+
+    def _kv_bytes(self, output: Any) -> int | None:
+        return kv_bytes(output.past_key_values) if self._generates else None
 
 
 def _name(stages: Sequence[Any]) -> str:

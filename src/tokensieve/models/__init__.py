@@ -2,7 +2,7 @@
 
 from tokensieve.models.catalogue import TESTED, families, family_of
 from tokensieve.models.family import EncodeCall, Family
-from tokensieve.models.fusion import FusionFamily, fusion_families
+from tokensieve.models.fusion import FusionFamily, fusion_families, is_fusion, longest_text
 from tokensieve.models.generic import REFUSED
 from tokensieve.models.shape import Shape
 
@@ -16,4 +16,6 @@ __all__ = [
     "families",
     "family_of",
     "fusion_families",
+    "is_fusion",
+    "longest_text",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tokensieve.methods.base import Stage
 
@@ -26,3 +27,15 @@ def fusion_families() -> list[FusionFamily]:
         FusionFamily("meter", "METER (tokensieve.fusion.meter): the same", ("meter",)),
         FusionFamily("bridgetower", "BridgeTower: retrieval", ("bridgetower",)),
     ]
+
+
+def is_fusion(model: Any) -> bool:
+    """Whether a live model is a cross-modal encoder."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return any(kind in family.model_types for family in fusion_families())
+
+
+def longest_text(config: Any) -> int:
+    """Text tokens that a cross-modal encoder has positions for; RoBERTa's begin after its padding index."""
+    text = getattr(config, "text_config", None)
+    return int(config.max_position_embeddings if text is None else text.max_position_embeddings - 2)

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
-_DIRECTORIES = {"reference": "llava-reference"}
+_DIRECTORIES = {
+    "reference": "llava-reference",
+    "vilt-reference": "vilt-reference",
+    "pumer-reference": "pumer-reference",
+}
+NAMES = tuple(_DIRECTORIES)
 
 
 def path(name: str = "reference") -> Path:
-    """Directory of a bundled model, as `AutoModelForImageTextToText.from_pretrained` takes it."""
+    """Directory of a bundled model, as `from_pretrained` takes it.
+
+    "reference" is a LLaVA, "vilt-reference" a ViLT that answers the same questions, and "pumer-reference" the same one
+    fine-tuned with PuMer's reducers on.
+    """
     if name not in _DIRECTORIES:
         raise ValueError(f"bundled model {name!r} is unknown; use one of {', '.join(_DIRECTORIES)}")
     return Path(__file__).parent / "weights" / _DIRECTORIES[name]
 
 
-def load(name: str = "reference") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def load(name: str = "reference") -> tuple[Any, Any]:
     """A bundled model in float32, ready to answer, and its processor. Reads local files only."""
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, ViltForQuestionAnswering
 
     directory = path(name)
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    kind: Any = AutoModelForImageTextToText if name == "reference" else ViltForQuestionAnswering
+    model = kind.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
     return model.eval(), AutoProcessor.from_pretrained(directory, local_files_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,17 +19,25 @@ from torch.utils.data import Dataset
 from tokensieve.train.pumer.tasks import Task
 
 log = logging.getLogger(__name__)
+REFERENCE, SCENES = "reference:", 6000  # the bundled questions, and about how many scenes if no slice is given
 
 
 def read_records(source: str, task: Task) -> Sequence[Mapping[str, Any]]:
-    """Records of a JSONL file (images are paths relative to it), or of ``name`` or ``name:split`` for ``datasets``.
+    """Records of a task.
+
+    Args:
+        source: a JSONL file (images are paths relative to it); ``name`` or ``name:split`` for ``datasets``; or
+            ``reference:split``, perhaps with a slice as in ``reference:train[:7000]``, for the bundled question set.
 
     Raises:
         ValueError: no such file, a line that is no JSON object, or a record without a column of the task.
         ImportError: the source is no file and the datasets library is not installed.
     """
     path = Path(source)
-    records = _from_file(path) if path.suffix in (".jsonl", ".json") or path.exists() else _from_datasets(source)
+    if source.startswith(REFERENCE):
+        records: Sequence[Mapping[str, Any]] = _from_reference(source)
+    else:
+        records = _from_file(path) if path.suffix in (".jsonl", ".json") or path.exists() else _from_datasets(source)
     if not len(records):
         raise ValueError(f"{source}: no records")
     wanted = [c for c in (*task.images, task.text, task.target) if c is not None]
@@ -38,6 +47,20 @@ def read_records(source: str, task: Task) -> Sequence[Mapping[str, Any]]:
         if missing:
             raise ValueError(f"{source}, record {number + 1}: no column {missing[0]!r}, which {task.name} needs")
     return records
+
+
+def _from_reference(source: str) -> list[dict[str, Any]]:
+    """Questions about drawn scenes; an image is drawn each time it is needed."""
+    from tokensieve.reference.benchmark import PUBLISHED, benchmark
+
+    found = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.removeprefix(REFERENCE))
+    if found is None:
+        raise ValueError(
+            f"the bundled questions are reference:train or, for a part, reference:train[:700]; got {source}"
+        )
+    split, count = found[1], int(found[2] or SCENES * len(PUBLISHED))
+    rows = benchmark(split, scenes=-(-count // len(PUBLISHED)))[:count]
+    return [{"image": row.scene.render, "question": row.question, "answer": row.answer} for row in rows]
 
 
 def _from_file(path: Path) -> list[dict[str, Any]]:
@@ -128,7 +151,9 @@ class Records(Dataset[dict[str, Any]]):
 
 
 def open_image(value: Any) -> Image.Image:
-    """An image as RGB, from a path, bytes in a dict (as datasets stores them) or an open image."""
+    """An image as RGB: from a path, bytes in a dict (as datasets stores them), an open image, or what draws one."""
+    if callable(value):
+        value = value()
     if isinstance(value, dict):
         from io import BytesIO
 

@@ -82,6 +82,7 @@ class Recipe:
             weight_decay=self.decay,
             lr_scheduler_type="polynomial",
             warmup_steps=self.warmup,
+            use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU must be asked for
             bf16=self.precision == "bf16",
             fp16=self.precision == "fp16",
             dataloader_num_workers=self.workers,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from tokensieve.attach import attach
+from tokensieve.models import longest_text
 from tokensieve.train.pumer.data import Collator, Records, label_names, read_records
 from tokensieve.train.pumer.models import labels_of, load_config, load_processors, load_student, load_teacher
 from tokensieve.train.pumer.recipe import PumerTrainer, Recipe
@@ -69,7 +69,7 @@ def train_pumer(
         args=recipe.arguments(output, evaluates=held_out is not None),
         train_dataset=training,
         eval_dataset=held_out,
-        data_collator=Collator(tokenizer, image_processor, _longest(student.config)),
+        data_collator=Collator(tokenizer, image_processor, longest_text(student.config)),
     )
     last = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     sieve = None if spec is None else attach(student, spec)
@@ -87,12 +87,6 @@ def train_pumer(
     if training.skipped:
         log.warning("%d of %d training records could not be used", training.skipped, len(training))
     return {**found, "skipped": training.skipped}
-
-
-def _longest(config: Any) -> int:
-    """Text tokens that the model has positions for; RoBERTa's begin after its padding index."""
-    text = getattr(config, "text_config", None)
-    return int(config.max_position_embeddings if text is None else text.max_position_embeddings - 2)
 
 
 def _check_extra() -> None:
