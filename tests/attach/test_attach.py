@@ -84,7 +84,7 @@ def test_gradient_checkpointing_changes_nothing(family, spec):
     for checkpointing in (False, True):
         model = tiny.build(family).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         with tokensieve.attach(model, spec):
             loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
             loss.backward()

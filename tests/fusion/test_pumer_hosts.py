@@ -244,7 +244,7 @@ def test_what_cannot_be_right_is_refused():
     gc.collect()
     with pytest.raises(ValueError, match="attached to this model already"):
         tokensieve.attach(forgotten, "pumer")
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model.train()
     with tokensieve.attach(model, SPEC["vilt"]), pytest.raises(ValueError, match="gradient checkpointing"):
         model(**batch(rows=1))
