@@ -13,7 +13,7 @@ from tokensieve.budget import Budget, count
 from tokensieve.ops import marked
 from tokensieve.reduction import Mixing, Reduction
 
-Layers: TypeAlias = int | slice
+Layers: TypeAlias = int | slice | tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,10 @@ class VisualTokens:
         patches: `[B, N, C]`, the encoder's rows as they enter the projector.
         joint, joint_text: `[B, N, E]` and `[B, M, E]`, tokens and prompt in a space that image and text encoder share.
         padding: `[B, N]` bool, True on patches that show nothing but padding of the picture.
-        tiles: (rows, columns) where an image is shown whole and then in equal tiles: the tokens are those of the whole
-            image, then those of each tile in raster order.
+        tile: `[B, N]`, where an image is shown whole and then in tiles: 0 on the whole image, which comes first, then
+            the number of each token's tile.
+        tiles: how many tiles there are.
+        views: (height, width) of the whole image's tokens and of the mosaic that the tiles form.
         depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one. In
             the LLM, its number of blocks.
         text: `[B, M, D]`, the user's words in the space of the features: at the connector, the LLM's input embeddings.
@@ -67,7 +69,9 @@ class VisualTokens:
     joint: Tensor | None = None
     joint_text: Tensor | None = None
     padding: Tensor | None = None
-    tiles: tuple[int, int] | None = None
+    tile: Tensor | None = None
+    tiles: int = 0
+    views: tuple[tuple[int, int], ...] = ()
     depth: int | None = None
     text: Tensor | None = None
     text_mask: Tensor | None = None
@@ -100,12 +104,10 @@ class VisualTokens:
             for layer, rows in getattr(self, name).items():
                 if rows.shape[:2] != (b, n):
                     raise ValueError(f"{name}[{layer}] must be [{b}, {n}]; got {list(rows.shape[:2])}")
-        for name in ("patches", "joint", "padding"):
+        for name in ("patches", "joint", "padding", "tile"):
             rows = getattr(self, name)
             if rows is not None and rows.shape[:2] != (b, n):
                 raise ValueError(f"{name} must start with [{b}, {n}]; got {list(rows.shape)}")
-        if self.tiles is not None and n % (1 + self.tiles[0] * self.tiles[1]):
-            raise ValueError(f"{n} tokens are not a whole image and {self.tiles[0]}x{self.tiles[1]} equal tiles")
         if self.text is not None and (self.text.ndim != 3 or self.text.shape[0] != b):
             raise ValueError(f"text must be [{b}, M, D]; got shape {list(self.text.shape)}")
         if self.text is not None and self.text_mask is not None and self.text_mask.shape != self.text.shape[:2]:
@@ -124,7 +126,7 @@ class VisualTokens:
         """Attention of [CLS] in the given encoder layers, `[S, B, N]` float32.
 
         Args:
-            layers: one layer (negative counts from the last) or a slice, with Python's meaning.
+            layers: one layer (negative counts from the last), several, or a slice, with Python's meaning.
 
         Raises:
             ValueError: if a layer was not given, or the slice is empty.
@@ -256,9 +258,10 @@ def _in_order(anchors: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 
 def resolve_layers(layers: Layers, depth: int) -> list[int]:
-    """Layer numbers 0 … depth−1 meant by an int or a slice; ``ValueError`` if there is none."""
+    """Layer numbers 0 … depth−1 meant by an int, several, or a slice; ``ValueError`` if there is none."""
+    every = list(range(depth))
     try:
-        wanted = list(range(depth))[layers]
+        wanted = [every[layer] for layer in layers] if isinstance(layers, tuple) else every[layers]
     except IndexError:
         raise ValueError(f"the encoder has layers 0 to {depth - 1}; got {layers}") from None
     wanted = [wanted] if isinstance(wanted, int) else wanted

@@ -351,3 +351,72 @@ def test_a_plugin_whose_parameters_cannot_be_hashed(registry):
 
     _, decisions = run("internvl", [internvl(1, 1)], [Listed(places=[0, 3])])
     assert [r.kept.tolist() for r in decisions[0]] == [[0, 3]] * 2
+
+
+# -- tiles of a mosaic ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava-next", "llava-onevision", "llava-next-video"])
+@torch.no_grad()
+def test_tiles_are_told_token_by_token(name, registry):
+    """Which tile a method is told is what the model's own packing makes of rows that hold their tile's number."""
+    seen = []
+
+    @tokensieve.register("spy", paper="none")
+    @dataclass(frozen=True)
+    class Spy(Method):
+        keep: int = 5
+
+        def reduce(self, image):
+            seen.extend((image.tiles, image.views, tile) for tile in image.tile)
+            return image.keep(torch.arange(5).expand(len(image.features), -1))
+
+    model, samples = tiny.subject(name), [tiny.scenario(name, "ragged")[0]]
+    inputs = tiny.collate(name, samples)
+    run(name, samples, "spy")
+    assert seen
+    base = model.model
+    for (tiles, views, tile), size in zip(seen, inputs["image_sizes"], strict=True):
+        height, width = views[0]
+        numbers = torch.arange(1.0, tiles + 2)[:, None, None].expand(-1, height * width, 2)
+        more = {"vision_aspect_ratio": "anyres_max_9"} if name == "llava-onevision" else {}
+        more |= {} if name == "llava-onevision" else {"vision_feature_select_strategy": "full"}
+        packed, _ = base.pack_image_features([numbers], size[None], image_newline=torch.zeros(2), **more)
+        rows = packed[0][:, 0]
+        assert torch.equal(rows[rows > 0] - 1, tile.float())
+        assert views[1][0] * views[1][1] == len(tile) - height * width
+
+
+def test_hired_shares_out_over_the_tiles_of_a_mosaic():
+    """By hand: where the whole image's salient patches lie in an unpadded mosaic of two tiles, five and three wide."""
+    scores = torch.zeros(1, 16 + 4 * 8)
+    first = torch.zeros_like(scores)
+    first[0, [0, 1, 5, 11, 14]] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])  # columns 0, 1, 1, 3, 2 of four
+    column = torch.arange(4 * 8) % 8
+    tile = torch.cat([torch.zeros(16, dtype=torch.long), torch.where(column < 5, 1, 2)])[None]
+    scores[0] = torch.arange(48.0)
+    image = tokensieve.VisualTokens(
+        torch.randn(1, 48, 4),
+        cls_attention={0: first, 2: scores},
+        depth=4,
+        tile=tile,
+        tiles=2,
+        views=((4, 4), (4, 8)),
+    )
+    (method,) = tokensieve.parse("hired(keep=18, alpha=0.7)")  # 12 of the whole image; salient: the first 4 of 16
+    (decision,) = method(image)
+    stayed = tile[0, decision.kept].bincount(minlength=3).tolist()
+    assert stayed == [12, 5, 1]  # three of four salient patches lie in the first tile: 4.5 of 6, rounded up
+    for number, count in enumerate(stayed):
+        best = (tile[0] == number).nonzero().flatten()[-count:]  # the scores rise
+        assert set(best.tolist()) <= set(decision.kept.tolist())
+
+
+@pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])
+def test_hired_in_a_batch_of_different_mosaics(name):
+    """Each row decides as it would alone."""
+    samples = tiny.scenario(name, "ragged")
+    _, decisions = run(name, samples, "hired(keep=10)")
+    for sample, row in zip(samples, decisions, strict=True):
+        _, (alone,) = run(name, [sample], "hired(keep=10)")
+        assert [r.kept.tolist() for r in row] == [r.kept.tolist() for r in alone]

@@ -141,9 +141,15 @@ def test_hired_tiles(name):
     size, first = h["num_vision_tokens"], 0
     for crops in h["num_patches"]:
         rows = [x[layer][first : first + crops].mean(1).flatten() for layer in ("cls_layer0", "cls_layer22")]
-        tiles = {3: (1, 2), 5: (2, 2)}[crops]  # the flat count does not ask how tiles lie
+        high, wide = (6, 6) if size == 36 else (1, size)
+        rows_of_tiles, in_a_row = {3: (1, 2), 5: (2, 2)}[crops]  # the flat count does not ask how tiles lie
         image = VisualTokens(
-            rows[0][None, :, None], cls_attention={0: rows[0][None], 22: rows[1][None]}, depth=24, tiles=tiles
+            rows[0][None, :, None],
+            cls_attention={0: rows[0][None], 22: rows[1][None]},
+            depth=24,
+            tile=torch.arange(crops).repeat_interleave(size)[None],
+            tiles=crops - 1,
+            views=((high, wide), (rows_of_tiles * high, in_a_row * wide)),
         )
         keep = int(crops * size * h["budget_rate"])
         (single,) = Hired(keep=keep, alpha=h["alpha"], official_tiles=True)(image)

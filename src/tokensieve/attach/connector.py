@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from tokensieve.attach.cache import State, States, all_of, check_cache
 from tokensieve.attach.encoder import RECORD, evidence
 from tokensieve.attach.layout import Columns, Layout, equal_groups
-from tokensieve.attach.parts import Scope, budget_of, parts_of, per_sample
+from tokensieve.attach.parts import Scope, parts_of, per_sample
 from tokensieve.attach.shown import Shown
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import Method, Positions
@@ -302,16 +302,19 @@ class Connector:
         flat = [own for row in methods for own in row]
         parts = [part for i, shape in enumerate(shapes) for part in parts_of(i, shape, flat[i], self.scope)]
         made: dict[int, Reduction] = {}
-        for group in equal_groups([(part.size, part.grid, part.frames, budget_of(part.method)) for part in parts]):
+        for group in equal_groups([part.kind for part in parts]):
             members = [parts[number] for number in group]
             of = [rows[part.image] for part in members]
             said, heard = (None, None) if text is None or real is None else (text[of], real[of])
             stacked = torch.stack([left[part.image][part.where] for part in members])
             patches = torch.stack([entered[part.image][part.where] for part in members]) if entered else None
             where = [(origins[part.image], part.where) for part in members]
-            kind = members[0]
-            tokens = evidence(record, where, stacked, patches, said, heard, kind.grid, kind.frames)
-            made |= dict(zip(group, kind.method(tokens), strict=True))
+            first = members[0]
+            tokens = evidence(record, where, stacked, patches, said, heard, first.grid, first.frames)
+            if first.tiled is not None:
+                tile = torch.stack([part.tiled.tile for part in members if part.tiled and part.tiled.tile is not None])
+                tokens = replace(tokens, tile=tile, tiles=first.tiled.tiles, views=first.tiled.views)
+            made |= dict(zip(group, first.method(tokens), strict=True))
         of_image: list[list[Reduction]] = [[] for _ in plans]
         for number, part in enumerate(parts):
             of_image[part.image].append(made[number])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
@@ -25,6 +25,7 @@ class Part:
         where: which of its patches.
         grid: (height, width) of these, if they form one.
         frames: of these, if they are a video.
+        tiled: the image's shape, if these are all its patches and it is seen in tiles.
         method: with the part's budget.
     """
 
@@ -33,10 +34,17 @@ class Part:
     grid: Grid | None
     frames: int | None
     method: Method
+    tiled: Shape | None = None
 
     @property
     def size(self) -> int:
         return int(self.where.stop - self.where.start)
+
+    @property
+    def kind(self) -> Hashable:
+        """Parts of one kind are decided about at once."""
+        mosaic = None if self.tiled is None else (self.tiled.views, self.tiled.tiles)
+        return self.size, self.grid, self.frames, mosaic, budget_of(self.method)
 
 
 def check_scope(scope: str, methods: Sequence[Method]) -> None:
@@ -75,7 +83,8 @@ def parts_of(image: int, shape: Shape, method: Method, scope: Scope) -> list[Par
     each = scope == ("frame" if shape.video else "tile")
     by_view = len(sizes) > 1 and (each or method.needs.grid)
     if not by_view or (not each and keep is not None and count(keep, shape.patches) == shape.patches):
-        return [Part(image, slice(0, shape.patches), shape.stacked, shape.frames, method)]
+        tiled = None if shape.tile is None else shape
+        return [Part(image, slice(0, shape.patches), shape.stacked, shape.frames, method, tiled)]
     methods = [method] * len(sizes)
     if not each and keep is not None:
         methods = [_with(method, share) for share in share_out(keep, sizes)]

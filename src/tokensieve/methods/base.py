@@ -22,7 +22,7 @@ class Needs:
     """What a method asks to be given; nothing else is computed.
 
     Attributes:
-        cls_attention: encoder layers whose [CLS] row is wanted (an int or a slice, negative counts from the last).
+        cls_attention: encoder layers whose [CLS] row is wanted: one, several or a slice; negative ones from the last.
         cls_wide: encoder layers whose [CLS] row is wanted with the heads side by side as a single one.
         received: encoder layers of which the attention that each token receives is wanted.
         encoder_keys: encoder layers whose keys are wanted.

@@ -1,6 +1,5 @@
 """HiRED: the whole image tells which tiles deserve tokens, and [CLS] attention which tokens of a tile."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
 
-@register("hired", paper="arXiv:2408.10945", needs=Needs(cls_attention=-2))
+@register("hired", paper="arXiv:2408.10945", needs=Needs(cls_attention=(0, -2)))
 @dataclass(frozen=True)
 class Hired(Method):
     """Keep what [CLS] attends to most in the layer the features come from, tile by tile where there are tiles.
@@ -29,9 +28,9 @@ class Hired(Method):
         official_tiles: count salient patches in consecutive stretches of the raster and round every share down, as
             the official code does, instead of by the tiles' places and to the full budget.
 
-    Cost: O(N·D) time for one row of attention (two for tiled images), O(N·log N) to sort it; O(N) extra memory.
+    Cost: O(N·D) time for two rows of attention, O(N·log N) to sort them; O(N) extra memory.
     Paper: "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models",
-    AAAI 2025. Tiled images need the first layer's [CLS] attention as well; no family here makes them yet.
+    AAAI 2025. The tiles of a mosaic count without the padding that the model takes away.
     Official code: counts salient patches and rounds as ``official_tiles=True`` does, and renumbers positions
     (``positions="contiguous"``).
     """
@@ -43,8 +42,8 @@ class Hired(Method):
 
     def reduce(self, image: VisualTokens) -> Reduction:
         scores, wanted = image.at("cls_attention", -2), image.count(self.keep)
-        if image.tiles is not None:
-            return self.tiled(image, scores, wanted)
+        if image.tile is not None:
+            return self.tiled(image, image.tile, scores, wanted)
         kept = top_k(scores, wanted)
         if not self.spatial:
             return image.keep(kept, scores)
@@ -53,26 +52,22 @@ class Hired(Method):
         kept, real = marked(stay)
         return image.keep(kept, scores, valid=real)
 
-    def tiled(self, image: VisualTokens, scores: Tensor, wanted: int) -> Reduction:
+    def tiled(self, image: VisualTokens, tile: Tensor, scores: Tensor, wanted: int) -> Reduction:
         """The best of the whole image and of each tile, by their quotas."""
-        rows, columns = image.tiles or (0, 0)
-        size = image.total // (1 + rows * columns)
+        (height, width), (rows, columns) = image.views
+        size, tiles = height * width, image.tiles
         salient = top_k(image.at("cls_attention", 0)[:, :size], int(size * (1 - self.alpha)))
-        tile = salient * (rows * columns) // size
-        if not self.official_tiles:
-            side = math.isqrt(size)
-            if side * side != size:
-                raise ValueError(f"tiles must be square to be found in the whole image; got {size} tokens each")
-            tile = salient // side * rows // side * columns + salient % side * columns // side
-        found = sizes_of(tile, rows * columns)
-        whole = min(int(wanted * self.alpha), size)
-        rest = wanted - whole
         if self.official_tiles:
-            shares = (found / found.sum(-1, keepdim=True) * rest).long().clamp(max=size)
+            found = sizes_of(salient * tiles // size, tiles)
         else:
-            shares = share_out(found, rest, torch.full_like(found[0], size))
+            mosaic = salient // width * rows // height * columns + salient % width * columns // width
+            found = sizes_of(tile[:, size:].gather(-1, mosaic) - 1, tiles)
+        whole = min(max(int(wanted * self.alpha), wanted - (image.total - size)), size)
+        rest, sizes = wanted - whole, sizes_of(tile, 1 + tiles)[:, 1:]
+        if self.official_tiles:
+            shares = torch.minimum((found / found.sum(-1, keepdim=True) * rest).long(), sizes)
+        else:
+            shares = share_out(found, rest, sizes)
         quotas = torch.cat([torch.full_like(shares[:, :1], whole), shares], -1)
-        crop = torch.arange(image.total, device=scores.device).expand_as(scores) // size
-        stay = rank_in_group(scores, crop, 1 + rows * columns) < quotas.gather(-1, crop)
-        kept, real = marked(stay)
+        kept, real = marked(rank_in_group(scores, tile, 1 + tiles) < quotas.gather(-1, tile))
         return image.keep(kept, scores, valid=real if self.official_tiles else None)

@@ -31,16 +31,20 @@ class AnyResolution(Family):
         numbers = torch.arange(sum(tiles) * height * width, dtype=torch.float64)
         index = torch.stack([numbers, numbers**2], -1).view(-1, height * width, 2)
         packed = self.pack(model, call, list(torch.split(index, tiles)), torch.tensor([-1.0, 1.0], dtype=torch.float64))
-        return [self._shape((height, width), count > 1, rows) for count, rows in zip(tiles, packed, strict=True)]
+        return [self._shape((height, width), count - 1, rows) for count, rows in zip(tiles, packed, strict=True)]
 
-    def _shape(self, base: tuple[int, int], tiled: bool, rows: Tensor) -> Shape:
+    def _shape(self, base: tuple[int, int], tiles: int, rows: Tensor) -> Shape:
         """The shape of an image whose packed index is ``rows`` `[N, 2]`: number and square of each unit, -1 newline."""
         structure, first = rows[:, 0] < 0, base[0] * base[1]
         line, views = structure.long().cumsum(0) - structure.long(), [base]
-        if tiled:
+        if tiles:
             line[first:] += 1
             newlines = int(structure.sum())
             views.append((newlines, (len(rows) - first) // newlines - 1))
         units = rows[~structure]
         mapped = bool((units[:, 0] ** 2 == units[:, 1]).all())  # a mean's square is not the mean of the squares
-        return Shape(len(rows), tuple(views), units[:, 0].long() if mapped else None, line, structure, mapped)
+        if not mapped:
+            return Shape(len(rows), tuple(views), None, line, structure, mapped=False)
+        number = units[:, 0].long()
+        tile = number // first - number[0] // first if tiles else None
+        return Shape(len(rows), tuple(views), number, line, structure, tile, tiles)

@@ -29,6 +29,9 @@ class Shape:
             the M rows that follow those of the image before.
         line: `[N]` int64, the line each token stands in; ``None`` where there are no structure rows.
         structure: `[N]` bool, True on structure rows; ``None``: there are none.
+        tile: `[M]` int64, which tile each patch token is seen in, 0 for the whole image that comes first;
+            ``None``: there are no tiles, or they do not form one mosaic.
+        tiles: how many there are besides the whole image.
         mapped: whether ``units`` says which unit each patch token is; False where tokens were resampled from them.
         video: the views are the frames of a video, all of one size.
     """
@@ -38,6 +41,8 @@ class Shape:
     units: Tensor | None = None
     line: Tensor | None = None
     structure: Tensor | None = None
+    tile: Tensor | None = None
+    tiles: int = 0
     mapped: bool = True
     video: bool = False
 
@@ -85,7 +90,8 @@ class Shape:
         """The same with its tensors on a device."""
         if self.structure is None or self.line is None or self.structure.device == device:
             return self
-        return replace(self, line=self.line.to(device), structure=self.structure.to(device))
+        tile = None if self.tile is None else self.tile.to(device)
+        return replace(self, line=self.line.to(device), structure=self.structure.to(device), tile=tile)
 
     def left(self, anchors: Tensor) -> Shape:
         """What is left when the tokens ``anchors`` stay: no grids any more."""

@@ -84,11 +84,11 @@ def share_out(weights: Tensor, k: int, sizes: Tensor) -> Tensor:
     Args:
         weights: `[..., G]`, not negative.
         k: at most the sum of the sizes.
-        sizes: `[G]`, the members of each group.
+        sizes: `[G]` or `[..., G]`, the members of each group.
     """
     weights = weights.double() + torch.finfo(torch.float32).tiny
     full = torch.zeros_like(weights, dtype=torch.bool)
-    for _ in range(len(sizes)):  # each round fills at least one group, or is the last that changes anything
+    for _ in range(sizes.shape[-1]):  # each round fills at least one group, or is the last that changes anything
         left = k - (sizes * full).sum(-1, keepdim=True)
         open_weights = weights.masked_fill(full, 0)
         share = left * open_weights / open_weights.sum(-1, keepdim=True).clamp(min=1e-300)
