@@ -149,7 +149,7 @@ LOOPS = {"divprune": divprune_loop, "cdpruner": cdpruner_loop, "scope": scope_lo
 
 
 def main() -> None:
-    known = [info.name for info in methods() if info.stage == "connector" and info.name != "full"]
+    known = [m.name for m in methods() if m.stage == "connector" and m.name != "full" and not m.needs.video]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2880, 20_000, 100_000])
     parser.add_argument("--keep", type=int, default=64)
