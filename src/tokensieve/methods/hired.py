@@ -31,7 +31,8 @@ class Hired(Method):
 
     Cost: O(N·D) time for one row of attention (two for tiled images), O(N·log N) to sort it; O(N) extra memory.
     Paper: "HiRED: Attention-Guided Token Dropping for Efficient Inference of High-Resolution Vision-Language Models",
-    AAAI 2025. Tiled images need the first layer's [CLS] attention as well; no family here makes them yet.
+    AAAI 2025. Tiled images need the first layer's [CLS] attention as well. An attached model does not hand its tiles
+    over yet: the tokens of all of them (LLaVA-NeXT's, say) compete as those of one image.
     Official code: counts salient patches and rounds as ``official_tiles=True`` does, and renumbers positions
     (``positions="contiguous"``).
     """
