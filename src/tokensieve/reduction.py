@@ -149,6 +149,17 @@ class Reduction:
             m = Mixing(number[m.slot[entries]], m.source[entries], m.weight[entries])
         return replace(pick, anchors=pick.anchors[stays], mixing=m)
 
+    def to(self, device: Any) -> Reduction:
+        """The same with its tensors on a device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        m = self.mixing
+        mixing = None if m is None else Mixing(*(t.to(device) for t in (m.slot, m.source, m.weight)))
+        anchors, valid, scores = self.anchors.to(device), moved(self.valid), moved(self.scores)
+        return replace(self, anchors=anchors, mixing=mixing, valid=valid, scores=scores)
+
     # -- applying -----------------------------------------------------------------------------------------------------
 
     def apply(self, rows: Tensor) -> Tensor:

@@ -297,3 +297,51 @@ def test_a_method_that_fails_leaves_a_working_model(case, registry):
             model.generate(**inputs, max_new_tokens=1)
     assert tiny.footprint(model) == before
     works(model, inputs)
+
+
+@pytest.mark.parametrize("stage", ["encoder", "decoder"])
+def test_a_method_must_be_of_the_kind_that_its_stage_runs(case, stage, registry):
+    """It would be left out without a word."""
+    from dataclasses import dataclass
+
+    @tokensieve.register("misplaced", paper="none", stage=stage)
+    @dataclass(frozen=True)
+    class Misplaced(Method):
+        keep: int = 4
+
+        def reduce(self, image):
+            raise AssertionError
+
+    model, _ = case
+    kind = f"{stage.capitalize()}Method"
+    with pytest.raises(ValueError, match=f"misplaced must be a {kind} to act in the {stage}"):
+        tokensieve.attach(model, "misplaced")
+
+
+def test_an_attach_that_fails_otherwise_leaves_nothing_behind(case, monkeypatch):
+    """An unknown LLM may lack anything: not only what we refuse must be undone."""
+    model, _ = case
+    before = tiny.footprint(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "get_decoder", lambda: torch.nn.Identity())
+        with pytest.raises(AttributeError, match="layers"):
+            tokensieve.attach(model, "uniform(keep=5) + fastv(layer=1, keep=3)")
+    assert tiny.footprint(model) == before
+
+
+def test_a_tower_that_fails_disarms_the_probes():
+    model, inputs = tiny.subject("llava-clip"), tiny.collate("llava-clip", tiny.scenario("llava-clip", "single"))
+    tower = model.model.vision_tower
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    with tokensieve.attach(model, "fastervlm", keep=5) as sieve:
+        handle = tower.encoder.layers[-1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(**inputs)
+        handle.remove()
+        with torch.no_grad():
+            tower(inputs["pixel_values"])  # by somebody else: nothing may be read, or kept in memory
+        assert [probe.take() for probe in sieve._encoder.probes] == [[]]
+        works(model, inputs)

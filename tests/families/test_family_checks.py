@@ -1,10 +1,13 @@
 """``measure.Laws`` (what ``tokensieve check`` runs) on every family: its oracle hides tokens and knows no model."""
 
 import pytest
+import torch
 
 from families import tiny
 from families.test_matrix import METHODS, supported
 from tokensieve.measure import LAWS, Laws
+from tokensieve.measure.hiding import merged
+from tokensieve.reduction import Mixing, Reduction
 
 SKIPPED = {
     "gemma3": "sliding window",
@@ -24,3 +27,13 @@ def test_check_passes_on_every_family(name):
         hidden = law in ("oracle", "continuation")
         assert found[law].status == ("skipped" if hidden and name in SKIPPED else "pass"), found[law]
         assert not hidden or SKIPPED.get(name, "") in found[law].reason
+
+
+def test_the_oracle_of_merging_gives_back_a_wrapped_encode_function():
+    model = tiny.build("llava-clip")
+    wrapped = model.model.get_image_features  # a bound method on the instance, as a wrapper of somebody else would be
+    model.model.get_image_features = wrapped
+    mixing = Mixing(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.full((2,), 0.5))
+    with merged(model, [[Reduction(2, torch.tensor([0]), mixing)]]):
+        assert model.model.get_image_features is not wrapped
+    assert vars(model.model)["get_image_features"] is wrapped

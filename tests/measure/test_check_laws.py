@@ -201,8 +201,8 @@ def test_batch_notices_a_method_that_looks_at_its_neighbours(own):
 def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
     later = sieve.later_step
 
-    def shifted(kwargs, state, cache):
-        kwargs = later(kwargs, state, cache)
+    def shifted(*given):
+        kwargs = later(*given)
         if kwargs["input_ids"].shape[1] > 1:
             kwargs["position_ids"] = kwargs["position_ids"] + 3
         return kwargs

@@ -190,3 +190,18 @@ def test_missing_evidence_is_named():
         tokens.cls_rows(4)
     with pytest.raises(ValueError, match="this method reads the prompt"):
         tokens.words()
+
+
+def test_every_tensor_moves_to_a_device():
+    mixing = Mixing(torch.tensor([0, 1]), torch.tensor([0, 2]), torch.ones(2))
+    one = Reduction(3, torch.tensor([0, 2]), mixing, torch.ones(2, dtype=torch.bool), torch.ones(3)).to("meta")
+    parts = (one.anchors, one.valid, one.scores, one.mixing.slot, one.mixing.source, one.mixing.weight)
+    assert all(tensor.is_meta for tensor in parts)
+    assert Reduction.identity(3).to("meta").anchors.is_meta
+
+
+def test_replayed_decisions_follow_the_prompt_to_its_device():
+    from tokensieve.attach.connector import _replayed
+
+    (loaded,) = _replayed([[Reduction(3, torch.tensor([0, 2]))]], [[3]], torch.device("meta"))
+    assert loaded.anchors.is_meta

@@ -143,8 +143,12 @@ def all_of(cache: Cache, states: States | None, mask: Tensor | None, rows: int, 
     return State(tail.to(known.mask.dtype), mask is not None, tail.shape[1]).after(known)
 
 
-def later_step(kwargs: dict[str, Any], state: State, cache: Cache) -> dict[str, Any]:
-    """Arguments of a forward that continues a reduced sequence: mask columns and positions translated."""
+def later_step(kwargs: dict[str, Any], state: State, cache: Cache, first_position: int = 0) -> dict[str, Any]:
+    """Arguments of a forward that continues a reduced sequence: mask columns and positions translated.
+
+    Args:
+        first_position: the position id of a prompt's first token.
+    """
     kwargs, mask, positions = dict(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids")
     new = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     queries = new.shape[1]
@@ -153,7 +157,7 @@ def later_step(kwargs: dict[str, Any], state: State, cache: Cache) -> dict[str, 
         if positions is None:
             if state.shift.ndim == 3:
                 raise ValueError("contiguous positions with M-RoPE: pass position_ids when decoding by hand")
-            positions = torch.arange(queries, device=new.device) + cache.get_seq_length()
+            positions = torch.arange(queries, device=new.device) + cache.get_seq_length() + first_position
         kwargs["position_ids"] = positions - state.shift
     return kwargs
 

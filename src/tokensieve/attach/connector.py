@@ -222,7 +222,8 @@ class Connector:
     def _encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """By modality, the towers' outputs with projected features: generate() made them, or they are made likewise."""
         outputs, done = dict(kwargs.get("mm_encoder_outputs") or {}), set()
-        for kind, pixels in PIXELS.items():
+        for kind in self.family.modalities:
+            pixels = PIXELS[kind]
             if all(kwargs.get(name) is None for name in pixels):
                 continue
             encode = getattr(self.base, f"get_{kind}_features")
@@ -247,7 +248,7 @@ class Connector:
         if positions is None:
             if hasattr(self.base, "get_rope_index"):
                 raise ValueError("new images on a filled cache with M-RoPE: pass position_ids")
-            positions = (torch.arange(new, device=ids.device) + held).expand(rows, -1)
+            positions = (torch.arange(new, device=ids.device) + held + self.family.first_position).expand(rows, -1)
         earlier = all_of(cache, states, mask, rows, ids.device)
         kwargs["position_ids"] = positions if earlier.shift is None else positions - earlier.shift
         kwargs["attention_mask"] = None if mask is None else mask[:, held:]
@@ -269,7 +270,7 @@ class Connector:
         layout, record, features, origins = shown.layout, shown.record, shown.features, shown.origins
         shapes = [_fitting(record.shapes[o], len(f)) for f, o in zip(features, origins, strict=True)]
         if self.replay is not None:
-            decisions = _replayed(self.replay, layout.images[:: len(origins) // len(record.shapes)])
+            decisions = _replayed(self.replay, layout.images[:: shown.copies], layout.visual.device)
             return [Plan(shape, decisions[o], decisions[o]) for shape, o in zip(shapes, origins, strict=True)]
         if record.reductions is None:
             plans = [_whole(shape, f.device) for shape, f in zip(shapes, features, strict=True)]
@@ -422,11 +423,12 @@ def _by_row(plans: list[Plan], images: list[list[int]]) -> list[list[Plan]]:
     return [[next(flat) for _ in sizes] for sizes in images]
 
 
-def _replayed(decisions: Decisions, images: list[list[int]]) -> list[Reduction]:
+def _replayed(decisions: Decisions, images: list[list[int]], device: torch.device) -> list[Reduction]:
+    """The decisions about all images in order, on their device: what was loaded from a file is not on a GPU."""
     if [[r.total for r in row] for row in decisions] != images:
         shapes = [[r.total for r in row] for row in decisions]
         raise ValueError(f"the decisions to replay are for images of {shapes} tokens; the batch has {images}")
-    return [reduction for row in decisions for reduction in row]
+    return [reduction.to(device) for row in decisions for reduction in row]
 
 
 def _padding_id(model: Any) -> int:

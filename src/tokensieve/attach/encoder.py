@@ -222,6 +222,8 @@ class EncoderHooks:
                 call.output = encode(*args, **kwargs)
             finally:
                 self._local.call = None
+                for probe in self.probes:  # a call that failed inside the tower leaves them armed
+                    probe.take()
                 if self.inside is not None:
                     self.inside.stop()
             if not isinstance(call.output, tuple):  # return_dict=False: nobody can act on it

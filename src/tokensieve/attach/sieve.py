@@ -17,13 +17,15 @@ from tokensieve.attach.parts import Scope, check_scope
 from tokensieve.attach.stream import Run
 from tokensieve.attach.versions import warn_if_untested
 from tokensieve.attach.words import UserWords
-from tokensieve.methods import DecoderMethod, Method, Needs, Positions, parse
+from tokensieve.methods import DecoderMethod, EncoderMethod, Method, Needs, Positions, parse
+from tokensieve.methods.baselines import Downsample
 from tokensieve.models import family_of, is_fusion
 from tokensieve.models.family import Modality
 from tokensieve.reduction import Reduction
 
 LEFT_INSIDE = "tokens left this cache inside the LLM: continue with the decoder method attached, and without new images"
 STAGES = ("encoder", "connector", "decoder")
+KINDS: dict[str, tuple[type[Method], ...]] = {"encoder": (EncoderMethod, Downsample), "decoder": (DecoderMethod,)}
 _attached: weakref.WeakValueDictionary[int, Sieve] = weakref.WeakValueDictionary()  # by id; the hooks keep it alive
 _lock = threading.Lock()
 
@@ -94,6 +96,9 @@ class Sieve:
                 raise ValueError(
                     f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}{because}"
                 )
+            kinds = KINDS.get(stage.info.stage, (Method,))
+            if not isinstance(stage, kinds):
+                raise ValueError(f"{stage.info.name} must be a {kinds[0].__name__} to act in the {stage.info.stage}")
             if stage.needs.video and "video" not in family.modalities:
                 raise ValueError(f"{stage} reduces videos, which is not supported in {family.title}")
         by_stage = {stage.info.stage: stage for stage in stages}
@@ -117,7 +122,7 @@ class Sieve:
             said = words if decoder.needs.text else None
             try:
                 self._decoder = DecoderHooks(model, decoder, positions, said, scope, family.untested)
-            except ValueError:
+            except Exception:
                 self._encoder.remove()
                 raise
         self._handles = [
@@ -190,7 +195,7 @@ class Sieve:
             self._decoder.resume(states.blocks, kwargs.get("attention_mask"))
         elif states.blocks:
             raise ValueError(LEFT_INSIDE)
-        return (), later_step(kwargs, states.entry, cache)
+        return (), later_step(kwargs, states.entry, cache, self._encoder.family.first_position)
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
         prefill, self._local.prefill = self._local.prefill, None

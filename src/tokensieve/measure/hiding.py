@@ -79,7 +79,7 @@ def merged(model: Any, decisions: Sequence[Sequence[Reduction]]) -> Iterator[Non
         yield
         return
     base = model.base_model
-    encode = base.get_image_features
+    encode, own = base.get_image_features, vars(base).get("get_image_features")  # somebody may have wrapped it, too
 
     @wraps(encode)
     def mixing(*args: Any, **kwargs: Any) -> Any:
@@ -94,6 +94,8 @@ def merged(model: Any, decisions: Sequence[Sequence[Reduction]]) -> Iterator[Non
         yield
     finally:
         del base.get_image_features
+        if own is not None:
+            base.get_image_features = own
 
 
 def _mixed(pooled: Any, decisions: Sequence[Reduction]) -> Any:

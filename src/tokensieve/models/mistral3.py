@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokensieve.models.family import EncodeCall, Family
+from tokensieve.models.family import EncodeCall, Family, in_blocks
 from tokensieve.models.shape import Shape
 
 
@@ -31,11 +31,8 @@ class Mistral3(Family):
         if len(grids) > 1 and "flash" in tower.config._attn_implementation:
             raise ValueError("the attention of several images at once cannot be read from a flash kernel; use sdpa")
         images = torch.split(rows[0], [h * w * side**2 for h, w in grids])
-        units = []
-        for image, (h, w) in zip(images, grids, strict=True):
-            blocks = image.view(h, side, w, side, *image.shape[1:]).transpose(1, 2)
-            units.append(blocks.flatten(2, 3).flatten(0, 1).mean(1))
-        return torch.cat(units)
+        both = zip(images, grids, strict=True)
+        return torch.cat([in_blocks(image[None], (h * side, w * side), side).mean(1) for image, (h, w) in both])
 
     def projector(self, model: Any) -> nn.Module:
         layer: nn.Module = model.base_model.multi_modal_projector.patch_merger.merging_layer
