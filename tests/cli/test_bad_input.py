@@ -60,6 +60,22 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     "keep 1.5": (lambda f, m: ["compare", "--keep", "64, 1.5"], ["keep", "got 1.5", "(0, 1]"]),
     "keep no number": (lambda f, m: ["bench", "--keep", "many"], ["keep", "'many'"]),
     "ask keep 0": (lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--keep", "0"], ["keep", "got 0"]),
+    "word for a number": (
+        lambda f, m: ["check", m, "--method", "fastv(layer='x')"],
+        ["layer must be a number; got 'x'"],
+    ),
+    "overlay no picture": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", m, "--overlay", f"{f}/kept.txt"],
+        ["kept.txt", "name it .png"],
+    ),
+    "overlay in no folder": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", m, "--overlay", f"{f}/gone/kept.png"],
+        ["kept.png", "there is no folder"],
+    ),
+    "placeholder in a question": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", "<image> what is it?", "--model", m],
+        ["leave <image> out"],
+    ),
     "no image": (lambda f, m: ["ask", f"{f}/gone.jpg", QUESTION, "--model", m], ["gone.jpg"]),
     "text as image": (lambda f, m: ["ask", f"{f}/text.jpg", QUESTION, "--model", m], ["text.jpg", "not an image"]),
     "truncated image": (lambda f, m: ["ask", f"{f}/cut.jpg", QUESTION, "--model", m], ["cut.jpg"]),

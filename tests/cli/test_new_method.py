@@ -28,6 +28,7 @@ def outcomes(folder: Path, model: str, photo: Path) -> dict[str, Outcome]:
         "decoder": [*new, "most-watched", "--stage", "decoder"],
         "again": [*new, "loudest"],
         "taken": [*new, "vtc-cls"],
+        "module": [*new, "json"],
         "bad name": [*new, "../Loudest"],
         "hides": [*new, "visual-tokens"],
         "stage": [*new, "other", "--stage", "fusion"],
@@ -85,6 +86,7 @@ def test_the_file_stands_wherever_a_name_does(outcomes: dict[str, Outcome]) -> N
     [
         ("again", "loudest.py exists already; choose another name or folder"),
         ("taken", "the method name 'vtc-cls' is taken"),
+        ("module", "a file json.py would hide Python's own module"),
         ("bad name", "small letters, digits and hyphens, as in 'loud-words'; got '../Loudest'"),
         ("hides", "a class VisualTokens would hide"),
         ("stage", "'fusion' is not one of 'connector', 'decoder'"),

@@ -43,6 +43,11 @@ def test_a_processor_without_template_gets_its_image_token(processor, samples, m
         encode(processor, samples[:1])
 
 
+def test_a_question_that_holds_a_placeholder_is_refused(processor, samples):
+    with pytest.raises(ValueError, match="leave <image> out, the image is put there by itself"):
+        encode(processor, samples[:1], prompt="<image> {question}")
+
+
 def test_decode_leaves_out_the_prompt_and_special_tokens(processor):
     ids = processor.tokenizer("USER: what is it ? ASSISTANT:")["input_ids"]
     answer = processor.tokenizer("red anchor", add_special_tokens=False)["input_ids"]

@@ -247,3 +247,37 @@ def test_a_broken_plugin_is_named_once_and_left_out(installed):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert parse("vtc-cls")
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("fastv(layer='x')", "layer must be a number; got 'x'"),
+        ("fastv(layer=None)", "layer must be a number; got None"),
+        ("fastv(layer=True)", "layer must be a number; got True"),
+        ("vtc-cls(first_layer=1.5)", "first_layer must be a whole number; got 1.5"),
+        ("random(seed='x')", "seed must be a whole number; got 'x'"),
+        ("cdpruner(over_batch=3)", "over_batch must be True or False; got 3"),
+        ("pyramiddrop(layers=1)", "layers must be a tuple, each item a number; got 1"),
+        ("pyramiddrop(layers=(1, 'a'))", "layers must be a tuple, each item a number; got (1, 'a')"),
+        ("prumerge+(top=0.5)", "top must be a whole number or None; got 0.5"),
+        ("holov(stretches=0)", "stretches must be at least 1; got 0"),
+        ("window-fastv(windows=0)", "windows must be at least 1; got 0"),
+        ("prumerge+(neighbours=-1)", "neighbours must be at least 0; got -1"),
+        ("setok-cluster(fallback=0)", "fallback must be at least 1; got 0"),
+        ("dart(text_pivots=-2)", "text_pivots must be at least 0; got -2"),
+        ("dart(text_pivots=0, visual_pivots=0)", "cannot both be 0"),
+        ("topv(steps=0)", "steps must be at least 1; got 0"),
+        ("topv(recovered=-1.0)", "recovered must be a share in [0, 1]; got -1.0"),
+        ("prunevid(neighbours=-2)", "neighbours must be at least 1; got -2"),
+        ("sparsevlm+(heads=0)", "heads must be a whole number of heads >= 1, or a share in (0, 1]; got 0"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_when_the_spec_is_read(spec, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse(spec)
+
+
+def test_whole_numbers_are_numbers_and_lists_are_tuples():
+    assert parse("hired(alpha=1)")[0].alpha == 1
+    assert list(parse("pyramiddrop(layers=[1, 2])")[0].layers) == [1, 2]

@@ -41,6 +41,8 @@ def ask(
         raise ValueError("the question is empty; ask something about the image")
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     parse(method, **budget)  # a bad spec is refused before anything is loaded
+    if overlay is not None:
+        _check_picture(overlay)
     picture = open_image(image)
     vlm, processor = load_model(model, classifiers=True)
     if method == METHOD and not vlm.can_generate():
@@ -72,6 +74,17 @@ def ask(
         note(f"note: {remark}")
     if overlay is not None:
         note(f"overlay: {overlay}")
+
+
+def _check_picture(path: Path) -> None:
+    """Refuse, before anything runs, a file that no picture can be saved as."""
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"cannot save a picture as {path}: name it .png, .jpg or .webp")
+    if not path.parent.is_dir():
+        raise ValueError(f"cannot save a picture as {path}: there is no folder {path.parent}")
 
 
 def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,6 +31,8 @@ def new_method(
     if name in [info.name for info in methods()]:
         raise ValueError(f"the method name {name!r} is taken; 'tokensieve methods' lists them all")
     title, module = "".join(part.capitalize() for part in name.split("-")), name.replace("-", "_")
+    if module in sys.stdlib_module_names:
+        raise ValueError(f"a file {module}.py would hide Python's own module; choose another name than {name!r}")
     method, test = output / f"{module}.py", output / f"test_{module}.py"
     if not IN_A_SPEC.fullmatch(str(method)):
         raise ValueError(f"a method spec cannot name {str(method)!r}: use letters, digits and ./\\:~_- in the folder")

@@ -24,7 +24,7 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
 
     Raises:
         DataError: an image that cannot be decoded.
-        ValueError: a processor with neither a chat template nor an image token.
+        ValueError: a processor with neither a chat template nor an image token; a question that holds a placeholder.
     """
     opened: dict[Any, Image.Image] = {}
     for sample in samples:
@@ -32,6 +32,8 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
             opened[sample.image] = sample.open()
     images = [opened[sample.image] for sample in samples]
     texts = [prompt.replace("{question}", sample.question) for sample in samples]
+    for text in texts:
+        _check_text(processor, text)
     if getattr(processor, "chat_template", None):
         turns = [[_turn(image, text)] for image, text in zip(images, texts, strict=True)]
         inputs = processor.apply_chat_template(
@@ -66,6 +68,14 @@ def decode(processor: Any, generated: Tensor, prompt_length: int) -> list[str]:
     """Text of what was generated after the prompt: `[B, L]` ids to B strings, special tokens left out."""
     texts = processor.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
+
+
+def _check_text(processor: Any, text: str) -> None:
+    """Refuse words that the processor would take for another image."""
+    for kind in ("image", "video"):
+        mark = getattr(processor, f"{kind}_token", None)
+        if mark and mark in text:
+            raise ValueError(f"leave {mark} out, the {kind} is put there by itself; got {text!r}")
 
 
 def _turn(image: Image.Image, text: str) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from tokensieve.budget import Budget, check_budget, count, stage_counts
 from tokensieve.reduction import Reduction
@@ -106,18 +108,24 @@ class Method(ABC):
     """Base of all methods. Subclasses add their parameters as fields and implement :meth:`reduce`.
 
     Fields named ``keep`` are budgets and are validated on creation (one that may be ``None`` is of an adaptive method);
-    a ``Literal`` field accepts its values only.
+    a ``Literal`` field accepts its values only, and one of numbers, text, ``bool`` or a tuple what its annotation says.
     """
 
     info: ClassVar[MethodInfo]
+    least: ClassVar[Mapping[str, int]] = {}  # the smallest value of parameters that have one
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, allowed = getattr(self, field.name), get_args(_hint(type(self), field.name))
+            value, hint = getattr(self, field.name), _hint(type(self), field.name)
+            allowed = get_args(hint)
             if field.name in ("keep", "average") and not (value is None and type(None) in allowed):
                 check_budget(value)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+            elif not _fits(value, hint):
+                raise ValueError(f"{field.name} must be {_in_words(hint)}; got {value!r}")
+            elif field.name in self.least and value < self.least[field.name]:
+                raise ValueError(f"{field.name} must be at least {self.least[field.name]}; got {value}")
 
     @property
     def needs(self) -> Needs:
@@ -291,3 +299,35 @@ def _hint(cls: type, name: str) -> Any:
         return get_type_hints(cls).get(name)
     except Exception:  # a plug-in may annotate with names that do not exist at run time: then nothing is checked
         return None
+
+
+WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text", NoneType: "None"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation allows; ``True`` for annotations that are not checked."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        return len(inner) != 2 or inner[1] is not Ellipsis or all(_fits(item, inner[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (bool, str, NoneType) else True
+
+
+def _in_words(hint: Any) -> str:
+    """An annotation as an error says it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        kinds = [part for part in inner if not (part is int and float in inner)]  # every whole number is a number
+        return " or ".join(map(_in_words, kinds))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if origin is tuple and inner:
+        return f"a tuple, each item {_in_words(inner[0])}"
+    return WORDS.get(hint, str(hint))

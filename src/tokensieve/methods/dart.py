@@ -1,6 +1,7 @@
 """DART: a few pivots, and for each of them the tokens that resemble it least."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,12 @@ class Dart(DecoderMethod):
     visual_pivots: int = 4
     text_pivots: int = 4
     exact: bool = True
+    least: ClassVar = {"visual_pivots": 0, "text_pivots": 0}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.visual_pivots + self.text_pivots:
+            raise ValueError("visual_pivots and text_pivots cannot both be 0")
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks([self.layer], depth)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class HoliTom(Method):
     still: float = 0.8
     own: float = 0.6
     neighbours: int = 7
+    least: ClassVar = {"neighbours": 1}
 
     def reduce(self, image: VisualTokens) -> Reduction:
         received = image.at("received", -1)

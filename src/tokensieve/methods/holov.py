@@ -1,7 +1,7 @@
 """HoloV: every part of the image keeps a share, the larger the more attention and variety it holds."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class HoloV(Method):
     stretches: int = 16
     variety: float = 0.09
     rank: Literal["attention", "holistic"] = "attention"
+    least: ClassVar = {"stretches": 1}
 
     def reduce(self, image: VisualTokens) -> Reduction:
         attention, wanted, parts = image.at("cls_attention", -2), image.count(self.keep), self.stretches

@@ -1,6 +1,7 @@
 """LLaVA-PruMerge: outliers of [CLS] attention stay, and take up what their nearest neighbours had to say."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class PruMerge(Method):
     keep: Budget | None = None
     neighbours: int = 32
     before_projector: bool = True
+    least: ClassVar = {"neighbours": 0}
 
     @property
     def needs(self) -> Needs:

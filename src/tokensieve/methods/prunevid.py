@@ -1,6 +1,7 @@
 """PruneVid, the half before the LLM: what stands still is averaged over time, and all is clustered in space."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class PruneVid(Method):
     scenes: float = 0.25
     still: float = 0.8
     neighbours: int = 7
+    least: ClassVar = {"neighbours": 1}
 
     def reduce(self, image: VisualTokens) -> Reduction:
         wanted = None if self.keep is None else image.count(self.keep)
@@ -62,7 +64,7 @@ class PruneVid(Method):
         still = [self.stands_still(rows, segment) for segment in segments]
         sizes = group_sizes(segments, still)
         if wanted is None:
-            quotas = (sizes * self.merged).long().where(sizes > 14, sizes)
+            quotas = (sizes * self.merged).long().clamp(min=1).where(sizes > 14, sizes)
         else:
             quotas = in_proportion(min(wanted, int(sizes.sum())), sizes)
         return merge_groups(rows, segments, still, quotas.tolist(), self.pick)

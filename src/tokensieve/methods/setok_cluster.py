@@ -1,6 +1,7 @@
 """SeTok, its training-free part: tokens that belong together become one."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class SetokCluster(Method):
     threshold: float = 0.5
     fallback: int = 64
     before_projector: bool = True
+    least: ClassVar = {"fallback": 1}
 
     def reduce(self, image: VisualTokens) -> Reduction:
         if image.grid is None:

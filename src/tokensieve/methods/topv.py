@@ -1,6 +1,7 @@
 """TopV: the tokens that a block can reach most cheaply carry the image."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,12 @@ class TopV(DecoderMethod):
     sigma: float = 10.0
     epsilon: float = 0.1
     steps: int = 3
+    least: ClassVar = {"steps": 1}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.recovered <= 1:
+            raise ValueError(f"recovered must be a share in [0, 1]; got {self.recovered}")
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks([self.layer], depth)

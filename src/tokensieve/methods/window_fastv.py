@@ -1,6 +1,7 @@
 """Window FastV: FastV's scores, but every region of the image keeps its share."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tokensieve.methods.base import Needs
 from tokensieve.methods.fastv import FastV
@@ -26,6 +27,7 @@ class WindowFastV(FastV):
     """
 
     windows: int = 4
+    least: ClassVar = {"windows": 1}
 
     def reduce(self, image: VisualTokens) -> Reduction:
         scores = image.given("queries").mean((1, 2))
