@@ -306,6 +306,8 @@ def test_what_cannot_be_is_refused():
         tokensieve.attach(models.subject("qwen3-vl"), "evs", budget_scope="second")
     with pytest.raises(ValueError, match=r"shows a method one frame at a time; evs\(keep=0.25\) compares frames"):
         tokensieve.attach(models.subject("qwen3-vl"), "evs", budget_scope="frame")
+    with pytest.raises(ValueError, match=r"'sample' would share with images, which evs\(keep=0.25\) leaves whole"):
+        tokensieve.attach(models.subject("qwen3-vl"), "evs", budget_scope="sample")
     with pytest.raises(ValueError, match="budget_scope='frame' is not for methods that act in the decoder"):
         tokensieve.attach(models.subject("qwen3-vl"), "fastv(layer=1)", budget_scope="frame")
     family = "llava-next-video"

@@ -58,6 +58,8 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
             raise ValueError(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
         if scope == "frame" and method.needs.video:
             raise ValueError(f"budget_scope='frame' shows a method one frame at a time; {method} compares frames")
+        if scope == "sample" and method.needs.video:
+            raise ValueError(f"budget_scope='sample' would share with images, which {method} leaves whole")
         if scope == "sample" and any(getattr(method, name, None) is not None for name in ("average", "counts")):
             raise ValueError(f"budget_scope='sample' shares out keep; {method} has other budgets")
 
