@@ -193,15 +193,28 @@ def test_meter_saves_and_loads(tmp_path):
 
 
 @pytest.mark.parametrize("share", ["prune", "merge", "merge_text"])
-@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, "half", True])
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5])
 def test_shares_out_of_range(share, value):
-    with pytest.raises(ValueError, match=rf"{share} must be a share in \[0, 1\)"):
+    with pytest.raises(ValueError, match=rf"{share} must be a share in \[0, 1\); got {value}"):
         tokensieve.parse("pumer", **{share: value})
 
 
-@pytest.mark.parametrize("layers", [(2, 1), (1, 1), (-1,), 3, (0.5,)])
+@pytest.mark.parametrize("share", ["prune", "merge", "merge_text"])
+@pytest.mark.parametrize("value", ["half", True])
+def test_shares_that_are_no_numbers(share, value):
+    with pytest.raises(ValueError, match=f"{share} must be a number; got {value!r}"):
+        tokensieve.parse("pumer", **{share: value})
+
+
+@pytest.mark.parametrize("layers", [(2, 1), (1, 1), (-1,)])
 def test_layers_that_are_none(layers):
     with pytest.raises(ValueError, match="layers must be layer numbers"):
+        tokensieve.parse("pumer", layers=layers)
+
+
+@pytest.mark.parametrize("layers", [3, (0.5,)])
+def test_layers_that_are_no_numbers(layers):
+    with pytest.raises(ValueError, match="layers must be a tuple, each item a whole number"):
         tokensieve.parse("pumer", layers=layers)
 
 

@@ -19,8 +19,7 @@ class FusionMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = isinstance(self.layers, tuple | list) and all(type(layer) is int for layer in self.layers)
-        if not whole or list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
+        if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
             raise ValueError(f"layers must be layer numbers from 0, ascending, as in (2, 5, 8); got {self.layers!r}")
 
     @property

@@ -53,7 +53,7 @@ class PuMer(FusionMethod):
         super().__post_init__()
         for name in ("prune", "merge", "merge_text"):
             share = getattr(self, name)
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            if not 0 <= share < 1:
                 raise ValueError(f"{name} must be a share in [0, 1); got {share!r}")
 
     @property
