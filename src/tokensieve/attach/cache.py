@@ -49,57 +49,49 @@ class State:
         return self.dropped > 0 or self.padded or self.shift is not None
 
 
-class ReducedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
+class _Reduced:
     """A cache layer that holds ``dropped`` columns fewer than it reports, so that callers keep counting as before.
 
-    The contract is that of transformers' sliding-window layers: masks are sized by :meth:`get_mask_sizes`.
+    The contract is that of transformers' sliding-window layers: masks are sized by ``get_mask_sizes``.
     """
 
     dropped: int
 
     @classmethod
-    def adopt(cls, layer: DynamicLayer, dropped: int) -> ReducedLayer:
+    def adopt(cls, layer: Any, dropped: int) -> Any:
+        """The same layer, with all it holds, as one of this kind."""
         reduced = cls.__new__(cls)
         reduced.__dict__.update(layer.__dict__)
         reduced.dropped = dropped
         return reduced
 
+    def held(self) -> int:
+        """Columns that went through the layer."""
+        return int(super().get_seq_length())  # type: ignore[misc]
+
     def get_seq_length(self) -> int:
-        held = int(super().get_seq_length())
+        held = self.held()
         return held + self.dropped if held else 0
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        held = int(super().get_seq_length())
-        return held + query_length, self.dropped if held else 0
-
     def reset(self) -> None:
-        super().reset()
+        super().reset()  # type: ignore[misc]
         self.dropped = 0
 
 
-class ReducedSlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
-    """The same of a layer whose attention has a window, which slides over the columns that are held."""
+class ReducedLayer(_Reduced, DynamicLayer):  # type: ignore[misc]  # transformers is untyped
+    """One with full attention."""
 
-    dropped: int
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = self.held()
+        return held + query_length, self.dropped if held else 0
 
-    @classmethod
-    def adopt(cls, layer: DynamicSlidingWindowLayer, dropped: int) -> ReducedSlidingLayer:
-        reduced = cls.__new__(cls)
-        reduced.__dict__.update(layer.__dict__)
-        reduced.dropped = dropped
-        return reduced
 
-    def get_seq_length(self) -> int:
-        held = int(super().get_seq_length())
-        return held + self.dropped if held else 0
+class ReducedSlidingLayer(_Reduced, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """One whose attention has a window, which slides over the columns that are held."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         length, offset = super().get_mask_sizes(query_length)
-        return length, offset + self.dropped if self.cumulative_length else 0
-
-    def reset(self) -> None:
-        super().reset()
-        self.dropped = 0
+        return length, offset + self.dropped if self.held() else 0
 
 
 REDUCED: dict[type, Any] = {
