@@ -92,11 +92,11 @@ def copy_tower(tower: Any, model: ViltForQuestionAnswering, pixels: Tensor) -> N
             target.load_state_dict(source.state_dict())
 
 
-def mark_places(model: ViltForQuestionAnswering, size: float = 0.9, waves: int = 4, seed: int = 0) -> None:
-    """Add row and column of each patch to its position embedding: slow cosines of both, along random directions.
+def mark_places(model: ViltForQuestionAnswering, size: float = 0.9, waves: int = 4, seed: int = 0) -> Tensor:
+    """Add row and column of each patch to its position embedding, and return what was added, `[145, D]`.
 
-    The tower hardly tells its patches apart by place: in its features a linear probe finds no corner. `size`: root mean
-    square of what is added, next to a token's 0.9.
+    Slow cosines of both, along random directions. The tower hardly tells its patches apart by place: in its features a
+    linear probe finds no corner. `size`: root mean square of what is added, next to a token's 0.9.
     """
     import torch
 
@@ -106,5 +106,7 @@ def mark_places(model: ViltForQuestionAnswering, size: float = 0.9, waves: int =
     rows, columns = cosines.repeat_interleave(side, 0), cosines.repeat(side, 1)
     draw = torch.Generator().manual_seed(seed)
     places = torch.cat([rows, columns], 1) @ torch.randn(2 * waves, table.shape[-1], generator=draw)
+    marks = torch.cat([places.new_zeros(1, places.shape[1]), places * size / places.square().mean().sqrt()])
     with torch.no_grad():
-        table[0, 1:] += places * size / places.square().mean().sqrt()
+        table += marks
+    return marks

@@ -1,11 +1,11 @@
 """Pretraining of the small reference ViLT, up to where `tokensieve train pumer` takes over.
 
-Three stages. `look`: the image's way through the copied layers is distilled to that of the CLIP tower they came from.
-`read`: these layers stay as they are; text and the layers above them learn to answer. Eight questions about an image
-share a pass in which patches do not yet see the text, so that they are computed once. As in the reference model, many
-questions first see little beyond what they need; and the answer is asked of the last word, where one step of attention
-finds it, as well as of the [CLS] that must fetch it from there. `joint`: the same, and the copied layers learn, too;
-for that, patches are told their place, of which the tower's features keep no trace: a LLaVA's LLM numbers its tokens.
+Two stages. `look`: the image's way through the copied layers is distilled to that of the CLIP tower they came from,
+past the marks of place that each patch carries: the tower's features keep no trace of it, a LLaVA's LLM numbers its
+tokens. `read`: these layers stay as they are; text and the layers above them learn to answer. Eight questions about an
+image share a pass in which patches do not yet see the text, so that they are computed once. As in the reference model,
+many questions first see little beyond what they need; and the answer is asked of the last word, where one step of
+attention finds it, as well as of the [CLS] that must fetch it from there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HIDDEN = -1e4
 class Stage:
     """One part: optimiser steps, images per step, peak learning rate."""
 
-    name: Literal["look", "read", "joint"]
+    name: Literal["look", "read"]
     steps: int
     batch: int
     rate: float
@@ -53,7 +53,7 @@ class Stage:
         return self.rate * (0.05 + 0.95 * cosine)
 
 
-STAGES = (Stage("look", 300, 32, 5e-4), Stage("read", 1300, 32, 2e-3), Stage("joint", 400, 32, 8e-4))
+STAGES = (Stage("look", 400, 32, 5e-4), Stage("read", 2000, 32, 2e-3))
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ class _Run:
         self.questions, self.held_out_questions = Questions.of(self.packs), Questions.of(self.held_out)
         self.reader = Reader(build_model(seed))
         copy_tower(self.tower, self.reader.model, normalised(torch.from_numpy(self.packs.images[:256])))
+        self.places = mark_places(self.reader.model)
         self.look, self.read = self.reader.look, self.reader.forward
         if compiled:
             self.look, self.read = torch.compile(self.look), torch.compile(self.read)
@@ -236,13 +237,13 @@ class _Run:
         self.step += 1
 
     def _looking(self, images: Tensor) -> Tensor:
-        """Distance to the tower's features, in units of their own spread, where they enter and leave the layers."""
+        """Distance to the tower's features and the marks of place, in units of the features' spread, at each layer."""
         with torch.no_grad():
             wanted = [self.tower.pre_layrnorm(self.tower.embeddings(normalised(images)))]
             for layer in self.tower.encoder.layers[:COPIED]:
                 wanted.append(layer(wanted[-1], None))
         pairs = zip(self.look(images)[1:], wanted[1:], strict=True)
-        return torch.stack([F.mse_loss(a.float(), b.float()) / b.float().var() for a, b in pairs]).mean()
+        return torch.stack([F.mse_loss(a.float(), b.float() + self.places) / b.float().var() for a, b in pairs]).mean()
 
     def _reading(self, images: Tensor, rows: Any, rng: np.random.Generator) -> Tensor:
         stage, size = self.stages[self.stage], len(rows)
@@ -255,7 +256,7 @@ class _Run:
         count = EASY if rng.random() < (0.8 if ease else 0.3) else TOKENS
         objects = torch.from_numpy(self.packs.shown[rows]) != IGNORE
         kept = (torch.from_numpy(rng.random((size, TOKENS))) + 0.9 * objects).topk(count).indices.sort(-1).values
-        with torch.set_grad_enabled(stage.name == "joint"):
+        with torch.no_grad():
             places = torch.cat([torch.zeros(size, 1, dtype=torch.long), kept + 1], 1).unsqueeze(-1)
             states = [state.gather(1, places.expand(-1, -1, state.shape[-1])) for state in self.look(images)]
         needed = (asked.gather(1, kept).unsqueeze(1) >> torch.tensor(ASKED).view(1, -1, 1)) & 1
@@ -282,13 +283,11 @@ class _Run:
 
     def next_stage(self) -> None:
         """Export what there is and turn to the next stage."""
-        if self.stages[self.stage].name == "joint":
+        if self.stages[self.stage].name == "read":
             self._centre()
         export(self.reader.model, self.output / "model")
         self.stage, self.step = self.stage + 1, 0
         if self.stage < len(self.stages):
-            if self.stages[self.stage].name == "joint":
-                mark_places(self.reader.model)
             self.optimiser = self._new_optimiser()
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
@@ -297,9 +296,9 @@ class _Run:
         embeddings, layers = vilt.embeddings, vilt.encoder.layer
         image = (*embeddings.patch_embeddings.parameters(), embeddings.position_embeddings, embeddings.cls_token)
         seeing = {id(p) for p in (*image, *layers[:COPIED].parameters())}
-        name = self.stages[self.stage].name
+        looks = self.stages[self.stage].name == "look"
         for parameter in self.reader.parameters():
-            parameter.requires_grad_(name == "joint" or (id(parameter) in seeing) == (name == "look"))
+            parameter.requires_grad_((id(parameter) in seeing) == looks)
         trained = [parameter for parameter in self.reader.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
 
