@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import tokensieve
 from attach.test_attach import FLASH
@@ -96,10 +97,10 @@ def test_stages_in_blocks_of_several_kinds(name, attention, layers, policy, devi
     ("name", "attention"), [("paligemma2", "eager"), ("mistral3-windows", "eager"), ("mistral3-windows", "sdpa")]
 )
 def test_stages_in_other_llms_with_windows(more, name, attention, policy, deviation):
-    assert_as_by_hand(name, attention, (1, 2), policy, deviation)
+    assert_as_by_hand(name, attention, (1, 2), policy, deviation, steps=6)
 
 
-@pytest.mark.parametrize("kind", ["beams", "no cache", "no mask"])
+@pytest.mark.parametrize("kind", ["beams", "no cache", "no mask", "a cache without windows"])
 @each_name
 def test_other_calls(name, kind, deviation):
     (sample,), inputs = tiny.scenario(name, "single"), collate(name, "single")
@@ -107,6 +108,8 @@ def test_other_calls(name, kind, deviation):
     call |= {"num_beams": 3, "output_scores": True} if kind == "beams" else {"use_cache": kind != "no cache"}
     if kind == "no mask":
         del inputs["attention_mask"]
+    if kind == "a cache without windows":
+        call["past_key_values"] = DynamicCache()
     with tokensieve.attach(tiny.subject(name), [Halves()]) as sieve:
         out = sieve.model.generate(**inputs, **call)
     answer = out.sequences[0, -4:].tolist()

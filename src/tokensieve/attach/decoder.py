@@ -60,7 +60,8 @@ class DecoderHooks:
         blocks, config = list(self.decoder.layers), self.decoder.config
         self.depth, self.stages, self.kinds = len(blocks), method.stages(len(blocks)), kinds_of(config)
         self.window: int = config.sliding_window if SLIDING in self.kinds else 0
-        _check_attention(config, set(self.kinds), family.own_masks)
+        self.own_masks = family.own_masks or set(self.kinds) != {FULL}
+        _check_attention(config, set(self.kinds), self.own_masks)
         method.check_average(self.depth)
         of_kind = [self.kinds.index(kind, self.stages[0]) for kind in set(self.kinds[self.stages[0] :])]
         self._unverified = of_kind if family.untested else []
@@ -198,10 +199,10 @@ class DecoderHooks:
         kind = self.kinds[number]
         if kind not in run.handed:
             embeddings, ids = self._positions(run, kind, hidden, kwargs)
-            mask = kwargs.get("attention_mask")
-            if isinstance(mask, Tensor) and mask.ndim == 4:
+            mask = kwargs.get("attention_mask") if self.own_masks else None
+            if mask is not None:
                 mask = shortened(mask, run.stream.columns)
-            else:  # the kernel's own causal mask, or one of padding alone
+            else:  # plain causal: made anew, which is quicker, or left to the kernel
                 mask = self._made(number, hidden, kwargs, run.stream.mask)
             run.handed[kind] = {"position_embeddings": embeddings, "position_ids": ids, "attention_mask": mask}
         kwargs |= run.handed[kind]
@@ -296,7 +297,7 @@ def _check_attention(config: Any, kinds: set[str], own_masks: bool) -> None:
     if not kinds <= MADE.keys():
         other = ", ".join(sorted(kinds - MADE.keys()))
         raise ValueError(f"decoder methods need blocks with {' or '.join(MADE)}; this LLM has {other}")
-    if (own_masks or kinds != {FULL}) and config._attn_implementation not in WHOLE:
+    if own_masks and config._attn_implementation not in WHOLE:
         raise ValueError(
             "the blocks of this LLM do not share one causal mask: decoder methods need "
             f"{' or '.join(WHOLE)} attention; it runs {config._attn_implementation}"
