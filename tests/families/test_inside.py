@@ -17,6 +17,7 @@ from families.test_matrix import collate, each_kernel
 from laws.reference import NOISE
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Needs
+from tokensieve.models import family_of
 from tokensieve.models.family import Family
 
 NAMES = ("gemma3", "paligemma", "aya-vision", "cohere2-vision")
@@ -81,7 +82,8 @@ def assert_as_by_hand(name, attention, layers, policy, deviation, steps=12):
         model, stages = tiny.pristine(name, attention), halved(sample, layers)
         by_hand = reference.logits_inside(model, name, sample, stages, answer, policy=policy)
         by_hand = torch.cat([by_hand[:steps], by_hand[-3:]])
-        assert deviation("inside LLMs with masks of their own (laws 2 to 4)", got[i], by_hand) <= reference.noise(name)
+        worst = deviation("inside LLMs with masks of their own (laws 2 to 4)", got[i], by_hand)
+        assert worst <= 2 * reference.noise(name)  # three times the matrix's steps
 
 
 @each_policy
@@ -213,4 +215,5 @@ def test_a_method_that_goes_by_one_rotary_embedding(name):
 def test_an_unknown_llm_with_windows(more, name, monkeypatch, deviation):
     """Its masks are those that transformers makes for windows: known, whatever the family."""
     monkeypatch.setattr(Family, "describes", lambda self, config: False)
+    assert family_of(tiny.subject(name)).untested
     assert_as_by_hand(name, "sdpa", (1, 2), "original", deviation, steps=6)

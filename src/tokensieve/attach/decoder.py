@@ -63,8 +63,8 @@ class DecoderHooks:
         self.own_masks = family.own_masks or set(self.kinds) != {FULL}
         _check_attention(config, set(self.kinds), self.own_masks)
         method.check_average(self.depth)
-        of_kind = [self.kinds.index(kind, self.stages[0]) for kind in set(self.kinds[self.stages[0] :])]
-        self._unverified = of_kind if family.untested else []
+        first_of_kind = {self.kinds.index(kind, self.stages[0]) for kind in self.kinds[self.stages[0] :]}
+        self._to_verify = first_of_kind if family.untested else set()
         self._local = threading.local()
         self.evidence = DecoderEvidence(self.decoder, method, self.stages, self.kinds, self._current)
         self._handles = [
@@ -138,7 +138,7 @@ class DecoderHooks:
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(call, Run):
-            if number in self._unverified:
+            if number in self._to_verify:
                 self._verify(call, number, hidden, kwargs)
             if number in self.stages:
                 hidden = self._reduce(call, number, hidden, kwargs)
