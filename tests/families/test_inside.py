@@ -61,10 +61,8 @@ def more(monkeypatch):
 
 def halved(sample, layers):
     """What is left of each image before each of ``layers``."""
-    steps = range(1, len(layers) + 1)
     return {
-        layer: [range(0, image.tokens, 2**step) for image in sample.images]
-        for layer, step in zip(layers, steps, strict=True)
+        layer: [range(0, image.tokens, 2**stage) for image in sample.images] for stage, layer in enumerate(layers, 1)
     }
 
 
