@@ -247,8 +247,10 @@ class DecoderHooks:
         tail = run.prefill.visual.shape[1] - entry.mask.shape[1]
         mask = torch.ones_like(stream.visual, dtype=torch.long) if stream.mask is None else stream.mask
         renumbered = run.renumbered() if self.positions == "contiguous" else None
-        mask, stood = mask[:, : stream.width - tail], stream.columns.index[:, : stream.width - tail] + entry.dropped
-        return State(mask, stream.columns.padded, entry.length, renumbered=renumbered, columns=stood)
+        end, stood = stream.width - tail, None
+        if self.window:
+            stood = stream.columns.index[:, :end] + entry.dropped
+        return State(mask[:, :end], stream.columns.padded, entry.length, renumbered=renumbered, columns=stood)
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Deepstack features are added after a block: to the tokens that are left, reduced as they were."""

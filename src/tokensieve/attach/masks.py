@@ -42,7 +42,7 @@ def in_window(mask: Tensor, state: State, cache: Cache, block: int, window: int)
         mask: what may be seen of the last ``window`` columns that the block's cache holds.
         state: what was dropped before this block.
     """
-    assert state.columns is not None  # states of blocks have them
+    assert state.columns is not None  # where there are windows
     queries, seen = mask.shape[-2], cache.get_seq_length(block)
     keys, first = cache.get_mask_sizes(queries, block)
     place = torch.arange(seen + queries, device=mask.device)
