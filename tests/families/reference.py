@@ -138,12 +138,16 @@ def masks(name: str, config: Any, sequence: Sequence) -> dict[str, Tensor]:
     if FAMILIES[name].bidirectional == "prompt":
         block = (query < sequence.prompt) & (key < sequence.prompt)
     near = query - key < (getattr(config, "sliding_window", None) or length)
-    seen = {"full_attention": (key <= query) | block, "sliding_attention": ((key <= query) & near) | block}
+    if FAMILIES[name].bidirectional == "prompt":  # PaliGemma 2: whatever the distance
+        seen = {"full_attention": (key <= query) | block, "sliding_attention": ((key <= query) & near) | block}
+    else:
+        seen = {"full_attention": (key <= query) | block, "sliding_attention": ((key <= query) | block) & near}
     return {kind: torch.zeros(1, 1, length, length).masked_fill(~allowed, -1e30) for kind, allowed in seen.items()}
 
 
 def kinds(config: Any) -> list[str]:
-    return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    alike = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers
 
 
 @torch.no_grad()
@@ -151,7 +155,7 @@ def forward(model: Any, name: str, sequence: Sequence) -> Tensor:
     """Logits `[L, vocabulary]` by one call of the language model."""
     decoder = language_model(model)
     mask = masks(name, decoder.config, sequence)
-    uniform = set(kinds(decoder.config)) <= {"full_attention"}
+    every = set(kinds(decoder.config))
     deepstack = {}
     if len(sequence.planes):
         visual = sequence.owner >= 0
@@ -159,7 +163,7 @@ def forward(model: Any, name: str, sequence: Sequence) -> Tensor:
     out = decoder(
         inputs_embeds=sequence.rows[None],
         position_ids=sequence.positions[:, None] if FAMILIES[name].axes == 3 else sequence.positions,
-        attention_mask=mask["full_attention"] if uniform else {**mask, "linear_attention": None},
+        attention_mask=mask[every.pop()] if len(every) == 1 else {**mask, "linear_attention": None},
         use_cache=False,
         **deepstack,
     )
@@ -167,17 +171,27 @@ def forward(model: Any, name: str, sequence: Sequence) -> Tensor:
 
 
 @torch.no_grad()
-def block_by_block(model: Any, name: str, sequence: Sequence, stage: int, stay: Tensor) -> Tensor:
-    """Logits `[L', vocabulary]`, the blocks called one by one; before ``stage`` only rows ``stay`` are left."""
-    decoder = language_model(model)
+def block_by_block(
+    model: Any, name: str, sequence: Sequence, stages: dict[int, Tensor], policy: str = "original"
+) -> Tensor:
+    """Logits `[L', vocabulary]`, the blocks called one by one; before each of ``stages`` only some rows are left.
+
+    Who sees whom is settled by the whole sequence: a window counts what left, too.
+    """
+    decoder, left = language_model(model), torch.arange(len(sequence.rows))
+    whole = masks(name, decoder.config, sequence)
     for number, (block, kind) in enumerate(zip(decoder.layers, kinds(decoder.config), strict=True)):
-        if number == stage:
+        if number in stages:
+            stay = stages[number][left]
+            left = left[stay]
             sequence.keep(stay)
+            if policy == "contiguous":
+                sequence.positions = torch.arange(len(left)).expand_as(sequence.positions)
         ids = sequence.positions[:, None] if FAMILIES[name].axes == 3 else sequence.positions
         by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
         sequence.rows = block(
             sequence.rows[None],
-            attention_mask=masks(name, decoder.config, sequence)[kind],
+            attention_mask=whole[kind][:, :, left][..., left],
             position_ids=sequence.positions[:1],
             position_embeddings=decoder.rotary_emb(sequence.rows[None], ids, *[kind] * by_kind),
         )[0]
@@ -197,27 +211,44 @@ def logits(model: Any, name: str, sample: Sample, kept: Any, encoded: list[Encod
 
 
 def logits_inside(
-    model: Any, name: str, sample: Sample, stage: int, kept: Any, answer: list[int], entered: Any = None
+    model: Any,
+    name: str,
+    sample: Sample,
+    stages: dict[int, Any],
+    answer: list[int],
+    entered: Any = None,
+    policy: str = "original",
 ) -> Tensor:
-    """The same where the tokens that are not ``kept`` leave before block ``stage`` of the LLM.
+    """The same where tokens leave inside the LLM.
 
-    ``entered``: per image, original indices of the tokens that entered it; ``None``: all.
+    Args:
+        stages: before which blocks; per image, original indices of the tokens that are left then.
+        entered: per image, original indices of the tokens that entered it; ``None``: all.
+        policy: of positions.
     """
     entered = entered or [list(range(image.tokens)) for image in sample.images]
     features = [
         Encoded(e.rows[i], [p[i] for p in e.planes]) for e, i in zip(encode(model, name, sample), entered, strict=True)
     ]
     sequence = enter(model, name, sample, entered, features, answer)
-    stay = sequence.owner < 0
-    for number, (before, after) in enumerate(zip(entered, kept, strict=True)):
-        places = (sequence.owner == number).nonzero().flatten().tolist()
-        stay[[place for place, i in zip(places, before, strict=True) if i in after]] = True
-    return block_by_block(model, name, sequence, stage, stay)[-1 - len(answer) :]
+    stays = {}
+    for stage, kept in stages.items():
+        stays[stage] = sequence.owner < 0
+        for number, (before, after) in enumerate(zip(entered, kept, strict=True)):
+            places = (sequence.owner == number).nonzero().flatten().tolist()
+            stays[stage][[place for place, i in zip(places, before, strict=True) if i in after]] = True
+    return block_by_block(model, name, sequence, stays, policy)[-1 - len(answer) :]
+
+
+def attended(model: Any, name: str, sample: Sample, layer: int) -> list[Tensor]:
+    """Attention of the last prompt token to each image's tokens in one block of the LLM, mean over heads."""
+    weights = attention(model, name, sample, layer)
+    return [weights[:, -1, own].mean(0) for own in image_columns(sample)]
 
 
 @torch.no_grad()
-def attended(model: Any, name: str, sample: Sample, layer: int) -> list[Tensor]:
-    """Attention of the last prompt token to each image's tokens in one block of the LLM, mean over heads.
+def attention(model: Any, name: str, sample: Sample, layer: int) -> Tensor:
+    """Attention in one block of the LLM, `[heads, L, L]`.
 
     ``model`` runs eager attention; nothing was dropped before.
     """
@@ -227,7 +258,7 @@ def attended(model: Any, name: str, sample: Sample, layer: int) -> list[Tensor]:
     handle = block.register_forward_hook(lambda module, args, out: seen.append(out[1]))
     forward(model, name, sequence)
     handle.remove()
-    return [seen[0][0, :, -1, own].mean(0) for own in image_columns(sample)]
+    return seen[0][0]
 
 
 def rows_left(image: Image, kept: list[int]) -> set[int]:

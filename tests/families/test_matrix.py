@@ -25,10 +25,6 @@ METHODS = {
 }
 REFUSED = {
     "qwen3.5": {"inside": "linear"},
-    "gemma3": {"inside": "in both directions within an image"},
-    "paligemma": {"inside": "its prompt attends in both directions"},
-    "aya-vision": {"inside": "this LLM has sliding_attention"},
-    "cohere2-vision": {"inside": "this LLM has sliding_attention"},
     "fast-vlm": {"attention": "its tower is convolutional", "merging": "its tower is convolutional"},
     "perception-lm": {"attention": "timm's, whose attention cannot be read", "merging": "timm's, whose attention"},
     "llava-onevision-resampled": {"attention": "resamples an image", "merging": "resamples an image"},
@@ -132,7 +128,7 @@ def hand(name, attention, batch, i, kind, decisions, answer):
     if kind == "inside":
         assert all(r.mixing is None for r in decisions)
         chosen_by_attention(name, s, kept)
-        return reference.logits_inside(model, name, s, 1, kept, answer)
+        return reference.logits_inside(model, name, s, {1: kept}, answer)
     assert all(r.projected for r in decisions)
     rows = [e.mixed(r.matrix()) for e, r in zip(encoded(name, attention, batch)[i], decisions, strict=True)]
     return reference.logits(model, name, s, kept, rows, answer)
@@ -167,7 +163,7 @@ def longer(name, inputs, sequences):
     }
     kind = tiny.FAMILIES[name].types
     if kind:
-        out[kind] = torch.cat([inputs[kind], torch.full((rows, added), int(name == "paligemma"))], 1)
+        out[kind] = torch.cat([inputs[kind], torch.full((rows, added), int(name.startswith("paligemma")))], 1)
     return out
 
 
@@ -204,7 +200,7 @@ def test_a_method_inside_after_one_before(name, deviation):
             assert len(patches) == 3
             assert set(after) - set(patches) == reference.rows_left(image, patches)
         answer = out.sequences[i, -3:].tolist()
-        by_hand = reference.logits_inside(tiny.pristine(name), name, s, 1, kept[i], answer[:-1], entered[i])
+        by_hand = reference.logits_inside(tiny.pristine(name), name, s, {1: kept[i]}, answer[:-1], entered[i])
         assert deviation("of two stages", torch.stack(out.logits, 1)[i], by_hand) <= noise(name)
 
 

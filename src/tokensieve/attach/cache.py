@@ -22,6 +22,8 @@ class State:
         length: columns of the prefix as the caller sees it.
         shift: `[B, 1]` (or `[axes, B, 1]` for M-RoPE), what contiguous positions are behind the caller's; else None.
         renumbered: in the state of a block, `[B, 1]` bool: rows that contiguous positions apply to; ``None``: all.
+        columns: in the state of a block of an LLM with windows, `[B, P]`: where each column stood as it entered, as
+            the caller counts.
     """
 
     mask: Tensor
@@ -29,6 +31,7 @@ class State:
     length: int
     shift: Tensor | None = None
     renumbered: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def dropped(self) -> int:

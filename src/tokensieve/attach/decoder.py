@@ -8,6 +8,7 @@ then holds what that block saw, and one :class:`~tokensieve.attach.cache.State` 
 
 from __future__ import annotations
 
+import inspect
 import threading
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,17 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import create_causal_mask
 
 from tokensieve.attach.cache import State, step_mask
 from tokensieve.attach.connector import Prefill
 from tokensieve.attach.decoder_evidence import DecoderEvidence
 from tokensieve.attach.layout import equal_groups
+from tokensieve.attach.masks import FULL, MADE, SLIDING, WHOLE, in_window, kinds_of, shortened
 from tokensieve.attach.parts import Scope, per_sample
 from tokensieve.attach.stream import Run
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import DecoderMethod, Positions
-from tokensieve.models import Shape
+from tokensieve.models import Family, Shape
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Step:
 
     states: dict[int, State]
     mask: Tensor | None
-    made: dict[int, Tensor | None] = field(default_factory=dict)
+    made: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
 
 
 class DecoderHooks:
@@ -42,28 +43,30 @@ class DecoderHooks:
 
     Raises:
         ValueError: if the method names a block that the LLM does not have, an average that its stages cannot reach, or
-            if blocks attend in windows.
+            if blocks attend in a way that cannot be shortened.
     """
 
     def __init__(
         self,
+        family: Family,
         model: Any,
         method: DecoderMethod,
         positions: Positions,
         words: UserWords | None,
         scope: Scope = "image",
-        verify: bool = False,
     ) -> None:
-        self.scope, self.verify = scope, verify
         self.decoder, self.method, self.positions, self.words = model.get_decoder(), method, positions, words
-        blocks = list(self.decoder.layers)
-        self.depth, self.stages = len(blocks), method.stages(len(blocks))
-        kinds = _other_attention(self.decoder.config)
-        if kinds:
-            raise ValueError(f"decoder methods need full attention in every block; this LLM has {', '.join(kinds)}")
+        self.scope, self.first_position = scope, family.first_position
+        blocks, config = list(self.decoder.layers), self.decoder.config
+        self.depth, self.stages, self.kinds = len(blocks), method.stages(len(blocks)), kinds_of(config)
+        self.window: int = config.sliding_window if SLIDING in self.kinds else 0
+        self.own_masks = family.own_masks or set(self.kinds) != {FULL}
+        _check_attention(config, set(self.kinds), self.own_masks)
         method.check_average(self.depth)
+        first_of_kind = {self.kinds.index(kind, self.stages[0]) for kind in self.kinds[self.stages[0] :]}
+        self._to_verify = first_of_kind if family.untested else set()
         self._local = threading.local()
-        self.evidence = DecoderEvidence(self.decoder, method, self.stages, self._current)
+        self.evidence = DecoderEvidence(self.decoder, method, self.stages, self.kinds, self._current)
         self._handles = [
             block.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
             for number, block in enumerate(blocks)
@@ -135,7 +138,7 @@ class DecoderHooks:
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(call, Run):
-            if self.verify and number == self.stages[0]:
+            if number in self._to_verify:
                 self._verify(call, number, hidden, kwargs)
             if number in self.stages:
                 hidden = self._reduce(call, number, hidden, kwargs)
@@ -148,7 +151,7 @@ class DecoderHooks:
 
     def _verify(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Refuse an unknown LLM whose blocks are not given the causal mask that this stage would shorten."""
-        given, causal = kwargs.get("attention_mask"), self._mask(number, hidden, kwargs, run.entry.mask)
+        given, causal = kwargs.get("attention_mask"), self._made(number, hidden, kwargs, run.entry.mask)
         if not (given is causal or (given is not None and causal is not None and torch.equal(given, causal))):
             raise ValueError("decoder methods need causal attention in every block; this LLM's mask is another one")
 
@@ -193,39 +196,49 @@ class DecoderHooks:
         """Replace positions and mask by those of the stream, in place."""
         if run.untouched:
             return
-        if run.positions is None:
-            run.positions = self._positions(run, hidden, kwargs)
-            run.mask = self._mask(number, hidden, kwargs, run.stream.mask)
-        kwargs["position_embeddings"], kwargs["position_ids"] = run.positions
-        kwargs["attention_mask"] = run.mask
+        kind = self.kinds[number]
+        if kind not in run.handed:
+            embeddings, ids = self._positions(run, kind, hidden, kwargs)
+            mask = kwargs.get("attention_mask") if self.own_masks else None
+            if mask is not None:
+                mask = shortened(mask, run.stream.columns)
+            else:  # plain causal: made anew, which is quicker, or left to the kernel
+                mask = self._made(number, hidden, kwargs, run.stream.mask)
+            run.handed[kind] = {"position_embeddings": embeddings, "position_ids": ids, "attention_mask": mask}
+        kwargs |= run.handed[kind]
 
-    def _positions(self, run: Run, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+    def _positions(self, run: Run, kind: str, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
         """Position embeddings and ids of the stream, from those of the entry."""
         columns, ids = run.stream.columns, kwargs.get("position_ids")
         embeddings = tuple(columns.take_rows(part) for part in kwargs["position_embeddings"])
         ids = None if ids is None else columns.take(ids)
         if self.positions == "contiguous":
-            numbered, rows = run.stream.numbered(), run.renumbered()
-            embeddings = self._renumber(hidden, numbered, rows, embeddings)
+            numbered, rows = run.stream.numbered() + self.first_position, run.renumbered()
+            embeddings = self._renumber(kind, hidden, numbered, rows, embeddings)
             ids = numbered if ids is None or rows is None else numbered.where(rows, ids)
         return embeddings, ids
 
-    def _renumber(self, hidden: Tensor, numbered: Tensor, rows: Tensor | None, otherwise: Any) -> Any:
+    def _renumber(self, kind: str, hidden: Tensor, numbered: Tensor, rows: Tensor | None, otherwise: Any) -> Any:
         """(cos, sin) at the positions ``numbered`` `[B, n]` in the given rows, ``otherwise`` in the others."""
         rope = getattr(self.decoder.config, "rope_parameters", None) or {}
         axes = numbered.expand(3, *numbered.shape) if "mrope_section" in rope else numbered
-        made = self.decoder.rotary_emb(hidden, axes)
+        by_kind = "layer_type" in inspect.signature(self.decoder.rotary_emb.forward).parameters
+        made = self.decoder.rotary_emb(hidden, axes, *[kind] * by_kind)
         if rows is None:
             return made
         return tuple(new.where(rows[..., None], old) for new, old in zip(made, otherwise, strict=True))
 
-    def _mask(self, number: int, hidden: Tensor, kwargs: dict[str, Any], mask: Tensor | None) -> Tensor | None:
-        made: Tensor | None = create_causal_mask(
+    def _made(
+        self, number: int, hidden: Tensor, kwargs: dict[str, Any], mask: Tensor | None, skip: bool = True
+    ) -> Tensor | None:
+        """The causal mask of one block, as transformers makes it; ``skip``: ``None`` where the kernel has its own."""
+        made: Tensor | None = MADE[self.kinds[number]](
             config=self.decoder.config,
             inputs_embeds=hidden,
             attention_mask=mask,
             past_key_values=kwargs.get("past_key_values"),
             layer_idx=number,
+            allow_is_causal_skip=skip,
         )
         return made
 
@@ -234,7 +247,10 @@ class DecoderHooks:
         tail = run.prefill.visual.shape[1] - entry.mask.shape[1]
         mask = torch.ones_like(stream.visual, dtype=torch.long) if stream.mask is None else stream.mask
         renumbered = run.renumbered() if self.positions == "contiguous" else None
-        return State(mask[:, : stream.width - tail], stream.columns.padded, entry.length, renumbered=renumbered)
+        end, stood = stream.width - tail, None
+        if self.window:
+            stood = stream.columns.index[:, :end] + entry.dropped
+        return State(mask[:, :end], stream.columns.padded, entry.length, renumbered=renumbered, columns=stood)
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Deepstack features are added after a block: to the tokens that are left, reduced as they were."""
@@ -251,18 +267,22 @@ class DecoderHooks:
 
     def _translate(self, step: Step, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Positions and mask of a later step for one block, by what its cache holds."""
-        state, cache = step.states[number], kwargs["past_key_values"]
+        state, cache, kind = step.states[number], kwargs["past_key_values"], self.kinds[number]
         seen = cache.get_seq_length(number)
-        if kwargs.get("attention_mask") is not None or step.mask is not None or state.padded:
-            if id(state) not in step.made:
-                mask = step_mask(state, step.mask, seen + hidden.shape[1])
-                step.made[id(state)] = self._mask(number, hidden, kwargs, mask)
-            kwargs["attention_mask"] = step.made[id(state)]
+        width = seen + hidden.shape[1]
+        slid = kind == SLIDING and width > self.window  # something may be out of the window, or of the cache
+        if slid or kwargs.get("attention_mask") is not None or step.mask is not None or state.padded:
+            if (id(state), kind) not in step.made:
+                mask = self._made(number, hidden, kwargs, step_mask(state, step.mask, width), skip=not slid)
+                if slid and mask is not None:
+                    mask = in_window(mask, state, cache, number, self.window)
+                step.made[id(state), kind] = mask
+            kwargs["attention_mask"] = step.made[id(state), kind]
         if self.positions == "contiguous":
-            held = state.mask.sum(-1, keepdim=True) + seen - state.length
+            held = state.mask.sum(-1, keepdim=True) + seen - state.length + self.first_position
             numbered = held + torch.arange(hidden.shape[1], device=hidden.device)
             given = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = self._renumber(hidden, numbered, state.renumbered, given)
+            kwargs["position_embeddings"] = self._renumber(kind, hidden, numbered, state.renumbered, given)
 
 
 def _patches(columns: Tensor, shape: Shape) -> Tensor:
@@ -270,9 +290,17 @@ def _patches(columns: Tensor, shape: Shape) -> Tensor:
     return columns if shape.structure is None else columns[~shape.structure]
 
 
-def _other_attention(config: Any) -> set[str]:
-    """Kinds of attention in an LLM's blocks other than full causal attention."""
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds and getattr(config, "sliding_window", None):
-        kinds = {f"a sliding window of {config.sliding_window}"}
-    return kinds - {"full_attention"}
+def _check_attention(config: Any, kinds: set[str], own_masks: bool) -> None:
+    """Refuse an LLM whose blocks attend in a way that cannot be shortened, or not with the kernel that it runs.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not kinds <= MADE.keys():
+        other = ", ".join(sorted(kinds - MADE.keys()))
+        raise ValueError(f"decoder methods need blocks with {' or '.join(MADE)}; this LLM has {other}")
+    if own_masks and config._attn_implementation not in WHOLE:
+        raise ValueError(
+            "the blocks of this LLM do not share one causal mask: decoder methods need "
+            f"{' or '.join(WHOLE)} attention; it runs {config._attn_implementation}"
+        )

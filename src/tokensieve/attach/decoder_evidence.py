@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,21 +23,34 @@ class DecoderEvidence:
         decoder: the LLM.
         method: whose needs are met.
         stages: the blocks before which it acts.
+        kinds: the kind of attention of each block.
         current: the prefill of this thread.
+
+    Raises:
+        ValueError: if the method goes by a rotary embedding and blocks have different ones.
     """
 
     def __init__(
-        self, decoder: Any, method: DecoderMethod, stages: list[int], current: Callable[[], Run | None]
+        self,
+        decoder: Any,
+        method: DecoderMethod,
+        stages: list[int],
+        kinds: list[str],
+        current: Callable[[], Run | None],
     ) -> None:
+        if method.needs.rotary and len(set(kinds)) > 1:
+            raise ValueError(f"{method} goes by the rotary embedding; in this LLM, blocks differ in it or have none")
         self.decoder, self.needs, self.stages, self.current = decoder, method.needs, stages, current
         self.probes: dict[int, Probe] = {}
         if self.needs.queries is not None or self.needs.keys:
             asked = {stage: decoder.layers[stage - (not self.needs.own)] for stage in stages}
-            self.probes = {stage: Probe(block.self_attn, self._read) for stage, block in asked.items()}
+            for stage, block in asked.items():
+                softcap = getattr(block.self_attn, "attn_logit_softcapping", None)
+                self.probes[stage] = Probe(block.self_attn, partial(self._read, softcap))
         self._handles = []
         if self.needs.residual:
-            norms = [decoder.layers[stage - 1].post_attention_layernorm for stage in stages]
-            self._handles = [norm.register_forward_hook(self._normed) for norm in norms]
+            mlps = [decoder.layers[stage - 1].mlp for stage in stages]
+            self._handles = [mlp.register_forward_pre_hook(self._entering_mlp) for mlp in mlps]
         self.first = 0 if self.needs.entry else stages[0] - self.needs.residual
         """The first block that must tell :meth:`watch` what enters it."""
 
@@ -74,25 +88,28 @@ class DecoderEvidence:
         (read,) = probe.take()
         run.seen |= read
 
-    def _read(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> dict[str, Tensor]:
+    def _read(
+        self, softcap: float | None, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
+    ) -> dict[str, Tensor]:
         """Rows of the wanted queries, `[B, H, Q, n]`, and keys with heads side by side, `[B, n, E]`."""
         run, read = self.current(), {}
         assert run is not None  # probes are armed in prefills only
         stream = run.stream
-        if self.needs.queries == "words":
-            assert stream.words is not None
-            read["queries"] = attention_of_queries(query, key, scaling, stream.words[0], stream.mask)
-        elif self.needs.queries == "last":
-            last = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
-            read["queries"] = attention_of_queries(query, key, scaling, last, stream.mask)
+        if self.needs.queries is not None:
+            columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
+            if self.needs.queries == "words":
+                assert stream.words is not None
+                columns = stream.words[0]
+            mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else stream.mask
+            read["queries"] = attention_of_queries(query, key, scaling, columns, mask, softcap)
         if self.needs.keys:
             read["keys"] = key.transpose(1, 2).flatten(2)
         return read
 
-    def _normed(self, norm: nn.Module, args: Any, output: Tensor) -> None:
+    def _entering_mlp(self, mlp: nn.Module, args: Any) -> None:
         run = self.current()
         if run is not None:
-            run.seen["middle"] = output
+            run.seen["middle"] = args[0]
 
     # -- handing out --------------------------------------------------------------------------------------------------
 

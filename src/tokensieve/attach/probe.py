@@ -128,32 +128,43 @@ def keys(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None)
     return key.transpose(1, 2)
 
 
-def attention_of_queries(query: Tensor, key: Tensor, scaling: float, columns: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal post-softmax attention of chosen queries, `[B, H, Q, n]` float32, in O(Q·n).
+def attention_of_queries(
+    query: Tensor, key: Tensor, scaling: float, columns: Tensor, mask: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """Post-softmax attention of chosen queries, `[B, H, Q, n]` float32, in O(Q·n).
 
     Args:
         query: `[B, H, n, d]`.
         key: `[B, H/g, n, d]`: groups of g heads share their keys.
         columns: `[B, Q]`, the queries.
-        mask: `[B, n]`, 0 on padding, or ``None``.
+        mask: the block's own, `[B or 1, 1, n, n]` (bool, or to be added); else attention is causal, and this is
+            `[B, n]`, 0 on padding, or ``None``.
+        softcap: what the LLM keeps scores below, in size; ``None``: nothing.
     """
     chosen = query.take_along_dim(columns[:, None, :, None], -2)
     grouped = torch.unflatten(chosen, 1, (key.shape[1], -1))
     scores = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * scaling
-    seen = torch.arange(key.shape[-2], device=key.device) <= columns[..., None]
-    if mask is not None:
-        seen = seen & mask[:, None].bool()
-    masked: Tensor = scores.masked_fill(~seen[:, None], torch.finfo(torch.float32).min)
-    return masked.softmax(-1)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    if mask is not None and mask.ndim == 4:
+        rows = mask[:, 0].expand(len(columns), -1, -1)
+        mask = rows.take_along_dim(columns[..., None], 1)
+    else:
+        seen = torch.arange(key.shape[-2], device=key.device) <= columns[..., None]
+        mask = seen if mask is None else seen & mask[:, None].bool()
+    return _masked(scores, mask[:, None]).softmax(-1)
 
 
 def _attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """Post-softmax attention, mean over heads, `[b, q, n]` float32."""
     scores = (query @ key.transpose(-1, -2)).float() * scaling
-    if mask is not None:
-        unseen = torch.finfo(torch.float32).min
-        scores = scores.masked_fill(~mask, unseen) if mask.dtype == torch.bool else scores + mask.float()
-    return scores.softmax(-1).mean(1)
+    return (scores if mask is None else _masked(scores, mask)).softmax(-1).mean(1)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores in float32 where the mask lets them pass."""
+    unseen = torch.finfo(torch.float32).min
+    return scores.masked_fill(~mask, unseen) if mask.dtype == torch.bool else scores + mask.float()
 
 
 def _rows(mask: Tensor | None, queries: slice) -> Tensor | None:

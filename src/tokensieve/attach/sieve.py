@@ -121,7 +121,7 @@ class Sieve:
         if isinstance(decoder, DecoderMethod):
             said = words if decoder.needs.text else None
             try:
-                self._decoder = DecoderHooks(model, decoder, positions, said, scope, family.untested)
+                self._decoder = DecoderHooks(family, model, decoder, positions, said, scope)
             except Exception:
                 self._encoder.remove()
                 raise

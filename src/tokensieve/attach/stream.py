@@ -99,8 +99,8 @@ class Run:
         methods: `[row][image]`, the method with the image's budget.
         states: for every block that saw fewer tokens than the first, what later steps must know.
         tokens: visual tokens per image that each block saw, `{block: [row][image]}`.
-        positions: position embeddings and ids of the stream; made by the first block of a stage, used by all of them.
-        mask, state: likewise; the attention mask, and what later steps must know.
+        handed: positions and mask of the stream, by kind of block: made by the first of a stage, used by all of them.
+        state: likewise; what later steps must know.
         seen: evidence that was read on the way, by name.
     """
 
@@ -111,8 +111,7 @@ class Run:
     methods: list[list[DecoderMethod]]
     states: dict[int, State] = field(default_factory=dict)
     tokens: dict[int, list[list[int]]] = field(default_factory=dict)
-    positions: tuple[Any, Tensor | None] | None = None
-    mask: Tensor | None = None
+    handed: dict[str, dict[str, Any]] = field(default_factory=dict)
     state: State | None = None
     seen: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -146,7 +145,7 @@ class Run:
         """Let all but the given columns of each image leave; returns how to get there, ``None`` if all stay."""
         self.stream, chosen = self.stream.keep(images)
         if chosen is not None:
-            self.positions = self.mask = self.state = None
+            self.handed, self.state = {}, None
         return chosen
 
 

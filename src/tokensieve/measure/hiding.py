@@ -58,14 +58,16 @@ def _everywhere(columns: Tensor) -> Callable[..., Any]:
 def _in_block(columns: Tensor) -> Callable[..., Any]:
     def hook(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rows, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+        length, cache, number = rows.shape[1], kwargs["past_key_values"], layer.self_attn.layer_idx
         if mask is None:  # the kernel's own causal mask
-            length, cache = rows.shape[1], kwargs["past_key_values"]
-            before = cache.get_seq_length(layer.self_attn.layer_idx)
+            before = cache.get_seq_length(number)
             mask = torch.ones(length, before + length, dtype=torch.bool, device=rows.device).tril(before)[None, None]
-        gone = columns[:, None, None] if mask.ndim == 4 else columns
+        gone = columns
+        if mask.ndim == 4:  # of the columns that the cache holds: a window's are the last
+            gone = columns[:, None, None, cache.get_mask_sizes(length, number)[1] :]
         mask = mask.expand(len(columns), *mask.shape[1:]).clone()
         least = 0 if mask.dtype == torch.bool or mask.ndim == 2 else torch.finfo(mask.dtype).min
-        mask[..., : columns.shape[1]].masked_fill_(gone, least)
+        mask[..., : gone.shape[-1]].masked_fill_(gone, least)
         return args, {**kwargs, "attention_mask": mask}
 
     return hook

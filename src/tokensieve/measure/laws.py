@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.attach import Sieve, attach
+from tokensieve.attach.masks import SLIDING, kinds_of
 from tokensieve.errors import raised_by_us
 from tokensieve.measure.hiding import dropped_columns, hidden, merged
 from tokensieve.methods import DecoderMethod, Method, parse
@@ -244,13 +245,13 @@ class _Trial:
     def _hidden(self) -> Iterator[None]:
         """The oracle of this method: the unmodified model, in which what was dropped cannot be seen."""
         laws, text = self.laws, self.laws.model.config.get_text_config()
-        ids, kinds = laws.together["input_ids"], getattr(text, "layer_types", None) or []
+        ids, kinds = laws.together["input_ids"], kinds_of(text)
         if any("linear" in kind for kind in kinds):
             raise Unchecked("linear attention has no mask to hide a token with")
-        window = text.sliding_window if any("sliding" in kind for kind in kinds) else None
-        if window is not None and window < ids.shape[1] + 3 * STEPS:
-            raise Unchecked("hidden tokens would count in this model's sliding window")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
+        before = len(self.stages) > (inside is not None)  # what leaves inside the LLM counts in its windows anyway
+        if before and SLIDING in kinds and text.sliding_window < ids.shape[1] + 3 * STEPS:
+            raise Unchecked("hidden tokens would count in this model's sliding window")
         entered = self.decisions if inside is None else self._entered()
         if any(stage.info.stage == "encoder" for stage in self.stages):
             raise Unchecked("the encoder itself sees another image")

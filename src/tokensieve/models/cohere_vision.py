@@ -11,8 +11,7 @@ class CohereVision(PixelShuffle):
     name = "cohere-vision"
     title = "Aya Vision, Cohere2 Vision"
     model_types = ("aya_vision", "cohere2_vision")
-    stages = ("connector",)
-    excluded = "this LLM has sliding_attention in most of its blocks"
+    own_masks = True
 
     def merge(self, model: Any) -> int:
         return int(model.base_model.multi_modal_projector.downsample_factor)

@@ -47,6 +47,7 @@ class Family(ABC):
         modalities: what can be reduced.
         joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
         excluded: why methods cannot act inside the LLM, if they cannot.
+        own_masks: the LLM's blocks do not share one causal mask; methods inside it need a kernel that takes any mask.
         untested: what was discovered instead of declared is checked once more in every call.
         first_position: the position id of a prompt's first token.
         opaque: why nothing that is read in the tower can be told per visual token, if it cannot.
@@ -58,6 +59,7 @@ class Family(ABC):
     stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
     excluded: ClassVar[str] = ""
+    own_masks: ClassVar[bool] = False
     untested: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
     joins: ClassVar[bool] = False
@@ -66,7 +68,8 @@ class Family(ABC):
     @property
     def limits(self) -> str:
         """What does not work in this family, in a line."""
-        inside = f"nothing inside the LLM: {self.excluded}" if self.excluded else ""
+        inside = "methods inside the LLM need SDPA or eager attention" if self.own_masks else ""
+        inside = f"nothing inside the LLM: {self.excluded}" if self.excluded else inside
         before = f"nothing that reads the encoder: {self.opaque}" if self.opaque else ""
         return "; ".join(filter(None, (inside, before)))
 

@@ -1,4 +1,4 @@
-"""Gemma 3: a SigLIP tower, average-pooled to a fixed number of tokens; crops are images of their own."""
+"""Gemma 3: a SigLIP tower, average-pooled to a fixed number of tokens, which see each other; crops are images."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ class Gemma3(Family):
     name = "gemma3"
     title = "Gemma 3"
     model_types = ("gemma3",)
-    stages = ("connector",)
-    excluded = "its LLM attends in sliding windows, and in both directions within an image"
+    own_masks = True
 
     def projector(self, model: Any) -> nn.Module:
         norm: nn.Module = model.base_model.multi_modal_projector.mm_soft_emb_norm  # what follows the pooling

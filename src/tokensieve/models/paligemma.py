@@ -7,6 +7,5 @@ class PaliGemma(Family):
     name = "paligemma"
     title = "PaliGemma"
     model_types = ("paligemma",)
-    stages = ("connector",)
-    excluded = "its prompt attends in both directions"
+    own_masks = True
     first_position = 1
