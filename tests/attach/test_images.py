@@ -187,7 +187,7 @@ def test_a_budget_for_each_sample(spec):
 
 
 SCOPES = {
-    "unknown": ("vtc-cls", "photo", "budget_scope must be one of 'image', 'sample', 'tile'"),
+    "unknown": ("vtc-cls", "photo", "budget_scope must be one of 'image', 'sample', 'sample-score', 'tile'"),
     "encoder": ("downsample", "sample", "budget_scope='sample' is not for methods that act in the encoder"),
     "tiles inside the LLM": ("fastv", "tile", "budget_scope='tile' is not for methods that act in the decoder"),
     "another budget": (

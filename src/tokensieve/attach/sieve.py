@@ -52,8 +52,8 @@ def attach(
             codes do, at the cost of grounding.
         processor: the model's processor; tells the user's words from the chat template for text-informed methods.
         budget_scope: what ``keep`` is for: each "image" or video ("clip" says the same); all of a "sample" together,
-            shared out by size; each "tile" of an image that the encoder sees in tiles; or each "frame" of a video, then
-            the method sees frame by frame.
+            shared out by size, or as "sample-score" by how many of the best tokens of all each holds; each "tile" of an
+            image that the encoder sees in tiles; or each "frame" of a video, then the method sees frame by frame.
         parameters: values for parameters of a spec, e.g. ``keep=64``.
 
     Raises:

@@ -132,6 +132,11 @@ class Method(ABC):
         """What this instance needs; override where it depends on the parameters."""
         return self.info.needs
 
+    @property
+    def by_score(self) -> bool:
+        """Whether what stays are the tokens with the largest of the Reduction's scores, which compare across images."""
+        return False
+
     @abstractmethod
     def reduce(self, image: VisualTokens) -> Reduction:
         """Decide for B equal images at once."""
