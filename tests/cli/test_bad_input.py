@@ -64,6 +64,19 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
         lambda f, m: ["check", m, "--method", "fastv(layer='x')"],
         ["layer must be a number; got 'x'"],
     ),
+    "unknown scope": (lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--budget-scope", "photo"], ["photo", "sample"]),
+    "scope of an encoder method": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--method", "downsample", "--budget-scope", "sample"],
+        ["budget_scope='sample' is not for methods that act in the encoder"],
+    ),
+    "scope without a score": (
+        lambda f, m: ["compare", "--model", m, "--budget-scope", "sample-score"],
+        ["divprune", "does not choose by a score alone", "use budget_scope='sample'"],
+    ),
+    "bench of such a scope": (
+        lambda f, m: ["bench", "--model", m, "--methods", "fastv", "--budget-scope", "tile"],
+        ["budget_scope='tile' is not for methods that act in the decoder"],
+    ),
     "overlay no picture": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", m, "--overlay", f"{f}/kept.txt"],
         ["kept.txt", "name it .png"],

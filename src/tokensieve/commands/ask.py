@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tokensieve.commands.arguments import ImageFile, Json, Model
+from tokensieve.commands.arguments import BudgetScope, ImageFile, Json, Model
 from tokensieve.commands.console import note, print_json
 from tokensieve.commands.loading import load_model, trained_spec
 
@@ -21,6 +21,7 @@ def ask(
     keep: Annotated[
         str | None, typer.Option(help="Budget: tokens (36) or a share (0.25, 25%).", show_default="the method's own")
     ] = None,
+    budget_scope: BudgetScope = "image",
     overlay: Annotated[Path | None, typer.Option(help="Save a picture of what was kept.", show_default=False)] = None,
     model: Model = "reference",
     positions: Annotated[
@@ -31,6 +32,7 @@ def ask(
 ) -> None:
     """Answer a question about an image, without and with a method."""
     from tokensieve.attach import attach
+    from tokensieve.attach.parts import check_scope
     from tokensieve.budget import parse_budget
     from tokensieve.evaluate import Sample, encode, encode_pairs, open_image
     from tokensieve.evaluate.answer import together
@@ -40,7 +42,7 @@ def ask(
     if not question.strip():
         raise ValueError("the question is empty; ask something about the image")
     budget = {} if keep is None else {"keep": parse_budget(keep)}
-    parse(method, **budget)  # a bad spec is refused before anything is loaded
+    check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before anything is loaded
     if overlay is not None:
         _check_picture(overlay)
     picture = open_image(image)
@@ -53,7 +55,7 @@ def ask(
     inputs = encode(processor, asked) if longest is None else encode_pairs(processor, asked, longest=longest)
     inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
     before = _answer(vlm, processor, inputs, max_new_tokens)
-    with attach(vlm, stages, positions=positions, processor=processor) as sieve:
+    with attach(vlm, stages, positions=positions, processor=processor, budget_scope=budget_scope) as sieve:
         after = _answer(vlm, processor, inputs, max_new_tokens)
     reduction = together(sieve.last[0])
     if overlay is not None:

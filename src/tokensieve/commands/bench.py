@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokensieve.commands.arguments import KEEPS, METHODS, Json, Keeps, Methods, Model, split_budgets, split_specs
+from tokensieve.commands.arguments import (
+    KEEPS,
+    METHODS,
+    BudgetScope,
+    Json,
+    Keeps,
+    Methods,
+    Model,
+    split_budgets,
+    split_specs,
+)
 from tokensieve.commands.console import print_json, print_table
 from tokensieve.commands.loading import load_model
 
@@ -26,6 +36,7 @@ def bench(
     question: Annotated[str, typer.Option(help="What to ask about it.")] = "what is in the image?",
     methods: Methods = METHODS,
     keep: Keeps = KEEPS,
+    budget_scope: BudgetScope = "image",
     batch_size: Annotated[int, typer.Option(min=1, help="Equal prompts per forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; methods take turns in each.")] = 10,
     json: Json = False,
@@ -33,17 +44,20 @@ def bench(
     """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved."""
     from PIL import Image
 
+    from tokensieve.attach.parts import check_scope
     from tokensieve.evaluate import Sample, encode, open_image
     from tokensieve.evaluate.plan import plan
     from tokensieve.measure import measure_costs
 
     entries = plan(split_specs(methods), split_budgets(keep), seeds=1, oracle=False)
+    stages = [run.stages for entry in entries[1:] for run in entry.runs]  # full comes first, always
+    for each in stages:
+        check_scope(budget_scope, each)
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
     vlm, processor = load_model(model)
     inputs = encode(processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
     inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
-    stages = [run.stages for entry in entries[1:] for run in entry.runs]  # full comes first, always
-    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats)
+    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope)
     if json:
         print_json([cost.to_json() for cost in costs])
     else:
