@@ -154,8 +154,12 @@ class VisualTokens:
         """Evidence that a method cannot do without; ``ValueError`` naming it if it was not given."""
         value: Tensor | None = getattr(self, name)
         if value is None:
-            where = ", which only the tokens of a single grid have" if name == "places" else ""
-            raise ValueError(f"this method needs VisualTokens({name}=...){where}")
+            if name == "places":
+                raise ValueError(
+                    "this method goes by places on one grid, which an image that is seen in several tiles does not "
+                    "have: take a method that needs no grid"
+                )
+            raise ValueError(f"this method needs VisualTokens({name}=...)")
         return value
 
     def in_frames(self, rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import typer
 
 from tokensieve.commands.arguments import BudgetScope, ImageFile, Json, Model
 from tokensieve.commands.console import note, print_json
-from tokensieve.commands.loading import load_model, trained_spec
+from tokensieve.commands.loading import inputs_of, load_model, trained_spec
 
 METHOD = "vtc-cls"
 
@@ -34,10 +34,9 @@ def ask(
     from tokensieve.attach import attach
     from tokensieve.attach.parts import check_scope
     from tokensieve.budget import parse_budget
-    from tokensieve.evaluate import Sample, encode, encode_pairs, open_image
+    from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
-    from tokensieve.models import longest_text
 
     if not question.strip():
         raise ValueError("the question is empty; ask something about the image")
@@ -48,12 +47,9 @@ def ask(
     picture = open_image(image)
     vlm, processor = load_model(model, classifiers=True)
     if method == METHOD and not vlm.can_generate():
-        method = trained_spec(model)
+        method = trained_spec(model, vlm)
     stages = parse(method, **budget)
-    asked = [Sample("ask", lambda: picture, question, ())]
-    longest = None if vlm.can_generate() else longest_text(vlm.config)
-    inputs = encode(processor, asked) if longest is None else encode_pairs(processor, asked, longest=longest)
-    inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    inputs = inputs_of(vlm, processor, [Sample("ask", lambda: picture, question, ())])
     before = _answer(vlm, processor, inputs, max_new_tokens)
     with attach(vlm, stages, positions=positions, processor=processor, budget_scope=budget_scope) as sieve:
         after = _answer(vlm, processor, inputs, max_new_tokens)

@@ -80,6 +80,8 @@ def check(
     if broken:
         note(f"{broken} laws are broken")
         raise typer.Exit(1)
+    if not any(verdict.status == "pass" for row in verdicts for verdict in row):
+        raise ValueError("nothing was checked: every law was refused, or could not be checked, for the reasons above")
 
 
 def _cells(row: Sequence[Verdict]) -> list[str]:

@@ -81,7 +81,7 @@ def compare(
     if unreduced := unreduced or COMPARED_WITH.get(model):
         trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
     if methods == METHODS and not vlm.can_generate():
-        specs = [trained_spec(model)]
+        specs = [trained_spec(model, vlm if trained is None else trained)]
     with progress() as bar:
         rows = run(
             vlm,

@@ -20,6 +20,7 @@ from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Convention, Run, plan
+from tokensieve.evaluate.prompt import check_texts
 from tokensieve.evaluate.results import Row
 from tokensieve.evaluate.table import Table
 from tokensieve.methods.registry import nearest
@@ -88,6 +89,7 @@ def compare(
         OutputError: nothing more can be written (a full disk). What was written before is kept.
     """
     _check(model, samples, metric, batch_size, prompt)
+    check_texts(processor, samples, prompt)
     oracle = model.can_generate() and any(sample.boxes for sample in samples)
     entries = plan(methods, keeps, seeds=seeds, oracle=oracle, budget=budget)
     if trained is not None:
