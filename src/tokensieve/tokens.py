@@ -34,7 +34,8 @@ class VisualTokens:
         encoder_keys: {encoder layer: `[B, N, H, E]`}, keys as the encoder's attention sees them.
         patches: `[B, N, C]`, the encoder's rows as they enter the projector.
         joint, joint_text: `[B, N, E]` and `[B, M, E]`, tokens and prompt in a space that image and text encoder share.
-        padding: `[B, N]` bool, True on patches that show nothing but padding of the picture.
+        padding: `[B, N]` bool, True on patches that show nothing but padding of the picture. For callers who know
+            them: ``attach`` does not, since no processor tells the model.
         tile: `[B, N]`, where an image is shown whole and then in tiles: 0 on the whole image, which comes first, then
             the number of each token's tile.
         tiles: how many tiles there are.

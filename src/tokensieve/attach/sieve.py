@@ -47,7 +47,8 @@ def attach(
         model: a Hugging Face vision-language model of a family in ``tokensieve.models``; for a fusion method such as
             ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
-            stage), or decisions `[sample][image]` as in ``sieve.last``, which are then replayed as they are.
+            stage), or decisions `[sample][image]` as in ``sieve.last``, which are then replayed as they are, where
+            tokens enter the LLM: also those of methods inside of it or of the tower, whose own run is another.
         positions: "original": survivors keep their position ids; "contiguous": they are renumbered, as most official
             codes do, at the cost of grounding.
         processor: the model's processor; tells the user's words from the chat template for text-informed methods.
