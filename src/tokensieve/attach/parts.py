@@ -105,8 +105,8 @@ def decide(
     """
     methods, keep = per_sample(method, scope, samples), budget_of(method)
     if scope == "sample-score" and keep is not None:
-        ranked = [scores_of(r) for (r,) in _each([_with(method, 1)] * len(shapes), scope, shapes, see)]
-        scores = iter(ranked)
+        ranked = _each([_with(method, 1)] * len(shapes), scope, shapes, see)  # for its scores only
+        scores = (torch.cat(list(map(scores_of, of_image))) for of_image in ranked)
         shares = [share_by_score(keep, [next(scores) for _ in sizes]) for sizes in samples]
         methods = [[_with(method, share) for share in row] for row in shares]
     return _each([own for row in methods for own in row], scope, shapes, see)

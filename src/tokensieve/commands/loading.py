@@ -88,7 +88,7 @@ def trained_spec(name: str, model: Any) -> str:
 
 
 def inputs_of(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """One batch of prompts for a model that generates or one that classifies answers, on its device."""
+    """One batch of prompts for a model that generates or classifies answers, on its device and in its dtype."""
     from tokensieve.evaluate import encode, encode_pairs
     from tokensieve.models import longest_text
 
@@ -96,7 +96,8 @@ def inputs_of(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str
         inputs = encode(processor, samples)
     else:
         inputs = encode_pairs(processor, samples, longest=longest_text(model.config))
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}
 
 
 @dataclass(frozen=True)
