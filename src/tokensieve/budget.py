@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 Budget: TypeAlias = int | float
+Scope: TypeAlias = Literal["image", "sample", "sample-score", "tile", "clip", "frame"]
 
 
 def check_budget(keep: Budget) -> Budget:

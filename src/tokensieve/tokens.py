@@ -34,7 +34,8 @@ class VisualTokens:
         encoder_keys: {encoder layer: `[B, N, H, E]`}, keys as the encoder's attention sees them.
         patches: `[B, N, C]`, the encoder's rows as they enter the projector.
         joint, joint_text: `[B, N, E]` and `[B, M, E]`, tokens and prompt in a space that image and text encoder share.
-        padding: `[B, N]` bool, True on patches that show nothing but padding of the picture.
+        padding: `[B, N]` bool, True on patches that show nothing but padding of the picture. For callers who know
+            them: ``attach`` does not, since no processor tells the model.
         tile: `[B, N]`, where an image is shown whole and then in tiles: 0 on the whole image, which comes first, then
             the number of each token's tile.
         tiles: how many tiles there are.
@@ -154,8 +155,12 @@ class VisualTokens:
         """Evidence that a method cannot do without; ``ValueError`` naming it if it was not given."""
         value: Tensor | None = getattr(self, name)
         if value is None:
-            where = ", which only the tokens of a single grid have" if name == "places" else ""
-            raise ValueError(f"this method needs VisualTokens({name}=...){where}")
+            if name == "places":
+                raise ValueError(
+                    "this method goes by places on one grid, which an image that is seen in several tiles does not "
+                    "have: take a method that needs no grid"
+                )
+            raise ValueError(f"this method needs VisualTokens({name}=...)")
         return value
 
     def in_frames(self, rows: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def test_a_budget_for_each_sample(spec):
 
 
 SCOPES = {
-    "unknown": ("vtc-cls", "photo", "budget_scope must be one of 'image', 'sample', 'tile'"),
+    "unknown": ("vtc-cls", "photo", "budget_scope must be one of 'image', 'sample', 'sample-score', 'tile'"),
     "encoder": ("downsample", "sample", "budget_scope='sample' is not for methods that act in the encoder"),
     "tiles inside the LLM": ("fastv", "tile", "budget_scope='tile' is not for methods that act in the decoder"),
     "another budget": (
@@ -314,6 +314,25 @@ def test_what_an_unknown_family_cannot_give(unknown):
         model.generate(**inputs, **GENERATE)
     with tokensieve.attach(model, "uniform(keep=4)"), pytest.raises(ValueError, match="speaker has a value per token"):
         model(**inputs, speaker=torch.zeros_like(inputs["input_ids"]))
+
+
+def test_an_unknown_llm_whose_blocks_are_not_found(unknown, monkeypatch):
+    model, samples = unknown("vipllava"), tiny.scenario("vipllava", "ragged")
+    expected = run("vipllava", samples, "divprune(keep=5)")
+    monkeypatch.setattr(model, "get_decoder", torch.nn.Identity)
+    with pytest.raises(ValueError, match="where the blocks of its Identity are is unknown"):
+        tokensieve.attach(model, "fastv")
+    with tokensieve.attach(model, "divprune(keep=5)") as sieve:
+        out = model.generate(**tiny.collate("vipllava", samples), **GENERATE)
+        assert torch.equal(out.logits[0], expected[0])
+        assert sieve.tokens == [[[5] * 3 for _ in sample.images] for sample in samples]
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava-next"])
+def test_what_goes_by_places_on_one_grid_says_so_of_tiles(name):
+    samples = [internvl(3)] if name == "internvl" else tiny.scenario(name, "single")
+    with pytest.raises(ValueError, match="an image that is seen in several tiles does not have: take a method that"):
+        run(name, samples, "topv(layer=1, keep=4)")
 
 
 def test_an_unknown_llm_with_another_mask(unknown):

@@ -51,7 +51,9 @@ ATTACH = {
     ),
     "no such layers": (("vtc-cls(first_layer=9)",), {}, "no encoder layer in 9:-1; the encoder has layers 0 to"),
     "first layer is last": (("vtc-cls(first_layer=-1)",), {}, "no encoder layer in -1:-1"),
-    "nothing": (([],), {}, "a method is a spec, a Method, a list of them, or decisions"),
+    "nothing": (([],), {}, "a method is a spec such as 'vtc-cls(keep=64)', a Method, a list of Methods, or decisions"),
+    "a number": ((5,), {}, "or decisions [sample][image]; got 5"),
+    "a list of specs": ((["vtc-cls"],), {}, "or decisions [sample][image]; got ['vtc-cls']"),
     "parameters of an object": (([],), {"keep": 3}, "keep can only be given with a method's name"),
 }
 

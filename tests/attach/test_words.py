@@ -98,6 +98,9 @@ CHATS = {
     "image, text, image": [turn("user", None, WHAT, None, IS_IT)],
     "two turns": [turn("user", None, WHAT), turn("assistant", THERE), turn("user", IS_IT)],
     "an image in the second turn": [turn("user", None, WHAT), turn("assistant", THERE), turn("user", None, IS_IT)],
+    "text, image": [turn("user", WHAT, None)],
+    "system prompt; text, image, text": [turn("system", "You are a user."), turn("user", WHAT, None, IS_IT)],
+    "an image in the second turn only": [turn("user", WHAT), turn("assistant", THERE), turn("user", IS_IT, None)],
     "three turns": [
         turn("system", "Be brief."),
         turn("user", None, WHAT),
@@ -127,12 +130,37 @@ def squeezed(text):
 @pytest.mark.parametrize("kind", ["words", "bpe"])
 def test_exactly_the_users_words(kind, template, chat, bare):
     ids = prompt(kind, template, CHATS[chat])
-    found = UserWords(model(kind), processor(kind, template, bare)).columns(ids)
+    words = UserWords(model(kind), processor(kind, template, bare))
+    found = words.columns(ids, anywhere=True)
     said = [p["text"] for t in CHATS[chat] if t["role"] == "user" for p in t["content"] if p["type"] == "text"]
     core = tokenizer(kind)
     expected = "".join(core.decode(core(text, add_special_tokens=False)["input_ids"]) for text in said)
     assert squeezed(core.decode([ids[i] for i in found])) == squeezed(expected)
     assert found == sorted(set(found))
+    first = ids.index(core.convert_tokens_to_ids("<image>"))
+    assert words.columns(ids) == [column for column in found if column > first]  # those that have seen it
+
+
+MERGED = (  # a system prompt is the start of the user's turn, as in Gemma's
+    "{% set opened = namespace(text='') %}{% for message in messages %}{% if message['role'] == 'system' %}"
+    "{% set opened.text = message['content'][0]['text'] + '\n' %}{% else %}<|im_start|>{{ message['role'] }}\n"
+    "{{ opened.text }}{% set opened.text = '' %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<image>{% else %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REFUSAL = "{% if message['role'] == 'system' %}{{ raise_exception('no system prompts') }}{% endif %}"
+NO_SYSTEM = CHATML.replace("{% if loop.first", REFUSAL + "{% if loop.first")
+
+
+@pytest.mark.parametrize(("template", "told"), [(MERGED, False), (NO_SYSTEM, True)])
+@pytest.mark.parametrize("kind", ["words", "bpe"])
+def test_words_before_an_image_count_only_where_no_system_prompt_can_be_among_them(kind, template, told, monkeypatch):
+    monkeypatch.setitem(TEMPLATES, "other", template)
+    words, core = UserWords(model(kind), processor(kind, "other")), tokenizer(kind)
+    ids = prompt(kind, "other", [turn("user", WHAT, None, IS_IT)])
+    found = "".join(core.decode([ids[i] for i in words.columns(ids, anywhere=True)]))
+    expected = (WHAT if told else "") + IS_IT
+    assert squeezed(found) == squeezed(core.decode(core(expected, add_special_tokens=False)["input_ids"]))
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -175,3 +203,26 @@ def test_through_attach(monkeypatch):
         torch.testing.assert_close(seen[name][1], scores, atol=1e-5, rtol=1e-5)
     assert set(seen["with"][0]) < set(seen["without"][0])
     assert image not in ids[0, seen["with"][0]]
+
+
+def test_words_before_the_image_through_attach():
+    """Before the LLM they are read; inside it they have not seen the image, and there the prompt has no words."""
+    kind, family = "bpe", "llava-clip"
+    live, given = tiny.build(family), processor(kind, "chatml")
+    live.resize_token_embeddings(len(tokenizer(kind)))
+    live.config.image_token_id = tokenizer(kind).convert_tokens_to_ids("<image>")
+    ids = torch.tensor([prompt(kind, "chatml", CHATS["text, image"], tiny.SIDE**2)])
+    inputs = {"input_ids": ids, "pixel_values": tiny.scenario(family, "single")[0].images[0].pixels[None]}
+    with torch.no_grad(), tokensieve.attach(live, "trsm", keep=5, processor=given) as sieve:
+        live(**inputs)
+        features = live.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output[0]
+    said = tokenizer(kind)(WHAT, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    text = live.get_input_embeddings()(said)
+    scores = torch.nn.functional.cosine_similarity(features[:, None], text[None], dim=-1).amax(-1)
+    torch.testing.assert_close(sieve.last[0][0].scores, scores, atol=1e-5, rtol=1e-5)
+    message = r"sample 0 has no words to go by after its image \(those before it have not seen it\)"
+    with (
+        tokensieve.attach(live, "text-correlation(layer=1, keep=5)", processor=given),
+        pytest.raises(ValueError, match=message),
+    ):
+        live(**inputs)

@@ -31,6 +31,8 @@ def outcomes(model: str, photo: Path, tmp_path_factory: pytest.TempPathFactory) 
         "own": [*ask, "--method", f"{folder}/own.py:Loudest", "--keep", "16", "--json"],
         "buggy": [*ask, "--method", f"{folder}/buggy.py:Loudest"],
         "bench": ["bench", "--model", model, "--methods", "vtc-cls, pool(keep=9)", "--keep", "36, 11%", *once],
+        "bench classifier": ["bench", "--model", "pumer-reference", *once, "--json"],
+        "bench classifier table": ["bench", "--model", "vilt-reference", "--methods", "pumer(layers=(2, 4))", *once],
         "bench json": ["bench", "--model", model, "--methods", "vtc-cls", "--keep", "36", *once, "--json"],
     })  # fmt: skip
 
@@ -81,3 +83,15 @@ def test_bench_prints_a_row_per_method_and_budget(outcomes: dict[str, Outcome]) 
     assert reduced["tokens_after"] == 36
     assert reduced["flops"] < full["flops"]
     assert reduced["kv_bytes"] < full["kv_bytes"]
+
+
+def test_bench_of_a_classifier_measures_what_it_was_trained_with(outcomes: dict[str, Outcome]) -> None:
+    full, reduced = json.loads(outcomes["bench classifier"].out)
+    assert (full["method"], reduced["method"]) == ("full", "pumer(layers=(2, 4, 6))")
+    assert reduced["tokens_after"] < full["tokens_after"] == 145
+    assert reduced["flops"] < full["flops"]
+    assert (reduced["decode_ms_per_token"], reduced["kv_bytes"]) == (None, None)
+    table = outcomes["bench classifier table"]
+    assert table.code == 0, table.err
+    assert "pumer(layers=(2, 4))" in table.out
+    assert "break-even:" not in table.out

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photo: Path) -> Path:
     (folder / "column.jsonl").write_text(good + '{"image": "photo.jpg", "query": "what is it?", "answer": "red"}\n')
     (folder / "line.jsonl").write_text(good + good + '{"image": "photo.jpg", \n')
     (folder / "cut.jsonl").write_text(good.replace("photo", "cut"))
+    (folder / "placeholder.jsonl").write_text(good + good.replace("what is", "<image> what is"))
     (folder / "empty.jsonl").write_text("")
     for name, config in (("bert", '{"model_type": "bert"}'), ("strange", '{"model_type": "strange"}'), ("broken", "{")):
         (folder / name).mkdir()
@@ -64,6 +65,19 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
         lambda f, m: ["check", m, "--method", "fastv(layer='x')"],
         ["layer must be a number; got 'x'"],
     ),
+    "unknown scope": (lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--budget-scope", "photo"], ["photo", "sample"]),
+    "scope of an encoder method": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--method", "downsample", "--budget-scope", "sample"],
+        ["budget_scope='sample' is not for methods that act in the encoder"],
+    ),
+    "scope without a score": (
+        lambda f, m: ["compare", "--model", m, "--budget-scope", "sample-score"],
+        ["divprune", "does not choose by a score alone", "use budget_scope='sample'"],
+    ),
+    "bench of such a scope": (
+        lambda f, m: ["bench", "--model", m, "--methods", "fastv", "--budget-scope", "tile"],
+        ["budget_scope='tile' is not for methods that act in the decoder"],
+    ),
     "overlay no picture": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", m, "--overlay", f"{f}/kept.txt"],
         ["kept.txt", "name it .png"],
@@ -75,6 +89,27 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     "placeholder in a question": (
         lambda f, m: ["ask", f"{f}/photo.jpg", "<image> what is it?", "--model", m],
         ["leave <image> out"],
+    ),
+    "placeholder in data": (
+        lambda f, m: ["compare", "--model", m, "--data", f"{f}/placeholder.jsonl", "--output", f"{f}/out"],
+        ["placeholder.jsonl, line 2: leave <image> out", "'<image> what is it?'"],
+    ),
+    "placeholder in the prompt": (
+        lambda f, m: ["compare", "--model", m, "--prompt", "<image> {question}", "--output", f"{f}/out"],
+        ["the prompt: leave <image> out"],
+    ),
+    "share above 1": (lambda f, m: ["bench", "--methods", "fastvid(context=5.0)"], ["context must be a share"]),
+    "no method to reduce a classifier with": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", "vilt-reference"],
+        ["vilt-reference was not fine-tuned with a method", "layers 0 to 7", "name one"],
+    ),
+    "check of a classifier": (
+        lambda f, m: ["check", "pumer-reference"],
+        ["a cross-modal encoder", "ask, bench and compare"],
+    ),
+    "training from no model": (
+        lambda f, m: ["train", "pumer", "--task", "vqa", "--model", f"{f}/gone", "--data", "reference:train"],
+        ["no model at", "gone: it does not exist"],
     ),
     "no image": (lambda f, m: ["ask", f"{f}/gone.jpg", QUESTION, "--model", m], ["gone.jpg"]),
     "text as image": (lambda f, m: ["ask", f"{f}/text.jpg", QUESTION, "--model", m], ["text.jpg", "not an image"]),

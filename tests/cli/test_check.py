@@ -42,6 +42,8 @@ def outcomes(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "half": ["check", model, "--dtype", "bfloat16", "--method", "fastervlm", "--json"],
         "flaky": ["check", model, "--method", f"{folder}/flaky.py:Flaky"],
         "refused": ["check", model, *joint, "--method", "uniform"],
+        "all refused": ["check", model, *joint],
+        "by score": ["check", model, "--method", "trsm", *joint, "--budget-scope", "sample-score", "--json"],
         "no method": ["check", model, "--method", "nonsuch"],
         "no model": ["check", folder / "empty"],
     })  # fmt: skip
@@ -97,6 +99,22 @@ def test_a_refusal_says_why_and_is_no_failure(outcomes: dict[str, Outcome]) -> N
     row = next(line for line in checked.out.splitlines() if line.strip().startswith("cdpruner"))
     assert row.count("refused") == len(LAWS)
     assert "no text encoder" in checked.out
+
+
+def test_nothing_checked_is_no_success(outcomes: dict[str, Outcome]) -> None:
+    checked = outcomes["all refused"]
+    assert checked.code == 2
+    assert "no text encoder" in checked.out
+    assert checked.err.splitlines()[-1].startswith("tokensieve: nothing was checked: every law was refused")
+
+
+def test_a_budget_may_be_for_both_pictures_of_a_prompt(outcomes: dict[str, Outcome]) -> None:
+    checked = outcomes["by score"]
+    assert checked.code == 0, checked.err
+    report = json.loads(checked.out)
+    assert report["budget_scope"] == "sample-score"
+    statuses = {(v["method"].split("(")[0], v["status"]) for v in report["verdicts"]}
+    assert statuses == {("trsm", "pass"), ("cdpruner", "refused")}
 
 
 def test_mistakes_are_one_line(outcomes: dict[str, Outcome]) -> None:

@@ -124,6 +124,9 @@ def test_again_is_quick_and_says_the_same_in_a_table(model: str, finished: Outco
         "full disk": [*arguments(model, output), "--json"],
         "table": arguments(model, output),
         "other settings": [*arguments(model, output), "--prompt", "{question} now"],
+        "other scope": [*arguments(model, output), "--budget-scope", "sample"],
+        "a scope": ["compare", "--model", model, "--methods", "trsm", "--keep", "9", "--limit", "2",
+                    "--budget-scope", "sample-score", "--no-measure", "--output", output / "scope"],
     })  # fmt: skip
     full_disk = outcomes["full disk"]
     assert full_disk.code == 2
@@ -136,6 +139,11 @@ def test_again_is_quick_and_says_the_same_in_a_table(model: str, finished: Outco
             rf"^ *{re.escape(row['method'])} .*{100 * row['accuracy']:.1f} \(", outcomes["table"].out, re.M
         )
     assert str(output) in outcomes["other settings"].refused()
+    assert "(budget_scope differ)" in outcomes["other scope"].refused()
+    assert outcomes["a scope"].code == 0, outcomes["a scope"].err
+    for folder, scope in ((output, "image"), (output / "scope", "sample-score")):
+        assert json.loads((folder / "results.json").read_text("utf-8"))["settings"]["budget_scope"] == scope
+    assert "sample-score" in (output / "scope" / "report.html").read_text("utf-8")
     assert (output / "predictions.jsonl").read_bytes() == before
 
 

@@ -154,3 +154,25 @@ def test_beams_turns_and_plain_forwards(family, spec, deviation):
             if s.images:
                 own = model.generate(**tiny.collate(family, [s]), **beams)[:, -4:]
                 assert together[2 * i : 2 * i + 2].tolist() == own.tolist()
+
+
+@each_family
+def test_a_replay_averages_what_the_whole_tower_puts_out(family):
+    """What the documentation says of it: W of the decision, on the rows of the unreduced tower."""
+    samples = tiny.scenario(family, "ragged")
+    *_, decisions, _ = generate(family, samples, "tome(keep=9)")
+    seen, model = [], tiny.subject(family)
+    with tokensieve.attach(model, decisions):
+        hook = model.model.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["mm_encoder_outputs"]["image"].pooler_output),
+            with_kwargs=True,
+        )
+        model.generate(**tiny.collate(family, samples), max_new_tokens=1)
+        hook.remove()
+    images = [image for s in samples for image in s.images]
+    with torch.no_grad():
+        pixels = torch.stack([image.pixels for image in images])
+        whole = tiny.pristine(family).model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+    flat = [decision for row in decisions for decision in row]
+    expected = torch.cat([decision.matrix() @ rows for decision, rows in zip(flat, whole, strict=True)])
+    torch.testing.assert_close(torch.cat([*seen[0]]).view_as(expected), expected, atol=1e-5, rtol=1e-5)

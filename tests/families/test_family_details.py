@@ -41,3 +41,25 @@ def test_a_video_beside_an_image_stays_whole_where_only_images_are_reduced():
         assert model(**inputs).logits.shape[1] == ids.shape[1] - image.tokens + 5
         assert model.generate(**inputs, max_new_tokens=2).shape[1] == ids.shape[1] + 2
         assert [[image.slots for image in row] for row in sieve.last] == [[5]]
+
+
+SEVERAL = {"beams": {"num_beams": 2}, "returns": {"num_return_sequences": 2, "do_sample": True}}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_beams_that_transformers_gives_the_wrong_images_are_refused(kind):
+    """GLM-4V: `A A B B` where two beams of one sample show A and B. Where transformers mends it, this fails."""
+    model, samples = tiny.subject("glm4v"), tiny.scenario("glm4v", "ragged")
+    options = {"max_new_tokens": 1, **tiny.GREEDY, **SEVERAL[kind]}
+    inputs, alone = tiny.collate("glm4v", samples), [s for s in samples if len(s.images) == 1]
+    once = model.generate(**inputs, max_new_tokens=1, **tiny.GREEDY).logits[0]
+    unhooked = model.generate(**inputs, **options).logits[0]
+    assert torch.allclose(unhooked[0], once[0], atol=1e-4), "a sample of one image is right"
+    assert not torch.allclose(unhooked[2], once[1], atol=0.1), "transformers has mended it: drop the refusal"
+    for spec in ("uniform(keep=5)", "fastv(layer=1, keep=5)", "full"):
+        with tokensieve.attach(model, spec) as sieve:
+            with pytest.raises(ValueError, match=r"beams .* of sample 1 its 2 images in another order in GLM-4V"):
+                model.generate(**inputs, **options)
+            model.generate(**inputs, max_new_tokens=1)
+            model.generate(**tiny.collate("glm4v", alone), **options)
+            assert [len(row) for row in sieve.last] == [1, 1]

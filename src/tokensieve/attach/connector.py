@@ -18,13 +18,14 @@ from transformers.cache_utils import Cache
 
 from tokensieve.attach.cache import State, States, all_of, check_cache
 from tokensieve.attach.encoder import RECORD, evidence
-from tokensieve.attach.layout import Columns, Layout, equal_groups
-from tokensieve.attach.parts import Scope, parts_of, per_sample
+from tokensieve.attach.layout import Columns, Layout
+from tokensieve.attach.parts import Part, Scope, decide
 from tokensieve.attach.shown import Shown
 from tokensieve.attach.words import UserWords
 from tokensieve.methods import Method, Positions
 from tokensieve.models import Family, Shape
 from tokensieve.reduction import Reduction
+from tokensieve.tokens import VisualTokens
 
 Decisions = list[list[Reduction]]
 PER_TOKEN = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}  # and what stands on padding
@@ -298,13 +299,8 @@ class Connector:
         entered = [record.patches[origin] for origin in origins] if record.patches else []
         if record.reductions is not None:
             entered = [plan.features.apply(own) for plan, own in zip(plans, entered, strict=False)]
-        sizes = iter(map(len, left))
-        methods = per_sample(method, self.scope, [[next(sizes) for _ in images] for images in layout.images])
-        flat = [own for row in methods for own in row]
-        parts = [part for i, shape in enumerate(shapes) for part in parts_of(i, shape, flat[i], self.scope)]
-        made: dict[int, Reduction] = {}
-        for group in equal_groups([part.kind for part in parts]):
-            members = [parts[number] for number in group]
+
+        def see(members: list[Part]) -> VisualTokens:
             of = [rows[part.image] for part in members]
             said, heard = (None, None) if text is None or real is None else (text[of], real[of])
             stacked = torch.stack([left[part.image][part.where] for part in members])
@@ -315,10 +311,11 @@ class Connector:
             if first.tiled is not None:
                 tile = torch.stack([part.tiled.tile for part in members if part.tiled and part.tiled.tile is not None])
                 tokens = replace(tokens, tile=tile, tiles=first.tiled.tiles, views=first.tiled.views)
-            made |= dict(zip(group, first.method(tokens), strict=True))
-        of_image: list[list[Reduction]] = [[] for _ in plans]
-        for number, part in enumerate(parts):
-            of_image[part.image].append(made[number])
+            return tokens
+
+        sizes = iter(map(len, left))
+        samples = [[next(sizes) for _ in images] for images in layout.images]
+        of_image = decide(method, self.scope, shapes, samples, see)
         return [shape.lifted(decisions) for shape, decisions in zip(shapes, of_image, strict=True)]
 
     def _reduced(self, encoded: Any, shown: Shown, plans: list[Plan], images: list[int]) -> Any:

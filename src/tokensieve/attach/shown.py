@@ -46,6 +46,7 @@ class Shown:
         record: Record = getattr(encoded, RECORD)
         features = family.entries(encoded.pooler_output, record.shapes)
         ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), getattr(config, f"{modality}_token_id")
+        _check_copies(family, ids == token, features, len(features) // max(1, len(record.shapes)), modality)
         layout = Layout.read(ids, mask, token, [len(f) for f in features], modality)
         if family.joins and modality == "image" and any(len(sizes) > 1 for sizes in layout.images):
             layout, record, features = _joined(layout, record, features)
@@ -96,6 +97,23 @@ def _joined(layout: Layout, record: Record, features: list[Tensor]) -> tuple[Lay
     whole = [torch.cat([next(rest) for _ in group]) for of_row in groups for group in of_row]
     images = [[sum(group) for group in of_row] for of_row in sizes]
     return replace(layout, images=images), record.joined(members), whole
+
+
+def _check_copies(family: Family, visual: Tensor, features: list[Tensor], copies: int, kind: str) -> None:
+    """Refuse beams that do not show their sample's images: transformers' GLM-4V gives them `A A B B`, not `A B A B`."""
+    rest = list(features)
+    for sample, tokens in enumerate((visual.sum(-1).tolist() if copies > 1 else [])[::copies]):
+        of_sample: list[Tensor] = []
+        while rest and sum(map(len, of_sample)) < copies * tokens:
+            of_sample.append(rest.pop(0))
+        shown = len(of_sample) // copies
+        pairs = zip(of_sample, of_sample[shown:], strict=False)
+        if not all(a is b or torch.equal(a, b) for a, b in pairs):
+            raise ValueError(
+                f"transformers hands the {copies} beams (or returns) of sample {sample} its {shown} {kind}s in another "
+                f"order in {family.title}, and the model sees the wrong ones: take one {kind} per sample, or "
+                "num_beams=1 and num_return_sequences=1"
+            )
 
 
 def _origins(images: Sequence[Sequence[int]], encoded: int) -> tuple[list[int], int]:

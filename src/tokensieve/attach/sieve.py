@@ -47,13 +47,14 @@ def attach(
         model: a Hugging Face vision-language model of a family in ``tokensieve.models``; for a fusion method such as
             ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
-            stage), or decisions `[sample][image]` as in ``sieve.last``, which are then replayed as they are.
+            stage), or decisions `[sample][image]` as in ``sieve.last``, which are then replayed as they are, where
+            tokens enter the LLM: also those of methods inside of it or of the tower, whose own run is another.
         positions: "original": survivors keep their position ids; "contiguous": they are renumbered, as most official
             codes do, at the cost of grounding.
         processor: the model's processor; tells the user's words from the chat template for text-informed methods.
         budget_scope: what ``keep`` is for: each "image" or video ("clip" says the same); all of a "sample" together,
-            shared out by size; each "tile" of an image that the encoder sees in tiles; or each "frame" of a video, then
-            the method sees frame by frame.
+            shared out by size, or as "sample-score" by how many of the best tokens of all each holds; each "tile" of an
+            image that the encoder sees in tiles; or each "frame" of a video, then the method sees frame by frame.
         parameters: values for parameters of a spec, e.g. ``keep=64``.
 
     Raises:
@@ -211,7 +212,8 @@ class Sieve:
             remember(cache, states)
 
     def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:
-        blocks = range(len(self.model.get_decoder().layers))
+        layers = getattr(self.model.get_decoder(), "layers", None)
+        blocks = range(self.model.config.get_text_config().num_hidden_layers if layers is None else len(layers))
         inside = {} if run is None else {block: rows[::copies] for block, rows in run.tokens.items()}
         return [
             [
@@ -237,6 +239,11 @@ def _shows(kwargs: dict[str, Any], modality: Modality) -> bool:
     return encoded.get(modality) is not None or any(kwargs.get(name) is not None for name in PIXELS[modality])
 
 
+def _all(items: Any, kind: type) -> bool:
+    """Whether these are some, and all of one kind."""
+    return isinstance(items, Sequence) and len(items) > 0 and all(isinstance(item, kind) for item in items)
+
+
 def _read(
     method: str | Method | Sequence[Method] | Decisions, parameters: dict[str, Any]
 ) -> tuple[list[Method], Decisions | None]:
@@ -247,12 +254,15 @@ def _read(
         raise ValueError(f"{', '.join(parameters)} can only be given with a method's name; got {method!r}")
     elif isinstance(method, Method):
         stages = [method]
-    elif method and all(isinstance(stage, Method) for stage in method):
-        stages = [stage for stage in method if isinstance(stage, Method)]
-    elif method and all(isinstance(row, list) and all(isinstance(r, Reduction) for r in row) for row in method):
-        return [], [list(row) for row in method if isinstance(row, list)]
+    elif _all(method, Method):
+        stages = list(method)  # type: ignore[arg-type]
+    elif _all(method, list) and all(not row or _all(row, Reduction) for row in method):
+        return [], [list(row) for row in method]  # type: ignore[arg-type]
     else:
-        raise ValueError(f"a method is a spec, a Method, a list of them, or decisions [sample][image]; got {method!r}")
+        raise ValueError(
+            "a method is a spec such as 'vtc-cls(keep=64)', a Method, a list of Methods, or decisions [sample][image]; "
+            f"got {method!r}"
+        )
     order = [stage.info.stage for stage in stages]
     if len(set(order)) < len(order):
         raise ValueError(f"two methods of the same stage cannot be combined; got {', '.join(order)}")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-from tokensieve.budget import Budget, parse_budget
+from tokensieve.budget import Budget, Scope, parse_budget
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, everything else on stderr.")]
 Model: TypeAlias = Annotated[
@@ -16,6 +16,9 @@ Model: TypeAlias = Annotated[
 Methods: TypeAlias = Annotated[str, typer.Option(help="Method specs with commas between: 'vtc-cls, random(seed=1)'.")]
 Keeps: TypeAlias = Annotated[
     str, typer.Option("--keep", help="Budgets with commas between: tokens per image (64) or shares (0.25, 11%).")
+]
+BudgetScope: TypeAlias = Annotated[
+    Scope, typer.Option(help="What a budget is for: each image, all of a sample (by size or by score), each tile…")
 ]
 ImageFile: TypeAlias = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 

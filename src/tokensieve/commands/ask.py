@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tokensieve.commands.arguments import ImageFile, Json, Model
+from tokensieve.commands.arguments import BudgetScope, ImageFile, Json, Model
 from tokensieve.commands.console import note, print_json
-from tokensieve.commands.loading import load_model, trained_spec
+from tokensieve.commands.loading import inputs_of, load_model, trained_spec
 
 METHOD = "vtc-cls"
 
@@ -21,6 +21,7 @@ def ask(
     keep: Annotated[
         str | None, typer.Option(help="Budget: tokens (36) or a share (0.25, 25%).", show_default="the method's own")
     ] = None,
+    budget_scope: BudgetScope = "image",
     overlay: Annotated[Path | None, typer.Option(help="Save a picture of what was kept.", show_default=False)] = None,
     model: Model = "reference",
     positions: Annotated[
@@ -31,29 +32,26 @@ def ask(
 ) -> None:
     """Answer a question about an image, without and with a method."""
     from tokensieve.attach import attach
+    from tokensieve.attach.parts import check_scope
     from tokensieve.budget import parse_budget
-    from tokensieve.evaluate import Sample, encode, encode_pairs, open_image
+    from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
-    from tokensieve.models import longest_text
 
     if not question.strip():
         raise ValueError("the question is empty; ask something about the image")
     budget = {} if keep is None else {"keep": parse_budget(keep)}
-    parse(method, **budget)  # a bad spec is refused before anything is loaded
+    check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before anything is loaded
     if overlay is not None:
         _check_picture(overlay)
     picture = open_image(image)
     vlm, processor = load_model(model, classifiers=True)
     if method == METHOD and not vlm.can_generate():
-        method = trained_spec(model)
+        method = trained_spec(model, vlm)
     stages = parse(method, **budget)
-    asked = [Sample("ask", lambda: picture, question, ())]
-    longest = None if vlm.can_generate() else longest_text(vlm.config)
-    inputs = encode(processor, asked) if longest is None else encode_pairs(processor, asked, longest=longest)
-    inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    inputs = inputs_of(vlm, processor, [Sample("ask", lambda: picture, question, ())])
     before = _answer(vlm, processor, inputs, max_new_tokens)
-    with attach(vlm, stages, positions=positions, processor=processor) as sieve:
+    with attach(vlm, stages, positions=positions, processor=processor, budget_scope=budget_scope) as sieve:
         after = _answer(vlm, processor, inputs, max_new_tokens)
     reduction = together(sieve.last[0])
     if overlay is not None:

@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokensieve.commands.arguments import KEEPS, METHODS, Json, Keeps, Methods, Model, split_budgets, split_specs
+from tokensieve.commands.arguments import (
+    KEEPS,
+    METHODS,
+    BudgetScope,
+    Json,
+    Keeps,
+    Methods,
+    Model,
+    split_budgets,
+    split_specs,
+)
 from tokensieve.commands.console import print_json, print_table
-from tokensieve.commands.loading import load_model
+from tokensieve.commands.loading import inputs_of, load_model, trained_spec
 
 if TYPE_CHECKING:
     from tokensieve.measure import Cost
@@ -26,6 +36,7 @@ def bench(
     question: Annotated[str, typer.Option(help="What to ask about it.")] = "what is in the image?",
     methods: Methods = METHODS,
     keep: Keeps = KEEPS,
+    budget_scope: BudgetScope = "image",
     batch_size: Annotated[int, typer.Option(min=1, help="Equal prompts per forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; methods take turns in each.")] = 10,
     json: Json = False,
@@ -33,22 +44,31 @@ def bench(
     """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved."""
     from PIL import Image
 
-    from tokensieve.evaluate import Sample, encode, open_image
+    from tokensieve.attach.parts import check_scope
+    from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.plan import plan
     from tokensieve.measure import measure_costs
 
-    entries = plan(split_specs(methods), split_budgets(keep), seeds=1, oracle=False)
+    specs, keeps = split_specs(methods), split_budgets(keep)
+    for entry in plan(specs, keeps, seeds=1, oracle=False):  # a bad spec is refused before anything is loaded
+        for run in entry.runs:
+            check_scope(budget_scope, run.stages)
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
-    vlm, processor = load_model(model)
-    inputs = encode(processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
-    inputs = {name: tensor.to(vlm.device) for name, tensor in inputs.items()}
+    vlm, processor = load_model(model, classifiers=True)
+    if methods == METHODS and not vlm.can_generate():
+        specs = [trained_spec(model, vlm)]
+    entries = plan(specs, keeps, seeds=1, oracle=False)
     stages = [run.stages for entry in entries[1:] for run in entry.runs]  # full comes first, always
-    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats)
+    inputs = inputs_of(vlm, processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
+    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope)
     if json:
         print_json([cost.to_json() for cost in costs])
     else:
         print_table(HEADERS, [_cells(cost) for cost in costs])
-        typer.echo("break-even: generated tokens after which a method has paid for itself; 0: its prefill is as fast")
+        if vlm.can_generate():
+            typer.echo(
+                "break-even: generated tokens after which a method has paid for itself; 0: its prefill is as fast"
+            )
 
 
 def _cells(cost: Cost) -> list[str]:
@@ -63,5 +83,11 @@ def _cells(cost: Cost) -> list[str]:
         f"{cost.flops_ratio:.0%}",
         f"{cost.peak_activation_bytes / 1e6:.3g}",
         "–" if cost.kv_bytes is None else f"{cost.kv_bytes / 1e6:.3g}",
-        "never" if cost.break_even_tokens is None else f"{cost.break_even_tokens:.4g}",
+        _break_even(cost),
     ]
+
+
+def _break_even(cost: Cost) -> str:
+    if cost.decode_ms_per_token is None:  # a classifier generates nothing
+        return "–"
+    return "never" if cost.break_even_tokens is None else f"{cost.break_even_tokens:.4g}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tokensieve.commands.arguments import Json
+from tokensieve.commands.arguments import BudgetScope, Json
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.commands.loading import load_model
 
@@ -32,6 +32,7 @@ def check(
         typer.Option(help="Method spec; may be given several times.", show_default="one of each kind"),
     ] = None,
     keep: Annotated[str, typer.Option(help="Budget where a spec leaves it open: tokens or a share.")] = "25%",
+    budget_scope: BudgetScope = "image",
     random: Annotated[
         bool, typer.Option("--random", help="Random weights and few blocks: only the config counts.")
     ] = False,
@@ -55,7 +56,7 @@ def check(
     torch.manual_seed(0)
     with progress() as report:
         report(0, len(candidates), "the unmodified model")
-        laws = Laws(vlm, prompts(processor, vlm), len(QUESTIONS), processor)
+        laws = Laws(vlm, prompts(processor, vlm), len(QUESTIONS), processor, budget_scope)
         verdicts: list[list[Verdict]] = []
         for done, stages in enumerate(candidates):
             report(done, len(candidates), " + ".join(map(str, stages)))
@@ -63,6 +64,7 @@ def check(
     precision = str(next(vlm.parameters()).dtype).removeprefix("torch.")
     if json:
         about = {"model": model, "model_type": vlm.config.model_type, "dtype": precision, "random_weights": random}
+        about["budget_scope"] = budget_scope
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         noise = {"noise_floor": laws.floor, "allowed": laws.allowed}
         print_json({**about, **versions, **noise, "verdicts": [asdict(v) for row in verdicts for v in row]})
@@ -78,6 +80,8 @@ def check(
     if broken:
         note(f"{broken} laws are broken")
         raise typer.Exit(1)
+    if not any(verdict.status == "pass" for row in verdicts for verdict in row):
+        raise ValueError("nothing was checked: every law was refused, or could not be checked, for the reasons above")
 
 
 def _cells(row: Sequence[Verdict]) -> list[str]:

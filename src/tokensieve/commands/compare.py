@@ -13,6 +13,7 @@ import typer
 from tokensieve.commands.arguments import (
     KEEPS,
     METHODS,
+    BudgetScope,
     Json,
     Keeps,
     Methods,
@@ -36,6 +37,7 @@ def compare(
     ] = "reference",
     methods: Methods = METHODS,
     keep: Keeps = KEEPS,
+    budget_scope: BudgetScope = "image",
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many questions, spread over the data.", show_default="all")
     ] = None,
@@ -58,13 +60,16 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
+    from tokensieve.attach.parts import check_scope
     from tokensieve.evaluate import Results, load_data
     from tokensieve.evaluate import compare as run
     from tokensieve.evaluate.plan import plan
 
     specs, keeps = split_specs(methods), split_budgets(keep)
     counted = convention(budget)
-    plan(specs, keeps, seeds=seeds, oracle=False, budget=counted)  # a bad spec is refused before anything is loaded
+    for entry in plan(specs, keeps, seeds=seeds, oracle=False, budget=counted):  # a bad spec is refused before it loads
+        for each in entry.runs:
+            check_scope(budget_scope, each.stages)
     if report:
         from tokensieve.report.extra import check_report_extra
 
@@ -76,7 +81,7 @@ def compare(
     if unreduced := unreduced or COMPARED_WITH.get(model):
         trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
     if methods == METHODS and not vlm.can_generate():
-        specs = [trained_spec(model)]
+        specs = [trained_spec(model, vlm if trained is None else trained)]
     with progress() as bar:
         rows = run(
             vlm,
@@ -90,6 +95,7 @@ def compare(
             metric=metric,
             seeds=seeds,
             budget=counted,
+            budget_scope=budget_scope,
             prompt=prompt,
             trained=trained,
             measure=measure,

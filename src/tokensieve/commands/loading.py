@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tokensieve.evaluate import Sample
 
 COMPARED_WITH = {"pumer-reference": "vilt-reference"}
 
@@ -19,7 +25,7 @@ def load_model(
         name: a bundled model such as "reference", a folder, or a hub name.
         dtype: a torch dtype by name; by default the checkpoint's on a GPU, float32 elsewhere.
         random: random weights instead of the checkpoint's, in an LLM of at most four blocks.
-        classifiers: also take cross-modal encoders that choose among answers.
+        classifiers: also take cross-modal encoders that choose among answers; other commands say which do.
 
     Raises:
         ValueError: if nothing of a supported family loads from there; one line that says why.
@@ -28,15 +34,20 @@ def load_model(
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ViltForQuestionAnswering
 
     from tokensieve.fusion.meter import MeterForQuestionAnswering
-    from tokensieve.models import REFUSED, families
+    from tokensieve.models import REFUSED, families, fusion_families
 
-    place = _place(name)
+    place = find(name)
     config = _from_pretrained(AutoConfig, place)
     loaders: dict[str, Any] = {kind: AutoModelForImageTextToText for f in families() for kind in f.model_types}
     if classifiers:
         loaders |= {"vilt": ViltForQuestionAnswering, "meter": MeterForQuestionAnswering}
     if config.model_type in REFUSED:
         raise ValueError(f"{name} is a {config.model_type!r} model, not supported: {REFUSED[config.model_type]}")
+    if not classifiers and any(config.model_type in family.model_types for family in fusion_families()):
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model, a cross-modal encoder without a language model to look into; "
+            "ask, bench and compare take those that answer questions"
+        )
     if hasattr(config, "image_token_id"):  # what an unknown one looks like shows when a method is attached
         loaders.setdefault(config.model_type, AutoModelForImageTextToText)
     if config.model_type not in loaders:
@@ -54,22 +65,50 @@ def load_model(
     return model.eval().to("cuda" if gpu else "cpu"), processor
 
 
-def trained_spec(name: str) -> str:
-    """The method that a model was fine-tuned with, as `train pumer` leaves it beside the weights; else plain PuMer."""
-    note = Path(_place(name).path) / "tokensieve.json"
+def trained_spec(name: str, model: Any) -> str:
+    """The method that a classifier was fine-tuned with, as `train pumer` left it beside the weights; else PuMer.
+
+    Raises:
+        ValueError: if it was fine-tuned without one, and plain PuMer does not fit it.
+    """
+    from tokensieve.attach import attach
+
+    note = Path(find(name).path) / "tokensieve.json"
     method = json.loads(note.read_text())["method"] if note.is_file() else None
-    return method or "pumer"
+    if method is not None:
+        return str(method)
+    try:
+        attach(model, "pumer").detach()
+    except ValueError as error:
+        raise ValueError(
+            f"{name} was not fine-tuned with a method, and pumer as it stands does not fit ({error}); name "
+            "one, such as 'pumer(layers=(2, 4))'"
+        ) from error
+    return "pumer"
+
+
+def inputs_of(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """One batch of prompts for a model that generates or classifies answers, on its device and in its dtype."""
+    from tokensieve.evaluate import encode, encode_pairs
+    from tokensieve.models import longest_text
+
+    if model.can_generate():
+        inputs = encode(processor, samples)
+    else:
+        inputs = encode_pairs(processor, samples, longest=longest_text(model.config))
+    moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a model lies; ``unreachable`` says why the hub cannot be asked, when it cannot: then only the cache can."""
 
     path: str
     unreachable: str = ""
 
 
-def _place(name: str) -> _Place:
+def find(name: str) -> Place:
     """What the user's name means: a bundled model, a folder, or a model on the hub."""
     from tokensieve.reference import NAMES
     from tokensieve.reference import path as bundled
@@ -78,11 +117,11 @@ def _place(name: str) -> _Place:
     if (name in NAMES or name.startswith("reference")) and not path.exists():
         path = bundled(name)
     if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _Place(name, unreachable=_hub_refusal(name))
+        return Place(name, unreachable=_hub_refusal(name))
     if not (path / "config.json").is_file():
         missing = "has no config.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
         raise ValueError(f"no model at {name}: it {missing}")
-    return _Place(str(path))
+    return Place(str(path))
 
 
 def _hub_refusal(name: str) -> str:
@@ -96,7 +135,7 @@ def _hub_refusal(name: str) -> str:
     return ""
 
 
-def _from_pretrained(loader: Any, place: _Place, **options: Any) -> Any:
+def _from_pretrained(loader: Any, place: Place, **options: Any) -> Any:
     try:
         return loader.from_pretrained(place.path, local_files_only=bool(place.unreachable), **options)
     except Exception as error:  # whatever is wrong with a model's files surfaces here, in many types

@@ -86,6 +86,7 @@ def pumer(
     json: Json = False,
 ) -> None:
     """Fine-tune a cross-modal encoder with PuMer's reducers on, distilling from the unreduced model."""
+    from tokensieve.commands.loading import find
     from tokensieve.train.pumer import Recipe, train_pumer
     from tokensieve.train.pumer.models import load_config
 
@@ -99,6 +100,7 @@ def pumer(
         "distillation": distillation,
         "patience": patience,
     }
+    model, teacher = find(model).path, teacher and find(teacher).path
     recipe = Recipe.for_model(load_config(model).model_type, **given, precision=precision, workers=workers, seed=seed)
     spec = None if method == "full" else method
     options = {"teacher": teacher, "evaluation": evaluation, "spec": spec, "recipe": recipe, "resume": resume}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tokensieve.attach import Sieve, attach
+from tokensieve.budget import Scope
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.identity import sample_key
 from tokensieve.evaluate.journal import Answer
@@ -143,9 +144,9 @@ def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def attaching(model: Any, stages: Sequence[Any], processor: Any) -> Attached:
+def attaching(model: Any, stages: Sequence[Any], processor: Any, scope: Scope = "image") -> Attached:
     """The same methods for every batch."""
-    return lambda batch: attach(model, stages, processor=processor)
+    return lambda batch: attach(model, stages, processor=processor, budget_scope=scope)
 
 
 def replaying(model: Any, decide: Callable[[Sample], Reduction]) -> Attached:

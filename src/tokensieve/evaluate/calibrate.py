@@ -14,7 +14,7 @@ from torch import Tensor
 from tokensieve.attach import attach
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.errors import OutputError
-from tokensieve.evaluate.prompt import encode
+from tokensieve.evaluate.prompt import check_texts, encode
 from tokensieve.methods.vtw import Vtw
 
 Progress = Callable[[int, int, str], None]
@@ -84,6 +84,7 @@ def calibrate_vtw(
         raise ValueError("calibration needs at least one sample")
     if not 1 <= first < depth:
         raise ValueError(f"the first candidate block must be 1 to {depth - 1} in this LLM; got {first}")
+    check_texts(processor, samples, prompt)
     divergences = []
     for number, sample in enumerate(samples):
         if progress is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tokensieve.attach import attach
-from tokensieve.budget import Budget
+from tokensieve.budget import Budget, Scope
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
 from tokensieve.evaluate.costs import Costs
 from tokensieve.evaluate.data import Sample
@@ -20,6 +20,7 @@ from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Convention, Run, plan
+from tokensieve.evaluate.prompt import check_texts
 from tokensieve.evaluate.results import Row
 from tokensieve.evaluate.table import Table
 from tokensieve.methods.registry import nearest
@@ -43,6 +44,7 @@ def compare(
     metric: str = "exact",
     seeds: int = 3,
     budget: Convention = "kept",
+    budget_scope: Scope = "image",
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,
@@ -72,6 +74,7 @@ def compare(
         seeds: runs of a method with an open ``seed``.
         budget: whether ``keeps`` count the tokens "kept" in the end or, for methods inside the LLM, on "average" over
             its blocks; the rows always tell both.
+        budget_scope: what ``keeps`` are for, as for ``attach``.
         prompt: what the user says; ``{question}`` is replaced.
         processor_for_text: give ``attach`` the processor, so that text-informed methods see the user's words only.
         trained: the same model fine-tuned with reducers on. Each method then has a second row, "… fine-tuned", on it.
@@ -86,6 +89,7 @@ def compare(
         OutputError: nothing more can be written (a full disk). What was written before is kept.
     """
     _check(model, samples, metric, batch_size, prompt)
+    check_texts(processor, samples, prompt)
     oracle = model.can_generate() and any(sample.boxes for sample in samples)
     entries = plan(methods, keeps, seeds=seeds, oracle=oracle, budget=budget)
     if trained is not None:
@@ -95,9 +99,12 @@ def compare(
         entries = [full, *(both for entry in others for both in (entry, entry.fine_tuned()))]
     words = processor if processor_for_text else None
     for run in (run for entry in entries for run in entry.runs if run.stages):
-        attach(model, run.stages, processor=words).detach()  # what this model cannot run is refused before it starts
+        # what this model cannot run is refused before it starts
+        attach(model, run.stages, processor=words, budget_scope=budget_scope).detach()
 
     setup = {"prompt": prompt, "max_new_tokens": max_new_tokens, "processor_for_text": processor_for_text}
+    if budget_scope != "image":
+        setup["budget_scope"] = budget_scope
     identity = model_identity(model) | ({} if trained is None else {"trained": model_identity(trained)})
     journal = Journal(output, {"tokensieve": __version__, **setup, **identity})
     shown = choose(samples, examples)
@@ -117,16 +124,17 @@ def compare(
         if each is not None
     ]
     place = environment(model)
-    costs = [Costs(a.model, words, partial(a.inputs, samples[:1]), journal, place) for a in answerers if measure]
+    measured = answerers if measure else []
+    costs = [Costs(a.model, words, partial(a.inputs, samples[:1]), journal, place, budget_scope) for a in measured]
     settings = setup | {"model": model_name(model), "samples": len(samples), "metric": metric, "seeds": seeds}
-    settings |= {"budget": budget, "batch_size": batch_size}
+    settings |= {"budget": budget, "budget_scope": budget_scope, "batch_size": batch_size}
     report = _Progress(progress, len(samples) * sum(len(entry.runs) for entry in entries))
     for entry in entries:
         answerer = answerers[entry.trained]
         decide = partial(_oracle, answerer, journal, entry.keep)
         for run in entry.runs:
             body = answerer.model
-            attached = attaching(body, run.stages, words) if run.stages else replaying(body, decide)
+            attached = attaching(body, run.stages, words, budget_scope) if run.stages else replaying(body, decide)
             _answer(answerer, journal, run, attached, report)
         first = entry.runs[0]
         stages = first.stages or [[decide(samples[0])]]

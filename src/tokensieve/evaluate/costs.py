@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tokensieve.budget import Scope
 from tokensieve.evaluate.journal import Journal
 from tokensieve.measure import Bench, Cost
 from tokensieve.measure.prefill import Candidate
@@ -18,16 +19,23 @@ class Costs:
     """Measures on one prompt, or reads from the journal what this machine measured before.
 
     Args:
-        model, processor: as for :func:`tokensieve.measure.measure_costs`.
+        model, processor, scope: as for :func:`tokensieve.measure.measure_costs`.
         inputs: makes the prompt's tensors, once they are needed.
         journal: where costs are kept.
         place: the environment; the date does not matter.
     """
 
     def __init__(
-        self, model: Any, processor: Any, inputs: Callable[[], Mapping[str, Tensor]], journal: Journal, place: Any
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Callable[[], Mapping[str, Tensor]],
+        journal: Journal,
+        place: Any,
+        scope: Scope = "image",
     ) -> None:
-        self._model, self._processor, self._inputs, self._journal = model, processor, inputs, journal
+        self._model, self._processor, self._scope = model, processor, scope
+        self._inputs, self._journal = inputs, journal
         where = json.dumps({**place, "date": ""}, sort_keys=True)
         self._mark = hashlib.sha256(where.encode()).hexdigest()[:8]
         self._bench: Bench | None = None
@@ -36,7 +44,8 @@ class Costs:
         """The cost of a run; "full" is the unhooked model."""
         name = f"{run} @{self._mark}"
         if name not in self._journal.costs:
-            self._bench = self._bench or Bench(self._model, self._inputs(), processor=self._processor)
+            if self._bench is None:
+                self._bench = Bench(self._model, self._inputs(), processor=self._processor, budget_scope=self._scope)
             cost = self._bench.full if run == "full" else self._bench.cost(method)
             self._journal.add_cost(name, cost.to_json())
         return Cost.from_json(self._journal.costs[name])

@@ -33,6 +33,7 @@ class Sample:
         answers: accepted answers, or those of several annotators.
         type: kind of question; "" when the data has none.
         boxes: (left, top, right, bottom) px of what one must see, where known.
+        where: file and line that it was read from, for errors.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Sample:
     answers: tuple[str, ...]
     type: str = ""
     boxes: tuple[Box, ...] = ()
+    where: str = ""
 
     def open(self) -> Image.Image:
         """The image, RGB. Raises :class:`DataError` if it cannot be read."""
@@ -106,7 +108,7 @@ def _from_file(path: Path, image_column: str, question_column: str, answer_colum
         name = str(number if row.get("id") in (None, "") else row["id"])
         if name in samples:
             raise DataError(f"{where}: the id {name!r} is used twice")
-        samples[name] = Sample(name, image, question.strip(), answers, str(row.get("type") or ""))
+        samples[name] = Sample(name, image, question.strip(), answers, str(row.get("type") or ""), where=where)
     if not samples:
         raise DataError(f"{path}: no rows")
     return list(samples.values())

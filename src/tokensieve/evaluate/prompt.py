@@ -31,9 +31,8 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
         if sample.image not in opened:
             opened[sample.image] = sample.open()
     images = [opened[sample.image] for sample in samples]
+    check_texts(processor, samples, prompt)
     texts = [prompt.replace("{question}", sample.question) for sample in samples]
-    for text in texts:
-        _check_text(processor, text)
     if getattr(processor, "chat_template", None):
         turns = [[_turn(image, text)] for image, text in zip(images, texts, strict=True)]
         inputs = processor.apply_chat_template(
@@ -70,12 +69,15 @@ def decode(processor: Any, generated: Tensor, prompt_length: int) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def _check_text(processor: Any, text: str) -> None:
-    """Refuse words that the processor would take for another image."""
+def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{question}") -> None:
+    """Refuse, naming file and line, words that the processor would take for another image (or video)."""
     for kind in ("image", "video"):
         mark = getattr(processor, f"{kind}_token", None)
-        if mark and mark in text:
-            raise ValueError(f"leave {mark} out, the {kind} is put there by itself; got {text!r}")
+        said = [("the prompt", prompt), *((sample.where, sample.question) for sample in samples)]
+        for where, text in said:
+            if mark and mark in text:
+                place = where and f"{where}: "
+                raise ValueError(f"{place}leave {mark} out, the {kind} is put there by itself; got {text!r}")
 
 
 def _turn(image: Image.Image, text: str) -> dict[str, Any]:

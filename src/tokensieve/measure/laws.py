@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tokensieve.attach import Sieve, attach
 from tokensieve.attach.masks import SLIDING, kinds_of
+from tokensieve.budget import Scope
 from tokensieve.errors import raised_by_us
 from tokensieve.measure.hiding import dropped_columns, hidden, merged
 from tokensieve.methods import DecoderMethod, Method, parse
@@ -88,15 +89,18 @@ class Laws:
         prompts: gives the left-padded inputs of the prompts with these numbers, on the model's device. The prompts
             differ in length; one of them shows several images, if the model takes several.
         count: how many prompts there are.
-        processor: as for ``attach``.
+        processor, budget_scope: as for ``attach``.
 
     Attributes:
         floor: what rounding alone does to a logit.
         allowed: the largest deviation that counts as rounding.
     """
 
-    def __init__(self, model: Any, prompts: Prompts, count: int = 3, processor: Any = None) -> None:
-        self.model, self.processor, self.token = model, processor, int(model.config.image_token_id)
+    def __init__(
+        self, model: Any, prompts: Prompts, count: int = 3, processor: Any = None, budget_scope: Scope = "image"
+    ) -> None:
+        self.model, self.token = model, int(model.config.image_token_id)
+        self.processor, self.scope = processor, budget_scope
         self.together, self.alone = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.whole = self.generate(self.together)
         self.precision = torch.finfo(next(model.parameters()).dtype).eps
@@ -229,7 +233,8 @@ class _Trial:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _attached(self, stages: Sequence[Method]) -> Sieve:
-        return attach(self.laws.model, list(stages), processor=self.laws.processor)
+        laws = self.laws
+        return attach(laws.model, list(stages), processor=laws.processor, budget_scope=laws.scope)
 
     def _second_turn(self, first: Run) -> Run:
         """The answer read backwards is the next question, on the cache of the first turn."""

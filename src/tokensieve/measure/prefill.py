@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.attach import attach
+from tokensieve.budget import Scope
 from tokensieve.measure.cost import Cost, break_even
 from tokensieve.measure.decode import decode_ms
 from tokensieve.measure.flops import count_flops
@@ -34,6 +35,7 @@ def measure_costs(
     repeats: int = 10,
     warmup: int = 2,
     decode_tokens: int = 8,
+    budget_scope: Scope = "image",
 ) -> list[Cost]:
     """Measure the unhooked model (first in the list, as "full") and then each method, in pairs.
 
@@ -41,14 +43,15 @@ def measure_costs(
         model: a vision-language model with nothing attached.
         inputs: what the processor returned for one batch of prompts (left-padded), on the model's device.
         methods: specs, methods, lists of methods (stages in order), or decisions to replay, as for ``attach``.
-        processor: for text-informed methods, as for ``attach``.
+        processor, budget_scope: as for ``attach``.
         repeats, warmup: rounds timed and rounds thrown away, of full, method and replay in turn.
         decode_tokens: tokens generated to time decoding.
 
     Raises:
         ValueError: unknown method or parameter, or a method that this model cannot run.
     """
-    bench = Bench(model, inputs, processor=processor, repeats=repeats, warmup=warmup, decode_tokens=decode_tokens)
+    options = {"repeats": repeats, "warmup": warmup, "decode_tokens": decode_tokens}
+    bench = Bench(model, inputs, processor=processor, budget_scope=budget_scope, **options)
     return [bench.full, *(bench.cost(method) for method in methods)]
 
 
@@ -68,8 +71,9 @@ class Bench:
         repeats: int = 10,
         warmup: int = 2,
         decode_tokens: int = 8,
+        budget_scope: Scope = "image",
     ) -> None:
-        self.model, self.inputs, self.processor = model, inputs, processor
+        self.model, self.inputs, self.processor, self.scope = model, inputs, processor, budget_scope
         self.repeats, self.warmup, self.decode_tokens = repeats, warmup, decode_tokens
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._generates = model.can_generate()
@@ -100,7 +104,7 @@ class Bench:
     def cost(self, method: Candidate) -> Cost:
         """The unhooked model, the method and a replay of its decisions, in turn."""
         stages: Any = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else method
-        attached = partial(attach, self.model, stages, processor=self.processor)
+        attached = partial(attach, self.model, stages, processor=self.processor, budget_scope=self.scope)
         with attached() as sieve:
             kv = self._kv_bytes(self._prefill())
             decisions = sieve.last

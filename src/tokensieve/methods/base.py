@@ -113,6 +113,7 @@ class Method(ABC):
 
     info: ClassVar[MethodInfo]
     least: ClassVar[Mapping[str, int]] = {}  # the smallest value of parameters that have one
+    proportions: ClassVar[tuple[str, ...]] = ()  # parameters that lie in [0, 1]
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -126,11 +127,18 @@ class Method(ABC):
                 raise ValueError(f"{field.name} must be {_in_words(hint)}; got {value!r}")
             elif field.name in self.least and value < self.least[field.name]:
                 raise ValueError(f"{field.name} must be at least {self.least[field.name]}; got {value}")
+            elif field.name in self.proportions and not 0 <= value <= 1:
+                raise ValueError(f"{field.name} must be a share in [0, 1]; got {value!r}")
 
     @property
     def needs(self) -> Needs:
         """What this instance needs; override where it depends on the parameters."""
         return self.info.needs
+
+    @property
+    def by_score(self) -> bool:
+        """Whether what stays are the tokens with the largest of the Reduction's scores, which compare across images."""
+        return False
 
     @abstractmethod
     def reduce(self, image: VisualTokens) -> Reduction:

@@ -1,6 +1,7 @@
 """DyCoke, the half before the LLM: in windows of four frames, what repeats itself goes."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -34,11 +35,7 @@ class DyCoke(Method):
 
     keep: Budget | None = None
     drop: float = 0.7
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"drop must be a share in [0, 1]; got {self.drop}")
+    proportions: ClassVar = ("drop",)
 
     def reduce(self, image: VisualTokens) -> Reduction:
         frames = image.in_frames(image.features)

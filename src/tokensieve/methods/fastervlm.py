@@ -1,6 +1,7 @@
 """FasterVLM: one row of the encoder's attention ranks the patches."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
@@ -24,6 +25,7 @@ class FasterVlm(Method):
     """
 
     keep: Budget = 144
+    by_score: ClassVar = True
 
     def reduce(self, image: VisualTokens) -> Reduction:
         scores = image.cls_rows(-2)[0]

@@ -1,6 +1,7 @@
 """FastVID: salient tokens of every frame, and a segment's other tokens merged into anchors of high density."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from tokensieve.tokens import VisualTokens
 class FastVid(Method):
     """Keep what the encoder attends to most in each frame, and density peaks into which the rest of a segment merges.
 
-    Segments end where consecutive frames differ most. Anchors stand in every fourth frame from a segment's end, or in
-    more frames where they would not fit.
+    Segments end where consecutive frames differ most. Anchors stand in every fourth frame from its end, or more.
 
     Args:
         keep: tokens per video, or a share of them (the paper: 0.25 to 0.1), the same number in each frame.
@@ -30,9 +30,8 @@ class FastVid(Method):
         own: smallest weight of an anchor in its merged token; what joins it shares the rest.
 
     Cost: one row of attention per frame, O(n²·D) time per frame with anchors, O(N·A·D) to join A anchors.
-    Paper: "FastVID: Dynamic Density Pruning for Fast Video Large Language Models", NeurIPS 2025. There attention and
-    frame features are those of SigLIP's pooling head; here the last layer's [CLS] attention (or attention received),
-    and the mean of a frame's tokens.
+    Paper: "FastVID: Dynamic Density Pruning for Fast Video Large Language Models", NeurIPS 2025. Attention and frame
+    features there: SigLIP's pooling head; here: the last layer's [CLS] attention (or received), and a frame's mean.
     """
 
     keep: Budget = 0.25
@@ -41,6 +40,7 @@ class FastVid(Method):
     alike: float = 0.9
     every: int = 4
     own: float = 0.6
+    proportions: ClassVar = ("context", "own")
 
     def reduce(self, image: VisualTokens) -> Reduction:
         attention = image.in_frames(image.at("cls_attention", -1))

@@ -34,6 +34,10 @@ class FoPru(Method):
     def needs(self) -> Needs:
         return Needs(received=-2, grid=self.select == "row")
 
+    @property
+    def by_score(self) -> bool:
+        return self.select == "rank"
+
     def reduce(self, image: VisualTokens) -> Reduction:
         scores, wanted = image.at("received", -2), image.count(self.keep)
         if self.select == "rank":

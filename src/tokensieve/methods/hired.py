@@ -1,6 +1,7 @@
 """HiRED: the whole image tells which tiles deserve tokens, and [CLS] attention which tokens of a tile."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Hired(Method):
     alpha: float = 0.5
     spatial: int = 0
     official_tiles: bool = False
+    proportions: ClassVar = ("alpha",)
 
     def reduce(self, image: VisualTokens) -> Reduction:
         scores, wanted = image.at("cls_attention", -2), image.count(self.keep)

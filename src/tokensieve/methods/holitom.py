@@ -49,6 +49,7 @@ class HoliTom(Method):
     own: float = 0.6
     neighbours: int = 7
     least: ClassVar = {"neighbours": 1}
+    proportions: ClassVar = ("own",)
 
     def reduce(self, image: VisualTokens) -> Reduction:
         received = image.at("received", -1)

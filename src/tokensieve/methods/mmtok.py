@@ -19,8 +19,9 @@ class MmTok(Method):
     """Greedily keep the tokens that cover two things best: each word of the prompt, and each patch of the image.
 
     How well token j covers word i is the share that j has in the softmax of i's cosines to all tokens in the LLM's
-    input space; how well it covers patch i, the same among the encoder's rows. Patches of padding are covered like any
-    other, but not chosen.
+    input space; how well it covers patch i, the same among the encoder's rows. Patches that
+    ``VisualTokens.padding`` marks are covered like any other, but not chosen; under ``attach`` none is marked, since no
+    processor tells the model of padding.
 
     Args:
         keep: tokens per image, or a share of them.

@@ -49,6 +49,7 @@ class PruneVid(Method):
     still: float = 0.8
     neighbours: int = 7
     least: ClassVar = {"neighbours": 1}
+    proportions: ClassVar = ("merged", "scenes")
 
     def reduce(self, image: VisualTokens) -> Reduction:
         wanted = None if self.keep is None else image.count(self.keep)

@@ -37,6 +37,10 @@ class Simignore(Method):
         if self.start < 0 or self.step < 1:
             raise ValueError(f"start must be at least 0 and step at least 1; got {self.start} and {self.step}")
 
+    @property
+    def by_score(self) -> bool:
+        return not self.start and self.step == 1  # a walk ranks each image's pairs by themselves
+
     def reduce(self, image: VisualTokens) -> Reduction:
         words, mask = image.words()
         if self.start or self.step > 1:

@@ -1,6 +1,7 @@
 """SparseVLM: the words that see the image rate its tokens, and what is dropped is recycled."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,11 +46,7 @@ class SparseVlm(DecoderMethod):
     recycle: float = 0.3
     appended: bool = False
     noise_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.recycle <= 1:
-            raise ValueError(f"recycle must be a share in [0, 1]; got {self.recycle}")
+    proportions: ClassVar = ("recycle",)
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks(self.layers, depth)

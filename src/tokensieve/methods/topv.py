@@ -49,11 +49,7 @@ class TopV(DecoderMethod):
     epsilon: float = 0.1
     steps: int = 3
     least: ClassVar = {"steps": 1}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.recovered <= 1:
-            raise ValueError(f"recovered must be a share in [0, 1]; got {self.recovered}")
+    proportions: ClassVar = ("recovered",)
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks([self.layer], depth)

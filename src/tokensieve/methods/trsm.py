@@ -1,7 +1,7 @@
 """TRSM: retrieve the visual tokens that the prompt asks for."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
@@ -30,6 +30,7 @@ class Trsm(Method):
 
     keep: Budget = 0.2
     query: Literal["tokens", "prompt"] = "tokens"
+    by_score: ClassVar = True
 
     def reduce(self, image: VisualTokens) -> Reduction:
         words, mask = image.words()

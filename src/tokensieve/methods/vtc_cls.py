@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class VtcCls(Method):
     keep: Budget = 64
     first_layer: int = 0
     over_layers: Literal["sum", "mean", "max", "min"] = "sum"
+    by_score: ClassVar = True
 
     @property
     def needs(self) -> Needs:

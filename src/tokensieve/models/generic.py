@@ -30,6 +30,9 @@ class Generic(Family):
 
     def __init__(self, model: Any) -> None:
         self.title = f"{type(model).__name__} (untested)"  # type: ignore[misc]
+        if not hasattr(model.get_decoder(), "layers"):
+            self.stages = ("connector",)  # type: ignore[misc]
+            self.excluded = f"where the blocks of its {type(model.get_decoder()).__name__} are is unknown"  # type: ignore[misc]
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         return [Shape(len(rows)) for rows in call.output.pooler_output]
