@@ -29,8 +29,6 @@ REFUSED = {
     "paligemma": {"inside": "its prompt attends in both directions"},
     "aya-vision": {"inside": "this LLM has sliding_attention"},
     "cohere2-vision": {"inside": "this LLM has sliding_attention"},
-    "fast-vlm": {"attention": "its tower is convolutional", "merging": "its tower is convolutional"},
-    "perception-lm": {"attention": "timm's, whose attention cannot be read", "merging": "timm's, whose attention"},
     "llava-onevision-resampled": {"attention": "resamples an image", "merging": "resamples an image"},
     "lighton-ocr": {"attention": "nothing is known", "merging": "nothing is known"},
 }

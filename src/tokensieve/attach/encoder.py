@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.attach import probe as reads
+from tokensieve.attach.kernel_probe import probe_of
 from tokensieve.attach.probe import Probe, Read
 from tokensieve.attach.tower import Arrived, Tower
 from tokensieve.methods import EncoderMethod, Method, Needs
@@ -175,7 +176,7 @@ class EncoderHooks:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
         if needs.reads_attention and not attentions:
-            raise ValueError(f"the attention of {type(tower).__name__} cannot be read: transformers does not run it")
+            raise ValueError(f"{type(tower).__name__} has no attention over all patches that could be read")
         self.pooling = None if cls else self.family.pooling_head(tower)
         self.pooled = {} if self.pooling is None else _last_alone(needs, self.depth)
         nothing: dict[str, Any] = dict.fromkeys(self.pooled)
@@ -184,7 +185,7 @@ class EncoderHooks:
         self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
         own = {} if self.inside is None else self._asked_inside(self.inside, cls)
         probes = {
-            layer: Probe(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
+            layer: probe_of(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
             for layer in sorted(asked.keys() | own.keys())
         }
         self.probes += probes.values()

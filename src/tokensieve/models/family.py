@@ -189,6 +189,11 @@ def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:
     return out
 
 
+def timm_attentions(blocks: nn.Module) -> list[nn.Module]:
+    """The attention modules in blocks of timm's, first to last; each says whether it calls torch's fused kernel."""
+    return [module for module in blocks.modules() if hasattr(module, "fused_attn")]
+
+
 def _attention(layer: nn.Module) -> nn.Module | None:
     """The module of a layer that goes through transformers' attention interface, if there is one."""
     for module in layer.modules():
