@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from tokensieve.attach.cache import State, States, all_of, check_cache
 from tokensieve.attach.encoder import RECORD, evidence
-from tokensieve.attach.layout import Columns, Layout, equal_groups
+from tokensieve.attach.layout import Columns, Layout, equal_groups, on_device
 from tokensieve.attach.parts import Scope, parts_of, per_sample
 from tokensieve.attach.shown import Shown
 from tokensieve.attach.words import UserWords
@@ -76,14 +76,14 @@ class Plan:
     @property
     def left(self) -> Shape:
         """How the tokens that are left lie."""
-        if self.shape.structure is None:
+        if self.shape.places is None:
             return Shape((self.inside[-1] if self.inside else self.decision).slots)
         return self.shape.left(self.anchors)
 
     @cached_property
     def entered(self) -> int:
         """Patches that entered the LLM: what budgets of decoder methods are shares of."""
-        if self.shape.structure is None:
+        if self.shape.places is None:
             return self.decision.slots
         return self.shape.left(self.decision.anchors).patches
 
@@ -305,8 +305,10 @@ class Connector:
         made: dict[int, Reduction] = {}
         for group in equal_groups([part.kind for part in parts]):
             members = [parts[number] for number in group]
-            of = [rows[part.image] for part in members]
-            said, heard = (None, None) if text is None or real is None else (text[of], real[of])
+            said, heard = None, None
+            if text is not None and real is not None:
+                of = on_device([rows[part.image] for part in members], text.device)
+                said, heard = text[of], real[of]
             stacked = torch.stack([left[part.image][part.where] for part in members])
             patches = torch.stack([entered[part.image][part.where] for part in members]) if entered else None
             where = [(origins[part.image], part.where) for part in members]

@@ -267,7 +267,7 @@ class DecoderHooks:
 
 def _patches(columns: Tensor, shape: Shape) -> Tensor:
     """Those of an image's columns that hold patches."""
-    return columns if shape.structure is None else columns[~shape.structure]
+    return columns if shape.places is None else columns[shape.places]
 
 
 def _other_attention(config: Any) -> set[str]:

@@ -26,7 +26,7 @@ from tokensieve.methods import EncoderMethod, Method, Needs
 from tokensieve.methods.baselines import Downsample
 from tokensieve.models import EncodeCall, Family, Shape
 from tokensieve.models.family import Modality, spread
-from tokensieve.models.shape import Grid
+from tokensieve.models.shape import Grid, sent
 from tokensieve.models.vit import Pooling
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
@@ -317,7 +317,8 @@ class EncoderHooks:
 
     def _record(self, call: Call) -> Record:
         family, model = self.family, self.model
-        shapes = family.shapes(model, call)
+        device = call.output.pooler_output[0].device
+        shapes = [shape.to(device) for shape in family.shapes(model, call)]
         if (call.reads or call.rows or call.pooled) and not all(shape.mapped for shape in shapes):
             raise ValueError(
                 f"{family.title} resamples an image of this size after its encoder: what is read there belongs to none "
@@ -327,7 +328,7 @@ class EncoderHooks:
         def per_image(units: Tensor) -> list[Tensor]:
             if not any(shape.units is not None for shape in shapes):
                 return list(torch.split(units, [shape.patches for shape in shapes]))
-            return [units[shape.units.to(units.device)] for shape in shapes if shape.units is not None]
+            return [units[sent(shape.units, units.device)] for shape in shapes if shape.units is not None]
 
         def told(name: str, layer: int, rows: list[Tensor]) -> list[Tensor]:
             if call.arrived is not None and call.arrived.short:
@@ -343,8 +344,6 @@ class EncoderHooks:
         patches = self._patches(call, per_image) if call.rows else []
         similar = told("cls_similarity", self.depth, call.similar) if call.similar else []
         notes = (POOLED,) * bool(self.pooled) + (RECEIVED,) * self.substitute
-        device = call.output.pooler_output[0].device
-        shapes = [shape.to(device) for shape in shapes]
         return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
 
     def _patches(self, call: Call, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:

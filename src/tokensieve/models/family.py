@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -33,6 +34,12 @@ class EncodeCall:
     modality: Modality = "image"
     tower: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        """(height, width) of each image in pixels, as the model is given them; one look at the device."""
+        sizes: list[list[int]] = torch.as_tensor(self.inputs["image_sizes"]).tolist()
+        return sizes
 
 
 class Family(ABC):
