@@ -158,6 +158,6 @@ class Shape:
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
     """``x`` on its way to the device: nothing waits for what the device is doing."""
-    if x.device == device or device.type != "cuda":
+    if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
