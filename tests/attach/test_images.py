@@ -90,9 +90,9 @@ def test_the_shapes_of_llava_next_are_what_its_packing_makes():
 
 def test_merges_are_lifted_over_structure_rows():
     """Two views of 4 tokens, a newline after each pair: the whole's matrix has the parts' as its blocks."""
-    structure = torch.tensor([0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1]).bool()
+    places = torch.tensor([0, 1, 3, 4, 6, 7, 9, 10])
     line = torch.arange(4).repeat_interleave(3)
-    shape = Shape(12, ((2, 2), (2, 2)), line=line, structure=structure)
+    shape = Shape(12, ((2, 2), (2, 2)), line=line, places=places)
     image = tokensieve.VisualTokens(torch.randn(1, 4, 3), grid=(2, 2))
     slot, source = torch.tensor([[0, 0, 0]]), torch.tensor([[0, 1, 2]])
     merged = image.merge(torch.tensor([[1]]), slot, source, torch.tensor([[0.5, 0.25, 0.25]]))[0]

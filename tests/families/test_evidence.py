@@ -4,7 +4,7 @@ Which patches these are is found by experiment: in a tower without attention eve
 so one patch is changed at a time, to see which rows of the tower and which visual tokens change.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ import tokensieve
 from families import reference, tiny
 from families.test_matrix import METHODS, each_kernel, supported
 
-LAYER = 2  # of four: the layer before the last, which FasterVLM reads; in Qwen2.5-VL one of those without windows
+LAYER = -2  # the layer before the last, which FasterVLM reads; in Qwen2.5-VL one of those without windows
 seen: dict[torch.nn.Module, torch.Tensor] = {}
 
 
@@ -30,19 +30,29 @@ def attentions(model):
     """The attention modules of the vision tower, first to last."""
     tower = model.get_encoder(modality="image")
     found = [m for m in tower.modules() if type(m).__name__.endswith("Attention")]
-    return [m for m in found if type(m).__module__.startswith("transformers")]
+    return timm(tower) or [m for m in found if type(m).__module__.startswith("transformers")]
+
+
+def timm(tower):
+    """Those of a timm tower, or its stand-in: where not fused, their matrix passes a dropout."""
+    return [m for m in tower.modules() if hasattr(m, "fused_attn")]
+
+
+def take_notice(module, drop, args):
+    seen[module] = args[0]
 
 
 @cache
 def behind(name):
     """`[row of the tower -> set of visual tokens]` of the image of "single", of a twin whose tower does not attend."""
     model, (sample,) = tiny.build(name), tiny.scenario(name, "single")
+    if name == "fastvit_mci3":  # convolutions see their neighbours; its tokens are the cells of a map
+        return {cell: {cell} for cell in range(sample.images[0].tokens)}
     rows: list[torch.Tensor] = []
-    for layer, module in enumerate(attentions(model)):
-        if layer == LAYER:
-            module.register_forward_pre_hook(
-                lambda m, args, kwargs: rows.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
+    attentions(model)[LAYER].register_forward_pre_hook(
+        lambda m, args, kwargs: rows.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    for module in attentions(model):
         module.register_forward_hook(lambda m, args, out: (0 * out[0], *out[1:]) if isinstance(out, tuple) else 0 * out)
     encode = lambda: torch.cat([e.rows for e in reference.encode(model, name, sample)])  # noqa: E731
     features = encode()
@@ -50,9 +60,9 @@ def behind(name):
     for patch in patches(pixels):
         original = patch.clone()
         patch.add_(1.0)
-        changed, states = different(encode(), features), rows[-1].flatten(0, -2)
+        changed = different(encode(), features)
         patch.copy_(original)
-        (row,) = different(states, rows[0].flatten(0, -2))
+        (row,) = different(in_line(rows[-1]), in_line(rows[0]))
         found[row] = set(changed)
     return found
 
@@ -67,6 +77,11 @@ def patches(pixels):
         for y in range(0, tile.shape[1], 14):
             for x in range(0, tile.shape[2], 14):
                 yield tile[:, y : y + 14, x : x + 14]
+
+
+def in_line(rows):
+    """Rows of a tower, or the cells of its map, `[n, C]`."""
+    return (rows.movedim(1, -1) if rows.ndim == 4 else rows).flatten(0, -2)
 
 
 def different(a, b):
@@ -97,9 +112,12 @@ def test_scores_are_those_of_the_patches_behind_each_token(name, attention, atte
         ((decision,),) = sieve.last
 
     twin = tiny.build(name, "eager")
-    for module in attentions(twin):
-        module.config._attn_implementation_internal = "by_hand"
     tower, pooled = twin.get_encoder(modality="image"), []
+    for module in timm(tower):
+        module.fused_attn = False
+        module.attn_drop.register_forward_pre_hook(partial(take_notice, module))
+    for module in attentions(twin) if not timm(tower) else ():
+        module.config._attn_implementation_internal = "by_hand"
     if getattr(tower, "use_head", False):  # SigLIP's pooling head stands in for a late [CLS] row
         tower.head.register_forward_pre_hook(lambda head, args: pooled.append(head_row(head, args[0])))
     reference.encode(twin, name, sample)

@@ -25,8 +25,6 @@ METHODS = {
 }
 REFUSED = {
     "qwen3.5": {"inside": "linear"},
-    "fast-vlm": {"attention": "its tower is convolutional", "merging": "its tower is convolutional"},
-    "perception-lm": {"attention": "timm's, whose attention cannot be read", "merging": "timm's, whose attention"},
     "llava-onevision-resampled": {"attention": "resamples an image", "merging": "resamples an image"},
     "lighton-ocr": {"attention": "nothing is known", "merging": "nothing is known"},
 }

@@ -8,8 +8,9 @@ placeholders and what stands around and between them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def around(ids: list[int]) -> list[int]:
     return [START, *ids, END]
 
 
-def square(side: int, tokens: int, marks: bool = False, axes: int = 4) -> Draw:
+def square(side: int, tokens: int, marks: bool = False, axes: int = 4, patch: int = 14) -> Draw:
     """Tiles of ``side`` x ``side`` patches and ``tokens`` tokens each; a shape is how many there are, else one.
 
     ``marks``: with a start and an end token; ``axes`` 5: pixels are [image, tile, 3, H, W].
@@ -69,7 +70,7 @@ def square(side: int, tokens: int, marks: bool = False, axes: int = 4) -> Draw:
 
     def draw(shape: Shape, generator: torch.Generator) -> Image:
         (tiles,), cells = shape or (1,), round(tokens**0.5)
-        pixels = torch.randn(*[1] * (axes - 4), tiles, 3, side * 14, side * 14, generator=generator)
+        pixels = torch.randn(*[1] * (axes - 4), tiles, 3, side * patch, side * patch, generator=generator)
         ids = (around if marks else list)([IMAGE] * tokens * tiles)
         return Image({"pixel_values": pixels}, ids, (cells, cells) if tiles == 1 else None)
 
@@ -445,7 +446,7 @@ FAMILIES = {
             "perception-lm",
             "PerceptionLM",
             {
-                "vision_config": TinyTowerConfig(image_size=112),
+                "vision_config": TinyTowerConfig(),
                 "text_config": text("llama"),
                 "projector_pooling_ratio": 2,
             },
@@ -472,6 +473,38 @@ FAMILIES = {
         ),
     )
 }
+
+
+def towered(like: str, name: str, tower: Any, draw: Draw, **config: Any) -> Family:
+    """A family of the matrix with another tower."""
+    return replace(
+        FAMILIES[like], name=name, config=FAMILIES[like].config | {"vision_config": tower} | config, draw=draw
+    )
+
+
+def timm(architecture: str, width: int, **arguments: Any) -> dict[str, Any]:
+    """A real tower of timm's, whose rows are ``width`` wide."""
+    named = {"model_type": "timm_wrapper", "architecture": architecture, "do_pooling": False}
+    return {**named, "hidden_size": width, "model_args": arguments}
+
+
+def towers() -> list[Family]:
+    """Stand-in without [CLS], and the real ones where timm is installed."""
+    tiles, bare = square(8, 16, axes=5), {"vision_use_cls_token": False}
+    found = [towered("perception-lm", "perception-lm-no-cls", TinyTowerConfig(class_token=False), tiles, **bare)]
+    if find_spec("timm") is not None:
+        large, gigantic = "vit_pe_lang_large_patch14_448", "vit_pe_lang_gigantic_patch14_448"
+        sizes = {"embed_dim": 32, "depth": 4, "num_heads": 4, "img_size": (112, 112), "ref_feat_shape": (8, 8)}
+        shape = {"embed_dims": (8, 8, 8, 64, 64), "layers": (1, 1, 1, 1, 3), "inference_mode": True}
+        found += [
+            towered("perception-lm", large, timm(large, 32, global_pool="", **sizes), tiles),
+            towered("perception-lm", gigantic, timm(gigantic, 32, global_pool="", **sizes), tiles, **bare),
+            towered("fast-vlm", "fastvit_mci3", timm("fastvit_mci3", 128, **shape), square(4, 16, patch=64)),
+        ]
+    return found
+
+
+FAMILIES |= {family.name: family for family in towers()}
 
 
 # -- models ---------------------------------------------------------------------------------------------------------

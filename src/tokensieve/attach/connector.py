@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from tokensieve.attach.cache import State, States, all_of, check_cache
 from tokensieve.attach.encoder import RECORD, evidence
-from tokensieve.attach.layout import Columns, Layout
+from tokensieve.attach.layout import Columns, Layout, on_device
 from tokensieve.attach.parts import Part, Scope, decide
 from tokensieve.attach.shown import Shown
 from tokensieve.attach.words import UserWords
@@ -77,14 +77,14 @@ class Plan:
     @property
     def left(self) -> Shape:
         """How the tokens that are left lie."""
-        if self.shape.structure is None:
+        if self.shape.places is None:
             return Shape((self.inside[-1] if self.inside else self.decision).slots)
         return self.shape.left(self.anchors)
 
     @cached_property
     def entered(self) -> int:
         """Patches that entered the LLM: what budgets of decoder methods are shares of."""
-        if self.shape.structure is None:
+        if self.shape.places is None:
             return self.decision.slots
         return self.shape.left(self.decision.anchors).patches
 
@@ -301,8 +301,10 @@ class Connector:
             entered = [plan.features.apply(own) for plan, own in zip(plans, entered, strict=False)]
 
         def see(members: list[Part]) -> VisualTokens:
-            of = [rows[part.image] for part in members]
-            said, heard = (None, None) if text is None or real is None else (text[of], real[of])
+            said, heard = None, None
+            if text is not None and real is not None:
+                of = on_device([rows[part.image] for part in members], text.device)
+                said, heard = text[of], real[of]
             stacked = torch.stack([left[part.image][part.where] for part in members])
             patches = torch.stack([entered[part.image][part.where] for part in members]) if entered else None
             where = [(origins[part.image], part.where) for part in members]

@@ -287,7 +287,7 @@ class DecoderHooks:
 
 def _patches(columns: Tensor, shape: Shape) -> Tensor:
     """Those of an image's columns that hold patches."""
-    return columns if shape.structure is None else columns[~shape.structure]
+    return columns if shape.places is None else columns[shape.places]
 
 
 def _check_attention(config: Any, kinds: set[str], own_masks: bool) -> None:

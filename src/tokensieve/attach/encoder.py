@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.attach import probe as reads
+from tokensieve.attach.kernel_probe import probe_of
 from tokensieve.attach.probe import Probe, Read
 from tokensieve.attach.tower import Arrived, Tower
 from tokensieve.methods import EncoderMethod, Method, Needs
 from tokensieve.methods.baselines import Downsample
 from tokensieve.models import EncodeCall, Family, Shape
 from tokensieve.models.family import Modality, spread
-from tokensieve.models.shape import Grid
+from tokensieve.models.shape import Grid, sent
 from tokensieve.models.vit import Pooling
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
@@ -175,7 +176,7 @@ class EncoderHooks:
             raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
         if needs.reads_attention and not attentions:
-            raise ValueError(f"the attention of {type(tower).__name__} cannot be read: transformers does not run it")
+            raise ValueError(f"{type(tower).__name__} has no attention over all patches that could be read")
         self.pooling = None if cls else self.family.pooling_head(tower)
         self.pooled = {} if self.pooling is None else _last_alone(needs, self.depth)
         nothing: dict[str, Any] = dict.fromkeys(self.pooled)
@@ -184,7 +185,7 @@ class EncoderHooks:
         self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
         own = {} if self.inside is None else self._asked_inside(self.inside, cls)
         probes = {
-            layer: Probe(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
+            layer: probe_of(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
             for layer in sorted(asked.keys() | own.keys())
         }
         self.probes += probes.values()
@@ -316,7 +317,8 @@ class EncoderHooks:
 
     def _record(self, call: Call) -> Record:
         family, model = self.family, self.model
-        shapes = family.shapes(model, call)
+        device = call.output.pooler_output[0].device
+        shapes = [shape.to(device) for shape in family.shapes(model, call)]
         if (call.reads or call.rows or call.pooled) and not all(shape.mapped for shape in shapes):
             raise ValueError(
                 f"{family.title} resamples an image of this size after its encoder: what is read there belongs to none "
@@ -326,7 +328,7 @@ class EncoderHooks:
         def per_image(units: Tensor) -> list[Tensor]:
             if not any(shape.units is not None for shape in shapes):
                 return list(torch.split(units, [shape.patches for shape in shapes]))
-            return [units[shape.units.to(units.device)] for shape in shapes if shape.units is not None]
+            return [units[sent(shape.units, units.device)] for shape in shapes if shape.units is not None]
 
         def told(name: str, layer: int, rows: list[Tensor]) -> list[Tensor]:
             if call.arrived is not None and call.arrived.short:
@@ -342,8 +344,6 @@ class EncoderHooks:
         patches = self._patches(call, per_image) if call.rows else []
         similar = told("cls_similarity", self.depth, call.similar) if call.similar else []
         notes = (POOLED,) * bool(self.pooled) + (RECEIVED,) * self.substitute
-        device = call.output.pooler_output[0].device
-        shapes = [shape.to(device) for shape in shapes]
         return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
 
     def _patches(self, call: Call, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokensieve.models.shape import sent
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -66,7 +68,7 @@ class Layout:
     def spans(self) -> list[list[tuple[int, int]]]:
         """Per row, the first and the last column of each of its images."""
         spans: list[list[tuple[int, int]]] = []
-        for row, sizes in zip(self.visual, self.images, strict=True):
+        for row, sizes in zip(self.visual.cpu(), self.images, strict=True):
             columns, edges = row.nonzero().squeeze(-1).tolist(), [0, *accumulate(sizes)]
             spans.append([(columns[first], columns[end - 1]) for first, end in pairwise(edges)])
         return spans
@@ -86,8 +88,9 @@ class Layout:
     def side_by_side(self) -> list[list[list[int]]]:
         """Per row, its images in groups between whose placeholders nothing stands, by number."""
         groups: list[list[list[int]]] = []
+        visual = self.visual.cpu()
         for row, sizes in enumerate(self.images):
-            columns = self.visual[row].nonzero().squeeze(-1).tolist()
+            columns = visual[row].nonzero().squeeze(-1).tolist()
             groups.append([])
             first = 0
             for image, size in enumerate(sizes):
@@ -131,9 +134,8 @@ class Columns:
 
 
 def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
-    """A small tensor of ``values``, on its way to the device: nothing waits for what the device is doing."""
-    made = torch.tensor(values)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    """A small tensor of ``values``, on its way to the device."""
+    return sent(torch.tensor(values), device)
 
 
 def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:

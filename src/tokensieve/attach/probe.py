@@ -71,14 +71,20 @@ class Probe:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
         """The attention function itself: read if armed, then the model's own kernel."""
-        rows = getattr(self._local, "rows", None)
-        if rows is not None:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            rows.append(self.read(query.detach(), key.detach(), scaling, mask))
-            if getattr(self._local, "stop", False):
-                raise _Read
+        self.see(query, key, kwargs.get("scaling"), mask)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
         return kernel(module, query, key, value, mask, **kwargs)
+
+    @property
+    def armed(self) -> bool:
+        return getattr(self._local, "rows", None) is not None
+
+    def see(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
+        """Read if armed."""
+        if self.armed:
+            self._local.rows.append(self.read(query.detach(), key.detach(), scaling or query.shape[-1] ** -0.5, mask))
+            if getattr(self._local, "stop", False):
+                raise _Read
 
 
 class _Read(Exception):

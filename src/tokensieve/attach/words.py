@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokensieve.models.shape import sent
+
 MARKS = ("one", "7 two")  # two texts with nothing in common: what their renderings share is template
 
 
@@ -101,19 +103,20 @@ class UserWords:
         Args:
             anywhere: those before the first image, too, which have not seen it.
         """
-        rows = [self.columns(row, anywhere) for row in ids.tolist()]
+        prompts = ids.tolist()
+        rows = [self.columns(row, anywhere) for row in prompts]
         if inside is not None:
             rows = [[c for c in row if not within[c]] for row, within in zip(rows, inside.tolist(), strict=True)]
-        for i, (found, row) in enumerate(zip(rows, ids.tolist(), strict=True)):
+        for i, (found, row) in enumerate(zip(rows, prompts, strict=True)):
             if not found and self.shown.intersection(row):
                 where = "" if anywhere else " after its image (those before it have not seen it)"
                 raise ValueError(
                     f"the prompt of sample {i} has no words to go by{where}; this method needs the user's text"
                 )
         width = max(map(len, rows), default=0)
-        index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64, device=ids.device)
-        real = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows], device=ids.device)
-        return index, real
+        index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64)
+        real = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows])
+        return sent(index, ids.device), sent(real, ids.device)
 
     def columns(self, row: list[int], anywhere: bool = False) -> list[int]:
         """Columns of one prompt's words, ascending."""

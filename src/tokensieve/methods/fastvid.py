@@ -57,10 +57,10 @@ class FastVid(Method):
         into = torch.arange(salient.numel(), device=rows.device).where(salient.flatten(), -1)
         weight = salient.flatten().float()
         mean = normalise(rows.mean(1, dtype=torch.float32))
-        similar = (mean[1:] * mean[:-1]).sum(-1)
+        similar, shares = (mean[1:] * mean[:-1]).sum(-1), context.tolist()
         cut = (similar < self.alike).scatter(0, top_k(-similar, self.segments - 1), True)
         for first, end in segments_at(cut):
-            if few := int(context[first:end].sum()):
+            if few := sum(shares[first:end]):
                 free = (~salient[first:end]).flatten().nonzero().squeeze(-1)
                 anchors, flat = self.anchors(rows[first:end], salient[first:end], few), rows[first:end].flatten(0, 1)
                 cluster, centre = nearest(flat, flat[anchors])[free, 0], torch.searchsorted(free, anchors)

@@ -20,7 +20,7 @@ class AnyResolution(Family):
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         pinpoints, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
-        return [image_size_to_num_patches(size, pinpoints, side) for size in call.inputs["image_sizes"]]
+        return [image_size_to_num_patches(size, pinpoints, side) for size in call.sizes]
 
     @abstractmethod
     def pack(self, model: Any, call: EncodeCall, rows: list[Tensor], newline: Tensor) -> list[Tensor]:
@@ -41,10 +41,11 @@ class AnyResolution(Family):
             line[first:] += 1
             newlines = int(structure.sum())
             views.append((newlines, (len(rows) - first) // newlines - 1))
-        units = rows[~structure]
+        places = (~structure).nonzero().squeeze(-1)
+        units = rows[places]
         mapped = bool((units[:, 0] ** 2 == units[:, 1]).all())  # a mean's square is not the mean of the squares
         if not mapped:
-            return Shape(len(rows), tuple(views), None, line, structure, mapped=False)
+            return Shape(len(rows), tuple(views), None, line, places, mapped=False)
         number = units[:, 0].long()
         tile = number // first - number[0] // first if tiles else None
-        return Shape(len(rows), tuple(views), number, line, structure, tile, tiles)
+        return Shape(len(rows), tuple(views), number, line, places, tile, tiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -33,6 +34,12 @@ class EncodeCall:
     modality: Modality = "image"
     tower: dict[str, Any] = field(default_factory=dict)
     output: Any = None
+
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        """(height, width) of each image in pixels, as the model is given them; one look at the device."""
+        sizes: list[list[int]] = torch.as_tensor(self.inputs["image_sizes"]).tolist()
+        return sizes
 
 
 class Family(ABC):
@@ -190,6 +197,11 @@ def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:
     out[:specials] = rows[:specials]
     out[specials + reduction.anchors] = rows[specials:]
     return out
+
+
+def timm_attentions(blocks: nn.Module) -> list[nn.Module]:
+    """The attention modules in blocks of timm's, first to last; each says whether it calls torch's fused kernel."""
+    return [module for module in blocks.modules() if hasattr(module, "fused_attn")]
 
 
 def _attention(layer: nn.Module) -> nn.Module | None:

@@ -1,19 +1,23 @@
-"""FastVLM: a convolutional tower, one visual token per cell of its feature map."""
+"""FastVLM: timm's FastViT, convolutions and then attention; one visual token per cell of its feature map."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tokensieve.models.family import EncodeCall, Family
-from tokensieve.models.shape import Shape
+from torch import nn
+
+from tokensieve.models.family import EncodeCall, Family, timm_attentions
+from tokensieve.models.shape import Grid
 
 
 class FastVlm(Family):
     name = "fast-vlm"
     title = "FastVLM"
     model_types = ("fast_vlm",)
-    opaque = "its tower is convolutional"
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
-        images, _, height, width = call.output.last_hidden_state.shape
-        return [Shape.grid_of(height, width)] * images
+    def attentions(self, tower: Any) -> list[nn.Module]:
+        return timm_attentions(tower.timm_model.stages[-1])  # those before see more and smaller patches
+
+    def _patches_of_tile(self, model: Any, call: EncodeCall) -> Grid:
+        height, width = call.output.last_hidden_state.shape[-2:]
+        return height, width

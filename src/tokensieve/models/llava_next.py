@@ -16,7 +16,5 @@ class LlavaNext(AnyResolution):
     model_types = ("llava_next",)
 
     def pack(self, model: Any, call: EncodeCall, rows: list[Tensor], newline: Tensor) -> list[Tensor]:
-        packed, _ = model.base_model.pack_image_features(
-            rows, call.inputs["image_sizes"], "full", image_newline=newline
-        )
+        packed, _ = model.base_model.pack_image_features(rows, call.sizes, "full", image_newline=newline)
         return list(packed)

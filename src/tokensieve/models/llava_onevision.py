@@ -28,10 +28,10 @@ class LlavaOnevision(AnyResolution):
             return super().shapes(model, call)
         videos, frames = call.inputs["pixel_values_videos"].shape[:2]
         height, width = (-(-side // 2) for side in self.tile(model, call))
-        newline = torch.arange(frames * height * width + 1) == frames * height * width
         shape = Shape.frames_of(frames, height, width)
-        line = torch.zeros_like(newline, dtype=torch.int64)  # of the whole video: the newline stays
-        return [replace(shape, total=len(newline), line=line, structure=newline)] * videos
+        places = torch.arange(shape.total)
+        line = torch.zeros(shape.total + 1, dtype=torch.int64)  # of the whole video: the newline stays
+        return [replace(shape, total=len(line), line=line, places=places)] * videos
 
     def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         if call.modality == "image":
@@ -47,11 +47,10 @@ class LlavaOnevision(AnyResolution):
 
     def tiles(self, model: Any, call: EncodeCall) -> list[int]:
         tiles, counts = super().tiles(model, call), call.inputs.get("batch_num_images")
-        alone = [True] * len(tiles) if counts is None else [int(n) == 1 for n in counts for _ in range(int(n))]
+        alone = [True] * len(tiles) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
         return [count if own else 1 for count, own in zip(tiles, alone, strict=True)]
 
     def pack(self, model: Any, call: EncodeCall, rows: list[Tensor], newline: Tensor) -> list[Tensor]:
         ratio = call.inputs.get("vision_aspect_ratio") or model.config.vision_aspect_ratio
-        sizes = call.inputs["image_sizes"]
-        packed, _ = model.base_model.pack_image_features(rows, sizes, newline, vision_aspect_ratio=ratio)
+        packed, _ = model.base_model.pack_image_features(rows, call.sizes, newline, vision_aspect_ratio=ratio)
         return list(packed)

@@ -22,7 +22,7 @@ class Mistral3(Family):
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         side = model.config.vision_config.patch_size * self.merge(model)
-        return [Shape.grid_of(int(h) // side, int(w) // side) for h, w in call.tower["image_sizes"]]
+        return [Shape.grid_of(h // side, w // side) for h, w in call.sizes]
 
     def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         (rows,) = reads  # one call for all images, kept apart by its mask

@@ -1,4 +1,4 @@
-"""PerceptionLM: a thumbnail and tiles side by side, average-pooled; its tower is timm's."""
+"""PerceptionLM: a thumbnail and tiles side by side; timm's Perception Encoder, average-pooled after the projector."""
 
 from __future__ import annotations
 
@@ -7,23 +7,41 @@ from math import isqrt
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokensieve.models.family import EncodeCall, Family
-from tokensieve.models.shape import Shape
+from tokensieve.models.family import EncodeCall, Family, timm_attentions
+from tokensieve.models.shape import Grid, Shape
 
 
 class PerceptionLM(Family):
     name = "perception-lm"
     title = "PerceptionLM (images)"
     model_types = ("perception_lm",)
-    opaque = "its tower is timm's, whose attention cannot be read"
+
+    def attentions(self, tower: Any) -> list[nn.Module]:
+        return timm_attentions(tower.timm_model.blocks)
+
+    def merge(self, model: Any) -> int:
+        return int(model.config.projector_pooling_ratio)
 
     def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
         images, tiles = call.inputs["pixel_values"].shape[:2]
-        side = isqrt(call.output.pooler_output.shape[1])
-        return [Shape(tiles * side * side, ((side, side),) * tiles)] * images
+        (height, width), (rows, _) = self.tile(model, call), self._patches_of_tile(model, call)
+        even = rows % self.merge(model) == 0  # else the patches that are averaged overlap
+        return [Shape(tiles * height * width, ((height, width),) * tiles, mapped=even)] * images
 
     def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
         tiles = len(shapes[0].views)
         return [torch.cat(list(pooled[first : first + tiles])) for first in range(0, len(pooled), tiles)]
+
+    def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
+        return self.in_units(model, call, rows).flatten(1)
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        tiles = torch.unflatten(rows, -1, (self.merge(model) ** 2, -1))  # each unit is a small picture
+        projected: Tensor = self.projector(model)(tiles)
+        return projected.squeeze(1)
+
+    def _patches_of_tile(self, model: Any, call: EncodeCall) -> Grid:
+        side = isqrt(call.output.last_hidden_state.shape[1] - int(model.config.vision_use_cls_token))
+        return side, side

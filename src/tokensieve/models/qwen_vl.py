@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from tokensieve.methods.base import Stage
 from tokensieve.models.family import EncodeCall, Family, Modality, spread
-from tokensieve.models.shape import Grid, Shape
+from tokensieve.models.shape import Grid, Shape, sent
 from tokensieve.reduction import Reduction
 
 
@@ -61,9 +61,9 @@ class QwenVL(Family):
         if not hasattr(tower, "fullatt_block_indexes"):
             return units
         config = tower.config  # the tower runs window by window: undo its permutation
-        grid = call.tower["grid_thw"]
+        grid = call.tower["grid_thw"].cpu()
         window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-        return units[window.to(units.device).argsort()]
+        return units[sent(window.argsort(), units.device)]
 
     def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         config, grids = tower.config, inputs["grid_thw"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Shape:
         units: `[M]` int64, which row of the projector each patch token is, counted over a whole encode call; ``None``:
             the M rows that follow those of the image before.
         line: `[N]` int64, the line each token stands in; ``None`` where there are no structure rows.
-        structure: `[N]` bool, True on structure rows; ``None``: there are none.
+        places: `[M]` int64, where the patches stand among all tokens; ``None``: there are no structure rows.
         tile: `[M]` int64, which tile each patch token is seen in, 0 for the whole image that comes first;
             ``None``: there are no tiles, or they do not form one mosaic.
         tiles: how many there are besides the whole image.
@@ -40,7 +41,7 @@ class Shape:
     views: tuple[Grid, ...] = ()
     units: Tensor | None = None
     line: Tensor | None = None
-    structure: Tensor | None = None
+    places: Tensor | None = None
     tile: Tensor | None = None
     tiles: int = 0
     mapped: bool = True
@@ -59,7 +60,7 @@ class Shape:
     @property
     def grid(self) -> Grid | None:
         """(height, width) of all tokens, if they are one grid; frames count as one below the other."""
-        return self.stacked if self.structure is None else None
+        return self.stacked if self.places is None else None
 
     @property
     def stacked(self) -> Grid | None:
@@ -77,29 +78,30 @@ class Shape:
     @property
     def patches(self) -> int:
         """M, tokens that belong to a patch."""
-        if self.structure is None:
-            return self.total
-        return sum(map(prod, self.views)) if self.views else int((~self.structure).sum())
+        return self.total if self.places is None else len(self.places)
 
-    @property
-    def places(self) -> Tensor | None:
-        """`[M]`, where the patches stand among all tokens; ``None``: everywhere."""
-        return None if self.structure is None else (~self.structure).nonzero().squeeze(-1)
+    @cached_property
+    def structure(self) -> Tensor | None:
+        """`[N]` bool, True on structure rows; ``None``: there are none."""
+        if self.places is None:
+            return None
+        return self.places.new_ones(self.total, dtype=torch.bool).index_fill(0, self.places, False)
 
     def to(self, device: torch.device) -> Shape:
-        """The same with its tensors on a device."""
-        if self.structure is None or self.line is None or self.structure.device == device:
-            return self
-        tile = None if self.tile is None else self.tile.to(device)
-        return replace(self, line=self.line.to(device), structure=self.structure.to(device), tile=tile)
+        """The same with its tensors on their way to a device."""
+        own = {name: getattr(self, name) for name in ("units", "line", "places", "tile")}
+        there: dict[str, Any] = {name: sent(x, device) for name, x in own.items() if x is not None}
+        return replace(self, **there)
 
     def left(self, anchors: Tensor) -> Shape:
         """What is left when the tokens ``anchors`` stay: no grids any more."""
         if self.structure is None or self.line is None:
             return Shape(len(anchors))
+        if len(anchors) == self.total:
+            return Shape(self.total, line=self.line, places=self.places)
         line = self.line[anchors]  # lines that lost all their tokens are not counted
         line = pad((line.diff() != 0).long().cumsum(0), (1, 0))[: len(anchors)]
-        return Shape(len(anchors), line=line, structure=self.structure[anchors])
+        return Shape(len(anchors), line=line, places=(~self.structure[anchors]).nonzero().squeeze(-1))
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows of the patches `[M, C]` with zeros at structure rows, `[N, C]`."""
@@ -110,7 +112,7 @@ class Shape:
 
     def lifted(self, parts: Sequence[Reduction]) -> Reduction:
         """Decisions about successive parts of the patches as one decision about all tokens."""
-        if len(parts) == 1 and self.structure is None:
+        if len(parts) == 1 and self.places is None:
             return parts[0]
         notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
         device, sizes = parts[0].anchors.device, [part.total for part in parts]
@@ -147,8 +149,15 @@ class Shape:
         if mixing is None:
             return slots, None
         number = stay.cumsum(0) - 1
-        own = breaks.nonzero().squeeze(-1)
+        own = slots[(~breaks[slots]).int().argsort(stable=True)[: len(slots) - len(anchors)]]
         slot = torch.cat([number[places[anchors]][mixing.slot], number[own]])
         source = torch.cat([places[mixing.source], own])
         weight = torch.cat([mixing.weight, mixing.weight.new_ones(len(own))])
         return slots, Mixing(slot, source, weight)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on its way to the device: nothing waits for what the device is doing."""
+    if x.device.type != "cpu" or device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

@@ -32,9 +32,9 @@ class VideoLlava(Family):
         videos, frames = call.inputs["pixel_values_videos"].shape[:2]
         height, width = self.tile(model, call)
         line = torch.arange(frames).repeat_interleave(1 + height * width)
-        cls = torch.arange(len(line)) % (1 + height * width) == 0
+        places = (torch.arange(len(line)) % (1 + height * width)).nonzero().squeeze(-1)  # [CLS] comes first
         views = ((height, width),) * frames
-        return [Shape(len(line), views, line=line, structure=cls, video=True)] * videos
+        return [Shape(len(line), views, line=line, places=places, video=True)] * videos
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         return super().patches(model, call, rows if call.modality == "image" else rows[:, 1:])

@@ -38,7 +38,7 @@ def mean_pairwise_cosine(rows: Tensor) -> Tensor:
 
 def segments_at(cut: Tensor) -> list[Segment]:
     """Segments of T frames from `[T − 1]` bool, True where the next frame begins a new one."""
-    edges = [0, *((cut.nonzero().squeeze(-1) + 1).tolist()), len(cut) + 1]
+    edges = [0, *(number + 1 for number, new in enumerate(cut.tolist()) if new), len(cut) + 1]
     return list(pairwise(edges))
 
 
