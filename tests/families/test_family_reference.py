@@ -22,5 +22,5 @@ def test_reference_of_the_whole_prompt_is_the_unhooked_model(name, attention, de
         assert deviation("of the reference from the unhooked model", got[row], by_hand) <= noise(name)
         if name == "qwen3.5":
             continue  # its linear layers cannot lose tokens in between
-        inside = reference.logits_inside(model, name, sample, 1, whole, answers[row][:-1])
+        inside = reference.logits_inside(model, name, sample, {1: whole}, answers[row][:-1])
         assert deviation("of the reference block by block", inside, by_hand) <= noise(name)
