@@ -14,8 +14,7 @@ from tokensieve.reference.benchmark import benchmark, shortcuts
 
 NAMES = ("vilt-reference", "pumer-reference")
 SCENES = 40
-FLOOR = 0.72  # of all validation questions; the card says 0.8 of the test questions
-UNLEARNED = "where"  # answered like a guess; the card says so
+FLOOR = 0.88  # of all validation questions; the card says 0.93 of the test questions
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +54,21 @@ def test_small_and_complete(spec):
 
 
 def test_unreduced_reads(shipped, rows):
-    """Well above what guessing scores, type by type, but for the one that the card excepts."""
+    """Far above what guessing scores, type by type."""
     full, _, processor = shipped
     by_type, overall = right(full, processor, rows, "full")
     assert overall > FLOOR
     for type, guess in shortcuts(rows).items():
-        assert by_type[type] > guess.best + 0.1 or type == UNLEARNED, type
+        assert by_type[type] > guess.best + 0.25, type
 
 
-def test_training_regains_most(shipped, rows, spec):
+def test_training_regains_what_reducers_cost(shipped, rows, spec):
     full, tuned, processor = shipped
     _, unreduced = right(full, processor, rows, "full")
     _, untrained = right(full, processor, rows, spec)
     _, trained = right(tuned, processor, rows, spec)
-    assert trained > untrained
-    assert trained > unreduced - 0.08
+    assert trained > untrained + 0.08
+    assert trained > unreduced - 0.04  # on all questions within 0.01, says the card; here are 280
 
 
 def test_ratios_of_zero_are_the_model(shipped):

@@ -77,11 +77,11 @@ def compare(
     columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
     samples = load_data(data, **columns, limit=limit)
     vlm, processor = load_model(model, classifiers=True)
+    if methods == METHODS and not vlm.can_generate():
+        specs = [trained_spec(model, vlm)]
     trained = None
     if unreduced := unreduced or COMPARED_WITH.get(model):
         trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
-    if methods == METHODS and not vlm.can_generate():
-        specs = [trained_spec(model, vlm if trained is None else trained)]
     with progress() as bar:
         rows = run(
             vlm,

@@ -64,9 +64,8 @@ class PruneVid(Method):
         segments = segments_at(scene[1:] != scene[:-1])
         still = [self.stands_still(rows, segment) for segment in segments]
         sizes = group_sizes(segments, still)
-        if wanted is None:
-            quotas = (sizes * self.merged).long().clamp(min=1).where(sizes > 14, sizes)
-        else:
+        quotas = (sizes * self.merged).long().clamp(min=1).where(sizes > 14, sizes)
+        if wanted is not None:
             quotas = in_proportion(min(wanted, int(sizes.sum())), sizes)
         return merge_groups(rows, segments, still, quotas.tolist(), self.pick)
 
