@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import reduce
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tokensieve.models.shape import sent
 
+log = logging.getLogger(__name__)
 MARKS = ("one", "7 two")  # two texts with nothing in common: what their renderings share is template
 
 
@@ -66,7 +68,8 @@ class UserWords:
         for system in ("", *MARKS):
             try:
                 both = [tokens(mark, last=True, system=system) for mark in MARKS]
-            except Exception:  # a template may refuse system prompts, or words before an image
+            except Exception as error:  # the plain prompt did render: what fails here is a refusal, in any type
+                log.info("the chat template takes no %s: %s", "system prompt" if system else "words first", error)
                 continue
             head, tail = _common_start(*both), _common_end(*both)
             heads.append(head[: head.index(image)] if image in head else head)
