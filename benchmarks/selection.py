@@ -25,7 +25,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from tokensieve import VisualTokens, __version__, methods, parse
+from tokensieve import VisualTokens, __version__, list_methods, parse
 from tokensieve.measure import interleave, paired_ratio, peak_activation_bytes
 from tokensieve.methods import Method
 from tokensieve.ops import normalise
@@ -149,7 +149,7 @@ LOOPS = {"divprune": divprune_loop, "cdpruner": cdpruner_loop, "scope": scope_lo
 
 
 def main() -> None:
-    known = [m.name for m in methods() if m.stage == "connector" and m.name != "full" and not m.needs.video]
+    known = [m.name for m in list_methods() if m.stage == "connector" and m.name != "full" and not m.needs.video]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2880, 20_000, 100_000])
     parser.add_argument("--keep", type=int, default=64)

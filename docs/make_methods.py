@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from make_results import DOCS, Entry, ledger, wished
 
-from tokensieve.methods import Method, MethodInfo, Needs, methods
+from tokensieve.methods import Method, MethodInfo, Needs, list_methods
 from tokensieve.methods.registry import find
 
 FOLDER = DOCS / "methods"
@@ -67,7 +67,7 @@ def _joined(text: str) -> str:
 
 def pages() -> dict[str, str]:
     """{file name: text} of everything in ``docs/methods``."""
-    known, measured = methods(), ledger()
+    known, measured = list_methods(), ledger()
     published = json.loads((DOCS / "published.json").read_text("utf-8"))
     texts = {f"{info.name}.md": _page(info, published, measured) for info in known}
     return {"README.md": "\n".join(_index(known)) + "\n"} | {

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from tokensieve.evaluate import Chance, Results, Row
+from tokensieve.evaluate import Results, Row, VsRandom
 
 DOCS = Path(__file__).parent
 LEDGER, PAGE = DOCS / "results.jsonl", DOCS / "results.md"
@@ -39,7 +39,7 @@ class Entry:
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    chance: Chance | None
+    chance: VsRandom | None
 
     @property
     def accuracies(self) -> str:
@@ -66,7 +66,7 @@ def wished(keep: float) -> str:
 def ledger() -> list[Entry]:
     """Everything measured so far."""
     lines = map(json.loads, LEDGER.read_text("utf-8").splitlines())
-    return [Entry(**{**line, "chance": line["chance"] and Chance(**line["chance"])}) for line in lines]
+    return [Entry(**{**line, "chance": line["chance"] and VsRandom(**line["chance"])}) for line in lines]
 
 
 def enter(results: Results) -> None:

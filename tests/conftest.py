@@ -22,10 +22,10 @@ def _seed():
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
     """The method registry; what a test registers is forgotten afterwards."""
-    from tokensieve.methods import methods
+    from tokensieve.methods import list_methods
     from tokensieve.methods import registry as module
 
-    methods()
+    list_methods()
     monkeypatch.setattr(module, "_registry", dict(module._registry))
     return module
 

@@ -1,18 +1,17 @@
 """Attach any published visual-token reduction method to an unmodified Hugging Face vision-language model.
 
-The public names are imported on first use, so that ``tokensieve --help`` does not pay for torch.
+The public names are imported on first use (PEP 562), so that ``tokensieve --help`` does not import torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tokensieve.errors import Refusal
 from tokensieve.version import __version__
 
 if TYPE_CHECKING:
-    from tokensieve.attach import Sieve, attach
-    from tokensieve.methods import Method, MethodInfo, Needs, methods, parse, register
+    from tokensieve.engine import Sieve, attach
+    from tokensieve.methods import Method, MethodInfo, Needs, list_methods, parse, register
     from tokensieve.reduction import Reduction
     from tokensieve.tokens import VisualTokens
 
@@ -21,35 +20,35 @@ __all__ = [
     "MethodInfo",
     "Needs",
     "Reduction",
+    "Refusal",
     "Sieve",
     "VisualTokens",
     "__version__",
     "attach",
-    "methods",
+    "list_methods",
     "parse",
     "register",
 ]
 
-_HOME = {
-    "attach": ("attach", "Sieve"),
-    "methods": ("Method", "MethodInfo", "Needs", "methods", "parse", "register"),
-    "reduction": ("Reduction",),
-    "tokens": ("VisualTokens",),
+_MODULE_OF = {
+    "Method": "methods",
+    "MethodInfo": "methods",
+    "Needs": "methods",
+    "Reduction": "reduction",
+    "Sieve": "engine",
+    "VisualTokens": "tokens",
+    "attach": "engine",
+    "list_methods": "methods",
+    "parse": "methods",
+    "register": "methods",
 }
 
 
-class _Package(ModuleType):
-    """This package, with lazy names: a property wins over the submodule of the same name (``attach``, ``methods``)."""
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 
-def _lazy(home: str, name: str) -> property:
-    def get(self: ModuleType) -> Any:
-        return getattr(import_module(f"tokensieve.{home}"), name)
-
-    return property(get, lambda self, submodule: None)
-
-
-for _home, _names in _HOME.items():
-    for _name in _names:
-        setattr(_Package, _name, _lazy(_home, _name))
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

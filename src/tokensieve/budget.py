@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal, TypeAlias
 
+from tokensieve.errors import Refusal
+
 Budget: TypeAlias = int | float
 Scope: TypeAlias = Literal["image", "sample", "sample-score", "tile", "clip", "frame"]
 
@@ -12,9 +14,9 @@ def check_budget(keep: Budget) -> Budget:
     """Return ``keep`` unchanged if it is a budget; raise ``ValueError`` naming what is allowed otherwise."""
     allowed = "a whole number of tokens >= 1, or a share in (0, 1]"
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise ValueError(f"keep must be {allowed}; got {keep!r}")
+        raise Refusal(f"keep must be {allowed}; got {keep!r}")
     if (keep < 1) if isinstance(keep, int) else not 0 < keep <= 1:
-        raise ValueError(f"keep must be {allowed}; got {keep}")
+        raise Refusal(f"keep must be {allowed}; got {keep}")
     return keep
 
 
@@ -27,7 +29,7 @@ def parse_budget(text: str) -> Budget:
     except ValueError as error:
         if "keep must be" in str(error):
             raise
-        raise ValueError(f"keep must be a whole number of tokens or a share in (0, 1]; got {text!r}") from None
+        raise Refusal(f"keep must be a whole number of tokens or a share in (0, 1]; got {text!r}") from None
 
 
 def count(keep: Budget, total: int) -> int:
@@ -62,7 +64,7 @@ def stage_counts(
 
     lowest = blocks[0] * total / depth
     if wanted <= lowest:
-        raise ValueError(
+        raise Refusal(
             f"an average of {wanted:g} of {total} tokens is out of reach of stages at blocks {list(blocks)} of "
             f"{depth}; reachable: above {lowest:g}, up to {total}"
         )
@@ -88,7 +90,7 @@ def merge_counts(total: int, stages: int, keep: Budget, inflection: float = 0.0)
     for stage in reversed(range(stages - 1)):  # where a stage would have to lose more than half, more leave before
         left[stage] = min(left[stage], 2 * left[stage + 1])
     if 2 * left[0] < total:
-        raise ValueError(f"{keep} of {total} tokens are out of reach: {stages} layers can only halve them each")
+        raise Refusal(f"{keep} of {total} tokens are out of reach: {stages} layers can only halve them each")
     return left
 
 

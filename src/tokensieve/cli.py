@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from tokensieve.commands import ask, bench, calibrate, catalogue, check, compare, convert, new_method, train
-from tokensieve.errors import raised_by_us
+from tokensieve.errors import Refusal
 
 RESUMABLE = ("compare", "train")
 
@@ -37,18 +37,13 @@ class Cli(TyperGroup):
 def users_error(error: Exception) -> str | None:
     """One line if the error is the user's to mend, ``None`` if it is a bug.
 
-    A user's are a ``ValueError`` that Tokensieve itself raised, a missing extra, what the system refused (``OSError``),
-    and what typer says of options.
+    The type alone tells: a ``Refusal``, what the system refused (``OSError``), or what typer says of options.
     """
     if isinstance(error, BrokenPipeError):
         return None
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
         text = str(error.format_message())
-    elif (
-        isinstance(error, OSError)
-        or (isinstance(error, ValueError) and raised_by_us(error))
-        or (isinstance(error, ImportError) and "pip install" in str(error))
-    ):
+    elif isinstance(error, Refusal | OSError):
         text = str(error)
     else:
         return None

@@ -12,7 +12,7 @@ from tokensieve.ops import bipartite_match, first_of_each
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class ModalityStream:
     """The tokens of one modality at some layer.
 
     Attributes:
@@ -25,11 +25,11 @@ class Stream:
     counts: tuple[int, ...]
     size: Tensor | None = None
 
-    def reduced(self, merge: Merge, *, average: bool) -> Stream:
+    def reduced(self, merge: Merge, *, average: bool) -> ModalityStream:
         """The stream after ``merge``; ``average``: its mask is averaged as the tokens are, else what is left counts."""
         real = first_of_each(merge.counts, merge.anchors).float()
         mask = merge.apply(self.mask[..., None]).squeeze(-1) * real if average else real
-        return Stream(mask, merge.counts, None if self.size is None else merge.sizes(self.size))
+        return ModalityStream(mask, merge.counts, None if self.size is None else merge.sizes(self.size))
 
     @property
     def ragged(self) -> bool:
@@ -49,8 +49,8 @@ class CrossModal:
         image_key: `[B, H, I, d]`, keys of the image.
     """
 
-    text: Stream
-    image: Stream
+    text: ModalityStream
+    image: ModalityStream
     query: Tensor
     key: Tensor
     bias: Tensor | None

@@ -1,11 +1,27 @@
-"""Whose error it is."""
+"""Errors that a user can mend. Every other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
 
-def raised_by_us(error: BaseException) -> bool:
-    """Whether Tokensieve itself raised it, and not a library underneath."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame is not None and str(frame.tb_frame.f_globals.get("__name__")).startswith("tokensieve")
+class Refusal(ValueError):
+    """What was asked for cannot be done. The message says what, got and allowed; nothing has been changed.
+
+    Raise it wherever the user's input is at fault, in plug-ins too. The command line prints it as one line (exit code
+    2), and ``tokensieve check`` reports it as "refused". Any other exception is a bug and keeps its traceback.
+    """
+
+
+class DataError(Refusal):
+    """The user's data cannot be used; the message names the file and the line."""
+
+
+class ResumeError(Refusal):
+    """The output folder holds the predictions of another set-up."""
+
+
+class OutputError(Refusal, OSError):
+    """A result cannot be written; the message says why, and what is kept."""
+
+
+class MissingExtra(Refusal, ImportError):
+    """An optional dependency is not installed; the message says how to install it."""

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tokensieve.errors import Refusal
+
 ENTRIES = 16384  # of a mixing matrix at once, so that a long video needs no float32 copy of all its rows
 
 
@@ -165,7 +167,7 @@ class Reduction:
     def apply(self, rows: Tensor) -> Tensor:
         """``W @ rows``: `[N, D]` to `[K, D]` (or batched). Sums run in float32; the dtype of ``rows`` comes back."""
         if rows.shape[-2] != self.total:
-            raise ValueError(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
+            raise Refusal(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
         if self.whole:
             return rows
         width = rows.shape[-1]
@@ -191,11 +193,9 @@ class Reduction:
     def after(self, first: Reduction) -> Reduction:
         """The single decision equal to ``first`` and then this one (W = W_this · W_first); both of one image."""
         if first.slots != self.total:
-            raise ValueError(
-                f"stages do not fit: {first.slots} tokens leave the first, the second expects {self.total}"
-            )
+            raise Refusal(f"stages do not fit: {first.slots} tokens leave the first, the second expects {self.total}")
         if self.anchors.ndim != 1 or first.anchors.ndim != 1:
-            raise ValueError("compose Reductions of single images: index the batched ones first")
+            raise Refusal("compose Reductions of single images: index the batched ones first")
         if first.whole:
             return replace(self, grid=first.grid or self.grid, notes=first.notes + self.notes)
         mixing = None if self.mixing is None and first.mixing is None else _product(self.entries(), first.entries())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget, count
-from tokensieve.ops import marked
+from tokensieve.errors import Refusal
+from tokensieve.ops import padded_nonzero
 from tokensieve.reduction import Mixing, Reduction
 
 Layers: TypeAlias = int | slice | tuple[int, ...]
@@ -95,24 +96,24 @@ class VisualTokens:
 
     def __post_init__(self) -> None:
         if self.features.ndim != 3:
-            raise ValueError(f"features must be [B, N, D]; got shape {list(self.features.shape)}")
+            raise Refusal(f"features must be [B, N, D]; got shape {list(self.features.shape)}")
         b, n, _ = self.features.shape
         if self.grid is not None and self.grid[0] * self.grid[1] != n:
-            raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
+            raise Refusal(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
         if self.frames is not None and n % self.frames:
-            raise ValueError(f"{n} tokens are not {self.frames} frames of equal size")
+            raise Refusal(f"{n} tokens are not {self.frames} frames of equal size")
         for name in ("cls_attention", "cls_wide", "received", "encoder_keys"):
             for layer, rows in getattr(self, name).items():
                 if rows.shape[:2] != (b, n):
-                    raise ValueError(f"{name}[{layer}] must be [{b}, {n}]; got {list(rows.shape[:2])}")
+                    raise Refusal(f"{name}[{layer}] must be [{b}, {n}]; got {list(rows.shape[:2])}")
         for name in ("patches", "joint", "padding", "tile"):
             rows = getattr(self, name)
             if rows is not None and rows.shape[:2] != (b, n):
-                raise ValueError(f"{name} must start with [{b}, {n}]; got {list(rows.shape)}")
+                raise Refusal(f"{name} must start with [{b}, {n}]; got {list(rows.shape)}")
         if self.text is not None and (self.text.ndim != 3 or self.text.shape[0] != b):
-            raise ValueError(f"text must be [{b}, M, D]; got shape {list(self.text.shape)}")
+            raise Refusal(f"text must be [{b}, M, D]; got shape {list(self.text.shape)}")
         if self.text is not None and self.text_mask is not None and self.text_mask.shape != self.text.shape[:2]:
-            raise ValueError(f"text_mask must be {list(self.text.shape[:2])}; got {list(self.text_mask.shape)}")
+            raise Refusal(f"text_mask must be {list(self.text.shape[:2])}; got {list(self.text_mask.shape)}")
 
     @property
     def total(self) -> int:
@@ -136,7 +137,7 @@ class VisualTokens:
         wanted = resolve_layers(layers, depth)
         missing = [layer for layer in wanted if layer not in self.cls_attention]
         if missing:
-            raise ValueError(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
+            raise Refusal(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
         return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
 
     def at(self, name: str, layer: int) -> Tensor:
@@ -148,7 +149,7 @@ class VisualTokens:
         given: Mapping[int, Tensor] = getattr(self, name)
         (wanted,) = resolve_layers(layer, self.depth or max(given, default=-1) + 1)
         if wanted not in given:
-            raise ValueError(f"no {name} of encoder layer {wanted}; given: {sorted(given)}")
+            raise Refusal(f"no {name} of encoder layer {wanted}; given: {sorted(given)}")
         return given[wanted].float()
 
     def given(self, name: str) -> Tensor:
@@ -156,17 +157,17 @@ class VisualTokens:
         value: Tensor | None = getattr(self, name)
         if value is None:
             if name == "places":
-                raise ValueError(
+                raise Refusal(
                     "this method goes by places on one grid, which an image that is seen in several tiles does not "
                     "have: take a method that needs no grid"
                 )
-            raise ValueError(f"this method needs VisualTokens({name}=...)")
+            raise Refusal(f"this method needs VisualTokens({name}=...)")
         return value
 
     def in_frames(self, rows: Tensor) -> Tensor:
         """Rows `[B, N, ...]` of videos frame by frame, `[B, T, n, ...]`; ``ValueError`` if these are images."""
         if self.frames is None:
-            raise ValueError("this method compares the frames of a video; these tokens are of images")
+            raise Refusal("this method compares the frames of a video; these tokens are of images")
         return rows.reshape(len(rows), self.frames, -1, *rows.shape[2:])
 
     def noted(self, note: str) -> VisualTokens:
@@ -180,7 +181,7 @@ class VisualTokens:
             ValueError: if no text was given.
         """
         if self.text is None:
-            raise ValueError("this method reads the prompt: give VisualTokens(text=[B, M, D])")
+            raise Refusal("this method reads the prompt: give VisualTokens(text=[B, M, D])")
         mask = self.text_mask
         if mask is None:
             mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
@@ -244,7 +245,7 @@ class VisualTokens:
         """
         source = torch.arange(self.total, device=into.device).expand_as(into)
         stays, lost = into == source, into < 0
-        anchors, valid = marked(stays)
+        anchors, valid = padded_nonzero(stays)
         slot = (stays.long().cumsum(-1) - 1).gather(-1, into.clamp(min=0)).masked_fill(lost, 0)
         mixing = Mixing(slot, source, weight.float().masked_fill(lost, 0))
         real = None if bool(valid.all()) else valid
@@ -268,9 +269,9 @@ def resolve_layers(layers: Layers, depth: int) -> list[int]:
     try:
         wanted = [every[layer] for layer in layers] if isinstance(layers, tuple) else every[layers]
     except IndexError:
-        raise ValueError(f"the encoder has layers 0 to {depth - 1}; got {layers}") from None
+        raise Refusal(f"the encoder has layers 0 to {depth - 1}; got {layers}") from None
     wanted = [wanted] if isinstance(wanted, int) else wanted
     if not wanted:
         assert isinstance(layers, slice)
-        raise ValueError(f"no encoder layer in {layers.start}:{layers.stop}; the encoder has layers 0 to {depth - 1}")
+        raise Refusal(f"no encoder layer in {layers.start}:{layers.stop}; the encoder has layers 0 to {depth - 1}")
     return wanted

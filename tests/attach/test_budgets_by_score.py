@@ -10,7 +10,7 @@ import torch
 import tokensieve
 from families import reference, tiny
 from tokensieve import Method, VisualTokens
-from tokensieve.attach.parts import share_by_score
+from tokensieve.engine.connector.decide import share_by_score
 from tokensieve.ops import top_k
 
 # images of unequal sizes; tiles that are images; mosaics with newlines; tiles that are one image

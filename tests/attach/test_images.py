@@ -11,9 +11,9 @@ import transformers
 import tokensieve
 from families import tiny
 from tokensieve import Method, Reduction
-from tokensieve.attach.probe import attention_from_cls, attention_received
 from tokensieve.budget import share_out
-from tokensieve.models import Shape, families, family_of
+from tokensieve.engine.probe import attention_from_cls, attention_received
+from tokensieve.models import TokenLayout, families, family_of
 
 GENERATE = {"max_new_tokens": 1, **tiny.GREEDY}
 
@@ -92,18 +92,18 @@ def test_merges_are_lifted_over_structure_rows():
     """Two views of 4 tokens, a newline after each pair: the whole's matrix has the parts' as its blocks."""
     places = torch.tensor([0, 1, 3, 4, 6, 7, 9, 10])
     line = torch.arange(4).repeat_interleave(3)
-    shape = Shape(12, ((2, 2), (2, 2)), line=line, places=places)
+    shape = TokenLayout(12, ((2, 2), (2, 2)), line=line, places=places)
     image = tokensieve.VisualTokens(torch.randn(1, 4, 3), grid=(2, 2))
     slot, source = torch.tensor([[0, 0, 0]]), torch.tensor([[0, 1, 2]])
     merged = image.merge(torch.tensor([[1]]), slot, source, torch.tensor([[0.5, 0.25, 0.25]]))[0]
     kept = image.keep(torch.tensor([[2, 3]]))[0]
-    lifted = shape.lifted([merged, kept])
+    lifted = shape.merge_parts([merged, kept])
     assert lifted.anchors.tolist() == [1, 2, 9, 10, 11]  # of the first view only its first line keeps a token
     expected = torch.zeros(5, 12)
     expected[0, [0, 1, 3]] = torch.tensor([0.5, 0.25, 0.25])
     expected[[1, 2, 3, 4], [2, 9, 10, 11]] = 1
     assert torch.equal(lifted.matrix(), expected)
-    assert shape.lifted([Reduction.identity(4), Reduction.identity(4)]).whole
+    assert shape.merge_parts([Reduction.identity(4), Reduction.identity(4)]).whole
 
 
 def test_newlines_are_left_alone_by_merges_before_the_projector():

@@ -7,7 +7,7 @@ import pytest
 
 import tokensieve
 from laws import tiny
-from tokensieve.attach import versions
+from tokensieve.engine import versions
 
 
 def attach():

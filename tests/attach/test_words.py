@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import tokensieve
 from laws import tiny
-from tokensieve.attach.words import UserWords
+from tokensieve.engine.prompt.user_text import UserTextFinder
 
 LLAVA = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -130,7 +130,7 @@ def squeezed(text):
 @pytest.mark.parametrize("kind", ["words", "bpe"])
 def test_exactly_the_users_words(kind, template, chat, bare):
     ids = prompt(kind, template, CHATS[chat])
-    words = UserWords(model(kind), processor(kind, template, bare))
+    words = UserTextFinder(model(kind), processor(kind, template, bare))
     found = words.columns(ids, anywhere=True)
     said = [p["text"] for t in CHATS[chat] if t["role"] == "user" for p in t["content"] if p["type"] == "text"]
     core = tokenizer(kind)
@@ -156,7 +156,7 @@ NO_SYSTEM = CHATML.replace("{% if loop.first", REFUSAL + "{% if loop.first")
 @pytest.mark.parametrize("kind", ["words", "bpe"])
 def test_words_before_an_image_count_only_where_no_system_prompt_can_be_among_them(kind, template, told, monkeypatch):
     monkeypatch.setitem(TEMPLATES, "other", template)
-    words, core = UserWords(model(kind), processor(kind, "other")), tokenizer(kind)
+    words, core = UserTextFinder(model(kind), processor(kind, "other")), tokenizer(kind)
     ids = prompt(kind, "other", [turn("user", WHAT, None, IS_IT)])
     found = "".join(core.decode([ids[i] for i in words.columns(ids, anywhere=True)]))
     expected = (WHAT if told else "") + IS_IT
@@ -165,7 +165,7 @@ def test_words_before_an_image_count_only_where_no_system_prompt_can_be_among_th
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_left_padding_changes_nothing(template):
-    ids, words = prompt("bpe", template, CHATS["two turns"]), UserWords(model("bpe"), processor("bpe", template))
+    ids, words = prompt("bpe", template, CHATS["two turns"]), UserTextFinder(model("bpe"), processor("bpe", template))
     assert words.columns([0] * 7 + ids) == [i + 7 for i in words.columns(ids)]
 
 
@@ -179,8 +179,8 @@ def test_without_a_processor_all_text_after_the_first_image_counts(kind, templat
         setattr(lone.config, f"{name}_token_id", core.convert_tokens_to_ids(token))
     special = {lone.config.image_token_id} | {core.convert_tokens_to_ids(t) for t in names.values()}
     first = ids.index(lone.config.image_token_id)
-    assert UserWords(lone).columns(ids) == [i for i in range(first, len(ids)) if ids[i] not in special]
-    assert UserWords(lone).columns([7, 8, 9]) == []
+    assert UserTextFinder(lone).columns(ids) == [i for i in range(first, len(ids)) if ids[i] not in special]
+    assert UserTextFinder(lone).columns([7, 8, 9]) == []
 
 
 def test_through_attach(monkeypatch):

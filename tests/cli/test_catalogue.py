@@ -35,7 +35,7 @@ def test_methods_and_models() -> None:
     })  # fmt: skip
     assert all(outcome.code == 0 and outcome.err == "" for outcome in outcomes.values())
     methods = json.loads(outcomes["methods json"].out)
-    assert [method["name"] for method in methods] == [info.name for info in tokensieve.methods()]
+    assert [method["name"] for method in methods] == [info.name for info in tokensieve.list_methods()]
     assert set(methods[0]) == {"name", "title", "paper", "stage", "needs", "trained", "parameters"}
     assert all(method["name"] in outcomes["methods"].out for method in methods)
     (llava,) = (family for family in json.loads(outcomes["models json"].out) if family["name"] == "llava")

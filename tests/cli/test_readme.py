@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 def test_the_catalogue_is_the_registry() -> None:
     rows = re.findall(r"^\| `([^`]+)` \|.*\| (\w+) \| (?:\[([\d.v]+)\]\(\S+\)|baseline) \|$", README, re.M)
     listed = {name: (stage, f"arXiv:{paper}" if paper else "baseline") for name, stage, paper in rows}
-    assert listed == {info.name: (info.stage, info.paper) for info in tokensieve.methods()}
+    assert listed == {info.name: (info.stage, info.paper) for info in tokensieve.list_methods()}
 
 
 def test_commands_exist_with_their_options() -> None:

@@ -10,7 +10,7 @@ from laws import tiny
 from tokensieve import VisualTokens, parse
 
 THRESHOLDS = ("mustdrop-llm",)  # may find nothing to drop
-NAMES = [info.name for info in tokensieve.methods() if info.stage == "decoder"]
+NAMES = [info.name for info in tokensieve.list_methods() if info.stage == "decoder"]
 
 
 def test_every_method_is_in_the_laws():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tokensieve import methods
-from tokensieve.evaluate import Chance
+from tokensieve import list_methods
+from tokensieve.evaluate import VsRandom
 from tokensieve.methods.registry import find
 
 ROOT = Path(__file__).parents[2]
@@ -17,13 +17,13 @@ import make_methods  # noqa: E402
 import make_results  # noqa: E402
 
 ENTRY = make_results.Entry("kept", "trsm", 0.5, 72.0, 72.0, 10, 0.5, 0.4, 0.6, None)
-LOST, TIED, WON = (Chance(72.0, 0.5, gap, gap - 0.05, gap + 0.05) for gap in (-0.1, 0.0, 0.1))
+LOST, TIED, WON = (VsRandom(72.0, 0.5, gap, gap - 0.05, gap + 0.05) for gap in (-0.1, 0.0, 0.1))
 
 
 def test_the_methods_pages_are_what_the_generator_writes():
     written = {path.name: path.read_text("utf-8") for path in (ROOT / "docs" / "methods").iterdir()}
     made = make_methods.pages()
-    assert set(written) == set(made) == {"README.md", *(f"{info.name}.md" for info in methods())}
+    assert set(written) == set(made) == {"README.md", *(f"{info.name}.md" for info in list_methods())}
     assert [name for name in made if written[name] != made[name]] == [], "run python docs/make_methods.py"
 
 
@@ -32,7 +32,7 @@ def test_the_results_page_is_what_the_generator_writes():
     assert make_results.page(text, make_results.ledger()) == text, "run python docs/make_results.py"
 
 
-@pytest.mark.parametrize("name", [info.name for info in methods()])
+@pytest.mark.parametrize("name", [info.name for info in list_methods()])
 def test_a_docstring_says_what_a_page_needs(name):
     method = find(name)
     said = make_methods.Docstring.of(method)
@@ -50,7 +50,7 @@ def test_published_rows_are_whole_and_have_a_method():
         assert all(len(row) == 2 + len(table["columns"]) for row in table["rows"])
         assert table["full"] is None or len(table["full"]) == len(table["columns"])
         named |= {name for row in table["rows"] for name in make_methods._names(row[0])}
-    assert named - {info.name for info in methods()} <= {"tome", "mustdrop-encoder", "mustdrop-llm"}, (
+    assert named - {info.name for info in list_methods()} <= {"tome", "mustdrop-encoder", "mustdrop-llm"}, (
         "still to be built"
     )
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokensieve import VisualTokens, methods, parse
+from tokensieve import VisualTokens, list_methods, parse
 from tokensieve.methods import EncoderMethod, tome
 from tokensieve.methods.base import check_layers
 from tokensieve.methods.registry import find
@@ -130,7 +130,7 @@ def test_layers():
 
 
 def test_method_files_are_short():
-    names = [info.name for info in methods() if issubclass(find(info.name), EncoderMethod)]
+    names = [info.name for info in list_methods() if issubclass(find(info.name), EncoderMethod)]
     assert set(names) == {"tome", "illava-encoder", "mustdrop-encoder"}
     for name in names:
         file = Path(tome.__file__).parent / f"{name.removesuffix('-encoder')}.py"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokensieve import attach
-from tokensieve.attach.encoder import RECORD
+from tokensieve.engine.encoder.hooks import RECORD
 from tokensieve.evaluate import decode, encode
 from tokensieve.evaluate.answer import batches, together
 from tokensieve.evaluate.share import encoded, without_repetitions

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tokensieve import parse
-from tokensieve.evaluate import METRICS, Chance, Example, OutputError, Results, Row, Sample, TypeScore, environment
+from tokensieve.evaluate import METRICS, Example, OutputError, Results, Row, Sample, TypeScore, VsRandom, environment
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Entry, Run
 from tokensieve.evaluate.table import Table
@@ -22,7 +22,7 @@ RESULTS = Results(
     rows=(ROW,),
     types=((TypeScore("colour", 2, 0.5, 0.1, 0.9),),),
     differences=((0.0, -0.1, 0.1),),
-    chances=(Chance(9.0, 0.6, -0.1, -0.2, 0.0),),
+    chances=(VsRandom(9.0, 0.6, -0.1, -0.2, 0.0),),
     examples=(Example("1", "examples/0.png", "what?", ("cup", "mug"), ({"method": "pool", "keep": 9},)),),
 )
 

@@ -15,7 +15,7 @@ from attach.test_attach import FLASH
 from families import reference, tiny
 from families.test_matrix import collate, each_kernel
 from laws.reference import NOISE
-from tokensieve.attach.words import UserWords
+from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.methods import DecoderMethod, Needs
 from tokensieve.models import family_of
 from tokensieve.models.family import Family
@@ -162,7 +162,7 @@ def test_attention_rows_are_those_of_eager_attention(more, registry, name, atten
         found = iter(rows)
         for sample in samples:
             eager = reference.attention(tiny.pristine(name, "eager"), name, sample, layer if own else layer - 1)
-            asked = UserWords(sieve.model).columns(sample.ids) if queries == "words" else [len(sample.ids) - 1]
+            asked = UserTextFinder(sieve.model).columns(sample.ids) if queries == "words" else [len(sample.ids) - 1]
             for columns in reference.image_columns(sample):
                 got, real = next(found)
                 got = got[:, real] if queries == "words" else got

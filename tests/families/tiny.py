@@ -51,8 +51,8 @@ class Sample:
     images: list[Image] = field(default_factory=list)
 
 
-Shape = tuple[Any, ...]
-Draw = Callable[[Shape, torch.Generator], Image]
+TokenLayout = tuple[Any, ...]
+Draw = Callable[[TokenLayout, torch.Generator], Image]
 
 
 # -- how images are drawn -------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def square(side: int, tokens: int, marks: bool = False, axes: int = 4, patch: in
     ``marks``: with a start and an end token; ``axes`` 5: pixels are [image, tile, 3, H, W].
     """
 
-    def draw(shape: Shape, generator: torch.Generator) -> Image:
+    def draw(shape: TokenLayout, generator: torch.Generator) -> Image:
         (tiles,), cells = shape or (1,), round(tokens**0.5)
         pixels = torch.randn(*[1] * (axes - 4), tiles, 3, side * patch, side * patch, generator=generator)
         ids = (around if marks else list)([IMAGE] * tokens * tiles)
@@ -80,7 +80,7 @@ def square(side: int, tokens: int, marks: bool = False, axes: int = 4, patch: in
 def packed(patch: int) -> Draw:
     """Qwen's packing: (height, width) in tokens of 2x2 patches, each patch one row of two equal frames."""
 
-    def draw(shape: Shape, generator: torch.Generator) -> Image:
+    def draw(shape: TokenLayout, generator: torch.Generator) -> Image:
         height, width = shape
         frame = torch.randn(4 * height * width, 3, 1, patch, patch, generator=generator)
         inputs = {
@@ -92,7 +92,7 @@ def packed(patch: int) -> Draw:
     return draw
 
 
-def any_resolution(shape: Shape, generator: torch.Generator) -> Image:
+def any_resolution(shape: TokenLayout, generator: torch.Generator) -> Image:
     """LLaVA-NeXT: (height, width) of the picture, its tiles of 4x4 patches, and the mosaic that unpadding leaves.
 
     The base tile's 16 tokens come first, then the rows of the mosaic, each with a newline token. A picture without
@@ -118,7 +118,7 @@ ONE_TILE = {"vision_aspect_ratio": "anyres_max_1"}
 def pixtral(merge: int) -> Draw:
     """Any (height, width) in tokens of ``merge`` x ``merge`` patches; a mark ends every row, another the last."""
 
-    def draw(shape: Shape, generator: torch.Generator) -> Image:
+    def draw(shape: TokenLayout, generator: torch.Generator) -> Image:
         (height, width), cell = shape, 14 * merge
         pixels = torch.randn(1, 3, cell * height, cell * width, generator=generator)
         ids = ([IMAGE] * width + [BREAK]) * height
@@ -128,7 +128,7 @@ def pixtral(merge: int) -> Draw:
     return draw
 
 
-def tile(shape: Shape, generator: torch.Generator) -> Image:
+def tile(shape: TokenLayout, generator: torch.Generator) -> Image:
     """Idefics3: a tile of 8x8 patches, 16 tokens after a mark."""
     pixels = torch.randn(1, 3, 112, 112, generator=generator)
     inputs = {"pixel_values": pixels, "pixel_attention_mask": torch.ones(1, 112, 112, dtype=torch.long)}
@@ -193,8 +193,8 @@ class Family:
     classes: str
     config: dict[str, Any]
     draw: Draw
-    shapes: tuple[Shape, ...] = ((), (), ())
-    several: tuple[Shape, ...] = ()
+    shapes: tuple[TokenLayout, ...] = ((), (), ())
+    several: tuple[TokenLayout, ...] = ()
     types: str | None = None
     axes: int = 1
     first_position: int = 0

@@ -103,7 +103,7 @@ class Device(TorchDispatchMode):
         frame = sys._getframe(2)
         while frame.f_back and not any(f"/{name}/" in frame.f_code.co_filename for name in WHOSE):
             frame = frame.f_back
-        if frame.f_code.co_name != "sent":  # pinned and asynchronous on a GPU
+        if frame.f_code.co_name != "to_device":  # pinned and asynchronous on a GPU
             self.waits[f"{frame.f_code.co_filename}:{frame.f_lineno} {function}"] += 1
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from tokensieve import parse
-from tokensieve.crossmodal import CrossModal, Merge, Stream
+from tokensieve.crossmodal import CrossModal, Merge, ModalityStream
 from tokensieve.ops import attention, epsilon_attention, keep_best, mask_bias
 
 HEADS, WIDTH = 2, 6
@@ -24,7 +24,7 @@ def scene(words, tokens, seed, wide=0, high=0):
     ]
     key = torch.cat([text_key, image_key], 2)
     bias = mask_bias(torch.cat(masks, 1), key.dtype)
-    streams = [Stream(mask, tuple(counts)) for mask, counts in zip(masks, (words, tokens), strict=True)]
+    streams = [ModalityStream(mask, tuple(counts)) for mask, counts in zip(masks, (words, tokens), strict=True)]
     return CrossModal(*streams, query, key, bias, text_key, image_key)
 
 

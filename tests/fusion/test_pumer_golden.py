@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import ViltConfig, ViltModel
 
 import tokensieve
-from tokensieve.crossmodal import CrossModal, Merge, Stream
+from tokensieve.crossmodal import CrossModal, Merge, ModalityStream
 from tokensieve.fusion.convert import build
 from tokensieve.fusion.convert.names import renamed
 from tokensieve.fusion.meter import MeterConfig
@@ -90,7 +90,7 @@ def test_meter_layer(case):
         mixed = layer.attention.output(attend(layer.attention.self, text, text, bias), text)
         cross = layer.crossattention.self
         key = split(cross.key(image))
-        streams = [Stream(m.float(), (m.shape[1],) * len(m)) for m in (mask, inputs["image_masks"])]
+        streams = [ModalityStream(m.float(), (m.shape[1],) * len(m)) for m in (mask, inputs["image_masks"])]
         text_key = split(layer.attention.self.key(text))
         seen = CrossModal(*streams, split(cross.query(mixed)), key, None, text_key, key)
         merged_text, merged_image = authors.official(settings, [0]).reduce_pair(seen)

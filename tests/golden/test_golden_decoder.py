@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tokensieve import VisualTokens, parse
-from tokensieve.attach.probe import attention_of_queries
+from tokensieve.engine.probe import attention_of_queries
 from tokensieve.evaluate.calibrate import first_below, withdrawal_kl
 from tokensieve.methods.dart import Dart, least_alike
 from tokensieve.methods.raters import raters

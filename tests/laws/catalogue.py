@@ -1,6 +1,6 @@
 """The specs that go through the law matrix: every registered method, two budgets, the parameters that matter."""
 
-from tokensieve import MethodInfo, methods
+from tokensieve import MethodInfo, list_methods
 
 # 13 tokens: fewer than some images have, more than others (those stay whole); 0.3: a share of any
 BUDGETS = (13, 0.3)
@@ -22,7 +22,7 @@ TOWER = ("tome", "illava-encoder", "mustdrop-encoder")
 
 def here() -> list[MethodInfo]:
     """The methods of these laws: what acts before the LLM. tests/decoder, zoo, encoder, video have the others."""
-    before = [info for info in methods() if info.stage in ("encoder", "connector") and not info.needs.video]
+    before = [info for info in list_methods() if info.stage in ("encoder", "connector") and not info.needs.video]
     return [info for info in before if info.name not in ZOO + TOWER]
 
 

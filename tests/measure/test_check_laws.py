@@ -12,9 +12,9 @@ import tokensieve
 from laws import reference, tiny
 from laws.reference import NOISE
 from tokensieve import Method, Needs, Reduction, VisualTokens
-from tokensieve.attach import sieve
-from tokensieve.attach.connector import Connector
-from tokensieve.attach.sieve import Sieve
+from tokensieve.engine import sieve
+from tokensieve.engine.connector.prefill import Connector
+from tokensieve.engine.sieve import Sieve
 from tokensieve.evaluate import Sample, encode
 from tokensieve.measure import LAWS, Laws
 from tokensieve.measure.hiding import dropped_columns, hidden, merged
@@ -207,7 +207,7 @@ def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
             kwargs["position_ids"] = kwargs["position_ids"] + 3
         return kwargs
 
-    monkeypatch.setattr(sieve, "later_step", shifted)
+    monkeypatch.setattr(sieve, "translate_decode_inputs", shifted)
     assert broken(own(Own)()).keys() == {"continuation"}
 
 

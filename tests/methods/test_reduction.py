@@ -201,7 +201,7 @@ def test_every_tensor_moves_to_a_device():
 
 
 def test_replayed_decisions_follow_the_prompt_to_its_device():
-    from tokensieve.attach.connector import _replayed
+    from tokensieve.engine.connector.prefill import _replayed
 
     (loaded,) = _replayed([[Reduction(3, torch.tensor([0, 2]))]], [[3]], torch.device("meta"))
     assert loaded.anchors.is_meta

@@ -18,7 +18,7 @@ def shape(registry):
 
     @register("shape", paper="none")
     @dataclass(frozen=True)
-    class Shape(Method):
+    class TokenLayout(Method):
         """For these tests."""
 
         keep: int | float = 4
@@ -32,10 +32,10 @@ def shape(registry):
 
     @register("shape+", paper="none")
     @dataclass(frozen=True)
-    class ShapePlus(Shape):
+    class ShapePlus(TokenLayout):
         """Its name ends in a plus sign."""
 
-    return Shape, ShapePlus
+    return TokenLayout, ShapePlus
 
 
 @pytest.mark.parametrize("spec", specs())
@@ -155,7 +155,7 @@ def test_a_file_of_methods(tmp_path, registry):
     assert (method.keep, method.kind, str(method)) == (3, "a", "mine(keep=3)")
     assert parse(f"uniform + {file}:Mine")[1] == type(method)(), "the same class, loaded once"
     assert parse("mine(keep=3)") == [method]
-    assert "mine" in [info.name for info in tokensieve.methods()]
+    assert "mine" in [info.name for info in tokensieve.list_methods()]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_broken_plugin_is_named_once_and_left_out(installed):
     installed(mine=load)
     said = "the method plug-in 'mine' (pkg:mine) is left out: ImportError: no such thing"
     with pytest.warns(UserWarning, match=f"^{re.escape(said)}$"):
-        assert "vtc-cls" in [info.name for info in tokensieve.methods()]
+        assert "vtc-cls" in [info.name for info in tokensieve.list_methods()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert parse("vtc-cls")

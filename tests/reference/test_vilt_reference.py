@@ -8,7 +8,7 @@ import torch
 from transformers import ViltForQuestionAnswering
 
 from tokensieve import reference
-from tokensieve.fusion.vilt import _RasterOrder
+from tokensieve.engine.fusion.vilt import _RasterOrder
 from tokensieve.reference.benchmark import benchmark
 from tokensieve.reference.packing import make_packs
 from tokensieve.reference.vilt import COPIED, LABELS, build_model, build_processor, copy_tower

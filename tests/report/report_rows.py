@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from tokensieve.evaluate import Chance, Example, Results, Row, TypeScore
+from tokensieve.evaluate import Example, Results, Row, TypeScore, VsRandom
 from tokensieve.reduction import Reduction
 
 KINDS = ("colour", "where")
@@ -48,10 +48,10 @@ def results(rows: list[Row], by_type: list[tuple[float, ...]] | None = None, fol
     return Results(True, environment, settings, tuple(rows), types, differences, chances, examples)
 
 
-def _chance(row: Row, rows: list[Row]) -> Chance | None:
+def _chance(row: Row, rows: list[Row]) -> VsRandom | None:
     """Against the random row of as many tokens, five points either way."""
     found = [r for r in rows if r.method == "random" and r.tokens_after == row.tokens_after]
     if not found or row.method in ("full", "random"):
         return None
     gap = row.accuracy - found[0].accuracy
-    return Chance(found[0].tokens_average, found[0].accuracy, gap, gap - 0.05, gap + 0.05)
+    return VsRandom(found[0].tokens_average, found[0].accuracy, gap, gap - 0.05, gap + 0.05)

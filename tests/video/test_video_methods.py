@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import tokensieve
 from tokensieve import parse
 from tokensieve.methods import evs as methods_folder
-from tokensieve.ops import merge, score, steadiest_segments, temporal
+from tokensieve.ops import max_static_segments, merge, score, temporal
 from video.clips import DEPTH, clip
 
 NAMES = ("evs", "dycoke", "fastvid", "prunevid", "holitom")
@@ -148,7 +148,7 @@ def test_dycoke_is_the_plain_loop(frames):
 @given(seed=st.integers(0, 10**6), frames=st.integers(1, 7), density=st.sampled_from([0.3, 0.7, 0.95]))
 def test_the_steadiest_cut_is_the_best_of_all(seed, frames, density):
     alike = torch.rand(frames - 1, 5, generator=torch.Generator().manual_seed(seed)) < density
-    segments = steadiest_segments(alike)
+    segments = max_static_segments(alike)
     assert [a for a, _ in segments] == [0, *(b for _, b in segments[:-1])]
     assert segments[-1][1] == frames
     value = sum(int(alike[a : b - 1].all(0).sum()) * (b - a - 1) for a, b in segments if b - a > 1)
@@ -189,7 +189,7 @@ def test_holitom_is_the_plain_loop(keep, seed):
     tokens = clip(seed, 6, grid=(4, 5), noise=0.2)
     rows, received = tokens.in_frames(tokens.features)[0], tokens.received[DEPTH - 1][0]
     alike = torch.tensor([[cosine(rows[t][p], rows[t + 1][p]) > 0.8 for p in range(20)] for t in range(5)])
-    segments = steadiest_segments(alike)  # checked above
+    segments = max_static_segments(alike)  # checked above
     still = [alike[a : b - 1].all(0).tolist() if b - a > 1 else [False] * 20 for a, b in segments]
     assert sum(map(sum, still)) > 0, "nothing stands still: this test shows nothing"
     sizes = [n for (a, b), f in zip(segments, still, strict=True) for n in (sum(f), *([20 - sum(f)] * (b - a)))]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokensieve import VisualTokens, parse
-from tokensieve.attach.probe import attention_from_cls_wide
+from tokensieve.engine.probe import attention_from_cls_wide
 from tokensieve.methods.hired import Hired
 from tokensieve.ops import dpp_map, max_min, normalise
 from zoo.golden import TOLERANCE, case, names

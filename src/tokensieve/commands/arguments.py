@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from tokensieve.budget import Budget, Scope, parse_budget
+from tokensieve.errors import Refusal
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, everything else on stderr.")]
 Model: TypeAlias = Annotated[
@@ -32,7 +33,7 @@ def convention(text: str) -> Literal["kept", "average"]:
         return "kept"
     if text == "average":
         return "average"
-    raise ValueError(f"--budget must be 'kept' or 'average'; got {text!r}")
+    raise Refusal(f"--budget must be 'kept' or 'average'; got {text!r}")
 
 
 def split_specs(text: str) -> list[str]:
@@ -58,5 +59,5 @@ def split_budgets(text: str) -> list[Budget]:
 
 def _named(parts: list[str], what: str, text: str) -> list[str]:
     if not all(parts):
-        raise ValueError(f"a {what} is missing in {text!r}")
+        raise Refusal(f"a {what} is missing in {text!r}")
     return parts

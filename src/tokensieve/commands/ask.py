@@ -10,6 +10,7 @@ import typer
 from tokensieve.commands.arguments import BudgetScope, ImageFile, Json, Model
 from tokensieve.commands.console import note, print_json
 from tokensieve.commands.loading import inputs_of, load_model, trained_spec
+from tokensieve.errors import Refusal
 
 METHOD = "vtc-cls"
 
@@ -31,15 +32,15 @@ def ask(
     json: Json = False,
 ) -> None:
     """Answer a question about an image, without and with a method."""
-    from tokensieve.attach import attach
-    from tokensieve.attach.parts import check_scope
     from tokensieve.budget import parse_budget
+    from tokensieve.engine import attach
+    from tokensieve.engine.connector.decide import check_scope
     from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
 
     if not question.strip():
-        raise ValueError("the question is empty; ask something about the image")
+        raise Refusal("the question is empty; ask something about the image")
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before anything is loaded
     if overlay is not None:
@@ -80,9 +81,9 @@ def _check_picture(path: Path) -> None:
 
     formats = Image.registered_extensions()
     if formats.get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"cannot save a picture as {path}: name it .png, .jpg or .webp")
+        raise Refusal(f"cannot save a picture as {path}: name it .png, .jpg or .webp")
     if not path.parent.is_dir():
-        raise ValueError(f"cannot save a picture as {path}: there is no folder {path.parent}")
+        raise Refusal(f"cannot save a picture as {path}: there is no folder {path.parent}")
 
 
 def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> str:

@@ -44,7 +44,7 @@ def bench(
     """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved."""
     from PIL import Image
 
-    from tokensieve.attach.parts import check_scope
+    from tokensieve.engine.connector.decide import check_scope
     from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.plan import plan
     from tokensieve.measure import measure_costs

@@ -10,7 +10,7 @@ from tokensieve.commands.console import print_json, print_table
 
 def methods(json: Json = False) -> None:
     """List the methods, with their parameters and papers."""
-    from tokensieve.methods import methods as registered
+    from tokensieve.methods import list_methods as registered
 
     found = registered()
     if json:
@@ -24,9 +24,10 @@ def methods(json: Json = False) -> None:
 
 def models(json: Json = False) -> None:
     """List the supported families of models."""
-    from tokensieve.models import TESTED, Family, FusionFamily, families, fusion_families
+    from tokensieve.engine.fusion.families import FUSION_FAMILIES, FusionFamily
+    from tokensieve.models import TESTED, Family, families
 
-    found: list[Family | FusionFamily] = [*families(), *fusion_families()]
+    found: list[Family | FusionFamily] = [*families(), *FUSION_FAMILIES]
     if json:
         keys = ("name", "title", "model_types", "stages", "modalities", "limits")
         print_json([{key: getattr(family, key) for key in keys} | {"transformers": TESTED} for family in found])

@@ -11,6 +11,7 @@ import typer
 from tokensieve.commands.arguments import BudgetScope, Json
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.commands.loading import load_model
+from tokensieve.errors import Refusal
 
 if TYPE_CHECKING:
     from tokensieve.measure import Verdict
@@ -81,7 +82,7 @@ def check(
         note(f"{broken} laws are broken")
         raise typer.Exit(1)
     if not any(verdict.status == "pass" for row in verdicts for verdict in row):
-        raise ValueError("nothing was checked: every law was refused, or could not be checked, for the reasons above")
+        raise Refusal("nothing was checked: every law was refused, or could not be checked, for the reasons above")
 
 
 def _cells(row: Sequence[Verdict]) -> list[str]:

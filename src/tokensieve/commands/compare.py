@@ -60,7 +60,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
-    from tokensieve.attach.parts import check_scope
+    from tokensieve.engine.connector.decide import check_scope
     from tokensieve.evaluate import Results, load_data
     from tokensieve.evaluate import compare as run
     from tokensieve.evaluate.plan import plan

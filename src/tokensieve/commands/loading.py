@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokensieve.errors import Refusal
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,27 +33,28 @@ def load_model(
         ValueError: if nothing of a supported family loads from there; one line that says why.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, ViltForQuestionAnswering
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from tokensieve.fusion.meter import MeterForQuestionAnswering
-    from tokensieve.models import REFUSED, families, fusion_families
+    import tokensieve.fusion.meter  # noqa: F401  # registers METER with transformers
+    from tokensieve.engine.fusion.families import FUSION_FAMILIES
+    from tokensieve.models import REFUSED, families
 
     place = find(name)
     config = _from_pretrained(AutoConfig, place)
     loaders: dict[str, Any] = {kind: AutoModelForImageTextToText for f in families() for kind in f.model_types}
     if classifiers:
-        loaders |= {"vilt": ViltForQuestionAnswering, "meter": MeterForQuestionAnswering}
+        loaders |= {f.model_type: f.classifier() for f in FUSION_FAMILIES if f.classifier is not None}
     if config.model_type in REFUSED:
-        raise ValueError(f"{name} is a {config.model_type!r} model, not supported: {REFUSED[config.model_type]}")
-    if not classifiers and any(config.model_type in family.model_types for family in fusion_families()):
-        raise ValueError(
+        raise Refusal(f"{name} is a {config.model_type!r} model, not supported: {REFUSED[config.model_type]}")
+    if not classifiers and config.model_type in {family.model_type for family in FUSION_FAMILIES}:
+        raise Refusal(
             f"{name} is a {config.model_type!r} model, a cross-modal encoder without a language model to look into; "
             "ask, bench and compare take those that answer questions"
         )
     if hasattr(config, "image_token_id"):  # what an unknown one looks like shows when a method is attached
         loaders.setdefault(config.model_type, AutoModelForImageTextToText)
     if config.model_type not in loaders:
-        raise ValueError(
+        raise Refusal(
             f"{name} is a {config.model_type!r} model, not a supported vision-language model; "
             f"supported: {', '.join(loaders)}"
         )
@@ -71,7 +74,7 @@ def trained_spec(name: str, model: Any) -> str:
     Raises:
         ValueError: if it was fine-tuned without one, and plain PuMer does not fit it.
     """
-    from tokensieve.attach import attach
+    from tokensieve.engine import attach
 
     note = Path(find(name).path) / "tokensieve.json"
     method = json.loads(note.read_text())["method"] if note.is_file() else None
@@ -80,7 +83,7 @@ def trained_spec(name: str, model: Any) -> str:
     try:
         attach(model, "pumer").detach()
     except ValueError as error:
-        raise ValueError(
+        raise Refusal(
             f"{name} was not fine-tuned with a method, and pumer as it stands does not fit ({error}); name "
             "one, such as 'pumer(layers=(2, 4))'"
         ) from error
@@ -89,8 +92,8 @@ def trained_spec(name: str, model: Any) -> str:
 
 def inputs_of(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """One batch of prompts for a model that generates or classifies answers, on its device and in its dtype."""
+    from tokensieve.engine.fusion.families import longest_text
     from tokensieve.evaluate import encode, encode_pairs
-    from tokensieve.models import longest_text
 
     if model.can_generate():
         inputs = encode(processor, samples)
@@ -120,7 +123,7 @@ def find(name: str) -> Place:
         return Place(name, unreachable=_hub_refusal(name))
     if not (path / "config.json").is_file():
         missing = "has no config.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
-        raise ValueError(f"no model at {name}: it {missing}")
+        raise Refusal(f"no model at {name}: it {missing}")
     return Place(str(path))
 
 
@@ -141,9 +144,9 @@ def _from_pretrained(loader: Any, place: Place, **options: Any) -> Any:
     except Exception as error:  # whatever is wrong with a model's files surfaces here, in many types
         if place.unreachable:
             why = f"it is no folder, it is not in the local cache, and the hub does not answer ({place.unreachable})"
-            raise ValueError(f"no model {place.path}: {why}") from error
+            raise Refusal(f"no model {place.path}: {why}") from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"the model {place.path} does not load: {reason}") from error
+        raise Refusal(f"the model {place.path} does not load: {reason}") from error
 
 
 def _random(config: Any) -> Any:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from tokensieve.errors import Refusal
+
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
@@ -21,27 +23,25 @@ def new_method(
     output: Annotated[Path, typer.Option(help="Folder of the two files, made if need be.")] = Path(),
 ) -> None:
     """Write a method that works, in a file of its own, and its test. Nothing else needs editing."""
-    from tokensieve.methods import methods
+    from tokensieve.methods import list_methods
     from tokensieve.methods.spec import NAME as IN_A_SPEC
 
     if not NAME.fullmatch(name):
-        raise ValueError(
-            f"a method's name is made of small letters, digits and hyphens, as in 'loud-words'; got {name!r}"
-        )
-    if name in [info.name for info in methods()]:
-        raise ValueError(f"the method name {name!r} is taken; 'tokensieve methods' lists them all")
+        raise Refusal(f"a method's name is made of small letters, digits and hyphens, as in 'loud-words'; got {name!r}")
+    if name in [info.name for info in list_methods()]:
+        raise Refusal(f"the method name {name!r} is taken; 'tokensieve methods' lists them all")
     title, module = "".join(part.capitalize() for part in name.split("-")), name.replace("-", "_")
     if module in sys.stdlib_module_names:
-        raise ValueError(f"a file {module}.py would hide Python's own module; choose another name than {name!r}")
+        raise Refusal(f"a file {module}.py would hide Python's own module; choose another name than {name!r}")
     method, test = output / f"{module}.py", output / f"test_{module}.py"
     if not IN_A_SPEC.fullmatch(str(method)):
-        raise ValueError(f"a method spec cannot name {str(method)!r}: use letters, digits and ./\\:~_- in the folder")
+        raise Refusal(f"a method spec cannot name {str(method)!r}: use letters, digits and ./\\:~_- in the folder")
     texts = {method: _template(stage), test: _template("test_my_method")}
     if re.search(rf"import .*\b{title}\b", texts[method]):
-        raise ValueError(f"a class {title} would hide the one it needs; choose another name than {name!r}")
+        raise Refusal(f"a class {title} would hide the one it needs; choose another name than {name!r}")
     for path in texts:
         if path.exists():
-            raise ValueError(f"{path} exists already; choose another name or folder")
+            raise Refusal(f"{path} exists already; choose another name or folder")
     output.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         for ours, own in (("my-method", name), ("my_method", module), ("MyMethod", title)):

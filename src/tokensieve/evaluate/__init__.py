@@ -1,18 +1,17 @@
 """Accuracy of many methods and budgets on a data set, beside what they cost."""
 
+from tokensieve.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.compare import compare
 from tokensieve.evaluate.data import Sample, load_data
 from tokensieve.evaluate.environment import environment
-from tokensieve.evaluate.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.images import open_image
 from tokensieve.evaluate.intervals import bootstrap, wilson
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
-from tokensieve.evaluate.results import Chance, Example, Results, Row, TypeScore
+from tokensieve.evaluate.results import Example, Results, Row, TypeScore, VsRandom
 
 __all__ = [
     "METRICS",
-    "Chance",
     "DataError",
     "Example",
     "OutputError",
@@ -21,6 +20,7 @@ __all__ = [
     "Row",
     "Sample",
     "TypeScore",
+    "VsRandom",
     "bootstrap",
     "compare",
     "decode",

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from tokensieve.attach import Sieve, attach
 from tokensieve.budget import Scope
+from tokensieve.engine import Sieve, attach
+from tokensieve.engine.fusion.families import longest_text
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.identity import sample_key
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.share import Inputs, encoded, without_repetitions
-from tokensieve.models import Shape, longest_text
+from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 
 CACHE_BYTES = 2**30  # processed batches kept for the next method
@@ -131,7 +132,7 @@ class Classifier(Answerer):
 
 def together(images: Sequence[Reduction]) -> Reduction:
     """One decision about all that the model took for images of a sample: where tiles are images, there are several."""
-    return Shape(sum(reduction.total for reduction in images)).lifted(images)
+    return TokenLayout(sum(reduction.total for reduction in images)).merge_parts(images)
 
 
 def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.attach import attach
+from tokensieve.engine import attach
+from tokensieve.errors import OutputError, Refusal
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.errors import OutputError
 from tokensieve.evaluate.prompt import check_texts, encode
 from tokensieve.methods.vtw import Vtw
 
@@ -44,7 +44,7 @@ class Calibration:
         """Write as JSON. Raises :class:`OutputError` if the file cannot be written, ``ValueError`` without a layer."""
         if self.layer is None:
             best = min(self.divergence)
-            raise ValueError(
+            raise Refusal(
                 f"no block of {list(self.blocks)} is good enough: the smallest divergence is {best:.2g}, the threshold "
                 f"{self.threshold:g}"
             )
@@ -81,9 +81,9 @@ def calibrate_vtw(
     first = max(1, round(depth * 5 / 32)) if first is None else first
     blocks = list(range(first, depth))
     if not samples:
-        raise ValueError("calibration needs at least one sample")
+        raise Refusal("calibration needs at least one sample")
     if not 1 <= first < depth:
-        raise ValueError(f"the first candidate block must be 1 to {depth - 1} in this LLM; got {first}")
+        raise Refusal(f"the first candidate block must be 1 to {depth - 1} in this LLM; got {first}")
     check_texts(processor, samples, prompt)
     divergences = []
     for number, sample in enumerate(samples):

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tokensieve.attach import attach
 from tokensieve.budget import Budget, Scope
+from tokensieve.engine import attach
+from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
 from tokensieve.evaluate.costs import Costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.environment import environment
-from tokensieve.evaluate.errors import DataError
 from tokensieve.evaluate.examples import choose, store
 from tokensieve.evaluate.identity import model_identity, model_name
 from tokensieve.evaluate.journal import Journal
@@ -94,7 +94,7 @@ def compare(
     entries = plan(methods, keeps, seeds=seeds, oracle=oracle, budget=budget)
     if trained is not None:
         if type(trained) is not type(model):
-            raise ValueError(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
+            raise Refusal(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
         full, *others = entries
         entries = [full, *(both for entry in others for both in (entry, entry.fine_tuned()))]
     words = processor if processor_for_text else None
@@ -146,15 +146,15 @@ def compare(
 
 def _check(model: Any, samples: Sequence[Sample], metric: str, batch_size: int, prompt: str) -> None:
     if metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; {nearest(metric, list(METRICS))}")
+        raise Refusal(f"unknown metric {metric!r}; {nearest(metric, list(METRICS))}")
     if not samples:
-        raise ValueError("no samples to compare on")
+        raise Refusal("no samples to compare on")
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        raise Refusal(f"batch_size must be at least 1; got {batch_size}")
     if "{question}" not in prompt:
-        raise ValueError(f"the prompt must contain {{question}}; got {prompt!r}")
+        raise Refusal(f"the prompt must contain {{question}}; got {prompt!r}")
     if model.training:
-        raise ValueError("the model is in training mode; call model.eval() first")
+        raise Refusal("the model is in training mode; call model.eval() first")
 
 
 def _answer(answerer: Answerer, journal: Journal, run: Run, attached: Attached, report: _Progress) -> None:

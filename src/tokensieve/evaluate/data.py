@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image
 
-from tokensieve.evaluate.errors import DataError
+from tokensieve.errors import DataError
 from tokensieve.evaluate.images import check_image, decode_image, open_image
 from tokensieve.evaluate.records import read_records
 
@@ -66,7 +66,7 @@ def load_data(
         limit: at most so many samples: a fixed random choice of images with all their questions; a larger limit
             contains the smaller.
 
-    Columns ``id`` and ``type`` are used when they are there.
+    ColumnSelection ``id`` and ``type`` are used when they are there.
 
     Raises:
         DataError: one line naming file, line and what is wrong.

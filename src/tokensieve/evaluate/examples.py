@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tokensieve.errors import OutputError
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.errors import OutputError
 from tokensieve.evaluate.results import Example
 
 FOLDER = "examples"

@@ -13,7 +13,7 @@ from typing import IO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tokensieve.evaluate.errors import DataError
+from tokensieve.errors import DataError
 
 MAX_PIXELS = 100_000_000  # refused before decoding: 0.3 GB as RGB
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokensieve.evaluate.errors import OutputError, ResumeError
+from tokensieve.errors import OutputError, ResumeError
 
 NAME = "predictions.jsonl"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokensieve.budget import Budget, count
+from tokensieve.errors import Refusal
 from tokensieve.evaluate.data import Box
 from tokensieve.ops import uniform
 from tokensieve.reduction import Reduction
@@ -27,7 +28,7 @@ def oracle(
         ValueError: if the tokens form no grid.
     """
     if grid is None:
-        raise ValueError(f"the oracle needs tokens on a grid; these {total} tokens have none")
+        raise Refusal(f"the oracle needs tokens on a grid; these {total} tokens have none")
     wanted = count(keep, total)
     turn = torch.full((total,), total)  # when a token is taken: the best of every box first, then the second best, …
     for left, top, right, bottom in boxes:

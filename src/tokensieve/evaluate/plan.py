@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods import Method, parse
 
 ORACLE = "oracle"
@@ -66,9 +67,9 @@ def plan(
         ValueError: unknown method, parameter or convention, bad budget, fewer than one seed.
     """
     if seeds < 1:
-        raise ValueError(f"seeds must be at least 1; got {seeds}")
+        raise Refusal(f"seeds must be at least 1; got {seeds}")
     if budget not in get_args(Convention):
-        raise ValueError(f"budget must be 'kept' or 'average'; got {budget!r}")
+        raise Refusal(f"budget must be 'kept' or 'average'; got {budget!r}")
     entries = [_entry("full", {}, 1)]
     for spec in methods:
         name = _budget_of(spec, budget)

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from tokensieve.errors import Refusal
 from tokensieve.evaluate.data import Sample
 
 ENCODER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
@@ -42,7 +43,7 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
         texts = [f"{processor.image_token}\n{text}" for text in texts]
         inputs = processor(images=[[image] for image in images], text=texts, **KEYWORDS)
     else:
-        raise ValueError(f"{type(processor).__name__} has neither a chat template nor an image token")
+        raise Refusal(f"{type(processor).__name__} has neither a chat template nor an image token")
     return dict(inputs)
 
 
@@ -77,7 +78,7 @@ def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{quest
         for where, text in said:
             if mark and mark in text:
                 place = where and f"{where}: "
-                raise ValueError(f"{place}leave {mark} out, the {kind} is put there by itself; got {text!r}")
+                raise Refusal(f"{place}leave {mark} out, the {kind} is put there by itself; got {text!r}")
 
 
 def _turn(image: Image.Image, text: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokensieve.evaluate.errors import DataError
+from tokensieve.errors import DataError, MissingExtra
 
 Record = tuple[str, dict[str, Any]]
 """Where the row stands ("data.jsonl, line 3") and its values."""
@@ -70,7 +70,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ImportError('reading parquet needs pyarrow: pip install "tokensieve[data]"') from error
+        raise MissingExtra('reading parquet needs pyarrow: pip install "tokensieve[data]"') from error
     try:
         for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
             yield f"{path}, row {number}", row

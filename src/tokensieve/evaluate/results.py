@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokensieve.evaluate.errors import OutputError
+from tokensieve.errors import OutputError, Refusal
 
 VERSION = 2
 
@@ -68,7 +68,7 @@ class TypeScore:
 
 
 @dataclass(frozen=True)
-class Chance:
+class VsRandom:
     """A row against choosing at random: accuracy minus that of random, paired by question.
 
     Attributes:
@@ -134,7 +134,7 @@ class Results:
     rows: tuple[Row, ...]
     types: tuple[tuple[TypeScore, ...], ...]
     differences: tuple[tuple[float, float, float], ...]
-    chances: tuple[Chance | None, ...]
+    chances: tuple[VsRandom | None, ...]
     examples: tuple[Example, ...]
 
     def save(self, path: Path) -> None:
@@ -158,15 +158,15 @@ class Results:
         try:
             data = json.loads(path.read_text("utf-8"))
             if data.pop("version") != VERSION:
-                raise ValueError(f"{path} was written by another version of Tokensieve")
+                raise Refusal(f"{path} was written by another version of Tokensieve")
             rows = tuple(Row(**row) for row in data.pop("rows"))
             types = tuple(tuple(TypeScore(**score) for score in scores) for scores in data.pop("types"))
             examples = tuple(_example(example) for example in data.pop("examples"))
             differences = tuple((d[0], d[1], d[2]) for d in data.pop("differences"))
-            chances = tuple(chance and Chance(**chance) for chance in data.pop("chances"))
+            chances = tuple(chance and VsRandom(**chance) for chance in data.pop("chances"))
             return cls(rows=rows, types=types, differences=differences, chances=chances, examples=examples, **data)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a results file of Tokensieve") from error
+            raise Refusal(f"{path} is not a results file of Tokensieve") from error
 
 
 def _example(data: dict[str, Any]) -> Example:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokensieve.attach.encoder import RECORD, Record
+from tokensieve.engine.encoder.hooks import RECORD, EncoderOutputs
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def encoded(model: Any, inputs: Inputs) -> dict[str, Any]:
     if inputs.images is None:
         return arguments
     output = model.base_model.get_image_features(pixel_values=arguments.pop("pixel_values"), return_dict=True)
-    record: Record = getattr(output, RECORD)
+    record: EncoderOutputs = getattr(output, RECORD)
     pooled = output.pooler_output
     index = list(inputs.images)
     repeated = type(output)(**dict(output.items()))

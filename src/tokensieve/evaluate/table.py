@@ -11,7 +11,7 @@ from tokensieve.evaluate.intervals import interval
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.metrics import Metric
 from tokensieve.evaluate.plan import Entry
-from tokensieve.evaluate.results import Chance, Example, Results, Row, TypeScore
+from tokensieve.evaluate.results import Example, Results, Row, TypeScore, VsRandom
 from tokensieve.evaluate.score import Scores, by_type, difference, score
 from tokensieve.measure import Cost
 
@@ -38,7 +38,7 @@ class Table:
         self._differences: list[tuple[float, float, float]] = []
         self._scores: list[Scores] = []
         self._random: list[int] = []
-        self._chances: dict[tuple[int, int], Chance] = {}
+        self._chances: dict[tuple[int, int], VsRandom] = {}
 
     def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]], cost: Cost | None) -> None:
         """Add a row: ``runs`` hold the answers by sample id, one mapping per seed."""
@@ -81,7 +81,7 @@ class Table:
             examples=self.examples,
         )
 
-    def _chance(self, number: int) -> Chance | None:
+    def _chance(self, number: int) -> VsRandom | None:
         """How a row does against the random row that is nearest to it in tokens."""
         if number == 0 or number in self._random or not self._random:
             return None
@@ -96,7 +96,7 @@ class Table:
         if (number, nearest) not in self._chances:
             random = self.rows[nearest]
             paired = difference(self._scores[number], self._scores[nearest])
-            self._chances[number, nearest] = Chance(random.tokens_average, random.accuracy, *paired)
+            self._chances[number, nearest] = VsRandom(random.tokens_average, random.accuracy, *paired)
         return self._chances[number, nearest]
 
 

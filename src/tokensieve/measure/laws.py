@@ -22,10 +22,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from tokensieve.attach import Sieve, attach
-from tokensieve.attach.masks import SLIDING, kinds_of
 from tokensieve.budget import Scope
-from tokensieve.errors import raised_by_us
+from tokensieve.engine import Sieve, attach
+from tokensieve.engine.decoder.masks import SLIDING, kinds_of
+from tokensieve.errors import Refusal
 from tokensieve.measure.hiding import dropped_columns, hidden, merged
 from tokensieve.methods import DecoderMethod, Method, parse
 from tokensieve.reduction import Reduction
@@ -73,11 +73,11 @@ class Run:
     held: list[int]
 
 
-class Unlawful(Exception):
+class LawViolated(Exception):
     """A law is broken, and not by a deviation of logits."""
 
 
-class Unchecked(Exception):
+class NotCheckable(Exception):
     """A law cannot be checked here; says why."""
 
 
@@ -123,7 +123,7 @@ class Laws:
         try:
             trial = _Trial(self, stages)
         except Exception as error:  # what is no refusal has broken every law
-            refused = isinstance(error, ValueError) and raised_by_us(error)
+            refused = isinstance(error, Refusal)
             for law in LAWS:
                 yield Verdict(name, law, "refused", reason=str(error)) if refused else _broken(name, law, error)
             return
@@ -133,7 +133,7 @@ class Laws:
     def _verdict(self, name: str, law: str, holds: Callable[[], tuple[float | None, str]]) -> Verdict:
         try:
             deviation, remark = holds()
-        except Unchecked as why:
+        except NotCheckable as why:
             return Verdict(name, law, "skipped", reason=str(why))
         except Exception as error:  # whatever goes wrong in here would go wrong for a user
             return _broken(name, law, error)
@@ -180,7 +180,7 @@ class _Trial:
             with self._attached([stage for stage in everything if stage is not None]) as sieve:
                 worst = max(worst, _deviation(laws.generate(laws.together), laws.whole))
                 if not all(image.whole for row in sieve.last for image in row):
-                    raise Unlawful("with a budget of all tokens it keeps fewer")
+                    raise LawViolated("with a budget of all tokens it keeps fewer")
         return worst, remark
 
     def oracle(self) -> tuple[float, str]:
@@ -205,14 +205,14 @@ class _Trial:
         with self._hidden():
             oracle = self._second_turn(self.laws.generate(self.laws.together))
         if not torch.equal(oracle.inputs["input_ids"], self.second.inputs["input_ids"]):
-            raise Unchecked("the first answers part at a tie")
+            raise NotCheckable("the first answers part at a tie")
         return _deviation(self.second, oracle), ""
 
     def conservation(self) -> tuple[None, str]:
         shown = (self.laws.together["input_ids"] == self.laws.token).sum(-1).tolist()
         for row, (images, placeholders) in enumerate(zip(self.decisions, shown, strict=True)):
             if sum(image.total for image in images) != placeholders:
-                raise Unlawful(f"prompt {row} shows {placeholders} visual tokens; the decisions are about others")
+                raise LawViolated(f"prompt {row} shows {placeholders} visual tokens; the decisions are about others")
             for image in images:
                 _conserve(image)
         return None, ""
@@ -227,7 +227,7 @@ class _Trial:
             rows = zip(lengths, shown, left, strict=True)
             expected = max(length - before + after for length, before, after in rows) + STEPS - 1
             if held != expected:
-                raise Unlawful(f"block {block} caches {held} columns; {expected} are left")
+                raise LawViolated(f"block {block} caches {held} columns; {expected} are left")
         return None, ""
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -252,23 +252,23 @@ class _Trial:
         laws, text = self.laws, self.laws.model.config.get_text_config()
         ids, kinds = laws.together["input_ids"], kinds_of(text)
         if any("linear" in kind for kind in kinds):
-            raise Unchecked("linear attention has no mask to hide a token with")
+            raise NotCheckable("linear attention has no mask to hide a token with")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
         before = len(self.stages) > (inside is not None)  # what leaves inside the LLM counts in its windows anyway
         if before and SLIDING in kinds and text.sliding_window < ids.shape[1] + 3 * STEPS:
-            raise Unchecked("hidden tokens would count in this model's sliding window")
+            raise NotCheckable("hidden tokens would count in this model's sliding window")
         entered = self.decisions if inside is None else self._entered()
         if any(stage.info.stage == "encoder" for stage in self.stages):
-            raise Unchecked("the encoder itself sees another image")
+            raise NotCheckable("the encoder itself sees another image")
         if not all(image.projected for row in entered for image in row):
-            raise Unchecked("it merges before the projector")
+            raise NotCheckable("it merges before the projector")
         with ExitStack() as stack:
             stack.enter_context(merged(laws.model, entered))
             stack.enter_context(hidden(laws.model, dropped_columns(ids, laws.token, entered)))
             if inside is not None:
                 blocks = inside.stages(text.num_hidden_layers)
                 if len(blocks) > 1 or any(r.mixing is not None for row in self.decisions for r in row):
-                    raise Unchecked("tokens leave this LLM at several blocks, or merge in it")
+                    raise NotCheckable("tokens leave this LLM at several blocks, or merge in it")
                 gone = dropped_columns(ids, laws.token, self.decisions)
                 stack.enter_context(hidden(laws.model, gone, blocks[0]))
             yield
@@ -284,9 +284,9 @@ class _Trial:
     def _by_rounding(self, alike: float) -> None:
         """A row of a batch may choose other tokens than its own run only where rounding is coarse."""
         if self.laws.precision < 1e-4:
-            raise Unlawful(f"a row of the batch chooses {1 - alike:.0%} other tokens than its own run")
+            raise LawViolated(f"a row of the batch chooses {1 - alike:.0%} other tokens than its own run")
         if any(stage.info.stage != "connector" for stage in self.stages):
-            raise Unchecked("by rounding it chooses other tokens in a batch")
+            raise NotCheckable("by rounding it chooses other tokens in a batch")
 
 
 def _keeping_all(stage: Method) -> Method | None:
@@ -321,20 +321,20 @@ def _conserve(image: Reduction) -> None:
     """Law 5 for one image.
 
     Raises:
-        Unlawful: naming what is not accounted for.
+        LawViolated: naming what is not accounted for.
     """
     source, anchors, slots = image.source.tolist(), image.anchors.tolist(), image.slots
     if sorted(set(anchors)) != anchors or not set(anchors) <= set(range(image.total)):
-        raise Unlawful("anchors are not distinct, ascending places of visual tokens")
+        raise LawViolated("anchors are not distinct, ascending places of visual tokens")
     if len(source) != image.total or not set(source) <= set(range(-1, slots)):
-        raise Unlawful("a visual token is neither in a slot nor dropped")
+        raise LawViolated("a visual token is neither in a slot nor dropped")
     if image.mixing is None and [i for i, slot in enumerate(source) if slot >= 0] != anchors:
-        raise Unlawful("a token that was dropped is listed as kept")
+        raise LawViolated("a token that was dropped is listed as kept")
     if bool((image.counts < 1).any()) or not torch.equal((image.matrix() != 0).sum(-1), image.counts):
-        raise Unlawful("slots do not count the visual tokens that went into them")
+        raise LawViolated("slots do not count the visual tokens that went into them")
 
 
 def _broken(name: str, law: str, error: Exception) -> Verdict:
     first = next(iter(str(error).splitlines()), "")
-    reason = first if isinstance(error, Unlawful) else f"{type(error).__name__}: {first}"
+    reason = first if isinstance(error, LawViolated) else f"{type(error).__name__}: {first}"
     return Verdict(name, law, "FAIL", reason=reason)

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from tokensieve.attach import attach
 from tokensieve.budget import Scope
+from tokensieve.engine import attach
 from tokensieve.measure.cost import Cost, break_even
 from tokensieve.measure.decode import decode_ms
 from tokensieve.measure.flops import count_flops

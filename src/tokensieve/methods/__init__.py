@@ -2,7 +2,7 @@
 
 from tokensieve.methods.base import DecoderMethod, EncoderMethod, Method, MethodInfo, Needs, Positions, Stage
 from tokensieve.methods.fusion import FusionMethod
-from tokensieve.methods.registry import info, methods, register
+from tokensieve.methods.registry import info, list_methods, register
 from tokensieve.methods.spec import parse
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Positions",
     "Stage",
     "info",
-    "methods",
+    "list_methods",
     "parse",
     "register",
 ]

@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from tokensieve.budget import Budget, check_budget, count, stage_counts
+from tokensieve.errors import Refusal
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import Layers, VisualTokens
 
@@ -122,13 +123,13 @@ class Method(ABC):
             if field.name in ("keep", "average") and not (value is None and type(None) in allowed):
                 check_budget(value)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
-                raise ValueError(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+                raise Refusal(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
             elif not _fits(value, hint):
-                raise ValueError(f"{field.name} must be {_in_words(hint)}; got {value!r}")
+                raise Refusal(f"{field.name} must be {_in_words(hint)}; got {value!r}")
             elif field.name in self.least and value < self.least[field.name]:
-                raise ValueError(f"{field.name} must be at least {self.least[field.name]}; got {value}")
+                raise Refusal(f"{field.name} must be at least {self.least[field.name]}; got {value}")
             elif field.name in self.proportions and not 0 <= value <= 1:
-                raise ValueError(f"{field.name} must be a share in [0, 1]; got {value!r}")
+                raise Refusal(f"{field.name} must be a share in [0, 1]; got {value!r}")
 
     @property
     def needs(self) -> Needs:
@@ -184,7 +185,7 @@ class DecoderMethod(Method):
         if counts is not None:
             stages = len(getattr(self, "layers", counts))
             if len(counts) != stages or any(later > earlier for earlier, later in pairwise(counts)):
-                raise ValueError(f"counts must be {stages} budgets, none larger than the one before; got {counts!r}")
+                raise Refusal(f"counts must be {stages} budgets, none larger than the one before; got {counts!r}")
             for budget in counts:
                 check_budget(budget)
 
@@ -275,7 +276,7 @@ def check_layers(layers: Sequence[int | float], depth: int) -> list[int]:
         if isinstance(layer, int) or number < depth:
             wanted.append(number)
     if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or wanted[-1] >= depth:
-        raise ValueError(
+        raise Refusal(
             f"tokens can leave in layers 0 to {depth - 1} of this tower, those that the features come from, in "
             f"ascending order; got {wanted or list(layers)}"
         )
@@ -295,9 +296,7 @@ def check_blocks(blocks: Sequence[int | float], depth: int) -> list[int]:
         first = wanted[-1] + 1 if wanted else 1
         wanted.append(block if isinstance(block, int) else max(round(block * depth), first))
     if not wanted or wanted != sorted(set(wanted)) or wanted[0] < 1 or wanted[-1] >= depth:
-        raise ValueError(
-            f"tokens can leave before blocks 1 to {depth - 1} of this LLM, in ascending order; got {wanted}"
-        )
+        raise Refusal(f"tokens can leave before blocks 1 to {depth - 1} of this LLM, in ascending order; got {wanted}")
     return wanted
 
 

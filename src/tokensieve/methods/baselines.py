@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import area_pool, pooled_grid, uniform
@@ -82,7 +83,7 @@ class Pool(Method):
     def cells(self, image: VisualTokens) -> tuple[int, int]:
         """(height, width) of the pooled grid."""
         if image.grid is None:
-            raise ValueError(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
+            raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
         return pooled_grid(image.grid, image.count(self.keep))
 
     def reduce(self, image: VisualTokens) -> Reduction:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
 from tokensieve.methods.registry import register
 from tokensieve.ops import normalise, top_k
@@ -47,7 +48,7 @@ class Dart(DecoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.visual_pivots + self.text_pivots:
-            raise ValueError("visual_pivots and text_pivots cannot both be 0")
+            raise Refusal("visual_pivots and text_pivots cannot both be 0")
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks([self.layer], depth)

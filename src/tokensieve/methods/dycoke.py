@@ -8,7 +8,7 @@ import torch
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import in_proportion, marked, same_place_cosine
+from tokensieve.ops import in_proportion, padded_nonzero, same_place_cosine
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -49,5 +49,5 @@ class DyCoke(Method):
         rank = alike.argsort(dim=-1, stable=True).argsort(-1)
         if self.keep is not None and int(quota.sum()) > image.count(self.keep):
             image = image.noted(f"every fourth frame is kept: {int(quota.sum())} tokens, more than the budget")
-        kept, _ = marked((rank < quota[:, None]).flatten(1))
+        kept, _ = padded_nonzero((rank < quota[:, None]).flatten(1))
         return image.keep(kept, (1 - alike).flatten(1))

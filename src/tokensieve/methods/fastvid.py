@@ -9,7 +9,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import blended, in_proportion, nearest, normalise, peak_scores, segments_at, top_k
+from tokensieve.ops import cluster_weights, in_proportion, nearest, normalise, peak_scores, segments_at, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -65,7 +65,7 @@ class FastVid(Method):
                 anchors, flat = self.anchors(rows[first:end], salient[first:end], few), rows[first:end].flatten(0, 1)
                 cluster, centre = nearest(flat, flat[anchors])[free, 0], torch.searchsorted(free, anchors)
                 cluster[centre], there = torch.arange(few, device=rows.device), free + first * rows.shape[1]
-                into[there], weight[there] = there[centre[cluster]], blended(cluster, centre, self.own)
+                into[there], weight[there] = there[centre[cluster]], cluster_weights(cluster, centre, self.own)
         return into, weight
 
     def anchors(self, rows: Tensor, salient: Tensor, wanted: int) -> Tensor:

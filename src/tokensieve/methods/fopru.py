@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import rank_in_group, top_k
@@ -43,7 +44,7 @@ class FoPru(Method):
         if self.select == "rank":
             return image.keep(top_k(scores, wanted), scores)
         if image.grid is None:
-            raise ValueError(f"fopru(select='row') needs tokens on a grid; these {image.total} tokens have none")
+            raise Refusal(f"fopru(select='row') needs tokens on a grid; these {image.total} tokens have none")
         height, width = image.grid
         order = scores.view(-1, height, width).sum(-1).sort(dim=-1, descending=True, stable=True).indices
         row = order.argsort(-1).repeat_interleave(width, -1)

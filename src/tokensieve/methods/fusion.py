@@ -6,6 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 
 from tokensieve.crossmodal import CrossModal, Merge
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
@@ -20,7 +21,7 @@ class FusionMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if list(self.layers) != sorted(set(self.layers)) or min(self.layers, default=0) < 0:
-            raise ValueError(f"layers must be layer numbers from 0, ascending, as in (2, 5, 8); got {self.layers!r}")
+            raise Refusal(f"layers must be layer numbers from 0, ascending, as in (2, 5, 8); got {self.layers!r}")
 
     @property
     def acts(self) -> bool:
@@ -47,4 +48,4 @@ class FusionMethod(Method):
         """Decide about the text and the image in one layer, for a batch; ``None`` leaves that stream as it is."""
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        raise ValueError(f"{self.info.name} acts inside cross-modal encoders (ViLT, METER, BridgeTower), not on an LLM")
+        raise Refusal(f"{self.info.name} acts inside cross-modal encoders (ViLT, METER, BridgeTower), not on an LLM")

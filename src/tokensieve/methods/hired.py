@@ -9,7 +9,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, marked, rank_in_group, share_out, sizes_of, top_k
+from tokensieve.ops import at, padded_nonzero, rank_in_group, share_out, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -51,7 +51,7 @@ class Hired(Method):
             return image.keep(kept, scores)
         stay = at(torch.zeros_like(scores, dtype=torch.bool), kept)
         stay[:, : -1 : max(1, image.total // self.spatial)] = True
-        kept, real = marked(stay)
+        kept, real = padded_nonzero(stay)
         return image.keep(kept, scores, valid=real)
 
     def tiled(self, image: VisualTokens, tile: Tensor, scores: Tensor, wanted: int) -> Reduction:
@@ -71,5 +71,5 @@ class Hired(Method):
         else:
             shares = share_out(found, rest, sizes)
         quotas = torch.cat([torch.full_like(shares[:, :1], whole), shares], -1)
-        kept, real = marked(rank_in_group(scores, tile, 1 + tiles) < quotas.gather(-1, tile))
+        kept, real = padded_nonzero(rank_in_group(scores, tile, 1 + tiles) < quotas.gather(-1, tile))
         return image.keep(kept, scores, valid=real if self.official_tiles else None)

@@ -11,13 +11,13 @@ from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import (
-    blended,
+    cluster_weights,
     density_peaks,
     group_sizes,
     in_proportion,
+    max_static_segments,
     merge_groups,
     same_place_cosine,
-    steadiest_segments,
     top_k,
 )
 from tokensieve.reduction import Reduction
@@ -62,7 +62,7 @@ class HoliTom(Method):
         """Where each token of one video goes and its weight, `[N]` each."""
         after = torch.arange(1, len(rows) + 1, device=rows.device).clamp(max=len(rows) - 1)
         alike = same_place_cosine(rows, after)[:-1] > self.still
-        segments = steadiest_segments(alike)
+        segments = max_static_segments(alike)
         still = [alike[first : end - 1].all(0) & (end - first > 1) for first, end in segments]
         sizes = group_sizes(segments, still)
         quotas = in_proportion(min(wanted, int(sizes.sum())), sizes)
@@ -71,6 +71,6 @@ class HoliTom(Method):
     def pick(self, received: Tensor, tokens: Tensor, rows: Tensor, quota: int, still: bool) -> tuple[Tensor, Tensor]:
         if still:
             centres, cluster = density_peaks(rows, quota, self.neighbours)
-            return centres[cluster], blended(cluster, centres, self.own)
+            return centres[cluster], cluster_weights(cluster, centres, self.own)
         kept = top_k(received[tokens], quota)
         return torch.full_like(tokens, -1).scatter(0, kept, kept), torch.ones_like(received[tokens])

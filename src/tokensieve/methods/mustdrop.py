@@ -5,9 +5,10 @@ from typing import ClassVar
 
 import torch
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import EncoderMethod, Needs, check_layers
 from tokensieve.methods.registry import register
-from tokensieve.ops import marked, normalise, sizes_of
+from tokensieve.ops import normalise, padded_nonzero, sizes_of
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -41,7 +42,7 @@ class MustDropEncoder(EncoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.window, int) or self.window < 2:
-            raise ValueError(f"window must be a whole number of patches >= 2; got {self.window!r}")
+            raise Refusal(f"window must be a whole number of patches >= 2; got {self.window!r}")
 
     def stages(self, depth: int) -> list[int]:
         return check_layers([self.layer], depth)
@@ -49,7 +50,7 @@ class MustDropEncoder(EncoderMethod):
     def reduce(self, image: VisualTokens) -> Reduction:
         batch, n = image.features.shape[:2]
         if image.grid is None or min(image.grid) < self.window:
-            raise ValueError(f"{self} needs tokens on a grid of at least a window; got {image.grid or n}")
+            raise Refusal(f"{self} needs tokens on a grid of at least a window; got {image.grid or n}")
         place, side = torch.arange(n, device=image.features.device), self.window
         windows = place.view(image.grid).unfold(0, side, side).unfold(1, side, side).reshape(-1, side**2)
         rows = normalise(image.features[:, windows])  # [B, W, side², C]
@@ -62,7 +63,7 @@ class MustDropEncoder(EncoderMethod):
         joined = windows[:, side // 2 * (side + 1), None].where(even[..., None], windows).flatten(1)
         target = place.expand(batch, -1).scatter(1, windows.flatten().expand(batch, -1), joined)
         stays = target == place
-        anchors, valid = marked(stays)
+        anchors, valid = padded_nonzero(stays)
         slot = (stays.cumsum(-1) - 1).gather(1, target)
         sizes = sizes_of(target, n).gather(1, target)
         return image.merge(anchors, slot, place.expand(batch, -1), 1 / sizes, valid=valid)

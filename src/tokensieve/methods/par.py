@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import CHUNK, connected, normalise, rank_in_group, rows_at, sizes_of, text_similarity
@@ -41,7 +42,7 @@ class Par(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.route <= 1 or self.largest < 1:
-            raise ValueError(f"route must be a share in (0, 1], largest at least 1; got {self.route}, {self.largest}")
+            raise Refusal(f"route must be a share in (0, 1], largest at least 1; got {self.route}, {self.largest}")
 
     def reduce(self, image: VisualTokens) -> Reduction:
         rows, total, wanted = normalise(image.features), image.total, image.count(self.keep)

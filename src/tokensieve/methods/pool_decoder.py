@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import DecoderMethod, check_blocks
 from tokensieve.methods.registry import register
 from tokensieve.reduction import Reduction
@@ -35,7 +36,7 @@ class PoolDecoder(DecoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.stride < 1:
-            raise ValueError(f"stride must be at least 1; got {self.stride}")
+            raise Refusal(f"stride must be at least 1; got {self.stride}")
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks([self.layer], depth)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, marked, nearest, outliers, rows_at, top_k
+from tokensieve.ops import at, nearest, outliers, padded_nonzero, rows_at, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -54,7 +54,7 @@ class PruMerge(Method):
     def reduce(self, image: VisualTokens) -> Reduction:
         scores, keys = image.at("cls_wide", -1), image.at("encoder_keys", -1).flatten(-2)
         stay = self.chosen(image, scores)
-        kept, real = marked(stay) if self.keep is None else (_indices(stay), None)
+        kept, real = padded_nonzero(stay) if self.keep is None else (_indices(stay), None)
         slots, sources = kept.shape[1], torch.arange(image.total, device=kept.device).expand_as(scores)
         rows = rows_at(keys, kept)
         near = nearest(rows, keys, min(self.neighbours, image.total - 1), own=kept)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Needs
 from tokensieve.methods.prumerge import PruMerge
 from tokensieve.methods.registry import register
@@ -39,9 +40,9 @@ class PruMergePlus(PruMerge):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None and (self.top is not None or self.stride is not None):
-            raise ValueError("give prumerge+ either keep, or top and stride")
+            raise Refusal("give prumerge+ either keep, or top and stride")
         if self.stride is not None and self.stride < 1:
-            raise ValueError(f"stride must be at least 1; got {self.stride}")
+            raise Refusal(f"stride must be at least 1; got {self.stride}")
 
     def chosen(self, image: VisualTokens, scores: Tensor) -> Tensor:
         none = torch.zeros_like(scores, dtype=torch.bool)

@@ -11,7 +11,7 @@ from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import (
     Segment,
-    blended,
+    cluster_weights,
     density_peaks,
     group_sizes,
     in_proportion,
@@ -77,4 +77,4 @@ class PruneVid(Method):
 
     def pick(self, tokens: Tensor, rows: Tensor, quota: int, still: bool) -> tuple[Tensor, Tensor]:
         centres, cluster = density_peaks(rows, quota, self.neighbours)
-        return centres[cluster], blended(cluster, centres, 0)
+        return centres[cluster], cluster_weights(cluster, centres, 0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.crossmodal import CrossModal, Merge
+from tokensieve.errors import Refusal
 from tokensieve.methods.fusion import FusionMethod
 from tokensieve.methods.registry import register
 from tokensieve.ops import attention, keep_best, text_relevance
@@ -54,7 +55,7 @@ class PuMer(FusionMethod):
         for name in ("prune", "merge", "merge_text"):
             share = getattr(self, name)
             if not 0 <= share < 1:
-                raise ValueError(f"{name} must be a share in [0, 1); got {share!r}")
+                raise Refusal(f"{name} must be a share in [0, 1); got {share!r}")
 
     @property
     def acts(self) -> bool:

@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TypeVar
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, MethodInfo, Needs, Stage
 
 ENTRY_POINTS = "tokensieve.methods"
@@ -38,7 +39,7 @@ def register(
         if not (dataclasses.is_dataclass(cls) and issubclass(cls, Method)):
             raise TypeError(f"{cls.__name__} must be a dataclass derived from tokensieve.Method")
         if name in _registry and _origin(_registry[name]) != _origin(cls):
-            raise ValueError(f"the method name {name!r} is taken by {_origin(_registry[name])}")
+            raise Refusal(f"the method name {name!r} is taken by {_origin(_registry[name])}")
         parameters = {f.name: f.default for f in dataclasses.fields(cls)}
         title = (inspect.getdoc(cls) or name).strip().splitlines()[0]
         cls.info = MethodInfo(name, title, paper, stage, needs or Needs(), trained, parameters)
@@ -48,7 +49,7 @@ def register(
     return decorate
 
 
-def methods() -> list[MethodInfo]:
+def list_methods() -> list[MethodInfo]:
     """Every registered method, by name."""
     _load()
     return [cls.info for _, cls in sorted(_registry.items())]
@@ -65,7 +66,7 @@ def find(name: str) -> type[Method]:
         return _from_file(*name.rsplit(":", 1))
     _load()
     if name not in _registry:
-        raise ValueError(f"unknown method {name!r}; {nearest(name, list(_registry))}")
+        raise Refusal(f"unknown method {name!r}; {nearest(name, list(_registry))}")
     return _registry[name]
 
 
@@ -96,7 +97,7 @@ def _load() -> None:
 def _from_file(file: str, class_name: str) -> type[Method]:
     path = Path(file).expanduser().resolve()
     if not path.is_file():
-        raise ValueError(f"no such method file: {file}")
+        raise Refusal(f"no such method file: {file}")
     module_name = f"tokensieve_plugin_{path.stem}_{abs(hash(str(path))):x}"
     module = sys.modules.get(module_name)
     if module is None:
@@ -108,13 +109,13 @@ def _from_file(file: str, class_name: str) -> type[Method]:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise ValueError(f"{file} does not load: {type(error).__name__}: {error}") from error
+            raise Refusal(f"{file} does not load: {type(error).__name__}: {error}") from error
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         found = [
             n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method
         ]
-        raise ValueError(f"{file} has no method class {class_name!r}; {nearest(class_name, found)}")
+        raise Refusal(f"{file} has no method class {class_name!r}; {nearest(class_name, found)}")
     if "info" not in vars(cls):  # its own, not that of a method it derives from
-        raise ValueError(f"{class_name} in {file} is not registered: decorate it with @tokensieve.register(...)")
+        raise Refusal(f"{class_name} in {file} is not registered: decorate it with @tokensieve.register(...)")
     return cls

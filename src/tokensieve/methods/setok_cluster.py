@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, join_nearest, marked, peak_scores, sizes_of, top_k
+from tokensieve.ops import at, join_nearest, padded_nonzero, peak_scores, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -39,13 +40,13 @@ class SetokCluster(Method):
 
     def reduce(self, image: VisualTokens) -> Reduction:
         if image.grid is None:
-            raise ValueError(f"setok-cluster needs tokens on a grid; these {image.total} tokens have none")
+            raise Refusal(f"setok-cluster needs tokens on a grid; these {image.total} tokens have none")
         patches = image.given("patches").float()
         rows = patches + _place_code(image.grid, patches.shape[-1]).to(patches.device)
         scores = peak_scores(rows, self.fallback)
         centre = scores > self.threshold
         usual = at(torch.zeros_like(centre), top_k(scores, min(self.fallback, image.total)))
-        centres, real = marked(torch.where(centre.any(-1, keepdim=True), centre, usual))
+        centres, real = padded_nonzero(torch.where(centre.any(-1, keepdim=True), centre, usual))
         cluster = join_nearest(rows, centres, real)
         weight = 1 / sizes_of(cluster, centres.shape[-1]).gather(-1, cluster)
         every = torch.arange(image.total, device=cluster.device).expand_as(cluster)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import normalise, text_similarity, top_k
@@ -35,7 +36,7 @@ class Simignore(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start < 0 or self.step < 1:
-            raise ValueError(f"start must be at least 0 and step at least 1; got {self.start} and {self.step}")
+            raise Refusal(f"start must be at least 0 and step at least 1; got {self.start} and {self.step}")
 
     @property
     def by_score(self) -> bool:

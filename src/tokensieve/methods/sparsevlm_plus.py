@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
 from tokensieve.methods.raters import raters
 from tokensieve.methods.registry import register
@@ -48,7 +49,7 @@ class SparseVlmPlus(DecoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads <= 1):
-            raise ValueError(f"heads must be a whole number of heads >= 1, or a share in (0, 1]; got {self.heads}")
+            raise Refusal(f"heads must be a whole number of heads >= 1, or a share in (0, 1]; got {self.heads}")
 
     def stages(self, depth: int) -> list[int]:
         return check_blocks(self.layers, depth)
@@ -59,7 +60,7 @@ class SparseVlmPlus(DecoderMethod):
         rows = (image.given("queries") / gravity[:, None]).masked_fill(~by[:, None, :, None], 0)
         heads = self.heads if isinstance(self.heads, int) else max(1, round(self.heads * rows.shape[1]))
         if heads > rows.shape[1]:
-            raise ValueError(f"this LLM has {rows.shape[1]} heads; got heads={heads}")
+            raise Refusal(f"this LLM has {rows.shape[1]} heads; got heads={heads}")
         looking = rows.sum((-1, -2)).topk(heads, -1).indices
         scores = rows.take_along_dim(looking[..., None, None], 1).sum((1, 2)) / (heads * by.sum(-1, keepdim=True))
         return image.keep(top_k(scores, self.wanted(image)), scores)

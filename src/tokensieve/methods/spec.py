@@ -7,6 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method
 from tokensieve.methods.registry import find, nearest
 
@@ -30,17 +31,17 @@ def parse(spec: str, **parameters: Any) -> list[Method]:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in given:
             if key not in known:
-                raise ValueError(f"{name} has no parameter {key!r}; {nearest(key, known)}")
+                raise Refusal(f"{name} has no parameter {key!r}; {nearest(key, known)}")
         extra = {k: v for k, v in parameters.items() if k in known and k not in given}
         used |= extra.keys()
         try:
             stages.append(cls(**{**given, **extra}))
         except TypeError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise Refusal(f"{name}: {error}") from None
     for key in parameters:
         if key not in used:
             names = sorted({f.name for stage in stages for f in dataclasses.fields(stage)})
-            raise ValueError(f"{spec} has no open parameter {key!r}; {nearest(key, names)}")
+            raise Refusal(f"{spec} has no open parameter {key!r}; {nearest(key, names)}")
     return stages
 
 
@@ -50,7 +51,7 @@ def _stages(spec: str) -> list[tuple[str, dict[str, Any]]]:
     while True:
         match = NAME.match(rest)
         if match is None:
-            raise ValueError(f"cannot read the method spec {spec!r}: a method name is missing at {rest.strip()!r}")
+            raise Refusal(f"cannot read the method spec {spec!r}: a method name is missing at {rest.strip()!r}")
         name, rest = match[1], rest[match.end() :]
         if re.match(r"\+\s*(\(|\+|$)", rest):  # names that end in a plus sign: prumerge+(keep=64)
             name, rest = name + "+", rest[1:]
@@ -63,7 +64,7 @@ def _stages(spec: str) -> list[tuple[str, dict[str, Any]]]:
         if not rest:
             return out
         if not rest.startswith("+"):
-            raise ValueError(f"cannot read the method spec {spec!r}: expected '+' at {rest!r}")
+            raise Refusal(f"cannot read the method spec {spec!r}: expected '+' at {rest!r}")
         rest = rest[1:]
 
 
@@ -82,6 +83,6 @@ def _call(rest: str, spec: str) -> tuple[dict[str, Any], str]:
             return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}, rest[end:]
         except ValueError:
             break
-    raise ValueError(
+    raise Refusal(
         f"cannot read the method spec {spec!r}: arguments are key=literal pairs in parentheses, each key once"
     )

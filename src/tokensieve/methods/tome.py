@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokensieve.budget import Budget, merge_counts, ramp
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import EncoderMethod, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import alternate_match
@@ -41,9 +42,9 @@ class ToMe(EncoderMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r is not None and (not isinstance(self.r, int) or self.r < 0):
-            raise ValueError(f"r must be a whole number >= 0; got {self.r!r}")
+            raise Refusal(f"r must be a whole number >= 0; got {self.r!r}")
         if not -1 <= self.inflection <= 1:
-            raise ValueError(f"inflection must be in [-1, 1]; got {self.inflection!r}")
+            raise Refusal(f"inflection must be in [-1, 1]; got {self.inflection!r}")
 
     @property
     def proportional(self) -> bool:

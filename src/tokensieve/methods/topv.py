@@ -9,7 +9,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
 from tokensieve.methods.registry import register
-from tokensieve.ops import carried, top_k, uniform
+from tokensieve.ops import sinkhorn_row_mass, top_k, uniform
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -55,7 +55,7 @@ class TopV(DecoderMethod):
         return check_blocks([self.layer], depth)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        scores = carried(self.cost(image), self.epsilon, self.steps)
+        scores = sinkhorn_row_mass(self.cost(image), self.epsilon, self.steps)
         wanted = self.wanted(image)
         again = int(self.recovered * wanted)
         kept = top_k(scores, wanted - again)

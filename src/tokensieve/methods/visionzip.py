@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import at, nearest, rows_at, sizes_of, top_k
@@ -43,7 +44,7 @@ class VisionZip(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.contextual < 1:
-            raise ValueError(f"contextual must be a share in [0, 1); got {self.contextual}")
+            raise Refusal(f"contextual must be a share in [0, 1); got {self.contextual}")
 
     @property
     def needs(self) -> Needs:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
 from tokensieve.ops import bipartite_thinning, without_sinks
@@ -41,9 +42,9 @@ class VisPruner(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (0 <= self.important <= 1 and 0 <= self.sinks < 1):
-            raise ValueError(f"important and sinks are shares; got {self.important} and {self.sinks}")
+            raise Refusal(f"important and sinks are shares; got {self.important} and {self.sinks}")
         if self.step < 1:
-            raise ValueError(f"step must be at least 1; got {self.step}")
+            raise Refusal(f"step must be at least 1; got {self.step}")
 
     def reduce(self, image: VisualTokens) -> Reduction:
         patches, wanted = image.given("patches"), image.count(self.keep)

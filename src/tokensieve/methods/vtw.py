@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import DecoderMethod, check_blocks
 from tokensieve.methods.registry import register
 from tokensieve.reduction import Reduction
@@ -38,7 +39,7 @@ class Vtw(DecoderMethod):
             return check_blocks([self.layer], depth)
         layer, calibrated_depth = calibrated(self.calibration)
         if calibrated_depth != depth:
-            raise ValueError(f"{self.calibration} is for an LLM of {calibrated_depth} blocks; this one has {depth}")
+            raise Refusal(f"{self.calibration} is for an LLM of {calibrated_depth} blocks; this one has {depth}")
         return check_blocks([layer], depth)
 
     def reduce(self, image: VisualTokens) -> Reduction:
@@ -51,6 +52,4 @@ def calibrated(file: str) -> tuple[int, int]:
         found = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
         return int(found["layer"]), int(found["depth"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is no result of 'tokensieve calibrate vtw' ({type(error).__name__}: {error})"
-        ) from None
+        raise Refusal(f"{file} is no result of 'tokensieve calibrate vtw' ({type(error).__name__}: {error})") from None

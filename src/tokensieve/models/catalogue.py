@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import tokensieve.models
+from tokensieve.errors import Refusal
 from tokensieve.models.family import Family
 from tokensieve.models.generic import REFUSED, Generic, discoverable
 
@@ -39,10 +40,8 @@ def family_of(model: Any) -> Family:
             return family
     model_type = getattr(config, "model_type", None)
     if model_type in REFUSED:
-        raise ValueError(f"{type(model).__name__} is not supported: {REFUSED[model_type]}")
+        raise Refusal(f"{type(model).__name__} is not supported: {REFUSED[model_type]}")
     if discoverable(model):
         return Generic(model)
     known = ", ".join(sorted({t for family in families() for t in family.model_types}))
-    raise ValueError(
-        f"{type(model).__name__} (model type {model_type!r}) is of no supported family; supported: {known}"
-    )
+    raise Refusal(f"{type(model).__name__} (model type {model_type!r}) is of no supported family; supported: {known}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.methods.base import Stage
-from tokensieve.models.shape import Grid, Shape
+from tokensieve.models.layout import Grid, TokenLayout
 from tokensieve.models.vit import Pooling, VitLayer, pooling_head
 from tokensieve.reduction import Reduction
 
@@ -47,7 +47,7 @@ class Family(ABC):
 
     As it stands, it describes a tower that sees tiles of equal size, `[b, 3, H, W]`, and a projector that makes one
     row of each unit of ``merge`` x ``merge`` patches, in raster order. *Units* are these rows, in the order in which
-    the projector makes them; an image's :class:`Shape` says which of them it shows.
+    the projector makes them; an image's :class:`TokenLayout` says which of them it shows.
 
     Attributes:
         stages: where methods can act.
@@ -121,14 +121,14 @@ class Family(ABC):
 
     # -- what the rows mean -------------------------------------------------------------------------------------------
 
-    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[TokenLayout]) -> list[Tensor]:
         """The features of each image, `[N, D]`, in the ``pooler_output`` of a call (with beams: repeated)."""
         return list(pooled)
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         """How the visual tokens of each image lie, in the order of :meth:`entries`."""
         tiles, (height, width) = len(call.tower["pixel_values"]), self.tile(model, call)
-        return [Shape.grid_of(height, width)] * tiles
+        return [TokenLayout.grid_of(height, width)] * tiles
 
     def tile(self, model: Any, call: EncodeCall) -> Grid:
         """(height, width) of one tile in visual tokens."""

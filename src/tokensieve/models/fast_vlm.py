@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from tokensieve.models.family import EncodeCall, Family, timm_attentions
-from tokensieve.models.shape import Grid
+from tokensieve.models.layout import Grid
 
 
 class FastVlm(Family):

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from tokensieve.models.family import EncodeCall, Family
-from tokensieve.models.shape import Shape
+from tokensieve.models.layout import TokenLayout
 
 QUERIES = "a Q-Former hands its LLM 32 tokens, and generate() passes by the forward that tokens would leave in"
 REFUSED = {
@@ -34,8 +34,8 @@ class Generic(Family):
             self.stages = ("connector",)  # type: ignore[misc]
             self.excluded = f"where the blocks of its {type(model.get_decoder()).__name__} are is unknown"  # type: ignore[misc]
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
-        return [Shape(len(rows)) for rows in call.output.pooler_output]
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
+        return [TokenLayout(len(rows)) for rows in call.output.pooler_output]
 
 
 def discoverable(model: Any) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.models.layout import TokenLayout
 from tokensieve.models.pixel_shuffle import PixelShuffle
-from tokensieve.models.shape import Shape
 
 
 class Idefics3(PixelShuffle):
@@ -17,7 +17,7 @@ class Idefics3(PixelShuffle):
     title = "Idefics3, SmolVLM"
     model_types = ("idefics3", "smolvlm")
 
-    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[TokenLayout]) -> list[Tensor]:
         return [tile for sample in pooled if len(sample) for tile in torch.split(sample, shapes[0].total)]
 
     def projector(self, model: Any) -> nn.Module:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from tokensieve.errors import Refusal
 from tokensieve.models import vit
 from tokensieve.models.family import Family, spread
-from tokensieve.models.shape import Grid
+from tokensieve.models.layout import Grid
 from tokensieve.reduction import Reduction
 
 TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -30,7 +31,7 @@ class Llava(Family):
         tower = super().tower(model)
         model_type = getattr(tower.config, "model_type", None)
         if model_type not in TOWERS:
-            raise ValueError(f"LLaVA with a {model_type} tower is not supported; supported: {', '.join(TOWERS)}")
+            raise Refusal(f"LLaVA with a {model_type} tower is not supported; supported: {', '.join(TOWERS)}")
         return tower
 
     def vit_layers(self, tower: Any) -> list[vit.VitLayer]:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from tokensieve.models.family import EncodeCall, in_blocks
+from tokensieve.models.layout import TokenLayout
 from tokensieve.models.llava_next import LlavaNext
-from tokensieve.models.shape import Shape
 
 
 class LlavaNextVideo(LlavaNext):
@@ -17,12 +17,12 @@ class LlavaNextVideo(LlavaNext):
     model_types = ("llava_next_video",)
     modalities = ("image", "video")
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         if call.modality == "image":
             return super().shapes(model, call)
         videos, frames = call.inputs["pixel_values_videos"].shape[:2]
         stride, (height, width) = model.config.spatial_pool_stride, self.tile(model, call)
-        return [Shape.frames_of(frames, height // stride, width // stride)] * videos
+        return [TokenLayout.frames_of(frames, height // stride, width // stride)] * videos
 
     def in_units(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         if call.modality == "image":

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokensieve.errors import Refusal
 from tokensieve.models.any_resolution import AnyResolution
 from tokensieve.models.family import EncodeCall
-from tokensieve.models.shape import Shape
+from tokensieve.models.layout import TokenLayout
 
 
 class LlavaOnevision(AnyResolution):
@@ -23,12 +24,12 @@ class LlavaOnevision(AnyResolution):
     model_types = ("llava_onevision",)
     modalities = ("image", "video")
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         if call.modality == "image":
             return super().shapes(model, call)
         videos, frames = call.inputs["pixel_values_videos"].shape[:2]
         height, width = (-(-side // 2) for side in self.tile(model, call))
-        shape = Shape.frames_of(frames, height, width)
+        shape = TokenLayout.frames_of(frames, height, width)
         places = torch.arange(shape.total)
         line = torch.zeros(shape.total + 1, dtype=torch.int64)  # of the whole video: the newline stays
         return [replace(shape, total=len(line), line=line, places=places)] * videos
@@ -42,7 +43,7 @@ class LlavaOnevision(AnyResolution):
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         if call.modality == "video":
-            raise ValueError("LLaVA-OneVision pools videos after its projector: no row before it belongs to one token")
+            raise Refusal("LLaVA-OneVision pools videos after its projector: no row before it belongs to one token")
         return super().patches(model, call, rows)
 
     def tiles(self, model: Any, call: EncodeCall) -> list[int]:

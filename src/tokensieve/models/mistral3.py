@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokensieve.errors import Refusal
 from tokensieve.models.family import EncodeCall, Family, in_blocks
-from tokensieve.models.shape import Shape
+from tokensieve.models.layout import TokenLayout
 
 
 class Mistral3(Family):
@@ -20,16 +21,16 @@ class Mistral3(Family):
     def merge(self, model: Any) -> int:
         return int(model.config.spatial_merge_size)
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         side = model.config.vision_config.patch_size * self.merge(model)
-        return [Shape.grid_of(h // side, w // side) for h, w in call.sizes]
+        return [TokenLayout.grid_of(h // side, w // side) for h, w in call.sizes]
 
     def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         (rows,) = reads  # one call for all images, kept apart by its mask
         grids, side = [shape.views[0] for shape in self.shapes(model, call)], self.merge(model)
         tower: Any = self.tower(model)
         if len(grids) > 1 and "flash" in tower.config._attn_implementation:
-            raise ValueError("the attention of several images at once cannot be read from a flash kernel; use sdpa")
+            raise Refusal("the attention of several images at once cannot be read from a flash kernel; use sdpa")
         images = torch.split(rows[0], [h * w * side**2 for h, w in grids])
         both = zip(images, grids, strict=True)
         return torch.cat([in_blocks(image[None], (h * side, w * side), side).mean(1) for image, (h, w) in both])

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tokensieve.errors import Refusal
 from tokensieve.models.family import Family
 
 
@@ -18,4 +19,4 @@ class Ovis2(Family):
         return int(model.config.vision_config.hidden_stride)
 
     def projector(self, model: Any) -> nn.Module:
-        raise ValueError(f"{self.title} has no projector: its tokens are mixtures of a visual vocabulary")
+        raise Refusal(f"{self.title} has no projector: its tokens are mixtures of a visual vocabulary")

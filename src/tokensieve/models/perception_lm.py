@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.models.family import EncodeCall, Family, timm_attentions
-from tokensieve.models.shape import Grid, Shape
+from tokensieve.models.layout import Grid, TokenLayout
 
 
 class PerceptionLM(Family):
@@ -24,13 +24,13 @@ class PerceptionLM(Family):
     def merge(self, model: Any) -> int:
         return int(model.config.projector_pooling_ratio)
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         images, tiles = call.inputs["pixel_values"].shape[:2]
         (height, width), (rows, _) = self.tile(model, call), self._patches_of_tile(model, call)
         even = rows % self.merge(model) == 0  # else the patches that are averaged overlap
-        return [Shape(tiles * height * width, ((height, width),) * tiles, mapped=even)] * images
+        return [TokenLayout(tiles * height * width, ((height, width),) * tiles, mapped=even)] * images
 
-    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[TokenLayout]) -> list[Tensor]:
         tiles = len(shapes[0].views)
         return [torch.cat(list(pooled[first : first + tiles])) for first in range(0, len(pooled), tiles)]
 

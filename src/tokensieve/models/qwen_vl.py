@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers.vision_utils import get_vision_window_index
 
+from tokensieve.errors import Refusal
 from tokensieve.methods.base import Stage
 from tokensieve.models.family import EncodeCall, Family, Modality, spread
-from tokensieve.models.shape import Grid, Shape, sent
+from tokensieve.models.layout import Grid, TokenLayout, to_device
 from tokensieve.reduction import Reduction
 
 
@@ -27,12 +28,12 @@ class QwenVL(Family):
         layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
         return [tower.blocks[layer].attn for layer in layers]
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         side = self.merge(model)
         grids = [(t, h // side, w // side) for t, h, w in call.tower["grid_thw"].tolist()]
         if call.modality == "video":
-            return [Shape.frames_of(*grid) for grid in grids]
-        return [Shape.grid_of(t * h, w) for t, h, w in grids]
+            return [TokenLayout.frames_of(*grid) for grid in grids]
+        return [TokenLayout.grid_of(t * h, w) for t, h, w in grids]
 
     def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         rows = torch.cat([read.flatten(0, 1) for read in reads])
@@ -63,12 +64,12 @@ class QwenVL(Family):
         config = tower.config  # the tower runs window by window: undo its permutation
         grid = call.tower["grid_thw"].cpu()
         window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-        return units[sent(window.argsort(), units.device)]
+        return units[to_device(window.argsort(), units.device)]
 
     def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         config, grids = tower.config, inputs["grid_thw"]
         if bool((grids[:, 0] > 1).any()):
-            raise ValueError("only images can be resized; videos are not supported")
+            raise Refusal("only images can be resized; videos are not supported")
         merge, patches = config.spatial_merge_size, torch.split(inputs["hidden_states"], grids.prod(-1).tolist())
         smaller = [
             _pack(_resized(_unpack(p, thw, config), (h * merge, w * merge), config), config)

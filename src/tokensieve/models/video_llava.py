@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.models.family import EncodeCall, Family
-from tokensieve.models.shape import Shape
+from tokensieve.models.layout import TokenLayout
 
 
 class VideoLlava(Family):
@@ -21,12 +21,12 @@ class VideoLlava(Family):
     def towers(self, model: Any) -> list[nn.Module]:
         return [self.tower(model), model.base_model.video_tower]
 
-    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[TokenLayout]) -> list[Tensor]:
         if not shapes[0].video:
             return list(pooled)
         return list(torch.split(torch.cat(list(pooled)), shapes[0].total))  # the model returns frame by frame
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[Shape]:
+    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         if call.modality == "image":
             return super().shapes(model, call)
         videos, frames = call.inputs["pixel_values_videos"].shape[:2]
@@ -34,7 +34,7 @@ class VideoLlava(Family):
         line = torch.arange(frames).repeat_interleave(1 + height * width)
         places = (torch.arange(len(line)) % (1 + height * width)).nonzero().squeeze(-1)  # [CLS] comes first
         views = ((height, width),) * frames
-        return [Shape(len(line), views, line=line, places=places, video=True)] * videos
+        return [TokenLayout(len(line), views, line=line, places=places, video=True)] * videos
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         return super().patches(model, call, rows if call.modality == "image" else rows[:, 1:])

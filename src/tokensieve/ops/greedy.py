@@ -41,7 +41,7 @@ def max_min(rows: Tensor, k: int) -> Tensor:
         alone = table.amin(-1)
         table.diagonal(0, -2, -1).fill_(-torch.inf)  # what is selected is never the farthest again
     else:
-        alone = _alone(rows)
+        alone = nearest_distance(rows)
     best = (alone >= alone.amax(-1, keepdim=True) - TIE).int().argmax(-1, keepdim=True)
     chosen, distance = [best], torch.full_like(alone, torch.inf)
     for _ in range(k - 1):
@@ -56,7 +56,7 @@ def max_min(rows: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, -1).view(*lead, k)
 
 
-def _alone(rows: Tensor) -> Tensor:
+def nearest_distance(rows: Tensor) -> Tensor:
     """Distance of each unit row `[B, N, D]` to its nearest other row, `[B, N]`: exact for the largest of them.
 
     Each row looked at bounds that distance for all others, and those that cannot have the largest any more are never

@@ -43,7 +43,7 @@ def knee(scores: Tensor) -> Tensor:
     return (along + heights - 1).abs().argmax(-1) + 1
 
 
-def marked(mask: Tensor) -> tuple[Tensor, Tensor]:
+def padded_nonzero(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where `[..., N]` bool is True, for images that keep different numbers: indices `[..., K]` and which are real.
 
     K is the largest number. Real indices come first, ascending; padding repeats the last of them. Every image must

@@ -42,7 +42,7 @@ def segments_at(cut: Tensor) -> list[Segment]:
     return list(pairwise(edges))
 
 
-def steadiest_segments(alike: Tensor) -> list[Segment]:
+def max_static_segments(alike: Tensor) -> list[Segment]:
     """The segments with the largest sum of (places alike all through it) · (its frames − 1).
 
     Dynamic programming over all pairs of frames, in O(T² + T·n); of equal cuts, the one with the longest last segments.
@@ -140,7 +140,7 @@ def in_proportion(k: int, sizes: Tensor) -> Tensor:
     return edges.diff(prepend=edges.new_zeros(1))
 
 
-def blended(cluster: Tensor, centres: Tensor, least: float) -> Tensor:
+def cluster_weights(cluster: Tensor, centres: Tensor, least: float) -> Tensor:
     """Weights `[m]` of the members of clusters, adding up to 1 in each: the centre has ``least``, or its equal share.
 
     The others have the rest in equal parts; ``least=0`` makes plain means.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def carried(cost: Tensor, epsilon: float, steps: int) -> Tensor:
+def sinkhorn_row_mass(cost: Tensor, epsilon: float, steps: int) -> Tensor:
     """Mass that each source row sends under the entropic plan, `[..., N, M]` to `[..., N]`; larger: cheaper to carry.
 
     Sinkhorn's updates end on the targets' side: after an update of the sources every row would send the same.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokensieve.errors import Refusal
+
 _DIRECTORIES = {
     "reference": "llava-reference",
     "vilt-reference": "vilt-reference",
@@ -20,7 +22,7 @@ def path(name: str = "reference") -> Path:
     fine-tuned with PuMer's reducers on.
     """
     if name not in _DIRECTORIES:
-        raise ValueError(f"bundled model {name!r} is unknown; use one of {', '.join(_DIRECTORIES)}")
+        raise Refusal(f"bundled model {name!r} is unknown; use one of {', '.join(_DIRECTORIES)}")
     return Path(__file__).parent / "weights" / _DIRECTORIES[name]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tokensieve.errors import Refusal
 from tokensieve.reference.questions import ANSWERS, TYPES, Type, ask
 from tokensieve.reference.scenes import Box, Scene, scene
 
@@ -57,10 +58,10 @@ def benchmark(
         RuntimeError: the default test set does not consist of the published questions.
     """
     if scenes < 1:
-        raise ValueError(f"scenes must be at least 1, got {scenes}")
+        raise Refusal(f"scenes must be at least 1, got {scenes}")
     for type in types:
         if type not in TYPES:
-            raise ValueError(f"question type {type!r} is unknown; use some of {', '.join(TYPES)}")
+            raise Refusal(f"question type {type!r} is unknown; use some of {', '.join(TYPES)}")
     rows: list[Row] = []
     for index in range(scenes):
         drawn = scene(split, index, seed)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tokensieve.errors import Refusal
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -37,7 +39,7 @@ def missing(error: ImportError) -> ImportError:
 def check_split(split: str) -> Split:
     """Return `split` if it is one; raise ValueError naming the allowed ones otherwise."""
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+        raise Refusal(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
     return split
 
 

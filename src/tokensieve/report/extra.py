@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from tokensieve.errors import MissingExtra
+
 
 @contextmanager
 def needs_report_extra() -> Iterator[None]:
@@ -13,7 +15,7 @@ def needs_report_extra() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ImportError(f'reports need {error.name}: pip install "tokensieve[report]"', name=error.name) from None
+        raise MissingExtra(f'reports need {error.name}: pip install "tokensieve[report]"') from None
 
 
 def check_report_extra() -> None:

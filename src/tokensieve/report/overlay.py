@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from tokensieve.errors import Refusal
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -36,9 +38,9 @@ def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.
         width, height = (max(1, round(full * side / max(image.size))) for full in image.size)
         return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     if reduction.grid is None:
-        raise ValueError(f"no overlay: these {reduction.total} tokens form no grid")
+        raise Refusal(f"no overlay: these {reduction.total} tokens form no grid")
     if reduction.anchors.ndim != 1:
-        raise ValueError("overlay draws one image: index the batched Reduction first")
+        raise Refusal("overlay draws one image: index the batched Reduction first")
     rows, columns = reduction.grid
     cell = max(4, side // max(rows, columns))
     pixels = np.asarray(image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), float)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tokensieve.evaluate import Chance
+from tokensieve.evaluate import VsRandom
 from tokensieve.report.plots import BASELINES, plain_name
 from tokensieve.report.table import Row, budget
 
@@ -34,7 +34,7 @@ def _against_random(rows: Sequence[Row]) -> Iterator[str]:
         yield f"Not told apart from random, as the interval of the difference holds zero: {_list(ties)}."
 
 
-def _points(chance: Chance) -> str:
+def _points(chance: VsRandom) -> str:
     return f"{100 * chance.difference:+.1f}, {100 * chance.low:+.1f} to {100 * chance.high:+.1f}"
 
 

@@ -24,6 +24,7 @@ import torch.distributed
 import torch.multiprocessing
 from torch import Tensor, nn
 
+from tokensieve.errors import Refusal
 from tokensieve.reference.card import write_card
 from tokensieve.reference.learning import PARTS, Batch, Kept, Trainee, answering_loss, drop, seeing_loss
 from tokensieve.reference.model import build_model, build_processor, vocabulary
@@ -95,7 +96,7 @@ def train_reference(
     if (output / "checkpoint.pt").exists():
         held = torch.load(output / "checkpoint.pt", weights_only=True)["identity"]
         if held != identity:
-            raise ValueError(f"{output} holds a run with {held}, got {identity}; or start anew with resume=False")
+            raise Refusal(f"{output} holds a run with {held}, got {identity}; or start anew with resume=False")
     arguments = (output, stages, identity, compiled, report_every, progress)
     if processes == 1:
         _work(0, *arguments)

@@ -17,6 +17,7 @@ from transformers import (
     ViltForQuestionAnswering,
 )
 
+from tokensieve.errors import Refusal
 from tokensieve.fusion.convert.names import HEADS, prefixed, renamed
 from tokensieve.fusion.convert.read import read_settings, read_weights
 from tokensieve.fusion.meter import (
@@ -45,7 +46,7 @@ def convert(source: Path, target: Path, *, heads: int | None = None) -> PreTrain
         ValueError: no checkpoint, no head we know, or a weight that is missing, left over or of another shape.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already; give an empty or a new folder")
+        raise Refusal(f"{target} exists already; give an empty or a new folder")
     settings = read_settings(source)
     model = build(read_weights(source), heads=heads or settings.get("num_heads"))
     model.save_pretrained(target)
@@ -75,7 +76,7 @@ def _head(weights: Mapping[str, Tensor]) -> tuple[int, int]:
     if "rank_output.bias" in weights:
         return 2, 1
     known = ", ".join((*HEADS, "rank_output"))
-    raise ValueError(f"this checkpoint has no head that we know; expected the weights of one of {known}")
+    raise Refusal(f"this checkpoint has no head that we know; expected the weights of one of {known}")
 
 
 def _vilt_config(weights: Mapping[str, Tensor], heads: int | None) -> ViltConfig:
@@ -138,7 +139,7 @@ def _meter_config(weights: Mapping[str, Tensor], heads: int | None) -> MeterConf
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     if name not in weights:
-        raise ValueError(f"this is no ViLT or METER checkpoint of the authors: {name} is missing")
+        raise Refusal(f"this is no ViLT or METER checkpoint of the authors: {name} is missing")
     return tuple(weights[name].shape)
 
 
@@ -175,4 +176,4 @@ def _check(ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str)
         if names
     ]
     if said:
-        raise ValueError(f"the checkpoint does not fit {model}: {'; '.join(said)}")
+        raise Refusal(f"the checkpoint does not fit {model}: {'; '.join(said)}")

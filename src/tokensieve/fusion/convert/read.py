@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tokensieve.errors import Refusal
+
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -24,7 +26,7 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     file = next((source / name for name in FILES if (source / name).is_file()), source)
     if not file.is_file():
         what = f"no {' or '.join(FILES)} in this folder" if source.is_dir() else "no such file"
-        raise ValueError(f"no checkpoint at {source}: {what}")
+        raise Refusal(f"no checkpoint at {source}: {what}")
     try:
         if file.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(file)
@@ -32,10 +34,10 @@ def read_weights(source: Path) -> dict[str, Tensor]:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"the checkpoint {file} cannot be read: {reason}") from error
+        raise Refusal(f"the checkpoint {file} cannot be read: {reason}") from error
     weights = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise ValueError(f"{file} holds no state dict: names and tensors are expected")
+        raise Refusal(f"{file} holds no state dict: names and tensors are expected")
     return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
 
@@ -47,5 +49,5 @@ def read_settings(source: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
+        raise Refusal(f"{file} is no JSON: {error}") from error
     return settings if isinstance(settings, dict) else {}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from tokensieve.errors import Refusal
 from tokensieve.fusion.meter.configuration import MeterConfig
 from tokensieve.fusion.meter.modeling import MeterModel, MeterPreTrainedModel
 
@@ -69,7 +70,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
         """``pixel_values``: `[B, 2, 3, height, width]`."""
         if pixel_values is None or pixel_values.ndim != 5 or pixel_values.shape[1] != 2:
             got = None if pixel_values is None else list(pixel_values.shape)
-            raise ValueError(f"pixel_values must be [B, 2, 3, height, width], two images per text; got {got}")
+            raise Refusal(f"pixel_values must be [B, 2, 3, height, width], two images per text; got {got}")
         passes = [
             self.meter(input_ids, attention_mask=attention_mask, pixel_values=image, image_token_type_idx=index + 1)
             for index, image in enumerate(pixel_values.unbind(1))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tokensieve.errors import MissingExtra, Refusal
 from tokensieve.train.pumer.tasks import Task
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,13 @@ def read_records(source: str, task: Task) -> Sequence[Mapping[str, Any]]:
     else:
         records = _from_file(path) if path.suffix in (".jsonl", ".json") or path.exists() else _from_datasets(source)
     if not len(records):
-        raise ValueError(f"{source}: no records")
+        raise Refusal(f"{source}: no records")
     wanted = [c for c in (*task.images, task.text, task.target) if c is not None]
     lines = range(len(records)) if isinstance(records, list) else range(1)  # a datasets table has the same columns
     for number in lines:
         missing = [column for column in wanted if column not in records[number]]
         if missing:
-            raise ValueError(f"{source}, record {number + 1}: no column {missing[0]!r}, which {task.name} needs")
+            raise Refusal(f"{source}, record {number + 1}: no column {missing[0]!r}, which {task.name} needs")
     return records
 
 
@@ -55,9 +56,7 @@ def _from_reference(source: str) -> list[dict[str, Any]]:
 
     found = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.removeprefix(REFERENCE))
     if found is None:
-        raise ValueError(
-            f"the bundled questions are reference:train or, for a part, reference:train[:700]; got {source}"
-        )
+        raise Refusal(f"the bundled questions are reference:train or, for a part, reference:train[:700]; got {source}")
     split, count = found[1], int(found[2] or SCENES * len(PUBLISHED))
     rows = benchmark(split, scenes=-(-count // len(PUBLISHED)))[:count]
     return [{"image": row.scene.render, "question": row.question, "answer": row.answer} for row in rows]
@@ -65,7 +64,7 @@ def _from_reference(source: str) -> list[dict[str, Any]]:
 
 def _from_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"no such data file: {path}")
+        raise Refusal(f"no such data file: {path}")
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -75,7 +74,7 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
+            raise Refusal(f"{path}, line {number}: not a JSON object")
         for column in ("image", "image2"):
             if isinstance(record.get(column), str):
                 record[column] = path.parent / record[column]
@@ -87,7 +86,7 @@ def _from_datasets(source: str) -> Sequence[Mapping[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise ImportError(f"{source} is no file; for the datasets library: pip install datasets") from None
+        raise MissingExtra(f"{source} is no file; for the datasets library: pip install datasets") from None
     name, _, split = source.partition(":")
     records: Sequence[Mapping[str, Any]] = load_dataset(name, split=split or "train")
     return records
@@ -110,7 +109,7 @@ class Records(Dataset[dict[str, Any]]):
 
     def __init__(self, records: Sequence[Mapping[str, Any]], task: Task, labels: Mapping[str, int], negatives: int = 0):
         if negatives >= len(records):
-            raise ValueError(f"{negatives} other texts per image need more than {len(records)} records")
+            raise Refusal(f"{negatives} other texts per image need more than {len(records)} records")
         self.records, self.task, self.labels, self.negatives = records, task, labels, negatives
         bad = torch.zeros(len(records), dtype=torch.bool)
         self._bad: Tensor = bad.share_memory_()  # type: ignore[no-untyped-call]  # the loader's workers write here, too
@@ -134,14 +133,14 @@ class Records(Dataset[dict[str, Any]]):
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                     self._bad[place] = True
                     log.warning("record %d skipped (%d so far): %s", place + 1, self.skipped, error)
-        raise ValueError("no record has images that can be read and a text")
+        raise Refusal("no record has images that can be read and a text")
 
     def _texts(self, place: int) -> list[str]:
         others = random.Random(place).sample(range(len(self) - 1), self.negatives)
         places = [place, *(other + (other >= place) for other in others)]
         texts = [str(self.records[p][self.task.text]).strip() for p in places]
         if not texts[0]:
-            raise ValueError("the text is empty")
+            raise Refusal("the text is empty")
         return [text or "." for text in texts]
 
     def _target(self, record: Mapping[str, Any]) -> Tensor:

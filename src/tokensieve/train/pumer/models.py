@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 import tokensieve.fusion.meter  # noqa: F401  (registers METER)
+from tokensieve.errors import Refusal
 from tokensieve.train.pumer.tasks import Task
 
 
@@ -27,7 +28,7 @@ def load_processors(place: str) -> tuple[Any, Any]:
         return AutoTokenizer.from_pretrained(place), AutoImageProcessor.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{place} has no tokenizer and image processor beside its weights: {reason}") from error
+        raise Refusal(f"{place} has no tokenizer and image processor beside its weights: {reason}") from error
 
 
 def load_config(place: str) -> Any:
@@ -36,7 +37,7 @@ def load_config(place: str) -> Any:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"no model at {place}: {reason}") from error
+        raise Refusal(f"no model at {place}: {reason}") from error
 
 
 def labels_of(config: Any) -> list[str] | None:
@@ -63,10 +64,10 @@ def load_teacher(place: str, task: Task, labels: list[str]) -> Any:
     config, kind = _config(place, task)
     theirs = labels_of(config)
     if labels and theirs != labels:
-        raise ValueError(f"the teacher {place} names other classes than the student learns; use the same data and task")
+        raise Refusal(f"the teacher {place} names other classes than the student learns; use the same data and task")
     made = task.models[kind].__name__
     if config.architectures and made not in config.architectures:
-        raise ValueError(f"the teacher {place} is a {', '.join(config.architectures)}; {task.name} needs a {made}")
+        raise Refusal(f"the teacher {place} is a {', '.join(config.architectures)}; {task.name} needs a {made}")
     return _load(task.models[kind], place, config).eval().requires_grad_(False)
 
 
@@ -74,7 +75,7 @@ def _config(place: str, task: Task) -> tuple[Any, str]:
     config = load_config(place)
     kind = config.model_type
     if kind not in task.models:
-        raise ValueError(f"{place} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")
+        raise Refusal(f"{place} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")
     return config, kind
 
 
@@ -86,7 +87,7 @@ def _load(model: Any, place: str, config: Any, **options: Any) -> Any:
         loaded = model.from_pretrained(place, config=config, dtype=torch.float32, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"the model {place} does not load: {reason}") from error
+        raise Refusal(f"the model {place} does not load: {reason}") from error
     if pairs and config.modality_type_vocab_size == 2:
         _second_image(loaded)
     return loaded

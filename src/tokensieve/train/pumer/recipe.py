@@ -15,6 +15,7 @@ from torch.nn.functional import kl_div
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from tokensieve.errors import Refusal
 from tokensieve.train.pumer.tasks import Task, accuracy
 
 log = logging.getLogger(__name__)
@@ -57,12 +58,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.precision not in ("bf16", "fp16", "fp32"):
-            raise ValueError(f"precision must be bf16, fp16 or fp32; got {self.precision!r}")
+            raise Refusal(f"precision must be bf16, fp16 or fp32; got {self.precision!r}")
         for name in ("epochs", "batch_size", "accumulate", "rate", "head_rate", "cross_rate"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be larger than 0; got {getattr(self, name)}")
+                raise Refusal(f"{name} must be larger than 0; got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be a share in [0, 1); got {self.warmup}")
+            raise Refusal(f"warmup must be a share in [0, 1); got {self.warmup}")
 
     @classmethod
     def for_model(cls, model_type: str, **given: Any) -> Recipe:

@@ -9,8 +9,9 @@ from pathlib import Path
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from tokensieve.attach import attach
-from tokensieve.models import longest_text
+from tokensieve.engine import attach
+from tokensieve.engine.fusion.families import longest_text
+from tokensieve.errors import MissingExtra
 from tokensieve.train.pumer.data import Collator, Records, label_names, read_records
 from tokensieve.train.pumer.models import labels_of, load_config, load_processors, load_student, load_teacher
 from tokensieve.train.pumer.recipe import PumerTrainer, Recipe
@@ -93,4 +94,4 @@ def _check_extra() -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError:
-        raise ImportError("training needs the 'train' extra: pip install 'tokensieve[train]'") from None
+        raise MissingExtra("training needs the 'train' extra: pip install 'tokensieve[train]'") from None

@@ -17,6 +17,7 @@ from transformers import (
     ViltForQuestionAnswering,
 )
 
+from tokensieve.errors import Refusal
 from tokensieve.fusion.meter import (
     MeterForImageAndTextRetrieval,
     MeterForImagesAndTextClassification,
@@ -95,7 +96,7 @@ TASKS: dict[str, Task] = {
 def task_named(name: str) -> Task:
     """The task; ``ValueError`` naming those there are."""
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+        raise Refusal(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     return TASKS[name]
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.crossmodal import CrossModal
-from tokensieve.fusion.host import Host
-from tokensieve.fusion.progress import Step
+from tokensieve.engine.fusion.host import Host
+from tokensieve.engine.fusion.passes import StreamStep
 
 
 class CoAttention(Host):
@@ -86,7 +86,7 @@ class CoAttention(Host):
 
         def shorten(tower: nn.Module, args: Any) -> Any:
             rows, *rest = args
-            done: list[Step] = getattr(self.current, steps)
+            done: list[StreamStep] = getattr(self.current, steps)
             for step in done:
                 rows = step.apply(rows)
             return (rows, *rest)

@@ -18,15 +18,16 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tokensieve.attach import probe as reads
-from tokensieve.attach.kernel_probe import probe_of
-from tokensieve.attach.probe import Probe, Read
-from tokensieve.attach.tower import Arrived, Tower
+from tokensieve.engine import probe as reads
+from tokensieve.engine.encoder.tower import Tower, TowerResult
+from tokensieve.engine.kernel_probe import probe_of
+from tokensieve.engine.probe import Probe, Read
+from tokensieve.errors import Refusal
 from tokensieve.methods import EncoderMethod, Method, Needs
 from tokensieve.methods.baselines import Downsample
-from tokensieve.models import EncodeCall, Family, Shape
+from tokensieve.models import EncodeCall, Family, TokenLayout
 from tokensieve.models.family import Modality, spread
-from tokensieve.models.shape import Grid, sent
+from tokensieve.models.layout import Grid, to_device
 from tokensieve.models.vit import Pooling
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
@@ -39,7 +40,7 @@ POOLED = "no [CLS] token in this encoder: what its pooling head attends to in th
 
 
 @dataclass(frozen=True)
-class Record:
+class EncoderOutputs:
     """What one encode call told about its images, in their order. Rows are those of patches, `[M, ...]` per image.
 
     Attributes:
@@ -52,7 +53,7 @@ class Record:
         reductions: what an encoder method did per image; the dropped slots hold zeros.
     """
 
-    shapes: list[Shape]
+    shapes: list[TokenLayout]
     read: dict[str, dict[int, list[Tensor]]]
     patches: list[Tensor]
     similar: list[Tensor]
@@ -60,7 +61,7 @@ class Record:
     notes: tuple[str, ...]
     reductions: list[Reduction] | None
 
-    def of(self, images: Sequence[int]) -> Record:
+    def of(self, images: Sequence[int]) -> EncoderOutputs:
         """The record of these images, in this order; one may stand there twice."""
 
         def pick(per_image: list[T]) -> list[T]:
@@ -68,7 +69,7 @@ class Record:
 
         return self._with(pick, pick, pick)
 
-    def beside(self, other: Record) -> Record:
+    def beside(self, other: EncoderOutputs) -> EncoderOutputs:
         """The record of these images, and then those of another call."""
 
         def both(name: str) -> Any:
@@ -82,24 +83,24 @@ class Record:
         lists = {name: both(name) for name in ("shapes", "patches", "similar", "reductions")}
         return replace(self, read=read, **lists)
 
-    def joined(self, groups: Sequence[Sequence[int]]) -> Record:
+    def joined(self, groups: Sequence[Sequence[int]]) -> EncoderOutputs:
         """The record of images that are several entries each: the views of a group, one after another."""
 
         def join(rows: list[Tensor]) -> list[Tensor]:
             return [torch.cat([rows[i] for i in group]) for group in groups] if rows else rows
 
-        def shape(shapes: list[Shape]) -> list[Shape]:
+        def shape(shapes: list[TokenLayout]) -> list[TokenLayout]:
             views = [[view for i in group for view in shapes[i].views] for group in groups]
-            return [Shape(sum(map(prod, each)), tuple(each)) for each in views]
+            return [TokenLayout(sum(map(prod, each)), tuple(each)) for each in views]
 
         return self._with(shape, join, lambda reductions: reductions)
 
     def _with(
         self,
-        shapes: Callable[[list[Shape]], list[Shape]],
+        shapes: Callable[[list[TokenLayout]], list[TokenLayout]],
         rows: Callable[[list[Tensor]], list[Tensor]],
         reductions: Callable[[list[Reduction]], list[Reduction]],
-    ) -> Record:
+    ) -> EncoderOutputs:
         return replace(
             self,
             shapes=shapes(self.shapes),
@@ -111,7 +112,7 @@ class Record:
 
 
 @dataclass(eq=False)
-class Call(EncodeCall):
+class RecordedCall(EncodeCall):
     """An encode call on its way, with what was read and decided in it.
 
     Attributes:
@@ -127,7 +128,7 @@ class Call(EncodeCall):
     rows: list[Tensor] = field(default_factory=list)
     reads: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
     similar: list[Tensor] = field(default_factory=list)
-    arrived: Arrived | None = None
+    arrived: TowerResult | None = None
     pooled: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -140,7 +141,7 @@ class EncoderHooks:
 
     def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
         if needs.joint:
-            raise ValueError(
+            raise Refusal(
                 f"{family.title} checkpoints hold no text encoder of the vision tower's space; cdpruner(space='llm') "
                 "compares in the LLM's input space"
             )
@@ -156,7 +157,7 @@ class EncoderHooks:
         self.pooled: dict[str, int] = {}  # evidence, and the layer whose [CLS] row the pooling head's stands in for
         if family.opaque:
             if needs.reads_encoder:
-                raise ValueError(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
+                raise Refusal(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
         else:
             projector = family.projector(model) if needs.patches else None
             for tower in family.towers(model):
@@ -173,10 +174,10 @@ class EncoderHooks:
         attentions, cls = self.family.attentions(tower), self.family.has_cls(tower)
         self.depth = len(attentions)
         if self.similarity and not cls:
-            raise ValueError("this method compares patches with the encoder's [CLS] token; this encoder has none")
+            raise Refusal("this method compares patches with the encoder's [CLS] token; this encoder has none")
         self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
         if needs.reads_attention and not attentions:
-            raise ValueError(f"{type(tower).__name__} has no attention over all patches that could be read")
+            raise Refusal(f"{type(tower).__name__} has no attention over all patches that could be read")
         self.pooling = None if cls else self.family.pooling_head(tower)
         self.pooled = {} if self.pooling is None else _last_alone(needs, self.depth)
         nothing: dict[str, Any] = dict.fromkeys(self.pooled)
@@ -217,7 +218,7 @@ class EncoderHooks:
             if self._current is not None:  # one that the encode function of another modality calls
                 return encode(*args, **kwargs)
             bound = dict(signature.bind(*args, **kwargs).arguments)
-            call = Call(bound.pop("kwargs", {}) | bound, modality)
+            call = RecordedCall(bound.pop("kwargs", {}) | bound, modality)
             self._local.call = call
             try:
                 call.output = encode(*args, **kwargs)
@@ -234,8 +235,8 @@ class EncoderHooks:
         return recorded
 
     @property
-    def _current(self) -> Call | None:
-        call: Call | None = getattr(self._local, "call", None)
+    def _current(self) -> RecordedCall | None:
+        call: RecordedCall | None = getattr(self._local, "call", None)
         return call
 
     # -- while the tower runs -----------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ class EncoderHooks:
         if call is not None and not call.rows:
             call.rows.append(args[0] if args else next(iter(kwargs.values())))
 
-    def _resize(self, tower: nn.Module, call: Call, method: Downsample) -> None:
+    def _resize(self, tower: nn.Module, call: RecordedCall, method: Downsample) -> None:
         device = next(given.device for given in call.tower.values() if isinstance(given, Tensor))
         grids = [shape.grid or (1, shape.total) for shape in self.family.shapes(self.model, call)]
         images = [VisualTokens(torch.empty(1, h * w, 0, device=device), grid=(h, w)) for h, w in grids]
@@ -303,7 +304,7 @@ class EncoderHooks:
         elif call.reductions is not None and not all(reduction.whole for reduction in call.reductions):
             self.family.restore(tower, output, call.reductions)
 
-    def _pool(self, call: Call, output: Any) -> None:
+    def _pool(self, call: RecordedCall, output: Any) -> None:
         """Read what the pooling head attends to, in the rows that left the tower."""
         if self.pooling is None or not self.pooled:
             return
@@ -315,12 +316,12 @@ class EncoderHooks:
 
     # -- when the call returns ----------------------------------------------------------------------------------------
 
-    def _record(self, call: Call) -> Record:
+    def _record(self, call: RecordedCall) -> EncoderOutputs:
         family, model = self.family, self.model
         device = call.output.pooler_output[0].device
         shapes = [shape.to(device) for shape in family.shapes(model, call)]
         if (call.reads or call.rows or call.pooled) and not all(shape.mapped for shape in shapes):
-            raise ValueError(
+            raise Refusal(
                 f"{family.title} resamples an image of this size after its encoder: what is read there belongs to none "
                 "of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
             )
@@ -328,7 +329,7 @@ class EncoderHooks:
         def per_image(units: Tensor) -> list[Tensor]:
             if not any(shape.units is not None for shape in shapes):
                 return list(torch.split(units, [shape.patches for shape in shapes]))
-            return [units[sent(shape.units, units.device)] for shape in shapes if shape.units is not None]
+            return [units[to_device(shape.units, units.device)] for shape in shapes if shape.units is not None]
 
         def told(name: str, layer: int, rows: list[Tensor]) -> list[Tensor]:
             if call.arrived is not None and call.arrived.short:
@@ -344,9 +345,9 @@ class EncoderHooks:
         patches = self._patches(call, per_image) if call.rows else []
         similar = told("cls_similarity", self.depth, call.similar) if call.similar else []
         notes = (POOLED,) * bool(self.pooled) + (RECEIVED,) * self.substitute
-        return Record(shapes, read, patches, similar, self.depth, notes, call.reductions)
+        return EncoderOutputs(shapes, read, patches, similar, self.depth, notes, call.reductions)
 
-    def _patches(self, call: Call, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+    def _patches(self, call: RecordedCall, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """The rows that entered the projector, `[M, C]` per image; slots that an encoder method dropped hold zeros."""
         units = self.family.patches(self.model, call, call.rows[0])
         if call.reductions is None or all(reduction.whole for reduction in call.reductions):
@@ -387,7 +388,7 @@ def _to_cls(rows: Tensor) -> Tensor:
 
 
 def evidence(
-    record: Record,
+    record: EncoderOutputs,
     parts: list[tuple[int, slice]],
     features: Tensor,
     patches: Tensor | None,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tokensieve.crossmodal import Stream
-from tokensieve.fusion.progress import Pass
+from tokensieve.crossmodal import ModalityStream
+from tokensieve.engine.fusion.passes import FusionPass
+from tokensieve.errors import Refusal
 from tokensieve.methods import FusionMethod
 
 NEEDS_EVERY_WORD = ("MaskedLM", "TokenClassification")  # heads that read one row per text token
@@ -27,7 +28,7 @@ class Host(ABC):
 
     where: ClassVar[str]
 
-    def __init__(self, model: Any, method: FusionMethod, done: Callable[[list[Pass]], None]) -> None:
+    def __init__(self, model: Any, method: FusionMethod, done: Callable[[list[FusionPass]], None]) -> None:
         self.method = method
         self._done = done
         self._local = _Local()
@@ -71,9 +72,9 @@ class Host(ABC):
         return rows.view(*rows.shape[:2], heads, -1).transpose(1, 2)
 
     @property
-    def current(self) -> Pass:
+    def current(self) -> FusionPass:
         """The pass that runs in this thread."""
-        running: Pass = self._local.passes[-1]
+        running: FusionPass = self._local.passes[-1]
         return running
 
     def begin(self, text: Tensor, image: Tensor) -> None:
@@ -81,29 +82,29 @@ class Host(ABC):
         words, tokens = text.sum(1).long().tolist(), image.sum(1).long().tolist()
         for row, count in enumerate(words):
             if not count:
-                raise ValueError(f"sample {row} has no text; {self.method.info.name} prunes by what the text looks at")
+                raise Refusal(f"sample {row} has no text; {self.method.info.name} prunes by what the text looks at")
         streams = self.stream(text, words), self.stream(image, tokens)
-        self._local.passes.append(Pass(self.method, *streams))
+        self._local.passes.append(FusionPass(self.method, *streams))
 
-    def stream(self, mask: Tensor, real: list[int]) -> Stream:
+    def stream(self, mask: Tensor, real: list[int]) -> ModalityStream:
         """A stream at the start of a pass; ``real`` tokens per row of ``mask`` `[B, N]`."""
         counts = (mask.shape[1],) * len(mask) if self.method.counts_padding else tuple(real)
         sizes = torch.ones_like(mask, dtype=torch.float32) if self.method.follows_sizes else None
-        return Stream(mask.float(), counts, sizes)
+        return ModalityStream(mask.float(), counts, sizes)
 
     def _check(self, model: Any) -> None:
         """Refuse what cannot be right, before anything runs."""
         name, depth = type(model).__name__, self.depth(model)
         for layer in self.method.layers:
             if layer >= depth:
-                raise ValueError(f"{name} has {self.where} 0 to {depth - 1}; got layers={self.method.layers}")
+                raise Refusal(f"{name} has {self.where} 0 to {depth - 1}; got layers={self.method.layers}")
         if self.method.merges_text and name.endswith(NEEDS_EVERY_WORD):
-            raise ValueError(f"{name} reads every text token, so text must not merge: give merge_text=0")
+            raise Refusal(f"{name} reads every text token, so text must not merge: give merge_text=0")
 
     def _start(self, model: Any, args: Any) -> None:
         self._local.passes = []
         if model.training and getattr(model, "is_activation_checkpointing", False):
-            raise ValueError("gradient checkpointing runs layers twice and would reduce twice; turn it off")
+            raise Refusal("gradient checkpointing runs layers twice and would reduce twice; turn it off")
 
     def _finish(self, model: Any, args: Any, output: Any) -> None:
         self._done(self._local.passes)
@@ -113,23 +114,4 @@ class _Local(threading.local):
     """What one thread's call of the model keeps between hooks."""
 
     def __init__(self) -> None:
-        self.passes: list[Pass] = []
-
-
-def host_of(model: Any) -> type[Host]:
-    """The kind of host that a live model is.
-
-    Raises:
-        ValueError: if it is no cross-modal encoder we know; names those we do.
-    """
-    from tokensieve.fusion.co_attention import BridgeTower, Meter
-    from tokensieve.fusion.vilt import Vilt
-
-    hosts: dict[str, type[Host]] = {"vilt": Vilt, "meter": Meter, "bridgetower": BridgeTower}
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in hosts:
-        raise ValueError(
-            f"{type(model).__name__} (model type {model_type!r}) is no cross-modal encoder; "
-            f"supported: {', '.join(hosts)}"
-        )
-    return hosts[model_type]
+        self.passes: list[FusionPass] = []

@@ -13,7 +13,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from tokensieve.attach.probe import Probe, Read
+from tokensieve.engine.probe import Probe, Read
+from tokensieve.errors import Refusal
 
 
 def probe_of(attention: Any, read: Read) -> Probe:
@@ -30,7 +31,7 @@ class KernelProbe(Probe):
 
     def __init__(self, attention: Any, read: Read) -> None:
         if not attention.fused_attn:
-            raise ValueError("attention in timm's towers can only be read where it is fused; unset TIMM_FUSED_ATTN")
+            raise Refusal("attention in timm's towers can only be read where it is fused; unset TIMM_FUSED_ATTN")
         self.attention, self.read = attention, read
         self._local = threading.local()
         self._own, self._forward = vars(attention).get("forward"), attention.forward

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tokensieve.crossmodal import CrossModal, Merge, Stream
+from tokensieve.crossmodal import CrossModal, Merge, ModalityStream
 from tokensieve.methods import FusionMethod
 from tokensieve.ops import mask_bias
 from tokensieve.reduction import Mixing, Reduction
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class StreamStep:
     """One decision about one stream, and what its tokens count in an average (``None``: the same)."""
 
     merge: Merge
@@ -27,7 +27,7 @@ class Step:
 
 
 @dataclass(eq=False)
-class Pass:
+class FusionPass:
     """State of one pass; the hosts' hooks move it on, layer by layer.
 
     Attributes:
@@ -38,26 +38,26 @@ class Pass:
     """
 
     method: FusionMethod
-    text: Stream
-    image: Stream
-    texts: list[Step] = field(default_factory=list)
-    images: list[Step] = field(default_factory=list)
+    text: ModalityStream
+    image: ModalityStream
+    texts: list[StreamStep] = field(default_factory=list)
+    images: list[StreamStep] = field(default_factory=list)
     entered: list[tuple[int, ...]] = field(default_factory=list)
 
     @torch.no_grad()
-    def reduce(self, seen: CrossModal) -> tuple[Step | None, Step | None]:
+    def reduce(self, seen: CrossModal) -> tuple[StreamStep | None, StreamStep | None]:
         """Decide about text and image in one layer, and move both streams on."""
         self.entered.append(self.image.counts)
         text, image = self.method.reduce_pair(seen)
         if text is not None:
-            self.texts.append(Step(text, self.text.size))
+            self.texts.append(StreamStep(text, self.text.size))
             self.text = self.text.reduced(text, average=True)
         if image is not None:
-            self.images.append(Step(image, self.image.size))
+            self.images.append(StreamStep(image, self.image.size))
             self.image = self.image.reduced(image, average=False)
         return (None if text is None else self.texts[-1]), (None if image is None else self.images[-1])
 
-    def bias(self, streams: tuple[Stream, ...], like: Tensor, queries: int) -> Tensor | None:
+    def bias(self, streams: tuple[ModalityStream, ...], like: Tensor, queries: int) -> Tensor | None:
         """Additive attention bias over the keys of ``streams``; ``None`` where nothing is hidden."""
         if not self.method.counts_padding and not any(stream.ragged for stream in streams):
             return None

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.attach.cache import State
-from tokensieve.attach.connector import Plan, Prefill
-from tokensieve.attach.layout import Columns, on_device
-from tokensieve.attach.parts import budget_of
+from tokensieve.engine.cache import PrefixInfo
+from tokensieve.engine.connector.decide import budget_of
+from tokensieve.engine.connector.prefill import ImageReduction, Prefill
+from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
 from tokensieve.methods import DecoderMethod
 
 Member = tuple[int, int]  # a row of the batch, and which of its images
 
 
 @dataclass(frozen=True, eq=False)
-class Stream:
+class SequenceLayout:
     """The sequences of a batch as a block of the LLM sees them.
 
     Attributes:
@@ -30,7 +30,7 @@ class Stream:
         words: `[B, M]`, the columns of the user's words, and `[B, M]` bool; ``None`` if nobody asks.
     """
 
-    columns: Columns
+    columns: ColumnSelection
     visual: Tensor
     mask: Tensor | None
     lengths: list[int]
@@ -38,7 +38,7 @@ class Stream:
     words: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def enter(cls, prefill: Prefill, words: tuple[Tensor, Tensor] | None) -> Stream:
+    def enter(cls, prefill: Prefill, words: tuple[Tensor, Tensor] | None) -> SequenceLayout:
         """The stream at the LLM's entry."""
         visual, mask = prefill.visual, prefill.kwargs.get("attention_mask")
         batch, width = visual.shape
@@ -50,14 +50,14 @@ class Stream:
         ]
         every = torch.arange(width, device=visual.device).expand(batch, -1)
         real = torch.ones_like(visual) if mask is None else mask.bool()
-        columns = Columns(every, real, min(prefill.lengths) < width)
+        columns = ColumnSelection(every, real, min(prefill.lengths) < width)
         return cls(columns, visual, None if mask is None else mask.long(), prefill.lengths, images, words)
 
     @property
     def width(self) -> int:
         return self.visual.shape[1]
 
-    def keep(self, images: list[list[Tensor]]) -> tuple[Stream, Columns | None]:
+    def keep(self, images: list[list[Tensor]]) -> tuple[SequenceLayout, ColumnSelection | None]:
         """The stream in which of every image only the given columns stay, and how to get there (``None``: all stay)."""
         lost = [_tokens(before) - _tokens(after) for before, after in zip(self.images, images, strict=True)]
         if not any(lost):
@@ -67,12 +67,12 @@ class Stream:
             for columns in kept:
                 row.index_fill_(0, columns, True)
         left = [length - n for length, n in zip(self.lengths, lost, strict=True)]
-        chosen = Columns.of(stay, left)
+        chosen = ColumnSelection.of(stay, left)
         # a column that stays moves to the number of staying columns before it, after the row's new padding
         padding = on_device([[max(left) - n] for n in left], stay.device)
         moved = stay.long().cumsum(-1) - 1 + padding
-        following = Stream(
-            columns=Columns(chosen.take(self.columns.index), chosen.valid, chosen.padded),
+        following = SequenceLayout(
+            columns=ColumnSelection(chosen.take(self.columns.index), chosen.valid, chosen.padded),
             visual=chosen.take(self.visual) & chosen.valid,
             mask=chosen.valid.long() if chosen.padded else None,
             lengths=left,
@@ -88,7 +88,7 @@ class Stream:
 
 
 @dataclass(eq=False)
-class Run:
+class PrefillState:
     """A prefill between two blocks.
 
     Attributes:
@@ -105,22 +105,24 @@ class Run:
     """
 
     prefill: Prefill
-    entry: Stream
-    stream: Stream
-    plans: list[list[Plan]]
+    entry: SequenceLayout
+    stream: SequenceLayout
+    plans: list[list[ImageReduction]]
     methods: list[list[DecoderMethod]]
-    states: dict[int, State] = field(default_factory=dict)
+    states: dict[int, PrefixInfo] = field(default_factory=dict)
     tokens: dict[int, list[list[int]]] = field(default_factory=dict)
     handed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    state: State | None = None
+    state: PrefixInfo | None = None
     seen: dict[str, Tensor | None] = field(default_factory=dict)
 
     @classmethod
-    def enter(cls, prefill: Prefill, methods: list[list[DecoderMethod]], words: tuple[Tensor, Tensor] | None) -> Run:
-        stream = Stream.enter(prefill, words)
+    def enter(
+        cls, prefill: Prefill, methods: list[list[DecoderMethod]], words: tuple[Tensor, Tensor] | None
+    ) -> PrefillState:
+        stream = SequenceLayout.enter(prefill, words)
         return cls(prefill, stream, stream, [list(plans) for plans in prefill.plans], methods)
 
-    def plan(self, member: Member) -> Plan:
+    def plan(self, member: Member) -> ImageReduction:
         return self.plans[member[0]][member[1]]
 
     def method(self, member: Member) -> DecoderMethod:
@@ -141,7 +143,7 @@ class Run:
         lost = [any(plan.reduced_inside for plan in plans) for plans in self.plans]
         return None if all(lost) else on_device(lost, self.stream.visual.device)[:, None]
 
-    def move(self, images: list[list[Tensor]]) -> Columns | None:
+    def move(self, images: list[list[Tensor]]) -> ColumnSelection | None:
         """Let all but the given columns of each image leave; returns how to get there, ``None`` if all stay."""
         self.stream, chosen = self.stream.keep(images)
         if chosen is not None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from tokensieve.attach.cache import State
-from tokensieve.attach.layout import Columns
+from tokensieve.engine.cache import PrefixInfo
+from tokensieve.engine.prompt.placeholders import ColumnSelection
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MADE = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
@@ -27,7 +27,7 @@ def kinds_of(config: Any) -> list[str]:
     return list(getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers)
 
 
-def shortened(mask: Tensor, columns: Columns) -> Tensor:
+def shortened(mask: Tensor, columns: ColumnSelection) -> Tensor:
     """The mask `[B or 1, 1, L, L]` of a sequence for the columns of it that are left, `[B, 1, n, n]`."""
     index = columns.index
     rows = torch.arange(len(index), device=index.device)[:, None, None]
@@ -35,7 +35,7 @@ def shortened(mask: Tensor, columns: Columns) -> Tensor:
     return (taken.masked_fill(~columns.valid[:, None], _least(mask)) if columns.padded else taken)[:, None]
 
 
-def in_window(mask: Tensor, state: State, cache: Cache, block: int, window: int) -> Tensor:
+def in_window(mask: Tensor, state: PrefixInfo, cache: Cache, block: int, window: int) -> Tensor:
     """The mask `[B, 1, queries, keys]` of a later step for a block that attends in a window.
 
     Args:

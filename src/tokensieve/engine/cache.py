@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from tokensieve.errors import Refusal
+
 STATE = "_tokensieve_state"
 
 
 @dataclass(frozen=True)
-class State:
+class PrefixInfo:
     """A reduced prefix, up to and with its last image token; every later column stands for itself.
 
     Attributes:
@@ -38,13 +40,13 @@ class State:
         """Columns by which the cache is shorter than the caller believes."""
         return self.length - self.mask.shape[1]
 
-    def after(self, earlier: State) -> State:
+    def after(self, earlier: PrefixInfo) -> PrefixInfo:
         """The state of a sequence that ``earlier`` covers so far and whose next columns are this one's."""
         shift = earlier.shift if self.shift is None else self.shift
         if earlier.shift is not None and self.shift is not None:
             shift = earlier.shift + self.shift
         mask = torch.cat([earlier.mask, self.mask], 1)
-        return State(mask, earlier.padded or self.padded, earlier.length + self.length, shift)
+        return PrefixInfo(mask, earlier.padded or self.padded, earlier.length + self.length, shift)
 
     @property
     def matters(self) -> bool:
@@ -107,21 +109,21 @@ ALLOWED = (*REDUCED, LinearAttentionLayer)
 
 
 @dataclass(frozen=True)
-class States:
+class CacheInfo:
     """The states of a cache: of the LLM's entry, and of the blocks that saw fewer tokens than it."""
 
-    entry: State
-    blocks: dict[int, State]
+    entry: PrefixInfo
+    blocks: dict[int, PrefixInfo]
 
 
-def states_of(cache: Cache | None) -> States | None:
+def states_of(cache: Cache | None) -> CacheInfo | None:
     """What a reduced prefill left on the cache, if any; one that was emptied since has nothing."""
     if cache is not None and cache.get_seq_length() == 0:
         vars(cache).pop(STATE, None)
     return getattr(cache, STATE, None)
 
 
-def remember(cache: Cache, states: States) -> None:
+def remember(cache: Cache, states: CacheInfo) -> None:
     """Put the states on a cache that was just filled, and let its layers report the caller's lengths."""
     for i, layer in enumerate(cache.layers):
         reduced = REDUCED.get(type(layer))
@@ -130,15 +132,19 @@ def remember(cache: Cache, states: States) -> None:
     setattr(cache, STATE, states)
 
 
-def all_of(cache: Cache, states: States | None, mask: Tensor | None, rows: int, device: torch.device) -> State:
+def all_of(cache: Cache, states: CacheInfo | None, mask: Tensor | None, rows: int, device: torch.device) -> PrefixInfo:
     """The state of everything that a filled cache holds; ``mask`` is the caller's, over all its columns."""
     length = cache.get_seq_length()
-    known = State(torch.ones(rows, 0, dtype=torch.long, device=device), False, 0) if states is None else states.entry
+    known = (
+        PrefixInfo(torch.ones(rows, 0, dtype=torch.long, device=device), False, 0) if states is None else states.entry
+    )
     tail = known.mask.new_ones(rows, length - known.length) if mask is None else mask[:, known.length : length]
-    return State(tail.to(known.mask.dtype), mask is not None, tail.shape[1]).after(known)
+    return PrefixInfo(tail.to(known.mask.dtype), mask is not None, tail.shape[1]).after(known)
 
 
-def later_step(kwargs: dict[str, Any], state: State, cache: Cache, first_position: int = 0) -> dict[str, Any]:
+def translate_decode_inputs(
+    kwargs: dict[str, Any], state: PrefixInfo, cache: Cache, first_position: int = 0
+) -> dict[str, Any]:
     """Arguments of a forward that continues a reduced sequence: mask columns and positions translated.
 
     Args:
@@ -151,13 +157,13 @@ def later_step(kwargs: dict[str, Any], state: State, cache: Cache, first_positio
     if state.shift is not None:
         if positions is None:
             if state.shift.ndim == 3:
-                raise ValueError("contiguous positions with M-RoPE: pass position_ids when decoding by hand")
+                raise Refusal("contiguous positions with M-RoPE: pass position_ids when decoding by hand")
             positions = torch.arange(queries, device=new.device) + cache.get_seq_length() + first_position
         kwargs["position_ids"] = positions - state.shift
     return kwargs
 
 
-def step_mask(state: State, mask: Tensor | None, width: int) -> Tensor | None:
+def step_mask(state: PrefixInfo, mask: Tensor | None, width: int) -> Tensor | None:
     """2-D mask of a later step, `[B, width]`, in the columns that a reduced layer reports; ``None``: no padding.
 
     Args:
@@ -177,7 +183,7 @@ def check_cache(cache: Cache | None) -> None:
     if cache is None:
         return
     if cache.is_compileable:
-        raise ValueError("a static cache cannot hold a reduced prompt; use the default dynamic cache")
+        raise Refusal("a static cache cannot hold a reduced prompt; use the default dynamic cache")
     for layer in cache.layers:
         if type(layer) not in ALLOWED:
-            raise ValueError(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")
+            raise Refusal(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokensieve.attach.connector import Decisions
-from tokensieve.attach.parts import Scope
-from tokensieve.attach.sieve import Sieve
-from tokensieve.fusion import Pass, host_of
+from tokensieve.engine.connector.decide import Scope
+from tokensieve.engine.connector.prefill import Decisions
+from tokensieve.engine.fusion.families import host_of
+from tokensieve.engine.fusion.passes import FusionPass
+from tokensieve.engine.sieve import Sieve
+from tokensieve.errors import Refusal
 from tokensieve.methods import FusionMethod, Method, Positions
 from tokensieve.methods.pumer import PuMer
 
@@ -31,11 +33,11 @@ class FusionSieve(Sieve):
         if method.info.name == "full":
             method = PuMer(layers=())
         if not isinstance(method, FusionMethod):
-            raise ValueError(f"{method.info.name} must be a FusionMethod to act at the fusion stage")
+            raise Refusal(f"{method.info.name} must be a FusionMethod to act at the fusion stage")
         if positions != "original":
-            raise ValueError("a cross-modal encoder has no positions to renumber; leave positions='original'")
+            raise Refusal("a cross-modal encoder has no positions to renumber; leave positions='original'")
         self.model, self.stages, self.positions = model, stages, positions
-        self._passes: list[Pass] = []
+        self._passes: list[FusionPass] = []
         self._decisions: Decisions | None = None
         self.tokens = []
         self._host = host_of(model)(model, method, self._ended)
@@ -48,7 +50,7 @@ class FusionSieve(Sieve):
             self._decisions = [list(row) for row in zip(*(p.decisions() for p in self._passes), strict=True)]
         return self._decisions
 
-    def _ended(self, passes: list[Pass]) -> None:
+    def _ended(self, passes: list[FusionPass]) -> None:
         self._passes, self._decisions = passes, None
         by_image = [p.tokens(self._depth) for p in passes]
         self.tokens = [list(row) for row in zip(*by_image, strict=True)]

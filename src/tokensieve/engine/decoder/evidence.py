@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokensieve.attach.layout import on_device
-from tokensieve.attach.probe import Probe, attention_of_queries
-from tokensieve.attach.stream import Member, Run
+from tokensieve.engine.decoder.sequence import Member, PrefillState
+from tokensieve.engine.probe import Probe, attention_of_queries
+from tokensieve.engine.prompt.placeholders import on_device
+from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod
 from tokensieve.tokens import VisualTokens
 
@@ -36,10 +37,10 @@ class DecoderEvidence:
         method: DecoderMethod,
         stages: list[int],
         kinds: list[str],
-        current: Callable[[], Run | None],
+        current: Callable[[], PrefillState | None],
     ) -> None:
         if method.needs.rotary and len(set(kinds)) > 1:
-            raise ValueError(f"{method} goes by the rotary embedding; in this LLM, blocks differ in it or have none")
+            raise Refusal(f"{method} goes by the rotary embedding; in this LLM, blocks differ in it or have none")
         self.decoder, self.needs, self.stages, self.current = decoder, method.needs, stages, current
         self.probes: dict[int, Probe] = {}
         if self.needs.queries is not None or self.needs.keys:
@@ -70,14 +71,14 @@ class DecoderEvidence:
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def watch(self, run: Run, number: int, hidden: Tensor) -> None:
+    def watch(self, run: PrefillState, number: int, hidden: Tensor) -> None:
         """Take note of what enters block ``number``."""
         if self.needs.entry and number == 0:
             run.seen["embeddings"] = hidden
         if self.needs.residual and number + 1 in self.stages:
             run.seen["before"] = hidden
 
-    def ask(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def ask(self, run: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Take what the probe of a stage read in the block before, or let the stage's own block read ahead."""
         if number not in self.probes:
             return
@@ -114,7 +115,7 @@ class DecoderEvidence:
     # -- handing out --------------------------------------------------------------------------------------------------
 
     def tokens(
-        self, run: Run, number: int, hidden: Tensor, positions: Any, members: list[Member], columns: Tensor
+        self, run: PrefillState, number: int, hidden: Tensor, positions: Any, members: list[Member], columns: Tensor
     ) -> VisualTokens:
         """What the method sees of equal images: `[G, N]` of G ``members``.
 
@@ -159,7 +160,7 @@ class DecoderEvidence:
         )
 
 
-def _whereabouts(run: Run, members: list[Member], grid: bool) -> dict[str, Any]:
+def _whereabouts(run: PrefillState, members: list[Member], grid: bool) -> dict[str, Any]:
     """How many tokens of equal images entered the LLM and, if a grid is asked for, where in them the rest stands."""
     plans = [run.plans[row][image] for row, image in members]
     decision, places = plans[0].decision, None
@@ -170,7 +171,7 @@ def _whereabouts(run: Run, members: list[Member], grid: bool) -> dict[str, Any]:
     return {"grid": decision.grid if left == decision.total else None, "places": places, "entered": plans[0].entered}
 
 
-def _ranked(run: Run, members: list[Member]) -> Tensor | None:
+def _ranked(run: PrefillState, members: list[Member]) -> Tensor | None:
     """What the connector method ranked the patches of equal images by; ``None`` if it did not."""
     found = []
     for plan in (run.plans[row][image] for row, image in members):
@@ -181,7 +182,7 @@ def _ranked(run: Run, members: list[Member]) -> Tensor | None:
     return torch.stack(found)
 
 
-def _entered(run: Run, row: int, image: int) -> Tensor:
+def _entered(run: PrefillState, row: int, image: int) -> Tensor:
     """Where the patches of an image stood as they entered the LLM."""
     columns, plan = run.entry.images[row][image], run.plans[row][image]
     structure = plan.shape.structure

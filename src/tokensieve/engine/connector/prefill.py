@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from tokensieve.attach.cache import State, States, all_of, check_cache
-from tokensieve.attach.encoder import RECORD, evidence
-from tokensieve.attach.layout import Columns, Layout, on_device
-from tokensieve.attach.parts import Part, Scope, decide
-from tokensieve.attach.shown import Shown
-from tokensieve.attach.words import UserWords
+from tokensieve.engine.cache import CacheInfo, PrefixInfo, all_of, check_cache
+from tokensieve.engine.connector.decide import DecisionUnit, Scope, decide
+from tokensieve.engine.connector.images import PromptImages
+from tokensieve.engine.encoder.hooks import RECORD, evidence
+from tokensieve.engine.prompt.placeholders import ColumnSelection, Placeholders, on_device
+from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions
-from tokensieve.models import Family, Shape
+from tokensieve.models import Family, TokenLayout
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -33,7 +34,7 @@ PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_val
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImageReduction:
     """What became of one image.
 
     Attributes:
@@ -44,21 +45,21 @@ class Plan:
         ranked: what the connector method ranked the tokens by that entered the LLM, if it did.
     """
 
-    shape: Shape
+    shape: TokenLayout
     decision: Reduction
     features: Reduction
     inside: tuple[Reduction, ...] = ()
     ranked: Tensor | None = None
 
-    def then(self, following: Reduction) -> Plan:
+    def then(self, following: Reduction) -> ImageReduction:
         """With a connector's decision about what is left."""
         if self.decision.whole and not self.decision.notes:
-            return Plan(self.shape, following, following, ranked=following.ranking)
-        return Plan(
+            return ImageReduction(self.shape, following, following, ranked=following.ranking)
+        return ImageReduction(
             self.shape, following.after(self.decision), following.after(self.features), ranked=following.ranking
         )
 
-    def then_inside(self, following: Reduction) -> Plan:
+    def then_inside(self, following: Reduction) -> ImageReduction:
         """With a decoder stage's decision about what is left."""
         return replace(self, inside=(*self.inside, following))
 
@@ -75,10 +76,10 @@ class Plan:
         return anchors
 
     @property
-    def left(self) -> Shape:
+    def left(self) -> TokenLayout:
         """How the tokens that are left lie."""
         if self.shape.places is None:
-            return Shape((self.inside[-1] if self.inside else self.decision).slots)
+            return TokenLayout((self.inside[-1] if self.inside else self.decision).slots)
         return self.shape.left(self.anchors)
 
     @cached_property
@@ -118,14 +119,14 @@ class Prefill:
     """
 
     kwargs: dict[str, Any]
-    plans: list[list[Plan]]
+    plans: list[list[ImageReduction]]
     copies: int
     visual: Tensor
-    layout: Layout
+    layout: Placeholders
     videos: list[int]
-    columns: Columns | None
+    columns: ColumnSelection | None
     lengths: list[int]
-    state: State
+    state: PrefixInfo
 
     def between_frames(self) -> Tensor | None:
         """`[B, n]` bool, True between the frames of a video, where nobody speaks; ``None``: there is no video."""
@@ -151,14 +152,14 @@ class Connector:
         model: Any,
         method: Method | None,
         positions: Positions,
-        words: UserWords | None,
+        words: UserTextFinder | None,
         replay: Decisions | None,
         scope: Scope = "image",
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.words, self.replay, self.scope = method, positions, words, replay, scope
 
-    def prefill(self, kwargs: dict[str, Any], states: States | None = None) -> Prefill:
+    def prefill(self, kwargs: dict[str, Any], states: CacheInfo | None = None) -> Prefill:
         """Shorten a prompt with images or videos: a first one, or the next turn on a cache that has these ``states``.
 
         Raises:
@@ -171,7 +172,7 @@ class Connector:
             earlier = self._next_turn(kwargs, cache, states)
         encoded = kwargs["mm_encoder_outputs"] = self._encode(kwargs)
         kinds = [kind for kind in self.family.modalities if encoded.get(kind) is not None]
-        every = [Shown.read(self.family, self.model.config, kwargs, kind, encoded[kind]) for kind in kinds]
+        every = [PromptImages.read(self.family, self.model.config, kwargs, kind, encoded[kind]) for kind in kinds]
         shown = every[0].beside(every[1]) if len(every) > 1 else every[0]
         layout, videos, plans = shown.layout, shown.groups.get("video", []), self._decide(kwargs, shown)
         by_row = _by_row(plans, layout.images)
@@ -185,7 +186,7 @@ class Connector:
         stay = layout.real.masked_scatter(layout.visual, _kept(plans))
         lost = [sum(p.decision.total - p.decision.slots for p in row) for row in by_row]
         lengths = [n - gone for n, gone in zip(layout.lengths, lost, strict=True)]
-        columns = Columns.of(stay, lengths)
+        columns = ColumnSelection.of(stay, lengths)
         for kind, images in shown.groups.items():
             encoded[kind] = self._reduced(encoded[kind], shown, plans, images)
         reduced = [gone > 0 for gone in lost]
@@ -199,11 +200,11 @@ class Connector:
 
     def _check(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("input_ids") is None:
-            raise ValueError("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
+            raise Refusal("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
         for kind in self.family.modalities:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(kind)
             if encoded is not None and not hasattr(encoded, RECORD):
-                raise ValueError(
+                raise Refusal(
                     f"these {kind} features were encoded before the method was attached, or in prefill chunks "
                     "(prefill_chunk_size): encode them with the method attached, in one piece"
                 )
@@ -213,12 +214,12 @@ class Connector:
             known |= inspect.signature(getattr(self.base, f"get_{kind}_features")).parameters.keys()
         for name, value in kwargs.items():
             if name not in known and isinstance(value, Tensor) and value.shape[:2] == kwargs["input_ids"].shape:
-                raise ValueError(f"{name} has a value per token, and nothing is known about how to shorten it")
+                raise Refusal(f"{name} has a value per token, and nothing is known about how to shorten it")
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:
-            raise ValueError(f"attention_mask must be [B, L] for a reduced prompt; got {mask.ndim} dimensions")
+            raise Refusal(f"attention_mask must be [B, L] for a reduced prompt; got {mask.ndim} dimensions")
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
-            raise ValueError("logits_to_keep must be a number for a reduced prompt, not a tensor of columns")
+            raise Refusal("logits_to_keep must be a number for a reduced prompt, not a tensor of columns")
 
     def _encode(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """By modality, the towers' outputs with projected features: generate() made them, or they are made likewise."""
@@ -237,25 +238,25 @@ class Connector:
 
     # -- later turns --------------------------------------------------------------------------------------------------
 
-    def _next_turn(self, kwargs: dict[str, Any], cache: Cache, states: States | None) -> State:
+    def _next_turn(self, kwargs: dict[str, Any], cache: Cache, states: CacheInfo | None) -> PrefixInfo:
         """Put a turn's arguments, in place, as if it were the first; returns the state of what stands before it."""
         ids, mask, held = kwargs["input_ids"], kwargs.get("attention_mask"), cache.get_seq_length()
         rows, new = ids.shape
         if mask is not None and mask.shape[1] != held + new:
-            raise ValueError(
+            raise Refusal(
                 f"attention_mask must cover the {held} columns in the cache and the {new} new ones; got {mask.shape[1]}"
             )
         positions = kwargs.get("position_ids")
         if positions is None:
             if hasattr(self.base, "get_rope_index"):
-                raise ValueError("new images on a filled cache with M-RoPE: pass position_ids")
+                raise Refusal("new images on a filled cache with M-RoPE: pass position_ids")
             positions = (torch.arange(new, device=ids.device) + held + self.family.first_position).expand(rows, -1)
         earlier = all_of(cache, states, mask, rows, ids.device)
         kwargs["position_ids"] = positions if earlier.shift is None else positions - earlier.shift
         kwargs["attention_mask"] = None if mask is None else mask[:, held:]
         return earlier
 
-    def _append(self, kwargs: dict[str, Any], state: State, earlier: State) -> State:
+    def _append(self, kwargs: dict[str, Any], state: PrefixInfo, earlier: PrefixInfo) -> PrefixInfo:
         """Put the mask of a turn behind that of what stands before it, in place; returns the state of both."""
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         if mask is not None or earlier.padded:
@@ -266,28 +267,33 @@ class Connector:
 
     # -- the decision -------------------------------------------------------------------------------------------------
 
-    def _decide(self, kwargs: dict[str, Any], shown: Shown) -> list[Plan]:
+    def _decide(self, kwargs: dict[str, Any], shown: PromptImages) -> list[ImageReduction]:
         """One plan per image of the (possibly expanded) batch."""
         layout, record, features, origins = shown.layout, shown.record, shown.features, shown.origins
         shapes = [_fitting(record.shapes[o], len(f)) for f, o in zip(features, origins, strict=True)]
         if self.replay is not None:
             decisions = _replayed(self.replay, layout.images[:: shown.copies], layout.visual.device)
-            return [Plan(shape, decisions[o], decisions[o]) for shape, o in zip(shapes, origins, strict=True)]
+            return [ImageReduction(shape, decisions[o], decisions[o]) for shape, o in zip(shapes, origins, strict=True)]
         if record.reductions is None:
             plans = [_whole(shape, f.device) for shape, f in zip(shapes, features, strict=True)]
         else:  # the encoder made the slots' rows itself: the decision says from what, the features are only picked
             before = [record.reductions[origin] for origin in origins]
-            plans = [Plan(Shape(r.total), r, Reduction(r.total, r.anchors)) for r in before]
+            plans = [ImageReduction(TokenLayout(r.total), r, Reduction(r.total, r.anchors)) for r in before]
             shapes = [_fitting(record.shapes[o], r.slots) for o, r in zip(origins, before, strict=True)]
         if self.method is None:
             return plans
         if self.method.needs.video and not any(shape.video for shape in shapes):
-            raise ValueError(f"{self.method} reduces videos; there is none in this prompt")
+            raise Refusal(f"{self.method} reduces videos; there is none in this prompt")
         decided = self._ask(self.method, kwargs, shown, plans, shapes)
         return [plan.then(decision) for plan, decision in zip(plans, decided, strict=True)]
 
     def _ask(
-        self, method: Method, kwargs: dict[str, Any], shown: Shown, plans: list[Plan], shapes: list[Shape]
+        self,
+        method: Method,
+        kwargs: dict[str, Any],
+        shown: PromptImages,
+        plans: list[ImageReduction],
+        shapes: list[TokenLayout],
     ) -> list[Reduction]:
         """What the method decides about the rows of each image that the encoder left, structure rows put back."""
         layout, record, origins, text, real = shown.layout, shown.record, shown.origins, None, None
@@ -300,7 +306,7 @@ class Connector:
         if record.reductions is not None:
             entered = [plan.features.apply(own) for plan, own in zip(plans, entered, strict=False)]
 
-        def see(members: list[Part]) -> VisualTokens:
+        def see(members: list[DecisionUnit]) -> VisualTokens:
             said, heard = None, None
             if text is not None and real is not None:
                 of = on_device([rows[part.image] for part in members], text.device)
@@ -318,9 +324,9 @@ class Connector:
         sizes = iter(map(len, left))
         samples = [[next(sizes) for _ in images] for images in layout.images]
         of_image = decide(method, self.scope, shapes, samples, see)
-        return [shape.lifted(decisions) for shape, decisions in zip(shapes, of_image, strict=True)]
+        return [shape.merge_parts(decisions) for shape, decisions in zip(shapes, of_image, strict=True)]
 
-    def _reduced(self, encoded: Any, shown: Shown, plans: list[Plan], images: list[int]) -> Any:
+    def _reduced(self, encoded: Any, shown: PromptImages, plans: list[ImageReduction], images: list[int]) -> Any:
         """A copy of the encoder's output with every feature plane reduced; the original may be used again."""
         features, plans = [shown.features[image] for image in images], [plans[image] for image in images]
         origins, record = [shown.origins[image] for image in images], shown.record
@@ -364,8 +370,8 @@ class Connector:
         return plain if axes is None else torch.cat([plain[None], axes])
 
     def _shorten(
-        self, kwargs: dict[str, Any], columns: Columns, positions: Tensor, end: int, reduced: list[bool]
-    ) -> State:
+        self, kwargs: dict[str, Any], columns: ColumnSelection, positions: Tensor, end: int, reduced: list[bool]
+    ) -> PrefixInfo:
         """Shorten everything that has a column per token, in place; returns what the cache must remember."""
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         kwargs["input_ids"] = columns.take(ids, filler=_padding_id(self.model))
@@ -386,38 +392,38 @@ class Connector:
         kwargs["position_ids"] = taken
         tail = ids.shape[1] - end
         prefix = new_mask[:, : new_mask.shape[1] - tail]
-        return State(prefix, columns.padded, end, shift)
+        return PrefixInfo(prefix, columns.padded, end, shift)
 
 
-def _fitting(shape: Shape, total: int) -> Shape:
+def _fitting(shape: TokenLayout, total: int) -> TokenLayout:
     """The shape, if it is one of ``total`` tokens; else nothing is known but their number."""
-    return shape if shape.total == total else Shape(total)
+    return shape if shape.total == total else TokenLayout(total)
 
 
-def _patches(rows: Tensor, shape: Shape) -> Tensor:
+def _patches(rows: Tensor, shape: TokenLayout) -> Tensor:
     """Those of an image's rows that belong to patches."""
     return rows if shape.places is None else rows[shape.places]
 
 
-def _whole(shape: Shape, device: torch.device) -> Plan:
+def _whole(shape: TokenLayout, device: torch.device) -> ImageReduction:
     whole = Reduction.identity(shape.total, device=device, grid=shape.grid)
-    return Plan(shape, whole, whole)
+    return ImageReduction(shape, whole, whole)
 
 
-def _kept(plans: Sequence[Plan]) -> Tensor:
+def _kept(plans: Sequence[ImageReduction]) -> Tensor:
     """Which placeholders stay, all images in order, bool."""
     kept = [plan.decision.anchors.new_zeros(plan.decision.total, dtype=torch.bool) for plan in plans]
     return torch.cat([k.index_fill(0, p.decision.anchors, True) for k, p in zip(kept, plans, strict=True)])
 
 
-def _untouched(kwargs: dict[str, Any], end: int) -> State:
+def _untouched(kwargs: dict[str, Any], end: int) -> PrefixInfo:
     """The state of a prompt that enters the LLM whole."""
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     prefix = torch.ones_like(ids[:, :end]) if mask is None else mask[:, :end].long()
-    return State(prefix, False, end, None)
+    return PrefixInfo(prefix, False, end, None)
 
 
-def _by_row(plans: list[Plan], images: list[list[int]]) -> list[list[Plan]]:
+def _by_row(plans: list[ImageReduction], images: list[list[int]]) -> list[list[ImageReduction]]:
     flat = iter(plans)
     return [[next(flat) for _ in sizes] for sizes in images]
 
@@ -426,7 +432,7 @@ def _replayed(decisions: Decisions, images: list[list[int]], device: torch.devic
     """The decisions about all images in order, on their device: what was loaded from a file is not on a GPU."""
     if [[r.total for r in row] for row in decisions] != images:
         shapes = [[r.total for r in row] for row in decisions]
-        raise ValueError(f"the decisions to replay are for images of {shapes} tokens; the batch has {images}")
+        raise Refusal(f"the decisions to replay are for images of {shapes} tokens; the batch has {images}")
     return [reduction.to(device) for row in decisions for reduction in row]
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tokensieve.attach.layout import equal_groups
+from tokensieve.engine.prompt.placeholders import equal_groups
+from tokensieve.errors import Refusal
 from tokensieve.methods import EncoderMethod
 from tokensieve.models import Family
 from tokensieve.models.vit import layers_used
@@ -32,7 +33,7 @@ SUMMED = ("cls_attention", "cls_wide", "received")  # what a merged token has mo
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class TowerStep:
     """What one stage did to the rows of all images; the last columns of images with fewer tokens are padding.
 
     Attributes:
@@ -57,7 +58,7 @@ class Step:
 
 
 @dataclass(eq=False)
-class Passage:
+class TowerPass:
     """One call of the tower on its way.
 
     Attributes:
@@ -71,7 +72,7 @@ class Passage:
     """
 
     grid: tuple[int, int]
-    steps: list[Step]
+    steps: list[TowerStep]
     notes: list[list[str]]
     idle: list[list[str]]
     merged: bool = False
@@ -81,11 +82,11 @@ class Passage:
     added: Tensor | None = None
 
     @classmethod
-    def start(cls, grids: list[tuple[int, int]], device: torch.device) -> Passage:
+    def start(cls, grids: list[tuple[int, int]], device: torch.device) -> TowerPass:
         images, total = len(grids), grids[0][0] * grids[0][1]
         place = torch.arange(total, device=device).expand(images, -1)
         ones = torch.ones_like(place, dtype=torch.float32)
-        entered = Step(-1, place, ones, place, ones, [total] * images)
+        entered = TowerStep(-1, place, ones, place, ones, [total] * images)
         return cls(grids[0], [entered], [[] for _ in grids], [[] for _ in grids])
 
     @property
@@ -94,10 +95,10 @@ class Passage:
         return self.steps[0].lengths[0]
 
     @property
-    def now(self) -> Step:
+    def now(self) -> TowerStep:
         return self.steps[-1]
 
-    def after(self, layer: int) -> Step:
+    def after(self, layer: int) -> TowerStep:
         """The last step up to the output of ``layer``."""
         return next(step for step in reversed(self.steps) if step.layer <= layer)
 
@@ -131,7 +132,7 @@ class Tower:
         self.method, self.specials = method, int(family.has_cls(self.tower))
         layers = family.vit_layers(self.tower)
         if not layers:
-            raise ValueError(
+            raise Refusal(
                 f"{method} lets tokens leave between the layers of the vision tower; not supported in {family.title}: "
                 "its patches run packed, in windows"
             )
@@ -167,22 +168,20 @@ class Tower:
         if isinstance(selected, list | tuple) or (isinstance(selected, int) and not isinstance(selected, bool)):
             used = layers_used(self.tower, selected if isinstance(selected, int) else list(selected))
             if used != self.depth:
-                raise ValueError(
+                raise Refusal(
                     f"{self.method} was attached to {self.depth} layers of the vision tower; this call takes its "
                     f"features from layer {used - 1}: set vision_feature_layer in the model's config before attaching"
                 )
         if self.tower.training and self.tower.is_activation_checkpointing:
-            raise ValueError(
-                "gradient checkpointing runs layers twice and would reduce twice; turn it off in the tower"
-            )
+            raise Refusal("gradient checkpointing runs layers twice and would reduce twice; turn it off in the tower")
         counts = self.method.per_stage(grids[0][0] * grids[0][1], len(self.stages))
         if self.method.proportional or (counts is None and len(grids) > 1):
             kernel = str(self.tower.config._attn_implementation)
             if "flash" in kernel:
-                raise ValueError(
+                raise Refusal(
                     f"{self.method} adds to attention scores, which {kernel} cannot: load the vision tower with sdpa"
                 )
-        self._local.passage = Passage.start(grids, device)
+        self._local.passage = TowerPass.start(grids, device)
 
     def see(self, seen: dict[str, Tensor]) -> None:
         """What the method wants to know in the layer that runs."""
@@ -190,29 +189,29 @@ class Tower:
             self.passage.seen = seen
 
     @property
-    def passage(self) -> Passage | None:
+    def passage(self) -> TowerPass | None:
         """The call of this thread."""
         return getattr(self._local, "passage", None)
 
-    def finish(self) -> Arrived:
+    def finish(self) -> TowerResult:
         """The call ends."""
         passage = self.passage
         assert passage is not None
         self.stop()
-        return Arrived(passage, self.layers, self.specials)
+        return TowerResult(passage, self.layers, self.specials)
 
     def stop(self) -> None:
         """Nothing is to happen until the next start: a call may have failed on its way."""
         self._local.passage = None
 
-    def restore(self, passage: Passage, output: Any) -> None:
+    def restore(self, passage: TowerPass, output: Any) -> None:
         """Give every state that the tower puts out its native shape, in place."""
         output.last_hidden_state = self._native(passage, output.last_hidden_state, self.layers - 1)
         if getattr(output, "hidden_states", None) is not None:
             states = enumerate(output.hidden_states, start=-1)
             output.hidden_states = tuple(self._native(passage, rows, layer) for layer, rows in states)
 
-    def _native(self, passage: Passage, rows: Tensor | None, layer: int) -> Tensor | None:
+    def _native(self, passage: TowerPass, rows: Tensor | None, layer: int) -> Tensor | None:
         """The output of a layer with rows at their anchors, zeros between."""
         step = passage.after(layer)
         if rows is None or step.layer < 0:
@@ -256,7 +255,7 @@ class Tower:
 
     # -- a stage ------------------------------------------------------------------------------------------------------
 
-    def _reduce(self, passage: Passage, number: int, rows: Tensor) -> Tensor | None:
+    def _reduce(self, passage: TowerPass, number: int, rows: Tensor) -> Tensor | None:
         """Let the method decide; the rows that are left, ``None`` if all are."""
         before, patches = passage.now, rows[:, self.specials :]
         groups = equal_groups(before.lengths)
@@ -283,12 +282,12 @@ class Tower:
             columns = zip(zip(*each, strict=True), (0, -1, 0, passage.total, 0), strict=True)
             parts = [pad_sequence(list(column), batch_first=True, padding_value=filler) for column, filler in columns]
         left, slot, weight, anchors, sizes = parts
-        passage.steps.append(Step(number, slot, weight, anchors, sizes, lengths))
+        passage.steps.append(TowerStep(number, slot, weight, anchors, sizes, lengths))
         passage.merged = passage.merged or any(decision.mixing is not None for _, decision in decided)
         passage.bias = self._bias(passage.now, rows.dtype)
         return torch.cat([rows[:, : self.specials], left], 1)
 
-    def _decide(self, passage: Passage, number: int, patches: Tensor, images: list[int]) -> Reduction:
+    def _decide(self, passage: TowerPass, number: int, patches: Tensor, images: list[int]) -> Reduction:
         """What becomes of equal images."""
         length, everyone = passage.now.lengths[images[0]], len(images) == len(patches)
 
@@ -307,7 +306,7 @@ class Tower:
         seen: dict[str, Any] = {name: {number: of(rows[:, self.specials :])} for name, rows in passage.seen.items()}
         return self.method(replace(tokens, **seen))
 
-    def _bias(self, step: Step, dtype: torch.dtype) -> Tensor | None:
+    def _bias(self, step: TowerStep, dtype: torch.dtype) -> Tensor | None:
         """The log of each key's size where attention is proportional; the lowest number on padding."""
         if not self.method.proportional and not step.ragged:
             return None
@@ -332,10 +331,10 @@ def _gathered(values: Tensor, slot: Tensor, slots: int) -> Tensor:
     return sums[..., :-1, :]
 
 
-class Arrived:
+class TowerResult:
     """What left a finished call of the tower: its decisions, and evidence in terms of the tokens that are left."""
 
-    def __init__(self, passage: Passage, layers: int, specials: int) -> None:
+    def __init__(self, passage: TowerPass, layers: int, specials: int) -> None:
         self.passage, self.specials = passage, specials
         self._arrivals = passage.arrivals(layers)
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.models.shape import sent
+from tokensieve.errors import Refusal
+from tokensieve.models.layout import to_device
 
 log = logging.getLogger(__name__)
 MARKS = ("one", "7 two")  # two texts with nothing in common: what their renderings share is template
 
 
-class UserWords:
+class UserTextFinder:
     """Finds the user's words in a batch of prompts.
 
     With a processor that has a chat template, the template's own pieces (between image and words, after the words, and
@@ -113,13 +114,13 @@ class UserWords:
         for i, (found, row) in enumerate(zip(rows, prompts, strict=True)):
             if not found and self.shown.intersection(row):
                 where = "" if anywhere else " after its image (those before it have not seen it)"
-                raise ValueError(
+                raise Refusal(
                     f"the prompt of sample {i} has no words to go by{where}; this method needs the user's text"
                 )
         width = max(map(len, rows), default=0)
         index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64)
         real = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows])
-        return sent(index, ids.device), sent(real, ids.device)
+        return to_device(index, ids.device), to_device(real, ids.device)
 
     def columns(self, row: list[int], anywhere: bool = False) -> list[int]:
         """Columns of one prompt's words, ascending."""

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.models.shape import sent
+from tokensieve.errors import Refusal
+from tokensieve.models.layout import to_device
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Placeholders:
     """The placeholders of one batch of prompts, read once.
 
     Attributes:
@@ -32,7 +33,7 @@ class Layout:
     end: int
 
     @classmethod
-    def read(cls, ids: Tensor, mask: Tensor | None, token: int, sizes: list[int], kind: str = "image") -> Layout:
+    def read(cls, ids: Tensor, mask: Tensor | None, token: int, sizes: list[int], kind: str = "image") -> Placeholders:
         """Find the placeholders ``token`` in ``ids`` `[B, L]` of images with ``sizes`` tokens, row by row.
 
         Args:
@@ -49,7 +50,7 @@ class Layout:
         *numbers, end = seen.tolist()  # the one look at the device
         per_row, lengths, right = (numbers[i * len(ids) : (i + 1) * len(ids)] for i in range(3))
         if not all(right):
-            raise ValueError("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
+            raise Refusal("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         images: list[list[int]] = []
         rest = list(sizes)
         for row, count in enumerate(per_row):
@@ -58,11 +59,11 @@ class Layout:
                 count -= rest[0]
                 images[-1].append(rest.pop(0))
             if count != 0:
-                raise ValueError(
+                raise Refusal(
                     f"sample {row} has {per_row[row]} {kind} placeholders; its {kind}s have {images[-1]} tokens"
                 )
         if rest:
-            raise ValueError(f"the batch has {sum(per_row)} {kind} placeholders; its {kind}s have {sum(sizes)} tokens")
+            raise Refusal(f"the batch has {sum(per_row)} {kind} placeholders; its {kind}s have {sum(sizes)} tokens")
         return cls(visual, images, real, lengths, end)
 
     def spans(self) -> list[list[tuple[int, int]]]:
@@ -101,7 +102,7 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class Columns:
+class ColumnSelection:
     """Which columns of a batch stay, each row left-padded to the longest.
 
     Attributes:
@@ -115,7 +116,7 @@ class Columns:
     padded: bool
 
     @classmethod
-    def of(cls, stay: Tensor, lengths: list[int]) -> Columns:
+    def of(cls, stay: Tensor, lengths: list[int]) -> ColumnSelection:
         """Columns where ``stay`` `[B, L]` bool is True; ``lengths`` says how many these are in each row."""
         index = stay.int().argsort(dim=-1, stable=True)[:, stay.shape[1] - max(lengths) :]
         return cls(index, stay.gather(-1, index), min(lengths) != max(lengths))
@@ -135,7 +136,7 @@ class Columns:
 
 def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
     """A small tensor of ``values``, on its way to the device."""
-    return sent(torch.tensor(values), device)
+    return to_device(torch.tensor(values), device)
 
 
 def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:

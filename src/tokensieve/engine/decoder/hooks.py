@@ -2,7 +2,7 @@
 
 In a prefill, the hook on a stage's block lets the method decide and gathers the hidden states (``_reduce``); the hooks
 on it and on every later block hand on positions and mask of the shorter sequence (``_shorten``). Each block's cache
-then holds what that block saw, and one :class:`~tokensieve.attach.cache.State` per block is what later steps need
+then holds what that block saw, and one :class:`~tokensieve.engine.cache.PrefixInfo` per block is what later steps need
 (``_translate``). Outside a call of the top-level model the hooks do nothing: the LLM may be called by others, too.
 """
 
@@ -17,23 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.attach.cache import State, step_mask
-from tokensieve.attach.connector import Prefill
-from tokensieve.attach.decoder_evidence import DecoderEvidence
-from tokensieve.attach.layout import equal_groups
-from tokensieve.attach.masks import FULL, MADE, SLIDING, WHOLE, in_window, kinds_of, shortened
-from tokensieve.attach.parts import Scope, per_sample
-from tokensieve.attach.stream import Run
-from tokensieve.attach.words import UserWords
+from tokensieve.engine.cache import PrefixInfo, step_mask
+from tokensieve.engine.connector.decide import Scope, per_sample
+from tokensieve.engine.connector.prefill import Prefill
+from tokensieve.engine.decoder.evidence import DecoderEvidence
+from tokensieve.engine.decoder.masks import FULL, MADE, SLIDING, WHOLE, in_window, kinds_of, shortened
+from tokensieve.engine.decoder.sequence import PrefillState
+from tokensieve.engine.prompt.placeholders import equal_groups
+from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions
-from tokensieve.models import Family, Shape
+from tokensieve.models import Family, TokenLayout
 
 
 @dataclass
-class Step:
+class DecodeStep:
     """A later call on a reduced cache: the states, the caller's mask, and the masks made so far."""
 
-    states: dict[int, State]
+    states: dict[int, PrefixInfo]
     mask: Tensor | None
     made: dict[tuple[int, str], Tensor | None] = field(default_factory=dict)
 
@@ -52,7 +53,7 @@ class DecoderHooks:
         model: Any,
         method: DecoderMethod,
         positions: Positions,
-        words: UserWords | None,
+        words: UserTextFinder | None,
         scope: Scope = "image",
     ) -> None:
         self.decoder, self.method, self.positions, self.words = model.get_decoder(), method, positions, words
@@ -87,12 +88,12 @@ class DecoderHooks:
         """Refuse a prompt that cannot be reduced inside the LLM, before anything runs."""
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
-            raise ValueError("new images on a filled cache cannot be reduced inside the LLM; start a new sequence")
+            raise Refusal("new images on a filled cache cannot be reduced inside the LLM; start a new sequence")
         if kwargs.get("labels") is not None:
-            raise ValueError("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
+            raise Refusal("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
         logits = kwargs.get("logits_to_keep")
         if (self.evidence.probes or self.method.needs.text) and isinstance(logits, int) and logits > 1:
-            raise ValueError(
+            raise Refusal(
                 f"{self.method.info.name} goes by the end of the prompt, which assisted decoding hides behind "
                 "candidates; generate without an assistant (or, in a plain forward, with logits_to_keep=1)"
             )
@@ -111,33 +112,33 @@ class DecoderHooks:
         words = None
         if self.words is not None:
             words = self.words.find(prefill.kwargs["input_ids"], prefill.between_frames())
-        self._local.call = Run.enter(prefill, methods, words)
+        self._local.call = PrefillState.enter(prefill, methods, words)
         self.evidence.arm()
 
-    def resume(self, states: dict[int, State], mask: Tensor | None) -> None:
+    def resume(self, states: dict[int, PrefixInfo], mask: Tensor | None) -> None:
         """Arm the hooks for a step on a reduced cache; ``mask`` is the caller's."""
-        self._local.call = Step(states, mask)
+        self._local.call = DecodeStep(states, mask)
 
-    def finish(self) -> Run | None:
+    def finish(self) -> PrefillState | None:
         """Disarm; returns the prefill, if it was one."""
         run, self._local.call = self._current(), None
         self.evidence.disarm()
         return run
 
-    def _current(self) -> Run | None:
+    def _current(self) -> PrefillState | None:
         call = getattr(self._local, "call", None)
-        return call if isinstance(call, Run) else None
+        return call if isinstance(call, PrefillState) else None
 
     # -- a prefill ----------------------------------------------------------------------------------------------------
 
     def _enter(self, number: int, block: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What every hooked block does before it runs."""
-        call: Run | Step | None = getattr(self._local, "call", None)
+        call: PrefillState | DecodeStep | None = getattr(self._local, "call", None)
         if call is None:
             return None
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if isinstance(call, Run):
+        if isinstance(call, PrefillState):
             if number in self._to_verify:
                 self._verify(call, number, hidden, kwargs)
             if number in self.stages:
@@ -149,13 +150,13 @@ class DecoderHooks:
             self._translate(call, number, hidden, kwargs)
         return (hidden, *args[1:]), kwargs
 
-    def _verify(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _verify(self, run: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Refuse an unknown LLM whose blocks are not given the causal mask that this stage would shorten."""
         given, causal = kwargs.get("attention_mask"), self._made(number, hidden, kwargs, run.entry.mask)
         if not (given is causal or (given is not None and causal is not None and torch.equal(given, causal))):
-            raise ValueError("decoder methods need causal attention in every block; this LLM's mask is another one")
+            raise Refusal("decoder methods need causal attention in every block; this LLM's mask is another one")
 
-    def _reduce(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _reduce(self, run: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Let the method decide at a stage, and shorten the hidden states."""
         before = dict(kwargs)  # positions and mask of the sequence as it is until now
         self._hand_on(run, number, hidden, before)
@@ -171,7 +172,7 @@ class DecoderHooks:
             columns = torch.stack([patches[member] for member in members])
             tokens = self.evidence.tokens(run, number, hidden, before["position_embeddings"], members, columns)
             for (row, image), decision in zip(members, run.method(members[0])(tokens), strict=True):
-                one, columns = shapes[row, image].lifted([decision]), images[row][image]
+                one, columns = shapes[row, image].merge_parts([decision]), images[row][image]
                 kept[row][image] = columns[one.anchors]
                 if one.mixing is not None:  # merged rows take their anchors' places before the others leave
                     hidden, cloned = hidden if cloned else hidden.clone(), True
@@ -182,7 +183,7 @@ class DecoderHooks:
         chosen = run.move(kept)
         return hidden if chosen is None else chosen.take_rows(hidden)
 
-    def _shorten(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _shorten(self, run: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give one block what belongs to the shorter sequence, and note what its cache must remember."""
         run.tokens[number] = [[len(columns) for columns in images] for images in run.stream.images]
         if run.untouched:
@@ -192,7 +193,7 @@ class DecoderHooks:
             run.state = self._state(run)
         run.states[number] = run.state
 
-    def _hand_on(self, run: Run, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _hand_on(self, run: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Replace positions and mask by those of the stream, in place."""
         if run.untouched:
             return
@@ -207,7 +208,9 @@ class DecoderHooks:
             run.handed[kind] = {"position_embeddings": embeddings, "position_ids": ids, "attention_mask": mask}
         kwargs |= run.handed[kind]
 
-    def _positions(self, run: Run, kind: str, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
+    def _positions(
+        self, run: PrefillState, kind: str, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Any, Tensor | None]:
         """Position embeddings and ids of the stream, from those of the entry."""
         columns, ids = run.stream.columns, kwargs.get("position_ids")
         embeddings = tuple(columns.take_rows(part) for part in kwargs["position_embeddings"])
@@ -242,7 +245,7 @@ class DecoderHooks:
         )
         return made
 
-    def _state(self, run: Run) -> State:
+    def _state(self, run: PrefillState) -> PrefixInfo:
         stream, entry = run.stream, run.prefill.state
         tail = run.prefill.visual.shape[1] - entry.mask.shape[1]
         mask = torch.ones_like(stream.visual, dtype=torch.long) if stream.mask is None else stream.mask
@@ -250,7 +253,7 @@ class DecoderHooks:
         end, stood = stream.width - tail, None
         if self.window:
             stood = stream.columns.index[:, :end] + entry.dropped
-        return State(mask[:, :end], stream.columns.padded, entry.length, renumbered=renumbered, columns=stood)
+        return PrefixInfo(mask[:, :end], stream.columns.padded, entry.length, renumbered=renumbered, columns=stood)
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
         """Deepstack features are added after a block: to the tokens that are left, reduced as they were."""
@@ -265,7 +268,7 @@ class DecoderHooks:
 
     # -- a later step -------------------------------------------------------------------------------------------------
 
-    def _translate(self, step: Step, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def _translate(self, step: DecodeStep, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Positions and mask of a later step for one block, by what its cache holds."""
         state, cache, kind = step.states[number], kwargs["past_key_values"], self.kinds[number]
         seen = cache.get_seq_length(number)
@@ -285,7 +288,7 @@ class DecoderHooks:
             kwargs["position_embeddings"] = self._renumber(kind, hidden, numbered, state.renumbered, given)
 
 
-def _patches(columns: Tensor, shape: Shape) -> Tensor:
+def _patches(columns: Tensor, shape: TokenLayout) -> Tensor:
     """Those of an image's columns that hold patches."""
     return columns if shape.places is None else columns[shape.places]
 
@@ -298,9 +301,9 @@ def _check_attention(config: Any, kinds: set[str], own_masks: bool) -> None:
     """
     if not kinds <= MADE.keys():
         other = ", ".join(sorted(kinds - MADE.keys()))
-        raise ValueError(f"decoder methods need blocks with {' or '.join(MADE)}; this LLM has {other}")
+        raise Refusal(f"decoder methods need blocks with {' or '.join(MADE)}; this LLM has {other}")
     if own_masks and config._attn_implementation not in WHOLE:
-        raise ValueError(
+        raise Refusal(
             "the blocks of this LLM do not share one causal mask: decoder methods need "
             f"{' or '.join(WHOLE)} attention; it runs {config._attn_implementation}"
         )

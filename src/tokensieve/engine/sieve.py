@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tokensieve.attach.cache import States, later_step, remember, states_of
-from tokensieve.attach.connector import PIXELS, Connector, Decisions, Plan, Prefill
-from tokensieve.attach.decoder import DecoderHooks
-from tokensieve.attach.encoder import EncoderHooks
-from tokensieve.attach.parts import Scope, check_scope
-from tokensieve.attach.stream import Run
-from tokensieve.attach.versions import warn_if_untested
-from tokensieve.attach.words import UserWords
+from tokensieve.engine.cache import CacheInfo, remember, states_of, translate_decode_inputs
+from tokensieve.engine.connector.decide import Scope, check_scope
+from tokensieve.engine.connector.prefill import PIXELS, Connector, Decisions, ImageReduction, Prefill
+from tokensieve.engine.decoder.hooks import DecoderHooks
+from tokensieve.engine.decoder.sequence import PrefillState
+from tokensieve.engine.encoder.hooks import EncoderHooks
+from tokensieve.engine.fusion.families import is_fusion
+from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.engine.versions import warn_if_untested
+from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, EncoderMethod, Method, Needs, Positions, parse
 from tokensieve.methods.baselines import Downsample
-from tokensieve.models import family_of, is_fusion
+from tokensieve.models import family_of
 from tokensieve.models.family import Modality
 from tokensieve.reduction import Reduction
 
@@ -62,13 +64,13 @@ def attach(
             model that has a method attached already.
     """
     if positions not in ("original", "contiguous"):
-        raise ValueError(f"positions must be 'original' or 'contiguous'; got {positions!r}")
+        raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     warn_if_untested()
     stages, replay = _read(method, parameters)
     check_scope(budget_scope, stages)
     with _lock:
         if id(model) in _attached:
-            raise ValueError(f"{_attached[id(model)]} is attached to this model already; detach() it first")
+            raise Refusal(f"{_attached[id(model)]} is attached to this model already; detach() it first")
         sieve = _kind(model, stages)(model, stages, replay, positions, processor, budget_scope)
         _attached[id(model)] = sieve
     return sieve
@@ -94,14 +96,14 @@ class Sieve:
         for stage in stages:
             if stage.info.stage not in family.stages:
                 because = f": {family.excluded}" if stage.info.stage == "decoder" else ""
-                raise ValueError(
+                raise Refusal(
                     f"{stage} acts in the {stage.info.stage}, which is not supported in {family.title}{because}"
                 )
             kinds = KINDS.get(stage.info.stage, (Method,))
             if not isinstance(stage, kinds):
-                raise ValueError(f"{stage.info.name} must be a {kinds[0].__name__} to act in the {stage.info.stage}")
+                raise Refusal(f"{stage.info.name} must be a {kinds[0].__name__} to act in the {stage.info.stage}")
             if stage.needs.video and "video" not in family.modalities:
-                raise ValueError(f"{stage} reduces videos, which is not supported in {family.title}")
+                raise Refusal(f"{stage} reduces videos, which is not supported in {family.title}")
         by_stage = {stage.info.stage: stage for stage in stages}
         encoder, connector = by_stage.get("encoder"), by_stage.get("connector")
         decoder = by_stage.get("decoder")
@@ -109,12 +111,12 @@ class Sieve:
         if replay is not None and not all(decision.projected for row in replay for decision in row):
             needs = Needs(patches=True)
         self.model, self.stages, self.positions = model, stages, positions
-        self._last: list[list[Plan]] = []
+        self._last: list[list[ImageReduction]] = []
         self._decisions: Decisions | None = None
         self.tokens: list[list[list[int]]] = []
         self._names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._local = threading.local()
-        words = UserWords(model, processor) if any(stage.needs.text for stage in stages) else None
+        words = UserTextFinder(model, processor) if any(stage.needs.text for stage in stages) else None
         asked = words if needs.text else None
         self._connector = Connector(family, model, connector, positions, asked, replay, scope)
         self._encoder = EncoderHooks(family, model, needs, encoder)
@@ -138,7 +140,7 @@ class Sieve:
             self._decisions = [[plan.final() for plan in row] for row in self._last]
         return self._decisions
 
-    def _note(self, plans: list[list[Plan]], tokens: list[list[list[int]]]) -> None:
+    def _note(self, plans: list[list[ImageReduction]], tokens: list[list[list[int]]]) -> None:
         self._last, self._decisions, self.tokens = plans, None, tokens
 
     def detach(self) -> None:
@@ -169,7 +171,7 @@ class Sieve:
 
     def __reduce__(self) -> Any:
         """Copying or pickling an attached model comes here: hooks belong to one model."""
-        raise ValueError(f"{self} is attached to this model; detach() it first: hooks cannot be copied")
+        raise Refusal(f"{self} is attached to this model; detach() it first: hooks cannot be copied")
 
     def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
@@ -177,12 +179,12 @@ class Sieve:
         cache = kwargs.get("past_key_values")
         states = states_of(cache)
         if self._encoder.method is not None and _shows(kwargs, "video"):
-            raise ValueError(f"{self._encoder.method} acts on images in the encoder; videos are not supported")
+            raise Refusal(f"{self._encoder.method} acts on images in the encoder; videos are not supported")
         if any(_shows(kwargs, modality) for modality in self._encoder.family.modalities):
             if self._decoder is not None:
                 self._decoder.check(kwargs)
             elif states is not None and states.blocks:
-                raise ValueError(LEFT_INSIDE)
+                raise Refusal(LEFT_INSIDE)
             prefill: Prefill = self._connector.prefill(kwargs, states)
             self._local.prefill = prefill
             if self._decoder is not None:
@@ -195,8 +197,8 @@ class Sieve:
         if self._decoder is not None:
             self._decoder.resume(states.blocks, kwargs.get("attention_mask"))
         elif states.blocks:
-            raise ValueError(LEFT_INSIDE)
-        return (), later_step(kwargs, states.entry, cache, self._encoder.family.first_position)
+            raise Refusal(LEFT_INSIDE)
+        return (), translate_decode_inputs(kwargs, states.entry, cache, self._encoder.family.first_position)
 
     def _after(self, model: Any, args: Any, output: Any) -> None:
         prefill, self._local.prefill = self._local.prefill, None
@@ -206,12 +208,14 @@ class Sieve:
         plans = (prefill.plans if run is None else run.plans)[:: prefill.copies]
         self._note(plans, self._tokens(plans, run, prefill.copies))
         cache = getattr(output, "past_key_values", None)
-        states = States(prefill.state, {} if run is None else run.states)
+        states = CacheInfo(prefill.state, {} if run is None else run.states)
         # a batch whose longest row lost nothing is as wide as before: then only its padding or positions tell
         if cache is not None and (states.blocks or states.entry.matters):
             remember(cache, states)
 
-    def _tokens(self, entered: list[list[Plan]], run: Run | None, copies: int) -> list[list[list[int]]]:
+    def _tokens(
+        self, entered: list[list[ImageReduction]], run: PrefillState | None, copies: int
+    ) -> list[list[list[int]]]:
         layers = getattr(self.model.get_decoder(), "layers", None)
         blocks = range(self.model.config.get_text_config().num_hidden_layers if layers is None else len(layers))
         inside = {} if run is None else {block: rows[::copies] for block, rows in run.tokens.items()}
@@ -226,7 +230,7 @@ class Sieve:
 
 def _kind(model: Any, stages: list[Method]) -> type[Sieve]:
     """LLMs with a vision tower, or cross-modal encoders; ``full`` goes with either."""
-    from tokensieve.attach.fusion import FusionSieve
+    from tokensieve.engine.fusion.handle import FusionSieve
 
     fusing = any(stage.info.stage == "fusion" for stage in stages)
     unreduced = is_fusion(model) and [stage.info.name for stage in stages] == ["full"]
@@ -251,7 +255,7 @@ def _read(
     if isinstance(method, str):
         stages = parse(method, **parameters)
     elif parameters:
-        raise ValueError(f"{', '.join(parameters)} can only be given with a method's name; got {method!r}")
+        raise Refusal(f"{', '.join(parameters)} can only be given with a method's name; got {method!r}")
     elif isinstance(method, Method):
         stages = [method]
     elif _all(method, Method):
@@ -259,15 +263,15 @@ def _read(
     elif _all(method, list) and all(not row or _all(row, Reduction) for row in method):
         return [], [list(row) for row in method]  # type: ignore[arg-type]
     else:
-        raise ValueError(
+        raise Refusal(
             "a method is a spec such as 'vtc-cls(keep=64)', a Method, a list of Methods, or decisions [sample][image]; "
             f"got {method!r}"
         )
     order = [stage.info.stage for stage in stages]
     if len(set(order)) < len(order):
-        raise ValueError(f"two methods of the same stage cannot be combined; got {', '.join(order)}")
+        raise Refusal(f"two methods of the same stage cannot be combined; got {', '.join(order)}")
     if "fusion" in order and len(order) > 1:
-        raise ValueError(f"a fusion method acts alone; got {', '.join(order)}")
+        raise Refusal(f"a fusion method acts alone; got {', '.join(order)}")
     if "fusion" not in order and order != sorted(order, key=STAGES.index):
-        raise ValueError(f"stages must stand in the order {', '.join(STAGES)}; got {', '.join(order)}")
+        raise Refusal(f"stages must stand in the order {', '.join(STAGES)}; got {', '.join(order)}")
     return stages, None

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.attach.encoder import RECORD, Record
-from tokensieve.attach.layout import Layout
+from tokensieve.engine.encoder.hooks import RECORD, EncoderOutputs
+from tokensieve.engine.prompt.placeholders import Placeholders
+from tokensieve.errors import Refusal
 from tokensieve.models import Family
 from tokensieve.models.family import Modality
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class PromptImages:
     """The images and videos ("images", for short) of a batch.
 
     Attributes:
@@ -29,31 +30,33 @@ class Shown:
         groups: per modality, which images of the batch are of it.
     """
 
-    layout: Layout
-    record: Record
+    layout: Placeholders
+    record: EncoderOutputs
     features: list[Tensor]
     origins: list[int]
     copies: int
     groups: dict[Modality, list[int]]
 
     @classmethod
-    def read(cls, family: Family, config: Any, kwargs: dict[str, Any], modality: Modality, encoded: Any) -> Shown:
+    def read(
+        cls, family: Family, config: Any, kwargs: dict[str, Any], modality: Modality, encoded: Any
+    ) -> PromptImages:
         """All images, or all videos, that one encode call made.
 
         Raises:
             ValueError: if these do not fit the placeholders.
         """
-        record: Record = getattr(encoded, RECORD)
+        record: EncoderOutputs = getattr(encoded, RECORD)
         features = family.entries(encoded.pooler_output, record.shapes)
         ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), getattr(config, f"{modality}_token_id")
         _check_copies(family, ids == token, features, len(features) // max(1, len(record.shapes)), modality)
-        layout = Layout.read(ids, mask, token, [len(f) for f in features], modality)
+        layout = Placeholders.read(ids, mask, token, [len(f) for f in features], modality)
         if family.joins and modality == "image" and any(len(sizes) > 1 for sizes in layout.images):
             layout, record, features = _joined(layout, record, features)
         origins, copies = _origins(layout.images, len(record.shapes))
         return cls(layout, record, features, origins, copies, {modality: list(range(len(features)))})
 
-    def beside(self, other: Shown) -> Shown:
+    def beside(self, other: PromptImages) -> PromptImages:
         """Images and videos of the same batch, in their order in the prompts.
 
         Raises:
@@ -66,16 +69,16 @@ class Shown:
         for spans in zip(self.layout.spans(), other.layout.spans(), strict=True):
             placed = sorted((*span, kind) for kind, own in zip(sources, spans, strict=True) for span in own)
             if any(second[0] <= first[1] for first, second in pairwise(placed)):
-                raise ValueError("an image stands between the frames of a video; that is not supported")
+                raise Refusal("an image stands between the frames of a video; that is not supported")
             rows.append([(kind, next(left[kind])) for *_, kind in placed])
         if self.copies != other.copies:
-            raise ValueError(f"the batch repeats its images {self.copies} times and its videos {other.copies} times")
+            raise Refusal(f"the batch repeats its images {self.copies} times and its videos {other.copies} times")
         flat, first = [entry for row in rows for entry in row], {mine: 0, theirs: len(self.record.shapes)}
         numbers = [first[kind] + sources[kind].origins[n] for row in rows[:: self.copies] for kind, n in row]
         features = [sources[kind].features[n] for kind, n in flat]
         images = [[len(sources[kind].features[n]) for kind, n in row] for row in rows]
         visual, end = self.layout.visual | other.layout.visual, max(self.layout.end, other.layout.end)
-        return Shown(
+        return PromptImages(
             replace(self.layout, visual=visual, images=images, end=end),
             self.record.beside(other.record).of(numbers),
             features,
@@ -84,7 +87,9 @@ class Shown:
         )
 
 
-def _joined(layout: Layout, record: Record, features: list[Tensor]) -> tuple[Layout, Record, list[Tensor]]:
+def _joined(
+    layout: Placeholders, record: EncoderOutputs, features: list[Tensor]
+) -> tuple[Placeholders, EncoderOutputs, list[Tensor]]:
     """With entries that stand side by side in the prompt as one image."""
     groups = layout.side_by_side()
     sizes = [[[layout.images[row][i] for i in group] for group in of_row] for row, of_row in enumerate(groups)]
@@ -109,7 +114,7 @@ def _check_copies(family: Family, visual: Tensor, features: list[Tensor], copies
         shown = len(of_sample) // copies
         pairs = zip(of_sample, of_sample[shown:], strict=False)
         if not all(a is b or torch.equal(a, b) for a, b in pairs):
-            raise ValueError(
+            raise Refusal(
                 f"transformers hands the {copies} beams (or returns) of sample {sample} its {shown} {kind}s in another "
                 f"order in {family.title}, and the model sees the wrong ones: take one {kind} per sample, or "
                 "num_beams=1 and num_return_sequences=1"
@@ -121,7 +126,7 @@ def _origins(images: Sequence[Sequence[int]], encoded: int) -> tuple[list[int], 
     total = sum(map(len, images))
     copies = total // encoded if encoded else 1
     if copies * encoded != total:
-        raise ValueError(f"the batch shows {total} images; the encoder saw {encoded}")
+        raise Refusal(f"the batch shows {total} images; the encoder saw {encoded}")
     origins, first = [], 0
     for row in images[::copies]:
         origins += list(range(first, first + len(row))) * copies

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tokensieve.crossmodal import CrossModal
-from tokensieve.fusion.host import Host
+from tokensieve.engine.fusion.host import Host
 from tokensieve.ops import epsilon_attention
 
 

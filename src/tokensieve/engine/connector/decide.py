@@ -10,12 +10,13 @@ from typing import Any, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from tokensieve.attach.layout import equal_groups
 from tokensieve.budget import Budget, count, share_out
 from tokensieve.budget import Scope as Scope
+from tokensieve.engine.prompt.placeholders import equal_groups
+from tokensieve.errors import Refusal
 from tokensieve.methods import Method
-from tokensieve.models import Shape
-from tokensieve.models.shape import Grid
+from tokensieve.models import TokenLayout
+from tokensieve.models.layout import Grid
 from tokensieve.ops import top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
@@ -24,7 +25,7 @@ AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
 @dataclass(frozen=True)
-class Part:
+class DecisionUnit:
     """Some patches of an image, and who decides about them.
 
     Attributes:
@@ -41,7 +42,7 @@ class Part:
     grid: Grid | None
     frames: int | None
     method: Method
-    tiled: Shape | None = None
+    tiled: TokenLayout | None = None
 
     @property
     def size(self) -> int:
@@ -58,19 +59,19 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
     """Refuse a scope that does not exist, or that a budget cannot have."""
     if scope not in get_args(Scope):
         allowed = ", ".join(map(repr, get_args(Scope)))
-        raise ValueError(f"budget_scope must be one of {allowed}; got {scope!r}")
+        raise Refusal(f"budget_scope must be one of {allowed}; got {scope!r}")
     stages = ("connector",) if scope in ("tile", "frame", "sample-score") else ("connector", "decoder")
     for method in methods if scope not in ("image", "clip") else ():
         if method.info.stage not in stages:
-            raise ValueError(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
+            raise Refusal(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
         if scope == "frame" and method.needs.video:
-            raise ValueError(f"budget_scope='frame' shows a method one frame at a time; {method} compares frames")
+            raise Refusal(f"budget_scope='frame' shows a method one frame at a time; {method} compares frames")
         if scope == "sample" and method.needs.video:
-            raise ValueError(f"budget_scope='sample' would share with images, which {method} leaves whole")
+            raise Refusal(f"budget_scope='sample' would share with images, which {method} leaves whole")
         if scope == "sample" and any(getattr(method, name, None) is not None for name in ("average", "counts")):
-            raise ValueError(f"budget_scope='sample' shares out keep; {method} has other budgets")
+            raise Refusal(f"budget_scope='sample' shares out keep; {method} has other budgets")
         if scope == "sample-score" and budget_of(method) is not None and not method.by_score:
-            raise ValueError(
+            raise Refusal(
                 f"budget_scope='sample-score' ranks the tokens of all images by one score; {method} does not choose by "
                 "a score alone that compares across images: use budget_scope='sample'"
             )
@@ -93,9 +94,9 @@ def per_sample(method: AnyMethod, scope: Scope, samples: Sequence[Sequence[int]]
 def decide(
     method: Method,
     scope: Scope,
-    shapes: Sequence[Shape],
+    shapes: Sequence[TokenLayout],
     samples: Sequence[Sequence[int]],
-    see: Callable[[list[Part]], VisualTokens],
+    see: Callable[[list[DecisionUnit]], VisualTokens],
 ) -> list[list[Reduction]]:
     """What the method decides about the parts of each image, all images in order.
 
@@ -113,7 +114,10 @@ def decide(
 
 
 def _each(
-    methods: Sequence[Method], scope: Scope, shapes: Sequence[Shape], see: Callable[[list[Part]], VisualTokens]
+    methods: Sequence[Method],
+    scope: Scope,
+    shapes: Sequence[TokenLayout],
+    see: Callable[[list[DecisionUnit]], VisualTokens],
 ) -> list[list[Reduction]]:
     """Decisions about the parts of each image, each image with its own method."""
     both = enumerate(zip(shapes, methods, strict=True))
@@ -131,7 +135,7 @@ def _each(
 def scores_of(decision: Reduction) -> Tensor:
     """What an image's tokens were ranked by, `[N]`; those of an image that was kept whole do not matter."""
     if decision.scores is None and not decision.whole:
-        raise ValueError("a method that declares by_score must give its scores to image.keep()")
+        raise Refusal("a method that declares by_score must give its scores to image.keep()")
     return torch.zeros(decision.total, device=decision.anchors.device) if decision.scores is None else decision.scores
 
 
@@ -147,7 +151,7 @@ def share_by_score(keep: Budget, scores: Sequence[Tensor]) -> list[int]:
     return [int(n) for n in torch.stack([part.sum() for part in held]).tolist()]
 
 
-def parts_of(image: int, shape: Shape, method: Method, scope: Scope) -> list[Part]:
+def parts_of(image: int, shape: TokenLayout, method: Method, scope: Scope) -> list[DecisionUnit]:
     """The parts of one image: its views where the scope asks for them, or the method for a grid; else all of it."""
     keep = budget_of(method)
     sizes = list(map(prod, shape.views))
@@ -155,13 +159,13 @@ def parts_of(image: int, shape: Shape, method: Method, scope: Scope) -> list[Par
     by_view = len(sizes) > 1 and (each or method.needs.grid)
     if not by_view or (not each and keep is not None and count(keep, shape.patches) == shape.patches):
         tiled = None if shape.tile is None else shape
-        return [Part(image, slice(0, shape.patches), shape.stacked, shape.frames, method, tiled)]
+        return [DecisionUnit(image, slice(0, shape.patches), shape.stacked, shape.frames, method, tiled)]
     methods = [method] * len(sizes)
     if not each and keep is not None:
         methods = [_with(method, share) for share in share_out(keep, sizes)]
     starts = [sum(sizes[:view]) for view in range(len(sizes))]
     return [
-        Part(image, slice(start, start + size), grid, None, own)
+        DecisionUnit(image, slice(start, start + size), grid, None, own)
         for start, size, grid, own in zip(starts, sizes, shape.views, methods, strict=True)
     ]
 

@@ -17,7 +17,7 @@ Grid = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
+class TokenLayout:
     """The visual tokens of one image, in their order in the prompt.
 
     Methods decide about patches only. A structure row (a newline after a row of the grid) stays if a patch of its line
@@ -48,12 +48,12 @@ class Shape:
     video: bool = False
 
     @classmethod
-    def grid_of(cls, height: int, width: int) -> Shape:
+    def grid_of(cls, height: int, width: int) -> TokenLayout:
         """One grid and nothing else."""
         return cls(height * width, ((height, width),))
 
     @classmethod
-    def frames_of(cls, frames: int, height: int, width: int) -> Shape:
+    def frames_of(cls, frames: int, height: int, width: int) -> TokenLayout:
         """The frames of a video and nothing else."""
         return cls(frames * height * width, ((height, width),) * frames, video=True)
 
@@ -87,21 +87,21 @@ class Shape:
             return None
         return self.places.new_ones(self.total, dtype=torch.bool).index_fill(0, self.places, False)
 
-    def to(self, device: torch.device) -> Shape:
+    def to(self, device: torch.device) -> TokenLayout:
         """The same with its tensors on their way to a device."""
         own = {name: getattr(self, name) for name in ("units", "line", "places", "tile")}
-        there: dict[str, Any] = {name: sent(x, device) for name, x in own.items() if x is not None}
+        there: dict[str, Any] = {name: to_device(x, device) for name, x in own.items() if x is not None}
         return replace(self, **there)
 
-    def left(self, anchors: Tensor) -> Shape:
+    def left(self, anchors: Tensor) -> TokenLayout:
         """What is left when the tokens ``anchors`` stay: no grids any more."""
         if self.structure is None or self.line is None:
-            return Shape(len(anchors))
+            return TokenLayout(len(anchors))
         if len(anchors) == self.total:
-            return Shape(self.total, line=self.line, places=self.places)
+            return TokenLayout(self.total, line=self.line, places=self.places)
         line = self.line[anchors]  # lines that lost all their tokens are not counted
         line = pad((line.diff() != 0).long().cumsum(0), (1, 0))[: len(anchors)]
-        return Shape(len(anchors), line=line, places=(~self.structure[anchors]).nonzero().squeeze(-1))
+        return TokenLayout(len(anchors), line=line, places=(~self.structure[anchors]).nonzero().squeeze(-1))
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows of the patches `[M, C]` with zeros at structure rows, `[N, C]`."""
@@ -110,7 +110,7 @@ class Shape:
             return rows
         return rows.new_zeros((self.total, *rows.shape[1:])).index_copy(0, places.to(rows.device), rows)
 
-    def lifted(self, parts: Sequence[Reduction]) -> Reduction:
+    def merge_parts(self, parts: Sequence[Reduction]) -> Reduction:
         """Decisions about successive parts of the patches as one decision about all tokens."""
         if len(parts) == 1 and self.places is None:
             return parts[0]
@@ -156,7 +156,7 @@ class Shape:
         return slots, Mixing(slot, source, weight)
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """``x`` on its way to the device: nothing waits for what the device is doing."""
     if x.device.type != "cpu" or device.type != "cuda":
         return x.to(device)
