@@ -12,8 +12,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokensieve
-from families import reference, tiny
-from families.test_matrix import METHODS, each_kernel, supported
+from tests.families.test_matrix import METHODS, each_kernel, supported
+from tests.support import families as tiny
+from tests.support import oracle as reference
 
 LAYER = -2  # the layer before the last, which FasterVLM reads; in Qwen2.5-VL one of those without windows
 seen: dict[torch.nn.Module, torch.Tensor] = {}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from families import tiny
-from families.test_matrix import METHODS, supported
+from tests.families.test_matrix import METHODS, supported
+from tests.support import families as tiny
 from tokensieve.measure import LAWS, Laws
 from tokensieve.measure.hiding import merged
 from tokensieve.reduction import Mixing, Reduction

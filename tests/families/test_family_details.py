@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 import tokensieve
-from families import tiny
-from laws.reference import NOISE
+from tests.support import families as tiny
+from tests.support.laws_reference import NOISE
 
 
 @pytest.mark.parametrize("positions", ["original", "contiguous"])

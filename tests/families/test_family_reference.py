@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from families import reference, tiny
-from families.reference import noise
+from tests.support import families as tiny
+from tests.support import oracle as reference
+from tests.support.oracle import noise
 
 STEPS = 6
 

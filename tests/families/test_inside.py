@@ -11,10 +11,11 @@ import torch
 from transformers import DynamicCache
 
 import tokensieve
-from attach.test_attach import FLASH
-from families import reference, tiny
-from families.test_matrix import collate, each_kernel
-from laws.reference import NOISE
+from tests.engine.test_attach import FLASH
+from tests.families.test_matrix import collate, each_kernel
+from tests.support import families as tiny
+from tests.support import oracle as reference
+from tests.support.laws_reference import NOISE
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.methods import DecoderMethod, Needs
 from tokensieve.models import family_of

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tokensieve
-from families import reference, tiny
-from families.reference import noise
+from tests.support import families as tiny
+from tests.support import oracle as reference
+from tests.support.oracle import noise
 from tokensieve import Reduction
 from tokensieve.models import family_of
 from tokensieve.reduction import Mixing

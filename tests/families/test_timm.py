@@ -8,7 +8,7 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 
 import tokensieve
-from families import tiny
+from tests.support import families as tiny
 
 TIMM = [name for name, family in tiny.FAMILIES.items() if family.classes in ("PerceptionLM", "FastVlm")]
 each_name = pytest.mark.parametrize("name", TIMM)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
-from families import tiny
+from tests.support import families as tiny
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch pretends no device"
@@ -34,8 +34,8 @@ def allowed(name, kind):
 
 
 def test_a_prefill_waits_for_what_has_to_be_known_and_for_nothing_else():
-    here, source = Path(__file__).parents[1], Path(__file__).parents[2] / "src"
-    paths = os.pathsep.join(map(str, (here, source)))
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (root, root / "src")))
     command = [sys.executable, str(Path(__file__).with_name("waits.py")), *NAMES]
     out = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr

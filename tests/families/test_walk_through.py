@@ -10,8 +10,8 @@ import torch
 
 import tokensieve
 import tokensieve.models
-from families import tiny
-from families.test_matrix import METHODS, collate
+from tests.families.test_matrix import METHODS, collate
+from tests.support import families as tiny
 from tokensieve.models import catalogue, family_of
 
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"

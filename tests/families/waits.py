@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import tokensieve
-from families import tiny
+from tests.support import families as tiny
 
 _setup_privateuseone_for_python_backend("pretend")
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) makes them on the host and then copies

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import tokensieve
-from laws import tiny
-from laws.catalogue import specs, whole_specs
+from tests.support import laws_tiny as tiny
+from tests.support.methods import specs, whole_specs
 
 SCENARIOS = ("ragged", "two-images", "mixed")
 

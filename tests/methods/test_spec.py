@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import tokensieve
-from laws.catalogue import specs
+from tests.support.methods import specs
 from tokensieve import Method, parse, register
 
 

@@ -1,0 +1,86 @@
+"""Every registered decoder method is in the laws, runs as it comes, and has options that do what they say."""
+
+import pytest
+import torch
+
+import tokensieve
+from tests.methods.decoder.catalogue import RULES
+from tests.support import deep_models as models
+from tests.support import laws_tiny as tiny
+from tokensieve import VisualTokens, parse
+
+THRESHOLDS = ("mustdrop-llm",)  # may find nothing to drop
+NAMES = [info.name for info in tokensieve.list_methods() if info.stage == "decoder"]
+
+
+def test_every_method_is_in_the_laws():
+    assert set(NAMES) == {parse(spec)[0].info.name for spec in RULES}
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults(name, family):
+    model, samples = models.subject(family), tiny.scenario(family, "ragged")
+    with tokensieve.attach(model, name) as sieve, torch.no_grad():
+        logits = model(**tiny.collate(family, samples)).logits
+    assert logits.isfinite().all()
+    if name not in THRESHOLDS:
+        assert all(row[0].slots < row[0].total for row in sieve.last)
+    for row in sieve.tokens:
+        assert row[0] == sorted(row[0], reverse=True)
+
+
+def seen(total=12, heads=2):
+    """Evidence of one image for the methods that read the last row."""
+    return VisualTokens(torch.randn(1, total, 4), queries=torch.rand(1, heads, 1, total))
+
+
+def test_illava_favours_either_end():
+    image = seen()
+    scores = image.queries.mean((1, 2))[0]
+    for favour, heaviest in ((False, scores.argmin()), (True, scores.topk(5).indices[-1])):
+        (decision,) = parse(f"illava-llm(keep=5, favour_attended={favour})")[0](image)
+        merged = int((decision.counts > 1).nonzero())
+        assert decision.matrix()[merged].argmax() == heaviest
+
+
+def test_dart_with_few_words_has_its_pivots_twice():
+    """A prompt of two words in a batch with one of six: both keep what they would keep alone."""
+    generator = torch.Generator().manual_seed(0)
+    features, keys = torch.randn(2, 20, 8, generator=generator), torch.randn(2, 20, 8, generator=generator)
+    text, text_keys = torch.randn(2, 6, 8, generator=generator), torch.randn(2, 6, 8, generator=generator)
+    mask = torch.tensor([[True] * 2 + [False] * 4, [True] * 6])
+    (dart,) = parse("dart(keep=9)")
+    both = dart(VisualTokens(features, text=text, text_mask=mask, keys=keys, text_keys=text_keys))
+    for i, words in enumerate((2, 6)):
+        one = dart(
+            VisualTokens(
+                features[i : i + 1],
+                text=text[i : i + 1, :words],
+                keys=keys[i : i + 1],
+                text_keys=text_keys[i : i + 1, :words],
+            )
+        )
+        assert torch.equal(one[0].kept, both[i].kept)
+        assert both[i].slots == 9
+
+
+def test_pool_decoder_drops_or_averages_an_incomplete_window():
+    image = VisualTokens(torch.randn(1, 11, 4))
+    averaged, dropped = (
+        parse(f"pool-decoder(stride=4, incomplete='{what}')")[0](image)[0] for what in ("average", "drop")
+    )
+    assert averaged.slots == 3
+    assert (averaged.source >= 0).all()
+    assert dropped.slots == 2
+    assert dropped.source.tolist() == [0] * 4 + [1] * 4 + [-1] * 3
+
+
+def test_a_word_that_is_like_the_others_still_rates():
+    """With a single word no share is above the mean: then all words rate, instead of none."""
+    image = VisualTokens(
+        torch.randn(1, 10, 4), text=torch.randn(1, 1, 4), queries=torch.rand(1, 2, 1, 10), entry=torch.randn(1, 10, 4),
+        text_entry=torch.randn(1, 1, 4),
+    )  # fmt: skip
+    (decision,) = parse("sparsevlm(layers=(2,), counts=(3,), recycle=0.0)")[0](image)
+    assert decision.kept.tolist() == image.queries.mean((1, 2))[0].topk(3).indices.sort().values.tolist()
