@@ -8,12 +8,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokensieve
-from tests.support import laws_reference as reference
-from tests.support import laws_tiny as tiny
-from tests.support.laws_reference import NOISE
+from tests.support import families, models, oracle, prompts
+from tests.support.oracle import NOISE
 from tokensieve import Reduction
 
-each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+each_family = pytest.mark.parametrize("family", families.CORE)
 each_policy = pytest.mark.parametrize("policy", ["original", "contiguous"])
 FLASH = "flash_stand_in"
 
@@ -43,11 +42,11 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, flash_attention_mask)
 @each_family
 def test_two_dimensional_masks(family, scenario, policy, monkeypatch, deviation):
     """Flash kernels get the 2-D mask as it is: uneven rows and later steps must still line up."""
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, scenario))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, scenario))
     with tokensieve.attach(model, "vtc-cls", keep=13, positions=policy):
-        expected = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+        expected = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
         monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", FLASH)
-        got = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+        got = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
     assert deviation("of 2-D masks", torch.stack(got.logits), torch.stack(expected.logits)) <= NOISE
 
 
@@ -55,19 +54,19 @@ def test_two_dimensional_masks(family, scenario, policy, monkeypatch, deviation)
 @each_family
 def test_the_loss_and_its_gradients_are_those_by_hand(family, policy, deviation):
     """Labels are shortened with the prompt; gradients reach the tower through what was kept."""
-    model, twin = tiny.build(family), tiny.pristine(family)
-    (s,) = tiny.scenario(family, "two-images")
-    inputs = tiny.collate(family, [s])
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == tiny.IMAGE, -100)
+    model, twin = models.build(family), models.unhooked(family)
+    (s,) = prompts.batch(family, "two-images")
+    inputs = prompts.collate(family, [s])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == families.IMAGE, -100)
     with tokensieve.attach(model, "divprune", keep=5, positions=policy) as sieve:
         loss = model(**inputs, labels=labels).loss
         loss.backward()
         kept = [r.kept for r in sieve.last[0]]
-    features = [reference.encode(twin, family, image) for image in s.images]
+    features = [oracle.encode_image(twin, family, image) for image in s.images]
     rows = [e.mixed(torch.eye(len(e.rows))[k]) for e, k in zip(features, kept, strict=True)]
     twin.zero_grad()
-    logits = reference.full_logits(twin, family, s, kept, rows, policy, [])
-    target = labels[0, reference.columns(s, kept)]
+    logits = oracle.forward(twin, family, oracle.enter(twin, family, s, kept, rows, [], policy))
+    target = labels[0, oracle.kept_columns(s, kept)]
     by_hand = torch.nn.functional.cross_entropy(logits[:-1], target[1:])
     by_hand.backward()
     assert deviation("of the loss", loss.detach(), by_hand.detach()) <= 1e-5
@@ -80,10 +79,10 @@ def test_the_loss_and_its_gradients_are_those_by_hand(family, policy, deviation)
 @pytest.mark.parametrize("spec", ["vtc-cls(keep=5)", "pool(keep=5)", "downsample(keep=5)"])
 @pytest.mark.parametrize("family", ["llava-clip", "qwen3-vl"])
 def test_gradient_checkpointing_changes_nothing(family, spec):
-    inputs = tiny.collate(family, tiny.scenario(family, "ragged"))
+    inputs = prompts.collate(family, prompts.batch(family, "ragged"))
     norms = []
     for checkpointing in (False, True):
-        model = tiny.build(family).train()
+        model = models.build(family).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         with tokensieve.attach(model, spec):
@@ -97,8 +96,8 @@ def test_gradient_checkpointing_changes_nothing(family, spec):
 @pytest.mark.parametrize("family", ["llava-clip", "qwen2.5-vl"])
 def test_two_threads_on_one_attached_model(family, spec):
     """Evidence, decisions and states of concurrent calls do not mix."""
-    model = tiny.subject(family)
-    jobs = [tiny.collate(family, tiny.scenario(family, name)) for name in ("two-images", "ragged")]
+    model = models.tiny_model(family)
+    jobs = [prompts.collate(family, prompts.batch(family, name)) for name in ("two-images", "ragged")]
     got: dict[tuple[int, int], list] = {}
     with tokensieve.attach(model, spec):
         expected = [model.generate(**job, max_new_tokens=4).tolist() for job in jobs]
@@ -123,9 +122,9 @@ def test_two_threads_on_one_attached_model(family, spec):
 @each_family
 def test_replay(family, spec, tmp_path):
     """Decisions act again as they are, from memory and from disk, for one answer and for beams."""
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "mixed"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "mixed"))
     with tokensieve.attach(model, spec, positions="contiguous") as sieve:
-        expected, decisions = model.generate(**inputs, max_new_tokens=3, **tiny.GREEDY), sieve.last
+        expected, decisions = model.generate(**inputs, max_new_tokens=3, **prompts.GREEDY), sieve.last
         beams = model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False)
     for i, row in enumerate(decisions):
         for j, decision in enumerate(row):
@@ -136,7 +135,7 @@ def test_replay(family, spec, tmp_path):
     for replayed in (decisions, loaded):
         with tokensieve.attach(model, replayed, positions="contiguous") as sieve:
             assert str(sieve) == "a replay"
-            again = model.generate(**inputs, max_new_tokens=3, **tiny.GREEDY)
+            again = model.generate(**inputs, max_new_tokens=3, **prompts.GREEDY)
             assert all(torch.equal(a, b) for a, b in zip(again.logits, expected.logits, strict=True))
             assert torch.equal(model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False), beams)
 
@@ -144,7 +143,7 @@ def test_replay(family, spec, tmp_path):
 @each_family
 def test_composition_acts_on_what_the_first_stage_left(family):
     """downsample + vtc-cls = downsample, then the CLS row of the small image: never a token it did not make."""
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "two-images"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "two-images"))
     run = {"max_new_tokens": 1}
     with tokensieve.attach(model, "downsample(keep=0.5)") as sieve:
         model.generate(**inputs, **run)
@@ -180,7 +179,7 @@ class FirstTokens(tokensieve.Method):
 def test_a_method_from_a_file(tmp_path, registry):
     (tmp_path / "mine.py").write_text(PLUGIN)
     family = "llava-clip"
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "ragged"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "ragged"))
     with tokensieve.attach(model, f"{tmp_path}/mine.py:FirstTokens", keep=3) as sieve:
         model.generate(**inputs, max_new_tokens=1)
         assert [r.kept.tolist() for row in sieve.last for r in row] == [[0, 1, 2]] * 3
@@ -191,7 +190,7 @@ def test_a_method_from_a_file(tmp_path, registry):
 def test_positional_arguments(name):
     """`model(input_ids, pixel_values, …)`: arguments are matched by place as the model itself does."""
     family = "llava-clip"
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "ragged"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "ragged"))
     rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "pixel_values")}
     with torch.no_grad(), tokensieve.attach(model, "uniform", keep=5):
         by_name = model(**inputs).logits
@@ -199,14 +198,14 @@ def test_positional_arguments(name):
     assert torch.equal(by_name, by_place)
 
 
-@pytest.mark.parametrize("family", tiny.QWEN)
+@pytest.mark.parametrize("family", families.CORE_QWEN)
 def test_qwen_without_token_types(family):
     """Without `mm_token_type_ids` a plain forward of Qwen2.5 numbers positions in one dimension; Qwen3 refuses."""
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "two-images"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "two-images"))
     del inputs["mm_token_type_ids"]
     with torch.no_grad():
         try:
-            expected = tiny.pristine(family)(**inputs).logits
+            expected = models.unhooked(family)(**inputs).logits
         except ValueError:
             with tokensieve.attach(model, "uniform", keep=5), pytest.raises(ValueError, match="mm_token_type_ids"):
                 model(**inputs)
@@ -216,21 +215,21 @@ def test_qwen_without_token_types(family):
         with tokensieve.attach(model, "uniform", keep=5) as sieve:
             got = model(**inputs).logits[0]
     plain = torch.arange(inputs["input_ids"].shape[1]).expand(3, -1)
-    (s,) = tiny.scenario(family, "two-images")
+    (s,) = prompts.batch(family, "two-images")
     kept = [r.kept for r in sieve.last[0]]
     with torch.no_grad():
-        features = [reference.encode(tiny.pristine(family), family, image).rows for image in s.images]
-        ids = torch.tensor(s.ids)[(stay := reference.columns(s, kept))]
-        embeds = tiny.pristine(family).get_input_embeddings()(ids)
+        features = [oracle.encode_image(models.unhooked(family), family, image).rows for image in s.images]
+        ids = torch.tensor(s.ids)[(stay := oracle.kept_columns(s, kept))]
+        embeds = models.unhooked(family).get_input_embeddings()(ids)
         rows = torch.cat([f[k] for f, k in zip(features, kept, strict=True)])
-        embeds = embeds.masked_scatter((ids == tiny.IMAGE)[:, None], rows)[None]
-        out = tiny.pristine(family).model.language_model(
+        embeds = embeds.masked_scatter((ids == families.IMAGE)[:, None], rows)[None]
+        out = models.unhooked(family).model.language_model(
             inputs_embeds=embeds,
             position_ids=plain[:, None, stay],
             attention_mask=torch.ones(1, len(stay), dtype=torch.long),
             use_cache=False,
         )
-        assert (got - tiny.pristine(family).lm_head(out.last_hidden_state[0])).abs().max() <= NOISE
+        assert (got - models.unhooked(family).lm_head(out.last_hidden_state[0])).abs().max() <= NOISE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -238,9 +237,9 @@ def test_qwen_without_token_types(family):
     "spec", ["vtc-cls(keep=5)", "pool(keep=5)", "trsm(keep=5)", "downsample(keep=5) + divprune(keep=3)"]
 )
 def test_half_precision_runs(spec, dtype):
-    for family in tiny.FAMILIES:
-        model, inputs = tiny.build(family).to(dtype), tiny.collate(family, tiny.scenario(family, "ragged"))
+    for family in families.CORE:
+        model, inputs = models.build(family).to(dtype), prompts.collate(family, prompts.batch(family, "ragged"))
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         with tokensieve.attach(model, spec):
-            out = model.generate(**inputs, max_new_tokens=2, **tiny.GREEDY)
+            out = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
         assert all(torch.isfinite(step).all() for step in out.logits)

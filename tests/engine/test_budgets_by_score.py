@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import tokensieve
-from tests.support import families as tiny
-from tests.support import oracle as reference
+from tests.support import models, oracle, prompts
 from tokensieve import Method, VisualTokens
 from tokensieve.engine.connector.decide import share_by_score
 from tokensieve.ops import top_k
@@ -17,7 +16,7 @@ from tokensieve.ops import top_k
 # images of unequal sizes; tiles that are images; mosaics with newlines; tiles that are one image
 NAMES = ("qwen2.5-vl", "idefics3", "llava-next", "internvl")
 BY_SCORE = ("vtc-cls", "vtc-cls(over_layers='max')", "fastervlm", "trsm", "trsm(query='prompt')", "simignore", "fopru")
-GENERATE = {"max_new_tokens": 1, **tiny.GREEDY}
+GENERATE = {"max_new_tokens": 1, **prompts.GREEDY}
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ def best_of(scores, keep):
 
 
 def answers(name, samples, method, **more):
-    model = tiny.subject(name)
+    model = models.tiny_model(name)
     with tokensieve.attach(model, method, budget_scope="sample-score", **more) as sieve:
-        out = model.generate(**tiny.collate(name, samples), **GENERATE)
+        out = model.generate(**prompts.collate(name, samples), **GENERATE)
     return out.logits[0], sieve.last
 
 
@@ -65,10 +64,10 @@ def patches(image, decision):
 @pytest.mark.parametrize("keep", [1, 9, 21, 0.3])
 @pytest.mark.parametrize("name", NAMES)
 def test_is_a_top_k_over_all_images_of_a_prompt_alone_and_in_a_padded_batch(name, keep, loudest):
-    samples = tiny.scenario(name, "ragged")
+    samples = prompts.batch(name, "one-and-two")
     logits, decisions = answers(name, samples, loudest(keep))
     for row, sample in enumerate(samples):
-        rows = [encoded.rows.norm(dim=-1) for encoded in reference.encode(tiny.pristine(name), name, sample)]
+        rows = [encoded.rows.norm(dim=-1) for encoded in oracle.encode(models.unhooked(name), name, sample)]
         scores = [
             [float(s) for place, s in enumerate(row) if place not in image.newlines]
             for row, image in zip(rows, sample.images, strict=True)
@@ -84,23 +83,23 @@ def test_is_a_top_k_over_all_images_of_a_prompt_alone_and_in_a_padded_batch(name
 
 def test_beams_share_out_as_one_prompt_does(loudest):
     name = "qwen2.5-vl"
-    samples, model = tiny.scenario(name, "ragged"), tiny.subject(name)
+    samples, model = prompts.batch(name, "one-and-two"), models.tiny_model(name)
     _, expected = answers(name, samples, loudest(9))
     with tokensieve.attach(model, loudest(9), budget_scope="sample-score") as sieve:
-        model.generate(**tiny.collate(name, samples), **GENERATE, num_beams=2)
+        model.generate(**prompts.collate(name, samples), **GENERATE, num_beams=2)
     for row, wanted in zip(sieve.last, expected, strict=True):
         assert [r.kept.tolist() for r in row] == [r.kept.tolist() for r in wanted]
 
 
 def test_everything_and_less_than_one_token_each(loudest):
-    samples = tiny.scenario("qwen2.5-vl", "ragged")
+    samples = prompts.batch("qwen2.5-vl", "one-and-two")
     assert all(r.whole for row in answers("qwen2.5-vl", samples, loudest(1.0))[1] for r in row)
     assert share_by_score(2, [torch.tensor([5.0, 4.0]), torch.tensor([1.0]), torch.tensor([3.0, 3.0])]) == [1, 1, 1]
     assert share_by_score(4, [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0])]) == [3, 1]  # ties: the earlier
 
 
 def test_methods_without_a_budget_have_nothing_to_share():
-    assert all(r.whole for row in answers("qwen2.5-vl", tiny.scenario("qwen2.5-vl", "ragged"), "full")[1] for r in row)
+    assert all(r.whole for row in answers("qwen2.5-vl", prompts.batch("qwen2.5-vl", "one-and-two"), "full")[1] for r in row)
 
 
 @pytest.mark.parametrize("spec", BY_SCORE)
@@ -128,13 +127,13 @@ def test_what_declares_a_score_keeps_the_best_by_it(spec):
 )
 def test_what_has_no_score_to_share_by_is_refused(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        tokensieve.attach(tiny.subject("internvl"), spec, budget_scope="sample-score")
+        tokensieve.attach(models.tiny_model("internvl"), spec, budget_scope="sample-score")
 
 
 def test_a_method_that_declares_a_score_and_gives_none(registry):
     mute = registry.register("mute", paper="none")(Mute)
     with pytest.raises(ValueError, match="declares by_score"):
-        answers("internvl", tiny.scenario("internvl", "ragged"), mute(8))
+        answers("internvl", prompts.batch("internvl", "one-and-two"), mute(8))
 
 
 def test_the_shares_are_exact():

@@ -5,12 +5,11 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 import tokensieve
-from tests.support import laws_reference as reference
-from tests.support import laws_tiny as tiny
-from tests.support.laws_reference import NOISE
+from tests.support import families, models, oracle, prompts
+from tests.support.oracle import NOISE
 
 SPECS = ("vtc-cls(keep=13)", "pool(keep=0.3)", "downsample(keep=0.5) + divprune(keep=5)")
-each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+each_family = pytest.mark.parametrize("family", families.CORE)
 each_policy = pytest.mark.parametrize("policy", ["original", "contiguous"])
 each_scenario = pytest.mark.parametrize("scenario", ["ragged", "two-images", "mixed"])
 each_spec = pytest.mark.parametrize("spec", SPECS)
@@ -39,17 +38,17 @@ def images(inputs):
 @each_scenario
 @each_family
 def test_a_second_turn_on_the_cache_equals_the_one_shot_run(spec, family, scenario, policy, deviation):
-    model, samples = tiny.subject(family), tiny.scenario(family, scenario)
-    inputs, cache = tiny.collate(family, samples), DynamicCache(config=tiny.subject(family).config.text_config)
+    model, samples = models.tiny_model(family), prompts.batch(family, scenario)
+    inputs, cache = prompts.collate(family, samples), DynamicCache(config=models.tiny_model(family).config.text_config)
     # trsm reads all text, so its one-shot decision would see more words: methods that do not read the prompt only
     with tokensieve.attach(model, spec, positions=policy) as sieve:
-        first = model.generate(**inputs, max_new_tokens=3, past_key_values=cache, **tiny.GREEDY)
+        first = model.generate(**inputs, max_new_tokens=3, past_key_values=cache, **prompts.GREEDY)
         decided = [[r.kept for r in row] for row in sieve.last]
         held, seen = cache.layers[0].keys.shape[-2], cache.get_seq_length()
         turn = longer(inputs, first.sequences, extra=5)
-        second = model.generate(**turn, max_new_tokens=4, past_key_values=cache, **tiny.GREEDY)
-        again = model.generate(**turn, **images(inputs), max_new_tokens=4, **tiny.GREEDY)
-    lengths = [len(reference.columns(s, kept)) for s, kept in zip(samples, decided, strict=True)]
+        second = model.generate(**turn, max_new_tokens=4, past_key_values=cache, **prompts.GREEDY)
+        again = model.generate(**turn, **images(inputs), max_new_tokens=4, **prompts.GREEDY)
+    lengths = [len(oracle.kept_columns(s, kept)) for s, kept in zip(samples, decided, strict=True)]
     width = inputs["input_ids"].shape[1]
     assert (held, seen) == (max(lengths) + 2, width + 2), "columns held, and columns as the caller counts them"
     assert cache.layers[-1].keys.shape[-2] == max(lengths) + 3 + 5 + 3
@@ -60,13 +59,13 @@ def test_a_second_turn_on_the_cache_equals_the_one_shot_run(spec, family, scenar
 @each_policy
 @each_family
 def test_generation_goes_on_where_it_stopped(family, policy, deviation):
-    model = tiny.subject(family)
-    inputs = tiny.collate(family, tiny.scenario(family, "mixed"))
+    model = models.tiny_model(family)
+    inputs = prompts.collate(family, prompts.batch(family, "mixed"))
     with tokensieve.attach(model, "divprune", keep=5, positions=policy):
-        whole = model.generate(**inputs, max_new_tokens=7, **tiny.GREEDY)
-        part = model.generate(**inputs, max_new_tokens=3, **tiny.GREEDY)
+        whole = model.generate(**inputs, max_new_tokens=7, **prompts.GREEDY)
+        part = model.generate(**inputs, max_new_tokens=3, **prompts.GREEDY)
         rest = model.generate(
-            **longer(inputs, part.sequences), past_key_values=part.past_key_values, max_new_tokens=4, **tiny.GREEDY
+            **longer(inputs, part.sequences), past_key_values=part.past_key_values, max_new_tokens=4, **prompts.GREEDY
         )
     assert torch.equal(rest.sequences, whole.sequences)
     assert deviation("of generation resumed (law 4)", torch.stack(rest.logits), torch.stack(whole.logits[3:])) <= NOISE
@@ -76,17 +75,17 @@ def test_generation_goes_on_where_it_stopped(family, policy, deviation):
 @pytest.mark.parametrize("scenario", ["ragged", "mixed"])
 @each_family
 def test_beams_of_a_batch_are_those_of_each_row(family, scenario, policy):
-    model, samples = tiny.subject(family), tiny.scenario(family, scenario)
+    model, samples = models.tiny_model(family), prompts.batch(family, scenario)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
     with tokensieve.attach(model, "vtc-cls", keep=5, positions=policy) as sieve:
-        together = model.generate(**tiny.collate(family, samples), **beams)[:, -5:]
+        together = model.generate(**prompts.collate(family, samples), **beams)[:, -5:]
         assert [len(row) for row in sieve.last] == [len(s.images) for s in samples]
         decided = [[r.kept.tolist() for r in row] for row in sieve.last]
-        model.generate(**tiny.collate(family, samples), max_new_tokens=1)
+        model.generate(**prompts.collate(family, samples), max_new_tokens=1)
         assert decided == [[r.kept.tolist() for r in row] for row in sieve.last], "expansion must not mix images up"
         for i, s in enumerate(samples):
             if s.images:
-                own = model.generate(**tiny.collate(family, [s]), **beams)[:, -5:]
+                own = model.generate(**prompts.collate(family, [s]), **beams)[:, -5:]
                 assert together[2 * i : 2 * i + 2].tolist() == own.tolist()
                 assert [r.kept.tolist() for r in sieve.last[0]] == decided[i]
 
@@ -94,18 +93,18 @@ def test_beams_of_a_batch_are_those_of_each_row(family, scenario, policy):
 def test_beams_are_those_of_the_language_model_fed_by_hand():
     """transformers' own beam search over the hand-merged embeddings."""
     family = "llava-clip"
-    model, pristine, (s,) = tiny.subject(family), tiny.pristine(family), tiny.scenario(family, "two-images")
+    model, pristine, (s,) = models.tiny_model(family), models.unhooked(family), prompts.batch(family, "two-images")
     language = LlamaForCausalLM(model.config.text_config).eval()
     language.model, language.lm_head = pristine.model.language_model, pristine.lm_head
     language.generation_config = pristine.generation_config
     beams = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False}
     with tokensieve.attach(model, "divprune", keep=5, positions="contiguous") as sieve:
-        got = model.generate(**tiny.collate(family, [s]), **beams)[:, -6:]
+        got = model.generate(**prompts.collate(family, [s]), **beams)[:, -6:]
         kept = [r.kept for r in sieve.last[0]]
-    features = [reference.encode(pristine, family, image).rows[k] for image, k in zip(s.images, kept, strict=True)]
-    ids = torch.tensor(s.ids)[reference.columns(s, kept)]
+    features = [oracle.encode_image(pristine, family, image).rows[k] for image, k in zip(s.images, kept, strict=True)]
+    ids = torch.tensor(s.ids)[oracle.kept_columns(s, kept)]
     embeds = pristine.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter((ids == tiny.IMAGE)[:, None], torch.cat(features))[None]
+    embeds = embeds.masked_scatter((ids == families.IMAGE)[:, None], torch.cat(features))[None]
     assert got.tolist() == language.generate(inputs_embeds=embeds, **beams).tolist()
 
 
@@ -113,15 +112,15 @@ def test_beams_are_those_of_the_language_model_fed_by_hand():
 @each_family
 def test_sampling_with_two_returns(family, policy):
     """Same seed, same draws: two returns of a batch are those of the prompts given twice."""
-    model, samples = tiny.subject(family), tiny.scenario(family, "mixed")
+    model, samples = models.tiny_model(family), prompts.batch(family, "mixed")
     twice = [s for s in samples for _ in range(2)]
     draw = {"do_sample": True, "max_new_tokens": 5, "top_k": 0}
     with tokensieve.attach(model, "vtc-cls", keep=5, positions=policy) as sieve:
         torch.manual_seed(7)
-        returned = model.generate(**tiny.collate(family, samples), num_return_sequences=2, **draw)
+        returned = model.generate(**prompts.collate(family, samples), num_return_sequences=2, **draw)
         assert len(sieve.last) == len(samples)
         torch.manual_seed(7)
-        repeated = model.generate(**tiny.collate(family, twice), **draw)
+        repeated = model.generate(**prompts.collate(family, twice), **draw)
     assert torch.equal(returned, repeated)
     assert not torch.equal(returned[0::2], returned[1::2])
 
@@ -129,10 +128,10 @@ def test_sampling_with_two_returns(family, policy):
 @each_policy
 @each_family
 def test_without_a_cache(family, policy, deviation):
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "mixed"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "mixed"))
     with tokensieve.attach(model, "uniform", keep=0.3, positions=policy):
-        cached = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
-        fresh = model.generate(**inputs, max_new_tokens=4, use_cache=False, **tiny.GREEDY)
+        cached = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
+        fresh = model.generate(**inputs, max_new_tokens=4, use_cache=False, **prompts.GREEDY)
     assert torch.equal(cached.sequences, fresh.sequences)
     assert deviation("without a cache (law 4)", torch.stack(cached.logits), torch.stack(fresh.logits)) <= NOISE
 
@@ -143,8 +142,8 @@ def test_without_a_cache(family, policy, deviation):
 @each_family
 def test_a_plain_forward_equals_the_hand_reference(spec, family, policy, use_cache, deviation):
     """Every position's logits, not only the last; without padding the mask may be left out."""
-    model, (s,) = tiny.subject(family), tiny.scenario(family, "two-images")
-    inputs = tiny.collate(family, [s])
+    model, (s,) = models.tiny_model(family), prompts.batch(family, "two-images")
+    inputs = prompts.collate(family, [s])
     for dropped in ((), ("attention_mask",)):
         given = {k: v for k, v in inputs.items() if k not in dropped}
         with torch.no_grad(), tokensieve.attach(model, spec, positions=policy) as sieve:
@@ -156,15 +155,16 @@ def test_a_plain_forward_equals_the_hand_reference(spec, family, policy, use_cac
 def by_hand_logits(family, s, decisions, spec, policy):
     from tests.laws.test_connector import resized
 
-    model, (first, *_) = tiny.pristine(family), tokensieve.parse(spec)
+    model, (first, *_) = models.unhooked(family), tokensieve.parse(spec)
     rows = []
     for image, decision in zip(s.images, decisions, strict=True):
         cells, matrix = resized(first, image), decision.matrix()
         if cells is not None:
-            matrix = (matrix.double() @ torch.linalg.pinv(reference.area_matrix(image.grid, cells).double())).float()
-        rows.append(reference.encode(model, family, image, cells).mixed(matrix))
+            matrix = (matrix.double() @ torch.linalg.pinv(oracle.area_matrix(image.grid, cells).double())).float()
+        rows.append(oracle.encode(model, family, image, cells).mixed(matrix))
     with torch.no_grad():
-        return reference.full_logits(model, family, s, [r.kept for r in decisions], rows, policy, [])
+        sequence = oracle.enter(model, family, s, [r.kept for r in decisions], rows, [], policy)
+        return oracle.forward(model, family, sequence)
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -172,12 +172,12 @@ def by_hand_logits(family, s, decisions, spec, policy):
 @each_family
 def test_decoding_by_hand(family, policy, masked, deviation):
     """A plain forward, then one token at a time on its cache, as people write it."""
-    model, samples = tiny.subject(family), tiny.scenario(family, "ragged" if masked else "two-images")
-    inputs = tiny.collate(family, samples)
-    if family in tiny.QWEN and (masked or policy == "contiguous"):
+    model, samples = models.tiny_model(family), prompts.batch(family, "ragged" if masked else "two-images")
+    inputs = prompts.collate(family, samples)
+    if family in families.CORE_QWEN and (masked or policy == "contiguous"):
         pytest.skip("transformers' Qwen cannot decode by hand with a mask; contiguous is refused (see test_refusals)")
     with torch.no_grad(), tokensieve.attach(model, "divprune", keep=5, positions=policy):
-        auto = model.generate(**inputs, max_new_tokens=5, **tiny.GREEDY)
+        auto = model.generate(**inputs, max_new_tokens=5, **prompts.GREEDY)
         mask, given = inputs["attention_mask"], {k: v for k, v in inputs.items() if masked or k != "attention_mask"}
         out, steps = model(**given), []
         for _ in range(5):
@@ -192,22 +192,22 @@ def test_decoding_by_hand(family, policy, masked, deviation):
 @each_family
 def test_text_only_calls_pass_through(family):
     """Between two prompts with images, a prompt without any is the unhooked model's."""
-    model, text = tiny.subject(family), tiny.scenario(family, "mixed")[2:3]
-    inputs = tiny.collate(family, text)
-    expected = tiny.pristine(family).generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+    model, text = models.tiny_model(family), prompts.batch(family, "mixed")[2:3]
+    inputs = prompts.collate(family, text)
+    expected = models.unhooked(family).generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
     with tokensieve.attach(model, "vtc-cls", keep=5, positions="contiguous"):
-        model.generate(**tiny.collate(family, tiny.scenario(family, "mixed")), max_new_tokens=2)
-        got = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+        model.generate(**prompts.collate(family, prompts.batch(family, "mixed")), max_new_tokens=2)
+        got = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
     assert all(torch.equal(a, b) for a, b in zip(got.logits, expected.logits, strict=True))
 
 
 @each_family
 def test_a_cache_that_was_reset_starts_afresh(family):
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "two-images"))
-    text, cache = tiny.collate(family, tiny.scenario(family, "mixed")[2:3]), DynamicCache()
-    expected = tiny.pristine(family).generate(**text, max_new_tokens=4, **tiny.GREEDY)
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "two-images"))
+    text, cache = prompts.collate(family, prompts.batch(family, "mixed")[2:3]), DynamicCache()
+    expected = models.unhooked(family).generate(**text, max_new_tokens=4, **prompts.GREEDY)
     with tokensieve.attach(model, "vtc-cls", keep=5, positions="contiguous"):
         model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
         cache.reset()
-        got = model.generate(**text, max_new_tokens=4, past_key_values=cache, **tiny.GREEDY)
+        got = model.generate(**text, max_new_tokens=4, past_key_values=cache, **prompts.GREEDY)
     assert torch.equal(got.sequences, expected.sequences)

@@ -4,13 +4,10 @@ import pytest
 import torch
 
 import tokensieve
-from tests.methods.decoder.catalogue import RULES
-from tests.support import decoder_by_hand as by_hand
-from tests.support import deep_models as models
-from tests.support import laws_reference as reference
-from tests.support import laws_tiny as tiny
-from tests.support.decoder_check import by_hand_run, encode
-from tests.support.laws_reference import NOISE
+from tests.methods.decoder.rules import RULES
+from tests.methods.decoder.runs import by_hand_run, encode
+from tests.support import families, models, oracle, prompts
+from tests.support.oracle import NOISE
 
 SPECS = (
     "fastv(layer=2, keep=0.4)",
@@ -24,14 +21,14 @@ STEPS = 4
 
 
 def pytest_generate_tests(metafunc):
-    for name, values in {"spec": SPECS, "family": models.FAMILIES, "policy": ("original", "contiguous")}.items():
+    for name, values in {"spec": SPECS, "family": families.DEEP, "policy": ("original", "contiguous")}.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values)
 
 
 def test_beams(spec, family, deviation):
     """The score of every best beam is the one by hand, in a ragged batch."""
-    model, inputs = models.subject(family), tiny.collate(family, tiny.scenario(family, "ragged"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "ragged"))
     with tokensieve.attach(model, spec) as sieve:
         out = model.generate(
             **inputs, max_new_tokens=STEPS, num_beams=3, do_sample=False, return_dict_in_generate=True,
@@ -46,7 +43,7 @@ def test_beams(spec, family, deviation):
 
 
 def test_sampling_with_two_returns(spec, family, deviation):
-    model, inputs = models.subject(family), tiny.collate(family, tiny.scenario(family, "ragged"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "ragged"))
     with tokensieve.attach(model, spec) as sieve:
         out = model.generate(
             **inputs, max_new_tokens=STEPS, num_return_sequences=2, do_sample=True, return_dict_in_generate=True,
@@ -61,16 +58,16 @@ def test_sampling_with_two_returns(spec, family, deviation):
 @torch.no_grad()
 def test_second_turn_on_the_returned_cache(spec, family, policy, deviation):
     """Five new words on the cache of a ragged batch's first turn, in two chunks."""
-    samples, model = tiny.scenario(family, "ragged"), models.subject(family)
-    inputs, words = tiny.collate(family, samples), torch.tensor([[30, 31, 32, 33, 34]] * 3)
+    samples, model = prompts.batch(family, "ragged"), models.tiny_model(family)
+    inputs, words = prompts.collate(family, samples), torch.tensor([[30, 31, 32, 33, 34]] * 3)
     with tokensieve.attach(model, spec, positions=policy):
-        out = model.generate(**inputs, max_new_tokens=STEPS, **tiny.GREEDY)
+        out = model.generate(**inputs, max_new_tokens=STEPS, **prompts.GREEDY)
         cache, answers = out.past_key_values, out.sequences[:, -STEPS:]
-        following = torch.tensor([reference.positions(family, s)[1] for s in samples])[:, None]
+        following = torch.tensor([oracle.positions(family, s)[1] for s in samples])[:, None]
         new, logits, past = torch.cat([answers[:, -1:], words], 1), [], STEPS - 1
         for chunk in (new[:, :2], new[:, 2:]):
             positions = following + torch.arange(past, past + chunk.shape[1])
-            if family in tiny.QWEN:
+            if families.family(family).axes == 3:
                 positions = positions.expand(4, -1, -1)
             past += chunk.shape[1]
             mask = torch.cat([inputs["attention_mask"], torch.ones(3, past, dtype=torch.long)], 1)
@@ -84,15 +81,15 @@ def test_second_turn_on_the_returned_cache(spec, family, policy, deviation):
 
 def test_generate_continues_on_the_returned_cache(spec, deviation):
     """The same through generate(), with all ids so far and no image again."""
-    family = "llava-clip"
-    samples, model = tiny.scenario(family, "ragged"), models.subject(family)
-    inputs, words = tiny.collate(family, samples), torch.tensor([[30, 31, 32, 33, 34]] * 3)
+    family = "llava-clip-deep"
+    samples, model = prompts.batch(family, "ragged"), models.tiny_model(family)
+    inputs, words = prompts.collate(family, samples), torch.tensor([[30, 31, 32, 33, 34]] * 3)
     with tokensieve.attach(model, spec):
-        first = model.generate(**inputs, max_new_tokens=STEPS, **tiny.GREEDY)
+        first = model.generate(**inputs, max_new_tokens=STEPS, **prompts.GREEDY)
         ids = torch.cat([first.sequences, words], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, STEPS + 5, dtype=torch.long)], 1)
         second = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2, **tiny.GREEDY
+            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2, **prompts.GREEDY
         )
     for row in range(3):
         so_far = [*first.sequences[row, -STEPS:].tolist(), *words[row].tolist(), int(second.sequences[row, -2])]
@@ -102,22 +99,21 @@ def test_generate_continues_on_the_returned_cache(spec, deviation):
 
 def test_without_a_cache(spec, family, policy, deviation):
     """Every step decides again, by the prompt as it has grown."""
-    (sample,), model = tiny.scenario(family, "single"), models.subject(family)
+    (sample,), model = prompts.batch(family, "single"), models.tiny_model(family)
     with tokensieve.attach(model, spec, positions=policy):
-        out = model.generate(**tiny.collate(family, [sample]), max_new_tokens=3, use_cache=False, **tiny.GREEDY)
+        out = model.generate(**prompts.collate(family, [sample]), max_new_tokens=3, use_cache=False, **prompts.GREEDY)
     answer, every = out.sequences[0, -3:].tolist(), [range(image.tokens) for image in sample.images]
     for step in range(3):
-        grown = tiny.Sample([*sample.ids, *answer[:step]], sample.images)
-        by, _ = by_hand.run(
-            models.pristine(family), family, grown, RULES[spec], every, encode(family, "single")[0], policy, []
-        )
+        grown = families.Sample([*sample.ids, *answer[:step]], sample.images)
+        unhooked, encoded = models.unhooked(family), encode(family, "single")[0]
+        by, _ = oracle.run_inside(unhooked, family, grown, RULES[spec], every, encoded, [], policy)
         assert deviation("without a cache", out.logits[step], by) <= NOISE
 
 
 @pytest.mark.parametrize("given", ["original"])
 def test_a_plain_forward_without_a_mask(spec, family, given, deviation):
-    (sample,), model = tiny.scenario(family, "single"), models.subject(family)
-    inputs = tiny.collate(family, [sample])
+    (sample,), model = prompts.batch(family, "single"), models.tiny_model(family)
+    inputs = prompts.collate(family, [sample])
     del inputs["attention_mask"]
     with tokensieve.attach(model, spec), torch.no_grad():
         logits = [model(**inputs, use_cache=use_cache).logits[:, -1] for use_cache in (False, True)]

@@ -4,20 +4,19 @@ import pytest
 import torch
 
 import tokensieve
-from tests.support import deep_models as models
-from tests.support import laws_tiny as tiny
+from tests.support import families, models, prompts
 
-FAMILY = "llava-clip"
+FAMILY = "llava-clip-deep"
 
 
 @pytest.fixture
 def model():
-    return models.subject(FAMILY)
+    return models.tiny_model(FAMILY)
 
 
 @pytest.fixture
 def inputs():
-    return tiny.collate(FAMILY, tiny.scenario(FAMILY, "single"))
+    return prompts.collate(FAMILY, prompts.batch(FAMILY, "single"))
 
 
 @pytest.fixture
@@ -51,10 +50,10 @@ def unused(model):
     ],
 )
 def test_at_attach(model, unused, spec, words):
-    before = tiny.hooks(model)
+    before = models.hooks(model)
     with pytest.raises(ValueError, match=words.replace("(", r"\(")):
         tokensieve.attach(model, spec)
-    assert tiny.hooks(model) == before
+    assert models.hooks(model) == before
     assert "_deepstack_process" not in vars(model.model.language_model)
 
 
@@ -67,8 +66,8 @@ def test_a_family_without_a_decoder_stage(model, unused, monkeypatch):
 
 
 def test_blocks_that_attend_in_another_way(unused, monkeypatch):
-    model = models.subject("qwen2.5-vl")
-    kinds = ["full_attention", *["chunked_attention"] * (models.DEPTH - 1)]
+    model = models.tiny_model("qwen2.5-vl-deep")
+    kinds = ["full_attention", *["chunked_attention"] * (families.DEPTH - 1)]
     monkeypatch.setattr(model.model.language_model.config, "layer_types", kinds)
     with pytest.raises(ValueError, match="full_attention or sliding_attention; this LLM has chunked_attention"):
         tokensieve.attach(model, "fastv")
@@ -103,9 +102,9 @@ def test_in_generate(model, inputs, unused, spec, more, words):
     if "assistant_model" in more:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        more = {"assistant_model": LlamaForCausalLM(LlamaConfig(**tiny._text())).eval()}
+        more = {"assistant_model": LlamaForCausalLM(LlamaConfig(**families.text())).eval()}
     if "prompt" in more:
-        ids = [tiny.BOS, *[tiny.IMAGE] * 25, tiny.EOS]
+        ids = [families.BOS, *[families.IMAGE] * 25, families.EOS]
         inputs = {**inputs, "input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, 27, dtype=torch.long)}
         more = {}
     with tokensieve.attach(model, spec), pytest.raises(ValueError, match=words):
@@ -114,7 +113,7 @@ def test_in_generate(model, inputs, unused, spec, more, words):
 
 def test_a_reduced_cache_without_its_method(model, inputs):
     with tokensieve.attach(model, "fastv"):
-        cache = model.generate(**inputs, max_new_tokens=1, **tiny.GREEDY).past_key_values
+        cache = model.generate(**inputs, max_new_tokens=1, **prompts.GREEDY).past_key_values
     with (
         tokensieve.attach(model, "uniform(keep=4)"),
         pytest.raises(ValueError, match="with the decoder method attached"),
@@ -133,8 +132,8 @@ def test_nothing_is_broken_afterwards(model, inputs):
         with pytest.raises(RuntimeError, match="in the middle"):
             model(**inputs)
         failing.remove()
-        ids = torch.tensor([[tiny.BOS, 20, 21]])
-        assert torch.equal(model(input_ids=ids).logits, models.pristine(FAMILY)(input_ids=ids).logits)
+        ids = torch.tensor([[families.BOS, 20, 21]])
+        assert torch.equal(model(input_ids=ids).logits, models.unhooked(FAMILY)(input_ids=ids).logits)
         assert torch.equal(model.generate(**inputs, max_new_tokens=3), expected)
         assert sieve.last[0][0].slots == 12
 

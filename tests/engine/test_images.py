@@ -9,13 +9,13 @@ import torch
 import transformers
 
 import tokensieve
-from tests.support import families as tiny
+from tests.support import families, models, prompts
 from tokensieve import Method, Reduction
 from tokensieve.budget import share_out
 from tokensieve.engine.probe import attention_from_cls, attention_received
 from tokensieve.models import TokenLayout, families, family_of
 
-GENERATE = {"max_new_tokens": 1, **tiny.GREEDY}
+GENERATE = {"max_new_tokens": 1, **prompts.GREEDY}
 
 
 @dataclass
@@ -31,9 +31,9 @@ def _config(kind, tower):
 
 def run(name, samples, spec, **more):
     """Logits after the prompt, and the decisions."""
-    model = tiny.subject(name)
+    model = models.tiny_model(name)
     with tokensieve.attach(model, spec, **more) as sieve:
-        out = model.generate(**tiny.collate(name, samples), **GENERATE)
+        out = model.generate(**prompts.collate(name, samples), **GENERATE)
     return out.logits[0], sieve.last
 
 
@@ -42,11 +42,11 @@ def internvl(*tiles):
     images = []
     for number, count in enumerate(tiles):
         generator = torch.Generator().manual_seed(number)
-        drawn = [tiny.FAMILIES["internvl"].draw((), generator) for _ in range(count)]
+        drawn = [families.FAMILIES["internvl"].draw((), generator) for _ in range(count)]
         pixels = {"pixel_values": torch.cat([image.inputs["pixel_values"] for image in drawn])}
-        images.append(tiny.Image(pixels, [tiny.START, *[tiny.IMAGE] * 16 * count, tiny.END]))
-    ids = [tiny.BOS, 7, *(i for image in images for i in [*image.ids, 8, 9])]
-    return tiny.Sample(ids, images)
+        images.append(families.Image(pixels, [families.START, *[families.IMAGE] * 16 * count, families.END]))
+    ids = [families.BOS, 7, *(i for image in images for i in [*image.ids, 8, 9])]
+    return families.Sample(ids, images)
 
 
 # -- structure rows -------------------------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ def newlines_of(grid, base):
 @pytest.mark.parametrize("spec", ["uniform(keep=9)", "vtc-cls(keep=3)", "fastv(layer=1, keep=4)", "divprune(keep=0.2)"])
 def test_a_newline_stays_if_its_row_keeps_a_patch_and_methods_never_see_one(spec):
     name = "llava-next"
-    _, decisions = run(name, tiny.scenario(name, "ragged"), spec)
-    for sample, row in zip(tiny.scenario(name, "ragged"), decisions, strict=True):
+    _, decisions = run(name, prompts.batch(name, "one-and-two"), spec)
+    for sample, row in zip(prompts.batch(name, "one-and-two"), decisions, strict=True):
         for image, decision in zip(sample.images, row, strict=True):
             kept, places = set(decision.kept.tolist()), set(image.newlines)
             width = image.newlines[1] - image.newlines[0] - 1
@@ -74,7 +74,7 @@ def test_a_newline_stays_if_its_row_keeps_a_patch_and_methods_never_see_one(spec
 
 def test_the_shapes_of_llava_next_are_what_its_packing_makes():
     name = "llava-next"
-    model, (sample,) = tiny.subject(name), tiny.scenario(name, "single")
+    model, (sample,) = models.tiny_model(name), prompts.batch(name, "single")
     inputs = {"pixel_values": sample.images[0].inputs["pixel_values"], "image_sizes": torch.tensor([[56, 84]])}
     with tokensieve.attach(model, "full"):
         encoded = model.model.get_image_features(**inputs, return_dict=True)
@@ -108,14 +108,14 @@ def test_merges_are_lifted_over_structure_rows():
 
 def test_newlines_are_left_alone_by_merges_before_the_projector():
     name, seen = "llava-next", {}
-    model, (sample,) = tiny.subject(name), tiny.scenario(name, "single")
+    model, (sample,) = models.tiny_model(name), prompts.batch(name, "single")
 
     def watch(module, args, kwargs):
         seen.setdefault("rows", kwargs["mm_encoder_outputs"]["image"].pooler_output[0])
 
     with tokensieve.attach(model, "visionzip(keep=8)") as sieve:
         hook = model.model.register_forward_pre_hook(watch, with_kwargs=True)
-        model.generate(**tiny.collate(name, [sample]), **GENERATE)
+        model.generate(**prompts.collate(name, [sample]), **GENERATE)
         hook.remove()
         ((decision,),) = sieve.last
     newlines = torch.isin(decision.anchors, torch.tensor(sample.images[0].newlines))
@@ -160,7 +160,7 @@ def test_what_needs_a_grid_acts_view_by_view_within_the_budget_of_the_image():
     tile_of = torch.arange(48) // 16
     assert torch.equal(tile_of[first.anchors][:, None].expand(-1, 48)[first.matrix() > 0],
                        tile_of.expand(12, -1)[first.matrix() > 0])  # fmt: skip
-    _, ((mosaic,),) = run("llava-next", tiny.scenario("llava-next", "single"), "pool(keep=20)")
+    _, ((mosaic,),) = run("llava-next", prompts.batch("llava-next", "single"), "pool(keep=20)")
     assert len(set(mosaic.kept.tolist()) - set(newlines_of((4, 6), 16))) <= 20
 
 
@@ -203,19 +203,19 @@ SCOPES = {
 def test_scopes_that_a_budget_cannot_have(case):
     spec, scope, message = SCOPES[case]
     with pytest.raises(ValueError, match=re.escape(message)):
-        tokensieve.attach(tiny.subject("internvl"), spec, budget_scope=scope)
+        tokensieve.attach(models.tiny_model("internvl"), spec, budget_scope=scope)
 
 
 def test_models_that_stack_equal_images_are_handed_one_tensor():
     """InternVL's features are a tensor; uneven images of a batch still reach it as one."""
     seen = []
-    model = tiny.subject("internvl")
+    model = models.tiny_model("internvl")
     with tokensieve.attach(model, "random(keep=0.3)", budget_scope="sample"):
         hook = model.model.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["mm_encoder_outputs"]["image"].pooler_output),
             with_kwargs=True,
         )
-        model.generate(**tiny.collate("internvl", [internvl(3, 1)]), **GENERATE)
+        model.generate(**prompts.collate("internvl", [internvl(3, 1)]), **GENERATE)
         hook.remove()
     assert isinstance(seen[0], torch.Tensor)
     assert seen[0].shape == (1, round(0.3 * 64), 64)
@@ -243,11 +243,11 @@ def test_attention_is_read_under_the_mask(kind):
 def test_an_image_that_is_resampled_after_the_encoder():
     """LLaVA-OneVision shrinks large mosaics: features can be chosen among, attention belongs to none of them."""
     name = "llava-onevision"
-    model, (sample,) = tiny.build(name), tiny.scenario(name, "single")
+    model, (sample,) = models.build(name), prompts.batch(name, "single")
     pixels = torch.randn(1, 5, 3, 56, 56, generator=torch.Generator().manual_seed(0))
     inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[112, 112]])}
     model.config.vision_aspect_ratio = "anyres_max_2"  # of at most 2 tiles: 8 x 8 patches become 5 x 5
-    ids = torch.tensor([[*sample.ids[:3], *[tiny.IMAGE] * (16 + 5 * 6), 7, 8]])
+    ids = torch.tensor([[*sample.ids[:3], *[families.IMAGE] * (16 + 5 * 6), 7, 8]])
     with tokensieve.attach(model, "divprune(keep=5)") as sieve:
         model.generate(input_ids=ids, **inputs, **GENERATE)
     kept = set(sieve.last[0][0].kept.tolist())
@@ -260,7 +260,7 @@ def test_an_image_that_is_resampled_after_the_encoder():
 
 
 def test_the_encode_function_is_wrapped_on_the_instance_and_given_back():
-    model = tiny.subject("llava-next")
+    model = models.tiny_model("llava-next")
     before = inspect.signature(model.model.get_image_features)
     with tokensieve.attach(model, "uniform(keep=5)"):
         assert inspect.signature(model.model.get_image_features) == before
@@ -289,7 +289,7 @@ def unknown(monkeypatch):
     """A model of a known shape under a name that nobody has heard of."""
 
     def make(name):
-        model = tiny.subject(name)
+        model = models.tiny_model(name)
         monkeypatch.setattr(type(model.config), "model_type", "novel_vlm")
         return model
 
@@ -298,9 +298,9 @@ def unknown(monkeypatch):
 
 @pytest.mark.parametrize("spec", ["divprune(keep=5)", "trsm(keep=5)", "fastv(layer=1, keep=5)"])
 def test_an_unknown_family_of_the_same_shape(unknown, spec):
-    expected, decided = run("vipllava", tiny.scenario("vipllava", "ragged"), spec)
+    expected, decided = run("vipllava", prompts.batch("vipllava", "one-and-two"), spec)
     assert "untested" in family_of(unknown("vipllava")).title
-    got, again = run("vipllava", tiny.scenario("vipllava", "ragged"), spec)
+    got, again = run("vipllava", prompts.batch("vipllava", "one-and-two"), spec)
     assert torch.equal(got, expected)
     assert [[r.kept.tolist() for r in row] for row in again] == [[r.kept.tolist() for r in row] for row in decided]
 
@@ -309,7 +309,7 @@ def test_what_an_unknown_family_cannot_give(unknown):
     model = unknown("vipllava")
     with pytest.raises(ValueError, match="nothing is known about how its encoder's rows become visual tokens"):
         tokensieve.attach(model, "vtc-cls")
-    inputs = tiny.collate("vipllava", tiny.scenario("vipllava", "single"))
+    inputs = prompts.collate("vipllava", prompts.batch("vipllava", "single"))
     with tokensieve.attach(model, "pool(keep=4)"), pytest.raises(ValueError, match="needs tokens on a grid"):
         model.generate(**inputs, **GENERATE)
     with tokensieve.attach(model, "uniform(keep=4)"), pytest.raises(ValueError, match="speaker has a value per token"):
@@ -317,27 +317,27 @@ def test_what_an_unknown_family_cannot_give(unknown):
 
 
 def test_an_unknown_llm_whose_blocks_are_not_found(unknown, monkeypatch):
-    model, samples = unknown("vipllava"), tiny.scenario("vipllava", "ragged")
+    model, samples = unknown("vipllava"), prompts.batch("vipllava", "one-and-two")
     expected = run("vipllava", samples, "divprune(keep=5)")
     monkeypatch.setattr(model, "get_decoder", torch.nn.Identity)
     with pytest.raises(ValueError, match="where the blocks of its Identity are is unknown"):
         tokensieve.attach(model, "fastv")
     with tokensieve.attach(model, "divprune(keep=5)") as sieve:
-        out = model.generate(**tiny.collate("vipllava", samples), **GENERATE)
+        out = model.generate(**prompts.collate("vipllava", samples), **GENERATE)
         assert torch.equal(out.logits[0], expected[0])
         assert sieve.tokens == [[[5] * 3 for _ in sample.images] for sample in samples]
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava-next"])
 def test_what_goes_by_places_on_one_grid_says_so_of_tiles(name):
-    samples = [internvl(3)] if name == "internvl" else tiny.scenario(name, "single")
+    samples = [internvl(3)] if name == "internvl" else prompts.batch(name, "single")
     with pytest.raises(ValueError, match="an image that is seen in several tiles does not have: take a method that"):
         run(name, samples, "topv(layer=1, keep=4)")
 
 
 def test_an_unknown_llm_with_another_mask(unknown):
     model = unknown("paligemma")
-    inputs = tiny.collate("paligemma", tiny.scenario("paligemma", "single"))
+    inputs = prompts.collate("paligemma", prompts.batch("paligemma", "single"))
     with tokensieve.attach(model, "fastv(layer=1, keep=4)"), pytest.raises(ValueError, match="mask is another one"):
         model.generate(**inputs, **GENERATE)
     with tokensieve.attach(model, "uniform(keep=4)"):
@@ -390,8 +390,8 @@ def test_tiles_are_told_token_by_token(name, registry):
             seen.extend((image.tiles, image.views, tile) for tile in image.tile)
             return image.keep(torch.arange(5).expand(len(image.features), -1))
 
-    model, samples = tiny.subject(name), [tiny.scenario(name, "ragged")[0]]
-    inputs = tiny.collate(name, samples)
+    model, samples = models.tiny_model(name), [prompts.batch(name, "one-and-two")[0]]
+    inputs = prompts.collate(name, samples)
     run(name, samples, "spy")
     assert seen
     base = model.model
@@ -434,7 +434,7 @@ def test_hired_shares_out_over_the_tiles_of_a_mosaic():
 @pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])
 def test_hired_in_a_batch_of_different_mosaics(name):
     """Each row decides as it would alone."""
-    samples = tiny.scenario(name, "ragged")
+    samples = prompts.batch(name, "one-and-two")
     _, decisions = run(name, samples, "hired(keep=10)")
     for sample, row in zip(samples, decisions, strict=True):
         _, (alone,) = run(name, [sample], "hired(keep=10)")

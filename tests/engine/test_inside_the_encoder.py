@@ -9,12 +9,10 @@ import pytest
 import torch
 
 import tokensieve
-from tests.methods.encoder.catalogue import ADAPTIVE, FAMILIES, RULES
-from tests.support import encoder_oracle as by_hand
-from tests.support import laws_reference as reference
-from tests.support import laws_tiny as tiny
-from tests.support.encoder_oracle import Rule, tome
-from tests.support.laws_reference import NOISE
+from tests.methods.encoder.rules import ADAPTIVE, FAMILIES, RULES, tome
+from tests.support import encoder_oracle, families, models, oracle, prompts
+from tests.support.encoder_oracle import Rule
+from tests.support.oracle import NOISE
 from tokensieve.measure import count_flops
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -23,7 +21,7 @@ EVERY = [0, 1, 2]
 
 def forward(model, family, samples, spec, **more):
     with tokensieve.attach(model, spec) as sieve, torch.no_grad():
-        logits = model(**tiny.collate(family, samples), **more).logits
+        logits = model(**prompts.collate(family, samples), **more).logits
         return logits, sieve.last
 
 
@@ -63,12 +61,12 @@ def test_evidence_of_every_layer_is_about_the_tokens_that_are_left(registry, fam
                 given[tuple(patches[0, :4].tolist())] = (image, row)
             return image.keep(torch.arange(image.total - 1).expand(len(image.features), -1))
 
-    samples, model = tiny.scenario(family, "mixed"), tiny.pristine(family)
-    _, decisions = forward(tiny.subject(family), family, samples, f"{spec} + spy")
+    samples, model = prompts.batch(family, "mixed"), models.unhooked(family)
+    _, decisions = forward(models.tiny_model(family), family, samples, f"{spec} + spy")
     for s, row in zip(samples, decisions, strict=True):
         for shown, decision in zip(s.images, row, strict=True):
             with torch.no_grad():
-                hand = by_hand.run(model.model.vision_tower, shown.pixels, rule)
+                hand = encoder_oracle.run(model.model.vision_tower, shown.pixels, rule)
             x, special = hand.states[3][0][hand.specials :], hand.specials
             left = arrivals(hand, 3) @ x
             ((image, i),) = (v for k, v in given.items() if torch.allclose(torch.tensor(k), left[0, :4], atol=1e-4))
@@ -90,14 +88,14 @@ def test_evidence_of_every_layer_is_about_the_tokens_that_are_left(registry, fam
 def test_two_stages_keep_what_their_evidence_says(deviation):
     """tome, then vtc-cls: the ensemble of all layers, each in terms of the merged tokens; and the logits by hand."""
     family, k = "llava-clip", 4
-    samples, model = tiny.scenario(family, "mixed"), tiny.pristine(family)
-    logits, decisions = forward(tiny.subject(family), family, samples, f"tome(keep=0.5) + vtc-cls(keep={k})")
+    samples, model = prompts.batch(family, "mixed"), models.unhooked(family)
+    logits, decisions = forward(models.tiny_model(family), family, samples, f"tome(keep=0.5) + vtc-cls(keep={k})")
     for i, s in enumerate(samples):
         kept, rows = [], []
         for shown, decision in zip(s.images, decisions[i], strict=True):
             with torch.no_grad():
-                hand = by_hand.run(model.model.vision_tower, shown.pixels, RULES["tome(keep=0.5)"])
-                found, places, mixed = by_hand.features(model, hand, 3)
+                hand = encoder_oracle.run(model.model.vision_tower, shown.pixels, RULES["tome(keep=0.5)"])
+                found, places, mixed = encoder_oracle.features(model, hand, 3)
             scores = sum(
                 (arrivals(hand, layer) != 0).float() @ hand.attention[layer].mean(0)[0, 1:] for layer in range(3)
             )
@@ -105,8 +103,8 @@ def test_two_stages_keep_what_their_evidence_says(deviation):
             assert decision.kept.tolist() == [places[c] for c in chosen]
             torch.testing.assert_close(decision.matrix(), mixed[chosen], atol=1e-5, rtol=0)
             kept.append([places[c] for c in chosen])
-            rows.append(reference.Encoded(found[chosen], []))
-        hand_logits = reference.logits(model, family, s, kept, rows, "original", [])
+            rows.append(oracle.Encoded(found[chosen], []))
+        hand_logits = oracle.logits(model, family, s, kept, rows, [])
         assert deviation("from the hand reference (law 2)", logits[i, -1], hand_logits[-1]) <= NOISE
 
 
@@ -114,7 +112,7 @@ def test_two_stages_keep_what_their_evidence_says(deviation):
 @each_family
 def test_before_every_kind_of_method(family, first):
     """Rows of a batch equal their own runs; methods that need a grid say that there is none any more."""
-    model, samples = tiny.subject(family), tiny.scenario(family, "ragged")
+    model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
     first = ADAPTIVE[family] if first == "adaptive" else first
     then = ["visionzip(keep=4)", "prumerge", "fopru(keep=4)", "scope(keep=4)", "divprune(keep=4)", "trsm(keep=4)"]
     then += ["cls-knee"] if family == "llava-clip" else []
@@ -132,7 +130,7 @@ def test_before_every_kind_of_method(family, first):
 
 
 def with_features(family, layer):
-    model = tiny.build(family)
+    model = models.build(family)
     if isinstance(layer, list):
         wide = torch.nn.Linear(32 * len(layer), 64)
         torch.nn.init.normal_(wide.weight, std=0.2)
@@ -145,37 +143,37 @@ def with_features(family, layer):
 @each_family
 def test_features_of_other_layers(family, layer, used, deviation):
     """The budget is met where the features come from; layers behind that lose nothing more."""
-    model, (s,) = with_features(family, layer), tiny.scenario(family, "two-images")
+    model, (s,) = with_features(family, layer), prompts.batch(family, "two-images")
     counts = {4: [22, 19, 16, 13], 3: [21, 17, 13], 2: [19, 13], 1: [13]}[used]
     leave = [a - b for a, b in zip([25, *counts[:-1]], counts, strict=True)]
     logits, (decisions,) = forward(model, family, [s], "tome(keep=13)")
     rule, rows = Rule(tome(leave), list(range(used)), proportional=True), []
     for shown, decision in zip(s.images, decisions, strict=True):
         with torch.no_grad():
-            hand = by_hand.run(model.model.vision_tower, shown.pixels, rule)
+            hand = encoder_oracle.run(model.model.vision_tower, shown.pixels, rule)
             found = []
             for state in [layer] if isinstance(layer, int) else layer:
                 x, places = hand.states[state]
                 found.append(x[hand.specials :][[places.index(p) for p in sorted(hand.places)]])
-            rows.append(reference.Encoded(model.model.multi_modal_projector(torch.cat(found, -1)), []))
+            rows.append(oracle.Encoded(model.model.multi_modal_projector(torch.cat(found, -1)), []))
         assert decision.kept.tolist() == sorted(hand.places)
         assert decision.slots == 13
     kept = [r.kept for r in decisions]
-    by = reference.logits(model, family, s, kept, rows, "original", [])
+    by = oracle.logits(model, family, s, kept, rows, [])
     assert deviation("from the hand reference (law 2)", logits[0, -1], by[-1]) <= NOISE
 
 
 @pytest.mark.parametrize("spec", RULES)
 @each_family
 def test_the_tower_puts_out_its_native_shapes(family, spec):
-    model, shown = tiny.subject(family), tiny.scenario(family, "two-images")[0].images
-    pixels = torch.stack([image.pixels for image in shown])
+    model, shown = models.tiny_model(family), prompts.batch(family, "two-images")[0].images
+    pixels = torch.cat([image.pixels for image in shown])
     with tokensieve.attach(model, spec), torch.no_grad():
         out = model.model.get_image_features(pixels, output_hidden_states=True)
-    last = tiny.pristine(family).model.vision_tower.post_layernorm if family == "llava-siglip" else (lambda x: x)
+    last = models.unhooked(family).model.vision_tower.post_layernorm if family == "llava-siglip" else (lambda x: x)
     for i, image in enumerate(shown):
         with torch.no_grad():
-            hand = by_hand.run(tiny.pristine(family).model.vision_tower, image.pixels, RULES[spec])
+            hand = encoder_oracle.run(models.unhooked(family).model.vision_tower, image.pixels, RULES[spec])
         states = [*out.hidden_states, out.last_hidden_state]
         expected = [*hand.states, (last(hand.states[-1][0]), hand.places)]
         for got, (x, places) in zip(states, expected, strict=True):
@@ -199,8 +197,8 @@ def layer_flops(family, before, after):
 @each_family
 def test_later_layers_compute_less(family, attention):
     """FLOPs of the encode call fall by what the layers save, less the products that the matching itself needs."""
-    model = tiny.subject(family, attention)
-    pixels = torch.stack([image.pixels for image in tiny.scenario(family, "two-images")[0].images])
+    model = models.tiny_model(family, attention)
+    pixels = torch.cat([image.pixels for image in prompts.batch(family, "two-images")[0].images])
 
     def cost():
         with torch.no_grad():
@@ -224,17 +222,17 @@ def test_later_layers_compute_less(family, attention):
 
 @each_family
 def test_gradients_are_those_by_hand(family, deviation):
-    model, twin = tiny.build(family), tiny.build(family)
-    (s,) = tiny.scenario(family, "two-images")
-    inputs = tiny.collate(family, [s])
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == tiny.IMAGE, -100)
+    model, twin = models.build(family), models.build(family)
+    (s,) = prompts.batch(family, "two-images")
+    inputs = prompts.collate(family, [s])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == families.IMAGE, -100)
     with tokensieve.attach(model, "tome(keep=5)") as sieve:
         model(**inputs, labels=labels).loss.backward()
         kept = [r.kept for r in sieve.last[0]]
-    rows = [by_hand.run(twin.model.vision_tower, i.pixels, RULES["tome(keep=5)"]) for i in s.images]
-    rows = [by_hand.encoded(twin, r, 3)[0] for r in rows]
-    logits = reference.full_logits(twin, family, s, kept, rows, "original", [])
-    target = labels[0, reference.columns(s, kept)]
+    rows = [encoder_oracle.run(twin.model.vision_tower, i.pixels, RULES["tome(keep=5)"]) for i in s.images]
+    rows = [encoder_oracle.encoded(twin, r, 3)[0] for r in rows]
+    logits = oracle.forward(twin, family, oracle.enter(twin, family, s, kept, rows, []))
+    target = labels[0, oracle.kept_columns(s, kept)]
     torch.nn.functional.cross_entropy(logits[:-1], target[1:]).backward()
     for name, parameter in model.model.vision_tower.encoder.layers.named_parameters():
         other = twin.model.vision_tower.encoder.layers.get_parameter(name)
@@ -244,8 +242,8 @@ def test_gradients_are_those_by_hand(family, deviation):
 
 
 def test_gradient_checkpointing_of_the_tower_is_refused():
-    model = tiny.build("llava-clip").train()
-    inputs = tiny.collate("llava-clip", tiny.scenario("llava-clip", "single"))
+    model = models.build("llava-clip").train()
+    inputs = prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
     model.activation_checkpointing_enable()
     with (
         tokensieve.attach(model, "tome(keep=5)"),
@@ -256,8 +254,8 @@ def test_gradient_checkpointing_of_the_tower_is_refused():
 
 @each_family
 def test_two_threads(family):
-    model = tiny.subject(family)
-    jobs = [tiny.collate(family, tiny.scenario(family, name)) for name in ("two-images", "ragged")]
+    model = models.tiny_model(family)
+    jobs = [prompts.collate(family, prompts.batch(family, name)) for name in ("two-images", "ragged")]
     got = {}
     with tokensieve.attach(model, "tome(keep=9) + vtc-cls(keep=5)"), torch.no_grad():
         expected = [model(**job).logits for job in jobs]
@@ -278,14 +276,14 @@ def test_two_threads(family):
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", tiny.QWEN)
+@pytest.mark.parametrize("family", families.CORE_QWEN)
 @pytest.mark.parametrize("spec", ["tome(keep=5)", "illava-encoder + illava-llm", "mustdrop-encoder"])
 def test_towers_that_run_packed_are_refused(family, spec):
-    model = tiny.subject(family)
-    before = tiny.footprint(model)
+    model = models.tiny_model(family)
+    before = models.footprint(model)
     with pytest.raises(ValueError, match=r"not supported in Qwen.*: its patches run packed"):
         tokensieve.attach(model, spec)
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
 
 
 @pytest.mark.parametrize(
@@ -303,16 +301,16 @@ def test_towers_that_run_packed_are_refused(family, spec):
 )
 @each_family
 def test_refusals_when_attaching(family, spec, reason):
-    model = tiny.subject(family)
-    before = tiny.footprint(model)
+    model = models.tiny_model(family)
+    before = models.footprint(model)
     with pytest.raises(ValueError, match=re.escape(reason)):
         tokensieve.attach(model, spec)
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
 
 
 @each_family
 def test_refusals_when_called(family, monkeypatch):
-    model, samples = tiny.subject(family), tiny.scenario(family, "ragged")
+    model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
     for spec, more, reason in (
         ("tome(keep=3)", {}, "3 of 25 tokens are out of reach: 3 layers"),
         ("mustdrop-encoder(window=6)", {}, "needs tokens on a grid of at least a window; got (5, 5)"),
@@ -331,8 +329,8 @@ def test_refusals_when_called(family, monkeypatch):
 
 @each_family
 def test_a_call_that_fails_on_its_way_leaves_nothing_behind(family):
-    model, samples = tiny.subject(family), tiny.scenario(family, "ragged")
-    tower, inputs = model.model.vision_tower, tiny.collate(family, samples)
+    model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
+    tower, inputs = model.model.vision_tower, prompts.collate(family, samples)
     with torch.no_grad():
         plain = tower(inputs["pixel_values"]).last_hidden_state
         with tokensieve.attach(model, "tome(keep=9)"):

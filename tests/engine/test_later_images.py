@@ -5,8 +5,8 @@ import torch
 from transformers import DynamicCache
 
 import tokensieve
-from tests.support import laws_tiny as tiny
-from tests.support.laws_reference import NOISE
+from tests.support import families, models, prompts
+from tests.support.oracle import NOISE
 
 POLICIES = ("original", "contiguous")
 SPECS = ("vtc-cls(first_layer=1, keep=5)", "visionzip(keep=9)", "divprune(keep=7)", "pool(keep=6)")
@@ -15,10 +15,10 @@ each_policy = pytest.mark.parametrize("policy", POLICIES)
 
 def turns(family, scenario):
     """Three turns: a picture, words only, another picture; `ids`, `mask` and the images of each."""
-    samples = tiny.scenario(family, scenario)
-    first = tiny.collate(family, samples)
+    samples = prompts.batch(family, scenario)
+    first = prompts.collate(family, samples)
     words = {"input_ids": torch.arange(20, 24).repeat(len(samples), 1)}
-    other = tiny.collate(family, [tiny.sample(family, (2, 3 + i), ((4, 4),), 7 + i) for i in range(len(samples))])
+    other = prompts.collate(family, [prompts.sample(family, (2, 3 + i), (0,), 7 + i) for i in range(len(samples))])
     return [first, {**words, "attention_mask": torch.ones_like(words["input_ids"])}, other]
 
 
@@ -39,10 +39,10 @@ def of_each_row(parts):
 
 @each_policy
 @pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("family", tiny.LLAVA)
+@pytest.mark.parametrize("family", families.CORE_LLAVA)
 @torch.no_grad()
 def test_a_picture_in_a_later_turn(family, spec, policy, deviation):
-    model, parts = tiny.subject(family), turns(family, "single")
+    model, parts = models.tiny_model(family), turns(family, "single")
     whole = {**joined(parts), "pixel_values": of_each_row(parts)}
     answer = torch.cat([whole["input_ids"], torch.tensor([[11]])], 1)
     with tokensieve.attach(model, spec, positions=policy) as sieve:
@@ -51,10 +51,10 @@ def test_a_picture_in_a_later_turn(family, spec, policy, deviation):
             pictures = {k: part[k] for k in ("pixel_values",) if k in part}
             model.generate(**joined(parts[: number + 1]), **pictures, max_new_tokens=1, past_key_values=cache)
         held, kept = cache.layers[0].keys.shape[-2], sum(r.slots for r in sieve.last[0])
-        later = model.generate(answer, past_key_values=cache, max_new_tokens=3, **tiny.GREEDY)
-        expected = model.generate(answer, pixel_values=whole["pixel_values"], max_new_tokens=3, **tiny.GREEDY)
+        later = model.generate(answer, past_key_values=cache, max_new_tokens=3, **prompts.GREEDY)
+        expected = model.generate(answer, pixel_values=whole["pixel_values"], max_new_tokens=3, **prompts.GREEDY)
         assert sum(r.slots for r in sieve.last[0]) == 2 * kept
-    placeholders = int((whole["input_ids"] == tiny.IMAGE).sum())
+    placeholders = int((whole["input_ids"] == families.IMAGE).sum())
     assert held == whole["input_ids"].shape[1] - placeholders + 2 * kept
     assert cache.get_seq_length() == answer.shape[1] + 2, "columns as the caller counts them"
     got, wanted = torch.stack(later.logits), torch.stack(expected.logits)
@@ -67,34 +67,34 @@ def test_a_picture_in_a_later_turn(family, spec, policy, deviation):
 def test_pictures_for_every_row_of_a_ragged_batch(scenario, policy, deviation):
     """Each row of a batch, whose first turns are of different lengths, against its own conversation."""
     family = "llava-clip"
-    model, parts = tiny.subject(family), turns(family, scenario)
+    model, parts = models.tiny_model(family), turns(family, scenario)
     spec = "vtc-cls(first_layer=1, keep=0.4)"
     with tokensieve.attach(model, spec, positions=policy):
         cache = DynamicCache(config=model.config.text_config)
         for number, part in enumerate(parts):
             seen, pictures = joined(parts[: number + 1]), {k: part[k] for k in ("pixel_values",) if k in part}
             out = model.generate(
-                **seen, **pictures, max_new_tokens=4 if number == 2 else 1, past_key_values=cache, **tiny.GREEDY
+                **seen, **pictures, max_new_tokens=4 if number == 2 else 1, past_key_values=cache, **prompts.GREEDY
             )
         got = torch.stack(out.logits, 1)
-        whole, counts = joined(parts), [len(s.images) for s in tiny.scenario(family, scenario)]
+        whole, counts = joined(parts), [len(s.images) for s in prompts.batch(family, scenario)]
         first = torch.split(parts[0]["pixel_values"], counts)
         for row, own in enumerate(first):
             real = whole["attention_mask"][row].bool()
             pixels = torch.cat([own, parts[2]["pixel_values"][row : row + 1]])
             alone = model.generate(
-                whole["input_ids"][row][real][None], pixel_values=pixels, max_new_tokens=4, **tiny.GREEDY
+                whole["input_ids"][row][real][None], pixel_values=pixels, max_new_tokens=4, **prompts.GREEDY
             )
             expected = torch.stack(alone.logits, 1)[0]
             assert deviation("of a ragged later turn (law 4)", got[row], expected) <= NOISE
 
 
 @each_policy
-@pytest.mark.parametrize("family", tiny.QWEN)
+@pytest.mark.parametrize("family", families.CORE_QWEN)
 @torch.no_grad()
 def test_m_rope_with_position_ids(family, policy, deviation):
     """transformers numbers a later picture only if told how: the ids of the whole conversation, cut as it goes."""
-    model, parts = tiny.subject(family), turns(family, "single")
+    model, parts = models.tiny_model(family), turns(family, "single")
     whole = joined(parts)
     grid = torch.cat([p["image_grid_thw"] for p in parts if "image_grid_thw" in p])
     axes, _ = model.model.get_rope_index(
@@ -126,7 +126,7 @@ def test_m_rope_with_position_ids(family, policy, deviation):
 @pytest.mark.parametrize("family", ["llava-clip", "qwen2.5-vl"])
 @torch.no_grad()
 def test_inside_the_llm_it_is_refused(family):
-    model, parts = tiny.subject(family), turns(family, "single")
+    model, parts = models.tiny_model(family), turns(family, "single")
     later = {**parts[2], "attention_mask": joined([parts[0], parts[2]])["attention_mask"]}
     with tokensieve.attach(model, "fastv(layer=1, keep=5)"):
         cache = model(**parts[0]).past_key_values

@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 
 import tokensieve
-from tests.support import laws_tiny as tiny
+from tests.support import models, prompts
 
 FAMILIES = ("llava-clip", "llava-siglip", "qwen2.5-vl")
 SPECS = (
@@ -25,12 +25,12 @@ each_spec = pytest.mark.parametrize("spec", SPECS)
 
 
 def inputs_of(family, scenario="ragged"):
-    return tiny.collate(family, tiny.scenario(family, scenario))
+    return prompts.collate(family, prompts.batch(family, scenario))
 
 
 def answer(model, inputs, spec):
     with tokensieve.attach(model, spec) as sieve:
-        out = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+        out = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
     return out.sequences, torch.stack(out.logits), [[r.kept for r in row] for row in sieve.last]
 
 
@@ -47,8 +47,8 @@ def test_weights_that_come_to_the_device_layer_by_layer(family, spec):
     if (family, spec) == ("llava-clip", "downsample(keep=5)"):
         pytest.skip("transformers' own interpolate_pos_encoding reads an offloaded weight directly")
     inputs = inputs_of(family)
-    expected = answer(tiny.subject(family), inputs, spec)
-    model = tiny.build(family)
+    expected = answer(models.tiny_model(family), inputs, spec)
+    model = models.build(family)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(weight.is_meta for weight in model.parameters())
     same(answer(model, inputs, spec), expected)
@@ -58,12 +58,12 @@ def test_weights_that_come_to_the_device_layer_by_layer(family, spec):
 @each_family
 def test_quantised_layers(family, spec):
     """Linear layers without a float weight: what methods read comes from their outputs."""
-    model = tiny.build(family)
+    model = models.build(family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
     inputs = inputs_of(family)
-    full = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+    full = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
     whole = answer(model, inputs, "full")
     assert torch.equal(whole[1], torch.stack(full.logits)), "identity"
     _, logits, kept = answer(model, inputs, spec)
@@ -77,7 +77,7 @@ def test_quantised_layers(family, spec):
 @torch.no_grad()
 def test_a_compiled_model(family, spec):
     """Hooks break the graph; what is computed stays the same."""
-    inputs, model = inputs_of(family), tiny.build(family)
+    inputs, model = inputs_of(family), models.build(family)
     with tokensieve.attach(model, spec):
         expected = model(**inputs).logits
         compiled = torch.compile(model, backend="eager")
@@ -89,7 +89,7 @@ def test_a_compiled_model(family, spec):
 @each_family
 def test_an_attached_model_is_not_copied(family):
     """A copy would share hooks with its original, or lose them: neither is what anyone wants."""
-    model = tiny.build(family)
+    model = models.build(family)
     with tokensieve.attach(model, "uniform", keep=5):
         with pytest.raises(ValueError, match=r"uniform\(keep=5\) is attached to this model; detach\(\) it first"):
             copy.deepcopy(model)

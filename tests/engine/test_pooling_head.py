@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import tokensieve
-from tests.methods.encoder.catalogue import RULES
-from tests.support import encoder_oracle as by_hand
-from tests.support import laws_tiny as tiny
+from tests.methods.encoder.rules import RULES
+from tests.support import encoder_oracle, models, prompts
 from tokensieve import Needs
 
 FAMILY = "llava-siglip"
@@ -28,7 +27,7 @@ def seen(registry, model, samples, needs, first=""):
             return image.keep(torch.arange(image.total - 1).expand(len(image.features), -1))
 
     with torch.no_grad(), tokensieve.attach(model, first + "spy"):
-        model(**tiny.collate(FAMILY, samples))
+        model(**prompts.collate(FAMILY, samples))
     registry._registry.pop("spy")
     (image,) = given
     return image
@@ -43,26 +42,26 @@ def head_row(model, rows):
 
 @pytest.mark.parametrize("layer", [-1, -2, slice(-2, -1), slice(-1, None)])
 def test_the_row_is_the_heads_own(registry, layer):
-    model, (s,) = tiny.subject(FAMILY), tiny.scenario(FAMILY, "two-images")
+    model, (s,) = models.tiny_model(FAMILY), prompts.batch(FAMILY, "two-images")
     image = seen(registry, model, [s], Needs(cls_attention=layer))
     assert image.notes == (
         "no [CLS] token in this encoder: what its pooling head attends to in the last layer's output",
     )
     for i, shown in enumerate(s.images):
         with torch.no_grad():
-            rows = tiny.pristine(FAMILY).model.vision_tower(shown.pixels[None]).last_hidden_state[0]
-        expected = head_row(tiny.pristine(FAMILY), rows)
+            rows = models.unhooked(FAMILY).model.vision_tower(shown.pixels).last_hidden_state[0]
+        expected = head_row(models.unhooked(FAMILY), rows)
         torch.testing.assert_close(image.cls_rows(layer)[0, i], expected, atol=1e-6, rtol=1e-4)
 
 
 def test_the_wide_row_has_one_head(registry):
-    model, (s,) = tiny.subject(FAMILY), tiny.scenario(FAMILY, "single")
+    model, (s,) = models.tiny_model(FAMILY), prompts.batch(FAMILY, "single")
     image = seen(registry, model, [s], Needs(cls_wide=-1))
-    head = tiny.pristine(FAMILY).model.vision_tower.head
+    head = models.unhooked(FAMILY).model.vision_tower.head
     one = torch.nn.MultiheadAttention(32, 1, batch_first=True)
     one.load_state_dict(head.attention.state_dict())
     with torch.no_grad():
-        rows = tiny.pristine(FAMILY).model.vision_tower(s.images[0].pixels[None]).last_hidden_state
+        rows = models.unhooked(FAMILY).model.vision_tower(s.images[0].pixels).last_hidden_state
         expected = one(head.probe, rows, rows, need_weights=True)[1][0, 0]
     torch.testing.assert_close(image.at("cls_wide", -1)[0], expected, atol=1e-6, rtol=1e-4)
 
@@ -71,7 +70,7 @@ def test_the_wide_row_has_one_head(registry):
     "needs", [Needs(cls_attention=slice(None, -1)), Needs(cls_attention=0), Needs(cls_attention=-3)]
 )
 def test_earlier_layers_and_ensembles_have_attention_received(registry, needs):
-    model, (s,) = tiny.subject(FAMILY), tiny.scenario(FAMILY, "single")
+    model, (s,) = models.tiny_model(FAMILY), prompts.batch(FAMILY, "single")
     image = seen(registry, model, [s], needs)
     (note,) = image.notes
     assert "attention received from all patches" in note
@@ -84,13 +83,13 @@ def test_earlier_layers_and_ensembles_have_attention_received(registry, needs):
 
 def test_each_kind_of_evidence_says_what_stands_in(registry):
     needs = Needs(cls_attention=slice(None), cls_wide=-1)
-    image = seen(registry, tiny.subject(FAMILY), tiny.scenario(FAMILY, "single"), needs)
+    image = seen(registry, models.tiny_model(FAMILY), prompts.batch(FAMILY, "single"), needs)
     assert ["pooling head" in note for note in image.notes] == [True, False]
 
 
 @pytest.mark.parametrize("how", ["config", "switch"])
 def test_a_head_that_is_absent_or_not_in_use_is_not_asked(registry, how):
-    model, samples = tiny.build(FAMILY), tiny.scenario(FAMILY, "single")
+    model, samples = models.build(FAMILY), prompts.batch(FAMILY, "single")
     if how == "config":  # as checkpoints without a head are built
         del model.model.vision_tower.head
     model.model.vision_tower.use_head = False
@@ -101,11 +100,11 @@ def test_a_head_that_is_absent_or_not_in_use_is_not_asked(registry, how):
 
 @pytest.mark.parametrize("spec", ["tome(keep=5)", "illava-encoder(keep=0.4)"])
 def test_behind_a_cut_the_head_sees_what_is_left(registry, spec):
-    model, (s,) = tiny.subject(FAMILY), tiny.scenario(FAMILY, "single")
+    model, (s,) = models.tiny_model(FAMILY), prompts.batch(FAMILY, "single")
     image = seen(registry, model, [s], Needs(cls_attention=-1), first=f"{spec} + ")
-    tower = tiny.pristine(FAMILY).model.vision_tower
+    tower = models.unhooked(FAMILY).model.vision_tower
     with torch.no_grad():
-        hand = by_hand.run(tower, s.images[0].pixels, RULES[spec])
+        hand = encoder_oracle.run(tower, s.images[0].pixels, RULES[spec])
         query, key = (torch.nn.functional.linear(x, w, b) for x, w, b in zip(
             (tower.head.probe[0], tower.post_layernorm(hand.x)),
             tower.head.attention.in_proj_weight.chunk(3),
@@ -120,9 +119,9 @@ def test_behind_a_cut_the_head_sees_what_is_left(registry, spec):
 
 @pytest.mark.parametrize("spec", ["fastervlm(keep=5)", "visionzip(keep=5)", "prumerge(keep=5)", "vtc-cls(keep=5)"])
 def test_decisions_carry_the_note(spec):
-    model, samples = tiny.subject(FAMILY), tiny.scenario(FAMILY, "ragged")
+    model, samples = models.tiny_model(FAMILY), prompts.batch(FAMILY, "ragged")
     with torch.no_grad(), tokensieve.attach(model, spec) as sieve:
-        model(**tiny.collate(FAMILY, samples))
+        model(**prompts.collate(FAMILY, samples))
     for row in sieve.last:
         for decision in row:
             assert sum("no [CLS] token" in note for note in decision.notes) == 1

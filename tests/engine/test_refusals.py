@@ -9,22 +9,22 @@ from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, Llama
 from transformers.cache_utils import DynamicLayer
 
 import tokensieve
-from tests.support import laws_tiny as tiny
+from tests.support import families, models, prompts
 from tokensieve import Method, Reduction
 
-each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+each_family = pytest.mark.parametrize("family", families.CORE)
 
 
 @pytest.fixture(params=["llava-clip", "qwen2.5-vl"])
 def case(request):
     """A model, its inputs, and the check that it still works and can be restored."""
     family = request.param
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "ragged"))
-    before = tiny.footprint(model)
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "ragged"))
+    before = models.footprint(model)
     yield model, inputs
     with tokensieve.attach(model, "uniform", keep=5):
         model.generate(**inputs, max_new_tokens=2)
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
 
 
 def works(model, inputs):
@@ -62,10 +62,10 @@ ATTACH = {
 def test_a_failing_attach_leaves_the_model_untouched(case, reason):
     model, inputs = case
     args, kwargs, message = ATTACH[reason]
-    before = tiny.footprint(model)
+    before = models.footprint(model)
     with pytest.raises(ValueError, match=re.escape(message)):
         tokensieve.attach(model, *args, **kwargs)
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
     works(model, inputs)
 
 
@@ -75,7 +75,7 @@ def test_a_failing_attach_leaves_the_model_untouched(case, reason):
         pytest.param(
             lambda: BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)), id="bert"
         ),
-        pytest.param(lambda: LlamaForCausalLM(LlamaConfig(**tiny._text())), id="text-only"),
+        pytest.param(lambda: LlamaForCausalLM(LlamaConfig(**families.text())), id="text-only"),
         pytest.param(lambda: torch.nn.Linear(2, 2), id="no model at all"),
     ],
 )
@@ -85,27 +85,27 @@ def test_models_of_no_known_family(model):
 
 
 def test_a_tower_that_is_not_known(monkeypatch):
-    model = tiny.build("llava-clip")
+    model = models.build("llava-clip")
     monkeypatch.setattr(type(model.model.vision_tower.config), "model_type", "dinov2")
-    before = tiny.footprint(model)
+    before = models.footprint(model)
     with pytest.raises(ValueError, match="LLaVA with a dinov2 tower is not supported; supported: clip_vision_model"):
         tokensieve.attach(model, "vtc-cls")
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
 
 
 def test_attaching_twice(case):
     model, inputs = case
     with tokensieve.attach(model, "vtc-cls", keep=5):
-        before = tiny.footprint(model)
+        before = models.footprint(model)
         with pytest.raises(ValueError, match=re.escape("vtc-cls(keep=5) is attached to this model already; detach()")):
             tokensieve.attach(model, "uniform")
-        assert tiny.footprint(model) == before
+        assert models.footprint(model) == before
         works(model, inputs)
 
 
 def test_attaching_from_many_threads_lets_one_through():
-    model, start, got = tiny.subject("llava-clip"), threading.Barrier(8), []
-    before = tiny.footprint(model)
+    model, start, got = models.tiny_model("llava-clip"), threading.Barrier(8), []
+    before = models.footprint(model)
 
     def try_it():
         start.wait()
@@ -121,7 +121,7 @@ def test_attaching_from_many_threads_lets_one_through():
     assert len(got) == 8
     assert len(sieves) == 1
     sieves[0].detach()
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
 
 
 # -- when the model is called ---------------------------------------------------------------------------------------
@@ -193,13 +193,13 @@ def other_cache():
 def test_a_refused_call_says_why_and_changes_nothing(case, reason, method):
     model, inputs = case
     call, message = CALLS[reason]
-    expected = model.generate(**inputs, max_new_tokens=2, **tiny.GREEDY)
+    expected = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
     with tokensieve.attach(model, method):
         good = model.generate(**inputs, max_new_tokens=2)
         with pytest.raises(ValueError, match=message):
             call(model, inputs)
         assert torch.equal(model.generate(**inputs, max_new_tokens=2), good)
-    after = model.generate(**inputs, max_new_tokens=2, **tiny.GREEDY)
+    after = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
     assert all(torch.equal(a, b) for a, b in zip(after.logits, expected.logits, strict=True))
 
 
@@ -220,7 +220,7 @@ def test_features_encoded_before_attaching(case):
 def test_placeholders_and_images_that_do_not_match(case):
     model, inputs = case
     ids = inputs["input_ids"].clone()
-    ids[0, (ids[0] == tiny.IMAGE).nonzero()[0]] = 7
+    ids[0, (ids[0] == families.IMAGE).nonzero()[0]] = 7
     with (
         tokensieve.attach(model, "uniform", keep=5),
         pytest.raises(ValueError, match=r"sample 0 has \d+ image placeholders; its images have \[\d+\] tokens"),
@@ -231,37 +231,37 @@ def test_placeholders_and_images_that_do_not_match(case):
 @each_family
 @torch.no_grad()
 def test_a_text_method_without_words(family):
-    model, s = tiny.subject(family), tiny.sample(family, (3, 0), ((4, 4),), 1)
+    model, s = models.tiny_model(family), prompts.sample(family, (3, 0), (0,), 1)
     with (
         tokensieve.attach(model, "trsm", keep=5),
         pytest.raises(ValueError, match="the prompt of sample 0 has no words"),
     ):
-        model(**tiny.collate(family, [s]))
+        model(**prompts.collate(family, [s]))
     with tokensieve.attach(model, "trsm", keep=5):
-        model(**tiny.collate(family, tiny.scenario(family, "mixed")))  # a row without images needs no words
+        model(**prompts.collate(family, prompts.batch(family, "mixed")))  # a row without images needs no words
 
 
-@pytest.mark.parametrize("family", tiny.QWEN)
+@pytest.mark.parametrize("family", families.CORE_QWEN)
 @torch.no_grad()
 def test_decoding_by_hand_with_contiguous_m_rope(family):
-    model, inputs = tiny.subject(family), tiny.collate(family, tiny.scenario(family, "two-images"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "two-images"))
     with tokensieve.attach(model, "uniform", keep=5, positions="contiguous"):
         out = model(**inputs)
         with pytest.raises(ValueError, match="contiguous positions with M-RoPE: pass position_ids"):
             model(input_ids=torch.tensor([[7]]), past_key_values=out.past_key_values)
 
 
-@pytest.mark.parametrize("family", tiny.QWEN)
+@pytest.mark.parametrize("family", families.CORE_QWEN)
 @torch.no_grad()
 def test_a_video_is_not_resized(family):
-    model = tiny.subject(family)
-    s = tiny.sample(family, (3, 4), ((4, 4),), 1)
-    ids = torch.tensor([[tiny.VIDEO if i == tiny.IMAGE else i for i in s.ids]])
+    model = models.tiny_model(family)
+    s = prompts.sample(family, (3, 4), (0,), 1)
+    ids = torch.tensor([[families.VIDEO if i == families.IMAGE else i for i in s.ids]])
     inputs = {
         "input_ids": ids,
         "pixel_values_videos": s.images[0].pixels,
         "video_grid_thw": torch.tensor([[1, 8, 8]]),
-        "mm_token_type_ids": 2 * (ids == tiny.VIDEO).int(),
+        "mm_token_type_ids": 2 * (ids == families.VIDEO).int(),
     }
     with (
         tokensieve.attach(model, "downsample(keep=5)"),
@@ -291,13 +291,13 @@ def test_a_method_that_fails_leaves_a_working_model(case, registry):
             raise RuntimeError("on purpose")
 
     model, inputs = case
-    before = tiny.footprint(model)
+    before = models.footprint(model)
     with tokensieve.attach(model, "broken"):
         with pytest.raises(RuntimeError, match="on purpose"):
             model.generate(**inputs, max_new_tokens=1)
         with pytest.raises(RuntimeError, match="on purpose"):
             model.generate(**inputs, max_new_tokens=1)
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
     works(model, inputs)
 
 
@@ -323,16 +323,16 @@ def test_a_method_must_be_of_the_kind_that_its_stage_runs(case, stage, registry)
 def test_an_attach_that_fails_otherwise_leaves_nothing_behind(case, monkeypatch):
     """An unknown LLM may lack anything: not only what we refuse must be undone."""
     model, _ = case
-    before = tiny.footprint(model)
+    before = models.footprint(model)
     with monkeypatch.context() as patch:
         patch.setattr(model, "get_decoder", lambda: torch.nn.Identity())
         with pytest.raises(AttributeError, match="layers"):
             tokensieve.attach(model, "uniform(keep=5) + fastv(layer=1, keep=3)")
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
 
 
 def test_a_tower_that_fails_disarms_the_probes():
-    model, inputs = tiny.subject("llava-clip"), tiny.collate("llava-clip", tiny.scenario("llava-clip", "single"))
+    model, inputs = models.tiny_model("llava-clip"), prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
     tower = model.model.vision_tower
 
     def fail(*_):

@@ -6,12 +6,12 @@ import warnings
 import pytest
 
 import tokensieve
-from tests.support import laws_tiny as tiny
+from tests.support import models
 from tokensieve.engine import versions
 
 
 def attach():
-    tokensieve.attach(tiny.subject("llava-clip"), "uniform", keep=9).detach()
+    tokensieve.attach(models.tiny_model("llava-clip"), "uniform", keep=9).detach()
 
 
 @pytest.fixture

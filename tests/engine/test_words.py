@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import tokensieve
-from tests.support import laws_tiny as tiny
+from tests.support import families, models, prompts
 from tokensieve.engine.prompt.user_text import UserTextFinder
 
 LLAVA = (
@@ -49,13 +50,13 @@ CORPUS = [
 def tokenizer(kind):
     """A small word-level or byte-level BPE tokenizer."""
     if kind == "words":
-        core = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        core = Tokenizer(tokenizer_models.WordLevel(unk_token="<unk>"))
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation()]
         )
         trainer = trainers.WordLevelTrainer(special_tokens=SPECIAL)
     else:
-        core = Tokenizer(models.BPE())
+        core = Tokenizer(tokenizer_models.BPE())
         core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet)
@@ -186,11 +187,11 @@ def test_without_a_processor_all_text_after_the_first_image_counts(kind, templat
 def test_through_attach(monkeypatch):
     """`processor=` reaches the method: template words no longer decide."""
     kind, family = "bpe", "llava-clip"
-    live = tiny.build(family)
+    live = models.build(family)
     live.resize_token_embeddings(len(tokenizer(kind)))
     image = live.config.image_token_id = tokenizer(kind).convert_tokens_to_ids("<image>")
-    ids = torch.tensor([prompt(kind, "llava-1.5", CHATS["one turn"], tiny.SIDE**2)])
-    pixels = tiny.scenario(family, "single")[0].images[0].pixels[None]
+    ids = torch.tensor([prompt(kind, "llava-1.5", CHATS["one turn"], families.SIDE**2)])
+    pixels = prompts.batch(family, "single")[0].images[0].pixels
     seen = {}
     for name, given in (("with", processor(kind, "llava-1.5")), ("without", None)):
         with torch.no_grad(), tokensieve.attach(live, "trsm", keep=5, processor=given) as sieve:
@@ -208,11 +209,11 @@ def test_through_attach(monkeypatch):
 def test_words_before_the_image_through_attach():
     """Before the LLM they are read; inside it they have not seen the image, and there the prompt has no words."""
     kind, family = "bpe", "llava-clip"
-    live, given = tiny.build(family), processor(kind, "chatml")
+    live, given = models.build(family), processor(kind, "chatml")
     live.resize_token_embeddings(len(tokenizer(kind)))
     live.config.image_token_id = tokenizer(kind).convert_tokens_to_ids("<image>")
-    ids = torch.tensor([prompt(kind, "chatml", CHATS["text, image"], tiny.SIDE**2)])
-    inputs = {"input_ids": ids, "pixel_values": tiny.scenario(family, "single")[0].images[0].pixels[None]}
+    ids = torch.tensor([prompt(kind, "chatml", CHATS["text, image"], families.SIDE**2)])
+    inputs = {"input_ids": ids, "pixel_values": prompts.batch(family, "single")[0].images[0].pixels}
     with torch.no_grad(), tokensieve.attach(live, "trsm", keep=5, processor=given) as sieve:
         live(**inputs)
         features = live.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True).pooler_output[0]

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
-from tests.support import families as tiny
+from tests.support import families
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch pretends no device"
 )
-NAMES = [name for name in tiny.FAMILIES if name != "lighton-ocr"]  # of what is discovered, more is checked
+NAMES = [name for name in families.FAMILIES if name != "lighton-ocr"]  # of what is discovered, more is checked
 NEWLINES = [name for name in NAMES if name.startswith(("llava-next", "llava-onevision"))]
 SIZES = [*NEWLINES, "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "glm4v", "mistral3", "pixtral"]
 OTHER = {

@@ -1,126 +1,171 @@
-"""Laws 2, 3 and 5 in one matrix: every method, family, kernel, batch and position policy.
+"""Laws 2, 3, 5 and 6 before the LLM: every method, family, kernel, batch and position policy.
 
-One cell generates a batch, then asks of every row: did the decision conserve the tokens (law 5), are prefill and eight
-greedy steps those of the hand reference (law 2), and are they those of the row's own batch-1 run (law 3)? Batch 1 is in
-it twice: as those runs, and as "two-images".
+One cell of the matrix generates a batch, and each law is a test on it. Batch 1 is in it twice: as the rows' own runs,
+and as "two-images". Methods that are not tuned by hand run in the whole matrix.
 """
 
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import product
 
 import pytest
 import torch
 
 import tokensieve
-from tests.support import laws_reference as reference
-from tests.support import laws_tiny as tiny
-from tests.support.laws_reference import NOISE
-from tests.support.methods import specs
+from tests.support import families, models, oracle, prompts
+from tests.support.methods import FIRST_TUNED, TUNED, connector_specs
+from tests.support.oracle import NOISE
 
-STEPS = 8
-SCENARIOS = ("ragged", "two-images", "mixed")
+
+@dataclass(frozen=True)
+class Cell:
+    """One batch with one method: greedy steps, ``logits`` `[row, step, vocabulary]`, and the same by hand."""
+
+    spec: str
+    family: str
+    attention: str
+    kind: str
+    policy: str
+    steps: int = 8
+
+    def __str__(self) -> str:
+        return "-".join([self.family, self.spec, self.attention, self.kind, self.policy])
+
+    @property
+    def samples(self) -> list[prompts.Sample]:
+        return prompts.batch(self.family, self.kind)
+
+    @cached_property
+    def run(self):
+        """Logits, tokens `[row][step]`, decisions `[row][image]`, and the columns held in the caches."""
+        return generate(self, self.samples)
+
+    @property
+    def logits(self):
+        return self.run[0]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return self.run[1]
+
+    @property
+    def decisions(self):
+        return self.run[2]
+
+    def by_hand(self, row: int) -> torch.Tensor:
+        """The unmodified LLM's logits, given the rows that the decisions make of the images."""
+        model, s, decisions = models.unhooked(self.family, self.attention), self.samples[row], self.decisions[row]
+        (first, *_) = tokensieve.parse(self.spec)
+        encoded = [
+            oracle.reduced(self.family, self.attention, image, decision, resized(first, image))
+            for image, decision in zip(s.images, decisions, strict=True)
+        ]
+        kept, answer = [r.kept for r in decisions], self.answers[row]
+        return oracle.logits(model, self.family, s, kept, encoded, answer[:-1], self.policy)
+
+
+def generate(cell: Cell, samples):
+    with tokensieve.attach(models.tiny_model(cell.family, cell.attention), cell.spec, positions=cell.policy) as sieve:
+        inputs = prompts.collate(cell.family, samples)
+        out = sieve.model.generate(**inputs, max_new_tokens=cell.steps, **prompts.GREEDY)
+        held = {layer.keys.shape[-2] for layer in out.past_key_values.layers}
+        return torch.stack(out.logits, 1), out.sequences[:, -cell.steps :].tolist(), sieve.last, held
 
 
 @cache
-def encode(family: str, attention: str, scenario: str, cells: tuple):
-    """Features of every image of a scenario, `[sample][image]`, resized to its ``cells`` if they are given."""
-    model, samples = tiny.pristine(family, attention), tiny.scenario(family, scenario)
-    return [
-        [reference.encode(model, family, image, cell) for image, cell in zip(s.images, row, strict=True)]
-        for s, row in zip(samples, cells, strict=True)
-    ]
-
-
-def rows_by_hand(family, attention, scenario, spec, decisions):
-    """The rows that should stand in the sequence, `[sample][image]`: W · features, W densely from the decision."""
-    samples, (first, *_) = tiny.scenario(family, scenario), tokensieve.parse(spec)
-    cells = tuple(tuple(resized(first, image) for image in s.images) for s in samples)
-    features = encode(family, attention, scenario, cells)
-
-    def matrix(image, cell, decision):
-        if cell is None:
-            return decision.matrix()
-        # the tower saw the small image: of W = W_second · W_resize only W_second acts on its features
-        resize = reference.area_matrix(image.grid, cell).double()
-        return (decision.matrix().double() @ torch.linalg.pinv(resize)).float()
-
-    return [
-        [e.mixed(matrix(*image)) for e, image in zip(found, zip(s.images, cell, row, strict=True), strict=True)]
-        for found, s, cell, row in zip(features, samples, cells, decisions, strict=True)
-    ]
+def row_run(cell: Cell, row: int):
+    """The batch-1 run of one sample."""
+    return generate(cell, cell.samples[row : row + 1])
 
 
 def resized(method, image):
-    """(height, width) in tokens at which the tower sees the image; ``None``: as it is."""
+    """(height, width) in tokens at which the vision encoder receives the image; ``None``: as it is."""
     if method.info.name != "downsample":
         return None
     budget = method.keep if isinstance(method.keep, int) else max(1, round(method.keep * image.tokens))
-    return reference.largest_grid(image.grid, budget) if budget < image.tokens else None
+    return oracle.largest_grid(image.grid, budget) if budget < image.tokens else None
 
 
-def run(model, family, samples, spec, policy):
-    """Greedy steps with the method attached: logits `[row, step, vocabulary]`, tokens, decisions, KV lengths."""
-    with tokensieve.attach(model, spec, positions=policy) as sieve:
-        out = model.generate(**tiny.collate(family, samples), max_new_tokens=STEPS, **tiny.GREEDY)
-        held = {layer.keys.shape[-2] for layer in out.past_key_values.layers}
-        return torch.stack(out.logits, 1), out.sequences[:, -STEPS:], sieve.last, held
+KERNELS, POLICIES = ("sdpa", "eager"), ("original", "contiguous")
+SPECS = [(spec, family) for family in families.CORE for spec in connector_specs(family)]
+OTHER_WAYS = (("sdpa", "contiguous"), ("eager", "original"), ("eager", "contiguous"))
+TUNED_MIXED = [
+    Cell(spec, family, attention, "mixed", policy, 3)
+    for spec, family, (attention, policy) in product(FIRST_TUNED.values(), families.CORE, OTHER_WAYS)
+]
+BATCHES = [
+    *TUNED_MIXED,
+    *(Cell(spec, family, "sdpa", "ragged", "original", 3) for spec, family in product(TUNED, families.CORE)),
+    *(Cell(*spec, *way) for spec, way in product(SPECS, product(KERNELS, ("ragged", "mixed"), POLICIES))),
+]
+# the cells of BATCHES come first, so that pytest runs all tests on one cell in a row: the fixture runs the model once
+CELLS = [*BATCHES, *(Cell(*s, a, "two-images", p) for s, a, p in product(SPECS, KERNELS, POLICIES))]
 
 
-@cache
-def alone(family, attention, scenario, row, spec, policy):
-    """The batch-1 run of one sample."""
-    return run(tiny.subject(family, attention), family, [tiny.scenario(family, scenario)[row]], spec, policy)
+@pytest.fixture(scope="module", params=CELLS, ids=str)
+def cell(request):
+    return replace(request.param)  # its cached run goes with it
 
 
-def assert_conserved(decision, image, spec):
-    """Law 5 for one image."""
+def test_oracle(cell, deviation):
+    """Law 2: prefill and greedy steps are those of the unmodified LLM, fed with the kept rows by hand."""
+    for row, answer in enumerate(cell.answers):
+        by_hand = cell.by_hand(row)
+        assert deviation("from the hand reference (law 2)", cell.logits[row], by_hand) <= NOISE
+        assert by_hand.argmax(-1).tolist() == answer
+
+
+@pytest.mark.parametrize("cell", BATCHES, ids=str, indirect=True, scope="module")
+def test_each_row_is_its_own_run(cell, deviation):
+    """Law 3."""
+    rows = range(1) if cell.steps == 3 and cell.kind == "mixed" else range(len(cell.samples))
+    for row in (row for row in rows if cell.samples[row].images):
+        logits, (answer,), (decisions,), _ = row_run(cell, row)
+        assert [r.kept.tolist() for r in decisions] == [r.kept.tolist() for r in cell.decisions[row]]
+        assert deviation("of a batch row from its own run (law 3)", cell.logits[row], logits[0]) <= NOISE
+        assert answer == cell.answers[row]
+
+
+def test_conservation(cell):
+    """Law 5: each original token is in a slot or dropped, and budgets are kept."""
+    for s, decisions in zip(cell.samples, cell.decisions, strict=True):
+        for image, decision in zip(s.images, decisions, strict=True):
+            assert decision.total == image.tokens == len(decision.source)
+            assert bool((decision.anchors.diff() > 0).all())
+            assert torch.equal((decision.matrix() != 0).sum(-1), decision.counts)
+            if cell.spec not in TUNED:
+                assert_weights_and_budget(decision, image, cell.spec)
+
+
+def assert_weights_and_budget(decision, image, spec):
     source, anchors = decision.source, decision.anchors
-    assert decision.total == image.tokens == len(source)
-    assert bool((anchors.diff() > 0).all())
     assert int(anchors[0]) >= 0
     assert int(anchors[-1]) < image.tokens
     assert set(source.tolist()) - {-1} == set(range(decision.slots)), "a slot that no token is listed under"
     assert torch.allclose(decision.weight_sums, torch.ones(decision.slots), atol=1e-6)
-    assert torch.equal((decision.matrix() != 0).sum(-1), decision.counts)
     if decision.mixing is None:
         assert torch.equal(source[anchors], torch.arange(decision.slots))
         assert int((source >= 0).sum()) == decision.slots
     budgets = [m.keep for m in tokensieve.parse(spec) if hasattr(m, "keep")]
-    asked = image.tokens
+    count = image.tokens
     for keep in budgets:  # every stage leaves at most its budget of what it is given
-        asked = min(asked, keep if isinstance(keep, int) else max(1, round(keep * asked)))
-    assert decision.slots <= asked
+        count = min(count, keep if isinstance(keep, int) else max(1, round(keep * count)))
+    assert decision.slots <= count
     if budgets and "pool" not in spec and "downsample" not in spec:
-        assert decision.slots == asked
+        assert decision.slots == count
     if decision.whole and budgets:
         assert any("kept whole" in note for note in decision.notes)
 
 
-@pytest.mark.parametrize("policy", ["original", "contiguous"])
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "spec"), [(family, spec) for family in tiny.FAMILIES for spec in specs(family)])
-def test_oracle_batch_and_conservation(spec, family, attention, scenario, policy, deviation):
-    samples = tiny.scenario(family, scenario)
-    logits, tokens, decisions, held = run(tiny.subject(family, attention), family, samples, spec, policy)
+def test_cache_columns(cell):
+    """Law 6: the cache holds the columns that are left; the padding that all rows shared is gone."""
+    kept = [[r.kept for r in decisions] for decisions in cell.decisions]
+    lengths = [len(oracle.kept_columns(s, of_row)) for s, of_row in zip(cell.samples, kept, strict=True)]
+    assert cell.run[3] == {max(lengths) + cell.steps - 1}
 
-    assert [len(row) for row in decisions] == [len(s.images) for s in samples]
-    for s, row in zip(samples, decisions, strict=True):
-        for image, decision in zip(s.images, row, strict=True):
-            assert_conserved(decision, image, spec)
-    lengths = [len(reference.columns(s, [r.kept for r in row])) for s, row in zip(samples, decisions, strict=True)]
-    assert held == {max(lengths) + STEPS - 1}, "columns held in the KV cache: the padding that all rows share is gone"
 
-    rows = rows_by_hand(family, attention, scenario, spec, decisions)
-    for i, s in enumerate(samples):
-        kept, answer = [r.kept for r in decisions[i]], tokens[i].tolist()
-        by_hand = reference.logits(
-            tiny.pristine(family, attention), family, s, kept, rows[i], policy, answer[: STEPS - 1]
-        )
-        assert deviation("from the hand reference (law 2)", logits[i], by_hand) <= NOISE
-        assert by_hand.argmax(-1).tolist() == answer
-        if len(samples) == 1 or not s.images:
-            continue
-        own_logits, own_tokens, own_decisions, _ = alone(family, attention, scenario, i, spec, policy)
-        assert [r.kept.tolist() for r in own_decisions[0]] == [k.tolist() for k in kept]
-        assert deviation("of a batch row from its own run (law 3)", logits[i], own_logits[0]) <= NOISE
-        assert own_tokens[0].tolist() == answer
+@pytest.mark.parametrize("cell", TUNED_MIXED, ids=str, indirect=True, scope="module")
+def test_the_choice_does_not_depend_on_kernel_and_positions(cell):
+    usual = generate(replace(cell, attention="sdpa", policy="original"), cell.samples)[2]
+    kept = [[[r.kept.tolist() for r in row] for row in decisions] for decisions in (cell.decisions, usual)]
+    assert kept[0] == kept[1]

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 import tokensieve
-from tests.methods.decoder.catalogue import RULES, WHOLE
-from tests.support import deep_models as models
-from tests.support import laws_tiny as tiny
+from tests.methods.decoder.rules import RULES, WHOLE
+from tests.support import families, models, prompts
 
 
 @torch.no_grad()
 def outputs(model, family):
-    inputs = tiny.collate(family, tiny.scenario(family, "mixed"))
-    generated = model.generate(**inputs, max_new_tokens=2, **tiny.GREEDY)
+    inputs = prompts.collate(family, prompts.batch(family, "mixed"))
+    generated = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
     plain = model(**inputs)
     return [*generated.logits, generated.sequences, plain.logits]
 
@@ -37,10 +36,10 @@ def same(a, b):
 
 @pytest.mark.parametrize("policy", ["original", "contiguous"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", families.DEEP)
 def test_keeping_all_changes_no_bit(family, attention, policy):
-    model = models.subject(family, attention)
-    unhooked = outputs(models.pristine(family, attention), family)
+    model = models.tiny_model(family, attention)
+    unhooked = outputs(models.unhooked(family, attention), family)
     assert same(outputs(model, family), unhooked)  # transformers installs hooks of its own in the first call
     before = traces(model)
     for spec in WHOLE:
@@ -50,9 +49,9 @@ def test_keeping_all_changes_no_bit(family, attention, policy):
         assert traces(model) == before, spec
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", families.DEEP)
 def test_detach_leaves_no_trace(family):
-    model = models.subject(family)
+    model = models.tiny_model(family)
     unhooked, before = outputs(model, family), traces(model)
     for spec in RULES:
         with tokensieve.attach(model, spec):
@@ -61,13 +60,13 @@ def test_detach_leaves_no_trace(family):
     assert same(outputs(model, family), unhooked)
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", families.DEEP)
 def test_a_prompt_without_images_and_a_direct_call_of_the_llm(family):
-    model, pristine = models.subject(family), models.pristine(family)
-    ids = torch.tensor([[tiny.BOS, 20, 21, 22]])
+    model, pristine = models.tiny_model(family), models.unhooked(family)
+    ids = torch.tensor([[families.BOS, 20, 21, 22]])
     embeds = model.get_input_embeddings()(ids)
     with tokensieve.attach(model, "pyramiddrop(keep=0.2)") as sieve, torch.no_grad():
-        model.generate(**tiny.collate(family, tiny.scenario(family, "single")), max_new_tokens=1)
+        model.generate(**prompts.collate(family, prompts.batch(family, "single")), max_new_tokens=1)
         assert sieve.last[0]
         assert torch.equal(model(input_ids=ids).logits, pristine(input_ids=ids).logits)
         assert sieve.last == []

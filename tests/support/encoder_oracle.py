@@ -1,7 +1,7 @@
-"""Reduction inside a CLIP or SigLIP tower by hand: one image, layer by layer, attention written out, no hooks.
+"""The hand reference inside a CLIP or SigLIP vision encoder: one image, layer by layer, attention written out, no hooks.
 
-A rule looks at one layer and returns groups: for each token that stays, its number and a list of (member, weight).
-Everything is python lists and dense matrices; nothing of the engine or of the methods is used.
+A rule receives one layer and returns groups: for each token that stays, its number and a list of (member, weight).
+There are Python lists and dense matrices only; nothing of the engine or of the methods is used.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
-from tests.support.laws_reference import Encoded
+from tests.support.oracle import Encoded
 
 Group = tuple[int, list[tuple[int, float]]]
 
@@ -65,7 +64,7 @@ class Rule:
 
 def run(tower, pixels: Tensor, rule: Rule) -> Rows:
     """All layers; differentiable."""
-    x = tower.embeddings(pixels[None])
+    x = tower.embeddings(pixels)
     x = (tower.pre_layrnorm(x) if hasattr(tower, "pre_layrnorm") else x)[0]
     specials = int(hasattr(tower.embeddings, "class_embedding"))
     n = len(x) - specials
@@ -108,65 +107,3 @@ def features(model, rows: Rows, state: int) -> tuple[Tensor, list[int], Tensor]:
 def encoded(model, rows: Rows, state: int) -> tuple[Encoded, list[int], Tensor]:
     found, places, mixed = features(model, rows, state)
     return Encoded(found, []), places, mixed
-
-
-# -- rules ----------------------------------------------------------------------------------------------------------
-
-
-def tome(leave: list[int], official: bool = False):
-    """ToMe: ``leave[stage]`` of the tokens at even places of the whole sequence merge."""
-
-    def groups(stage: int, rows: Rows, x: Tensor) -> list[Group]:
-        keys, n, special = rows.keys[-1].mean(0)[rows.specials :], len(rows.places), rows.specials
-        seeking = [i for i in range(n) if (i + special) % 2 == 0]
-        others = [i for i in range(n) if (i + special) % 2 == 1]
-        best = {i: max((cosine_similarity(keys[i], keys[j], dim=0).item(), -j) for j in others) for i in seeking}
-        ranked = sorted(seeking, key=lambda i: (-best[i][0], i))
-        gone = {i: -best[i][1] for i in ranked[: leave[stage]]}
-        stay = [i for i in range(n) if i not in gone]
-        if official:
-            alone = ranked[leave[stage] :]
-            stay = (sorted(alone) if special else alone) + others
-        out = []
-        for i in stay:
-            members = [i, *(j for j, into in gone.items() if into == i)]
-            total = sum(rows.sizes[j] for j in members)
-            out.append((i, [(j, rows.sizes[j] / total) for j in members]))
-        return out
-
-    return groups
-
-
-def illava(leave: list[int], favour: bool = False):
-    """iLLaVA: the tokens that receive least attention become one, weights by rank."""
-
-    def groups(stage: int, rows: Rows, x: Tensor) -> list[Group]:
-        received = rows.attention[-1].mean((0, 1))[rows.specials :].tolist()
-        lowest = sorted(range(len(received)), key=received.__getitem__)[: leave[stage] + 1]
-        best = lowest[-1]
-        weights = range(1, len(lowest) + 1) if favour else range(len(lowest), 0, -1)
-        merged = [(token, w / sum(range(1, len(lowest) + 1))) for token, w in zip(lowest, weights, strict=True)]
-        stay = [i for i in range(len(received)) if i not in lowest or i == best]
-        return [(i, merged if i == best else [(i, 1.0)]) for i in stay]
-
-    return groups
-
-
-def mustdrop(side: int, window: int, threshold: float):
-    """MustDrop: windows whose patches are alike become their mean, in the middle."""
-
-    def groups(stage: int, rows: Rows, x: Tensor) -> list[Group]:
-        patches, merged = x[rows.specials :], {}
-        for top in range(0, side - window + 1, window):
-            for left in range(0, side - window + 1, window):
-                members = [(top + i) * side + left + j for i in range(window) for j in range(window)]
-                pairs = [
-                    cosine_similarity(patches[a], patches[b], dim=0).item() for a in members for b in members if a != b
-                ]
-                if sum(pairs) / len(pairs) >= threshold:
-                    merged[(top + window // 2) * side + left + window // 2] = members
-        inside = {i for members in merged.values() for i in members}
-        stay = [i for i in range(len(patches)) if i not in inside or i in merged]
-        return [(i, [(j, 1 / len(merged[i])) for j in merged[i]] if i in merged else [(i, 1.0)]) for i in stay]
-
-    return groups

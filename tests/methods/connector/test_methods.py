@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import tokensieve
-from tests.support.laws_reference import area_matrix, largest_grid
 from tests.support.methods import VARIANTS, here, specs
+from tests.support.oracle import area_matrix, largest_grid
 from tokensieve import VisualTokens
 from tokensieve.budget import count, parse_budget
 

@@ -13,29 +13,28 @@ from torch.nn.functional import cosine_similarity
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import tokensieve
-from tests.support import laws_reference as reference
-from tests.support import laws_tiny as tiny
+from tests.support import families, models, oracle, prompts
 from tokensieve.models import qwen_vl
 
-each_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+each_family = pytest.mark.parametrize("family", families.CORE)
 each_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
 def decide(family, attention, scenario, spec):
     """Decisions `[sample][image]` of the attached model."""
-    model = tiny.subject(family, attention)
+    model = models.tiny_model(family, attention)
     with tokensieve.attach(model, spec) as sieve:
-        model.generate(**tiny.collate(family, tiny.scenario(family, scenario)), max_new_tokens=1)
+        model.generate(**prompts.collate(family, prompts.batch(family, scenario)), max_new_tokens=1)
     return sieve.last
 
 
 @torch.no_grad()
 def attention_rows(family, image):
     """What the encoder's [CLS] row says of each visual token, `[layers, tokens]`; received attention without [CLS]."""
-    model = tiny.pristine(family, "eager")
-    if family in tiny.LLAVA:
+    model = models.unhooked(family, "eager")
+    if family in families.CORE_LLAVA:
         tower = model.model.vision_tower
-        matrices = torch.cat(tower(image.pixels[None], output_attentions=True).attentions).mean(1)
+        matrices = torch.cat(tower(image.pixels, output_attentions=True).attentions).mean(1)
         return matrices[:, 0, 1:] if family == "llava-clip" else matrices.mean(1)
     (h, w), seen, handles = image.grid, {}, []
     tower = model.model.visual
@@ -52,8 +51,8 @@ def attention_rows(family, image):
 @torch.no_grad()
 def pooling_rows(image):
     """What SigLIP's pooling head attends to, in place of every layer's [CLS] row, `[layers, tokens]`."""
-    tower = tiny.pristine("llava-siglip").model.vision_tower
-    rows = tower(image.pixels[None]).last_hidden_state
+    tower = models.unhooked("llava-siglip").model.vision_tower
+    rows = tower(image.pixels).last_hidden_state
     return tower.head.attention(tower.head.probe, rows, rows)[1][0].expand(4, -1)
 
 
@@ -103,7 +102,7 @@ def largest(scores, k):
 @each_family
 def test_attention_methods(family, attention, scenario, spec, score, deviation):
     decisions = decide(family, attention, scenario, spec)
-    for s, row in zip(tiny.scenario(family, scenario), decisions, strict=True):
+    for s, row in zip(prompts.batch(family, scenario), decisions, strict=True):
         for image, decision in zip(s.images, row, strict=True):
             alone = spec in ("fastervlm(keep=5)", "vtc-cls(keep=5, first_layer=-2)")  # a single layer, near the end
             pooled = family == "llava-siglip" and alone
@@ -118,26 +117,26 @@ def test_attention_methods(family, attention, scenario, spec, score, deviation):
 @each_family
 def test_trsm(family, scenario, query):
     decisions = decide(family, "sdpa", scenario, f"trsm(keep=5, query={query!r})")
-    model = tiny.pristine(family)
-    for s, row in zip(tiny.scenario(family, scenario), decisions, strict=True):
+    model = models.unhooked(family)
+    for s, row in zip(prompts.batch(family, scenario), decisions, strict=True):
         if not s.images:
             assert row == []
             continue
-        special = {tiny.PAD, tiny.BOS, tiny.EOS, tiny.VISION_START, tiny.VISION_END, tiny.VIDEO, tiny.IMAGE}
-        words = [i for i in s.ids[s.ids.index(tiny.IMAGE) :] if i not in special]
+        special = {families.PAD, families.BOS, families.EOS, families.START, families.END, families.VIDEO, families.IMAGE}
+        words = [i for i in s.ids[s.ids.index(families.IMAGE) :] if i not in special]
         text = model.get_input_embeddings()(torch.tensor(words))
         text = text if query == "tokens" else text.mean(0, keepdim=True)
         for image, decision in zip(s.images, row, strict=True):
-            rows = reference.encode(model, family, image).rows
+            rows = oracle.encode_image(model, family, image).rows
             scores = cosine_similarity(rows[:, None], text[None], dim=-1).amax(-1)
             assert decision.kept.tolist() == largest(scores, 5)
 
 
 @each_family
 def test_divprune(family):
-    for s, row in zip(tiny.scenario(family, "mixed"), decide(family, "sdpa", "mixed", "divprune(keep=5)"), strict=True):
+    for s, row in zip(prompts.batch(family, "mixed"), decide(family, "sdpa", "mixed", "divprune(keep=5)"), strict=True):
         for image, decision in zip(s.images, row, strict=True):
-            unit = torch.nn.functional.normalize(reference.encode(tiny.pristine(family), family, image).rows.double())
+            unit = torch.nn.functional.normalize(oracle.encode_image(models.unhooked(family), family, image).rows.double())
             distance = 1 - unit @ unit.T
             chosen = [int((distance + 9 * torch.eye(len(unit))).amin(0).argmax())]
             while len(chosen) < 5:
@@ -151,10 +150,10 @@ def test_divprune(family):
 def test_pooling_and_downsampling_stand_at_the_centres_of_their_cells(family):
     for name in ("pool", "downsample"):
         decisions = decide(family, "sdpa", "mixed", f"{name}(keep=7)")
-        for s, row in zip(tiny.scenario(family, "mixed"), decisions, strict=True):
+        for s, row in zip(prompts.batch(family, "mixed"), decisions, strict=True):
             for image, decision in zip(s.images, row, strict=True):
-                cells = reference.largest_grid(image.grid, 7)
-                expected = reference.area_matrix(image.grid, cells)
+                cells = oracle.largest_grid(image.grid, 7)
+                expected = oracle.area_matrix(image.grid, cells)
                 torch.testing.assert_close(decision.matrix(), expected, atol=1e-6, rtol=0)
                 down, across = (
                     [(2 * i + 1) * n // (2 * c) for i in range(c)] for n, c in zip(image.grid, cells, strict=True)
@@ -177,14 +176,14 @@ def test_packing_is_that_of_transformers_own_processor(grid, patch):
     assert torch.equal(unpacked, pixels.expand(2, -1, -1, -1))
     assert torch.equal(qwen_vl._pack(unpacked, config), theirs)
     # and so are the hand reference's
-    assert torch.equal(reference.pack(pixels, patch), theirs)
-    assert torch.equal(reference.unpack(theirs, grid, patch), pixels)
+    assert torch.equal(oracle.pack(pixels, patch), theirs)
+    assert torch.equal(oracle.unpack(theirs, grid, patch), pixels)
 
 
 def test_an_image_kept_whole_beside_a_resized_one_keeps_its_bits():
     """One tower call resizes all images of a batch; those that keep their size must come out as they went in."""
     family = "qwen2.5-vl"
-    tower, image = tiny.pristine(family).model.visual, tiny.scenario(family, "ragged")[0].images[0]
+    tower, image = models.unhooked(family).model.visual, prompts.batch(family, "ragged")[0].images[0]
     grids = torch.tensor([[1, *(2 * n for n in image.grid)]])
     inputs = {"hidden_states": image.pixels, "grid_thw": grids}
     out = qwen_vl.QwenVL().resize(tower, inputs, [image.grid])

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import tokensieve
-from tests.support import deep_models as models
-from tests.support import laws_tiny as tiny
+from tests.support import families, models, prompts
 from tokensieve import parse
 from tokensieve.budget import stage_counts
 from tokensieve.measure import count_flops
@@ -54,21 +53,21 @@ def test_shares_of_the_depth_in_shallow_models():
     assert parse("pyramiddrop")[0].stages(4) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", families.DEEP)
 def test_averages_are_what_the_blocks_see(family):
     """Law 6: tokens per block and columns in the cache are what the budget says."""
-    model, inputs = models.subject(family), tiny.collate(family, tiny.scenario(family, "single"))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
     with tokensieve.attach(model, "pyramiddrop(layers=(1, 2, 4), average=0.5)") as sieve:
-        out = model.generate(**inputs, max_new_tokens=1, **tiny.GREEDY)
+        out = model.generate(**inputs, max_new_tokens=1, **prompts.GREEDY)
     ((seen,),), total = sieve.tokens, sieve.last[0][0].total
-    assert abs(sum(seen) / models.DEPTH - total / 2) <= 0.5
+    assert abs(sum(seen) / families.DEPTH - total / 2) <= 0.5
     text = inputs["input_ids"].shape[1] - total
     assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == [text + n for n in seen]
 
 
 def test_no_attention_matrix_is_made():
     """Law 6: the probed block asks for one row, all others keep their kernel: nothing of [L, L] exists."""
-    model, inputs = models.subject("llava-clip"), tiny.collate("llava-clip", tiny.scenario("llava-clip", "single"))
+    model, inputs = models.tiny_model("llava-clip-deep"), prompts.collate("llava-clip-deep", prompts.batch("llava-clip-deep", "single"))
     length, shapes = inputs["input_ids"].shape[1], set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -86,7 +85,7 @@ def test_no_attention_matrix_is_made():
 
 def test_flops_are_those_of_the_short_sequence_and_one_row():
     """Law 6: a score costs one row of attention, and nothing else that a method without scores does not need."""
-    model, inputs = models.subject("llava-clip"), tiny.collate("llava-clip", tiny.scenario("llava-clip", "single"))
+    model, inputs = models.tiny_model("llava-clip-deep"), prompts.collate("llava-clip-deep", prompts.batch("llava-clip-deep", "single"))
     config, length = model.config.text_config, inputs["input_ids"].shape[1]
 
     def flops(spec):
@@ -94,7 +93,7 @@ def test_flops_are_those_of_the_short_sequence_and_one_row():
             return count_flops(lambda: model(**inputs))
 
     assert flops("fastv(layer=2, keep=5)") - flops("pool-decoder(layer=2, stride=5)") == 2 * config.hidden_size * length
-    blocks = [flops(f"vtw(layer={layer})") for layer in range(1, models.DEPTH)]
+    blocks = [flops(f"vtw(layer={layer})") for layer in range(1, families.DEPTH)]
     steps = [later - earlier for earlier, later in pairwise(blocks)]
     assert min(steps) > 0
     assert len(set(steps)) == 1, "every block more costs the same"

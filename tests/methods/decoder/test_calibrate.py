@@ -7,19 +7,18 @@ import torch
 from PIL import Image
 
 import tokensieve
-from tests.support import deep_models as models
-from tests.support import laws_tiny as tiny
+from tests.support import families, models, prompts
 from tokensieve.evaluate import Sample
 from tokensieve.evaluate import calibrate as module
 from tokensieve.evaluate.calibrate import Calibration, calibrate_vtw, withdrawal_kl
 
-FAMILY = "llava-clip"
+FAMILY = "llava-clip-deep"
 
 
 @pytest.fixture
-def prompts(monkeypatch):
+def inputs_of(monkeypatch):
     """Three samples whose prompts are the laws' own."""
-    inputs = {str(i): tiny.collate(FAMILY, [s]) for i, s in enumerate(tiny.scenario(FAMILY, "ragged"))}
+    inputs = {str(i): prompts.collate(FAMILY, [s]) for i, s in enumerate(prompts.batch(FAMILY, "ragged"))}
     monkeypatch.setattr(module, "encode", lambda processor, samples, prompt: inputs[samples[0].id])
     return inputs
 
@@ -30,12 +29,12 @@ def samples():
 
 
 @torch.no_grad()
-def test_search(prompts, samples, tmp_path):
-    model, seen = models.subject(FAMILY), []
-    wanted = torch.zeros(models.DEPTH - 1)
-    for inputs in prompts.values():
+def test_search(inputs_of, samples, tmp_path):
+    model, seen = models.tiny_model(FAMILY), []
+    wanted = torch.zeros(families.DEPTH - 1)
+    for inputs in inputs_of.values():
         full = model(**inputs).logits[0, -1]
-        for block in range(1, models.DEPTH):
+        for block in range(1, families.DEPTH):
             with tokensieve.attach(model, f"vtw(layer={block})"):
                 wanted[block - 1] += withdrawal_kl(full, model(**inputs).logits[0, -1]) / 3
     threshold = float(wanted.sort().values[1])
@@ -49,22 +48,22 @@ def test_search(prompts, samples, tmp_path):
     result.save(file)
     spec = f"vtw(calibration={str(file)!r})"
     with tokensieve.attach(model, spec) as sieve:
-        model(**prompts["0"])
-    assert sieve.tokens[0][0] == [25] * result.layer + [0] * (models.DEPTH - result.layer)
+        model(**inputs_of["0"])
+    assert sieve.tokens[0][0] == [25] * result.layer + [0] * (families.DEPTH - result.layer)
     file.write_text(json.dumps({"layer": 3, "depth": 32}))
     with pytest.raises(ValueError, match="for an LLM of 32 blocks; this one has 6"):
         tokensieve.attach(model, spec)
 
 
-def test_no_block_is_good_enough(prompts, samples, tmp_path):
-    result = calibrate_vtw(models.subject(FAMILY), None, samples, threshold=0.0)
+def test_no_block_is_good_enough(inputs_of, samples, tmp_path):
+    result = calibrate_vtw(models.tiny_model(FAMILY), None, samples, threshold=0.0)
     assert result.layer is None
     with pytest.raises(ValueError, match=r"no block of .* is good enough"):
         result.save(tmp_path / "vtw.json")
     with pytest.raises(ValueError, match="at least one sample"):
-        calibrate_vtw(models.subject(FAMILY), None, [])
+        calibrate_vtw(models.tiny_model(FAMILY), None, [])
     with pytest.raises(ValueError, match="must be 1 to 5"):
-        calibrate_vtw(models.subject(FAMILY), None, samples, first=6)
+        calibrate_vtw(models.tiny_model(FAMILY), None, samples, first=6)
 
 
 def test_unwritable(tmp_path):

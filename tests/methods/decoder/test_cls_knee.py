@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import tokensieve
-from tests.support import deep_models as models
-from tests.support import laws_tiny as tiny
+from tests.support import models, prompts
 from tokensieve.ops import knee
 
 
@@ -16,11 +15,11 @@ def test_knee():
 
 
 def test_both_halves():
-    family, model = "llava-clip", models.subject("llava-clip")
-    samples = tiny.scenario(family, "ragged")
+    family, model = "llava-clip-deep", models.tiny_model("llava-clip-deep")
+    samples = prompts.batch(family, "ragged")
     with tokensieve.attach(model, "cls-knee + text-correlation(layer=2, keep=0.5)") as sieve, torch.no_grad():
-        model(**tiny.collate(family, samples))
-    states = model.model.vision_tower(torch.stack([s.images[0].pixels for s in samples])).last_hidden_state
+        model(**prompts.collate(family, samples))
+    states = model.model.vision_tower(torch.cat([s.images[0].pixels for s in samples])).last_hidden_state
     cosines = torch.cosine_similarity(states[:, :1], states[:, 1:], dim=-1)
     for row, (decision,), (blocks,) in zip(cosines, sieve.last, sieve.tokens, strict=True):
         count = int(knee(row))
@@ -32,5 +31,5 @@ def test_both_halves():
 
 def test_an_encoder_without_cls():
     with pytest.raises(ValueError, match="this encoder has none"):
-        tokensieve.attach(models.subject("qwen2.5-vl"), "cls-knee")
-    tokensieve.attach(models.subject("qwen2.5-vl"), "fastv").detach()
+        tokensieve.attach(models.tiny_model("qwen2.5-vl-deep"), "cls-knee")
+    tokensieve.attach(models.tiny_model("qwen2.5-vl-deep"), "fastv").detach()

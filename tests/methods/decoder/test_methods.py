@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import tokensieve
-from tests.methods.decoder.catalogue import RULES
-from tests.support import deep_models as models
-from tests.support import laws_tiny as tiny
+from tests.methods.decoder.rules import RULES
+from tests.support import families, models, prompts
 from tokensieve import VisualTokens, parse
 
 THRESHOLDS = ("mustdrop-llm",)  # may find nothing to drop
@@ -17,12 +16,12 @@ def test_every_method_is_in_the_laws():
     assert set(NAMES) == {parse(spec)[0].info.name for spec in RULES}
 
 
-@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize("family", families.DEEP)
 @pytest.mark.parametrize("name", NAMES)
 def test_defaults(name, family):
-    model, samples = models.subject(family), tiny.scenario(family, "ragged")
+    model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
     with tokensieve.attach(model, name) as sieve, torch.no_grad():
-        logits = model(**tiny.collate(family, samples)).logits
+        logits = model(**prompts.collate(family, samples)).logits
     assert logits.isfinite().all()
     if name not in THRESHOLDS:
         assert all(row[0].slots < row[0].total for row in sieve.last)

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 import tokensieve
-from tests.methods.encoder.catalogue import FAMILIES, RULES
-from tests.support import encoder_oracle as by_hand
-from tests.support import laws_tiny as tiny
-from tests.support.laws_reference import NOISE
+from tests.methods.encoder.rules import FAMILIES, RULES
+from tests.support import encoder_oracle, models, prompts
+from tests.support.oracle import NOISE
 from tokensieve import VisualTokens, parse
 
 NOBODY = "together=1000.0, single=1000.0"  # thresholds that no token reaches
@@ -19,21 +18,21 @@ LLM = "mustdrop-llm(layers=(1, 2), together=0.7, single=1.5)"
 @pytest.mark.parametrize("first", ["", "tome(keep=5) + ", "mustdrop-encoder(threshold=-1.0) + "])
 @pytest.mark.parametrize("share", [0.08, 0.5])
 def test_the_protected_are_those_that_cls_ranks_best(first, share, deviation):
-    family, samples = "llava-clip", tiny.scenario("llava-clip", "mixed")
+    family, samples = "llava-clip", prompts.batch("llava-clip", "mixed")
     spec = f"{first}mustdrop-keys + mustdrop-llm(layers=(1, 2), {NOBODY}, protect={share})"
-    model, tower = tiny.subject(family), tiny.pristine(family).model.vision_tower
+    model, tower = models.tiny_model(family), models.unhooked(family).model.vision_tower
     with tokensieve.attach(model, spec) as sieve, torch.no_grad():
-        logits = model(**tiny.collate(family, samples)).logits
+        logits = model(**prompts.collate(family, samples)).logits
         decisions = sieve.last
         for i, s in enumerate(samples):
             if s.images:
-                own = model(**tiny.collate(family, [s])).logits
+                own = model(**prompts.collate(family, [s])).logits
                 assert deviation("of a batch row from its own run (law 3)", own[0, -1], logits[i, -1]) <= NOISE
-    rule = RULES.get(first.removesuffix(" + "), by_hand.Rule(None, []))
+    rule = RULES.get(first.removesuffix(" + "), encoder_oracle.Rule(None, []))
     for s, row in zip(samples, decisions, strict=True):
         for shown, decision in zip(s.images, row, strict=True):
             with torch.no_grad():
-                hand = by_hand.run(tower, shown.pixels, rule)
+                hand = encoder_oracle.run(tower, shown.pixels, rule)
             scores = hand.attention[-1].mean(0)[0, 1:]  # the last layer is behind every stage
             best = sorted(range(len(scores)), key=lambda t: -float(scores[t]))[: math.ceil(share * len(scores))]
             protected = {hand.places[t] for t in best}
@@ -45,10 +44,10 @@ def test_the_protected_are_those_that_cls_ranks_best(first, share, deviation):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_alone_and_together(family):
-    samples, kept = tiny.scenario(family, "ragged"), {}
+    samples, kept = prompts.batch(family, "ragged"), {}
     for spec in ("mustdrop-keys", LLM, f"mustdrop-keys + {LLM}", f"uniform(keep=20) + {LLM}"):
-        with tokensieve.attach(tiny.subject(family), spec) as sieve, torch.no_grad():
-            tiny.subject(family)(**tiny.collate(family, samples))
+        with tokensieve.attach(models.tiny_model(family), spec) as sieve, torch.no_grad():
+            models.tiny_model(family)(**prompts.collate(family, samples))
             kept[spec] = [set(row[0].kept.tolist()) for row in sieve.last]
             notes = " ".join(note for row in sieve.last for note in row[0].notes)
         assert ("no token was protected" in notes) == ("llm" in spec and "keys" not in spec)
