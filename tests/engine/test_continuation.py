@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 import tokensieve
+from tests.laws.test_connector import resized
 from tests.support import families, models, oracle, prompts
 from tests.support.oracle import NOISE
 
@@ -153,15 +154,8 @@ def test_a_plain_forward_equals_the_hand_reference(spec, family, policy, use_cac
 
 
 def by_hand_logits(family, s, decisions, spec, policy):
-    from tests.laws.test_connector import resized
-
     model, (first, *_) = models.unhooked(family), tokensieve.parse(spec)
-    rows = []
-    for image, decision in zip(s.images, decisions, strict=True):
-        cells, matrix = resized(first, image), decision.matrix()
-        if cells is not None:
-            matrix = (matrix.double() @ torch.linalg.pinv(oracle.area_matrix(image.grid, cells).double())).float()
-        rows.append(oracle.encode(model, family, image, cells).mixed(matrix))
+    rows = [oracle.reduced(family, "sdpa", i, r, resized(first, i)) for i, r in zip(s.images, decisions, strict=True)]
     with torch.no_grad():
         sequence = oracle.enter(model, family, s, [r.kept for r in decisions], rows, [], policy)
         return oracle.forward(model, family, sequence)

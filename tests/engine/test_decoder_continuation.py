@@ -39,7 +39,7 @@ def test_beams(spec, family, deviation):
         logits, sequence = by_hand_run(spec, family, "ragged", "original", row, answer[:-1])
         score = logits.log_softmax(-1)[range(STEPS), answer].sum()
         assert deviation("of a beam's score from the one by hand (law 4)", out.sequences_scores[row], score) <= NOISE
-        assert [r.kept.tolist() for r in sieve.last[row]] == sequence.left
+        assert [r.kept.tolist() for r in sieve.last[row]] == sequence.kept
 
 
 def test_sampling_with_two_returns(spec, family, deviation):

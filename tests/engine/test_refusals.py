@@ -86,7 +86,7 @@ def test_models_of_no_known_family(model):
 
 def test_a_tower_that_is_not_known(monkeypatch):
     model = models.build("llava-clip")
-    monkeypatch.setattr(type(model.model.vision_tower.config), "model_type", "dinov2")
+    monkeypatch.setattr(model.model.vision_tower.config, "model_type", "dinov2")
     before = models.footprint(model)
     with pytest.raises(ValueError, match="LLaVA with a dinov2 tower is not supported; supported: clip_vision_model"):
         tokensieve.attach(model, "vtc-cls")

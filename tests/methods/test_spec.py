@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import tokensieve
-from tests.support.methods import specs
+from tests.support.methods import connector_specs
 from tokensieve import Method, parse, register
 
 
@@ -38,7 +38,7 @@ def shape(registry):
     return TokenLayout, ShapePlus
 
 
-@pytest.mark.parametrize("spec", specs())
+@pytest.mark.parametrize("spec", connector_specs())
 def test_print_and_parse(spec):
     stages = parse(spec)
     assert " + ".join(map(str, stages)) == " + ".join(str(m) for m in parse(" + ".join(map(str, stages))))

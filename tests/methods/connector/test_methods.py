@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import tokensieve
-from tests.support.methods import VARIANTS, here, specs
+from tests.support.methods import VARIANTS, before_llm, connector_specs
 from tests.support.oracle import area_matrix, largest_grid
 from tokensieve import VisualTokens
 from tokensieve.budget import count, parse_budget
 
 GRID, DEPTH = (5, 6), 6
-BUDGETED = [info.name for info in here() if "keep" in info.parameters]
-SINGLE = [spec for spec in specs() if " + " not in spec]
+BUDGETED = [info.name for info in before_llm() if "keep" in info.parameters]
+SINGLE = [spec for spec in connector_specs() if " + " not in spec]
 # where a tie is possible the order of tokens may matter; places do not depend on content at all for these
 BY_PLACE = ("full", "random", "uniform", "pool", "downsample")
 
@@ -148,7 +148,7 @@ def test_pool_without_a_grid():
         tokensieve.parse("pool(keep=2)")[0](given)
 
 
-@pytest.mark.parametrize("info", here(), ids=lambda i: i.name)
+@pytest.mark.parametrize("info", before_llm(), ids=lambda i: i.name)
 def test_the_public_record(info):
     (method,) = tokensieve.parse(info.name)
     assert info.title.endswith(".")

@@ -22,7 +22,7 @@ from tests.support.crossmodal import (
     vilt_pairs,
     vilt_retrieval,
 )
-from tests.support.laws_tiny import hooks
+from tests.support.models import hooks
 
 RELEVANCES = ("mean_head", "first_head", "key_key", "query_key")
 
@@ -264,7 +264,8 @@ def test_what_cannot_be_right_is_refused():
 
 
 def test_only_cross_modal_encoders():
-    from tests.support.laws_tiny import FAMILIES, build
+    from tests.support.families import CORE
+    from tests.support.models import build
 
     with pytest.raises(ValueError, match="no cross-modal encoder; supported: vilt, meter, bridgetower"):
-        tokensieve.attach(build(FAMILIES[0]), "pumer")
+        tokensieve.attach(build(CORE[0]), "pumer")

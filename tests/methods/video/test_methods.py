@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tokensieve
-from tests.support.clips import DEPTH, clip
+from tests.methods.video.clips import DEPTH, clip
 from tokensieve import parse
 from tokensieve.methods import evs as methods_folder
 from tokensieve.ops import max_static_segments, merge, score, temporal
@@ -357,7 +357,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from tokensieve import parse
-from tests.support.clips import long_clip
+from tests.methods.video.clips import long_clip
 tokens = long_clip(512, 196, 64)
 for name in sys.argv[1:]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
