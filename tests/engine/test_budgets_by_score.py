@@ -99,7 +99,8 @@ def test_everything_and_less_than_one_token_each(loudest):
 
 
 def test_methods_without_a_budget_have_nothing_to_share():
-    assert all(r.whole for row in answers("qwen2.5-vl", prompts.batch("qwen2.5-vl", "one-and-two"), "full")[1] for r in row)
+    samples = prompts.batch("qwen2.5-vl", "one-and-two")
+    assert all(r.whole for row in answers("qwen2.5-vl", samples, "full")[1] for r in row)
 
 
 @pytest.mark.parametrize("spec", BY_SCORE)

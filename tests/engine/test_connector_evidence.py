@@ -56,7 +56,8 @@ def test_towers_without_cls_say_what_stands_in(registry, family):
     (image,) = seen(registry, family, samples, needs)
     assert any("no [CLS] token" in note for note in image.notes)
     torch.testing.assert_close(image.at("cls_attention", 0), image.at("received", 0))
-    torch.testing.assert_close(image.patches[0], oracle.unprojected(models.unhooked(family), family, samples[0].images[0]))
+    unprojected = oracle.unprojected(models.unhooked(family), family, samples[0].images[0])
+    torch.testing.assert_close(image.patches[0], unprojected)
     (image,) = seen_again(registry, family, samples)
     assert image.notes == (), "attention received is what was asked for: no substitute"
 

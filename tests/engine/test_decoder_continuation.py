@@ -88,9 +88,8 @@ def test_generate_continues_on_the_returned_cache(spec, deviation):
         first = model.generate(**inputs, max_new_tokens=STEPS, **prompts.GREEDY)
         ids = torch.cat([first.sequences, words], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, STEPS + 5, dtype=torch.long)], 1)
-        second = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2, **prompts.GREEDY
-        )
+        turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+        second = model.generate(**turn, max_new_tokens=2, **prompts.GREEDY)
     for row in range(3):
         so_far = [*first.sequences[row, -STEPS:].tolist(), *words[row].tolist(), int(second.sequences[row, -2])]
         by, _ = by_hand_run(spec, family, "ragged", "original", row, so_far)

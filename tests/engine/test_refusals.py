@@ -332,7 +332,8 @@ def test_an_attach_that_fails_otherwise_leaves_nothing_behind(case, monkeypatch)
 
 
 def test_a_tower_that_fails_disarms_the_probes():
-    model, inputs = models.tiny_model("llava-clip"), prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
+    family = "llava-clip"
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
     tower = model.model.vision_tower
 
     def fail(*_):

@@ -301,7 +301,8 @@ def test_a_plain_forward_equals_the_hand_reference(name, positions, deviation):
         got = model(**inputs, use_cache=False).logits
     for i, s in enumerate(samples):
         kept = [r.kept for r in sieve.last[i]]
-        rows = [e.mixed(r.matrix()) for e, r in zip(encoded(name, "sdpa", "one-and-two")[i], sieve.last[i], strict=True)]
+        features = encoded(name, "sdpa", "one-and-two")[i]
+        rows = [e.mixed(r.matrix()) for e, r in zip(features, sieve.last[i], strict=True)]
         sequence = oracle.enter(models.unhooked(name), name, s, kept, rows, [])
         if positions == "contiguous":
             sequence.positions = torch.arange(sequence.prompt).expand_as(sequence.positions)

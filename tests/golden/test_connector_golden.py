@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.golden import TOLERANCE, case, names
+from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import VisualTokens, parse
 from tokensieve.engine.probe import attention_from_cls_wide
 from tokensieve.methods.hired import Hired
@@ -16,7 +16,7 @@ def one(spec, **parameters):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, atol=TOLERANCE, rtol=TOLERANCE)
+    torch.testing.assert_close(a, b, **CLOSE)
 
 
 def kept(reduction):
@@ -26,9 +26,9 @@ def kept(reduction):
 # -- VisionZip -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("visionzip"))
+@cases("visionzip")
 def test_visionzip(name):
-    x, y, h = case("visionzip", name)
+    x, y, h = load("visionzip", name)
     dominant, few = h["dominant_num"], h["contextual_num"]
     states, metric = x["hidden_states"][:, 1:], x["metric"][:, 1:]
     image = VisualTokens(
@@ -50,7 +50,7 @@ def test_visionzip(name):
 
 
 def test_visionzip_as_the_paper_says_it_averages_the_group():
-    x, _, _ = case("visionzip", "c0")
+    x, _, _ = load("visionzip", "c0")
     states = x["hidden_states"][:, 1:]
     image = VisualTokens(
         states,
@@ -86,7 +86,7 @@ def same_merges(reduction, features, y):
 
 @pytest.mark.parametrize("name", ["c0_base_adaptive", "c1_base_fixed", "c2_plus_adaptive", "c4_base_adaptive"])
 def test_prumerge(name):
-    x, y, h = case("prumerge", name)
+    x, y, h = load("prumerge", name)
     image = prumerge_image(x)
     close(image.cls_wide[0], y["cls_attn"])
     spec = "prumerge+" if h["plus"] else "prumerge"
@@ -94,15 +94,15 @@ def test_prumerge(name):
     same_merges(one(spec, keep=keep)(image), x["features"], y)
 
 
-@pytest.mark.parametrize("name", names("prumerge_plus_fixed"))
+@cases("prumerge_plus_fixed")
 def test_prumerge_plus_of_vtc_cls(name):
-    x, y, h = case("prumerge_plus_fixed", name)
+    x, y, h = load("prumerge_plus_fixed", name)
     top, stride = {64: (13, 11), 128: (40, 6)}.get(h["token_num"], (95, 3))
     same_merges(one("prumerge+", top=top, stride=stride)(prumerge_image(x)), x["features"], y)
 
 
 def test_prumerge_plus_fixed_but_for_what_the_official_code_passes_on_twice():
-    x, y, _ = case("prumerge", "c3_plus_fixed")
+    x, y, _ = load("prumerge", "c3_plus_fixed")
     image, twice = prumerge_image(x), y["kept_indices"][0]
     (single,) = one("prumerge+", top=72, stride=8, offset=4)(image)
     indices = twice.unique()
@@ -115,17 +115,17 @@ def test_prumerge_plus_fixed_but_for_what_the_official_code_passes_on_twice():
 # -- VisPruner, HiRED ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("vispruner"))
+@cases("vispruner")
 def test_vispruner(name):
-    x, y, h = case("vispruner", name)
+    x, y, h = load("vispruner", name)
     image = VisualTokens(x["features"], cls_attention={0: x["cls_attention"].mean(1)}, patches=x["features"], depth=2)
     reduction = one("vispruner", keep=h["keep"], important=h["important_ratio"])(image)
     assert kept(reduction) == y["kept_indices"].tolist()
 
 
-@pytest.mark.parametrize("name", names("hired_llava15"))
+@cases("hired_llava15")
 def test_hired(name):
-    x, y, h = case("hired_llava15", name)
+    x, y, h = load("hired_llava15", name)
     rows = x["attention"][:, :, 0, 1:].mean(1)
     image = VisualTokens(rows[..., None], cls_attention={0: rows}, depth=2)
     keep = int(h["num_vision_tokens"] * h["budget_rate"])
@@ -135,9 +135,9 @@ def test_hired(name):
         assert kept(with_spatial) == [y["kept_with_spatial"].tolist()]
 
 
-@pytest.mark.parametrize("name", names("hired_llavanext"))
+@cases("hired_llavanext")
 def test_hired_tiles(name):
-    x, y, h = case("hired_llavanext", name)
+    x, y, h = load("hired_llavanext", name)
     size, first = h["num_vision_tokens"], 0
     for crops in h["num_patches"]:
         rows = [x[layer][first : first + crops].mean(1).flatten() for layer in ("cls_layer0", "cls_layer22")]
@@ -164,26 +164,26 @@ def test_hired_tiles(name):
 # -- greedy methods --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("cdpruner"))
+@cases("cdpruner")
 def test_cdpruner(name):
-    x, y, h = case("cdpruner", name)
+    x, y, h = load("cdpruner", name)
     texts = x["text_embeds"].expand(len(x["features"]), -1, -1)
     image = VisualTokens(x["features"], joint=x["image_embeds"], joint_text=texts)
     assert kept(one("cdpruner", keep=h["keep"], over_batch=True)(image)) == y["kept_indices"].tolist()
 
 
-@pytest.mark.parametrize("name", names("scope"))
+@cases("scope")
 def test_scope(name):
-    x, y, h = case("scope", name)
+    x, y, h = load("scope", name)
     image = VisualTokens(x["features"], cls_attention={0: x["cls_attention"]}, patches=x["features"], depth=2)
     combine = {"multi": "times", "add": "plus"}[h["combined"]]
     reduction = one("scope", keep=h["keep"], alpha=h["alpha"], combine=combine)(image)
     assert kept(reduction) == y["kept_indices"].sort(-1).values.tolist()
 
 
-@pytest.mark.parametrize("name", names("mmtok"))
+@cases("mmtok")
 def test_mmtok(name):
-    x, y, h = case("mmtok", name)
+    x, y, h = load("mmtok", name)
     padding = torch.zeros(1, len(x["features"]), dtype=torch.bool)
     padding[:, h["padding_patch_indices"] or []] = True
     image = VisualTokens(
@@ -202,9 +202,9 @@ def test_mmtok(name):
 # -- HoloV -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("holov"))
+@cases("holov")
 def test_holov(name):
-    x, y, h = case("holov", name)
+    x, y, h = load("holov", name)
     image = VisualTokens(x["features"], cls_attention={0: x["attention"]}, depth=2)
     reduction = one("holov", keep=h["keep"], stretches=h["num_patches"])(image)
     assert reduction.slots == h["keep"]

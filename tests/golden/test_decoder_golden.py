@@ -1,37 +1,14 @@
 """In-LLM methods against inputs and outputs of the authors' code: indices exactly, values to 3e-5."""
 
-import json
-from pathlib import Path
-
-import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import VisualTokens, parse
 from tokensieve.engine.probe import attention_of_queries
 from tokensieve.evaluate.calibrate import first_below, withdrawal_kl
 from tokensieve.methods.dart import Dart, least_alike
 from tokensieve.methods.raters import raters
 from tokensieve.ops import density_peaks
-
-FOLDER = Path(__file__).parent
-METHODS = {m["method"]: m for m in json.loads((FOLDER / "manifest-decoder.json").read_text())["methods"]}
-CLOSE = {"atol": 3e-5, "rtol": 3e-5}
-
-
-def cases(method):
-    """(hyperparameters, inputs, outputs) of every case."""
-    entry = METHODS[method]
-    tensors = load_file(FOLDER / entry["file"])
-    found = [
-        (
-            case["hyperparameters"],
-            {name: tensors[key] for name, key in case["inputs"].items()},
-            {name: tensors[key] for name, key in case["outputs"].items()},
-        )
-        for case in entry["cases"]
-    ]
-    return pytest.mark.parametrize(("hp", "given", "expected"), found, ids=[c["case"] for c in entry["cases"]])
 
 
 def method(spec):
@@ -44,7 +21,8 @@ def split(sequence, start, size):
 
 
 @cases("fastv")
-def test_fastv(hp, given, expected):
+def test_fastv(name):
+    given, expected, hp = load("fastv", name)
     start, size = hp["sys_length"], hp["image_tokens"]
     before, image, after = split(given["hidden_states"][0], start, size)
     tokens = VisualTokens(image[None], queries=given["attention"][..., start : start + size])
@@ -64,7 +42,8 @@ def rotated(x, positions, base):
 
 
 @cases("pyramiddrop")
-def test_pyramiddrop(hp, given, expected):
+def test_pyramiddrop(name):
+    given, expected, hp = load("pyramiddrop", name)
     layers = tuple(range(1, len(hp["ratios"]) + 1))
     spec = method(f"pyramiddrop(layers={layers}, counts={tuple(hp['ratios'])})")
     for row, (start, entered, words) in enumerate(
@@ -100,7 +79,8 @@ def test_pyramiddrop(hp, given, expected):
 
 
 @cases("vtw")
-def test_vtw_calibration(hp, given, expected):
+def test_vtw_calibration(name):
+    given, expected, hp = load("vtw", name)
     kl = withdrawal_kl(given["logits_full"][:, None], given["logits_withdrawn"])
     torch.testing.assert_close(kl, expected["kl"], **CLOSE)
     torch.testing.assert_close(kl.mean(0), expected["kl_mean"], **CLOSE)
@@ -109,7 +89,8 @@ def test_vtw_calibration(hp, given, expected):
 
 
 @cases("sparsevlm")
-def test_sparsevlm(hp, given, expected):
+def test_sparsevlm(name):
+    given, expected, hp = load("sparsevlm", name)
     start, size = hp["image_start"], hp["image_tokens"]
     text = start + size
     embeds, hidden, attention = given["embeds"], given["hidden"], given["attention"]
@@ -143,7 +124,8 @@ def test_sparsevlm(hp, given, expected):
 
 
 @cases("sparsevlm_dpcknn")
-def test_density_peaks(hp, given, expected):
+def test_density_peaks(name):
+    given, expected, hp = load("sparsevlm_dpcknn", name)
     x, clusters = given["x"], hp["clusters"]
     _, cluster = density_peaks(x, clusters, clusters, 1e-6 * expected["density_noise"])
     of = torch.nn.functional.one_hot(cluster, clusters).float()
@@ -157,7 +139,8 @@ def test_density_peaks(hp, given, expected):
 
 
 @cases("sparsevlm_plus")
-def test_sparsevlm_plus(hp, given, expected):
+def test_sparsevlm_plus(name):
+    given, expected, hp = load("sparsevlm_plus", name)
     start, size, depth = hp["image_start"], hp["image_tokens"], hp["head_dim"]
     text = start + size
     positions = given["position_ids"][0].float()
@@ -182,7 +165,8 @@ def test_sparsevlm_plus(hp, given, expected):
 
 
 @cases("sparsevlm_rank")
-def test_sparsevlm_rank(hp, given, expected):
+def test_sparsevlm_rank(name):
+    given, expected, hp = load("sparsevlm_rank", name)
     start, size = hp["image_start"], hp["image_tokens"]
     text = start + size
     by = torch.zeros(given["attention"].shape[-1] - text)
@@ -200,7 +184,8 @@ def test_sparsevlm_rank(hp, given, expected):
 
 
 @cases("dart")
-def test_dart(hp, given, expected):
+def test_dart(name):
+    given, expected, hp = load("dart", name)
     start, size = hp["image_start"], hp["image_tokens"]
     text = start + size
     rows, keys = given["hidden_normed"], given["keys"].transpose(1, 2).flatten(2)
@@ -220,7 +205,8 @@ def test_dart(hp, given, expected):
 
 
 @cases("simignore")
-def test_simignore(hp, given, expected):
+def test_simignore(name):
+    given, expected, hp = load("simignore", name)
     tokens = VisualTokens(given["image_embeds"][None], text=given["text_embeds"][None])
     decision = method(f"simignore(keep={hp['k2']}, start={hp['i_index']}, step={hp['step']})")(tokens)[0]
     assert torch.equal(decision.kept, expected["kept_indices"].sort().values)
@@ -230,7 +216,8 @@ def test_simignore(hp, given, expected):
 
 
 @cases("illava_llm")
-def test_illava(hp, given, expected):
+def test_illava(name):
+    given, expected, hp = load("illava_llm", name)
     start, size, r = hp["image_start"], hp["image_tokens"], hp["r"]
     keep = size - (r if r > 1 else round(size * (1 - r)))
     before, image, after = split(given["hidden"][0], start, size)
@@ -246,7 +233,8 @@ def test_illava(hp, given, expected):
 
 
 @cases("llavolta")
-def test_pool_decoder(hp, given, expected):
+def test_pool_decoder(name):
+    given, expected, hp = load("llavolta", name)
     size, positions = hp["visual_length"], given["position_ids"][0]
     pool = method(f"pool-decoder(stride={hp['stride']}, incomplete='drop')")
     for row, starts in enumerate(hp["image_starts"]):

@@ -1,33 +1,10 @@
 """The methods inside the vision tower against what their authors' code made of the same inputs."""
 
-import json
-from functools import cache
-from pathlib import Path
-
-import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import VisualTokens, parse
 from tokensieve.budget import ramp
-
-FOLDER = Path(__file__).parent
-CLOSE = {"atol": 3e-5, "rtol": 3e-5}
-
-
-@cache
-def manifest():
-    return {m["method"]: m for m in json.loads((FOLDER / "manifest-encoder.json").read_text())["methods"]}
-
-
-def cases(method):
-    return pytest.mark.parametrize("case", manifest()[method]["cases"], ids=lambda case: case["case"])
-
-
-def tensors(method, case):
-    """Inputs and outputs of a case, by name."""
-    stored = load_file(FOLDER / manifest()[method]["file"])
-    return ({k: stored[v["key"]] for k, v in case[side].items()} for side in ("inputs", "outputs"))
 
 
 def method(spec):
@@ -53,9 +30,8 @@ def membership(decision):
 
 
 @cases("tome")
-def test_tome(case):
-    given, expected = tensors("tome", case)
-    hp = case["hyperparameters"]
+def test_tome(name):
+    given, expected, hp = load("tome", name)
     specials = hp["class_token"] + hp["distill_token"]
     x, size = given["x"], given.get("size")
     decision, merged, sizes = tome(x, given["metric"], size, specials, hp["r"])
@@ -80,19 +56,19 @@ def test_tome(case):
 
 
 @cases("tome")
-def test_tome_schedule(case):
-    _, expected = tensors("tome", case)
-    r, inflection = case["hyperparameters"]["r_schedule"]
-    stages = case["hyperparameters"]["layers"]
+def test_tome_schedule(name):
+    _, expected, hp = load("tome", name)
+    r, inflection = hp["r_schedule"]
+    stages = hp["layers"]
     assert [int(n) for n in ramp(r, int(r * (1 - inflection)), stages)] == expected["parse_r"].tolist()
     left = method(f"tome(r={r}, inflection={inflection})").per_stage(10**6, stages)
     assert torch.tensor([10**6, *left]).diff().neg().tolist() == expected["parse_r"].tolist()
 
 
 @cases("illava_encoder")
-def test_illava(case):
-    given, expected = tensors("illava_encoder", case)
-    hidden, r = given["hidden"], case["hyperparameters"]["reduce"]
+def test_illava(name):
+    given, expected, hp = load("illava_encoder", name)
+    hidden, r = given["hidden"], hp["reduce"]
     received = given["attention"].mean((1, 2))
     image = VisualTokens(hidden, received={0: received})
     decision = method(f"illava-encoder(keep={hidden.shape[1] - r})")(image)
@@ -105,9 +81,9 @@ def test_illava(case):
 
 
 @cases("mustdrop_encoder")
-def test_mustdrop(case):
-    given, expected = tensors("mustdrop_encoder", case)
-    hp, hidden = case["hyperparameters"], given["hidden"]
+def test_mustdrop(name):
+    given, expected, hp = load("mustdrop_encoder", name)
+    hidden = given["hidden"]
     side = hp["grid"]
     image = VisualTokens(hidden[:, 1:], grid=(side, side))
     spec = f"mustdrop-encoder(threshold={hp['threshold']}, window={hp['window'][0]}"
@@ -125,9 +101,8 @@ def test_mustdrop(case):
 
 
 @cases("mustdrop_llm")
-def test_mustdrop_llm(case):
-    given, expected = tensors("mustdrop_llm", case)
-    hp = case["hyperparameters"]
+def test_mustdrop_llm(name):
+    given, expected, hp = load("mustdrop_llm", name)
     start, n = hp["image_start"], hp["image_tokens"]
     ranked = torch.zeros(1, n)
     ranked[0, given["key_set"]] = 1.0

@@ -1,14 +1,14 @@
 """Against the authors' code: matching, ViLT block, METER layer, and both models end to end through the converter."""
 
-import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 from transformers import ViltConfig, ViltModel
 
 import tokensieve
-from tests.support import pumer_golden as authors
+from tests.golden.vectors import CLOSE, cases, load, split_weights
 from tests.support.crossmodal import logits
+from tokensieve import parse
 from tokensieve.crossmodal import CrossModal, Merge, ModalityStream
 from tokensieve.fusion.convert import build
 from tokensieve.fusion.convert.names import renamed
@@ -16,12 +16,27 @@ from tokensieve.fusion.meter import MeterConfig
 from tokensieve.fusion.meter.modeling import MeterCoAttentionLayer
 from tokensieve.ops import epsilon_attention, mask_bias
 
-CLOSE = {"atol": 3e-5, "rtol": 3e-5}
+RELEVANCE = {"mean_head": "mean_head", "first_head": "first_head", "k_metric": "key_key", "qk": "query_key"}
 
 
-@pytest.mark.parametrize("case", authors.cases("pumer_bipartite"))
-def test_bipartite_matching(case):
-    settings, inputs, outputs, _ = authors.load("pumer_bipartite", case)
+def official(settings, layers):
+    """The method with the authors' settings, order and treatment of padding."""
+    (method,) = parse(
+        "pumer",
+        layers=tuple(layers),
+        prune=settings["prune_r"],
+        merge=settings["merge_r"],
+        merge_text=settings["merge_text"],
+        relevance=RELEVANCE[settings.get("sim_method", "mean_head")],
+        official_order=True,
+        official_padding=True,
+    )
+    return method
+
+
+@cases("pumer_bipartite")
+def test_bipartite_matching(name):
+    inputs, outputs, settings = load("pumer_bipartite", name)
     rows, total, _ = inputs["x"].shape
     pairs = min(settings["r"], (total - 1) // 2)
     every = torch.arange(total).expand(rows, -1)
@@ -42,9 +57,10 @@ class Given(nn.Module):
         return self.rows, self.mask
 
 
-@pytest.mark.parametrize("case", authors.cases("pumer_vilt_block"))
-def test_vilt_block(case):
-    settings, inputs, outputs, weights = authors.load("pumer_vilt_block", case)
+@cases("pumer_vilt_block")
+def test_vilt_block(name):
+    inputs, outputs, settings = load("pumer_vilt_block", name)
+    inputs, weights = split_weights(inputs)
     width, words = settings["dim"], settings["text_len"]
     config = ViltConfig(
         hidden_size=width,
@@ -60,14 +76,15 @@ def test_vilt_block(case):
     model.encoder.layer[0].load_state_dict({n.split(".", 4)[4]: w for n, w in renamed(theirs, "vilt", "")})
     model.embeddings, model.layernorm = Given(inputs["x"], inputs["mask"]), nn.Identity()
     rows = len(inputs["x"])
-    with tokensieve.attach(model, authors.official(settings, [0])), torch.no_grad():
+    with tokensieve.attach(model, official(settings, [0])), torch.no_grad():
         out = model(torch.zeros(rows, words, dtype=torch.long), pixel_values=torch.zeros(rows, 3, 32, 32))
     assert_close(out.last_hidden_state, outputs["new_x"], **CLOSE)
 
 
-@pytest.mark.parametrize("case", authors.cases("pumer_meter_crosslayer"))
-def test_meter_layer(case):
-    settings, inputs, outputs, weights = authors.load("pumer_meter_crosslayer", case)
+@cases("pumer_meter_crosslayer")
+def test_meter_layer(name):
+    inputs, outputs, settings = load("pumer_meter_crosslayer", name)
+    inputs, weights = split_weights(inputs)
     width, heads = settings["hidden_size"], settings["num_heads"]
     config = MeterConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=width * settings["mlp_ratio"])
     layer = MeterCoAttentionLayer(config).eval()
@@ -93,7 +110,7 @@ def test_meter_layer(case):
         streams = [ModalityStream(m.float(), (m.shape[1],) * len(m)) for m in (mask, inputs["image_masks"])]
         text_key = split(layer.attention.self.key(text))
         seen = CrossModal(*streams, split(cross.query(mixed)), key, None, text_key, key)
-        merged_text, merged_image = authors.official(settings, [0]).reduce_pair(seen)
+        merged_text, merged_image = official(settings, [0]).reduce_pair(seen)
         every = mask_bias(inputs["image_masks"], text.dtype, words)
         rows = layer.crossattention.output(attend(cross, mixed, image, every), mixed)
         rows = rows if merged_text is None else merged_text.apply(rows)
@@ -106,9 +123,10 @@ def test_meter_layer(case):
         assert merged_image.apply(image).shape[1] == image.shape[1] - round(settings["prune_r"] * image.shape[1])
 
 
-@pytest.mark.parametrize("case", authors.cases("pumer_vilt_vqa"))
-def test_vilt_end_to_end(case):
-    settings, inputs, outputs, weights = authors.load("pumer_vilt_vqa", case)
+@cases("pumer_vilt_vqa")
+def test_vilt_end_to_end(name):
+    inputs, outputs, settings = load("pumer_vilt_vqa", name)
+    inputs, weights = split_weights(inputs)
     model = build(weights, heads=settings["config"]["num_heads"])
     given = {
         "input_ids": inputs["text_ids"],
@@ -117,14 +135,15 @@ def test_vilt_end_to_end(case):
         "pixel_mask": outputs["image_masks"],
     }
     assert_close(logits(model, given), outputs["logits_full"], **CLOSE)
-    with tokensieve.attach(model, authors.official(settings, settings["reduce_layers"])):
+    with tokensieve.attach(model, official(settings, settings["reduce_layers"])):
         assert_close(logits(model, given), outputs["logits"], **CLOSE)
     assert_close(logits(model, given), outputs["logits_full"], **CLOSE)
 
 
-@pytest.mark.parametrize("case", authors.cases("pumer_vilt_vqa"))
-def test_vilt_embeds_the_same_patches(case):
-    settings, inputs, outputs, weights = authors.load("pumer_vilt_vqa", case)
+@cases("pumer_vilt_vqa")
+def test_vilt_embeds_the_same_patches(name):
+    inputs, outputs, settings = load("pumer_vilt_vqa", name)
+    inputs, weights = split_weights(inputs)
     model = build(weights, heads=settings["config"]["num_heads"])
     pixels = inputs["pixel_values"]
     torch.manual_seed(settings["rng_seed"])
@@ -134,9 +153,10 @@ def test_vilt_embeds_the_same_patches(case):
     assert torch.equal(mask, outputs["image_masks"])
 
 
-@pytest.mark.parametrize("case", authors.cases("pumer_meter_vqa"))
-def test_meter_end_to_end(case):
-    settings, inputs, outputs, weights = authors.load("pumer_meter_vqa", case)
+@cases("pumer_meter_vqa")
+def test_meter_end_to_end(name):
+    inputs, outputs, settings = load("pumer_meter_vqa", name)
+    inputs, weights = split_weights(inputs)
     model = build(weights, heads=settings["config"]["num_heads"])
     given = {
         "input_ids": inputs["text_ids"],
@@ -145,5 +165,5 @@ def test_meter_end_to_end(case):
     }
     assert_close(logits(model, given), outputs["logits_full"], **CLOSE)
     pairs = [layer // 2 for layer in settings["reduce_layers"]]  # the authors count both layers of a pair
-    with tokensieve.attach(model, authors.official(settings, pairs)):
+    with tokensieve.attach(model, official(settings, pairs)):
         assert_close(logits(model, given), outputs["logits"], **CLOSE)

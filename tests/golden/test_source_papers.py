@@ -1,35 +1,16 @@
-"""The authors' own code: inputs and outputs recorded from it (see manifest.json for repositories, commits and laws)."""
+"""VTC-CLS, FasterVLM and DivPrune against inputs and outputs of their authors' code."""
 
-import json
-from pathlib import Path
-
-import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokensieve
-from tests.support.laws_tiny import BOS, IMAGE, VOCABULARY
+from tests.golden.vectors import CLOSE, cases, load
+from tests.support.families import BOS, IMAGE, VOCABULARY
 from tokensieve import VisualTokens
 from tokensieve.methods.divprune import DivPrune
 from tokensieve.methods.fastervlm import FasterVlm
 from tokensieve.methods.vtc_cls import VtcCls
 from tokensieve.ops import max_min
-
-HERE = Path(__file__).parent
-METHODS = {m["method"]: m for m in json.loads((HERE / "manifest.json").read_text())["methods"]}
-CLOSE = {"atol": 3e-5, "rtol": 3e-5}
-
-
-def cases(method):
-    return [pytest.param(case, id=case["case"]) for case in METHODS[method]["cases"]]
-
-
-def tensors(method, case):
-    """Inputs and outputs of one case, by name."""
-    read = load_file(HERE / METHODS[method]["file"])
-    parts = (f"{case['case']}/in/", f"{case['case']}/out/")
-    return tuple({k.removeprefix(p): v for k, v in read.items() if k.startswith(p)} for p in parts)
 
 
 def llava_around(config, state):
@@ -64,12 +45,11 @@ def llava_around(config, state):
     return model
 
 
-@pytest.mark.parametrize("case", cases("vtc_cls"))
+@cases("vtc_cls")
 @torch.no_grad()
-def test_vtc_cls_end_to_end(case):
+def test_vtc_cls_end_to_end(name):
     """The recorded tower inside LLaVA, attached as a user does: what entered the LLM is what the authors kept."""
-    given, expected = tensors("vtc_cls", case)
-    hyper = case["hyperparameters"]
+    given, expected, hyper = load("vtc_cls", name)
     model = llava_around(hyper["config"], given)
     tokens = len(expected["score"])
     entered = []
@@ -85,11 +65,11 @@ def test_vtc_cls_end_to_end(case):
     torch.testing.assert_close(entered[0][1:-1], expected["kept_features"][0], **CLOSE)
 
 
-@pytest.mark.parametrize("case", cases("vtc_cls"))
-def test_vtc_cls_from_rows(case):
+@cases("vtc_cls")
+def test_vtc_cls_from_rows(name):
     """The method alone, on the recorded attention rows."""
-    _, expected = tensors("vtc_cls", case)
-    hyper, rows = case["hyperparameters"], expected["cls_rows"]
+    _, expected, hyper = load("vtc_cls", name)
+    rows = expected["cls_rows"]
     tokens = VisualTokens(expected["features"], cls_attention=dict(enumerate(rows[:, None])))
     reduction = VtcCls(keep=hyper["token_num"], first_layer=hyper["start_layer"])(tokens)[0]
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
@@ -97,21 +77,21 @@ def test_vtc_cls_from_rows(case):
     torch.testing.assert_close(reduction.apply(expected["features"][0]), expected["kept_features"][0], **CLOSE)
 
 
-@pytest.mark.parametrize("case", cases("fastervlm"))
-def test_fastervlm(case):
-    given, expected = tensors("fastervlm", case)
+@cases("fastervlm")
+def test_fastervlm(name):
+    given, expected, hyper = load("fastervlm", name)
     rows = given["cls_attention"].mean(1)
     tokens = VisualTokens(given["features"], cls_attention={3: rows}, depth=5)
-    reduction = FasterVlm(keep=case["hyperparameters"]["keep"])(tokens)
+    reduction = FasterVlm(keep=hyper["keep"])(tokens)
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     torch.testing.assert_close(reduction.apply(given["features"]), expected["kept_features"], **CLOSE)
 
 
-@pytest.mark.parametrize("case", cases("divprune"))
-def test_divprune(case):
-    given, expected = tensors("divprune", case)
+@cases("divprune")
+def test_divprune(name):
+    given, expected, hyper = load("divprune", name)
     tokens = VisualTokens(given["features"][None])
-    reduction = DivPrune(keep=case["hyperparameters"]["ratio"])(tokens)[0]
+    reduction = DivPrune(keep=hyper["ratio"])(tokens)[0]
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     order = max_min(given["features"], len(expected["selection_order"]))
     assert order.tolist() == expected["selection_order"].tolist()

@@ -176,8 +176,7 @@ def test_images_of_one_batch_may_keep_different_numbers(family):
 def test_rules_merge_what_the_paper_says_not_what_lies_nearby(family):
     """The by-hand rules are no tautology: other parameters give other decisions."""
     found = [
-        [(places, mixed.tolist()) for row in ruled(family, spec, "mixed") for _, places, mixed in row]
-        for spec in RULES
+        [(places, mixed.tolist()) for row in ruled(family, spec, "mixed") for _, places, mixed in row] for spec in RULES
     ]
     assert all(a != b for i, a in enumerate(found) for b in found[:i])
 

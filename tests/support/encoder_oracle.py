@@ -1,4 +1,4 @@
-"""The hand reference inside a CLIP or SigLIP vision encoder: one image, layer by layer, attention written out, no hooks.
+"""The hand reference inside a CLIP or SigLIP vision encoder: one image, layer by layer, attention by hand.
 
 A rule receives one layer and returns groups: for each token that stays, its number and a list of (member, weight).
 There are Python lists and dense matrices only; nothing of the engine or of the methods is used.

@@ -258,9 +258,7 @@ SEVERAL = {"several": (ALONE,), "counts": "batch_num_images"}
 PENULTIMATE = {"vision_feature_layer": -2}
 PIXTRAL = vision("pixtral", 16, head_dim=8)
 MISTRAL = text("mistral", head_dim=16, sliding_window=None)
-GEMMA3 = text(
-    "gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=20, layer_types=GEMMA3_LAYERS
-)
+GEMMA3 = text("gemma3_text", head_dim=16, query_pre_attn_scalar=16, sliding_window=20, layer_types=GEMMA3_LAYERS)
 QWEN35 = text(
     head_dim=16,
     partial_rotary_factor=1.0,

@@ -25,7 +25,7 @@ VARIANTS = (
     "downsample(keep=13) + pool(keep=4)",
 )
 # connector methods that run with these specs instead, because their defaults are for larger images: most of them merge
-# before the projector, or with weights that do not sum to 1. The first spec of a method leaves fewer tokens of any image
+# before the projector, or with weights that do not sum to 1. The first spec of a method drops tokens of any image
 TUNED = (
     "visionzip(keep=9)",
     "visionzip(keep=9, combine='mean', before_projector=False)",
@@ -105,7 +105,7 @@ class Recording:
     layer: int = -1
 
     def decision(self, layer: int, *forms: Tensor) -> Decision | None:
-        """Return the decision in ``layer`` about the image with features `[N, D]` in any of ``forms``, if there is one."""
+        """Return the decision in ``layer`` about the image whose features `[N, D]` are one of ``forms``, if any."""
         calls = [pair for number, *pair in self.decisions if number == layer and pair[0].shape[1] == len(forms[0])]
         images = [pair for features, reductions in calls for pair in zip(features, reductions, strict=True)]
         if not images:

@@ -447,9 +447,9 @@ def layer_by_layer(
 
 
 def run_inside(
-    model: Any, name: str, sample: Sample, decide: Any, kept: Any, encoded: list[Encoded], answer: list[int], policy: str
+    model: Any, name: str, sample: Sample, decide: Any, kept: Any, encoded: list[Encoded], answer: list[int], policy
 ) -> tuple[Tensor, Sequence]:
-    """Return logits after the prompt and after each token of ``answer``, and the sequence at the end; differentiable."""
+    """Return logits after the prompt and each token of ``answer``, and the sequence at the end; differentiable."""
     sequence = enter(model, name, sample, kept, encoded, answer, policy)
     logits = layer_by_layer(model, name, sequence, decide, policy)
     return logits[sequence.prompt - 1 :], sequence

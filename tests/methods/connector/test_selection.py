@@ -122,8 +122,7 @@ def test_trsm(family, scenario, query):
         if not s.images:
             assert row == []
             continue
-        special = {families.PAD, families.BOS, families.EOS, families.START, families.END, families.VIDEO, families.IMAGE}
-        words = [i for i in s.ids[s.ids.index(families.IMAGE) :] if i not in special]
+        words = [i for i in s.ids[s.ids.index(families.IMAGE) :] if i in families.WORDS]
         text = model.get_input_embeddings()(torch.tensor(words))
         text = text if query == "tokens" else text.mean(0, keepdim=True)
         for image, decision in zip(s.images, row, strict=True):
@@ -134,9 +133,11 @@ def test_trsm(family, scenario, query):
 
 @each_family
 def test_divprune(family):
-    for s, row in zip(prompts.batch(family, "mixed"), decide(family, "sdpa", "mixed", "divprune(keep=5)"), strict=True):
+    decisions = decide(family, "sdpa", "mixed", "divprune(keep=5)")
+    for s, row in zip(prompts.batch(family, "mixed"), decisions, strict=True):
         for image, decision in zip(s.images, row, strict=True):
-            unit = torch.nn.functional.normalize(oracle.encode_image(models.unhooked(family), family, image).rows.double())
+            rows = oracle.encode_image(models.unhooked(family), family, image).rows
+            unit = torch.nn.functional.normalize(rows.double())
             distance = 1 - unit @ unit.T
             chosen = [int((distance + 9 * torch.eye(len(unit))).amin(0).argmax())]
             while len(chosen) < 5:

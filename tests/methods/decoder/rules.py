@@ -1,7 +1,7 @@
 """Methods inside the LLM, restated from their papers in plain steps, and the specs they are checked with.
 
-A rule receives an :class:`oracle.Sequence` and one of its images. LLMs have six layers. A method without a rule here goes
-through the laws all the same: there its own decisions are replayed by hand.
+A rule receives an :class:`oracle.Sequence` and one of its images. LLMs have six layers. A method without a rule here
+goes through the laws all the same: there its own decisions are replayed by hand.
 """
 
 from __future__ import annotations

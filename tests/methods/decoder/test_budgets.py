@@ -67,7 +67,8 @@ def test_averages_are_what_the_blocks_see(family):
 
 def test_no_attention_matrix_is_made():
     """Law 6: the probed block asks for one row, all others keep their kernel: nothing of [L, L] exists."""
-    model, inputs = models.tiny_model("llava-clip-deep"), prompts.collate("llava-clip-deep", prompts.batch("llava-clip-deep", "single"))
+    family = "llava-clip-deep"
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
     length, shapes = inputs["input_ids"].shape[1], set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -85,7 +86,8 @@ def test_no_attention_matrix_is_made():
 
 def test_flops_are_those_of_the_short_sequence_and_one_row():
     """Law 6: a score costs one row of attention, and nothing else that a method without scores does not need."""
-    model, inputs = models.tiny_model("llava-clip-deep"), prompts.collate("llava-clip-deep", prompts.batch("llava-clip-deep", "single"))
+    family = "llava-clip-deep"
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
     config, length = model.config.text_config, inputs["input_ids"].shape[1]
 
     def flops(spec):

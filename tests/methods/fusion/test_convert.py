@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from transformers import ViltConfig, ViltForImagesAndTextClassification, ViltForQuestionAnswering
 from typer.testing import CliRunner
 
-from tests.support import pumer_golden as authors
+from tests.golden.vectors import FOLDER, load, split_weights
 from tests.support.crossmodal import logits
 from tokensieve.cli import app
 from tokensieve.fusion.convert import build, convert
@@ -23,7 +23,8 @@ def run(*arguments):
 @pytest.fixture
 def checkpoint():
     """The tiny official ViLT, its settings and what it should say."""
-    settings, inputs, outputs, weights = authors.load("pumer_vilt_vqa", "c0")
+    inputs, outputs, settings = load("pumer_vilt_vqa", "c0")
+    inputs, weights = split_weights(inputs)
     given = {
         "input_ids": inputs["text_ids"],
         "attention_mask": inputs["text_masks"],
@@ -34,7 +35,7 @@ def checkpoint():
 
 
 def test_every_name_of_the_full_model_has_its_place():
-    listed = json.loads((authors.FOLDER / "pumer_vilt_state_dict_keys.json").read_text())
+    listed = json.loads((FOLDER / "pumer_vilt_state_dict_keys.json").read_text())
     with torch.device("meta"):
         model = ViltForQuestionAnswering(ViltConfig(num_labels=3129, layer_norm_eps=1e-6))
         theirs = {entry["name"]: torch.empty(entry["shape"]) for entry in listed["state_dict"]}
@@ -74,7 +75,8 @@ def test_heads_from_the_authors_config(checkpoint, tmp_path):
 
 
 def test_meter(tmp_path):
-    settings, inputs, outputs, weights = authors.load("pumer_meter_vqa", "c0")
+    inputs, outputs, settings = load("pumer_meter_vqa", "c0")
+    inputs, weights = split_weights(inputs)
     torch.save(weights, tmp_path / "theirs.bin")
     result = run(tmp_path / "theirs.bin", tmp_path / "ours", "--heads", settings["config"]["num_heads"])
     assert result.exit_code == 0, result.output
