@@ -1,15 +1,15 @@
-"""What every method inside a cross-modal encoder is."""
+"""The base of methods that act inside a cross-modal encoder."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from tokensieve.crossmodal import CrossModal, Merge
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -47,5 +47,5 @@ class FusionMethod(Method):
     def reduce_pair(self, seen: CrossModal) -> tuple[Merge | None, Merge | None]:
         """Decide about the text and the image in one layer, for a batch; ``None`` leaves that stream as it is."""
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: Any) -> Reduction:
         raise Refusal(f"{self.info.name} acts inside cross-modal encoders (ViLT, METER, BridgeTower), not on an LLM")

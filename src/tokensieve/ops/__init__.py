@@ -1,5 +1,15 @@
 """Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
 
+from tokensieve.ops.attention_rows import (
+    attention_from_cls,
+    attention_from_cls_single_head,
+    attention_of_queries,
+    attention_received,
+    attention_received_single_head,
+    keys_by_head,
+    keys_joined,
+    rope_gain,
+)
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
@@ -50,6 +60,11 @@ __all__ = [
     "area_pool",
     "at",
     "attention",
+    "attention_from_cls",
+    "attention_from_cls_single_head",
+    "attention_of_queries",
+    "attention_received",
+    "attention_received_single_head",
     "bipartite_match",
     "bipartite_thinning",
     "cluster_weights",
@@ -65,6 +80,8 @@ __all__ = [
     "join_nearest",
     "keep_and_average",
     "keep_best",
+    "keys_by_head",
+    "keys_joined",
     "knee",
     "local_variance",
     "mask_bias",
@@ -80,6 +97,7 @@ __all__ = [
     "peak_scores",
     "pooled_grid",
     "rank_in_group",
+    "rope_gain",
     "rows_at",
     "same_place_cosine",
     "segments_at",
