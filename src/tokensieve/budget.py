@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from tokensieve.errors import Refusal
 
 Budget: TypeAlias = int | float
-Scope: TypeAlias = Literal["image", "sample", "sample-score", "tile", "clip", "frame"]
+BudgetScope: TypeAlias = Literal["image", "sample", "sample-score", "tile", "clip", "frame"]
 
 
 def check_budget(keep: Budget) -> Budget:

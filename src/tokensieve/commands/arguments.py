@@ -7,7 +7,8 @@ from typing import Annotated, Literal, TypeAlias
 
 import typer
 
-from tokensieve.budget import Budget, Scope, parse_budget
+from tokensieve.budget import Budget, parse_budget
+from tokensieve.budget import BudgetScope as Scope
 from tokensieve.errors import Refusal
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, everything else on stderr.")]

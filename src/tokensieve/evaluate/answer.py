@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tokensieve.budget import Scope
+from tokensieve.budget import BudgetScope
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.fusion.families import longest_text
 from tokensieve.evaluate.data import Sample
@@ -145,7 +145,7 @@ def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def attaching(model: Any, stages: Sequence[Any], processor: Any, scope: Scope = "image") -> Attached:
+def attaching(model: Any, stages: Sequence[Any], processor: Any, scope: BudgetScope = "image") -> Attached:
     """The same methods for every batch."""
     return lambda batch: attach(model, stages, processor=processor, budget_scope=scope)
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tokensieve.budget import Budget, Scope
+from tokensieve.budget import Budget, BudgetScope
 from tokensieve.engine import attach
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
@@ -44,7 +44,7 @@ def compare(
     metric: str = "exact",
     seeds: int = 3,
     budget: Convention = "kept",
-    budget_scope: Scope = "image",
+    budget_scope: BudgetScope = "image",
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokensieve.budget import Scope
+from tokensieve.budget import BudgetScope
 from tokensieve.evaluate.journal import Journal
 from tokensieve.measure import Bench, Cost
 from tokensieve.measure.prefill import Candidate
@@ -32,7 +32,7 @@ class Costs:
         inputs: Callable[[], Mapping[str, Tensor]],
         journal: Journal,
         place: Any,
-        scope: Scope = "image",
+        scope: BudgetScope = "image",
     ) -> None:
         self._model, self._processor, self._scope = model, processor, scope
         self._inputs, self._journal = inputs, journal

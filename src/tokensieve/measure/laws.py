@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Scope
+from tokensieve.budget import BudgetScope
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, kinds_of
 from tokensieve.errors import Refusal
@@ -97,7 +97,7 @@ class Laws:
     """
 
     def __init__(
-        self, model: Any, prompts: Prompts, count: int = 3, processor: Any = None, budget_scope: Scope = "image"
+        self, model: Any, prompts: Prompts, count: int = 3, processor: Any = None, budget_scope: BudgetScope = "image"
     ) -> None:
         self.model, self.token = model, int(model.config.image_token_id)
         self.processor, self.scope = processor, budget_scope

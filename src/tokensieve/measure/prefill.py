@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Scope
+from tokensieve.budget import BudgetScope
 from tokensieve.engine import attach
 from tokensieve.measure.cost import Cost, break_even
 from tokensieve.measure.decode import decode_ms
@@ -35,7 +35,7 @@ def measure_costs(
     repeats: int = 10,
     warmup: int = 2,
     decode_tokens: int = 8,
-    budget_scope: Scope = "image",
+    budget_scope: BudgetScope = "image",
 ) -> list[Cost]:
     """Measure the unhooked model (first in the list, as "full") and then each method, in pairs.
 
@@ -71,7 +71,7 @@ class Bench:
         repeats: int = 10,
         warmup: int = 2,
         decode_tokens: int = 8,
-        budget_scope: Scope = "image",
+        budget_scope: BudgetScope = "image",
     ) -> None:
         self.model, self.inputs, self.processor, self.scope = model, inputs, processor, budget_scope
         self.repeats, self.warmup, self.decode_tokens = repeats, warmup, decode_tokens

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, padded_nonzero, rank_in_group, share_out, sizes_of, top_k
+from tokensieve.ops import padded_nonzero, rank_in_group, set_true, share_out, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -49,7 +49,7 @@ class Hired(Method):
         kept = top_k(scores, wanted)
         if not self.spatial:
             return image.keep(kept, scores)
-        stay = at(torch.zeros_like(scores, dtype=torch.bool), kept)
+        stay = set_true(torch.zeros_like(scores, dtype=torch.bool), kept)
         stay[:, : -1 : max(1, image.total // self.spatial)] = True
         kept, real = padded_nonzero(stay)
         return image.keep(kept, scores, valid=real)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from tokensieve.methods.base import DecoderMethod, Method, Needs, check_blocks
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, padded_nonzero
+from tokensieve.ops import padded_nonzero, set_true
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -66,7 +66,7 @@ class MustDropLlm(DecoderMethod):
         stays = (sums >= self.together * even) | (attention.amax(1) >= self.single / entered)
         if image.ranked is not None:
             best = image.ranked.sort(dim=-1, descending=True, stable=True).indices
-            stays = at(stays, best[:, : math.ceil(self.protect * entered)])
-        indices, valid = padded_nonzero(at(stays, sums.argmax(-1, keepdim=True)))
+            stays = set_true(stays, best[:, : math.ceil(self.protect * entered)])
+        indices, valid = padded_nonzero(set_true(stays, sums.argmax(-1, keepdim=True)))
         note = () if image.ranked is not None else (UNPROTECTED,)
         return replace(image, notes=(*image.notes, *note)).keep(indices, sums, valid=valid)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokensieve.budget import Budget
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, nearest, outliers, padded_nonzero, rows_at, top_k
+from tokensieve.ops import nearest, outliers, padded_nonzero, rows_at, set_true, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -49,7 +49,7 @@ class PruMerge(Method):
         if self.keep is None:
             return outliers(scores)
         best = top_k(scores, max(1, image.count(self.keep) - 1))
-        return at(torch.zeros_like(scores, dtype=torch.bool), best)
+        return set_true(torch.zeros_like(scores, dtype=torch.bool), best)
 
     def reduce(self, image: VisualTokens) -> Reduction:
         scores, keys = image.at("cls_wide", -1), image.at("encoder_keys", -1).flatten(-2)

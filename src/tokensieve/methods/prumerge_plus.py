@@ -9,7 +9,7 @@ from tokensieve.errors import Refusal
 from tokensieve.methods.base import Needs
 from tokensieve.methods.prumerge import PruMerge
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, outliers, spread_evenly, top_k
+from tokensieve.ops import outliers, set_true, spread_evenly, top_k
 from tokensieve.tokens import VisualTokens
 
 
@@ -48,9 +48,9 @@ class PruMergePlus(PruMerge):
         none = torch.zeros_like(scores, dtype=torch.bool)
         if self.keep is not None:
             patches = max(1, image.count(self.keep) - 1)
-            best = at(none, top_k(scores, (patches + 1) // 2))
-            return at(best, spread_evenly(~best, patches // 2))
-        best = outliers(scores) if self.top is None else at(none, top_k(scores, self.top))
+            best = set_true(none, top_k(scores, (patches + 1) // 2))
+            return set_true(best, spread_evenly(~best, patches // 2))
+        best = outliers(scores) if self.top is None else set_true(none, top_k(scores, self.top))
         place = torch.arange(image.total, device=scores.device) - self.offset
         inverse = image.total / best.sum(-1, keepdim=True)
         stride = (inverse.int() // 3).clamp(min=1) if self.stride is None else self.stride

@@ -9,7 +9,7 @@ from torch import Tensor
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, join_nearest, padded_nonzero, peak_scores, sizes_of, top_k
+from tokensieve.ops import join_nearest, padded_nonzero, peak_scores, set_true, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -45,7 +45,7 @@ class SetokCluster(Method):
         rows = patches + _place_code(image.grid, patches.shape[-1]).to(patches.device)
         scores = peak_scores(rows, self.fallback)
         centre = scores > self.threshold
-        usual = at(torch.zeros_like(centre), top_k(scores, min(self.fallback, image.total)))
+        usual = set_true(torch.zeros_like(centre), top_k(scores, min(self.fallback, image.total)))
         centres, real = padded_nonzero(torch.where(centre.any(-1, keepdim=True), centre, usual))
         cluster = join_nearest(rows, centres, real)
         weight = 1 / sizes_of(cluster, centres.shape[-1]).gather(-1, cluster)

@@ -9,7 +9,7 @@ from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
-from tokensieve.ops import at, nearest, rows_at, sizes_of, top_k
+from tokensieve.ops import nearest, rows_at, set_true, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
 
@@ -56,7 +56,7 @@ class VisionZip(Method):
         dominant = top_k(scores, wanted - few)
         if few == 0:
             return image.keep(dominant, scores)
-        kept = at(torch.zeros_like(scores, dtype=torch.bool), dominant)
+        kept = set_true(torch.zeros_like(scores, dtype=torch.bool), dominant)
         others = kept.int().argsort(dim=-1, stable=True)[:, : image.total - (wanted - few)]
         stride = others.shape[1] // few
         target = torch.arange(few, device=others.device) * stride
