@@ -162,14 +162,14 @@ class ImageReduction:
     @property
     def remaining(self) -> TokenLayout:
         """How the tokens that are left lie."""
-        if self.layout.places is None:
+        if self.layout.patch_index is None:
             return TokenLayout((self.inside[-1] if self.inside else self.decision).slots)
         return self.layout.left(self.anchors)
 
     @cached_property
     def entered(self) -> int:
         """Patches that entered the LLM: budgets of decoder methods are shares of this number."""
-        if self.layout.places is None:
+        if self.layout.patch_index is None:
             return self.decision.slots
         return self.layout.left(self.decision.anchors).patches
 
