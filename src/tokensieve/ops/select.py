@@ -55,7 +55,7 @@ def padded_nonzero(mask: Tensor) -> tuple[Tensor, Tensor]:
     return order.gather(-1, torch.minimum(place.expand_as(order), counts - 1)), place < counts
 
 
-def at(mask: Tensor, indices: Tensor) -> Tensor:
+def set_true(mask: Tensor, indices: Tensor) -> Tensor:
     """``mask`` `[..., N]` with True at ``indices`` `[..., K]` as well."""
     return mask.scatter(-1, indices, True)
 
@@ -63,7 +63,7 @@ def at(mask: Tensor, indices: Tensor) -> Tensor:
 def outliers(scores: Tensor) -> Tensor:
     """Scores above the third quartile by 1.5 interquartile ranges, `[..., N]` bool; the largest where there is none."""
     low, high = torch.quantile(scores.float(), torch.tensor([0.25, 0.75], device=scores.device), dim=-1)
-    return at(scores > (high + 1.5 * (high - low))[..., None], scores.argmax(-1, keepdim=True))
+    return set_true(scores > (high + 1.5 * (high - low))[..., None], scores.argmax(-1, keepdim=True))
 
 
 def spread_evenly(free: Tensor, k: int) -> Tensor:
@@ -135,7 +135,7 @@ def bipartite_thinning(rows: Tensor, order: Tensor, k: int, step: int) -> Tensor
         place, found = torch.arange(left, device=order.device).expand_as(order), None
         while place.shape[-1] > max(k, left // 2 if few < left else 0):
             even, odd = place[..., ::2], place[..., 1::2]
-            is_odd = at(torch.zeros_like(order, dtype=torch.bool), odd)
+            is_odd = set_true(torch.zeros_like(order, dtype=torch.bool), odd)
             met = is_odd.gather(-1, rows_at(near, even).flatten(-2)).view(*even.shape, few)
             alike = rows_at(cosine, even).masked_fill(~met, -torch.inf).amax(-1)
             found = alike.amin() if found is None else torch.minimum(found, alike.amin())
