@@ -6,10 +6,7 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import EncoderNeeds, Needs
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import ResizeMethod
+from tokensieve.methods import EncoderNeeds, Method, Needs, ResizeMethod, register
 from tokensieve.ops import area_pool, pooled_grid, uniform
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import dpp_map, text_similarity
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, given

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import knee
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, given

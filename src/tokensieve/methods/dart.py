@@ -8,9 +8,7 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.needs import DecoderNeeds
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.ops import normalise, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens, given

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, register
 from tokensieve.ops import max_min
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens

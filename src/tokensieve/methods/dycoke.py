@@ -6,9 +6,7 @@ from typing import ClassVar
 import torch
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import in_proportion, padded_nonzero, same_place_cosine
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens

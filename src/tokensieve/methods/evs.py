@@ -5,9 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import same_place_cosine, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens

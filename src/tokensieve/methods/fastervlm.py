@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import ScoreMethod
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Needs, ScoreMethod, register
 from tokensieve.tokens import ConnectorTokens
 
 

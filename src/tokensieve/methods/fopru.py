@@ -7,9 +7,7 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import ScoreMethod
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Needs, ScoreMethod, register
 from tokensieve.ops import rank_in_group
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import (
     cluster_weights,
     density_peaks,

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import local_variance, rank_in_group, share_out
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens

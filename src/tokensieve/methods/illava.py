@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from tokensieve.budget import Budget
-from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod, EncoderMethod
+from tokensieve.methods import DecoderMethod, DecoderNeeds, EncoderMethod, EncoderNeeds, register
 from tokensieve.ops import merge_by_rank
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens, EncoderTokens, given

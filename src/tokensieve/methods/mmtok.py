@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import CHUNK, coverage, gram, normalise, rows_at
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, given

@@ -6,9 +6,7 @@ from typing import ClassVar
 import torch
 
 from tokensieve.errors import Refusal
-from tokensieve.methods.needs import EncoderNeeds
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import EncoderMethod
+from tokensieve.methods import EncoderMethod, EncoderNeeds, register
 from tokensieve.ops import normalise, padded_nonzero, sizes_of
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import EncoderTokens

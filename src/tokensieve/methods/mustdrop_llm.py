@@ -3,10 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import DecoderNeeds, Needs
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod
+from tokensieve.methods import DecoderMethod, DecoderNeeds, Method, Needs, register
 from tokensieve.ops import padded_nonzero, set_true
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, DecoderTokens, given

@@ -6,8 +6,7 @@ from typing import Literal
 import torch
 
 from tokensieve.errors import Refusal
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod
+from tokensieve.methods import DecoderMethod, register
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tokensieve.errors import Refusal
+from tokensieve.methods import register
 from tokensieve.methods.prumerge import NEEDS, PruMerge
-from tokensieve.methods.registry import register
 from tokensieve.ops import outliers, set_true, spread_evenly, top_k
 from tokensieve.tokens import ConnectorTokens
 

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import ScoreMethod
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Needs, ScoreMethod, register
 from tokensieve.ops import normalise, text_similarity
 from tokensieve.tokens import ConnectorTokens, given
 

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.needs import DecoderNeeds
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.methods.raters import rated
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod
 from tokensieve.ops import density_peaks, keep_and_average, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens

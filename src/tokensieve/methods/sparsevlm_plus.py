@@ -6,11 +6,8 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import ScoreMethod
-from tokensieve.methods.needs import DecoderNeeds
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
 from tokensieve.methods.raters import raters
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod
 from tokensieve.tokens import DecoderTokens, given
 
 

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tokensieve.methods.needs import DecoderNeeds
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.methods.raters import rated
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens
 

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import ScoreMethod
-from tokensieve.methods.needs import DecoderNeeds
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import DecoderMethod
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
 from tokensieve.tokens import DecoderTokens, given
 
 

@@ -7,9 +7,7 @@ import torch
 
 from tokensieve.budget import Budget, merge_counts, ramp
 from tokensieve.errors import Refusal
-from tokensieve.methods.needs import EncoderNeeds
-from tokensieve.methods.registry import register
-from tokensieve.methods.stages import EncoderMethod
+from tokensieve.methods import EncoderMethod, EncoderNeeds, register
 from tokensieve.ops import alternate_match
 from tokensieve.reduction import Mixing, Reduction
 from tokensieve.tokens import EncoderTokens, given

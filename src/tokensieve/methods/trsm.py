@@ -6,9 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import ScoreMethod
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Needs, ScoreMethod, register
 from tokensieve.ops import text_similarity
 from tokensieve.tokens import ConnectorTokens, given
 

@@ -7,9 +7,7 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import nearest, rows_at, set_true, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens

@@ -6,9 +6,7 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method
-from tokensieve.methods.needs import Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import bipartite_thinning, without_sinks
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, given

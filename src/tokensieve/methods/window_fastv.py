@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokensieve.methods import DecoderNeeds, register
 from tokensieve.methods.fastv import FastV
-from tokensieve.methods.needs import DecoderNeeds
-from tokensieve.methods.registry import register
 from tokensieve.ops import top_k_per_group
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens
