@@ -65,6 +65,10 @@ class UserText:
     features: Tensor
     mask: Tensor
 
+    def __post_init__(self) -> None:
+        if self.mask.shape != self.features.shape[:2]:
+            raise ValueError(f"mask must be {list(self.features.shape[:2])}; got shape {list(self.mask.shape)}")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DecoderUserText(UserText):
@@ -126,6 +130,9 @@ class VisualTokens:
             raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
         if self.frames is not None and n % self.frames:
             raise ValueError(f"{n} tokens are not {self.frames} frames of equal size")
+        text: UserText | None = getattr(self, "user_text", None)
+        if text is not None and len(text.features) != len(self.features):
+            raise ValueError(f"user_text must be of {len(self.features)} images; got {len(text.features)}")
         for name in self.rows_per_token:
             evidence = getattr(self, name)
             for rows in evidence.values() if isinstance(evidence, ByLayer) else [evidence]:

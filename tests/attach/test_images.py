@@ -14,6 +14,7 @@ from tokensieve import Method, Reduction
 from tokensieve.budget import share_out
 from tokensieve.engine.probe import attention_from_cls, attention_received
 from tokensieve.models import TokenLayout, families, family_of
+from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles
 
 GENERATE = {"max_new_tokens": 1, **tiny.GREEDY}
 
@@ -414,13 +415,10 @@ def test_hired_shares_out_over_the_tiles_of_a_mosaic():
     column = torch.arange(4 * 8) % 8
     tile = torch.cat([torch.zeros(16, dtype=torch.long), torch.where(column < 5, 1, 2)])[None]
     scores[0] = torch.arange(48.0)
-    image = tokensieve.VisualTokens(
+    image = ConnectorTokens(
         torch.randn(1, 48, 4),
-        cls_attention={0: first, 2: scores},
-        depth=4,
-        tile=tile,
-        tiles=2,
-        views=((4, 4), (4, 8)),
+        cls_attention=ByLayer({0: first, 2: scores}, 4),
+        tiles=Tiles(tile, 2, ((4, 4), (4, 8))),
     )
     (method,) = tokensieve.parse("hired(keep=18, alpha=0.7)")  # 12 of the whole image; salient: the first 4 of 16
     (decision,) = method(image)

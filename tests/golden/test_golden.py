@@ -10,11 +10,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import tokensieve
 from laws.tiny import BOS, IMAGE, VOCABULARY
-from tokensieve import VisualTokens
 from tokensieve.methods.divprune import DivPrune
 from tokensieve.methods.fastervlm import FasterVlm
 from tokensieve.methods.vtc_cls import VtcCls
 from tokensieve.ops import max_min
+from tokensieve.tokens import ByLayer, ConnectorTokens
 
 HERE = Path(__file__).parent
 METHODS = {m["method"]: m for m in json.loads((HERE / "manifest.json").read_text())["methods"]}
@@ -90,7 +90,7 @@ def test_vtc_cls_from_rows(case):
     """The method alone, on the recorded attention rows."""
     _, expected = tensors("vtc_cls", case)
     hyper, rows = case["hyperparameters"], expected["cls_rows"]
-    tokens = VisualTokens(expected["features"], cls_attention=dict(enumerate(rows[:, None])))
+    tokens = ConnectorTokens(expected["features"], cls_attention=ByLayer(dict(enumerate(rows[:, None]))))
     reduction = VtcCls(keep=hyper["token_num"], first_layer=hyper["start_layer"])(tokens)[0]
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     torch.testing.assert_close(reduction.scores, expected["score"], **CLOSE)
@@ -101,7 +101,7 @@ def test_vtc_cls_from_rows(case):
 def test_fastervlm(case):
     given, expected = tensors("fastervlm", case)
     rows = given["cls_attention"].mean(1)
-    tokens = VisualTokens(given["features"], cls_attention={3: rows}, depth=5)
+    tokens = ConnectorTokens(given["features"], cls_attention=ByLayer({3: rows}, 5))
     reduction = FasterVlm(keep=case["hyperparameters"]["keep"])(tokens)
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     torch.testing.assert_close(reduction.apply(given["features"]), expected["kept_features"], **CLOSE)
@@ -110,7 +110,7 @@ def test_fastervlm(case):
 @pytest.mark.parametrize("case", cases("divprune"))
 def test_divprune(case):
     given, expected = tensors("divprune", case)
-    tokens = VisualTokens(given["features"][None])
+    tokens = ConnectorTokens(given["features"][None])
     reduction = DivPrune(keep=case["hyperparameters"]["ratio"])(tokens)[0]
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     order = max_min(given["features"], len(expected["selection_order"]))

@@ -9,7 +9,8 @@ import torch
 import tokensieve
 from laws import reference, tiny
 from laws.reference import NOISE, Encoded
-from tokensieve import Reduction, VisualTokens
+from tokensieve import Reduction
+from tokensieve.tokens import ConnectorTokens
 
 STEPS = 3
 SPECS = (
@@ -32,8 +33,8 @@ SPECS = (
     "cdpruner(keep=6)",
     "scope(keep=6)",
     "mmtok(keep=6)",
-    "holov(keep=6, stretches=4)",
-    "holov(keep=6, stretches=4, rank='holistic')",
+    "holov(keep=6, windows=4)",
+    "holov(keep=6, windows=4, rank='holistic')",
     "par(keep=6, threshold=0.3)",
     "setok-cluster(threshold=9, fallback=3)",
     "setok-cluster(threshold=0.9)",
@@ -220,7 +221,7 @@ def test_refusals(family):
     model = tiny.subject(family)
     before = tiny.footprint(model)
     for spec, reason in (
-        ("cdpruner(space='joint')", "text encoder"),
+        ("cdpruner(space='joint')", "no parameter 'space'"),
         ("prumerge+(keep=4, top=3)", "either keep, or top"),
         ("visionzip(contextual=1.0)", "share"),
         ("visionzip(combine='sum')", "combine must be"),
@@ -240,14 +241,14 @@ def seen(registry, family, samples, needs):
     """What a method that needs ``needs`` is given, per group of equal images."""
     from dataclasses import dataclass
 
-    given: list[VisualTokens] = []
+    given: list[ConnectorTokens] = []
 
     @registry.register("spy", paper="test", needs=needs)
     @dataclass(frozen=True)
     class Spy(tokensieve.Method):
         """Look, and keep all but the last."""
 
-        def reduce(self, image: VisualTokens) -> Reduction:
+        def reduce(self, image: ConnectorTokens) -> Reduction:
             given.append(image)
             return image.keep(torch.arange(image.total - 1).expand(len(image.features), -1))
 
@@ -258,32 +259,38 @@ def seen(registry, family, samples, needs):
 
 def test_clip_evidence_is_what_an_eager_tower_computes(registry):
     family, (s, *_) = "llava-clip", tiny.scenario("llava-clip", "ragged")
-    needs = tokensieve.Needs(cls_attention=-2, cls_wide=-1, received=-2, encoder_keys=slice(-2, None), patches=True)
+    needs = tokensieve.Needs(
+        cls_attention=-2,
+        cls_attention_single_head=-1,
+        attention_received=-2,
+        encoder_keys=slice(-2, None),
+        patches=True,
+    )
     (image,) = seen(registry, family, [s], needs)
     tower = tiny.pristine(family, "eager").model.vision_tower
     with torch.no_grad():
         out = tower(s.images[0].pixels[None], output_attentions=True, output_hidden_states=True)
     attention = out.attentions[-2][0].mean(0)
-    torch.testing.assert_close(image.at("cls_attention", -2)[0], attention[0, 1:])
-    torch.testing.assert_close(image.at("received", -2)[0], attention.mean(0)[1:])
+    torch.testing.assert_close(image.cls_attention[-2][0], attention[0, 1:])
+    torch.testing.assert_close(image.attention_received[-2][0], attention.mean(0)[1:])
     torch.testing.assert_close(image.patches[0], out.hidden_states[-2][0, 1:])
     last = tower.encoder.layers[-1]
     with torch.no_grad():
         rows = last.layer_norm1(out.hidden_states[-2][0])
         query, key = last.self_attn.q_proj(rows), last.self_attn.k_proj(rows)
-    torch.testing.assert_close(image.at("encoder_keys", -1)[0].flatten(1), key[1:])
+    torch.testing.assert_close(image.encoder_keys[-1][0].flatten(1), key[1:])
     wide = (query[0] @ key.T / query.shape[-1] ** 0.5).softmax(-1)[1:]
-    torch.testing.assert_close(image.at("cls_wide", -1)[0], wide)
+    torch.testing.assert_close(image.cls_attention_single_head[-1][0], wide)
     assert image.notes == ()
 
 
 @pytest.mark.parametrize("family", ["llava-siglip", "qwen2.5-vl", "qwen3-vl"])
 def test_towers_without_cls_say_what_stands_in(registry, family):
     samples = tiny.scenario(family, "single")
-    needs = tokensieve.Needs(cls_attention=0, received=0, patches=True)
+    needs = tokensieve.Needs(cls_attention=0, attention_received=0, patches=True)
     (image,) = seen(registry, family, samples, needs)
     assert any("no [CLS] token" in note for note in image.notes)
-    torch.testing.assert_close(image.at("cls_attention", 0), image.at("received", 0))
+    torch.testing.assert_close(image.cls_attention[0], image.attention_received[0])
     torch.testing.assert_close(image.patches[0], encoded(family, "single")[0][0][0])
     (image,) = seen_again(registry, family, samples)
     assert image.notes == (), "attention received is what was asked for: no substitute"
@@ -291,7 +298,7 @@ def test_towers_without_cls_say_what_stands_in(registry, family):
 
 def seen_again(registry, family, samples):
     registry._registry.pop("spy")
-    return seen(registry, family, samples, tokensieve.Needs(received=-1))
+    return seen(registry, family, samples, tokensieve.Needs(attention_received=-1))
 
 
 def test_cdpruner_says_that_the_joint_space_is_missing():

@@ -118,7 +118,7 @@ class Method(ABC):
         return Reduction.identity(total, batch, image.features.device, grid=image.grid, notes=(note,))
 
     def __str__(self) -> str:
-        """Return the spec that :func:`~tokensieve.parse` reads back: the budget, and parameters that are not default."""
+        """Return the spec that :func:`~tokensieve.parse` reads back: the budget, and parameters other than default."""
         shown = [
             f"{f.name}={getattr(self, f.name)!r}"
             for f in dataclasses.fields(self)
@@ -137,7 +137,7 @@ class ConnectorMethod(Method):
 
 @dataclass(frozen=True)
 class ScoreMethod(Method):
-    """Base of methods that keep the tokens with the largest of one score. Inside the LLM: `(ScoreMethod, DecoderMethod)`."""
+    """Base of methods that keep the tokens with the largest score; inside the LLM `(ScoreMethod, DecoderMethod)`."""
 
     @property
     def by_score(self) -> bool:

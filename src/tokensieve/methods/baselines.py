@@ -6,8 +6,7 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import EncoderNeeds, Method, Needs, ResizeMethod, register
 from tokensieve.ops import area_pool, pooled_grid, uniform
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
@@ -43,7 +42,7 @@ class Random(Method):
 
     def reduce(self, image: VisualTokens) -> Reduction:
         places = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))
-        places = places[: image.count(self.keep)].to(image.features.device)
+        places = places[: image.budget].to(image.features.device)
         return image.keep(places.expand(len(image.features), -1))
 
 
@@ -61,7 +60,7 @@ class Uniform(Method):
     keep: Budget = 0.25
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        places = uniform(image.total, image.count(self.keep), image.features.device)
+        places = uniform(image.total, image.budget, image.features.device)
         return image.keep(places.expand(len(image.features), -1))
 
 
@@ -80,24 +79,24 @@ class Pool(Method):
 
     keep: Budget = 0.25
 
-    def cells(self, image: VisualTokens) -> tuple[int, int]:
-        """(height, width) of the pooled grid."""
-        if image.grid is None:
-            raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
-        return pooled_grid(image.grid, image.count(self.keep))
+    def cells(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        """Return (height, width) of the pooled grid."""
+        return pooled_grid(grid, budget)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        height, width = self.cells(image)
+        if image.grid is None:
+            raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
+        height, width = self.cells(image.grid, image.budget)
         b, device = len(image.features), image.features.device
-        pooled = area_pool(image.grid or (0, 0), (height, width))
+        pooled = area_pool(image.grid, (height, width))
         anchors, slot, source, weight = (t.to(device).expand(b, -1) for t in pooled)
-        note = f"{height}x{width} cells for a budget of {image.count(self.keep)} tokens"
+        note = f"{height}x{width} cells for a budget of {image.budget} tokens"
         return image.merge(anchors, slot, source, weight, note)
 
 
-@register("downsample", paper="baseline", stage="encoder", needs=Needs(grid=True))
+@register("downsample", paper="baseline", stage="encoder", needs=EncoderNeeds(grid=True))
 @dataclass(frozen=True)
-class Downsample(Pool):
+class Downsample(Pool, ResizeMethod):
     """Resize the image before the encoder, so that it makes fewer tokens: cheaper in the encoder, too.
 
     Args:

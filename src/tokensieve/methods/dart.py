@@ -8,14 +8,15 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.registry import register
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.ops import normalise, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens, given
 
 
-@register("dart", paper="arXiv:2502.11494", stage="decoder", needs=Needs(text=True, keys=True, normed=True))
+@register(
+    "dart", paper="arXiv:2502.11494", stage="decoder", needs=DecoderNeeds(user_text=True, keys=True, final_norm=True)
+)
 @dataclass(frozen=True)
 class Dart(DecoderMethod):
     """Keep the visual tokens that duplicate a few pivot tokens least, and the visual pivots themselves.
@@ -50,24 +51,24 @@ class Dart(DecoderMethod):
         if not self.visual_pivots + self.text_pivots:
             raise Refusal("visual_pivots and text_pivots cannot both be 0")
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks([self.layer], depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        words, mask = image.words()
-        norms = image.given("keys").float().norm(1, -1)
-        text_norms = image.given("text_keys").float().norm(1, -1).masked_fill(~mask, -torch.inf)
-        visual = norms.topk(min(self.visual_pivots, self.wanted(image)), -1).indices
+    def reduce(self, image: DecoderTokens) -> Reduction:
+        text = given(image.user_text)
+        norms = given(image.keys).float().norm(1, -1)
+        text_norms = given(text.keys).float().norm(1, -1).masked_fill(~text.mask, -torch.inf)
+        visual = norms.topk(min(self.visual_pivots, image.budget), -1).indices
         # a prompt of fewer words has its pivots twice, so that every image of a batch has as many
-        turns = torch.arange(self.text_pivots, device=norms.device) % mask.sum(-1, keepdim=True)
-        text = text_norms.sort(dim=-1, descending=True, stable=True).indices.gather(-1, turns)
-        pivots = [image.features.take_along_dim(visual[..., None], 1), words.take_along_dim(text[..., None], 1)]
+        turns = torch.arange(self.text_pivots, device=norms.device) % text.mask.sum(-1, keepdim=True)
+        chosen = text_norms.sort(dim=-1, descending=True, stable=True).indices.gather(-1, turns)
+        pivots = [
+            image.features.take_along_dim(visual[..., None], 1),
+            text.features.take_along_dim(chosen[..., None], 1),
+        ]
         kept = least_alike(image.features, torch.cat(pivots, 1), visual, self.shares(image, visual.shape[-1]))
         return image.keep(kept)
 
-    def shares(self, image: VisualTokens, visual: int) -> list[int]:
+    def shares(self, image: DecoderTokens, visual: int) -> list[int]:
         """How many tokens each pivot adds to the ``visual`` pivots."""
-        wanted, pivots = self.wanted(image), visual + self.text_pivots
+        wanted, pivots = image.budget, visual + self.text_pivots
         if self.exact:
             left = wanted - visual
             return [left * (turn + 1) // pivots - left * turn // pivots for turn in range(pivots)]

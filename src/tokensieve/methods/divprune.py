@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, register
 from tokensieve.ops import max_min
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 
 @register("divprune", paper="arXiv:2503.02175")
@@ -26,5 +25,5 @@ class DivPrune(Method):
 
     keep: Budget = 0.098
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        return image.keep(max_min(image.features, image.count(self.keep)))
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        return image.keep(max_min(image.features, image.budget))

@@ -6,11 +6,10 @@ from typing import ClassVar
 import torch
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import in_proportion, padded_nonzero, same_place_cosine
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 BACK = (0, 1, 2, 1)  # by how many frames each frame of a window looks back
 
@@ -37,7 +36,7 @@ class DyCoke(Method):
     drop: float = 0.7
     proportions: ClassVar = ("drop",)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: ConnectorTokens) -> Reduction:
         frames = image.in_frames(image.features)
         number, size = torch.arange(frames.shape[1], device=frames.device), frames.shape[2]
         alike = same_place_cosine(frames, number - torch.tensor(BACK, device=number.device)[number % 4])
@@ -45,9 +44,9 @@ class DyCoke(Method):
         if self.keep is None:
             quota = whole.where(whole > 0, round(size * (1 - self.drop)))
         else:
-            quota = whole + in_proportion(max(0, image.count(self.keep) - int(whole.sum())), size - whole)
+            quota = whole + in_proportion(max(0, image.budget - int(whole.sum())), size - whole)
         rank = alike.argsort(dim=-1, stable=True).argsort(-1)
-        if self.keep is not None and int(quota.sum()) > image.count(self.keep):
+        if self.keep is not None and int(quota.sum()) > image.budget:
             image = image.noted(f"every fourth frame is kept: {int(quota.sum())} tokens, more than the budget")
         kept, _ = padded_nonzero((rank < quota[:, None]).flatten(1))
         return image.keep(kept, (1 - alike).flatten(1))

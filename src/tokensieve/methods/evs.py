@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import same_place_cosine, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 
 @register("evs", paper="arXiv:2510.14624", needs=Needs(video=True))
@@ -29,12 +28,12 @@ class Evs(Method):
 
     keep: Budget = 0.25
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: ConnectorTokens) -> Reduction:
         frames = image.in_frames(image.features)
         before = (torch.arange(frames.shape[1], device=frames.device) - 1).clamp(min=0)
         change = (1 - same_place_cosine(frames, before)).clamp(max=2)
         change[:, 0] = 3  # more than any change
-        wanted = max(image.count(self.keep), frames.shape[2])
-        if wanted > image.count(self.keep):
+        wanted = max(image.budget, frames.shape[2])
+        if wanted > image.budget:
             image = image.noted(f"the first frame is kept: {wanted} tokens, more than the budget")
         return image.keep(top_k(change.flatten(1), wanted), change.flatten(1))

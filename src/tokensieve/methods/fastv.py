@@ -2,17 +2,16 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
+from tokensieve.tokens import DecoderTokens, given
 
 
-@register("fastv", paper="arXiv:2403.06764", stage="decoder", needs=Needs(queries="last"))
+@register("fastv", paper="arXiv:2403.06764", stage="decoder", needs=DecoderNeeds(attention="last"))
 @dataclass(frozen=True)
-class FastV(DecoderMethod):
+class FastV(ScoreMethod, DecoderMethod):
     """Keep the visual tokens that the last prompt token attends to most in the block before ``layer``.
 
     Args:
@@ -29,9 +28,5 @@ class FastV(DecoderMethod):
     average: Budget | None = None
     layer: int | float = 2
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks([self.layer], depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.given("queries").mean((1, 2))
-        return image.keep(top_k(scores, self.wanted(image)), scores)
+    def score(self, image: DecoderTokens) -> Tensor:
+        return given(image.attention).mean((1, 2))  # over heads; there is one query

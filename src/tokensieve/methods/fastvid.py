@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import cluster_weights, in_proportion, nearest, normalise, peak_scores, segments_at, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 
 @register("fastvid", paper="arXiv:2503.11187", needs=Needs(cls_attention=-1, video=True))
@@ -42,9 +41,9 @@ class FastVid(Method):
     own: float = 0.6
     proportions: ClassVar = ("context", "own")
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        attention = image.in_frames(image.at("cls_attention", -1))
-        clips, wanted = zip(image.in_frames(image.features), attention, strict=True), image.count(self.keep)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        attention = image.in_frames(image.cls_attention[-1])
+        clips, wanted = zip(image.in_frames(image.features), attention, strict=True), image.budget
         into, weight = (torch.stack(part) for part in zip(*(self.clip(*clip, wanted) for clip in clips), strict=True))
         return image.merge_into(into, weight, scores=attention.flatten(1))
 

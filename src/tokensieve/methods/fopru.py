@@ -3,18 +3,19 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import rank_in_group, top_k
+from tokensieve.methods import Needs, ScoreMethod, register
+from tokensieve.ops import rank_in_group
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 
-@register("fopru", paper="arXiv:2411.14164", needs=Needs(received=-2))
+@register("fopru", paper="arXiv:2411.14164", needs=Needs(attention_received=-2))
 @dataclass(frozen=True)
-class FoPru(Method):
+class FoPru(ScoreMethod):
     """Keep the patches that receive most attention from all others, or the rows of the image that do.
 
     Args:
@@ -33,20 +34,23 @@ class FoPru(Method):
 
     @property
     def needs(self) -> Needs:
-        return Needs(received=-2, grid=self.select == "row")
+        return Needs(attention_received=-2, grid=self.select == "row")
 
     @property
     def by_score(self) -> bool:
         return self.select == "rank"
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores, wanted = image.at("received", -2), image.count(self.keep)
-        if self.select == "rank":
-            return image.keep(top_k(scores, wanted), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        return image.attention_received[-2]
+
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        if self.by_score:
+            return super().reduce(image)
+        scores = self.score(image)
         if image.grid is None:
             raise Refusal(f"fopru(select='row') needs tokens on a grid; these {image.total} tokens have none")
         height, width = image.grid
         order = scores.view(-1, height, width).sum(-1).sort(dim=-1, descending=True, stable=True).indices
         row = order.argsort(-1).repeat_interleave(width, -1)
         place = row * width + rank_in_group(scores, row, height)
-        return image.keep(place.argsort(-1)[:, :wanted], scores)
+        return image.keep(place.argsort(-1)[:, : image.budget], scores)

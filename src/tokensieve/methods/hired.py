@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
+<<<<<<< HEAD
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
+=======
+from tokensieve.methods import Method, Needs, register
+>>>>>>> h-methods
 from tokensieve.ops import padded_nonzero, rank_in_group, set_true, share_out, sizes_of, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, Tiles
 
 
 @register("hired", paper="arXiv:2408.10945", needs=Needs(cls_attention=(0, -2)))
@@ -42,10 +46,10 @@ class Hired(Method):
     official_tiles: bool = False
     proportions: ClassVar = ("alpha",)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores, wanted = image.at("cls_attention", -2), image.count(self.keep)
-        if image.tile is not None:
-            return self.tiled(image, image.tile, scores, wanted)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        scores, wanted = image.cls_attention[-2], image.budget
+        if image.tiles is not None:
+            return self.tiled(image, image.tiles, scores, wanted)
         kept = top_k(scores, wanted)
         if not self.spatial:
             return image.keep(kept, scores)
@@ -54,22 +58,22 @@ class Hired(Method):
         kept, real = padded_nonzero(stay)
         return image.keep(kept, scores, valid=real)
 
-    def tiled(self, image: VisualTokens, tile: Tensor, scores: Tensor, wanted: int) -> Reduction:
+    def tiled(self, image: ConnectorTokens, tiles: Tiles, scores: Tensor, wanted: int) -> Reduction:
         """The best of the whole image and of each tile, by their quotas."""
-        (height, width), (rows, columns) = image.views
-        size, tiles = height * width, image.tiles
-        salient = top_k(image.at("cls_attention", 0)[:, :size], int(size * (1 - self.alpha)))
+        (height, width), (rows, columns) = tiles.views
+        size, tile, count = height * width, tiles.number, tiles.count
+        salient = top_k(image.cls_attention[0][:, :size], int(size * (1 - self.alpha)))
         if self.official_tiles:
-            found = sizes_of(salient * tiles // size, tiles)
+            found = sizes_of(salient * count // size, count)
         else:
             mosaic = salient // width * rows // height * columns + salient % width * columns // width
-            found = sizes_of(tile[:, size:].gather(-1, mosaic) - 1, tiles)
+            found = sizes_of(tile[:, size:].gather(-1, mosaic) - 1, count)
         whole = min(max(int(wanted * self.alpha), wanted - (image.total - size)), size)
-        rest, sizes = wanted - whole, sizes_of(tile, 1 + tiles)[:, 1:]
+        rest, sizes = wanted - whole, sizes_of(tile, 1 + count)[:, 1:]
         if self.official_tiles:
             shares = torch.minimum((found / found.sum(-1, keepdim=True) * rest).long(), sizes)
         else:
             shares = share_out(found, rest, sizes)
         quotas = torch.cat([torch.full_like(shares[:, :1], whole), shares], -1)
-        kept, real = padded_nonzero(rank_in_group(scores, tile, 1 + tiles) < quotas.gather(-1, tile))
+        kept, real = padded_nonzero(rank_in_group(scores, tile, 1 + count) < quotas.gather(-1, tile))
         return image.keep(kept, scores, valid=real if self.official_tiles else None)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import (
     cluster_weights,
     density_peaks,
@@ -21,10 +20,10 @@ from tokensieve.ops import (
     top_k,
 )
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 
-@register("holitom", paper="arXiv:2505.21334", needs=Needs(received=-1, video=True))
+@register("holitom", paper="arXiv:2505.21334", needs=Needs(attention_received=-1, video=True))
 @dataclass(frozen=True)
 class HoliTom(Method):
     """Average still places over segments, cluster them, and keep of the other tokens those that receive attention.
@@ -51,10 +50,10 @@ class HoliTom(Method):
     least: ClassVar = {"neighbours": 1}
     proportions: ClassVar = ("own",)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        received = image.at("received", -1)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        received = image.attention_received[-1]
         clips = zip(image.in_frames(image.features), received, strict=True)
-        decided = [self.clip(*clip, image.count(self.keep)) for clip in clips]
+        decided = [self.clip(*clip, image.budget) for clip in clips]
         into, weight = (torch.stack(part) for part in zip(*decided, strict=True))
         return image.merge_into(into, weight, scores=received)
 

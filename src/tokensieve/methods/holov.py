@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import local_variance, rank_in_group, share_out
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 
 @register("holov", paper="arXiv:2510.02912", needs=Needs(cls_attention=-2))
@@ -24,7 +23,7 @@ class HoloV(Method):
 
     Args:
         keep: tokens per image, or a share of them.
-        stretches: how many (the paper: 16 of LLaVA-1.5's 576 tokens).
+        windows: how many (the paper: 16 of LLaVA-1.5's 576 tokens).
         variety: weight of the variance.
         rank: what counts inside a stretch: "attention", as in the official code, or "holistic", both, as in the paper.
 
@@ -35,13 +34,13 @@ class HoloV(Method):
     """
 
     keep: Budget = 64
-    stretches: int = 16
+    windows: int = 16
     variety: float = 0.09
     rank: Literal["attention", "holistic"] = "attention"
-    least: ClassVar = {"stretches": 1}
+    least: ClassVar = {"windows": 1}
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        attention, wanted, parts = image.at("cls_attention", -2), image.count(self.keep), self.stretches
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        attention, wanted, parts = image.cls_attention[-2], image.budget, self.windows
         parts = min(parts, image.total)
         sizes = [image.total // parts + (part < image.total % parts) for part in range(parts)]
         size = torch.tensor(sizes, device=attention.device)

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, EncoderMethod, Needs, check_blocks, check_layers
-from tokensieve.methods.registry import register
+from tokensieve.methods import DecoderMethod, DecoderNeeds, EncoderMethod, EncoderNeeds, register
 from tokensieve.ops import merge_by_rank
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens, EncoderTokens, given
 
 
-@register("illava-encoder", paper="arXiv:2412.06263", stage="encoder", needs=Needs(received=-1))
+@register("illava-encoder", paper="arXiv:2412.06263", stage="encoder", needs=EncoderNeeds(attention_received=True))
 @dataclass(frozen=True)
 class ILlavaEncoder(EncoderMethod):
     """In some layers of the vision tower, keep what receives most attention, and merge the others into one by rank.
@@ -30,14 +29,11 @@ class ILlavaEncoder(EncoderMethod):
     layers: tuple[int | float, ...] = (0.2, 0.24, 0.28, 0.32)
     favour_attended: bool = False
 
-    def stages(self, depth: int) -> list[int]:
-        return check_layers(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        return image.merge(*merge_by_rank(image.at("received", -1), self.wanted(image), self.favour_attended))
+    def reduce(self, image: EncoderTokens) -> Reduction:
+        return image.merge(*merge_by_rank(given(image.attention_received).float(), image.budget, self.favour_attended))
 
 
-@register("illava-llm", paper="arXiv:2412.06263", stage="decoder", needs=Needs(queries="last"))
+@register("illava-llm", paper="arXiv:2412.06263", stage="decoder", needs=DecoderNeeds(attention="last"))
 @dataclass(frozen=True)
 class ILlavaLlm(DecoderMethod):
     """Keep what the last prompt token attends to, and merge the others into the best of them by rank.
@@ -62,9 +58,6 @@ class ILlavaLlm(DecoderMethod):
     layer: int | float = 0.25
     favour_attended: bool = False
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks([self.layer], depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.given("queries").mean((1, 2))
-        return image.merge(*merge_by_rank(scores, self.wanted(image), self.favour_attended))
+    def reduce(self, image: DecoderTokens) -> Reduction:
+        scores = given(image.attention).mean((1, 2))
+        return image.merge(*merge_by_rank(scores, image.budget, self.favour_attended))

@@ -6,22 +6,19 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import CHUNK, coverage, gram, normalise, rows_at
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
-@register("mmtok", paper="arXiv:2508.18264", needs=Needs(text=True, patches=True))
+@register("mmtok", paper="arXiv:2508.18264", needs=Needs(user_text=True, patches=True))
 @dataclass(frozen=True)
 class MmTok(Method):
     """Greedily keep the tokens that cover two things best: each word of the prompt, and each patch of the image.
 
     How well token j covers word i is the share that j has in the softmax of i's cosines to all tokens in the LLM's
-    input space; how well it covers patch i, the same among the encoder's rows. Patches that
-    ``VisualTokens.padding`` marks are covered like any other, but not chosen; under ``attach`` none is marked, since no
-    processor tells the model of padding.
+    input space; how well it covers patch i, the same among the encoder's rows.
 
     Args:
         keep: tokens per image, or a share of them.
@@ -39,11 +36,12 @@ class MmTok(Method):
     text_temperature: float = 0.02
     image_temperature: float = 0.2
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        words, mask = image.words()
-        cosines = normalise(words) @ normalise(image.features).transpose(-1, -2)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        text = given(image.user_text)
+        mask = text.mask
+        cosines = normalise(text.features) @ normalise(image.features).transpose(-1, -2)
         asked = (cosines / self.text_temperature).softmax(-1) * (mask / mask.sum(-1, keepdim=True))[..., None]
-        by_token, rows = asked.mT.contiguous(), normalise(image.given("patches"))
+        by_token, rows = asked.mT.contiguous(), normalise(given(image.patches))
         whole = gram(rows) if image.total <= CHUNK else None
 
         def shares(cosines: Tensor) -> Tensor:  # of the softmax, up to its sum; no cosine exceeds 1
@@ -57,5 +55,4 @@ class MmTok(Method):
             return torch.cat([rows_at(by_token, index), shares(rows_at(rows, index) @ rows.mT) * scale], -1)
 
         table = covers if whole is None else torch.cat([by_token, shares(whole) * scale], -1)
-        eligible = None if image.padding is None else (~image.padding).float()
-        return image.keep(coverage(table, sums, image.count(self.keep), eligible))
+        return image.keep(coverage(table, sums, image.budget))

@@ -6,14 +6,13 @@ from typing import ClassVar
 import torch
 
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import EncoderMethod, Needs, check_layers
-from tokensieve.methods.registry import register
+from tokensieve.methods import EncoderMethod, EncoderNeeds, register
 from tokensieve.ops import normalise, padded_nonzero, sizes_of
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import EncoderTokens
 
 
-@register("mustdrop-encoder", paper="arXiv:2411.10803", stage="encoder", needs=Needs(grid=True))
+@register("mustdrop-encoder", paper="arXiv:2411.10803", stage="encoder", needs=EncoderNeeds(grid=True))
 @dataclass(frozen=True)
 class MustDropEncoder(EncoderMethod):
     """Behind the first layer of the vision tower, merge each window of patches that are all alike into its mean.
@@ -32,7 +31,7 @@ class MustDropEncoder(EncoderMethod):
     code puts merged tokens first; here each stands in the middle of its window.
     """
 
-    behind: ClassVar[bool] = True
+    after_layer: ClassVar[bool] = True
 
     threshold: float = 0.8
     window: int = 3
@@ -44,10 +43,7 @@ class MustDropEncoder(EncoderMethod):
         if not isinstance(self.window, int) or self.window < 2:
             raise Refusal(f"window must be a whole number of patches >= 2; got {self.window!r}")
 
-    def stages(self, depth: int) -> list[int]:
-        return check_layers([self.layer], depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: EncoderTokens) -> Reduction:
         batch, n = image.features.shape[:2]
         if image.grid is None or min(image.grid) < self.window:
             raise Refusal(f"{self} needs tokens on a grid of at least a window; got {image.grid or n}")

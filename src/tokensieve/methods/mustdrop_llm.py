@@ -1,13 +1,17 @@
 """MustDrop, the half after the vision tower: key tokens are protected, others go when no word looks at them."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+<<<<<<< HEAD
 from tokensieve.methods.base import DecoderMethod, Method, Needs, check_blocks
 from tokensieve.methods.registry import register
+=======
+from tokensieve.methods import DecoderMethod, DecoderNeeds, Method, Needs, register
+>>>>>>> h-methods
 from tokensieve.ops import padded_nonzero, set_true
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, DecoderTokens, given
 
 UNPROTECTED = "no token was protected: no connector method (such as mustdrop-keys) ranked them"
 
@@ -21,14 +25,17 @@ class MustDropKeys(Method):
     Paper: as of ``mustdrop-llm``.
     """
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: ConnectorTokens) -> Reduction:
         b, n, _ = image.features.shape
-        scores = image.at("cls_attention", -1)
+        scores = image.cls_attention[-1]
         return Reduction.identity(n, b, scores.device, grid=image.grid, notes=image.notes, scores=scores)
 
 
 @register(
-    "mustdrop-llm", paper="arXiv:2411.10803", stage="decoder", needs=Needs(text=True, queries="words", ranked=True)
+    "mustdrop-llm",
+    paper="arXiv:2411.10803",
+    stage="decoder",
+    needs=DecoderNeeds(user_text=True, attention="words", connector_scores=True),
 )
 @dataclass(frozen=True)
 class MustDropLlm(DecoderMethod):
@@ -54,19 +61,26 @@ class MustDropLlm(DecoderMethod):
     single: float = 0.6
     protect: float = 0.08
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        attention, entered = image.given("queries").float().mean(1), image.entered or image.total
-        if image.text_mask is not None:
-            attention = attention * image.text_mask[..., None]
+    def reduce(self, image: DecoderTokens) -> Reduction:
+        attention, entered = given(image.attention).float().mean(1), image.entered or image.total
+        if image.user_text is not None:
+            attention = attention * image.user_text.mask[..., None]
         sums = attention.sum(1)
         even = sums.sum(-1, keepdim=True) / entered
         stays = (sums >= self.together * even) | (attention.amax(1) >= self.single / entered)
+<<<<<<< HEAD
         if image.ranked is not None:
             best = image.ranked.sort(dim=-1, descending=True, stable=True).indices
             stays = set_true(stays, best[:, : math.ceil(self.protect * entered)])
         indices, valid = padded_nonzero(set_true(stays, sums.argmax(-1, keepdim=True)))
         note = () if image.ranked is not None else (UNPROTECTED,)
         return replace(image, notes=(*image.notes, *note)).keep(indices, sums, valid=valid)
+=======
+        if image.connector_scores is not None:
+            best = image.connector_scores.sort(dim=-1, descending=True, stable=True).indices
+            stays = set_true(stays, best[:, : math.ceil(self.protect * entered)])
+        else:
+            image = image.noted(UNPROTECTED)
+        indices, valid = padded_nonzero(set_true(stays, sums.argmax(-1, keepdim=True)))
+        return image.keep(indices, sums, valid=valid)
+>>>>>>> h-methods

@@ -4,6 +4,8 @@ These three classes are the table of evidence. Each field states how its evidenc
 New evidence takes two edits: a field here, and the field of the same name in ``tokensieve.tokens``.
 """
 
+# ruff: noqa: RUF009 (`evidence` makes dataclass fields, as `dataclasses.field` does)
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -6,14 +6,13 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import CHUNK, connected, normalise, rank_in_group, rows_at, sizes_of, text_similarity
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
-@register("par", paper="arXiv:2410.07278v2", needs=Needs(text=True))
+@register("par", paper="arXiv:2410.07278v2", needs=Needs(user_text=True))
 @dataclass(frozen=True)
 class Par(Method):
     """Retrieve clusters of tokens by the prompt, keep the best of each, and merge the rest of the cluster into them.
@@ -44,13 +43,14 @@ class Par(Method):
         if not 0 < self.route <= 1 or self.largest < 1:
             raise Refusal(f"route must be a share in (0, 1], largest at least 1; got {self.route}, {self.largest}")
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        rows, total, wanted = normalise(image.features), image.total, image.count(self.keep)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        rows, total, wanted = normalise(image.features), image.total, image.budget
+        text = given(image.user_text)
         cluster = connected(rows, self.threshold, self.largest)
         size = sizes_of(cluster, total)
         sums = torch.zeros_like(rows).scatter_add(1, cluster[..., None].expand_as(rows), image.features.float())
-        relevance = text_similarity(rows, *image.words(), "tokens")
-        asked = text_similarity(sums, *image.words(), "tokens").masked_fill(size == 0, -2)
+        relevance = text_similarity(rows, text.features, text.mask, "tokens")
+        asked = text_similarity(sums, text.features, text.mask, "tokens").masked_fill(size == 0, -2)
         turn = asked.sort(dim=-1, descending=True, stable=True).indices.argsort(-1).gather(-1, cluster)
         place = rank_in_group(relevance, cluster, total)
         late = place >= (size * self.route).ceil().gather(-1, cluster)

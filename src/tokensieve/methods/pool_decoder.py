@@ -6,10 +6,9 @@ from typing import Literal
 import torch
 
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import DecoderMethod, check_blocks
-from tokensieve.methods.registry import register
+from tokensieve.methods import DecoderMethod, register
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens
 
 
 @register("pool-decoder", paper="arXiv:2406.20092", stage="decoder")
@@ -38,10 +37,7 @@ class PoolDecoder(DecoderMethod):
         if self.stride < 1:
             raise Refusal(f"stride must be at least 1; got {self.stride}")
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks([self.layer], depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: DecoderTokens) -> Reduction:
         total, batch, device = image.total, len(image.features), image.features.device
         if self.incomplete == "drop" and total >= self.stride:
             total -= total % self.stride

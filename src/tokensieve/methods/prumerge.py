@@ -7,14 +7,20 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
+<<<<<<< HEAD
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
+=======
+from tokensieve.methods import Method, Needs, register
+>>>>>>> h-methods
 from tokensieve.ops import nearest, outliers, padded_nonzero, rows_at, set_true, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
+
+NEEDS = Needs(cls_attention_single_head=-1, encoder_keys=-1, patches=True)
 
 
-@register("prumerge", paper="arXiv:2403.15388", needs=Needs(cls_wide=-1, encoder_keys=-1, patches=True))
+@register("prumerge", paper="arXiv:2403.15388", needs=NEEDS)
 @dataclass(frozen=True)
 class PruMerge(Method):
     """Keep the patches that stand out in [CLS] attention; add their neighbours to them, and all the rest as one token.
@@ -42,17 +48,21 @@ class PruMerge(Method):
 
     @property
     def needs(self) -> Needs:
-        return replace(self.info.needs, patches=self.before_projector)
+        return replace(NEEDS, patches=self.before_projector)
 
-    def chosen(self, image: VisualTokens, scores: Tensor) -> Tensor:
+    def chosen(self, image: ConnectorTokens, scores: Tensor) -> Tensor:
         """Which patches stay, `[B, N]` bool, besides the extra token."""
         if self.keep is None:
             return outliers(scores)
+<<<<<<< HEAD
         best = top_k(scores, max(1, image.count(self.keep) - 1))
+=======
+        best = top_k(scores, max(1, image.budget - 1))
+>>>>>>> h-methods
         return set_true(torch.zeros_like(scores, dtype=torch.bool), best)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores, keys = image.at("cls_wide", -1), image.at("encoder_keys", -1).flatten(-2)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        scores, keys = image.cls_attention_single_head[-1], image.encoder_keys[-1].flatten(-2)
         stay = self.chosen(image, scores)
         kept, real = padded_nonzero(stay) if self.keep is None else (_indices(stay), None)
         slots, sources = kept.shape[1], torch.arange(image.total, device=kept.device).expand_as(scores)
@@ -64,7 +74,7 @@ class PruMerge(Method):
         if real is not None:
             weight, alone = weight * real[..., None], alone * real
         entries = [(own, kept, alone), (own.repeat_interleave(near.shape[-1], -1), near.flatten(1), weight.flatten(1))]
-        if self.keep is None or image.count(self.keep) > 1:
+        if self.keep is None or image.budget > 1:
             extra = scores.masked_fill(stay, -1).argmax(-1, keepdim=True)
             entries.append((torch.full_like(sources, slots), sources, scores.masked_fill(stay, 0)))
             kept = torch.cat([kept, extra], -1)

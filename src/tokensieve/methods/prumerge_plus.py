@@ -6,14 +6,21 @@ import torch
 from torch import Tensor
 
 from tokensieve.errors import Refusal
+<<<<<<< HEAD
 from tokensieve.methods.base import Needs
 from tokensieve.methods.prumerge import PruMerge
 from tokensieve.methods.registry import register
 from tokensieve.ops import outliers, set_true, spread_evenly, top_k
 from tokensieve.tokens import VisualTokens
+=======
+from tokensieve.methods import register
+from tokensieve.methods.prumerge import NEEDS, PruMerge
+from tokensieve.ops import outliers, set_true, spread_evenly, top_k
+from tokensieve.tokens import ConnectorTokens
+>>>>>>> h-methods
 
 
-@register("prumerge+", paper="arXiv:2403.15388", needs=Needs(cls_wide=-1, encoder_keys=-1, patches=True))
+@register("prumerge+", paper="arXiv:2403.15388", needs=NEEDS)
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
     """PruMerge that keeps patches at equal stride as well: the default leaves about 25 % of LLaVA-1.5's tokens.
@@ -44,10 +51,14 @@ class PruMergePlus(PruMerge):
         if self.stride is not None and self.stride < 1:
             raise Refusal(f"stride must be at least 1; got {self.stride}")
 
-    def chosen(self, image: VisualTokens, scores: Tensor) -> Tensor:
+    def chosen(self, image: ConnectorTokens, scores: Tensor) -> Tensor:
         none = torch.zeros_like(scores, dtype=torch.bool)
         if self.keep is not None:
+<<<<<<< HEAD
             patches = max(1, image.count(self.keep) - 1)
+=======
+            patches = max(1, image.budget - 1)
+>>>>>>> h-methods
             best = set_true(none, top_k(scores, (patches + 1) // 2))
             return set_true(best, spread_evenly(~best, patches // 2))
         best = outliers(scores) if self.top is None else set_true(none, top_k(scores, self.top))

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import (
     Segment,
     cluster_weights,
@@ -20,7 +19,7 @@ from tokensieve.ops import (
     segments_at,
 )
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
 
 @register("prunevid", paper="arXiv:2412.16117", needs=Needs(video=True))
@@ -51,8 +50,8 @@ class PruneVid(Method):
     least: ClassVar = {"neighbours": 1}
     proportions: ClassVar = ("merged", "scenes")
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        wanted = None if self.keep is None else image.count(self.keep)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        wanted = None if self.keep is None else image.budget
         clips = [self.clip(rows, wanted) for rows in image.in_frames(image.features)]
         into, weight = (torch.stack(part) for part in zip(*clips, strict=True))
         return image.merge_into(into, weight)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from tokensieve.crossmodal import CrossModal, Merge
 from tokensieve.errors import Refusal
-from tokensieve.methods.fusion import FusionMethod
-from tokensieve.methods.registry import register
+from tokensieve.methods import FusionMethod, register
 from tokensieve.ops import attention, keep_best, text_relevance
 
 

@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
+from tokensieve.tokens import DecoderTokens, given
 
 
-@register("pyramiddrop", paper="arXiv:2410.17247", stage="decoder", needs=Needs(queries="last", own=True))
+@register(
+    "pyramiddrop", paper="arXiv:2410.17247", stage="decoder", needs=DecoderNeeds(attention="last", same_layer=True)
+)
 @dataclass(frozen=True)
-class PyramidDrop(DecoderMethod):
+class PyramidDrop(ScoreMethod, DecoderMethod):
     """At each stage keep a fixed ratio of what the last prompt token attends to most in the stage's own block.
 
     Args:
@@ -36,9 +37,5 @@ class PyramidDrop(DecoderMethod):
     counts: tuple[Budget, ...] | None = None
     layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.given("queries").mean((1, 2))
-        return image.keep(top_k(scores, self.wanted(image)), scores)
+    def score(self, image: DecoderTokens) -> Tensor:
+        return given(image.attention).mean((1, 2))  # over heads; there is one query

@@ -6,11 +6,10 @@ from typing import Literal
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import CHUNK, coverage, gram, normalise, rows_at
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
 @register("scope", paper="arXiv:2510.24214", needs=Needs(cls_attention=-2, patches=True))
@@ -39,8 +38,8 @@ class Scope(Method):
     combine: Literal["times", "plus"] = "times"
     heads: int = 1
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        rows, attention = normalise(image.given("patches")), image.at("cls_attention", -2)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        rows, attention = normalise(given(image.patches)), image.cls_attention[-2]
         saliency = (attention * self.heads) ** self.alpha
 
         def similar(index: Tensor) -> Tensor:
@@ -48,4 +47,4 @@ class Scope(Method):
 
         covers = gram(rows) if image.total <= CHUNK else similar
         weight, bonus = (saliency, None) if self.combine == "times" else (None, saliency)
-        return image.keep(coverage(covers, saliency, image.count(self.keep), weight, bonus), attention)
+        return image.keep(coverage(covers, saliency, image.budget, weight, bonus), attention)

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from tokensieve.errors import Refusal
+<<<<<<< HEAD
 from tokensieve.methods.base import Method, Needs
 from tokensieve.methods.registry import register
+=======
+from tokensieve.methods import Method, Needs, register
+>>>>>>> h-methods
 from tokensieve.ops import join_nearest, padded_nonzero, peak_scores, set_true, sizes_of, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
 @register("setok-cluster", paper="arXiv:2406.05127", needs=Needs(patches=True, grid=True))
@@ -38,10 +42,10 @@ class SetokCluster(Method):
     before_projector: bool = True
     least: ClassVar = {"fallback": 1}
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: ConnectorTokens) -> Reduction:
         if image.grid is None:
             raise Refusal(f"setok-cluster needs tokens on a grid; these {image.total} tokens have none")
-        patches = image.given("patches").float()
+        patches = given(image.patches).float()
         rows = patches + _place_code(image.grid, patches.shape[-1]).to(patches.device)
         scores = peak_scores(rows, self.fallback)
         centre = scores > self.threshold

@@ -7,16 +7,14 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import normalise, text_similarity, top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import Needs, ScoreMethod, register
+from tokensieve.ops import normalise, text_similarity
+from tokensieve.tokens import ConnectorTokens, given
 
 
-@register("simignore", paper="arXiv:2412.09817", needs=Needs(text=True))
+@register("simignore", paper="arXiv:2412.09817", needs=Needs(user_text=True))
 @dataclass(frozen=True)
-class Simignore(Method):
+class Simignore(ScoreMethod):
     """Keep the visual tokens with the largest cosine to any word of the prompt: an accuracy method at mild budgets.
 
     Args:
@@ -42,13 +40,11 @@ class Simignore(Method):
     def by_score(self) -> bool:
         return not self.start and self.step == 1  # a walk ranks each image's pairs by themselves
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        words, mask = image.words()
-        if self.start or self.step > 1:
-            scores = self.walked(normalise(image.features) @ normalise(words).transpose(-1, -2), mask)
-        else:  # the walk meets every token first at its best word
-            scores = text_similarity(image.features, words, mask, "tokens")
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        text = given(image.user_text)
+        if self.by_score:  # the walk meets every token first at its best word
+            return text_similarity(image.features, text.features, text.mask, "tokens")
+        return self.walked(normalise(image.features) @ normalise(text.features).transpose(-1, -2), text.mask)
 
     def walked(self, cosines: Tensor, mask: Tensor) -> Tensor:
         """How soon the walk meets each token, `[B, N, M]` to `[B, N]`; tokens that it does not meet come last."""

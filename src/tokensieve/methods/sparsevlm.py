@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.methods.raters import rated
-from tokensieve.methods.registry import register
 from tokensieve.ops import density_peaks, keep_and_average, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens
 
 
-@register("sparsevlm", paper="arXiv:2410.04417", stage="decoder", needs=Needs(text=True, queries="words", entry=True))
+@register(
+    "sparsevlm",
+    paper="arXiv:2410.04417",
+    stage="decoder",
+    needs=DecoderNeeds(user_text=True, attention="words", input_embeddings=True),
+)
 @dataclass(frozen=True)
 class SparseVlm(DecoderMethod):
     """Keep what the rater words attend to; cluster the best of the rest and keep the clusters' means.
@@ -48,16 +52,13 @@ class SparseVlm(DecoderMethod):
     noise_seed: int | None = None
     proportions: ClassVar = ("recycle",)
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: DecoderTokens) -> Reduction:
         rows, by = rated(image)
         scores = rows.sum(1) / by.sum(-1, keepdim=True)
-        kept = top_k(scores, self.wanted(image))
+        kept = top_k(scores, image.budget)
         return self.recycled(image, scores, kept) if self.recycle else image.keep(kept, scores)
 
-    def recycled(self, image: VisualTokens, scores: Tensor, kept: Tensor) -> Reduction:
+    def recycled(self, image: DecoderTokens, scores: Tensor, kept: Tensor) -> Reduction:
         """The kept tokens as they are, and the means of clusters of the best pruned ones."""
         best = int(self.recycle * (image.total - kept.shape[-1])) + 1
         order = scores.scatter(-1, kept, -torch.inf).sort(dim=-1, descending=True, stable=True).indices

@@ -2,24 +2,23 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
 from tokensieve.methods.raters import raters
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens, given
 
 
 @register(
     "sparsevlm+",
     paper="arXiv:2410.04417",
     stage="decoder",
-    needs=Needs(text=True, queries="words", entry=True, rotary=True),
+    needs=DecoderNeeds(user_text=True, attention="words", input_embeddings=True, rope_gain=True),
 )
 @dataclass(frozen=True)
-class SparseVlmPlus(DecoderMethod):
+class SparseVlmPlus(ScoreMethod, DecoderMethod):
     """Keep what the rater words attend to in the heads that look at the image most, corrected for distance.
 
     Attention is divided by what the rotary embedding alone would make of two vectors of ones at the same places.
@@ -51,16 +50,13 @@ class SparseVlmPlus(DecoderMethod):
         if not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads <= 1):
             raise Refusal(f"heads must be a whole number of heads >= 1, or a share in (0, 1]; got {self.heads}")
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        by, turned = raters(image), image.given("rotary")
-        gravity = image.given("text_rotary") @ turned.transpose(-1, -2) / turned.shape[-1] ** 0.5
-        rows = (image.given("queries") / gravity[:, None]).masked_fill(~by[:, None, :, None], 0)
+    def score(self, image: DecoderTokens) -> Tensor:
+        by, turned = raters(image), given(image.rope_gain)
+        gravity = given(given(image.user_text).rope_gain) @ turned.transpose(-1, -2) / turned.shape[-1] ** 0.5
+        rows = (given(image.attention) / gravity[:, None]).masked_fill(~by[:, None, :, None], 0)
         heads = self.heads if isinstance(self.heads, int) else max(1, round(self.heads * rows.shape[1]))
         if heads > rows.shape[1]:
             raise Refusal(f"this LLM has {rows.shape[1]} heads; got heads={heads}")
         looking = rows.sum((-1, -2)).topk(heads, -1).indices
-        scores = rows.take_along_dim(looking[..., None, None], 1).sum((1, 2)) / (heads * by.sum(-1, keepdim=True))
-        return image.keep(top_k(scores, self.wanted(image)), scores)
+        scores: Tensor = rows.take_along_dim(looking[..., None, None], 1).sum((1, 2))
+        return scores / (heads * by.sum(-1, keepdim=True))

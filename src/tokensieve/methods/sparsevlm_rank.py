@@ -4,15 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.methods.raters import rated
-from tokensieve.methods.registry import register
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens
 
 
 @register(
-    "sparsevlm-rank", paper="arXiv:2410.04417", stage="decoder", needs=Needs(text=True, queries="words", entry=True)
+    "sparsevlm-rank",
+    paper="arXiv:2410.04417",
+    stage="decoder",
+    needs=DecoderNeeds(user_text=True, attention="words", input_embeddings=True),
 )
 @dataclass(frozen=True)
 class SparseVlmRank(DecoderMethod):
@@ -34,10 +36,7 @@ class SparseVlmRank(DecoderMethod):
     bias: float = 0.0
     layers: tuple[int | float, ...] = (0.09375, 0.21875, 0.5)
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: DecoderTokens) -> Reduction:
         rows, by = rated(image)
         scores = rows.sum(1) / by.sum(-1, keepdim=True)
         order = scores.sort(dim=-1, descending=True, stable=True).indices

@@ -76,16 +76,16 @@ class DecoderMethod(InsideMethod):
 
 @dataclass(frozen=True)
 class EncoderMethod(InsideMethod):
-    """Base of methods that act inside the vision encoder: :meth:`reduce` is called in each of its layers, on their rows.
+    """Base of methods that act inside the vision encoder: :meth:`reduce` is called in each of its layers, on the rows.
 
-    Each token may merge into one slot only. Slots may stand in any order, and the next layer receives them in that order.
+    Each token may merge into one slot only. Slots may stand in any order; the next layer receives them in that order.
     """
 
     after_layer: ClassVar[bool] = False  # tokens leave after the whole layer; else between its attention and its MLP
 
     @property
     def proportional(self) -> bool:
-        """Whether later layers attend to a merged token as to its number of patches (its log is added to the scores)."""
+        """Whether later layers attend to a merged token as to its number of patches: its log is added to the scores."""
         return False
 
     def layer_numbers(self, depth: int) -> list[int]:

@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
+from tokensieve.tokens import DecoderTokens, given
 
 
-@register("text-correlation", paper="arXiv:2409.01162", stage="decoder", needs=Needs(text=True, queries="words"))
+@register(
+    "text-correlation", paper="arXiv:2409.01162", stage="decoder", needs=DecoderNeeds(user_text=True, attention="words")
+)
 @dataclass(frozen=True)
-class TextCorrelation(DecoderMethod):
+class TextCorrelation(ScoreMethod, DecoderMethod):
     """Keep the visual tokens that the user's words attend to most, mean over heads and words.
 
     The whole method is ``"cls-knee + text-correlation(keep=...)"``.
@@ -32,11 +33,7 @@ class TextCorrelation(DecoderMethod):
     average: Budget | None = None
     layer: int | float = 2
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks([self.layer], depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        real = image.words()[1]
-        rows = image.given("queries").mean(1) * real[..., None]
-        scores = rows.sum(1) / real.sum(-1, keepdim=True)
-        return image.keep(top_k(scores, self.wanted(image)), scores)
+    def score(self, image: DecoderTokens) -> Tensor:
+        mask = given(image.user_text).mask
+        rows = given(image.attention).mean(1) * mask[..., None]  # [B, M, N], zero for padding
+        return rows.sum(1) / mask.sum(-1, keepdim=True)

@@ -1,19 +1,19 @@
 """ToMe: in every layer of the vision tower, the most similar tokens become one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tokensieve.budget import Budget, merge_counts, ramp
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import EncoderMethod, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import EncoderMethod, EncoderNeeds, register
 from tokensieve.ops import alternate_match
 from tokensieve.reduction import Mixing, Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import EncoderTokens, given
 
 
-@register("tome", paper="arXiv:2210.09461", stage="encoder", needs=Needs(encoder_keys=-1))
+@register("tome", paper="arXiv:2210.09461", stage="encoder", needs=EncoderNeeds(encoder_keys=True))
 @dataclass(frozen=True)
 class ToMe(EncoderMethod):
     """In each layer of the vision tower, merge the tokens whose keys are most alike: later layers are shorter.
@@ -50,20 +50,20 @@ class ToMe(EncoderMethod):
     def proportional(self) -> bool:
         return self.prop_attn
 
-    def stages(self, depth: int) -> list[int]:
+    def layer_numbers(self, depth: int) -> list[int]:
         return list(range(depth))
 
-    def per_stage(self, total: int, stages: int) -> list[int]:
+    def stage_budgets(self, total: int, layers: Sequence[int], depth: int) -> list[int]:
         if self.r is None:
-            return merge_counts(total, stages, self.keep, self.inflection)
+            return merge_counts(total, len(layers), self.keep, self.inflection)
         left = [total]
-        for r in ramp(self.r, int(self.r * (1 - self.inflection)), stages):
+        for r in ramp(self.r, int(self.r * (1 - self.inflection)), len(layers)):
             left.append(left[-1] - min(int(r), left[-1] // 2))
         return left[1:]
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        leave, first = image.total - self.wanted(image), image.specials % 2  # [CLS] takes part in alternating
-        order, partner = alternate_match(image.at("encoder_keys", -1).mean(-2), first)
+    def reduce(self, image: EncoderTokens) -> Reduction:
+        leave, first = image.total - image.budget, image.specials % 2  # [CLS] takes part in alternating
+        order, partner = alternate_match(given(image.encoder_keys).float().mean(-2), first)
         gone, into = order[:, :leave], partner[:, :leave]
         token = torch.arange(image.total, device=order.device).expand(len(order), -1)
         target = token.scatter(1, gone, into)

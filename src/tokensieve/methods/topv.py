@@ -7,14 +7,21 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.registry import register
+from tokensieve.errors import Refusal
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.ops import sinkhorn_row_mass, top_k, uniform
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens, given
+
+NO_GRID = (
+    "this method goes by coordinates on one grid, which an image that is seen in several tiles does not have: take a "
+    "method that needs no grid"
+)
 
 
-@register("topv", paper="arXiv:2503.18278", stage="decoder", needs=Needs(grid=True, residual=True))
+@register(
+    "topv", paper="arXiv:2503.18278", stage="decoder", needs=DecoderNeeds(grid=True, layer_input=True, mlp_input=True)
+)
 @dataclass(frozen=True)
 class TopV(DecoderMethod):
     """Keep what sends most in an optimal transport from a block's input to its MLP's, and some tokens at equal stride.
@@ -51,24 +58,23 @@ class TopV(DecoderMethod):
     least: ClassVar = {"steps": 1}
     proportions: ClassVar = ("recovered",)
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks([self.layer], depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: DecoderTokens) -> Reduction:
         scores = sinkhorn_row_mass(self.cost(image), self.epsilon, self.steps)
-        wanted = self.wanted(image)
+        wanted = image.budget
         again = int(self.recovered * wanted)
         kept = top_k(scores, wanted - again)
         others = torch.ones_like(scores).scatter(-1, kept, 0).argsort(dim=-1, descending=True, stable=True)
         places = uniform(image.total - kept.shape[-1], again, scores.device)
         return image.keep(torch.cat([kept, others[:, places]], -1), scores)
 
-    def cost(self, image: VisualTokens) -> Tensor:
+    def cost(self, image: DecoderTokens) -> Tensor:
         """`[B, N, N]`, from each token as source to each as target."""
-        places = image.given("places").float()
+        if image.coordinates is None:
+            raise Refusal(NO_GRID)
+        places = image.coordinates.float()
         apart = torch.cdist(places, places).square()
         middle = (places.amax(1, keepdim=True) + places.amin(1, keepdim=True)) / 2
-        alike = torch.cdist(image.given("before").float(), image.given("middle").float()).square()
+        alike = torch.cdist(given(image.layer_input).float(), given(image.mlp_input).float()).square()
         near = 1 - (-apart / (2 * self.sigma**2)).exp()
         central = (places - middle).norm(dim=-1)[..., None]
         return self.feature * _scaled(alike) + self.near * _scaled(near) + self.central * _scaled(central)

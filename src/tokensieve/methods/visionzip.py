@@ -7,14 +7,15 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import nearest, rows_at, set_true, sizes_of, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
+
+NEEDS = Needs(cls_attention=-2, encoder_keys=-2, patches=True)
 
 
-@register("visionzip", paper="arXiv:2412.04467", needs=Needs(cls_attention=-2, encoder_keys=-2, patches=True))
+@register("visionzip", paper="arXiv:2412.04467", needs=NEEDS)
 @dataclass(frozen=True)
 class VisionZip(Method):
     """Keep the dominant patches, those that [CLS] attends to most, and merge the others into a few contextual ones.
@@ -48,10 +49,10 @@ class VisionZip(Method):
 
     @property
     def needs(self) -> Needs:
-        return replace(self.info.needs, patches=self.before_projector)
+        return replace(NEEDS, patches=self.before_projector)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores, wanted = image.at("cls_attention", -2), image.count(self.keep)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        scores, wanted = image.cls_attention[-2], image.budget
         few = round(self.contextual * wanted)
         dominant = top_k(scores, wanted - few)
         if few == 0:
@@ -60,7 +61,7 @@ class VisionZip(Method):
         others = kept.int().argsort(dim=-1, stable=True)[:, : image.total - (wanted - few)]
         stride = others.shape[1] // few
         target = torch.arange(few, device=others.device) * stride
-        keys = rows_at(image.at("encoder_keys", -2).mean(-2), others)
+        keys = rows_at(image.encoder_keys[-2].mean(-2), others)
         group = nearest(keys, keys[:, target]).squeeze(-1)
         group[:, target] = torch.arange(few, device=others.device)
         merged = sizes_of(group, few).gather(-1, group) - int(self.combine == "add")

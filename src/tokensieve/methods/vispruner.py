@@ -6,11 +6,10 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import bipartite_thinning, without_sinks
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
 @register("vispruner", paper="arXiv:2412.01818v2", needs=Needs(cls_attention=-2, patches=True))
@@ -46,9 +45,9 @@ class VisPruner(Method):
         if self.step < 1:
             raise Refusal(f"step must be at least 1; got {self.step}")
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        patches, wanted = image.given("patches"), image.count(self.keep)
-        scores = without_sinks(image.at("cls_attention", -2), patches, self.sinks)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        patches, wanted = given(image.patches), image.budget
+        scores = without_sinks(image.cls_attention[-2], patches, self.sinks)
         order, first = scores.sort(dim=-1, descending=True, stable=True).indices, int(wanted * self.important)
         others = order[:, first:]
         if first < wanted:

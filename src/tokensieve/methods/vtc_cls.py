@@ -2,17 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import Needs, ScoreMethod, register
+from tokensieve.tokens import ConnectorTokens
 
 OVER_LAYERS: dict[str, Callable[..., Tensor]] = {
     "sum": torch.sum,
@@ -24,7 +21,7 @@ OVER_LAYERS: dict[str, Callable[..., Tensor]] = {
 
 @register("vtc-cls", paper="arXiv:2412.05819", needs=Needs(cls_attention=slice(None, -1)))
 @dataclass(frozen=True)
-class VtcCls(Method):
+class VtcCls(ScoreMethod):
     """Keep what the encoder's [CLS] token attends to, summed over an ensemble of layers.
 
     The score of a patch is the attention it gets from [CLS], mean over heads, reduced over the layers from
@@ -44,13 +41,11 @@ class VtcCls(Method):
     keep: Budget = 64
     first_layer: int = 0
     over_layers: Literal["sum", "mean", "max", "min"] = "sum"
-    by_score: ClassVar = True
 
     @property
     def needs(self) -> Needs:
         return Needs(cls_attention=slice(self.first_layer, -1))
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        rows = image.cls_rows(slice(self.first_layer, -1))
-        scores = OVER_LAYERS[self.over_layers](rows, dim=0)
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        rows = image.cls_attention.stack(slice(self.first_layer, -1))  # [S, B, N]
+        return OVER_LAYERS[self.over_layers](rows, dim=0)

@@ -1,16 +1,15 @@
 """VTW: deep blocks do without visual tokens altogether."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import DecoderMethod, check_blocks
-from tokensieve.methods.registry import register
+from tokensieve.methods import DecoderMethod, register
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens
 
 
 @register("vtw", paper="arXiv:2405.05803", stage="decoder")
@@ -34,15 +33,15 @@ class Vtw(DecoderMethod):
         if self.calibration is not None:
             calibrated(self.calibration)  # a file that cannot be used is refused at once
 
-    def stages(self, depth: int) -> list[int]:
+    def layer_numbers(self, depth: int) -> list[int]:
         if self.calibration is None:
-            return check_blocks([self.layer], depth)
+            return super().layer_numbers(depth)
         layer, calibrated_depth = calibrated(self.calibration)
         if calibrated_depth != depth:
             raise Refusal(f"{self.calibration} is for an LLM of {calibrated_depth} blocks; this one has {depth}")
-        return check_blocks([layer], depth)
+        return replace(self, layer=layer, calibration=None).layer_numbers(depth)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: DecoderTokens) -> Reduction:
         return image.keep(torch.empty((len(image.features), 0), dtype=torch.int64, device=image.features.device))
 
 

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokensieve.methods.base import Needs
+from tokensieve.methods import DecoderNeeds, register
 from tokensieve.methods.fastv import FastV
-from tokensieve.methods.registry import register
 from tokensieve.ops import top_k_per_group
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens
 
 
-@register("window-fastv", paper="arXiv:2502.11501", stage="decoder", needs=Needs(queries="last"))
+@register("window-fastv", paper="arXiv:2502.11501", stage="decoder", needs=DecoderNeeds(attention="last"))
 @dataclass(frozen=True)
 class WindowFastV(FastV):
     """Keep in each of ``windows`` equal stretches of the raster the tokens that the last prompt token attends to most.
@@ -28,7 +27,8 @@ class WindowFastV(FastV):
 
     windows: int = 4
     least: ClassVar = {"windows": 1}
+    by_score: ClassVar = False
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.given("queries").mean((1, 2))
-        return image.keep(top_k_per_group(scores, self.wanted(image), self.windows), scores)
+    def reduce(self, image: DecoderTokens) -> Reduction:
+        scores = self.score(image)
+        return image.keep(top_k_per_group(scores, image.budget, self.windows), scores)
