@@ -1,4 +1,4 @@
-"""Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
+"""Pure tensor maths of token reduction: tensors in, tensors out, with any leading batch dimensions."""
 
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min
