@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-<<<<<<< HEAD
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-=======
 from tokensieve.methods import Method, Needs, register
->>>>>>> h-methods
 from tokensieve.ops import padded_nonzero, rank_in_group, set_true, share_out, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, Tiles

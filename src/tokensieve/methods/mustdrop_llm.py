@@ -3,12 +3,7 @@
 import math
 from dataclasses import dataclass
 
-<<<<<<< HEAD
-from tokensieve.methods.base import DecoderMethod, Method, Needs, check_blocks
-from tokensieve.methods.registry import register
-=======
 from tokensieve.methods import DecoderMethod, DecoderNeeds, Method, Needs, register
->>>>>>> h-methods
 from tokensieve.ops import padded_nonzero, set_true
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, DecoderTokens, given
@@ -68,14 +63,6 @@ class MustDropLlm(DecoderMethod):
         sums = attention.sum(1)
         even = sums.sum(-1, keepdim=True) / entered
         stays = (sums >= self.together * even) | (attention.amax(1) >= self.single / entered)
-<<<<<<< HEAD
-        if image.ranked is not None:
-            best = image.ranked.sort(dim=-1, descending=True, stable=True).indices
-            stays = set_true(stays, best[:, : math.ceil(self.protect * entered)])
-        indices, valid = padded_nonzero(set_true(stays, sums.argmax(-1, keepdim=True)))
-        note = () if image.ranked is not None else (UNPROTECTED,)
-        return replace(image, notes=(*image.notes, *note)).keep(indices, sums, valid=valid)
-=======
         if image.connector_scores is not None:
             best = image.connector_scores.sort(dim=-1, descending=True, stable=True).indices
             stays = set_true(stays, best[:, : math.ceil(self.protect * entered)])
@@ -83,4 +70,3 @@ class MustDropLlm(DecoderMethod):
             image = image.noted(UNPROTECTED)
         indices, valid = padded_nonzero(set_true(stays, sums.argmax(-1, keepdim=True)))
         return image.keep(indices, sums, valid=valid)
->>>>>>> h-methods

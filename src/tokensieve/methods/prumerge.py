@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-<<<<<<< HEAD
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-=======
 from tokensieve.methods import Method, Needs, register
->>>>>>> h-methods
 from tokensieve.ops import nearest, outliers, padded_nonzero, rows_at, set_true, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens
@@ -54,11 +49,7 @@ class PruMerge(Method):
         """Which patches stay, `[B, N]` bool, besides the extra token."""
         if self.keep is None:
             return outliers(scores)
-<<<<<<< HEAD
-        best = top_k(scores, max(1, image.count(self.keep) - 1))
-=======
         best = top_k(scores, max(1, image.budget - 1))
->>>>>>> h-methods
         return set_true(torch.zeros_like(scores, dtype=torch.bool), best)
 
     def reduce(self, image: ConnectorTokens) -> Reduction:

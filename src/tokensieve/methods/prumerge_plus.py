@@ -6,18 +6,10 @@ import torch
 from torch import Tensor
 
 from tokensieve.errors import Refusal
-<<<<<<< HEAD
-from tokensieve.methods.base import Needs
-from tokensieve.methods.prumerge import PruMerge
-from tokensieve.methods.registry import register
-from tokensieve.ops import outliers, set_true, spread_evenly, top_k
-from tokensieve.tokens import VisualTokens
-=======
 from tokensieve.methods import register
 from tokensieve.methods.prumerge import NEEDS, PruMerge
 from tokensieve.ops import outliers, set_true, spread_evenly, top_k
 from tokensieve.tokens import ConnectorTokens
->>>>>>> h-methods
 
 
 @register("prumerge+", paper="arXiv:2403.15388", needs=NEEDS)
@@ -54,11 +46,7 @@ class PruMergePlus(PruMerge):
     def chosen(self, image: ConnectorTokens, scores: Tensor) -> Tensor:
         none = torch.zeros_like(scores, dtype=torch.bool)
         if self.keep is not None:
-<<<<<<< HEAD
-            patches = max(1, image.count(self.keep) - 1)
-=======
             patches = max(1, image.budget - 1)
->>>>>>> h-methods
             best = set_true(none, top_k(scores, (patches + 1) // 2))
             return set_true(best, spread_evenly(~best, patches // 2))
         best = outliers(scores) if self.top is None else set_true(none, top_k(scores, self.top))

@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.errors import Refusal
-<<<<<<< HEAD
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-=======
 from tokensieve.methods import Method, Needs, register
->>>>>>> h-methods
 from tokensieve.ops import join_nearest, padded_nonzero, peak_scores, set_true, sizes_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens, given
