@@ -9,7 +9,7 @@ from tokensieve import attach
 from tokensieve.engine.encoder.hooks import RECORD
 from tokensieve.evaluate import decode, encode
 from tokensieve.evaluate.answer import batches, together
-from tokensieve.evaluate.share import encoded, without_repetitions
+from tokensieve.evaluate.prompt import encoded, without_repetitions
 from tokensieve.reduction import Reduction
 
 

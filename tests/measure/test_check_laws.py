@@ -12,12 +12,12 @@ import tokensieve
 from laws import reference, tiny
 from laws.reference import NOISE
 from tokensieve import Method, Needs, Reduction, VisualTokens
+from tokensieve.check.oracle import dropped_columns, hidden, merged
 from tokensieve.engine import sieve
 from tokensieve.engine.connector.prefill import Connector
 from tokensieve.engine.sieve import Sieve
 from tokensieve.evaluate import Sample, encode
 from tokensieve.measure import LAWS, Laws
-from tokensieve.measure.hiding import dropped_columns, hidden, merged
 from tokensieve.reference.benchmark import benchmark
 
 METHODS = (
@@ -199,7 +199,7 @@ def test_batch_notices_a_method_that_looks_at_its_neighbours(own):
 
 
 def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
-    later = sieve.later_step
+    later = sieve.translate_decode_inputs
 
     def shifted(*given):
         kwargs = later(*given)

@@ -11,10 +11,9 @@ from tokensieve.budget import Scope
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.fusion.families import longest_text
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.identity import sample_key
 from tokensieve.evaluate.journal import Answer
-from tokensieve.evaluate.prompt import decode, encode, encode_pairs
-from tokensieve.evaluate.share import Inputs, encoded, without_repetitions
+from tokensieve.evaluate.prompt import Inputs, decode, encode, encode_pairs, encoded, without_repetitions
+from tokensieve.evaluate.provenance import sample_key
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 

@@ -13,16 +13,14 @@ from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
 from tokensieve.evaluate.costs import Costs
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.environment import environment
-from tokensieve.evaluate.examples import choose, store
-from tokensieve.evaluate.identity import model_identity, model_name
 from tokensieve.evaluate.journal import Journal
-from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Convention, Run, plan
 from tokensieve.evaluate.prompt import check_texts
+from tokensieve.evaluate.provenance import environment, model_identity, model_name
 from tokensieve.evaluate.results import Row
-from tokensieve.evaluate.table import Table
+from tokensieve.evaluate.scoring import METRICS
+from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.methods.registry import nearest
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
@@ -70,7 +68,7 @@ def compare(
         output: folder, made if need be.
         batch_size: questions per forward.
         max_new_tokens: longest answer.
-        metric: a name in :data:`~tokensieve.evaluate.metrics.METRICS`.
+        metric: a name in :data:`~tokensieve.evaluate.scoring.METRICS`.
         seeds: runs of a method with an open ``seed``.
         budget: whether ``keeps`` count the tokens "kept" in the end or, for methods inside the LLM, on "average" over
             its blocks; the rows always tell both.

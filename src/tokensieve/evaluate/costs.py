@@ -12,7 +12,7 @@ from torch import Tensor
 from tokensieve.budget import Scope
 from tokensieve.evaluate.journal import Journal
 from tokensieve.measure import Bench, Cost
-from tokensieve.measure.prefill import Candidate
+from tokensieve.measure.costs import Candidate
 
 
 class Costs:

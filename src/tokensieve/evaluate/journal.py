@@ -18,7 +18,7 @@ class Answer:
     """What the model answered to one sample in one run.
 
     Attributes:
-        sample: key of the sample (see :func:`tokensieve.evaluate.identity.sample_key`).
+        sample: key of the sample (see :func:`tokensieve.evaluate.provenance.sample_key`).
         text: the answer.
         before, after: visual tokens of its image.
         average: its tokens averaged over the blocks of the LLM.

@@ -1,15 +1,19 @@
-"""What makes two set-ups the same: the model down to its weights, and each sample down to its image."""
+"""Where numbers come from: the model down to its weights, each sample, and the machine."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from tokensieve.evaluate.data import Sample
+from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
 
@@ -47,3 +51,36 @@ def sample_key(sample: Sample) -> str:
     image = [sample.image.name, sample.image.stat().st_size] if isinstance(sample.image, Path) else []
     digest = hashlib.sha256(json.dumps([sample.question, *image]).encode()).hexdigest()[:8]
     return f"{sample.id} {digest}"
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Versions, hardware, threads, dtype, attention implementation and the date (UTC); names no host and no path."""
+    device = torch.device(model.device)
+    found: dict[str, Any] = {
+        "tokensieve": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found | {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _cpu() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -1,7 +1,7 @@
 """The laws on a live model: what must hold whatever a method drops, with the deviation that was measured.
 
 1. identity: keeping all changes no bit of the logits, and neither does a method after it is detached.
-2. oracle: a reduced run equals the unmodified model with the dropped tokens hidden (:mod:`~tokensieve.measure.hiding`).
+2. oracle: a reduced run equals the unmodified model with the dropped tokens hidden (:mod:`~tokensieve.check.oracle`).
 3. batch: every row of a ragged batch equals its own run.
 4. continuation: a second turn on the returned cache equals that of the oracle.
 5. conservation: every visual token is kept, merged into a known slot, or dropped.
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Scope
+from tokensieve.check.oracle import dropped_columns, hidden, merged
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, kinds_of
 from tokensieve.errors import Refusal
-from tokensieve.measure.hiding import dropped_columns, hidden, merged
 from tokensieve.methods import DecoderMethod, Method, parse
 from tokensieve.reduction import Reduction
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,10 +14,8 @@ from torch import Tensor
 
 from tokensieve.budget import Scope
 from tokensieve.engine import attach
-from tokensieve.measure.cost import Cost, break_even
-from tokensieve.measure.decode import decode_ms
 from tokensieve.measure.flops import count_flops
-from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
+from tokensieve.measure.latency import Spread, decode_ms, interleave, paired_difference, paired_ratio
 from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
 from tokensieve.methods import Method, parse
 from tokensieve.reduction import Reduction
@@ -163,3 +162,55 @@ def _tokens(decisions: Decisions) -> tuple[float, float]:
     """Visual tokens per image before and after, means over all images."""
     images = [image for sample in decisions for image in sample]
     return sum(i.total for i in images) / len(images), sum(i.slots for i in images) / len(images)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One method on one batch of prompts, next to the unhooked model in the same process.
+
+    Attributes:
+        method: the spec, or "replay" for decisions given as they are, or "full" for the unhooked model.
+        tokens_before, tokens_after: visual tokens per image, mean over the batch.
+        prefill_ms: one forward of the prompts, vision tower and method included, to the logits of the last token.
+        prefill_speedup: unhooked time / time with the method, pair by pair.
+        method_ms: time with the method - time with a replay of its decisions; ``None`` where no replay does the same
+            work (a method that acts inside or before the encoder, a replay itself) and for the unhooked model.
+        decode_ms_per_token: each further token of greedy generation, for the whole batch. ``None`` for a
+            model that does not generate.
+        flops: of the prefill.
+        flops_ratio: flops / flops of the unhooked prefill.
+        peak_activation_bytes: of the prefill, the KV cache included.
+        kv_bytes: of the cache after the prefill; ``None`` for a model that does not generate.
+        break_even_tokens: generated tokens after which the method has paid for itself: 0 where its prefill is already
+            as fast, ``None`` where it never does.
+    """
+
+    method: str
+    tokens_before: float
+    tokens_after: float
+    prefill_ms: Spread
+    prefill_speedup: Spread
+    method_ms: Spread | None
+    decode_ms_per_token: Spread | None
+    flops: int
+    flops_ratio: float
+    peak_activation_bytes: int
+    kv_bytes: int | None
+    break_even_tokens: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; a :class:`Spread` becomes ``{"median", "low", "high"}``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Cost:
+        """Inverse of :meth:`to_json`."""
+        spreads = {key: Spread(**value) for key, value in data.items() if isinstance(value, dict)}
+        return cls(**{**data, **spreads})
+
+
+def break_even(extra_prefill_ms: float, saved_ms_per_token: float) -> float | None:
+    """Generated tokens that earn back what the prefill costs more: 0 if it costs no more, ``None`` if never."""
+    if extra_prefill_ms <= 0:
+        return 0.0
+    return extra_prefill_ms / saved_ms_per_token if saved_ms_per_token > 0 else None
