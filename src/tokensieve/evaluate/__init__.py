@@ -1,4 +1,4 @@
-"""Accuracy of many methods and budgets on a data set, beside what they cost."""
+"""Compare methods and budgets on a data set: accuracy with intervals, tokens, and measured costs."""
 
 from tokensieve.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.compare import compare

@@ -1,4 +1,4 @@
-"""Where numbers come from: the model down to its weights, each sample, and the machine."""
+"""Origin of the numbers: the model down to its weights, each sample down to its image, and the machine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PROBES = 1024  # values read from each weight tensor
 
 
 def model_name(model: Any) -> str:
-    """The model's hub name, or the last part of its path: no machine's folders in results."""
+    """Return the model's hub name, or the last part of its path, so that results name no folder of a machine."""
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def model_identity(model: Any) -> dict[str, str]:
-    """Architecture, dtype, attention implementation and digests of config and weights.
+    """Return architecture, dtype, attention implementation and digests of config and weights.
 
     The weights' digest reads names, shapes and up to :data:`PROBES` values of every tensor: any training changes it,
     and it takes no time on large models.
@@ -47,16 +47,17 @@ def model_identity(model: Any) -> dict[str, str]:
 
 
 def sample_key(sample: Sample) -> str:
-    """The sample's id and a digest of its question and, for a file, its image's name and size in bytes."""
+    """Return the sample's id and a digest of its question and, for a file, its image's name and size in bytes."""
     image = [sample.image.name, sample.image.stat().st_size] if isinstance(sample.image, Path) else []
     digest = hashlib.sha256(json.dumps([sample.question, *image]).encode()).hexdigest()[:8]
     return f"{sample.id} {digest}"
 
 
 def environment(model: Any) -> dict[str, Any]:
-    """Versions, hardware, threads, dtype, attention implementation and the date (UTC); names no host and no path."""
+    """Return versions, hardware, threads, dtype, attention implementation and the date (UTC); no host and no path."""
     device = torch.device(model.device)
-    found: dict[str, Any] = {
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
+    return {
         "tokensieve": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -65,11 +66,7 @@ def environment(model: Any) -> dict[str, Any]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "device": device.type,
-    }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found | {
+        **gpu,
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -77,7 +74,7 @@ def environment(model: Any) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's name where the system tells it."""
+    """Return the processor's name, or its architecture if the system gives no name."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
