@@ -1,4 +1,4 @@
-"""What a call costs: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
+"""Cost of a call: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
 
 from tokensieve.check import LAWS, Laws, Verdict
 from tokensieve.measure.costs import Bench, Cost, measure_costs
