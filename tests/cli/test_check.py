@@ -6,7 +6,7 @@ import re
 import pytest
 from calling import Outcome, run_many
 
-from tokensieve.measure import LAWS
+from tokensieve.check import LAWS
 
 FLAKY = '''
 from dataclasses import dataclass

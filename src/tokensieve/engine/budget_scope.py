@@ -35,9 +35,7 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
             )
 
 
-def methods_per_image(
-    method: AnyMethod, scope: BudgetScope, samples: Sequence[Sequence[int]]
-) -> list[list[AnyMethod]]:
+def methods_per_image(method: AnyMethod, scope: BudgetScope, samples: Sequence[Sequence[int]]) -> list[list[AnyMethod]]:
     """Return the method with the budget of each image, `[sample][image]`.
 
     Args:

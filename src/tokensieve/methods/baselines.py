@@ -1,12 +1,13 @@
 """The baselines that every method must beat: full, random, uniform, pool and downsample."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods import EncoderNeeds, Method, Needs, ResizeMethod, register
+from tokensieve.methods import ConnectorMethod, EncoderNeeds, Method, Needs, ResizeMethod, register
 from tokensieve.ops import area_pool, pooled_grid, uniform
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
@@ -14,11 +15,13 @@ from tokensieve.tokens import VisualTokens
 
 @register("full", paper="baseline")
 @dataclass(frozen=True)
-class Full(Method):
+class Full(ConnectorMethod):
     """Keep every token: the unreduced model, measured through the same path.
 
     Cost: none.
     """
+
+    keeps_everything: ClassVar[bool] = True
 
     def reduce(self, image: VisualTokens) -> Reduction:
         b, n, _ = image.features.shape

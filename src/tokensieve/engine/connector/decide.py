@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class ConnectorEvidence:
         first, outputs = units[0], self.outputs
         budgets = first.method.stage_budgets(first.size, (0,), 1)
         origins = [(self.origins[unit.image], unit.rows) for unit in units]
-        by_layer = {
+        by_layer: dict[str, Any] = {
             name: ByLayer(
                 {layer: torch.stack([rows[image][part] for image, part in origins]) for layer, rows in layers.items()},
                 outputs.depth,
@@ -95,7 +96,7 @@ class ConnectorEvidence:
             patches=torch.stack([self.patches[u.image][u.rows] for u in units]) if self.patches else None,
             user_text=self._text_of(units),
             tiles=_tiles_of(units),
-            **by_layer,  # type: ignore[arg-type]  # the names are those of ByLayer fields
+            **by_layer,
         )
 
     def _text_of(self, units: Sequence[DecisionUnit]) -> UserText | None:
@@ -124,9 +125,7 @@ def decide(
     return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
 
 
-def _decide_units(
-    methods: Sequence[Method], scope: BudgetScope, evidence: ConnectorEvidence
-) -> list[list[Reduction]]:
+def _decide_units(methods: Sequence[Method], scope: BudgetScope, evidence: ConnectorEvidence) -> list[list[Reduction]]:
     """Return the decisions about the units of each image; each image has its own method."""
     images = enumerate(zip(evidence.layouts, methods, strict=True))
     units = [unit for image, (layout, method) in images for unit in units_of(image, layout, method, scope)]

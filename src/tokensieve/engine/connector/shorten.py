@@ -1,4 +1,4 @@
-"""Shorten a prefill: the features of each image, and every argument that has a column per token, by the same columns."""
+"""Shorten a prefill: the features of each image, and by the same columns every argument with a column per token."""
 
 from __future__ import annotations
 
@@ -138,4 +138,3 @@ def padding_id(model: Any) -> int:
     pad = getattr(config, "pad_token_id", None)
     placeholders = (model.config.image_token_id, getattr(model.config, "video_token_id", None))
     return 0 if pad is None or pad in placeholders else int(pad)
-

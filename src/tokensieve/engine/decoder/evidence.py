@@ -42,9 +42,7 @@ class DecoderEvidence:
         self.decoder, self.needs, self.layers, self.flight = decoder, method.needs, layers, flight
         self.requested = self.needs.requested()
         if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
-            raise Refusal(
-                f"{method} goes by the rotary embedding; in this LLM, layers differ in it or have none"
-            )
+            raise Refusal(f"{method} goes by the rotary embedding; in this LLM, layers differ in it or have none")
         self.probes: dict[int, Probe] = {}
         if self.needs.reads_attention:
             for layer in layers:
@@ -114,9 +112,7 @@ class DecoderEvidence:
         state = self.flight.decoding
         assert isinstance(state, PrefillState)  # probes are armed in prefills only
         reading = {
-            name: kind.read(query, key, scaling, mask)
-            for name, kind in self.requested.items()
-            if kind.read is not None
+            name: kind.read(query, key, scaling, mask) for name, kind in self.requested.items() if kind.read is not None
         }
         if self.needs.attention is not None:
             columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)  # the last token

@@ -182,7 +182,9 @@ class DecoderHooks:
         # images of equal size, now and at the start, are decided about in one call
         for group in equal_groups([(len(patches[member]), *state.batch_key(member)) for member in state.members]):
             members = [state.members[index] for index in group]
-            for member, decision in zip(members, self._decide(state, number, hidden, inputs, members, patches), strict=True):
+            for member, decision in zip(
+                members, self._decide(state, number, hidden, inputs, members, patches), strict=True
+            ):
                 decision = layouts[member].merge_parts([decision])
                 (row, image), columns = member, state.columns(member)
                 kept[row][image] = columns[decision.anchors]

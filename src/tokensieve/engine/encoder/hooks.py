@@ -288,7 +288,9 @@ class EncoderHooks:
             return _per_image(units, layouts)
         if len(units) == sum(r.total for r in call.reductions):  # the projector ran after the shape was restored
             return list(torch.split(units, [r.total for r in call.reductions]))
-        return [scatter_to_anchors(rows, r) for rows, r in zip(_per_image(units, layouts), call.reductions, strict=True)]
+        return [
+            scatter_to_anchors(rows, r) for rows, r in zip(_per_image(units, layouts), call.reductions, strict=True)
+        ]
 
 
 def _per_image(units: Tensor, layouts: list[TokenLayout]) -> list[Tensor]:

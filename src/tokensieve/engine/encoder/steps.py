@@ -125,9 +125,7 @@ class TowerResult:
             whole = length == done.total
             mixing = Mixing(slot[image].clamp(min=0), patch, weight[image]) if done.merged and not whole else None
             notes = tuple(dict.fromkeys((done.notes_if_whole if whole else done.notes)[image]))
-            reductions.append(
-                Reduction(done.total, anchors[image, :length], mixing, grid=done.grid, notes=notes)
-            )
+            reductions.append(Reduction(done.total, anchors[image, :length], mixing, grid=done.grid, notes=notes))
         return reductions
 
     def to_remaining(self, name: str, layer: int, rows: Tensor) -> list[Tensor]:
