@@ -12,7 +12,7 @@ import tokensieve
 from families import tiny
 from tokensieve import Method, Reduction
 from tokensieve.budget import share_out
-from tokensieve.engine.probe import attention_from_cls, attention_received
+from tokensieve.ops import attention_from_cls, attention_received
 from tokensieve.models import TokenLayout, families, family_of
 from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles
 

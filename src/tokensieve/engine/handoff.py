@@ -35,7 +35,7 @@ class EncoderOutputs:
         cls_similarity: `[M]` per image, cosine to [CLS] in the vision encoder's output, if it was requested.
         depth: number of layers of the vision encoder that can be read.
         notes: remarks on the evidence.
-        reductions: per image, the decision of an encoder method; rows of dropped tokens hold zeros. ``None``: no method.
+        reductions: per image, the decision of an encoder method (``None``: no method); dropped tokens have zero rows.
     """
 
     layouts: list[TokenLayout]

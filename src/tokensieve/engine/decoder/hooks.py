@@ -2,9 +2,9 @@
 
 In a prefill, the hook on a layer before which tokens leave lets the method decide and gathers the hidden states
 (``_reduce``). The hooks on that and every later layer replace positions and mask by those of the shorter sequence
-(``_shorten``). The cache of each layer then holds the tokens that this layer received, and one
-:class:`~tokensieve.engine.cache.PrefixInfo` per layer is the bookkeeping for decode steps (``_translate``). Outside a call
-of the top-level model the hooks do nothing, because other code may call the LLM, too.
+(``_shorten``). The cache of each layer then holds the tokens that this layer received, and one ``PrefixInfo`` per layer
+is the bookkeeping for decode steps (``_translate``). Outside a call of the top-level model the hooks do nothing:
+other code may call the LLM, too.
 """
 
 from __future__ import annotations
@@ -182,10 +182,9 @@ class DecoderHooks:
         # images of equal size, now and at the start, are decided about in one call
         for group in equal_groups([(len(patches[member]), *state.batch_key(member)) for member in state.members]):
             members = [state.members[index] for index in group]
-            for member, decision in zip(
-                members, self._decide(state, number, hidden, inputs, members, patches), strict=True
-            ):
-                decision = layouts[member].merge_parts([decision])
+            decisions = self._decide(state, number, hidden, inputs, members, patches)
+            for member, about_patches in zip(members, decisions, strict=True):
+                decision = layouts[member].merge_parts([about_patches])
                 (row, image), columns = member, state.columns(member)
                 kept[row][image] = columns[decision.anchors]
                 if decision.mixing is not None:  # merged rows take their anchors' places before the others leave

@@ -1,4 +1,4 @@
-"""Bookkeeping of one pass through the vision encoder: which tokens left or merged in which layer, and where they went."""
+"""Bookkeeping of one pass through the vision encoder: the tokens that left or merged in each layer."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class TowerResult:
 
 
 def apply_decision(decision: Reduction, rows: Tensor, anchors: Tensor, sizes: Tensor) -> list[Tensor]:
-    """Apply a decision to rows; returns the new rows and the slot, weight, anchors and sizes of a :class:`TowerStep`."""
+    """Apply a decision to rows; returns new rows, and the slot, weight, anchors and sizes of a :class:`TowerStep`."""
     slot, mixing = decision.source, decision.mixing
     weight = (slot >= 0).float()
     if mixing is not None:  # a token merges into one slot only, so its one entry is its weight

@@ -3,8 +3,8 @@
 A layer of a plain ViT ends with ``rows + mlp(norm(rows))`` and holds these rows itself. A hook before the norm can
 therefore shorten the MLP's input, but not the rows that the MLP's output is added to. Three hooks solve this: the hook
 before the norm makes the short rows, the hook after the MLP keeps its output, and the hook after the layer returns
-their sum instead. All are forward hooks. No ``forward`` is replaced (a library that spreads a model over devices may have
-replaced it already), the layer's own code runs, and hidden states that are recorded later are the short ones.
+their sum instead. All are forward hooks. No ``forward`` is replaced (a library that spreads a model over devices may
+have replaced it already), the layer's own code runs, and hidden states that are recorded later are the short ones.
 
 At the end of the vision encoder every recorded state gets its native shape back: rows at their anchors, zeros between.
 """

@@ -90,7 +90,7 @@ class Placeholders:
         return inside
 
     def side_by_side(self) -> list[list[list[int]]]:
-        """Group the images of each row: images of one group have adjacent placeholders. Numbers count within the row."""
+        """Group the images of each row, by their numbers in it: those of one group have adjacent placeholders."""
         groups: list[list[list[int]]] = []
         visual = self.visual.cpu()
         for row, sizes in enumerate(self.images):

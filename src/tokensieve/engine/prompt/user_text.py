@@ -91,7 +91,9 @@ class UserTextFinder:
         return _common_start(tail, other_text[len(answers[0]) - len(tail) :])
 
     def embedded(self, ids: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the embeddings of each row's words, wherever they stand, `[B, M, D]`, and `[B, M]` bool, False on padding.
+        """Return the embeddings `[B, M, D]` of each row's words, and `[B, M]` bool, False on padding.
+
+        Words before the first image are included.
 
         Args:
             excluded: `[B, L]` bool, True on columns without user text, such as timestamps between a video's frames.
