@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md, followed: the method written there works outside the tree and in it, and the files it names exist."""
+"""CONTRIBUTING.md, followed: its method works outside the tree and in it, and its files and names exist."""
 
 import re
 import sys
@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import tokensieve
-from tokensieve import reference
+from tokensieve import methods, reference, tokens
 from tokensieve.methods import registry
+from tokensieve.models.family import Family
 from tokensieve.reference.benchmark import benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def method_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def in_the_tree(method_file: Path, monkeypatch: pytest.MonkeyPatch):
     """The registry, after the file was put into the folder of methods."""
-    monkeypatch.setattr(tokensieve.methods, "__path__", [*tokensieve.methods.__path__, str(method_file.parent)])
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(method_file.parent)])
     tokensieve.list_methods()
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     registry._load.cache_clear()
@@ -87,15 +88,11 @@ def test_the_files_on_the_page_exist():
 
 
 def test_the_names_on_the_page_exist():
-    import tokensieve.methods.needs
-    import tokensieve.tokens
-    from tokensieve.models.family import Family
-
     section = PAGE.partition("2. Override the parts that differ")[2].partition("\n3. ")[0]
     hooks = re.findall(r"`(\w+)`[:,]", section)
     assert len(hooks) > 8
     assert [hook for hook in hooks if not hasattr(Family, hook)] == []
-    modules = (tokensieve.methods, tokensieve.methods.needs, tokensieve.tokens)
+    modules = (methods, tokens)
     classes = re.findall(r"`(\w+(?:Tokens|Needs|Method))`", PAGE)
     assert len(classes) > 8
     assert [name for name in classes if not any(hasattr(module, name) for module in modules)] == []
