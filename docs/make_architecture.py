@@ -24,6 +24,7 @@ except ImportError:  # Python 3.10; import-linter brings it
 DOCS = Path(__file__).parent
 SVG = DOCS / "architecture.svg"
 ROOT, ENGINE = "tokensieve", "tokensieve.engine"
+STAGES = ("connector", "decoder", "encoder", "fusion")
 CONTENTS = {
     "cli": "the typer app, without torch",
     "commands": "one file per command",
@@ -92,13 +93,18 @@ def imports(graph: grimp.ImportGraph, package: str) -> Edges:
     return {(a, b) for a, b in edges if b not in _reachable(a, edges - {(a, b)})}
 
 
-def levels(names: list[str], edges: Edges) -> list[list[str]]:
-    """Return the names in rows, top first: each stands above everything that it imports."""
-    height = dict.fromkeys(names, 0)
+def levels(names: list[str], edges: Edges, beside: tuple[str, ...] = ()) -> list[list[str]]:
+    """Return the names in rows, top first: each stands below everything that imports it.
+
+    Args:
+        beside: names that share a row.
+    """
+    row_of = dict.fromkeys(names, 0)
     for _ in names:  # the longest path has fewer steps than there are names; a circle ends here, too
         for a, b in sorted(edges):
-            height[a] = max(height[a], height[b] + 1) if height[b] < len(names) else height[a]
-    rows = [[n for n in sorted(names) if height[n] == row] for row in sorted(set(height.values()), reverse=True)]
+            row_of[b] = max(row_of[b], row_of[a] + 1)
+        row_of |= dict.fromkeys(beside, max((row_of[name] for name in beside), default=0))
+    rows = [[name for name in sorted(names) if row_of[name] == row] for row in sorted(set(row_of.values()))]
     return [row[first : first + MOST] for row in rows for first in range(0, len(row), MOST)]
 
 
@@ -152,7 +158,7 @@ def svg() -> str:
         name, inside = _last(child), sorted(map(_last, graph.find_children(child)))
         files[name] = (f"{name}/" if inside else f"{name}.py", ", ".join(inside))
     edges = imports(graph, ENGINE)
-    opened, _, end = drawn(levels(list(files), edges), files, edges, 430, 112, 430, 34)
+    opened, _, end = drawn(levels(list(files), edges, STAGES), files, edges, 430, 112, 430, 34)
     engine, bottom = boxes["engine"], max(house_end, end + 20) + 50
     panel = (
         f'<rect x="400" y="70" width="490" height="{end - 50:g}" rx="8" fill="#fffaf0" stroke="{LINE}"/>'
