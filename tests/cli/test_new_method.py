@@ -30,7 +30,7 @@ def outcomes(folder: Path, model: str, photo: Path) -> dict[str, Outcome]:
         "taken": [*new, "vtc-cls"],
         "module": [*new, "json"],
         "bad name": [*new, "../Loudest"],
-        "hides": [*new, "visual-tokens"],
+        "hides": [*new, "connector-tokens"],
         "stage": [*new, "other", "--stage", "fusion"],
         "folder": ["new-method", "other", "--output", folder / "a b"],
         "no folder": ["new-method", "other", "--output", folder / "new" / "loudest.py"],
@@ -66,8 +66,13 @@ def test_its_tests_pass_as_written_and_fail_when_the_method_is_wrong(
     broken.mkdir()
     (broken / "test_loudest.py").write_text((folder / "new" / "test_loudest.py").read_text("utf-8"))
     code = (folder / "new" / "loudest.py").read_text("utf-8")
-    across_the_batch, one_short = ".norm(dim=-1).mean(0, keepdim=True).expand(len(image.features), -1)", "keep) - 1"
-    code = code.replace(".norm(dim=-1)", across_the_batch).replace("keep)", one_short)
+    across_the_batch = ".norm(dim=-1).mean(0, keepdim=True).expand(len(image.features), -1)"
+    one_short = """
+    def reduce(self, image):
+        return super().reduce(replace(image, budget=image.budget - 1))
+"""
+    code = code.replace(".norm(dim=-1)", across_the_batch).replace("import dataclass", "import dataclass, replace")
+    code += one_short
     (broken / "loudest.py").write_text(code)
     said = pytest_of(broken)
     assert re.search(r"^3 failed, 1 passed in", said, re.M), said
@@ -88,7 +93,7 @@ def test_the_file_stands_wherever_a_name_does(outcomes: dict[str, Outcome]) -> N
         ("taken", "the method name 'vtc-cls' is taken"),
         ("module", "a file json.py would hide Python's own module"),
         ("bad name", "small letters, digits and hyphens, as in 'loud-words'; got '../Loudest'"),
-        ("hides", "a class VisualTokens would hide"),
+        ("hides", "a class ConnectorTokens would hide"),
         ("stage", "'fusion' is not one of 'connector', 'decoder'"),
         ("folder", "a method spec cannot name"),
         ("no folder", "loudest.py"),

@@ -22,9 +22,8 @@ TOWER = ("tome", "illava-encoder", "mustdrop-encoder")
 
 def here() -> list[MethodInfo]:
     """The methods of these laws: what acts before the LLM. tests/decoder, zoo, encoder, video have the others."""
-    before = [
-        info for info in list_methods() if info.stage in ("encoder", "connector") and not info.needs.requests("video")
-    ]
+    before = [info for info in list_methods() if info.stage in ("encoder", "connector")]
+    before = [info for info in before if not info.needs.requests("video")]
     return [info for info in before if info.name not in ZOO + TOWER]
 
 

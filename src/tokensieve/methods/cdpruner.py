@@ -1,4 +1,4 @@
-"""CDPruner: diverse tokens, on condition that the question cares for them."""
+"""CDPruner: keep tokens that differ from each other and are relevant to the prompt."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,14 @@ SUBSTITUTE = "no CLIP text encoder: relevance is the cosine with the mean of the
 class CdPruner(Method):
     """Keep the most likely tokens of a determinantal point process: unlike each other, and relevant to the prompt.
 
-    Relevance is compared in CLIP's joint space, where a patch resembles a text the less, the more it shows of it: so
-    the cosine is negated there. It is scaled to (0, 1] over the image.
+    The paper takes relevance from CLIP's joint space, as the negated cosine of patch and text. Hugging Face VLMs come
+    without CLIP's text encoder, so relevance is the plain cosine with the mean of the words in the LLM's input space,
+    and a note says so. Relevance is scaled to (0, 1] over the image.
 
     Args:
         keep: tokens per image, or a share of them.
-        over_batch: scale relevance over all images of the call, as the official code does; then what an image keeps
-            depends on its neighbours.
+        over_batch: scale relevance over all images of the call, as the official code does; the tokens that an image
+            keeps then depend on the other images.
 
     Cost: O(K·N·(D + K)) time, by incremental Cholesky; O(K·N) extra memory, and the `[N, N]` kernel up to 1,024 tokens.
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS 2025.
@@ -35,8 +36,9 @@ class CdPruner(Method):
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
         text = given(image.user_text)
-        relevance = text_similarity(image.features, text.features, text.mask, "prompt")
-        dims = tuple(range(0 if self.over_batch else 1, 2))
+        relevance = text_similarity(image.features, text.features, text.mask, "prompt")  # [B, N]
+        dims = (0, 1) if self.over_batch else (1,)
         low, high = relevance.amin(dims, keepdim=True), relevance.amax(dims, keepdim=True)
+        # the kernel is diag(quality) · cosines · diag(quality); 1e-6 keeps the least relevant token possible
         quality = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
         return image.noted(SUBSTITUTE).keep(dpp_map(image.features, quality, image.budget), quality)

@@ -1,4 +1,4 @@
-"""The half of 2409.01162 before the LLM: patches that resemble [CLS], as many as stand out."""
+"""Keep the patches that resemble [CLS], up to the knee: the half of 2409.01162 before the LLM."""
 
 from dataclasses import dataclass
 
@@ -25,4 +25,5 @@ class ClsKnee(Method):
     def reduce(self, image: ConnectorTokens) -> Reduction:
         scores = given(image.cls_similarity).float()
         order = scores.sort(dim=-1, descending=True, stable=True).indices
+        # image b keeps the first knee(scores)[b] indices of its order
         return image.keep(order, scores, knee(scores))

@@ -1,4 +1,4 @@
-"""DivPrune: the kept tokens should be as different from each other as possible."""
+"""DivPrune: keep tokens that differ from each other as much as possible."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,13 @@ from tokensieve.budget import Budget
 from tokensieve.methods import Method, register
 from tokensieve.ops import max_min
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import ConnectorTokens
+from tokensieve.tokens import VisualTokens
 
 
 @register("divprune", paper="arXiv:2503.02175")
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Greedily keep tokens that maximise the smallest cosine distance between any two of them.
+    """Keep, greedily, the tokens that maximise the smallest cosine distance between any two of them.
 
     Args:
         keep: tokens per image, or a share of them (the paper's default: 0.098 of LLaVA-1.5's 576).
@@ -25,5 +25,5 @@ class DivPrune(Method):
 
     keep: Budget = 0.098
 
-    def reduce(self, image: ConnectorTokens) -> Reduction:
+    def reduce(self, image: VisualTokens) -> Reduction:
         return image.keep(max_min(image.features, image.budget))

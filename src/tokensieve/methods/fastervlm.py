@@ -1,4 +1,4 @@
-"""FasterVLM: one row of the encoder's attention ranks the patches."""
+"""FasterVLM: rank the patches by one row of the vision encoder's attention."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from tokensieve.tokens import ConnectorTokens
 @register("fastervlm", paper="arXiv:2412.01818", needs=Needs(cls_attention=-2))
 @dataclass(frozen=True)
 class FasterVlm(ScoreMethod):
-    """Keep the patches that [CLS] attends to most in the layer the features come from.
+    """Keep the patches that [CLS] attends to most in the layer that the features come from.
 
     Args:
         keep: tokens per image, or a share of them (the paper: 144, 58 and 29 of 576).

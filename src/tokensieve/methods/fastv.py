@@ -1,4 +1,4 @@
-"""FastV: after two blocks, the last prompt token has made up its mind about the image."""
+"""FastV: rank the visual tokens by the attention of the last prompt token, two layers into the LLM."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from tokensieve.tokens import DecoderTokens, given
 @register("fastv", paper="arXiv:2403.06764", stage="decoder", needs=DecoderNeeds(attention="last"))
 @dataclass(frozen=True)
 class FastV(ScoreMethod, DecoderMethod):
-    """Keep the visual tokens that the last prompt token attends to most in the block before ``layer``.
+    """Keep the visual tokens that the last prompt token attends to most in the layer before ``layer``.
 
     Args:
-        keep: tokens per image from block ``layer`` on, or a share of those that entered the LLM.
-        average: instead of ``keep``, tokens averaged over all blocks (SparseVLM's convention).
-        layer: the first block that sees the shorter sequence (the paper's K).
+        keep: tokens per image from layer ``layer`` on, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all layers (SparseVLM's convention).
+        layer: the first layer that receives the shorter sequence (the paper's K).
 
     Cost: O(L·D) time and O(L) extra memory per head for one row of attention over the L positions of the prompt.
     Paper: "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
@@ -29,4 +29,4 @@ class FastV(ScoreMethod, DecoderMethod):
     layer: int | float = 2
 
     def score(self, image: DecoderTokens) -> Tensor:
-        return given(image.attention).mean((1, 2))  # over heads; there is one query
+        return given(image.attention).mean((1, 2))  # over the heads; the one query is the last prompt token
