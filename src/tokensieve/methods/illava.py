@@ -46,7 +46,7 @@ class ILlavaLlm(DecoderMethod):
         keep: tokens per image from layer ``layer`` on, the merged one counted, or a share.
         average: instead of ``keep``, tokens averaged over all layers.
         layer: the first layer that receives the shorter sequence; a float is a share of the depth.
-        favour_attended: give the more attended tokens the larger weight, as the paper's text says; the official code
+        favour_attended: give the more attended tokens the larger weight, as in the paper's text; the official code
             does the opposite.
 
     Cost: as ``fastv``, and O(N·D) time to merge.

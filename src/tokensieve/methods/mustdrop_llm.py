@@ -37,7 +37,7 @@ class MustDropLlm(DecoderMethod):
     """Drop, at several layers, the tokens that receive little attention from all words together and from each word.
 
     Every image keeps its own number. The best tokens by the scores of a connector method never leave
-    (``mustdrop-keys``; without such a method no token is protected, and a note says so).
+    (``mustdrop-keys``; without such a method no token is protected, and a note records that).
 
     Args:
         layers: tokens leave before these layers; a float is a share of the depth.

@@ -151,7 +151,9 @@ def _from_file(file: str, class_name: str) -> type[Method]:
             raise Refusal(f"{file} does not load: {type(error).__name__}: {error}") from error
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        classes = [n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method]
+        classes = [
+            n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method
+        ]
         raise Refusal(f"{file} has no method class {class_name!r}; {nearest(class_name, classes)}")
     if "info" not in vars(cls):  # an inherited record belongs to the base class
         raise Refusal(f"{class_name} in {file} is not registered: decorate it with @tokensieve.register(...)")

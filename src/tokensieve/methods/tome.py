@@ -16,7 +16,7 @@ from tokensieve.tokens import EncoderTokens, given
 @register("tome", paper="arXiv:2210.09461", stage="encoder", needs=EncoderNeeds(encoder_keys=True))
 @dataclass(frozen=True)
 class ToMe(EncoderMethod):
-    """Merge the tokens with the most similar keys in each layer of the vision encoder, so that later layers are shorter.
+    """Merge the tokens with the most similar keys in each layer of the vision encoder: later layers become shorter.
 
     Between attention and MLP every second token is matched with the other token of nearest key, mean over heads. The
     most similar pairs become their mean, weighted by the patches that each side stands for.

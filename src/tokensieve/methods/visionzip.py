@@ -27,7 +27,7 @@ class VisionZip(Method):
         keep: tokens per image, or a share of them (the paper: 192, 128 and 64 of 576).
         contextual: share of the budget that is contextual (the paper: 30 of 192, 20 of 128, 10 of 64).
         combine: "add" adds the mean of the merged patches to the contextual one, as the official code does, which makes
-            it about twice as long as any token; "mean" is the mean of all of them, as the paper says.
+            it about twice as long as any token; "mean" is the mean of all of them, as in the paper.
         before_projector: merge the encoder's rows, as the official code does, or the projector's output.
 
     Cost: O(N·D) time for one row of attention, O(F·N·d) to compare keys of width d with F contextual ones; O(N·(D + F))
