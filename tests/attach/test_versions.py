@@ -7,7 +7,7 @@ import pytest
 
 import tokensieve
 from laws import tiny
-from tokensieve.engine import versions
+from tokensieve.models import versions
 
 
 def attach():

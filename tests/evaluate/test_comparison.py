@@ -21,7 +21,7 @@ from tokensieve.evaluate import (
     load_data,
     wilson,
 )
-from tokensieve.evaluate.identity import model_identity, model_name, sample_key
+from tokensieve.evaluate.provenance import model_identity, model_name, sample_key
 
 PINNED = (
     "method, keep, tokens_before, tokens_after, tokens_average, samples, accuracy, accuracy_low, accuracy_high, "

@@ -36,14 +36,14 @@ def test_stages_share_an_open_budget_and_keep_their_own():
 
 def test_average_budgets_reach_the_methods_that_know_them():
     specs = ["fastv(layer=1)", "uniform", "vtw", "fastv(average=70)"]
-    found = keys(plan(specs, [72, 0.4], seeds=1, oracle=False, budget="average"))
+    found = keys(plan(specs, [72, 0.4], seeds=1, oracle=False, keep_means="average"))
     assert found["fastv(layer=1)", 72] == ["fastv(keep=0.5, average=72, layer=1)"]
     assert found["fastv(layer=1)", 0.4] == ["fastv(keep=0.5, average=0.4, layer=1)"]
     assert found["uniform", 72] == ["uniform(keep=72)"]
     assert found["vtw", None] == ["vtw"]
     assert found["fastv(average=70)", 70] == ["fastv(keep=0.5, average=70)"]
-    with pytest.raises(ValueError, match="'kept' or 'average'"):
-        plan(["uniform"], [8], seeds=1, oracle=False, budget="mean")
+    with pytest.raises(ValueError, match="'final' or 'average'"):
+        plan(["uniform"], [8], seeds=1, oracle=False, keep_means="mean")
 
 
 def test_without_budgets_a_method_runs_at_its_default():

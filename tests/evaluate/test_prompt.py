@@ -9,7 +9,7 @@ from tokensieve import attach
 from tokensieve.engine.encoder.hooks import RECORD
 from tokensieve.evaluate import decode, encode
 from tokensieve.evaluate.answer import batches, together
-from tokensieve.evaluate.share import encoded, without_repetitions
+from tokensieve.evaluate.prompt import generate_arguments, without_repetitions
 from tokensieve.reduction import Reduction
 
 
@@ -73,7 +73,7 @@ def test_encoding_an_image_once_changes_nothing(model, processor, samples, spec)
     steps = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with torch.inference_mode(), attach(model, spec, processor=processor) as sieve:
         plain, kept = model.generate(**tensors, **steps), sieve.last
-        once = model.generate(**encoded(model, shared), **steps)
+        once = model.generate(**generate_arguments(model, shared), **steps)
     assert torch.equal(plain.sequences, once.sequences)
     torch.testing.assert_close(torch.stack(once.logits), torch.stack(plain.logits), atol=1e-5, rtol=1e-5)
     assert [[r.to_json() for r in row] for row in kept] == [[r.to_json() for r in row] for row in sieve.last]
@@ -88,13 +88,13 @@ def test_what_is_not_plain_pixels_is_left_alone(model, processor, samples):
         assert kept.images is None
         assert kept.tensors is inputs
     different = without_repetitions(model, tensors, [0, 1])
-    assert encoded(model, different) == tensors
+    assert generate_arguments(model, different) == tensors
 
 
 def test_the_record_is_repeated_with_the_images(model, processor, samples):
     shared = without_repetitions(model, encode(processor, [samples[0], samples[4]]), [0, 0])
     with torch.inference_mode(), attach(model, "visionzip(keep=9)"):
-        output = encoded(model, shared)["mm_encoder_outputs"]["image"]
+        output = generate_arguments(model, shared)["mm_encoder_outputs"]["image"]
     record = getattr(output, RECORD)
     per_image = [record.shapes, record.patches, *(rows for layers in record.read.values() for rows in layers.values())]
     assert len(per_image) > 3

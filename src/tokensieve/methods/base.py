@@ -44,6 +44,7 @@ class Method(ABC):
     """
 
     info: ClassVar[MethodInfo]
+    keeps_everything: ClassVar[bool] = False  # the unreduced model: no token is ever dropped
     least: ClassVar[Mapping[str, int]] = {}  # the smallest allowed value of a parameter
     proportions: ClassVar[tuple[str, ...]] = ()  # parameters that lie in [0, 1]
 

@@ -1,6 +1,7 @@
 """Provide the baselines that every method must beat: full, random, uniform, pool and downsample."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ class Full(Method):
 
     Cost: none.
     """
+
+    keeps_everything: ClassVar[bool] = True
 
     def reduce(self, image: VisualTokens) -> Reduction:
         batch, total, _ = image.features.shape

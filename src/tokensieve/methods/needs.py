@@ -58,7 +58,8 @@ class StageNeeds:
 
     def requests(self, name: str) -> bool:
         """Return whether this evidence is requested; False where the stage has no evidence of that name."""
-        return getattr(self, name, None) not in (None, False)
+        value = getattr(self, name, None)
+        return value is not None and value is not False  # layer 0 is a request
 
     def requested(self) -> dict[str, Evidence]:
         """Return the requested evidence by name."""

@@ -1,4 +1,4 @@
-"""Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
+"""Pure tensor maths of token reduction: tensors in, tensors out, with any leading batch dimensions."""
 
 from tokensieve.ops.attention_rows import (
     attention_from_cls,

@@ -1,4 +1,4 @@
-"""Student and teacher: a checkpoint with the head that the task needs."""
+"""Load student and teacher: a checkpoint with the task's head."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tokensieve.train.pumer.tasks import Task
 
 
 def load_processors(place: str) -> tuple[Any, Any]:
-    """Tokenizer and image processor of a checkpoint, together or one by one.
+    """Load the tokenizer and the image processor of a checkpoint, from one processor or separately.
 
     Raises:
-        ValueError: if either is missing.
+        Refusal: if one of them is missing.
     """
     try:
         processor = AutoProcessor.from_pretrained(place)
@@ -32,7 +32,7 @@ def load_processors(place: str) -> tuple[Any, Any]:
 
 
 def load_config(place: str) -> Any:
-    """The configuration of a checkpoint; one clear line if there is none."""
+    """Load the configuration of a checkpoint; refuse a place without one in one line."""
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
@@ -41,13 +41,13 @@ def load_config(place: str) -> Any:
 
 
 def labels_of(config: Any) -> list[str] | None:
-    """The classes that a fine-tuned checkpoint names, ``None`` for transformers' placeholders."""
+    """Return the class names of a fine-tuned checkpoint; ``None`` for transformers' placeholders."""
     names = [config.id2label[i] for i in range(len(config.id2label))]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
 def load_student(place: str, task: Task, labels: list[str]) -> Any:
-    """A checkpoint with the task's head: its own where it has one of this size, else a new one."""
+    """Load a checkpoint with the task's head. A head of another size is replaced by a new one."""
     config, kind = _config(place, task)
     if labels:
         config.id2label = dict(enumerate(labels))
@@ -56,18 +56,17 @@ def load_student(place: str, task: Task, labels: list[str]) -> Any:
 
 
 def load_teacher(place: str, task: Task, labels: list[str]) -> Any:
-    """A fine-tuned checkpoint, frozen.
+    """Load a fine-tuned checkpoint and freeze it.
 
     Raises:
-        ValueError: if it was fine-tuned for other classes, or for another task.
+        Refusal: if it was fine-tuned for other classes or another task.
     """
     config, kind = _config(place, task)
-    theirs = labels_of(config)
-    if labels and theirs != labels:
+    if labels and labels_of(config) != labels:
         raise Refusal(f"the teacher {place} names other classes than the student learns; use the same data and task")
-    made = task.models[kind].__name__
-    if config.architectures and made not in config.architectures:
-        raise Refusal(f"the teacher {place} is a {', '.join(config.architectures)}; {task.name} needs a {made}")
+    architecture = task.models[kind].__name__
+    if config.architectures and architecture not in config.architectures:
+        raise Refusal(f"the teacher {place} is a {', '.join(config.architectures)}; {task.name} needs a {architecture}")
     return _load(task.models[kind], place, config).eval().requires_grad_(False)
 
 
@@ -94,9 +93,9 @@ def _load(model: Any, place: str, config: Any, **options: Any) -> Any:
 
 
 def _second_image(model: Any) -> None:
-    """A third kind of token for the second image; it starts out as the first image's."""
+    """Add a token type for the second image; it starts as a copy of the first image's."""
     base = getattr(model, model.base_model_prefix)
-    home = getattr(base, "embeddings", base)
-    kinds = home.token_type_embeddings.weight.detach()
-    home.token_type_embeddings = nn.Embedding(3, kinds.shape[1], _weight=kinds[[0, 1, 1]].clone())
+    embeddings = getattr(base, "embeddings", base)  # METER has its token types on the base model
+    kinds = embeddings.token_type_embeddings.weight.detach()
+    embeddings.token_type_embeddings = nn.Embedding(3, kinds.shape[1], _weight=kinds[[0, 1, 1]].clone())
     model.config.modality_type_vocab_size = 3

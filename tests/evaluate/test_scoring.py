@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tokensieve.evaluate import METRICS, bootstrap, wilson
-from tokensieve.evaluate.intervals import interval
-from tokensieve.evaluate.metrics import normalise
+from tokensieve.evaluate.scoring import interval, normalise
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,17 @@ from functools import cache
 
 import pytest
 import torch
+from tokensieve.engine.sieve import Sieve
 
 import tokensieve
 from laws import reference, tiny
 from laws.reference import NOISE
 from tokensieve import Method, Needs, Reduction, VisualTokens
+from tokensieve.check import LAWS, Laws
+from tokensieve.check.oracle import dropped_columns, hidden, merged
 from tokensieve.engine import sieve
 from tokensieve.engine.connector.prefill import Connector
-from tokensieve.engine.sieve import Sieve
 from tokensieve.evaluate import Sample, encode
-from tokensieve.measure import LAWS, Laws
-from tokensieve.measure.hiding import dropped_columns, hidden, merged
 from tokensieve.reference.benchmark import benchmark
 
 METHODS = (
@@ -115,8 +115,8 @@ def test_a_refusal_is_no_failure():
 def test_what_cannot_be_checked_says_why():
     for method, why in (
         ("visionzip(keep=7)", "before the projector"),
-        ("downsample(keep=9)", "another image"),
-        ("pyramiddrop(layers=(1, 2), counts=(9, 4))", "several blocks"),
+        ("downsample(keep=9)", "changes the image"),
+        ("pyramiddrop(layers=(1, 2), counts=(9, 4))", "several layers"),
     ):
         found = verdicts("llava-clip", method)
         assert {law: found[law].status for law in LAWS} == dict.fromkeys(LAWS, "pass") | dict.fromkeys(
@@ -199,7 +199,7 @@ def test_batch_notices_a_method_that_looks_at_its_neighbours(own):
 
 
 def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
-    later = sieve.later_step
+    later = sieve.translate_decode_inputs
 
     def shifted(*given):
         kwargs = later(*given)

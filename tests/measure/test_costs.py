@@ -9,7 +9,7 @@ import torch
 from laws.tiny import FAMILIES, collate, scenario, subject
 from tokensieve import Method, Reduction, VisualTokens, register
 from tokensieve.measure import Cost, measure_costs
-from tokensieve.measure.cost import break_even
+from tokensieve.measure.costs import break_even
 from tokensieve.reference.model import build_model, build_processor
 
 TEXT_LAYERS, WIDTH, TOTAL = 2, 32, 144
