@@ -1,4 +1,4 @@
-"""One file per method. A method is a frozen dataclass whose ``reduce`` turns visual tokens into a Reduction."""
+"""Hold one file per method: a frozen dataclass whose ``reduce`` turns visual tokens into a Reduction."""
 
 from tokensieve.methods.base import ConnectorMethod, Method, MethodInfo, Positions, ScoreMethod, Stage
 from tokensieve.methods.fusion import FusionMethod

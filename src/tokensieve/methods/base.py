@@ -104,7 +104,7 @@ class Method(ABC):
         """Decide for B images of equal size at once. ``image.budget`` is the number of tokens to keep of each image."""
 
     def __call__(self, image: Any) -> Reduction:
-        """Call :meth:`reduce`, unless the image is kept whole: then return the identity with a note that says why."""
+        """Call :meth:`reduce`, unless the image is kept whole: then return the identity and a note with the reason."""
         batch, total, _ = image.features.shape
         budget = image.budget or None
         if budget is None:  # a method without one, or a call outside of a model

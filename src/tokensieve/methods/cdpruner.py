@@ -18,7 +18,7 @@ class CdPruner(Method):
 
     The paper takes relevance from CLIP's joint space, as the negated cosine of patch and text. Hugging Face VLMs come
     without CLIP's text encoder, so relevance is the plain cosine with the mean of the words in the LLM's input space,
-    and a note says so. Relevance is scaled to (0, 1] over the image.
+    and a note records that. Relevance is scaled to (0, 1] over the image.
 
     Args:
         keep: tokens per image, or a share of them.

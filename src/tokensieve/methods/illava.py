@@ -1,4 +1,4 @@
-"""iLLaVA: what is dropped leaves one token behind, inside the vision tower and inside the LLM."""
+"""iLLaVA: merge the dropped tokens into one, inside the vision encoder and inside the LLM."""
 
 from dataclasses import dataclass
 
@@ -12,13 +12,15 @@ from tokensieve.tokens import DecoderTokens, EncoderTokens, given
 @register("illava-encoder", paper="arXiv:2412.06263", stage="encoder", needs=EncoderNeeds(attention_received=True))
 @dataclass(frozen=True)
 class ILlavaEncoder(EncoderMethod):
-    """In some layers of the vision tower, keep what receives most attention, and merge the others into one by rank.
+    """Keep the most attended tokens in some layers of the vision encoder, and merge the others into one by rank.
 
-    Of r dropped tokens, the r + 1 that receive least become one, at the place of the best of them; see ``illava-llm``.
+    Of r dropped tokens, the r + 1 that receive least attention become one, at the place of the best of them; see
+    ``illava-llm``.
 
     Args:
         keep: tokens per image at the end, the merged ones counted, or a share; equally many leave in each layer.
-        layers: where, between attention and MLP; a float is a share of the layers that features come from.
+        layers: the layers in which tokens leave, between attention and MLP; a float is a share of the layers that
+            features come from.
         favour_attended: as in ``illava-llm``.
 
     Cost: in each of its layers O(n²·D) time for all rows of attention, O(n·min(n, 1,024)) extra memory per head.
@@ -36,15 +38,15 @@ class ILlavaEncoder(EncoderMethod):
 @register("illava-llm", paper="arXiv:2412.06263", stage="decoder", needs=DecoderNeeds(attention="last"))
 @dataclass(frozen=True)
 class ILlavaLlm(DecoderMethod):
-    """Keep what the last prompt token attends to, and merge the others into the best of them by rank.
+    """Keep the tokens that the last prompt token attends to most, and merge the others into the best of them by rank.
 
     Of r dropped tokens, the r + 1 least attended become one, at the place of the most attended among them.
 
     Args:
-        keep: tokens per image from block ``layer`` on, the merged one counted, or a share.
-        average: instead of ``keep``, tokens averaged over all blocks.
-        layer: the first block that sees the shorter sequence; a float is a share of the depth.
-        favour_attended: give the more attended tokens the larger weight, as the paper's text says; the official code
+        keep: tokens per image from layer ``layer`` on, the merged one counted, or a share.
+        average: instead of ``keep``, tokens averaged over all layers.
+        layer: the first layer that receives the shorter sequence; a float is a share of the depth.
+        favour_attended: give the more attended tokens the larger weight, as in the paper's text; the official code
             does the opposite.
 
     Cost: as ``fastv``, and O(N·D) time to merge.
@@ -59,5 +61,5 @@ class ILlavaLlm(DecoderMethod):
     favour_attended: bool = False
 
     def reduce(self, image: DecoderTokens) -> Reduction:
-        scores = given(image.attention).mean((1, 2))
+        scores = given(image.attention).mean((1, 2))  # over the heads; the one query is the last prompt token
         return image.merge(*merge_by_rank(scores, image.budget, self.favour_attended))

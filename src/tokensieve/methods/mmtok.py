@@ -1,4 +1,4 @@
-"""MMTok: tokens that cover the words of the question, and the image."""
+"""MMTok: keep tokens that cover the words of the question, and the image."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ from tokensieve.tokens import ConnectorTokens, given
 @register("mmtok", paper="arXiv:2508.18264", needs=Needs(user_text=True, patches=True))
 @dataclass(frozen=True)
 class MmTok(Method):
-    """Greedily keep the tokens that cover two things best: each word of the prompt, and each patch of the image.
+    """Keep, greedily, the tokens that best cover each word of the prompt and each patch of the image.
 
-    How well token j covers word i is the share that j has in the softmax of i's cosines to all tokens in the LLM's
-    input space; how well it covers patch i, the same among the encoder's rows.
+    Token j covers word i by the share of j in the softmax of i's cosines to all tokens in the LLM's input space, and
+    patch i by the same share among the encoder's rows.
 
     Args:
         keep: tokens per image, or a share of them.
@@ -28,7 +28,8 @@ class MmTok(Method):
     Cost: O(N·(N + M)·D) time for the gains of all tokens, then K lazy steps over the 16 best or more;
     O(N·(min(N, 1,024) + M)) extra memory.
     Paper: "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs", ICLR 2026.
-    Official code: renumbers positions (``positions="contiguous"``).
+    Official code: does not choose patches that show padding of the picture only, which no processor reports to a model;
+    renumbers positions (``positions="contiguous"``).
     """
 
     keep: Budget = 64
@@ -38,21 +39,25 @@ class MmTok(Method):
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
         text = given(image.user_text)
-        mask = text.mask
         cosines = normalise(text.features) @ normalise(image.features).transpose(-1, -2)
-        asked = (cosines / self.text_temperature).softmax(-1) * (mask / mask.sum(-1, keepdim=True))[..., None]
-        by_token, rows = asked.mT.contiguous(), normalise(given(image.patches))
-        whole = gram(rows) if image.total <= CHUNK else None
+        word_weight = text.mask / text.mask.sum(-1, keepdim=True)  # 0 for padding
+        by_word = (cosines / self.text_temperature).softmax(-1) * word_weight[..., None]  # [B, M, N]
+        by_token, rows = by_word.mT.contiguous(), normalise(given(image.patches))
+        similarity = gram(rows) if image.total <= CHUNK else None
 
-        def shares(cosines: Tensor) -> Tensor:  # of the softmax, up to its sum; no cosine exceeds 1
+        def exponentials(cosines: Tensor) -> Tensor:
+            """Return the terms of the softmax, before they are divided by their sum; no cosine exceeds 1."""
             return ((cosines - 1) / self.image_temperature).exp_()
 
-        parts = [whole] if whole is not None else (part @ rows.mT for part in torch.split(rows, CHUNK, 1))
-        sums = torch.cat([shares(part).sum(-1) for part in parts], 1)
+        parts = [similarity] if similarity is not None else (part @ rows.mT for part in torch.split(rows, CHUNK, 1))
+        sums = torch.cat([exponentials(part).sum(-1) for part in parts], 1)
+        # entry (j, i) of the table is token j's share in the softmax of patch i: column i is divided by sums[i]
         scale = (self.balance / image.total / sums)[:, None]
 
         def covers(index: Tensor) -> Tensor:
-            return torch.cat([rows_at(by_token, index), shares(rows_at(rows, index) @ rows.mT) * scale], -1)
+            by_patch = exponentials(rows_at(rows, index) @ rows.mT) * scale
+            return torch.cat([rows_at(by_token, index), by_patch], -1)
 
-        table = covers if whole is None else torch.cat([by_token, shares(whole) * scale], -1)
+        # above CHUNK tokens the table of N x (M + N) is never held whole: its rows are computed when they are needed
+        table = covers if similarity is None else torch.cat([by_token, exponentials(similarity) * scale], -1)
         return image.keep(coverage(table, sums, image.budget))

@@ -1,4 +1,4 @@
-"""MustDrop, the half after the vision tower: key tokens are protected, others go when no word looks at them."""
+"""MustDrop, the half after the vision encoder: protect key tokens, and drop others that receive little attention."""
 
 import math
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ UNPROTECTED = "no token was protected: no connector method (such as mustdrop-key
 @register("mustdrop-keys", paper="arXiv:2411.10803", needs=Needs(cls_attention=-1))
 @dataclass(frozen=True)
 class MustDropKeys(Method):
-    """Keep all, and rank the tokens by what [CLS] attends to in the last layer: ``mustdrop-llm`` protects the best.
+    """Keep all tokens, and rank them by the attention of [CLS] in the last layer: ``mustdrop-llm`` protects the best.
 
     Cost: one row of attention: O(N·D) time, O(N) extra memory per head.
     Paper: as of ``mustdrop-llm``.
     """
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
-        b, n, _ = image.features.shape
+        batch, total, _ = image.features.shape
         scores = image.cls_attention[-1]
-        return Reduction.identity(n, b, scores.device, grid=image.grid, notes=image.notes, scores=scores)
+        return Reduction.identity(total, batch, scores.device, grid=image.grid, notes=image.notes, scores=scores)
 
 
 @register(
@@ -34,19 +34,20 @@ class MustDropKeys(Method):
 )
 @dataclass(frozen=True)
 class MustDropLlm(DecoderMethod):
-    """Before some blocks, drop the tokens that the words ignore both together and one by one.
+    """Drop, at several layers, the tokens that receive little attention from all words together and from each word.
 
-    How many are left is the image's own. The best by what a connector method ranked the tokens by never leave
-    (``mustdrop-keys``; without such a method nothing is protected, and the notes say so).
+    Every image keeps its own number. The best tokens by the scores of a connector method never leave
+    (``mustdrop-keys``; without such a method no token is protected, and a note records that).
 
     Args:
-        layers: where; a float is a share of the depth.
-        together: a token goes only if its share of the words' attention to the image is below this, in even shares of
-            the tokens that entered; 0.7 is the official 0.0012 for 576 tokens.
+        layers: tokens leave before these layers; a float is a share of the depth.
+        together: a token leaves only if its share of the words' attention to the image is below this. The unit is an
+            even share of the tokens that entered; 0.7 is the official 0.0012 for 576 tokens.
         single: … and if no word's attention to it reaches this, in the same unit.
         protect: share of the tokens that entered the LLM which never leave.
 
-    Cost: per stage, O(M·L·D) time and O(M·L) extra memory per head for the rows of M words over L positions.
+    Cost: per layer of ``layers``, O(M·L·D) time and O(M·L) extra memory per head for the rows of M words over L
+    positions.
     Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024. There every
     token after the image is a word, template included. Its cache policy while decoding is not covered.
     """
@@ -57,16 +58,17 @@ class MustDropLlm(DecoderMethod):
     protect: float = 0.08
 
     def reduce(self, image: DecoderTokens) -> Reduction:
-        attention, entered = given(image.attention).float().mean(1), image.entered or image.total
+        attention, entered = given(image.attention).float().mean(1), image.entered or image.total  # [B, M, N]
         if image.user_text is not None:
-            attention = attention * image.user_text.mask[..., None]
+            attention = attention * image.user_text.mask[..., None]  # padding must not count as a word
         sums = attention.sum(1)
-        even = sums.sum(-1, keepdim=True) / entered
-        stays = (sums >= self.together * even) | (attention.amax(1) >= self.single / entered)
+        even_share = sums.sum(-1, keepdim=True) / entered
+        stays = (sums >= self.together * even_share) | (attention.amax(1) >= self.single / entered)
         if image.connector_scores is not None:
-            best = image.connector_scores.sort(dim=-1, descending=True, stable=True).indices
-            stays = set_true(stays, best[:, : math.ceil(self.protect * entered)])
+            order = image.connector_scores.sort(dim=-1, descending=True, stable=True).indices
+            stays = set_true(stays, order[:, : math.ceil(self.protect * entered)])
         else:
             image = image.noted(UNPROTECTED)
+        # the most attended token stays in any case, so that no image becomes empty
         indices, valid = padded_nonzero(set_true(stays, sums.argmax(-1, keepdim=True)))
         return image.keep(indices, sums, valid=valid)

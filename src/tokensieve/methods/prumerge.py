@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: outliers of [CLS] attention stay, and take up what their nearest neighbours had to say."""
+"""LLaVA-PruMerge: keep the outliers of [CLS] attention, and add their nearest neighbours to them."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -18,21 +18,21 @@ NEEDS = Needs(cls_attention_single_head=-1, encoder_keys=-1, patches=True)
 @register("prumerge", paper="arXiv:2403.15388", needs=NEEDS)
 @dataclass(frozen=True)
 class PruMerge(Method):
-    """Keep the patches that stand out in [CLS] attention; add their neighbours to them, and all the rest as one token.
+    """Keep the patches that stand out in [CLS] attention, merge neighbours into them, and the others into one token.
 
-    The attention is that of the last layer with its heads taken as a single one. Each kept patch adds those of its
-    ``neighbours`` by key cosine, kept or not, times their attention; one more token is the sum of all dropped patches
-    times their attention, and stands where the most attended of them stood.
+    The attention is that of the last layer with all heads joined into one. Each kept patch adds its ``neighbours``
+    nearest patches by key cosine, kept or not, times their attention. One extra token is the sum of all dropped patches
+    times their attention; it stands at the place of the most attended of them.
 
     Args:
         keep: tokens per image, the extra one counted, or a share; ``None`` takes the outliers of each image (above
             the third quartile by 1.5 interquartile ranges): about 5 % of LLaVA-1.5's tokens.
-        neighbours: how many each kept patch takes up.
-        before_projector: merge the encoder's rows, as the official code does, or what the projector makes of them.
+        neighbours: number of patches that each kept patch adds.
+        before_projector: merge the encoder's rows, as the official code does, or the projector's output.
 
     Cost: O(K·N·D) time for the neighbours' key cosines; O(K·N) extra memory, and one layer's keys.
     Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025.
-    Official code: keeps tokens in order of attention, the extra one last, and fails where nothing stands out; here
+    Official code: keeps tokens in order of attention, the extra one last, and fails where no patch stands out; here
     tokens stand at their places, and one always stays. The weights are not normalised, there and here.
     """
 
@@ -46,36 +46,30 @@ class PruMerge(Method):
         return replace(NEEDS, patches=self.before_projector)
 
     def chosen(self, image: ConnectorTokens, scores: Tensor) -> Tensor:
-        """Which patches stay, `[B, N]` bool, besides the extra token."""
+        """Return the patches that stay besides the extra token, `[B, N]` bool."""
         if self.keep is None:
             return outliers(scores)
-        best = top_k(scores, max(1, image.budget - 1))
-        return set_true(torch.zeros_like(scores, dtype=torch.bool), best)
+        return set_true(torch.zeros_like(scores, dtype=torch.bool), top_k(scores, max(1, image.budget - 1)))
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
         scores, keys = image.cls_attention_single_head[-1], image.encoder_keys[-1].flatten(-2)
-        stay = self.chosen(image, scores)
-        kept, real = padded_nonzero(stay) if self.keep is None else (_indices(stay), None)
+        stays = self.chosen(image, scores)
+        kept, valid = padded_nonzero(stays)
         slots, sources = kept.shape[1], torch.arange(image.total, device=kept.device).expand_as(scores)
-        rows = rows_at(keys, kept)
-        near = nearest(rows, keys, min(self.neighbours, image.total - 1), own=kept)
-        own = torch.arange(slots, device=kept.device).expand_as(kept)
-        weight = scores.gather(-1, near.flatten(1)).view_as(near)
-        alone = torch.ones_like(kept, dtype=torch.float32)
-        if real is not None:
-            weight, alone = weight * real[..., None], alone * real
-        entries = [(own, kept, alone), (own.repeat_interleave(near.shape[-1], -1), near.flatten(1), weight.flatten(1))]
-        if self.keep is None or image.budget > 1:
-            extra = scores.masked_fill(stay, -1).argmax(-1, keepdim=True)
-            entries.append((torch.full_like(sources, slots), sources, scores.masked_fill(stay, 0)))
+        near = nearest(rows_at(keys, kept), keys, min(self.neighbours, image.total - 1), own=kept)  # [B, K, neighbours]
+        slot = torch.arange(slots, device=kept.device).expand_as(kept)
+        # padded slots get entries like any other, with weight 0
+        near_weight = (scores.gather(-1, near.flatten(1)).view_as(near) * valid[..., None]).flatten(1)
+        entries = [
+            (slot, kept, valid.float()),
+            (slot.repeat_interleave(near.shape[-1], -1), near.flatten(1), near_weight),
+        ]
+        if self.keep is None or image.budget > 1:  # the extra token is the last slot; kept patches have weight 0 in it
+            extra = scores.masked_fill(stays, -1).argmax(-1, keepdim=True)
+            entries.append((torch.full_like(sources, slots), sources, scores.masked_fill(stays, 0)))
             kept = torch.cat([kept, extra], -1)
-            real = None if real is None else torch.cat([real, ~stay.all(-1, keepdim=True)], -1)
+            valid = torch.cat([valid, ~stays.all(-1, keepdim=True)], -1)
         slot, source, weight = (torch.cat(part, -1) for part in zip(*entries, strict=True))
-        return image.merge(
-            kept, slot, source, weight, valid=real, scores=scores, before_projector=self.before_projector
-        )
-
-
-def _indices(mask: Tensor) -> Tensor:
-    """Where `[B, N]` bool is True, for images that keep the same number."""
-    return mask.nonzero()[:, 1].view(len(mask), -1)
+        valid_or_none = valid if self.keep is None else None
+        before = self.before_projector
+        return image.merge(kept, slot, source, weight, valid=valid_or_none, scores=scores, before_projector=before)

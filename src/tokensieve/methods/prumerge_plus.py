@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge+: PruMerge, with tokens at equal stride besides, so that no part of the image goes unseen."""
+"""LLaVA-PruMerge+: add tokens at equal stride to PruMerge's, so that every part of the image is represented."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ from tokensieve.tokens import ConnectorTokens
 @register("prumerge+", paper="arXiv:2403.15388", needs=NEEDS)
 @dataclass(frozen=True)
 class PruMergePlus(PruMerge):
-    """PruMerge that keeps patches at equal stride as well: the default leaves about 25 % of LLaVA-1.5's tokens.
+    """Keep PruMerge's patches and patches at equal stride: by default about 25 % of LLaVA-1.5's tokens.
 
     Args:
         keep: tokens per image, the extra one counted, or a share: half by attention, half at equal stride among the
-            rest. ``None`` takes the outliers of each image, and as dense a grid as there are outliers.
+            others. ``None`` takes the outliers of each image, and as dense a grid as there are outliers.
         neighbours, before_projector: as in ``prumerge``.
         top: instead of ``keep`` or outliers, patches by attention.
         stride: instead of the stride that follows from the outliers.
@@ -28,8 +28,8 @@ class PruMergePlus(PruMerge):
     Cost: as ``prumerge``.
     Paper: as ``prumerge``.
     Official code: the fixed mode (1/8 by attention, 1/8 by grid) is ``top=72, stride=8, offset=4``, except that it
-    passes on twice what both choose; VTC-CLS's copy for budgets of 64, 128 and 256 is ``top=13, stride=11``, ``top=40,
-    stride=6`` and ``top=95, stride=3``. No grid reaches the last patch, there and here.
+    passes on twice the patches that both choose; VTC-CLS's copy for budgets of 64, 128 and 256 is ``top=13,
+    stride=11``, ``top=40, stride=6`` and ``top=95, stride=3``. No grid reaches the last patch, there and here.
     """
 
     top: int | None = None
@@ -51,6 +51,7 @@ class PruMergePlus(PruMerge):
             return set_true(best, spread_evenly(~best, patches // 2))
         best = outliers(scores) if self.top is None else set_true(none, top_k(scores, self.top))
         place = torch.arange(image.total, device=scores.device) - self.offset
-        inverse = image.total / best.sum(-1, keepdim=True)
+        inverse = image.total / best.sum(-1, keepdim=True)  # one outlier in so many patches
         stride = (inverse.int() // 3).clamp(min=1) if self.stride is None else self.stride
+        # the last patch is never on the grid, as in the official code
         return best | ((place % stride == 0) & (place >= 0) & (place < image.total - 1 - self.offset))

@@ -95,7 +95,7 @@ def list_methods() -> list[MethodInfo]:
 
 
 def info(name: str) -> MethodInfo:
-    """Return the record of one method; a ``Refusal`` names the nearest names if there is none."""
+    """Return the record of one method; if there is none, the ``Refusal`` names the nearest ones."""
     return find(name).info
 
 
@@ -129,8 +129,8 @@ def _load() -> None:
         try:
             plugin.load()
         except Exception as error:  # a broken plug-in must not take the other methods with it
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            warnings.warn(f"the method plug-in {plugin.name!r} ({plugin.value}) is left out: {why}", stacklevel=1)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(f"the method plug-in {plugin.name!r} ({plugin.value}) is left out: {reason}", stacklevel=1)
 
 
 def _from_file(file: str, class_name: str) -> type[Method]:
@@ -151,10 +151,10 @@ def _from_file(file: str, class_name: str) -> type[Method]:
             raise Refusal(f"{file} does not load: {type(error).__name__}: {error}") from error
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        found = [
+        classes = [
             n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method
         ]
-        raise Refusal(f"{file} has no method class {class_name!r}; {nearest(class_name, found)}")
+        raise Refusal(f"{file} has no method class {class_name!r}; {nearest(class_name, classes)}")
     if "info" not in vars(cls):  # an inherited record belongs to the base class
         raise Refusal(f"{class_name} in {file} is not registered: decorate it with @tokensieve.register(...)")
     return cls

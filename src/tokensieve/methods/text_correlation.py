@@ -1,4 +1,4 @@
-"""The half of 2409.01162 that acts inside the LLM: what the user's words look at stays."""
+"""Keep the visual tokens that the user's words attend to: the half of 2409.01162 inside the LLM."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from tokensieve.budget import Budget
 from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
 from tokensieve.tokens import DecoderTokens, given
 
+NEEDS = DecoderNeeds(user_text=True, attention="words")
 
-@register(
-    "text-correlation", paper="arXiv:2409.01162", stage="decoder", needs=DecoderNeeds(user_text=True, attention="words")
-)
+
+@register("text-correlation", paper="arXiv:2409.01162", stage="decoder", needs=NEEDS)
 @dataclass(frozen=True)
 class TextCorrelation(ScoreMethod, DecoderMethod):
     """Keep the visual tokens that the user's words attend to most, mean over heads and words.
@@ -19,13 +19,13 @@ class TextCorrelation(ScoreMethod, DecoderMethod):
     The whole method is ``"cls-knee + text-correlation(keep=...)"``.
 
     Args:
-        keep: tokens per image from block ``layer`` on, or a share of those that entered the LLM.
-        average: instead of ``keep``, tokens averaged over all blocks.
-        layer: the first block that sees the shorter sequence.
+        keep: tokens per image from layer ``layer`` on, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all layers.
+        layer: the first layer that receives the shorter sequence.
 
     Cost: O(M·L·D) time and O(M·L) extra memory per head for the rows of M words over L positions.
     Paper: "Balancing Performance and Efficiency: A Multimodal Large Language Model Pruning Method based Image Text
-    Interaction", 2024. It gives neither block nor budget; it prunes text, too, which never happens here.
+    Interaction", 2024. It gives neither layer nor budget; it prunes text, too, which never happens here.
     Official code: none is public.
     """
 

@@ -1,4 +1,4 @@
-"""TRSM: retrieve the visual tokens that the prompt asks for."""
+"""TRSM: retrieve the visual tokens that match the prompt."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +16,8 @@ from tokensieve.tokens import ConnectorTokens, given
 class Trsm(ScoreMethod):
     """Keep the visual tokens whose embedding is nearest to the words of the user's prompt.
 
-    Cosine in the LLM's input space, between projected visual tokens and the embeddings of the user's own words (no
-    template, no special tokens: give ``attach`` the processor, or all text after the first image counts).
+    The measure is the cosine in the LLM's input space, between projected visual tokens and the embeddings of the user's
+    own words (no template, no special tokens: give ``attach`` the processor, or all text after the first image counts).
 
     Args:
         keep: tokens per image, or a share of them. The paper compresses "by 20 %", which leaves open whether to or by;

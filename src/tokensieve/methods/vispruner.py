@@ -1,4 +1,4 @@
-"""VisPruner: half of the tokens for what matters, half for what is different."""
+"""VisPruner: spend half of the budget on salient tokens, half on diverse ones."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ from tokensieve.tokens import ConnectorTokens, given
 @register("vispruner", paper="arXiv:2412.01818v2", needs=Needs(cls_attention=-2, patches=True))
 @dataclass(frozen=True)
 class VisPruner(Method):
-    """Keep the patches that [CLS] attends to most, and of the others the least alike.
+    """Keep the patches that [CLS] attends to most, and of the others the least similar to each other.
 
-    The others, in order of attention, are thinned out round by round: those at even places that resemble one at an
-    odd place most leave.
+    The others, in order of attention, are thinned out round by round: those at even places that are most similar to one
+    at an odd place leave.
 
     Args:
         keep: tokens per image, or a share of them.
@@ -46,10 +46,10 @@ class VisPruner(Method):
             raise Refusal(f"step must be at least 1; got {self.step}")
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
-        patches, wanted = given(image.patches), image.budget
-        scores = without_sinks(image.cls_attention[-2], patches, self.sinks)
-        order, first = scores.sort(dim=-1, descending=True, stable=True).indices, int(wanted * self.important)
-        others = order[:, first:]
-        if first < wanted:
-            others = bipartite_thinning(patches, others, wanted - first, self.step)
-        return image.keep(torch.cat([order[:, :first], others[:, : wanted - first]], -1), scores)
+        patches, important = given(image.patches), int(image.budget * self.important)
+        scores, diverse = without_sinks(image.cls_attention[-2], patches, self.sinks), image.budget - important
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        others = order[:, important:]
+        if diverse:  # thinning by whole steps may leave more than the budget: the first of them stay
+            others = bipartite_thinning(patches, others, diverse, self.step)
+        return image.keep(torch.cat([order[:, :important], others[:, :diverse]], -1), scores)

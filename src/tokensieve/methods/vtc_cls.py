@@ -1,4 +1,4 @@
-"""VTC-CLS: the encoder's [CLS] token already knows which patches matter."""
+"""VTC-CLS: rank the patches by the attention of [CLS], summed over the layers of the vision encoder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ OVER_LAYERS: dict[str, Callable[..., Tensor]] = {
 @register("vtc-cls", paper="arXiv:2412.05819", needs=Needs(cls_attention=slice(None, -1)))
 @dataclass(frozen=True)
 class VtcCls(ScoreMethod):
-    """Keep what the encoder's [CLS] token attends to, summed over an ensemble of layers.
+    """Keep the patches that the encoder's [CLS] token attends to most, summed over an ensemble of layers.
 
-    The score of a patch is the attention it gets from [CLS], mean over heads, reduced over the layers from
-    ``first_layer`` to the last but one: LLaVA takes its features there, and never needs the last layer.
+    The score of a patch is the attention of [CLS] to it, mean over heads, reduced over the layers from ``first_layer``
+    to the last but one: LLaVA takes its features there, and never needs the last layer.
 
     Args:
         keep: tokens per image, or a share of them.
         first_layer: first encoder layer of the ensemble; negative counts from the last layer, so −2 is the single
             layer that the features come from.
-        over_layers: how a patch's attentions in these layers become one score ("mean" ranks like "sum").
+        over_layers: the reduction of a patch's attentions in these layers to one score ("mean" ranks like "sum").
 
     Cost: O(S·N·D) time for one row of attention in each of S layers; O(S·N) extra memory.
     Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", 2024.

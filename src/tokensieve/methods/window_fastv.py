@@ -1,4 +1,4 @@
-"""Window FastV: FastV's scores, but every region of the image keeps its share."""
+"""Window FastV: rank by FastV's scores, but keep a share of every region of the image."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,13 +13,13 @@ from tokensieve.tokens import DecoderTokens
 @register("window-fastv", paper="arXiv:2502.11501", stage="decoder", needs=DecoderNeeds(attention="last"))
 @dataclass(frozen=True)
 class WindowFastV(FastV):
-    """Keep in each of ``windows`` equal stretches of the raster the tokens that the last prompt token attends to most.
+    """Keep in each of ``windows`` equal windows of the raster the tokens that the last prompt token attends to most.
 
     FastV alone keeps mostly the bottom of the image: the tokens nearest to the text. The budget is shared out evenly.
 
     Args:
         keep, average, layer: as in ``fastv``.
-        windows: stretches of the raster, e.g. 4: bands of a quarter of the rows each.
+        windows: their number, e.g. 4: bands of a quarter of the rows each.
 
     Cost: as ``fastv``.
     Paper: "Token Pruning in Multimodal Large Language Models: Are We Solving the Right Problem?", ACL Findings 2025.
@@ -27,7 +27,7 @@ class WindowFastV(FastV):
 
     windows: int = 4
     least: ClassVar = {"windows": 1}
-    by_score: ClassVar = False
+    by_score: ClassVar = False  # the best of each window, not of the image
 
     def reduce(self, image: DecoderTokens) -> Reduction:
         scores = self.score(image)
