@@ -116,9 +116,7 @@ def test_the_paths_are_printed_apart_from_the_rows(finished: Outcome, output: Pa
     ]
 
 
-def test_a_finished_comparison_is_printed_again_without_new_answers(
-    model: str, finished: Outcome, output: Path
-) -> None:
+def test_a_finished_comparison_is_printed_without_new_answers(model: str, finished: Outcome, output: Path) -> None:
     before = (output / "predictions.jsonl").read_bytes()
     # a full disk for the report alone
     (output / "report.part").symlink_to("/dev/full")
