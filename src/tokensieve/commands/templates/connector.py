@@ -26,4 +26,5 @@ class MyMethod(ScoreMethod):
     keep: Budget = 64
 
     def score(self, image: ConnectorTokens) -> Tensor:
-        return image.features.float().norm(dim=-1)  # [B, N]
+        norms: Tensor = image.features.float().norm(dim=-1)  # [B, N]
+        return norms
