@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 import tokensieve
 from overhead import LLM, PROMPT, build, prompt
-from tokensieve.evaluate.environment import environment
+from tokensieve.evaluate import environment
 from tokensieve.measure import interleave, paired_ratio
 
 IMAGE_TOKENS = 576

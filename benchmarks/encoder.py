@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import tokensieve
 from overhead import TINY, TOWER
-from tokensieve.evaluate.environment import environment
+from tokensieve.evaluate import environment
 from tokensieve.measure import count_flops, interleave, paired_ratio
 
 

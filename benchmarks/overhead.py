@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokensieve
-from tokensieve.evaluate.environment import environment
+from tokensieve.evaluate import environment
 from tokensieve.measure import interleave, paired_ratio
 
 IMAGE, VOCABULARY, PROMPT, ANSWER_CUE = 9, 1000, 35, 20

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 import tokensieve
-from tokensieve.evaluate.environment import environment
+from tokensieve.evaluate import environment
 from tokensieve.fusion.meter import MeterConfig, MeterForQuestionAnswering
 from tokensieve.measure import count_flops, interleave, paired_ratio, peak_activation_bytes
 

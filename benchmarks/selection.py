@@ -25,10 +25,12 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from tokensieve import VisualTokens, __version__, list_methods, parse
+from tokensieve import __version__, list_methods, parse
 from tokensieve.measure import interleave, paired_ratio, peak_activation_bytes
 from tokensieve.methods import Method
 from tokensieve.ops import normalise
+from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
+from tokensieve.tokens import given as evidence_of
 
 WIDTH, HEADS, WORDS = 1024, 16, 16
 VARIANTS = ("fopru(select='row')",)
@@ -37,7 +39,7 @@ QUADRATIC = ("divprune", "scope", "mmtok", "vispruner", "prumerge", "prumerge+",
 SLOW = 10_000  # milliseconds from which a call is timed once, without a warm-up
 
 
-def image(total: int, device: str, seed: int = 0) -> VisualTokens:
+def image(total: int, device: str, seed: int = 0) -> ConnectorTokens:
     """One image of ``total`` tokens that form loose groups, as patches do."""
     g = torch.Generator().manual_seed(seed)
     groups = torch.randn(64, WIDTH, generator=g)
@@ -45,17 +47,17 @@ def image(total: int, device: str, seed: int = 0) -> VisualTokens:
     rows = (groups[of] + 1.5 * torch.randn(total, WIDTH, generator=g)).to(device)[None]
     attention = torch.randn(1, total, generator=g).mul(2).softmax(-1).to(device)
     height = next(h for h in range(math.isqrt(total), 0, -1) if total % h == 0)
-    return VisualTokens(
+    words = torch.randn(1, WORDS, WIDTH, generator=g).to(device)
+    return ConnectorTokens(
         rows,
         grid=(height, total // height),
-        cls_attention=dict.fromkeys(range(24), attention),
+        cls_attention=ByLayer(dict.fromkeys(range(24), attention), 24),
         cls_similarity=attention,
-        cls_wide={23: attention},
-        received={22: attention},
-        encoder_keys={layer: rows.view(1, total, HEADS, -1) for layer in (22, 23)},
+        cls_attention_single_head=ByLayer({23: attention}, 24),
+        attention_received=ByLayer({22: attention}, 24),
+        encoder_keys=ByLayer({layer: rows.view(1, total, HEADS, -1) for layer in (22, 23)}, 24),
         patches=rows,
-        depth=24,
-        text=torch.randn(1, WORDS, WIDTH, generator=g).to(device),
+        user_text=UserText(words, torch.ones(1, WORDS, dtype=torch.bool, device=device)),
     )
 
 
@@ -72,7 +74,7 @@ def exponent(times: dict[int, float]) -> float | None:
 # -- the loops of the papers' public codes, with their [N, N] matrices ------------------------------------------------
 
 
-def divprune_loop(tokens: VisualTokens, k: int) -> Tensor:
+def divprune_loop(tokens: ConnectorTokens, k: int) -> Tensor:
     """The rows of all selected tokens are gathered again at every step, and searched with their positions."""
     rows = tokens.features[0] / tokens.features[0].norm(dim=1, keepdim=True)
     distance = 1 - rows @ rows.T
@@ -87,12 +89,12 @@ def divprune_loop(tokens: VisualTokens, k: int) -> Tensor:
     return chosen.sort().values
 
 
-def cdpruner_loop(tokens: VisualTokens, k: int) -> Tensor:
+def cdpruner_loop(tokens: ConnectorTokens, k: int) -> Tensor:
     """Incremental Cholesky on the kernel matrix of a batch."""
     rows = normalise(tokens.features)
     b, n, _ = rows.shape
     every = torch.arange(b, device=rows.device)
-    asked = normalise(tokens.words()[0].float().mean(1, keepdim=True))
+    asked = normalise(evidence_of(tokens.user_text).features.float().mean(1, keepdim=True))
     relevance = (rows @ asked.transpose(1, 2)).squeeze(-1)
     quality = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
     kernel = quality[:, :, None] * (rows @ rows.transpose(1, 2)) * quality[:, None]
@@ -108,10 +110,10 @@ def cdpruner_loop(tokens: VisualTokens, k: int) -> Tensor:
     return torch.stack(chosen, 1).sort().values[0]
 
 
-def scope_loop(tokens: VisualTokens, k: int) -> Tensor:
+def scope_loop(tokens: ConnectorTokens, k: int) -> Tensor:
     """Every token's gain anew at every step, on a masked copy of the matrix of a batch."""
-    rows = normalise(tokens.given("patches"))
-    cosines, attention = rows @ rows.transpose(1, 2), tokens.at("cls_attention", -2)
+    rows = normalise(evidence_of(tokens.patches))
+    cosines, attention = rows @ rows.transpose(1, 2), tokens.cls_attention[-2]
     b, n = attention.shape
     every, zero = torch.arange(b, device=rows.device), torch.zeros(1, device=rows.device)
     covered, taken = torch.zeros_like(attention), torch.zeros(b, n, dtype=torch.bool, device=rows.device)
@@ -125,9 +127,9 @@ def scope_loop(tokens: VisualTokens, k: int) -> Tensor:
     return chosen.sort().values[0]
 
 
-def mmtok_loop(tokens: VisualTokens, k: int) -> Tensor:
+def mmtok_loop(tokens: ConnectorTokens, k: int) -> Tensor:
     """Every token's gain anew at every step, on the table of all demands."""
-    rows, words = normalise(tokens.given("patches")[0]), normalise(tokens.words()[0][0])
+    rows, words = normalise(evidence_of(tokens.patches)[0]), normalise(evidence_of(tokens.user_text).features[0])
     asked = (words @ normalise(tokens.features[0]).T / 0.02).softmax(-1) / len(words)
     seen = 0.5 * (rows @ rows.T / 0.2).softmax(-1) / len(rows)
     table = torch.cat([asked, seen])
@@ -149,7 +151,9 @@ LOOPS = {"divprune": divprune_loop, "cdpruner": cdpruner_loop, "scope": scope_lo
 
 
 def main() -> None:
-    known = [m.name for m in list_methods() if m.stage == "connector" and m.name != "full" and not m.needs.video]
+    known = [
+        m.name for m in list_methods() if m.stage == "connector" and m.name != "full" and not m.needs.requests("video")
+    ]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2880, 20_000, 100_000])
     parser.add_argument("--keep", type=int, default=64)
@@ -212,7 +216,7 @@ def costs(spec: str, given: argparse.Namespace) -> dict[str, object]:
     for total in sorted(n for n in given.tokens if n <= most):
         method, tokens = method_of(spec, given.keep), image(total, given.device)
 
-        def call(method: Method = method, tokens: VisualTokens = tokens) -> None:
+        def call(method: Method = method, tokens: ConnectorTokens = tokens) -> None:
             kept[len(tokens.features[0])] = method(tokens).slots
 
         clock = clock_for(given)

@@ -15,13 +15,14 @@ import time
 
 import torch
 
-from tokensieve import VisualTokens, parse
+from tokensieve import parse
+from tokensieve.tokens import ByLayer, ConnectorTokens
 
 METHODS = ("evs", "dycoke", "fastvid", "prunevid", "holitom")
 SIZE, WIDTH, SCENE = 196, 896, 8
 
 
-def clip(frames: int) -> VisualTokens:
+def clip(frames: int) -> ConnectorTokens:
     """A random clip, made frame by frame so that making it needs no more memory than holding it."""
     g = torch.Generator().manual_seed(0)
     rows = torch.empty(frames, SIZE, WIDTH)
@@ -29,8 +30,10 @@ def clip(frames: int) -> VisualTokens:
         fresh = torch.randn(SIZE, WIDTH, generator=g)
         still = torch.rand(SIZE, 1, generator=g) < (0.5 if frame % SCENE else 0.0)
         rows[frame] = torch.where(still, rows[frame - 1], fresh)
-    attention = {1: torch.rand(1, frames * SIZE, generator=g)}
-    return VisualTokens(rows.view(1, -1, WIDTH), frames=frames, cls_attention=attention, received=attention, depth=2)
+    attention = ByLayer({1: torch.rand(1, frames * SIZE, generator=g)})
+    return ConnectorTokens(
+        rows.view(1, -1, WIDTH), frames=frames, cls_attention=attention, attention_received=attention
+    )
 
 
 def measure(name: str, frames: int) -> None:

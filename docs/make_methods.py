@@ -1,7 +1,8 @@
 """Write ``docs/methods``: a page for every registered method, and an index.
 
 ``python docs/make_methods.py`` reads the methods' dataclasses and docstrings (idea, ``Args:``, ``Cost:``, ``Paper:``,
-``Official code:``), what papers report (``docs/published.json``), and what was measured (``docs/results.jsonl``).
+``Official code:``), the numbers that papers report (``docs/published.json``), and the measured results
+(``docs/results.jsonl``).
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from make_results import DOCS, Entry, ledger, wished
 
-from tokensieve.methods import Method, MethodInfo, Needs, list_methods
+from tokensieve.methods import Method, MethodInfo, list_methods
 from tokensieve.methods.registry import find
 
 FOLDER = DOCS / "methods"
 LABELS = re.compile(r"(Cost|Paper|Official code): +(.*)")
 STAGES = {
-    "encoder": "inside the vision tower, or before it",
-    "connector": "between the vision tower and the language model (LLM)",
-    "decoder": "before a block of the LLM",
+    "encoder": "inside the vision encoder, or before it",
+    "connector": "between the vision encoder and the language model (LLM)",
+    "decoder": "before a layer of the LLM",
     "fusion": "inside a cross-modal encoder",
 }
 MADE = "<!-- made by docs/make_methods.py -->"
@@ -31,7 +32,7 @@ MADE = "<!-- made by docs/make_methods.py -->"
 
 @dataclass(frozen=True)
 class Docstring:
-    """What a docstring says: paragraphs, the meaning of each argument, and its labelled remarks."""
+    """The parts of a docstring: paragraphs, the meaning of each argument, and labelled remarks."""
 
     text: tuple[str, ...]
     arguments: dict[str, str]
@@ -47,7 +48,7 @@ class Docstring:
                 for names, meaning in re.findall(r"^    (\w[\w, ]*): ((?:.|\n {5,})*)", block, re.M):
                     arguments |= {name.strip(): _joined(meaning) for name in names.split(",")}
                 continue
-            said, label = [""], ""
+            lines, label = [""], ""
             for line in block.splitlines():
                 found = LABELS.match(line)
                 if found:
@@ -56,8 +57,8 @@ class Docstring:
                 elif label:
                     remarks[label] += f" {line.strip()}"
                 else:
-                    said.append(line)
-            paragraphs += [_joined("\n".join(said))] if any(said) else []
+                    lines.append(line)
+            paragraphs += [_joined("\n".join(lines))] if any(lines) else []
         return cls(tuple(paragraphs), arguments, remarks)
 
 
@@ -66,7 +67,7 @@ def _joined(text: str) -> str:
 
 
 def pages() -> dict[str, str]:
-    """{file name: text} of everything in ``docs/methods``."""
+    """Return {file name: text} of all pages in ``docs/methods``."""
     known, measured = list_methods(), ledger()
     published = json.loads((DOCS / "published.json").read_text("utf-8"))
     texts = {f"{info.name}.md": _page(info, published, measured) for info in known}
@@ -76,7 +77,7 @@ def pages() -> dict[str, str]:
 
 
 def _with_links(text: str, names: list[str]) -> str:
-    """Double backticks become single ones, and a link where they hold the name of a method; roles leave."""
+    """Replace double backticks by single ones, or by a link if they hold the name of a method; remove roles."""
 
     def shown(match: re.Match[str]) -> str:
         return f"[`{match[1]}`]({match[1]}.md)" if match[1] in names else f"`{match[1]}`"
@@ -97,8 +98,8 @@ def _index(known: list[MethodInfo]) -> Iterator[str]:
             yield from ("", f"## {stage.capitalize()}: {meaning}", "", "| method | what it does | cost | paper |")
             yield "|---|---|---|---|"
         for info in mine:
-            said = Docstring.of(find(info.name))
-            cost = said.remarks.get("Cost", "not stated").rstrip(".").replace("``", "`")
+            docstring = Docstring.of(find(info.name))
+            cost = docstring.remarks.get("Cost", "not stated").rstrip(".").replace("``", "`")
             title = info.title.rstrip(".").replace("``", "`")
             yield f"| [`{info.name}`]({info.name}.md) | {title} | {cost} | {_paper_link(info)} |"
 
@@ -110,18 +111,18 @@ def _paper_link(info: MethodInfo) -> str:
 
 def _page(info: MethodInfo, published: dict[str, Any], measured: list[Entry]) -> str:
     method = find(info.name)
-    said = Docstring.of(method)
-    paper = said.remarks.get("Paper")
-    lines = [MADE, f"# `{info.name}`", "", *_spaced(said.text)]
+    docstring = Docstring.of(method)
+    paper = docstring.remarks.get("Paper")
+    lines = [MADE, f"# `{info.name}`", "", *_spaced(docstring.text)]
     lines += [f"- **Stage:** {info.stage}, {STAGES[info.stage]}."]
-    lines += [f"- **Cost:** {said.remarks.get('Cost', 'not stated.')}"]
+    lines += [f"- **Cost:** {docstring.remarks.get('Cost', 'not stated.')}"]
     lines += [f"- **Training:** {'made to be trained with' if info.trained else 'none needed'}."]
     lines += [f"- **Paper:** {f'{paper} ' if paper else ''}{_paper_link(info)}"]
     lines += [f"- **Code:** [{method.__module__}](../../src/{method.__module__.replace('.', '/')}.py)"]
-    lines += ["", "## Parameters", "", *_parameters(method, said)]
-    lines += ["", "## What it is given", "", *_needs(info)]
-    if "Official code" in said.remarks:
-        remark = said.remarks["Official code"]
+    lines += ["", "## Parameters", "", *_parameters(method, docstring)]
+    lines += ["", "## Evidence", "", *_needs(info)]
+    if "Official code" in docstring.remarks:
+        remark = docstring.remarks["Official code"]
         lines += ["", "## Official code", "", remark[0].upper() + remark[1:]]
     lines += _published(info.name, published)
     lines += _bundled(info.name, measured)
@@ -133,20 +134,20 @@ def _spaced(paragraphs: tuple[str, ...]) -> Iterator[str]:
         yield from (paragraph, "")
 
 
-def _parameters(method: type[Method], said: Docstring) -> Iterator[str]:
+def _parameters(method: type[Method], docstring: Docstring) -> Iterator[str]:
     hints = get_type_hints(method)
     if not fields(method):
         yield "None."
         return
     yield from ("| name | type | default | meaning |", "|---|---|---|---|")
     for field in fields(method):
-        meaning = _meaning(field.name, said).replace("|", "\\|")
+        meaning = _meaning(field.name, docstring).replace("|", "\\|")
         yield f"| `{field.name}` | `{_type(hints[field.name])}` | `{field.default!r}` | {meaning} |"
 
 
-def _meaning(name: str, said: Docstring) -> str:
-    """What a parameter means; "as in" another method is looked up there."""
-    meaning = said.arguments.get(name, "")
+def _meaning(name: str, docstring: Docstring) -> str:
+    """Return the meaning of a parameter; "as in" another method is looked up there."""
+    meaning = docstring.arguments.get(name, "")
     other = re.fullmatch(r"as in ``([^`]+)``\.?", meaning)
     return _meaning(name, Docstring.of(find(other[1]))) if other else meaning
 
@@ -158,20 +159,18 @@ def _type(hint: Any) -> str:
 
 
 def _needs(info: MethodInfo) -> Iterator[str]:
-    """Only what differs from the defaults: that is what will be computed."""
-    meanings = Docstring.of(Needs).arguments
-    asked = {field.name: getattr(info.needs, field.name) for field in fields(Needs)}
-    asked = {name: value for name, value in asked.items() if value != getattr(Needs(), name)}
-    for name, value in asked.items():
-        yield f"- `{name}={value!r}`: {meanings[name]}"
+    """List the requested evidence: nothing else is computed."""
+    meanings, requested = Docstring.of(type(info.needs)).arguments, info.needs.requested()
+    for name in requested:
+        yield f"- `{name}={getattr(info.needs, name)!r}`: {meanings[name]}"
     if info.stage == "fusion":
-        yield "Text and image tokens of a layer, with its queries and keys."
-    elif not asked:
-        yield "The tokens as they are, and nothing else."
+        yield "The text and image tokens of a layer, and its queries and keys."
+    elif not requested:
+        yield "None: the method reads the tokens only."
 
 
 def _published(name: str, published: dict[str, Any]) -> list[str]:
-    """What papers report, in tables as they stand there."""
+    """Return the tables of papers that hold this method, as printed there."""
     lines = []
     for table in published["tables"]:
         rows = [
@@ -198,7 +197,7 @@ def _published(name: str, published: dict[str, Any]) -> list[str]:
 
 
 def _bundled(name: str, measured: list[Entry]) -> list[str]:
-    """What it reaches on the bundled benchmark, alone or with another method."""
+    """Return its results on the bundled benchmark, alone or with another method."""
     rows = [entry for entry in measured if name in _names(entry.method)]
     if not rows:
         return []
@@ -224,7 +223,7 @@ def _bundled(name: str, measured: list[Entry]) -> list[str]:
 
 
 def _names(spec: str) -> list[str]:
-    """The methods in a spec, without their arguments."""
+    """Return the methods in a spec, without their arguments."""
     return [part.partition("(")[0].strip() for part in re.split(r"\s\+\s", spec)]
 
 

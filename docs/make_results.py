@@ -75,7 +75,8 @@ def enter(results: Results) -> None:
     names = {field.name for field in fields(Entry)} & {field.name for field in fields(Row)}
     for row, chance in zip(results.rows, results.chances, strict=True):
         shown = {name: value for name, value in asdict(row).items() if name in names}
-        entry = Entry(results.settings["budget"], **shown, chance=chance)
+        budget = {"final": "kept"}.get(results.settings["keep_means"], "average")  # the words of the page's comments
+        entry = Entry(budget, **shown, chance=chance)
         place = next((number for number, old in enumerate(known) if old.same(entry)), len(known))
         known[place : place + 1] = [entry]
     LEDGER.write_text("".join(json.dumps(_short(asdict(entry))) + "\n" for entry in known), "utf-8")

@@ -1,4 +1,4 @@
-"""How many tokens to keep: an int is tokens per image, a float in (0, 1] a share of the image's tokens."""
+"""Budgets: an int keeps that many tokens per image, a float in (0, 1] keeps that share of the image's tokens."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -7,11 +7,11 @@ from typing import Literal, TypeAlias
 from tokensieve.errors import Refusal
 
 Budget: TypeAlias = int | float
-Scope: TypeAlias = Literal["image", "sample", "sample-score", "tile", "clip", "frame"]
+BudgetScope: TypeAlias = Literal["image", "sample", "sample-score", "tile", "clip", "frame"]
 
 
 def check_budget(keep: Budget) -> Budget:
-    """Return ``keep`` unchanged if it is a budget; raise ``ValueError`` naming what is allowed otherwise."""
+    """Return ``keep`` unchanged if it is a budget; raise a :class:`Refusal` that names the allowed values otherwise."""
     allowed = "a whole number of tokens >= 1, or a share in (0, 1]"
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise Refusal(f"keep must be {allowed}; got {keep!r}")
@@ -21,7 +21,7 @@ def check_budget(keep: Budget) -> Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Read a budget as a user types it: ``64`` is tokens, ``0.25`` and ``1.0`` are shares, ``25%`` too."""
+    """Parse a budget as typed by a user: ``64`` is a number of tokens; ``0.25``, ``1.0`` and ``25%`` are shares."""
     try:
         if text.endswith("%"):
             return check_budget(float(text[:-1]) / 100)
@@ -33,81 +33,81 @@ def parse_budget(text: str) -> Budget:
 
 
 def count(keep: Budget, total: int) -> int:
-    """Tokens that ``keep`` leaves of an image of ``total`` tokens: at least 1, at most ``total``."""
-    wanted = keep if isinstance(keep, int) else round(keep * total)
-    return min(max(wanted, 1), total)
+    """Return the number of tokens that ``keep`` leaves of an image with ``total`` tokens: from 1 to ``total``."""
+    tokens = keep if isinstance(keep, int) else round(keep * total)
+    return min(max(tokens, 1), total)
 
 
 def stage_counts(
-    total: int, depth: int, blocks: Sequence[int], keep: Budget, average: Budget | None = None
+    total: int, depth: int, layers: Sequence[int], keep: Budget, average: Budget | None = None
 ) -> list[int]:
-    """Tokens that stay from each of the ``blocks`` on, in an LLM of ``depth`` blocks that ``total`` tokens enter.
+    """Return the number of tokens from each of the ``layers`` on, in an LLM of ``depth`` layers and ``total`` tokens.
 
-    The counts fall geometrically to ``keep``, or so that the mean over all blocks is ``average``. An average in tokens
-    that the image does not exceed leaves it whole.
+    The numbers fall geometrically to ``keep``, or so that the mean over all layers is ``average``. An image of no more
+    tokens than the average keeps all.
 
     Raises:
-        ValueError: if the average cannot be reached by stages at these blocks; names the range that can.
+        Refusal: if these layers cannot reach the average; names the range that they can reach.
     """
     if average is None:
         last = count(keep, total)
         share = keep if isinstance(keep, float) else last / total
-        shares = [share ** ((stage + 1) / len(blocks)) for stage in range(len(blocks) - 1)]
+        shares = [share ** ((stage + 1) / len(layers)) for stage in range(len(layers) - 1)]
         return [*(max(last, int(total * part + 1e-9)) for part in shares), last]
-    wanted = average if isinstance(average, int) else average * total
-    if wanted >= total:
-        return [total] * len(blocks)
-    spans = [after - before for before, after in zip(blocks, [*blocks[1:], depth], strict=True)]
+    target = average if isinstance(average, int) else average * total
+    if target >= total:
+        return [total] * len(layers)
+    spans = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]
 
-    def mean(ratio: float) -> float:
-        return total * (blocks[0] + sum(n * ratio ** (s + 1) for s, n in enumerate(spans))) / depth
+    def mean(ratio: float) -> float:  # of the tokens over all layers, if each stage keeps `ratio` of the one before
+        return total * (layers[0] + sum(n * ratio ** (s + 1) for s, n in enumerate(spans))) / depth
 
-    lowest = blocks[0] * total / depth
-    if wanted <= lowest:
+    lowest = layers[0] * total / depth
+    if target <= lowest:
         raise Refusal(
-            f"an average of {wanted:g} of {total} tokens is out of reach of stages at blocks {list(blocks)} of "
+            f"an average of {target:g} of {total} tokens is out of reach of stages at layers {list(layers)} of "
             f"{depth}; reachable: above {lowest:g}, up to {total}"
         )
     low, high = 0.0, 1.0
-    for _ in range(60):  # the mean grows with the ratio
+    for _ in range(60):  # bisection: the mean grows with the ratio
         middle = (low + high) / 2
-        low, high = (middle, high) if mean(middle) < wanted else (low, middle)
-    return [min(total, max(1, round(total * high ** (stage + 1)))) for stage in range(len(blocks))]
+        low, high = (middle, high) if mean(middle) < target else (low, middle)
+    return [min(total, max(1, round(total * high ** (stage + 1)))) for stage in range(len(layers))]
 
 
 def merge_counts(total: int, stages: int, keep: Budget, inflection: float = 0.0) -> list[int]:
-    """Tokens that each of ``stages`` stages leaves of ``total`` so that ``keep`` are left, none losing more than half.
+    """Return the number of tokens after each of ``stages`` merges of ``total`` to ``keep``; none merges more than half.
 
     Args:
-        inflection: 0: the same number leaves at each stage; towards −1 more of them early, towards 1 late.
+        inflection: 0 merges the same number at each stage; −1 merges more at early stages, 1 at late ones.
 
     Raises:
-        ValueError: if even halving at each stage leaves more.
+        Refusal: if halving at each stage leaves more than ``keep``.
     """
-    gone = total - count(keep, total)
-    leave = ramp(gone / stages, gone / stages * (1 - inflection), stages)
-    left = [total - round(n) for n in accumulate(leave)]
-    for stage in reversed(range(stages - 1)):  # where a stage would have to lose more than half, more leave before
-        left[stage] = min(left[stage], 2 * left[stage + 1])
-    if 2 * left[0] < total:
+    dropped = total - count(keep, total)
+    drops = ramp(dropped / stages, dropped / stages * (1 - inflection), stages)
+    counts = [total - round(n) for n in accumulate(drops)]
+    for stage in reversed(range(stages - 1)):  # if a stage would drop more than half, earlier stages drop more
+        counts[stage] = min(counts[stage], 2 * counts[stage + 1])
+    if 2 * counts[0] < total:
         raise Refusal(f"{keep} of {total} tokens are out of reach: {stages} layers can only halve them each")
-    return left
+    return counts
 
 
 def ramp(mean: float, first: float, steps: int) -> list[float]:
-    """``steps`` numbers on a line from ``first``, with this mean."""
+    """Return ``steps`` numbers that change linearly from ``first`` and have this mean."""
     return [mean] if steps == 1 else [first + 2 * (mean - first) * step / (steps - 1) for step in range(steps)]
 
 
 def share_out(keep: Budget, sizes: Sequence[int]) -> list[int]:
-    """A budget for parts of the given ``sizes`` together, shared out by size: exact in sum, and at least 1 each.
+    """Split one budget over parts in proportion to their ``sizes``: exact in sum, and at least 1 each.
 
-    Fewer tokens than parts leave one each.
+    A budget of fewer tokens than parts leaves one token each.
     """
     if not sizes:
         return []
     total = sum(sizes)
-    spare, room = count(keep, total) - len(sizes), total - len(sizes)
+    spare, room = count(keep, total) - len(sizes), total - len(sizes)  # beyond the one token of each part
     if spare <= 0:
         return [1] * len(sizes)
     # largest remainders of spare * (size - 1) / room; of equals the earlier part

@@ -1,4 +1,4 @@
-"""What a fusion method sees and decides: two streams, text and image, in one layer of a cross-modal encoder."""
+"""Inputs and decisions of fusion methods: the text stream and the image stream in a layer of a cross-modal encoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tokensieve.ops import bipartite_match, first_of_each
 
 @dataclass(frozen=True, eq=False)
 class ModalityStream:
-    """The tokens of one modality at some layer.
+    """The tokens of one modality at one layer.
 
     Attributes:
-        mask: `[B, N]` float32, 1 on tokens and 0 on padding; between the two where a merge averaged both.
-        counts: tokens that take part, per row, known without a look at the device.
-        size: `[B, N]` float32, original tokens that each one stands for; ``None``: not followed.
+        mask: `[B, N]` float32, 1 on tokens and 0 on padding; in between if a merge averaged both.
+        counts: number of tokens per row, known without a device sync.
+        size: `[B, N]` float32, original tokens that each token represents; ``None`` if the method does not need it.
     """
 
     mask: Tensor
@@ -26,25 +26,26 @@ class ModalityStream:
     size: Tensor | None = None
 
     def reduced(self, merge: Merge, *, average: bool) -> ModalityStream:
-        """The stream after ``merge``; ``average``: its mask is averaged as the tokens are, else what is left counts."""
-        real = first_of_each(merge.counts, merge.anchors).float()
-        mask = merge.apply(self.mask[..., None]).squeeze(-1) * real if average else real
+        """Return the stream after ``merge``. ``average`` averages the mask as the tokens; else all slots get 1."""
+        valid = first_of_each(merge.counts, merge.anchors).float()
+        mask = merge.apply(self.mask[..., None]).squeeze(-1) * valid if average else valid
         return ModalityStream(mask, merge.counts, None if self.size is None else merge.sizes(self.size))
 
     @property
     def ragged(self) -> bool:
-        """Whether some row has padding."""
+        """Return whether a row has padding."""
         return min(self.counts) < self.mask.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
 class CrossModal:
-    """One layer's evidence; heads H of width d, T text and I image tokens.
+    """The evidence of one layer with H heads of width d, T text tokens and I image tokens.
 
     Attributes:
+        text, image: the streams that enter the layer.
         query: `[B, H, T, d]`, queries of the text.
-        key: `[B, H, N, d]`, what they attend to: the image last.
-        bias: additive mask of that attention, broadcastable to `[B, H, T, N]`.
+        key: `[B, H, N, d]`, keys that the text attends to; the image's keys are last.
+        bias: additive mask of this attention, broadcastable to `[B, H, T, N]`; ``None`` if nothing is masked.
         text_key: `[B, H, T, d]`, self-attention keys of the text.
         image_key: `[B, H, I, d]`, keys of the image.
     """
@@ -60,14 +61,14 @@ class CrossModal:
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """One decision about one stream: K slots, each at the place of a token, and R tokens that join a slot.
+    """One decision about one stream: K slots, each anchored at a token, and R tokens that merge into a slot.
 
     Attributes:
-        total: N, the tokens before.
-        anchors: `[B, K]`, the token each slot stands for.
-        counts: slots that count, per row; the others are padding.
-        source, slot: `[B, R]`, the tokens that join and the slots they join.
-        joins: `[B, R]` float32, 1 where the pair counts.
+        total: N, the number of tokens before the merge.
+        anchors: `[B, K]`, the token at which each slot is anchored.
+        counts: number of valid slots per row; the others are padding.
+        source, slot: `[B, R]`, the tokens that merge and the slots that they merge into.
+        joins: `[B, R]` float32, 1 on valid pairs and 0 on padding.
     """
 
     total: int
@@ -81,56 +82,56 @@ class Merge:
     def of(
         cls, kept: Tensor, counts: Sequence[int], metric: Tensor, merges: Sequence[int], *, in_place: bool = True
     ) -> Merge:
-        """Keep the tokens at ``kept`` `[B, K]`, of which ``counts[b]`` count, and merge the most similar of them.
+        """Keep the first ``counts[b]`` tokens of each row of ``kept`` `[B, K]`, then merge the most similar pairs.
 
         Args:
-            metric: `[B, N, D]`, what similarity is measured on, for all tokens.
+            metric: `[B, N, D]`, the features that similarity is measured on, for all tokens.
             merges: pairs to merge in each row.
-            in_place: slots stand in the order of ``kept``; else first the proposers that stayed, then all others.
+            in_place: slots are in the order of ``kept``; False moves even places before odd ones, as in PuMer's code.
         """
-        real = first_of_each(counts, kept)
-        source, target, joins = bipartite_match(_rows(metric, kept), merges, real)
-        gone = ~real | torch.zeros_like(real).scatter(1, source, joins)
+        valid = first_of_each(counts, kept)
+        source, target, joins = bipartite_match(_rows(metric, kept), merges, valid)  # places in `kept`
+        dropped = ~valid | torch.zeros_like(valid).scatter(1, source, joins)
         width = kept.shape[1]
         place = torch.arange(width, device=kept.device).expand_as(kept)
         place = place if in_place or not max(merges) else place + place % 2 * width
-        order = place.masked_fill(gone, 2 * width).argsort(dim=1, stable=True)
-        left = tuple(n - r for n, r in zip(counts, merges, strict=True))
-        slot = order.argsort(dim=1).gather(1, target)
-        # a pair that does not count may point anywhere: let it point at a slot that exists
-        slot = slot.clamp(max=max(left) - 1)
-        anchors, source = kept.gather(1, order[:, : max(left)]), kept.gather(1, source)
-        return cls(metric.shape[1], anchors, left, source, slot, joins.float())
+        order = place.masked_fill(dropped, 2 * width).argsort(dim=1, stable=True)  # dropped tokens sort last
+        slots = tuple(n - r for n, r in zip(counts, merges, strict=True))
+        slot = order.argsort(dim=1).gather(1, target)  # argsort inverts the order: the slot of each place
+        # padding among the pairs may point at any place: clamp it to a slot that exists
+        slot = slot.clamp(max=max(slots) - 1)
+        anchors, source = kept.gather(1, order[:, : max(slots)]), kept.gather(1, source)
+        return cls(metric.shape[1], anchors, slots, source, slot, joins.float())
 
     def apply(self, rows: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Average the members of each slot, `[B, N, D]` to `[B, K, D]`; ``weight`` `[B, N]`: what each counts."""
-        stayed, joined = _rows(rows, self.anchors), _rows(rows, self.source)
-        own, more = self._shares(weight)
-        joined = joined * more[..., None].to(rows.dtype)
-        summed = (stayed * own[..., None].to(rows.dtype)).scatter_add(1, _wide(self.slot, joined), joined)
+        """Average the members of each slot, `[B, N, D]` to `[B, K, D]`, weighted by ``weight`` `[B, N]` if given."""
+        kept, joined = _rows(rows, self.anchors), _rows(rows, self.source)
+        kept_weight, joined_weight = self._weights(weight)
+        joined = joined * joined_weight[..., None].to(rows.dtype)
+        summed = (kept * kept_weight[..., None].to(rows.dtype)).scatter_add(1, _wide(self.slot, joined), joined)
         return summed / self.sizes(weight)[..., None].to(rows.dtype)
 
     def sizes(self, weight: Tensor | None = None) -> Tensor:
-        """What each slot counts: the sum of its members' weights (1 each by default), `[B, K]` float32."""
-        own, more = self._shares(weight)
-        return own.scatter_add(1, self.slot, more)
+        """Sum the weights of each slot's members (1 each by default), `[B, K]` float32."""
+        kept_weight, joined_weight = self._weights(weight)
+        return kept_weight.scatter_add(1, self.slot, joined_weight)
 
     def destinations(self) -> Tensor:
-        """Slot that each token went to, −1 if dropped: `[B, N]`."""
+        """Return the slot of each token, −1 if dropped, `[B, N]`."""
         slots = torch.arange(self.anchors.shape[1], device=self.anchors.device).expand_as(self.anchors)
-        # rows whose slots or pairs do not count repeat indices: the larger value (a real slot) must win
+        # padding among slots and pairs repeats indices: the larger value (a valid slot, not −1) must win
         slots = slots.masked_fill(~first_of_each(self.counts, slots), -1)
-        to = slots.new_full((len(slots), self.total), -1).scatter_reduce(1, self.anchors, slots, "amax")
-        return to.scatter_reduce(1, self.source, self.slot.masked_fill(self.joins == 0, -1), "amax")
+        slot_of = slots.new_full((len(slots), self.total), -1).scatter_reduce(1, self.anchors, slots, "amax")
+        return slot_of.scatter_reduce(1, self.source, self.slot.masked_fill(self.joins == 0, -1), "amax")
 
-    def _shares(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _weights(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         if weight is None:
             return torch.ones_like(self.anchors, dtype=torch.float32), self.joins
         return weight.gather(1, self.anchors), self.joins * weight.gather(1, self.source)
 
 
 def _rows(rows: Tensor, index: Tensor) -> Tensor:
-    """`[B, N, D]` and `[B, K]` to `[B, K, D]`."""
+    """Select rows, `[B, N, D]` and `[B, K]` to `[B, K, D]`."""
     return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
 
 

@@ -1,4 +1,4 @@
-"""The record of one decision: which visual tokens stay, and what was merged into them."""
+"""A reduction: which visual tokens are kept, and which tokens are merged into them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tokensieve.errors import Refusal
 
-ENTRIES = 16384  # of a mixing matrix at once, so that a long video needs no float32 copy of all its rows
+ENTRIES = 16384  # entries of a mixing matrix applied at once, so that a long video needs no float32 copy of all rows
 
 
 @dataclass(frozen=True, eq=False)
 class Mixing:
-    """A sparse matrix W `[K, N]` as E entries: ``W[slot[e], source[e]] += weight[e]``; zero weights are padding.
+    """A sparse matrix W `[K, N]` of E entries: ``W[slot[e], source[e]] += weight[e]``. Zero weights are padding.
 
     Attributes:
         slot: output row of each entry, `[E]` or `[B, E]`, int64.
@@ -35,21 +35,22 @@ class Mixing:
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
-    """One decision for one image, or for B images of equal size (then every tensor has a leading ``B``).
+    """A decision that turns N tokens into K slots, for one image or for B images of equal size.
 
-    Output rows are ``W @ input rows``. Slot ``k`` stands at the place and position of token ``anchors[k]``.
+    Output rows are ``W @ input rows``. Slot ``k`` has the place and the position id of token ``anchors[k]``. In a
+    decision for B images all tensors have a leading dimension ``B``.
 
     Attributes:
-        total: N, the tokens before.
+        total: N, the number of tokens before the reduction.
         anchors: `[K]` or `[B, K]`, int64, ascending and distinct in each row.
-        mixing: W; ``None`` means the identity on the anchors: pure pruning.
-        valid: `[B, K]` bool where an adaptive method keeps a different number per image; ``None``: every slot counts.
-            Padded slots come last, repeat the last anchor, and have no entries in W but zeros.
-        scores: `[N]` or `[B, N]`, what the method ranked by, if it did.
-        grid: (height, width) of the N tokens, if they form one.
-        notes: anything a reader of this decision must know.
-        projected: whether the input rows of W are the projector's outputs; else its inputs, and what W makes of them
-            goes through the projector.
+        mixing: W; ``None`` means the identity on the anchors (pure pruning).
+        valid: `[B, K]` bool if an adaptive method keeps a different number per image; ``None`` if all slots are valid.
+            Padded slots come last, repeat the last anchor, and have only zero entries in W.
+        scores: `[N]` or `[B, N]`, the scores that the method ranked by, if any.
+        grid: (height, width) of the N tokens, if they form one grid.
+        notes: remarks for a reader of this decision.
+        projected: True if the input rows of W are the projector's outputs. False if they are its inputs; the rows that
+            W makes of them are then projected.
     """
 
     total: int
@@ -63,7 +64,7 @@ class Reduction:
 
     @classmethod
     def identity(cls, total: int, batch: int | None = None, device: Any = None, **fields: Any) -> Reduction:
-        """Keep all ``total`` tokens, of one image or of ``batch`` images."""
+        """Keep all ``total`` tokens of one image or of ``batch`` images."""
         anchors = torch.arange(total, device=device)
         return cls(total, anchors if batch is None else anchors.expand(batch, -1), **fields)
 
@@ -71,33 +72,34 @@ class Reduction:
 
     @property
     def kept(self) -> Tensor:
-        """Original indices of the slots' anchors, `[K]` or `[B, K]`, ascending."""
+        """Return the original indices of the slots' anchors, `[K]` or `[B, K]`, ascending."""
         return self.anchors
 
     @property
     def slots(self) -> int:
-        """K, the tokens after (of the widest image, when ``valid`` is set)."""
+        """Return K, the number of slots (those of the image with most slots, if ``valid`` is set)."""
         return self.anchors.shape[-1]
 
     @property
     def whole(self) -> bool:
-        """True when nothing was dropped or merged."""
+        """Return whether no token was dropped or merged."""
         return self.mixing is None and self.slots == self.total and self.valid is None
 
     @property
     def source(self) -> Tensor:
-        """Slot that each original token went to, −1 if dropped: `[N]` or `[B, N]`.
+        """Return the slot of each original token, −1 if dropped, `[N]` or `[B, N]`.
 
-        A token that was mixed into several slots is listed under the one that gave it the largest weight.
+        A token that was mixed into several slots gets the slot in which it has the largest weight.
         """
         if self.mixing is None:
             slots = torch.arange(self.slots, device=self.anchors.device).expand_as(self.anchors)
             if self.valid is not None:
                 slots = slots.masked_fill(~self.valid, -1)
             empty = self.anchors.new_full((*self.anchors.shape[:-1], self.total), -1)
-            # padded slots repeat a kept anchor: the larger value (the real slot) must win
+            # padded slots repeat a kept anchor: the larger value (the valid slot, not −1) must win
             return empty.scatter_reduce(-1, self.anchors, slots, "amax")
         m = self.mixing
+        # [N]: each token's largest weight; entries that reach it and are no padding name its slot
         weight = m.weight.new_zeros((*m.source.shape[:-1], self.total)).scatter_reduce(-1, m.source, m.weight, "amax")
         best = (m.weight == weight.gather(-1, m.source)) & (m.weight > 0)
         slot = m.slot.masked_fill(~best, -1)
@@ -105,7 +107,7 @@ class Reduction:
 
     @property
     def counts(self) -> Tensor:
-        """Original tokens that went into each slot, `[K]` or `[B, K]`."""
+        """Return the number of original tokens in each slot, `[K]` or `[B, K]`."""
         if self.mixing is None:
             return torch.ones_like(self.anchors) if self.valid is None else self.valid.long()
         m = self.mixing
@@ -113,25 +115,25 @@ class Reduction:
 
     @property
     def ranking(self) -> Tensor | None:
-        """The scores of the slots' anchors, `[K]` or `[B, K]`."""
+        """Return the scores of the slots' anchors, `[K]` or `[B, K]`."""
         return None if self.scores is None else self.scores.gather(-1, self.anchors)
 
     @property
     def weight_sums(self) -> Tensor:
-        """Sum of each slot's weights, `[K]` or `[B, K]` float32: 1 for pruning and for averages."""
+        """Return the sum of each slot's weights, `[K]` or `[B, K]` float32; it is 1 for pruning and averages."""
         if self.mixing is None:
             return self.counts.float()
         m = self.mixing
         return m.weight.new_zeros(self.anchors.shape).scatter_add(-1, m.slot, m.weight)
 
     def __iter__(self) -> Iterator[Reduction]:
-        """The images of a batched Reduction, one by one."""
+        """Iterate over the images of a batched Reduction."""
         if self.anchors.ndim == 1:
             raise TypeError("this Reduction holds one image")
         return (self[i] for i in range(self.anchors.shape[0]))
 
     def __getitem__(self, image: int) -> Reduction:
-        """The decision for one image of a batched Reduction; padded slots of adaptive methods are removed."""
+        """Return the decision for one image of a batched Reduction, without padded slots."""
         if self.anchors.ndim == 1:
             raise TypeError("this Reduction holds one image")
         pick = Reduction(
@@ -145,14 +147,14 @@ class Reduction:
         )
         if self.valid is None:
             return pick
-        stays, m = self.valid[image], pick.mixing
-        if m is not None:  # entries follow their slots to the slots' new numbers
-            entries, number = stays[m.slot], stays.cumsum(0) - 1
+        valid, m = self.valid[image], pick.mixing
+        if m is not None:  # drop the entries of padded slots and renumber the others
+            entries, number = valid[m.slot], valid.cumsum(0) - 1
             m = Mixing(number[m.slot[entries]], m.source[entries], m.weight[entries])
-        return replace(pick, anchors=pick.anchors[stays], mixing=m)
+        return replace(pick, anchors=pick.anchors[valid], mixing=m)
 
     def to(self, device: Any) -> Reduction:
-        """The same with its tensors on a device."""
+        """Copy the tensors to a device."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -165,7 +167,7 @@ class Reduction:
     # -- applying -----------------------------------------------------------------------------------------------------
 
     def apply(self, rows: Tensor) -> Tensor:
-        """``W @ rows``: `[N, D]` to `[K, D]` (or batched). Sums run in float32; the dtype of ``rows`` comes back."""
+        """Return ``W @ rows``, `[N, D]` to `[K, D]` (or batched), in the dtype of ``rows``; sums run in float32."""
         if rows.shape[-2] != self.total:
             raise Refusal(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
         if self.whole:
@@ -181,17 +183,18 @@ class Reduction:
         return out.to(rows.dtype)
 
     def matrix(self) -> Tensor:
-        """W as a dense `[K, N]` (or `[B, K, N]`) float32 tensor: for tests and plots, not for the hot path."""
+        """Return W as a dense float32 tensor `[K, N]` or `[B, K, N]`, for tests and plots."""
         w = torch.zeros((*self.anchors.shape, self.total), device=self.anchors.device)
         if self.mixing is None:
             ones = torch.ones_like(self.anchors, dtype=w.dtype) if self.valid is None else self.valid.to(w.dtype)
             return w.scatter(-1, self.anchors[..., None], ones[..., None])
         m = self.mixing
+        # entry (slot, source) of a row-major [K, N] matrix is at slot · N + source
         flat = w.flatten(-2).scatter_add(-1, m.slot * self.total + m.source, m.weight)
         return flat.view_as(w)
 
     def after(self, first: Reduction) -> Reduction:
-        """The single decision equal to ``first`` and then this one (W = W_this · W_first); both of one image."""
+        """Compose ``first`` and then this decision into one (W = W_this · W_first); both of one image."""
         if first.slots != self.total:
             raise Refusal(f"stages do not fit: {first.slots} tokens leave the first, the second expects {self.total}")
         if self.anchors.ndim != 1 or first.anchors.ndim != 1:
@@ -209,7 +212,7 @@ class Reduction:
         )
 
     def entries(self) -> Mixing:
-        """W as entries, for pure pruning too; of one image."""
+        """Return the entries of W for one image, also for pure pruning."""
         if self.mixing is not None:
             return self.mixing
         slot = torch.arange(self.slots, device=self.anchors.device)
@@ -218,7 +221,7 @@ class Reduction:
     # -- storing ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, without the scores; :meth:`from_json` reads them back."""
+        """Convert to lists and numbers, without the scores; :meth:`from_json` reads them."""
         out: dict[str, Any] = {"total": self.total, "anchors": self.anchors.tolist()}
         if self.mixing is not None:
             out["mixing"] = {k: getattr(self.mixing, k).tolist() for k in ("slot", "source", "weight")}
@@ -234,7 +237,7 @@ class Reduction:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reduction:
-        """Inverse of :meth:`to_json`."""
+        """Read the result of :meth:`to_json`."""
         mixing = data.get("mixing")
         return cls(
             total=int(data["total"]),
@@ -252,7 +255,7 @@ class Reduction:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, scores included."""
+        """Write to a safetensors file, including the scores."""
         tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores}
         if self.mixing is not None:
             tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
@@ -262,16 +265,16 @@ class Reduction:
 
     @classmethod
     def load(cls, path: str | Path) -> Reduction:
-        """Read what :meth:`save` wrote."""
+        """Read a file that :meth:`save` wrote."""
         with safe_open(path, framework="pt") as f:
-            t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
+            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
         grid = json.loads(meta["grid"])
         return cls(
             total=int(meta["total"]),
-            anchors=t["anchors"],
-            mixing=Mixing(t["slot"], t["source"], t["weight"]) if "slot" in t else None,
-            valid=t.get("valid"),
-            scores=t.get("scores"),
+            anchors=tensors["anchors"],
+            mixing=Mixing(*(tensors[k] for k in ("slot", "source", "weight"))) if "slot" in tensors else None,
+            valid=tensors.get("valid"),
+            scores=tensors.get("scores"),
             grid=grid and (grid[0], grid[1]),
             notes=tuple(json.loads(meta["notes"])),
             projected=json.loads(meta.get("projected", "true")),
@@ -279,14 +282,16 @@ class Reduction:
 
 
 def _product(second: Mixing, first: Mixing) -> Mixing:
-    """The entries of W_second · W_first, one for each pair of slot and source, in their order."""
-    order = first.slot.argsort(stable=True)
+    """Multiply W_second · W_first; return one entry for each pair of slot and source, sorted."""
+    # an inner join: each entry of `second` meets all entries of `first` whose slot is its source
+    order = first.slot.argsort(stable=True)  # groups the entries of `first` by slot
     count = torch.bincount(first.slot, minlength=int(second.source.max()) + 1 if second.source.numel() else 0)
     start, repeats = count.cumsum(0) - count, count[second.source]
+    # left, right: the entries of `second` and of `first` in each joined pair
     left = torch.arange(len(second.slot), device=order.device).repeat_interleave(repeats)
-    place = torch.arange(len(left), device=order.device) - (repeats.cumsum(0) - repeats)[left]
-    right = order[start[second.source[left]] + place]
+    place_in_group = torch.arange(len(left), device=order.device) - (repeats.cumsum(0) - repeats)[left]
+    right = order[start[second.source[left]] + place_in_group]
     pairs = torch.stack([second.slot[left], first.source[right]])
-    (slot, source), same = torch.unique(pairs, dim=1, return_inverse=True)
+    (slot, source), entry_of_pair = torch.unique(pairs, dim=1, return_inverse=True)  # adds up several paths
     weight = torch.zeros(slot.shape, device=slot.device)
-    return Mixing(slot, source, weight.index_add(0, same, second.weight[left] * first.weight[right]))
+    return Mixing(slot, source, weight.index_add(0, entry_of_pair, second.weight[left] * first.weight[right]))

@@ -1,191 +1,162 @@
-"""What a method sees: the visual tokens of B equal images, and only the evidence it asked for."""
+"""The tokens that a method receives: B images of equal size, and only the evidence that the method requested.
+
+Each stage has a type of its own. :class:`ConnectorTokens` are about to enter the LLM, :class:`EncoderTokens` are inside
+the vision encoder, and :class:`DecoderTokens` are inside the LLM.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget, count
 from tokensieve.errors import Refusal
 from tokensieve.ops import padded_nonzero
 from tokensieve.reduction import Mixing, Reduction
 
 Layers: TypeAlias = int | slice | tuple[int, ...]
+T = TypeVar("T")
+AnyTokens = TypeVar("AnyTokens", bound="VisualTokens")
+
+
+class ByLayer(Mapping[int, Tensor]):
+    """Evidence by layer of the vision encoder. Negative layers count from the last.
+
+    Args:
+        rows: {layer: `[B, N, ...]`}.
+        depth: number of layers; by default the largest layer in ``rows`` plus one.
+    """
+
+    def __init__(self, rows: Mapping[int, Tensor] | None = None, depth: int | None = None) -> None:
+        self._rows = dict(rows or {})
+        self.depth = max(self._rows, default=-1) + 1 if depth is None else depth
+
+    def __getitem__(self, layer: int) -> Tensor:
+        """Return the evidence of one layer, float32; ``KeyError`` if it was not requested."""
+        number = layer + self.depth if layer < 0 else layer
+        if number not in self._rows:
+            raise KeyError(f"no evidence of encoder layer {layer}; requested: {sorted(self._rows)} of {self.depth}")
+        return self._rows[number].float()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def stack(self, layers: Layers) -> Tensor:
+        """Return the evidence of several layers, `[S, B, N, ...]` float32; raises as :func:`resolve_layers`."""
+        return torch.stack([self[layer] for layer in resolve_layers(layers, self.depth)])
+
+
+@dataclass(frozen=True, eq=False)
+class UserText:
+    """The user's words in the prompts of B images; M words in the longest prompt.
+
+    Attributes:
+        features: `[B, M, D]`, in the space of the images' features: the LLM's input embeddings at the connector, hidden
+            states inside the LLM.
+        mask: `[B, M]` bool, False on padding.
+    """
+
+    features: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.shape != self.features.shape[:2]:
+            raise ValueError(f"mask must be {list(self.features.shape[:2])}; got shape {list(self.mask.shape)}")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderUserText(UserText):
+    """The user's words inside the LLM.
+
+    Attributes:
+        keys: `[B, M, E]`, as ``DecoderTokens.keys``.
+        input_embeddings: `[B, M, D]`, the rows that entered the LLM.
+        rope_gain: `[B, M, d]`, as ``DecoderTokens.rope_gain``.
+    """
+
+    keys: Tensor | None = None
+    input_embeddings: Tensor | None = None
+    rope_gain: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
+    """The tiles of images that the vision encoder receives whole and then in tiles.
+
+    Attributes:
+        number: `[B, N]`, the tile of each token: 0 on the whole image, which comes first, then 1, 2, …
+        count: the number of tiles.
+        views: (height, width) in tokens of the whole image and of the mosaic that the tiles form.
+    """
+
+    number: Tensor
+    count: int
+    views: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """The visual tokens of B images of equal size N, with the evidence a method needs to choose among them.
+    """B images of equal size: N tokens each. The base of the three types below.
 
     Attributes:
-        features: `[B, N, D]`, the rows that would enter the LLM (after the projector).
-        grid: (height, width) with height · width = N, if the tokens form one.
-        frames: T, where the images are videos: the tokens are those of T equal frames, one frame after the other, and
-            the grid is the frames' grids one below the other.
-        places: `[B, N, 2]`, row and column of each token in its image, if its tokens once formed a grid.
-        cls_attention: {encoder layer: `[B, N]`}, what the encoder's [CLS] token attends to: post-softmax, mean over
-            heads, one value per visual token. Layers count from 0.
-        cls_similarity: `[B, N]`, cosine of each token's patch to the [CLS] token in what the encoder puts out.
-        cls_wide: the same with the heads side by side as a single one: one softmax over their full width.
-        received: {encoder layer: `[B, N]`}, what each token gets of all attention: mean over heads and queries.
-        encoder_keys: {encoder layer: `[B, N, H, E]`}, keys as the encoder's attention sees them.
-        patches: `[B, N, C]`, the encoder's rows as they enter the projector.
-        joint, joint_text: `[B, N, E]` and `[B, M, E]`, tokens and prompt in a space that image and text encoder share.
-        padding: `[B, N]` bool, True on patches that show nothing but padding of the picture. For callers who know
-            them: ``attach`` does not, since no processor tells the model.
-        tile: `[B, N]`, where an image is shown whole and then in tiles: 0 on the whole image, which comes first, then
-            the number of each token's tile.
-        tiles: how many tiles there are.
-        views: (height, width) of the whole image's tokens and of the mosaic that the tiles form.
-        depth: number of encoder layers, for negative layer numbers; by default the largest layer given plus one. In
-            the LLM, its number of blocks.
-        text: `[B, M, D]`, the user's words in the space of the features: at the connector, the LLM's input embeddings.
-        text_mask: `[B, M]` bool, True on real words.
-        queries: `[B, H, Q, N]`, in the LLM: post-softmax attention of the last token, or of each word, to the tokens.
-        keys, text_keys: `[B, N, E]` and `[B, M, E]`, in the LLM: key states with heads side by side.
-        before, middle: `[B, N, D]`, in the LLM: what entered the block before, and what its MLP was given.
-        ranked: `[B, N]`, in the LLM: what the connector method ranked the tokens by, if it did.
-        rotary, text_rotary: `[B, N, d]` and `[B, M, d]`, in the LLM: a vector of ones, turned by the rotary embedding.
-        entry, text_entry: `[B, N0, D]` and `[B, M, D]`, in the LLM: embeddings as they entered it.
-        sizes: `[B, N]` float32, inside the encoder: how many patches each token stands for.
-        specials: inside the encoder, rows such as [CLS] that stand before the tokens and never leave.
-        stage, stages: in encoder and LLM, which of the method's stages this is, from 0; in the encoder, of how many.
-        entered: visual tokens of the image at the first layer or block; budgets of such methods are shares of these.
-        notes: remarks on the evidence (a substitute for a missing [CLS], say); they travel into the Reduction.
+        features: `[B, N, D]`, the rows that the method chooses among.
+        grid: (height, width) with height · width = N, if the tokens form a grid.
+        frames: T, if the images are videos: the tokens of T equal frames, one frame after the other. The grid is then
+            that of the frames, stacked vertically.
+        budget: tokens to keep of each image, already worked out by the engine from ``keep`` or ``average``. 0: not
+            worked out; a method that is called on its own then uses its ``keep``.
+        notes: remarks on the evidence, such as a substitute for a missing [CLS]; copied into the Reduction.
     """
 
     features: Tensor
     grid: tuple[int, int] | None = None
     frames: int | None = None
-    places: Tensor | None = None
-    cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
-    cls_similarity: Tensor | None = None
-    cls_wide: Mapping[int, Tensor] = field(default_factory=dict)
-    received: Mapping[int, Tensor] = field(default_factory=dict)
-    encoder_keys: Mapping[int, Tensor] = field(default_factory=dict)
-    patches: Tensor | None = None
-    joint: Tensor | None = None
-    joint_text: Tensor | None = None
-    padding: Tensor | None = None
-    tile: Tensor | None = None
-    tiles: int = 0
-    views: tuple[tuple[int, int], ...] = ()
-    depth: int | None = None
-    text: Tensor | None = None
-    text_mask: Tensor | None = None
-    queries: Tensor | None = None
-    keys: Tensor | None = None
-    text_keys: Tensor | None = None
-    before: Tensor | None = None
-    middle: Tensor | None = None
-    ranked: Tensor | None = None
-    rotary: Tensor | None = None
-    text_rotary: Tensor | None = None
-    entry: Tensor | None = None
-    text_entry: Tensor | None = None
-    sizes: Tensor | None = None
-    specials: int = 0
-    stage: int = 0
-    stages: int = 1
-    entered: int | None = None
+    budget: int = 0
     notes: tuple[str, ...] = ()
+
+    rows_per_token: ClassVar[tuple[str, ...]] = ()  # evidence with one row per token, `[B, N, ...]`
 
     def __post_init__(self) -> None:
         if self.features.ndim != 3:
-            raise Refusal(f"features must be [B, N, D]; got shape {list(self.features.shape)}")
-        b, n, _ = self.features.shape
+            raise ValueError(f"features must be [B, N, D]; got shape {list(self.features.shape)}")
+        n = self.total
         if self.grid is not None and self.grid[0] * self.grid[1] != n:
-            raise Refusal(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
+            raise ValueError(f"a grid of {self.grid[0]}x{self.grid[1]} does not hold {n} tokens")
         if self.frames is not None and n % self.frames:
-            raise Refusal(f"{n} tokens are not {self.frames} frames of equal size")
-        for name in ("cls_attention", "cls_wide", "received", "encoder_keys"):
-            for layer, rows in getattr(self, name).items():
-                if rows.shape[:2] != (b, n):
-                    raise Refusal(f"{name}[{layer}] must be [{b}, {n}]; got {list(rows.shape[:2])}")
-        for name in ("patches", "joint", "padding", "tile"):
-            rows = getattr(self, name)
-            if rows is not None and rows.shape[:2] != (b, n):
-                raise Refusal(f"{name} must start with [{b}, {n}]; got {list(rows.shape)}")
-        if self.text is not None and (self.text.ndim != 3 or self.text.shape[0] != b):
-            raise Refusal(f"text must be [{b}, M, D]; got shape {list(self.text.shape)}")
-        if self.text is not None and self.text_mask is not None and self.text_mask.shape != self.text.shape[:2]:
-            raise Refusal(f"text_mask must be {list(self.text.shape[:2])}; got {list(self.text_mask.shape)}")
+            raise ValueError(f"{n} tokens are not {self.frames} frames of equal size")
+        text: UserText | None = getattr(self, "user_text", None)
+        if text is not None and len(text.features) != len(self.features):
+            raise ValueError(f"user_text must be of {len(self.features)} images; got {len(text.features)}")
+        for name in self.rows_per_token:
+            evidence = getattr(self, name)
+            for rows in evidence.values() if isinstance(evidence, ByLayer) else [evidence]:
+                if rows is not None and rows.shape[:2] != (len(self.features), n):
+                    raise ValueError(f"{name} must start with [{len(self.features)}, {n}]; got {list(rows.shape)}")
 
     @property
     def total(self) -> int:
         """N, the tokens of each image."""
         return self.features.shape[1]
 
-    def count(self, keep: Budget) -> int:
-        """Tokens that the budget leaves of each image."""
-        return min(count(keep, self.entered or self.total), self.total)
-
-    def cls_rows(self, layers: Layers) -> Tensor:
-        """Attention of [CLS] in the given encoder layers, `[S, B, N]` float32.
-
-        Args:
-            layers: one layer (negative counts from the last), several, or a slice, with Python's meaning.
-
-        Raises:
-            ValueError: if a layer was not given, or the slice is empty.
-        """
-        depth = self.depth or max(self.cls_attention, default=-1) + 1
-        wanted = resolve_layers(layers, depth)
-        missing = [layer for layer in wanted if layer not in self.cls_attention]
-        if missing:
-            raise Refusal(f"no [CLS] attention of encoder layers {missing}; given: {sorted(self.cls_attention)}")
-        return torch.stack([self.cls_attention[layer] for layer in wanted]).float()
-
-    def at(self, name: str, layer: int) -> Tensor:
-        """Evidence ``name`` (``cls_attention``, ``received``…) of one encoder layer, float32; −1 is the last layer.
-
-        Raises:
-            ValueError: if it was not given.
-        """
-        given: Mapping[int, Tensor] = getattr(self, name)
-        (wanted,) = resolve_layers(layer, self.depth or max(given, default=-1) + 1)
-        if wanted not in given:
-            raise Refusal(f"no {name} of encoder layer {wanted}; given: {sorted(given)}")
-        return given[wanted].float()
-
-    def given(self, name: str) -> Tensor:
-        """Evidence that a method cannot do without; ``ValueError`` naming it if it was not given."""
-        value: Tensor | None = getattr(self, name)
-        if value is None:
-            if name == "places":
-                raise Refusal(
-                    "this method goes by places on one grid, which an image that is seen in several tiles does not "
-                    "have: take a method that needs no grid"
-                )
-            raise Refusal(f"this method needs VisualTokens({name}=...)")
-        return value
-
     def in_frames(self, rows: Tensor) -> Tensor:
-        """Rows `[B, N, ...]` of videos frame by frame, `[B, T, n, ...]`; ``ValueError`` if these are images."""
+        """Reshape rows `[B, N, ...]` of videos to frames, `[B, T, n, ...]`.
+
+        Raises:
+            Refusal: if these are images.
+        """
         if self.frames is None:
             raise Refusal("this method compares the frames of a video; these tokens are of images")
         return rows.reshape(len(rows), self.frames, -1, *rows.shape[2:])
 
-    def noted(self, note: str) -> VisualTokens:
-        """The same with one more remark for the Reduction."""
+    def noted(self: AnyTokens, note: str) -> AnyTokens:
+        """Return the same tokens with one more remark for the Reduction."""
         return replace(self, notes=(*self.notes, note))
-
-    def words(self) -> tuple[Tensor, Tensor]:
-        """The user's words and their mask, `[B, M, D]` and `[B, M]`.
-
-        Raises:
-            ValueError: if no text was given.
-        """
-        if self.text is None:
-            raise Refusal("this method reads the prompt: give VisualTokens(text=[B, M, D])")
-        mask = self.text_mask
-        if mask is None:
-            mask = torch.ones(self.text.shape[:2], dtype=torch.bool, device=self.text.device)
-        return self.text, mask.bool()
 
     def keep(
         self,
@@ -197,8 +168,8 @@ class VisualTokens:
         """Keep the tokens at ``indices`` `[B, K]` (distinct, any order) and drop the others.
 
         Args:
-            scores: `[B, N]`, what the method ranked by.
-            counts: `[B]`, where images keep different numbers: how many of the first of its indices each one keeps.
+            scores: `[B, N]`, the scores that the method ranked by.
+            counts: `[B]`, if images keep different numbers of tokens: image b keeps its first ``counts[b]`` indices.
             valid: `[B, K]` bool, the same as a mask: False on padding.
         """
         if counts is not None:
@@ -218,60 +189,180 @@ class VisualTokens:
         scores: Tensor | None = None,
         before_projector: bool = False,
     ) -> Reduction:
-        """Merge: entry e adds ``weight[e] * token[source[e]]`` to the slot that stands at ``anchors[slot[e]]``.
+        """Merge tokens: entry e adds ``weight[e] * token[source[e]]`` to the slot that stands at ``anchors[slot[e]]``.
 
         Args:
             anchors: `[B, K]`, distinct, any order.
             slot, source, weight: `[B, E]`.
-            notes: anything a reader of this decision must know.
+            notes: remarks for readers of this decision.
             valid, scores: as in :meth:`keep`; entries of padded slots must have weight 0.
-            before_projector: merge the rows that enter the projector; the method must need ``patches``.
+            before_projector: merge the rows that enter the projector; the method must request ``patches``.
         """
-        anchors, places, valid = _in_order(anchors, valid)
-        slot = places.gather(-1, slot)
+        anchors, new_slot, valid = _in_order(anchors, valid)
+        slot = new_slot.gather(-1, slot)  # a Reduction's slots ascend by anchor: renumber the entries accordingly
         if valid is not None:
-            slot = slot.masked_fill(weight == 0, 0)
-        mixing, notes = Mixing(slot, source, weight.float()), (*self.notes, *notes)
-        projected = not before_projector
-        return Reduction(self.total, anchors, mixing, valid, scores, self.grid, notes, projected)
+            slot = slot.masked_fill(weight == 0, 0)  # padding entries must name a slot that exists in every image
+        return Reduction(
+            self.total,
+            anchors,
+            Mixing(slot, source, weight.float()),
+            valid,
+            scores,
+            self.grid,
+            (*self.notes, *notes),
+            projected=not before_projector,
+        )
 
     def merge_into(self, into: Tensor, weight: Tensor, *notes: str, scores: Tensor | None = None) -> Reduction:
-        """Every token goes into one: token i adds ``weight[i]`` of itself to token ``into[i]``.
+        """Merge every token into one token: token i adds ``weight[i]`` of itself to token ``into[i]``.
 
         Args:
-            into: `[B, N]`; a token that goes into itself stays, −1 is dropped.
+            into: `[B, N]`; a token that merges into itself stays, −1 drops the token.
             weight: `[B, N]`.
             notes, scores: as in :meth:`merge`.
         """
         source = torch.arange(self.total, device=into.device).expand_as(into)
-        stays, lost = into == source, into < 0
+        stays, dropped = into == source, into < 0
         anchors, valid = padded_nonzero(stays)
-        slot = (stays.long().cumsum(-1) - 1).gather(-1, into.clamp(min=0)).masked_fill(lost, 0)
-        mixing = Mixing(slot, source, weight.float().masked_fill(lost, 0))
-        real = None if bool(valid.all()) else valid
-        return Reduction(self.total, anchors, mixing, real, scores, self.grid, (*self.notes, *notes))
+        # the slot of a token that stays is the number of staying tokens before it
+        slot = (stays.long().cumsum(-1) - 1).gather(-1, into.clamp(min=0)).masked_fill(dropped, 0)
+        mixing = Mixing(slot, source, weight.float().masked_fill(dropped, 0))
+        valid_or_none = None if bool(valid.all()) else valid
+        return Reduction(self.total, anchors, mixing, valid_or_none, scores, self.grid, (*self.notes, *notes))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConnectorTokens(VisualTokens):
+    """Tokens that are about to enter the LLM: the projector's rows.
+
+    Attributes:
+        cls_attention: by encoder layer `[B, N]`, the attention of the [CLS] token: post-softmax, mean over heads.
+        cls_attention_single_head: by encoder layer `[B, N]`, the same with all heads joined into one.
+        attention_received: by encoder layer `[B, N]`, the attention that each token receives: mean over heads and
+            queries.
+        encoder_keys: by encoder layer `[B, N, H, E]`, the keys.
+        cls_similarity: `[B, N]`, cosine of each patch to the [CLS] token in the vision encoder's output.
+        patches: `[B, N, C]`, the rows that enter the projector.
+        user_text: the user's words, as the LLM's input embeddings.
+        tiles: where the vision encoder received the image in tiles; else ``None``.
+    """
+
+    cls_attention: ByLayer = field(default_factory=ByLayer)
+    cls_attention_single_head: ByLayer = field(default_factory=ByLayer)
+    attention_received: ByLayer = field(default_factory=ByLayer)
+    encoder_keys: ByLayer = field(default_factory=ByLayer)
+    cls_similarity: Tensor | None = None
+    patches: Tensor | None = None
+    user_text: UserText | None = None
+    tiles: Tiles | None = None
+
+    rows_per_token: ClassVar = (
+        "cls_attention",
+        "cls_attention_single_head",
+        "attention_received",
+        "encoder_keys",
+        "cls_similarity",
+        "patches",
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncoderTokens(VisualTokens):
+    """Tokens inside the vision encoder, with the evidence of the running layer.
+
+    Attributes:
+        sizes: `[B, N]` float32, the number of patches that each token stands for; ``None``: one each.
+        specials: rows such as [CLS] that stand before the tokens and never leave.
+        cls_attention, cls_attention_single_head, attention_received: `[B, N]`, as in :class:`ConnectorTokens`.
+        encoder_keys: `[B, N, H, E]`.
+    """
+
+    sizes: Tensor | None = None
+    specials: int = 0
+    cls_attention: Tensor | None = None
+    cls_attention_single_head: Tensor | None = None
+    attention_received: Tensor | None = None
+    encoder_keys: Tensor | None = None
+
+    rows_per_token: ClassVar = (
+        "sizes",
+        "cls_attention",
+        "cls_attention_single_head",
+        "attention_received",
+        "encoder_keys",
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderTokens(VisualTokens):
+    """Tokens inside the LLM; ``features`` are the hidden states that enter the layer before which tokens leave.
+
+    Attributes:
+        coordinates: `[B, N, 2]`, row and column of each token in its image, if the tokens once formed one grid.
+        entered: tokens of each image that entered the LLM; ``None``: N.
+        attention: `[B, H, Q, N]`, post-softmax attention of the last token, or of each word, to the tokens.
+        keys: `[B, N, E]`, key states with the heads side by side.
+        layer_input: `[B, N, D]`, the hidden states that entered the previous layer.
+        mlp_input: `[B, N, D]`, the rows that entered the MLP of the previous layer.
+        input_embeddings: `[B, N0, D]`, the rows that entered the LLM, of all N0 tokens that entered.
+        rope_gain: `[B, N, d]`, a vector of ones, rotated by the rotary embedding at each token's position.
+        connector_scores: `[B, N]`, the scores that the connector method ranked the tokens by, if it did.
+        user_text: the hidden states of the user's words.
+    """
+
+    coordinates: Tensor | None = None
+    entered: int | None = None
+    attention: Tensor | None = None
+    keys: Tensor | None = None
+    layer_input: Tensor | None = None
+    mlp_input: Tensor | None = None
+    input_embeddings: Tensor | None = None
+    rope_gain: Tensor | None = None
+    connector_scores: Tensor | None = None
+    user_text: DecoderUserText | None = None
+
+    rows_per_token: ClassVar = ("coordinates", "keys", "layer_input", "mlp_input", "rope_gain", "connector_scores")
+
+
+def given(evidence: T | None) -> T:
+    """Return evidence that the method requested.
+
+    Raises:
+        TypeError: if the tokens come without it, because the method's needs do not name it.
+    """
+    if evidence is None:
+        raise TypeError("the method reads evidence that the tokens come without: request it in the method's needs")
+    return evidence
 
 
 def _in_order(anchors: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Anchors ascending, where each went, and which slots are real: padding comes last and repeats the last anchor."""
+    """Sort the anchors: returns them ascending, the new slot of each old one, and the valid slots.
+
+    Padding comes last and repeats the last anchor.
+    """
     if valid is None:
         ordered, order = anchors.sort(-1)
-        return ordered, order.argsort(-1), None
+        return ordered, order.argsort(-1), None  # argsort of a permutation is its inverse
     last = anchors.where(valid, 0).amax(-1, keepdim=True)
+    # padding sorts behind every real anchor
     order = anchors.masked_fill(~valid, torch.iinfo(anchors.dtype).max).argsort(-1)
     valid = valid.gather(-1, order)
     return anchors.gather(-1, order).where(valid, last), order.argsort(-1), valid
 
 
 def resolve_layers(layers: Layers, depth: int) -> list[int]:
-    """Layer numbers 0 … depth−1 meant by an int, several, or a slice; ``ValueError`` if there is none."""
-    every = list(range(depth))
+    """Return the layer numbers 0 … depth−1 meant by an int, several ints, or a slice, with Python's meaning.
+
+    Raises:
+        Refusal: if the vision encoder has no such layer.
+    """
+    numbers = list(range(depth))
     try:
-        wanted = [every[layer] for layer in layers] if isinstance(layers, tuple) else every[layers]
+        chosen = [numbers[layer] for layer in layers] if isinstance(layers, tuple) else numbers[layers]
     except IndexError:
         raise Refusal(f"the encoder has layers 0 to {depth - 1}; got {layers}") from None
-    wanted = [wanted] if isinstance(wanted, int) else wanted
-    if not wanted:
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    if not chosen:
         assert isinstance(layers, slice)
         raise Refusal(f"no encoder layer in {layers.start}:{layers.stop}; the encoder has layers 0 to {depth - 1}")
-    return wanted
+    return chosen

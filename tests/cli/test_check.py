@@ -1,4 +1,4 @@
-"""``check``: the laws on a model, as a table and as JSON, and its exit code."""
+"""``check``: the equivalence checks on a model, as a table and as JSON, and the exit code."""
 
 import json
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 from calling import Outcome, run_many
 
-from tokensieve.measure import LAWS
+from tokensieve.check import LAWS
 
 FLAKY = '''
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from tokensieve import Method, Needs, Reduction, VisualTokens, register
 @register("flaky", paper="none", needs=Needs())
 @dataclass(frozen=True)
 class Flaky(Method):
-    """Keeps other tokens every time."""
+    """Keeps other tokens in every call."""
 
     keep: int | float = 64
 
@@ -35,15 +35,15 @@ def outcomes(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     (folder / "flaky.py").write_text(FLAKY, "utf-8")
     (folder / "empty").mkdir()
     two = ["--method", "divprune(keep=9)", "--method", "fastv"]
-    joint = ["--method", "cdpruner(space='joint')"]
+    refused = ["--method", "vtc-cls(first_layer=40)"]
     return run_many({
         "defaults": ["check", model],
         "json": ["check", model, *two, "--random", "--keep", "16", "--json"],
         "half": ["check", model, "--dtype", "bfloat16", "--method", "fastervlm", "--json"],
         "flaky": ["check", model, "--method", f"{folder}/flaky.py:Flaky"],
-        "refused": ["check", model, *joint, "--method", "uniform"],
-        "all refused": ["check", model, *joint],
-        "by score": ["check", model, "--method", "trsm", *joint, "--budget-scope", "sample-score", "--json"],
+        "refused": ["check", model, *refused, "--method", "uniform"],
+        "all refused": ["check", model, *refused],
+        "by score": ["check", model, "--method", "trsm", *refused, "--budget-scope", "sample-score", "--json"],
         "no method": ["check", model, "--method", "nonsuch"],
         "no model": ["check", folder / "empty"],
     })  # fmt: skip
@@ -96,15 +96,15 @@ def test_a_broken_law_is_exit_code_1(outcomes: dict[str, Outcome]) -> None:
 def test_a_refusal_says_why_and_is_no_failure(outcomes: dict[str, Outcome]) -> None:
     checked = outcomes["refused"]
     assert checked.code == 0, checked.err
-    row = next(line for line in checked.out.splitlines() if line.strip().startswith("cdpruner"))
+    row = next(line for line in checked.out.splitlines() if line.strip().startswith("vtc-cls"))
     assert row.count("refused") == len(LAWS)
-    assert "no text encoder" in checked.out
+    assert "no encoder layer in 40" in checked.out
 
 
 def test_nothing_checked_is_no_success(outcomes: dict[str, Outcome]) -> None:
     checked = outcomes["all refused"]
     assert checked.code == 2
-    assert "no text encoder" in checked.out
+    assert "no encoder layer in 40" in checked.out
     assert checked.err.splitlines()[-1].startswith("tokensieve: nothing was checked: every law was refused")
 
 
@@ -114,7 +114,7 @@ def test_a_budget_may_be_for_both_pictures_of_a_prompt(outcomes: dict[str, Outco
     report = json.loads(checked.out)
     assert report["budget_scope"] == "sample-score"
     statuses = {(v["method"].split("(")[0], v["status"]) for v in report["verdicts"]}
-    assert statuses == {("trsm", "pass"), ("cdpruner", "refused")}
+    assert statuses == {("trsm", "pass"), ("vtc-cls", "refused")}
 
 
 def test_mistakes_are_one_line(outcomes: dict[str, Outcome]) -> None:

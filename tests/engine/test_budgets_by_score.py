@@ -9,9 +9,10 @@ import torch
 
 import tokensieve
 from tests.support import models, oracle, prompts
-from tokensieve import Method, VisualTokens
+from tokensieve import Method
 from tokensieve.engine.connector.decide import share_by_score
 from tokensieve.ops import top_k
+from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
 
 # images of unequal sizes; tiles that are images; mosaics with newlines; tiles that are one image
 NAMES = ("qwen2.5-vl", "idefics3", "llava-next", "internvl")
@@ -26,13 +27,13 @@ class Loudest(Method):
 
     def reduce(self, image):
         scores = image.features.norm(dim=-1)
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+        return image.keep(top_k(scores, image.budget), scores)
 
 
 @dataclass(frozen=True)
 class Mute(Loudest):
     def reduce(self, image):
-        return image.keep(top_k(image.features.norm(dim=-1), image.count(self.keep)))
+        return image.keep(top_k(image.features.norm(dim=-1), image.budget))
 
 
 @pytest.fixture
@@ -106,10 +107,9 @@ def test_methods_without_a_budget_have_nothing_to_share():
 @pytest.mark.parametrize("spec", BY_SCORE)
 def test_what_declares_a_score_keeps_the_best_by_it(spec):
     (method,) = tokensieve.parse(spec, keep=7)
-    drawn = {layer: torch.rand(3, 24) for layer in range(4)}
-    image = VisualTokens(
-        torch.randn(3, 24, 8), cls_attention=drawn, received=drawn, text=torch.randn(3, 5, 8), text_mask=None
-    )
+    drawn = ByLayer({layer: torch.rand(3, 24) for layer in range(4)})
+    text = UserText(torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool))
+    image = ConnectorTokens(torch.randn(3, 24, 8), cls_attention=drawn, attention_received=drawn, user_text=text)
     decision = method(image)
     assert method.by_score
     assert torch.equal(decision.anchors, top_k(decision.scores, 7))

@@ -7,19 +7,20 @@ import torch
 
 import tokensieve
 from tests.support import models, oracle, prompts
-from tokensieve import Reduction, VisualTokens
+from tokensieve import Reduction
+from tokensieve.tokens import ConnectorTokens
 
 
 def seen(registry, family, samples, needs):
     """What a method that needs ``needs`` is given, per group of equal images."""
-    given: list[VisualTokens] = []
+    given: list[ConnectorTokens] = []
 
     @registry.register("spy", paper="test", needs=needs)
     @dataclass(frozen=True)
     class Spy(tokensieve.Method):
         """Look, and keep all but the last."""
 
-        def reduce(self, image: VisualTokens) -> Reduction:
+        def reduce(self, image: ConnectorTokens) -> Reduction:
             given.append(image)
             return image.keep(torch.arange(image.total - 1).expand(len(image.features), -1))
 
@@ -30,32 +31,38 @@ def seen(registry, family, samples, needs):
 
 def test_clip_evidence_is_what_an_eager_tower_computes(registry):
     family, (s, *_) = "llava-clip", prompts.batch("llava-clip", "ragged")
-    needs = tokensieve.Needs(cls_attention=-2, cls_wide=-1, received=-2, encoder_keys=slice(-2, None), patches=True)
+    needs = tokensieve.Needs(
+        cls_attention=-2,
+        cls_attention_single_head=-1,
+        attention_received=-2,
+        encoder_keys=slice(-2, None),
+        patches=True,
+    )
     (image,) = seen(registry, family, [s], needs)
     tower = models.unhooked(family, "eager").model.vision_tower
     with torch.no_grad():
         out = tower(s.images[0].pixels, output_attentions=True, output_hidden_states=True)
     attention = out.attentions[-2][0].mean(0)
-    torch.testing.assert_close(image.at("cls_attention", -2)[0], attention[0, 1:])
-    torch.testing.assert_close(image.at("received", -2)[0], attention.mean(0)[1:])
+    torch.testing.assert_close(image.cls_attention[-2][0], attention[0, 1:])
+    torch.testing.assert_close(image.attention_received[-2][0], attention.mean(0)[1:])
     torch.testing.assert_close(image.patches[0], out.hidden_states[-2][0, 1:])
     last = tower.encoder.layers[-1]
     with torch.no_grad():
         rows = last.layer_norm1(out.hidden_states[-2][0])
         query, key = last.self_attn.q_proj(rows), last.self_attn.k_proj(rows)
-    torch.testing.assert_close(image.at("encoder_keys", -1)[0].flatten(1), key[1:])
+    torch.testing.assert_close(image.encoder_keys[-1][0].flatten(1), key[1:])
     wide = (query[0] @ key.T / query.shape[-1] ** 0.5).softmax(-1)[1:]
-    torch.testing.assert_close(image.at("cls_wide", -1)[0], wide)
+    torch.testing.assert_close(image.cls_attention_single_head[-1][0], wide)
     assert image.notes == ()
 
 
 @pytest.mark.parametrize("family", ["llava-siglip", "qwen2.5-vl", "qwen3-vl"])
 def test_towers_without_cls_say_what_stands_in(registry, family):
     samples = prompts.batch(family, "single")
-    needs = tokensieve.Needs(cls_attention=0, received=0, patches=True)
+    needs = tokensieve.Needs(cls_attention=0, attention_received=0, patches=True)
     (image,) = seen(registry, family, samples, needs)
     assert any("no [CLS] token" in note for note in image.notes)
-    torch.testing.assert_close(image.at("cls_attention", 0), image.at("received", 0))
+    torch.testing.assert_close(image.cls_attention[0], image.attention_received[0])
     unprojected = oracle.unprojected(models.unhooked(family), family, samples[0].images[0])
     torch.testing.assert_close(image.patches[0], unprojected)
     (image,) = seen_again(registry, family, samples)
@@ -64,4 +71,4 @@ def test_towers_without_cls_say_what_stands_in(registry, family):
 
 def seen_again(registry, family, samples):
     registry._registry.pop("spy")
-    return seen(registry, family, samples, tokensieve.Needs(received=-1))
+    return seen(registry, family, samples, tokensieve.Needs(attention_received=-1))

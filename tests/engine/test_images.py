@@ -12,9 +12,10 @@ import tokensieve
 from tests.support import families, models, prompts
 from tokensieve import Method, Reduction
 from tokensieve.budget import share_out
-from tokensieve.engine.probe import attention_from_cls, attention_received
 from tokensieve.models import TokenLayout, family_of
 from tokensieve.models import families as known_families
+from tokensieve.ops import attention_from_cls, attention_received
+from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles
 
 GENERATE = {"max_new_tokens": 1, **prompts.GREEDY}
 
@@ -81,19 +82,19 @@ def test_the_shapes_of_llava_next_are_what_its_packing_makes():
         encoded = model.model.get_image_features(**inputs, return_dict=True)
     (shape,) = vars(encoded)["_tokensieve_record"].shapes
     assert shape.views == ((4, 4), (4, 6))
-    assert shape.structure.nonzero().squeeze(-1).tolist() == newlines_of((4, 6), 16)
+    assert shape.separator.nonzero().squeeze(-1).tolist() == newlines_of((4, 6), 16)
     rows = model.model.multi_modal_projector(
         model.model.vision_tower(inputs["pixel_values"][0], output_hidden_states=True).hidden_states[-2][:, 1:]
     )
-    assert torch.equal(encoded.pooler_output[0][shape.places], rows.flatten(0, 1)[shape.units])
-    assert torch.equal(encoded.pooler_output[0][shape.structure], model.model.image_newline.expand(4, -1))
+    assert torch.equal(encoded.pooler_output[0][shape.patch_index], rows.flatten(0, 1)[shape.units])
+    assert torch.equal(encoded.pooler_output[0][shape.separator], model.model.image_newline.expand(4, -1))
 
 
 def test_merges_are_lifted_over_structure_rows():
     """Two views of 4 tokens, a newline after each pair: the whole's matrix has the parts' as its blocks."""
     places = torch.tensor([0, 1, 3, 4, 6, 7, 9, 10])
     line = torch.arange(4).repeat_interleave(3)
-    shape = TokenLayout(12, ((2, 2), (2, 2)), line=line, places=places)
+    shape = TokenLayout(12, ((2, 2), (2, 2)), line=line, patch_index=places)
     image = tokensieve.VisualTokens(torch.randn(1, 4, 3), grid=(2, 2))
     slot, source = torch.tensor([[0, 0, 0]]), torch.tensor([[0, 1, 2]])
     merged = image.merge(torch.tensor([[1]]), slot, source, torch.tensor([[0.5, 0.25, 0.25]]))[0]
@@ -321,7 +322,7 @@ def test_an_unknown_llm_whose_blocks_are_not_found(unknown, monkeypatch):
     model, samples = unknown("vipllava"), prompts.batch("vipllava", "one-and-two")
     expected = run("vipllava", samples, "divprune(keep=5)")
     monkeypatch.setattr(model, "get_decoder", torch.nn.Identity)
-    with pytest.raises(ValueError, match="where the blocks of its Identity are is unknown"):
+    with pytest.raises(ValueError, match="the layers of its Identity cannot be found"):
         tokensieve.attach(model, "fastv")
     with tokensieve.attach(model, "divprune(keep=5)") as sieve:
         out = model.generate(**prompts.collate("vipllava", samples), **GENERATE)
@@ -415,13 +416,10 @@ def test_hired_shares_out_over_the_tiles_of_a_mosaic():
     column = torch.arange(4 * 8) % 8
     tile = torch.cat([torch.zeros(16, dtype=torch.long), torch.where(column < 5, 1, 2)])[None]
     scores[0] = torch.arange(48.0)
-    image = tokensieve.VisualTokens(
+    image = ConnectorTokens(
         torch.randn(1, 48, 4),
-        cls_attention={0: first, 2: scores},
-        depth=4,
-        tile=tile,
-        tiles=2,
-        views=((4, 4), (4, 8)),
+        cls_attention=ByLayer({0: first, 2: scores}, 4),
+        tiles=Tiles(tile, 2, ((4, 4), (4, 8))),
     )
     (method,) = tokensieve.parse("hired(keep=18, alpha=0.7)")  # 12 of the whole image; salient: the first 4 of 16
     (decision,) = method(image)

@@ -7,7 +7,7 @@ import pytest
 
 import tokensieve
 from tests.support import models
-from tokensieve.engine import versions
+from tokensieve.models import versions
 
 
 def attach():

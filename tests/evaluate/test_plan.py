@@ -1,8 +1,11 @@
-"""Methods x budgets x seeds."""
+"""Settings, and the runs of methods × budgets × seeds."""
+
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from tokensieve.evaluate.plan import plan
+from tokensieve import Refusal, list_methods
+from tokensieve.evaluate.plan import Settings, is_random_baseline, plan
 
 
 def keys(entries):
@@ -36,14 +39,14 @@ def test_stages_share_an_open_budget_and_keep_their_own():
 
 def test_average_budgets_reach_the_methods_that_know_them():
     specs = ["fastv(layer=1)", "uniform", "vtw", "fastv(average=70)"]
-    found = keys(plan(specs, [72, 0.4], seeds=1, oracle=False, budget="average"))
+    found = keys(plan(specs, [72, 0.4], seeds=1, oracle=False, keep_means="average"))
     assert found["fastv(layer=1)", 72] == ["fastv(keep=0.5, average=72, layer=1)"]
     assert found["fastv(layer=1)", 0.4] == ["fastv(keep=0.5, average=0.4, layer=1)"]
     assert found["uniform", 72] == ["uniform(keep=72)"]
     assert found["vtw", None] == ["vtw"]
     assert found["fastv(average=70)", 70] == ["fastv(keep=0.5, average=70)"]
-    with pytest.raises(ValueError, match="'kept' or 'average'"):
-        plan(["uniform"], [8], seeds=1, oracle=False, budget="mean")
+    with pytest.raises(ValueError, match="'final' or 'average'"):
+        plan(["uniform"], [8], seeds=1, oracle=False, keep_means="mean")
 
 
 def test_without_budgets_a_method_runs_at_its_default():
@@ -71,6 +74,30 @@ def test_repeated_rows_run_once():
 def test_mistakes_are_named(methods, keeps, seeds, message):
     with pytest.raises(ValueError, match=message):
         plan(methods, keeps, seeds=seeds, oracle=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "exactly"}, "unknown metric 'exactly'; did you mean exact"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"seeds": 0}, "seeds must be at least 1; got 0"),
+        ({"keep_means": "mean"}, "keep_means must be 'final' or 'average'; got 'mean'"),
+        ({"prompt": "what?"}, "the prompt must contain {question}"),
+    ],
+)
+def test_settings_are_validated_on_creation(options, message):
+    with pytest.raises(Refusal, match=message):
+        Settings(**options)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        Settings().batch_size = 4
+
+
+def test_the_random_baseline_is_known_by_its_seed():
+    assert [info.name for info in list_methods() if is_random_baseline(info)] == ["random"]
 
 
 def test_an_edited_method_file_makes_new_predictions(tmp_path):

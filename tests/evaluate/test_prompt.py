@@ -1,4 +1,4 @@
-"""Prompts: left-padded, through the template, the processor untouched; repeated images encoded once."""
+"""Prompts: left-padded, through the template, with an unchanged processor; repeated images are encoded once."""
 
 from itertools import pairwise
 
@@ -9,7 +9,7 @@ from tokensieve import attach
 from tokensieve.engine.encoder.hooks import RECORD
 from tokensieve.evaluate import decode, encode
 from tokensieve.evaluate.answer import batches, together
-from tokensieve.evaluate.share import encoded, without_repetitions
+from tokensieve.evaluate.prompt import generate_arguments, without_repetitions
 from tokensieve.reduction import Reduction
 
 
@@ -56,9 +56,9 @@ def test_decode_leaves_out_the_prompt_and_special_tokens(processor):
 
 
 def test_batches_hold_every_sample_once_and_an_image_together(samples):
-    made = batches(samples, 3)
-    assert sorted(s.id for batch in made for s in batch) == sorted(s.id for s in samples)
-    order = [s.image for batch in made for s in batch]
+    batched = batches(samples, 3)
+    assert sorted(s.id for batch in batched for s in batch) == sorted(s.id for s in samples)
+    order = [s.image for batch in batched for s in batch]
     assert len([1 for a, b in pairwise(order) if a != b]) == 3
 
 
@@ -73,13 +73,13 @@ def test_encoding_an_image_once_changes_nothing(model, processor, samples, spec)
     steps = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with torch.inference_mode(), attach(model, spec, processor=processor) as sieve:
         plain, kept = model.generate(**tensors, **steps), sieve.last
-        once = model.generate(**encoded(model, shared), **steps)
+        once = model.generate(**generate_arguments(model, shared), **steps)
     assert torch.equal(plain.sequences, once.sequences)
     torch.testing.assert_close(torch.stack(once.logits), torch.stack(plain.logits), atol=1e-5, rtol=1e-5)
     assert [[r.to_json() for r in row] for row in kept] == [[r.to_json() for r in row] for row in sieve.last]
 
 
-def test_what_is_not_plain_pixels_is_left_alone(model, processor, samples):
+def test_inputs_that_are_not_plain_pixels_stay_unchanged(model, processor, samples):
     tensors = encode(processor, [samples[0], samples[4]])
     tiles = {**tensors, "pixel_values": tensors["pixel_values"][:, None]}
     sized = {**tensors, "image_sizes": torch.tensor([[120, 120], [120, 120]])}
@@ -88,13 +88,13 @@ def test_what_is_not_plain_pixels_is_left_alone(model, processor, samples):
         assert kept.images is None
         assert kept.tensors is inputs
     different = without_repetitions(model, tensors, [0, 1])
-    assert encoded(model, different) == tensors
+    assert generate_arguments(model, different) == tensors
 
 
 def test_the_record_is_repeated_with_the_images(model, processor, samples):
     shared = without_repetitions(model, encode(processor, [samples[0], samples[4]]), [0, 0])
     with torch.inference_mode(), attach(model, "visionzip(keep=9)"):
-        output = encoded(model, shared)["mm_encoder_outputs"]["image"]
+        output = generate_arguments(model, shared)["mm_encoder_outputs"]["image"]
     record = getattr(output, RECORD)
     per_image = [record.shapes, record.patches, *(rows for layers in record.read.values() for rows in layers.values())]
     assert len(per_image) > 3
@@ -102,7 +102,7 @@ def test_the_record_is_repeated_with_the_images(model, processor, samples):
 
 
 def test_tiles_that_are_images_count_as_one():
-    """A picture that a model takes for several images has one decision in the results."""
+    """Join the decisions about the tiles of a picture into one."""
     first, second = Reduction(4, torch.tensor([1, 3])), Reduction(3, torch.tensor([0]))
     both = together([first, second])
     assert (both.total, both.anchors.tolist(), both.grid) == (7, [1, 3, 4], None)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from tests.golden.vectors import CLOSE, cases, load
-from tokensieve import VisualTokens, parse
-from tokensieve.engine.probe import attention_from_cls_wide
+from tokensieve import parse
+from tokensieve.methods import cdpruner, mmtok
 from tokensieve.methods.hired import Hired
-from tokensieve.ops import dpp_map, max_min, normalise
+from tokensieve.ops import attention_from_cls_single_head, coverage, dpp_map, max_min, normalise
+from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles, UserText
 
 
 def one(spec, **parameters):
@@ -17,6 +18,10 @@ def one(spec, **parameters):
 
 def close(a, b):
     torch.testing.assert_close(a, b, **CLOSE)
+
+
+def user_text(rows):
+    return UserText(rows, torch.ones(rows.shape[:2], dtype=torch.bool))
 
 
 def kept(reduction):
@@ -31,12 +36,11 @@ def test_visionzip(name):
     x, y, h = load("visionzip", name)
     dominant, few = h["dominant_num"], h["contextual_num"]
     states, metric = x["hidden_states"][:, 1:], x["metric"][:, 1:]
-    image = VisualTokens(
+    image = ConnectorTokens(
         states,
-        cls_attention={0: x["attention"][:, :, 0, 1:].mean(1)},
-        encoder_keys={0: metric[:, :, None]},
+        cls_attention=ByLayer({0: x["attention"][:, :, 0, 1:].mean(1)}, 2),
+        encoder_keys=ByLayer({0: metric[:, :, None]}, 2),
         patches=states,
-        depth=2,
     )
     reduction = one("visionzip", keep=dominant + few, contextual=few / (dominant + few))(image)
     out = reduction.apply(states)
@@ -52,11 +56,10 @@ def test_visionzip(name):
 def test_visionzip_as_the_paper_says_it_averages_the_group():
     x, _, _ = load("visionzip", "c0")
     states = x["hidden_states"][:, 1:]
-    image = VisualTokens(
+    image = ConnectorTokens(
         states,
-        cls_attention={0: x["attention"][:, :, 0, 1:].mean(1)},
-        encoder_keys={0: x["metric"][:, 1:, None]},
-        depth=2,
+        cls_attention=ByLayer({0: x["attention"][:, :, 0, 1:].mean(1)}, 2),
+        encoder_keys=ByLayer({0: x["metric"][:, 1:, None]}, 2),
     )
     added, group = (one("visionzip", keep=14, contextual=4 / 14, combine=c)(image) for c in ("add", "mean"))
     assert torch.equal(added.matrix() != 0, group.matrix() != 0)
@@ -68,9 +71,12 @@ def test_visionzip_as_the_paper_says_it_averages_the_group():
 
 def prumerge_image(x):
     features = x["features"]
-    attention = attention_from_cls_wide(x["q"][:, None], x["k"][:, None], 1.0)[:, 1:]
-    return VisualTokens(
-        features, cls_wide={0: attention}, encoder_keys={0: x["k"][:, 1:, None]}, patches=features, depth=1
+    attention = attention_from_cls_single_head(x["q"][:, None], x["k"][:, None], 1.0)[:, 1:]
+    return ConnectorTokens(
+        features,
+        cls_attention_single_head=ByLayer({0: attention}),
+        encoder_keys=ByLayer({0: x["k"][:, 1:, None]}),
+        patches=features,
     )
 
 
@@ -88,7 +94,7 @@ def same_merges(reduction, features, y):
 def test_prumerge(name):
     x, y, h = load("prumerge", name)
     image = prumerge_image(x)
-    close(image.cls_wide[0], y["cls_attn"])
+    close(image.cls_attention_single_head[0], y["cls_attn"])
     spec = "prumerge+" if h["plus"] else "prumerge"
     keep = None if h["if_adaptive"] else int(image.total * h["reduction_ratio"]) + 1
     same_merges(one(spec, keep=keep)(image), x["features"], y)
@@ -118,7 +124,9 @@ def test_prumerge_plus_fixed_but_for_what_the_official_code_passes_on_twice():
 @cases("vispruner")
 def test_vispruner(name):
     x, y, h = load("vispruner", name)
-    image = VisualTokens(x["features"], cls_attention={0: x["cls_attention"].mean(1)}, patches=x["features"], depth=2)
+    image = ConnectorTokens(
+        x["features"], cls_attention=ByLayer({0: x["cls_attention"].mean(1)}, 2), patches=x["features"]
+    )
     reduction = one("vispruner", keep=h["keep"], important=h["important_ratio"])(image)
     assert kept(reduction) == y["kept_indices"].tolist()
 
@@ -127,7 +135,7 @@ def test_vispruner(name):
 def test_hired(name):
     x, y, h = load("hired_llava15", name)
     rows = x["attention"][:, :, 0, 1:].mean(1)
-    image = VisualTokens(rows[..., None], cls_attention={0: rows}, depth=2)
+    image = ConnectorTokens(rows[..., None], cls_attention=ByLayer({0: rows}, 2))
     keep = int(h["num_vision_tokens"] * h["budget_rate"])
     assert kept(one("hired", keep=keep)(image)) == [y["kept_indices"].tolist()]
     if h["spatial_tokens"]:
@@ -143,13 +151,14 @@ def test_hired_tiles(name):
         rows = [x[layer][first : first + crops].mean(1).flatten() for layer in ("cls_layer0", "cls_layer22")]
         high, wide = (6, 6) if size == 36 else (1, size)
         rows_of_tiles, in_a_row = {3: (1, 2), 5: (2, 2)}[crops]  # the flat count does not ask how tiles lie
-        image = VisualTokens(
+        image = ConnectorTokens(
             rows[0][None, :, None],
-            cls_attention={0: rows[0][None], 22: rows[1][None]},
-            depth=24,
-            tile=torch.arange(crops).repeat_interleave(size)[None],
-            tiles=crops - 1,
-            views=((high, wide), (rows_of_tiles * high, in_a_row * wide)),
+            cls_attention=ByLayer({0: rows[0][None], 22: rows[1][None]}, 24),
+            tiles=Tiles(
+                torch.arange(crops).repeat_interleave(size)[None],
+                crops - 1,
+                ((high, wide), (rows_of_tiles * high, in_a_row * wide)),
+            ),
         )
         keep = int(crops * size * h["budget_rate"])
         (single,) = Hired(keep=keep, alpha=h["alpha"], official_tiles=True)(image)
@@ -165,29 +174,34 @@ def test_hired_tiles(name):
 
 
 @cases("cdpruner")
-def test_cdpruner(name):
+def test_cdpruner(name, monkeypatch):
+    """With the official relevance: CLIP's joint space, where the cosine is negated. No model here has it."""
     x, y, h = load("cdpruner", name)
-    texts = x["text_embeds"].expand(len(x["features"]), -1, -1)
-    image = VisualTokens(x["features"], joint=x["image_embeds"], joint_text=texts)
+    texts = normalise(x["text_embeds"].expand(len(x["features"]), -1, -1))
+    relevance = -(normalise(x["image_embeds"]) @ texts.transpose(-1, -2)).mean(-1)
+    monkeypatch.setattr(cdpruner, "text_similarity", lambda *args: relevance)
+    image = ConnectorTokens(x["features"], user_text=user_text(texts))
     assert kept(one("cdpruner", keep=h["keep"], over_batch=True)(image)) == y["kept_indices"].tolist()
 
 
 @cases("scope")
 def test_scope(name):
     x, y, h = load("scope", name)
-    image = VisualTokens(x["features"], cls_attention={0: x["cls_attention"]}, patches=x["features"], depth=2)
+    image = ConnectorTokens(x["features"], cls_attention=ByLayer({0: x["cls_attention"]}, 2), patches=x["features"])
     combine = {"multi": "times", "add": "plus"}[h["combined"]]
     reduction = one("scope", keep=h["keep"], alpha=h["alpha"], combine=combine)(image)
     assert kept(reduction) == y["kept_indices"].sort(-1).values.tolist()
 
 
 @cases("mmtok")
-def test_mmtok(name):
+def test_mmtok(name, monkeypatch):
+    """The official code knows which patches show padding of the picture, and does not choose these."""
     x, y, h = load("mmtok", name)
     padding = torch.zeros(1, len(x["features"]), dtype=torch.bool)
     padding[:, h["padding_patch_indices"] or []] = True
-    image = VisualTokens(
-        x["features"][None], patches=x["clip_features"][None], text=x["text_embeds"][None], padding=padding
+    monkeypatch.setattr(mmtok, "coverage", lambda *args: coverage(*args, (~padding).float()))
+    image = ConnectorTokens(
+        x["features"][None], patches=x["clip_features"][None], user_text=user_text(x["text_embeds"][None])
     )
     method = one(
         "mmtok",
@@ -205,14 +219,14 @@ def test_mmtok(name):
 @cases("holov")
 def test_holov(name):
     x, y, h = load("holov", name)
-    image = VisualTokens(x["features"], cls_attention={0: x["attention"]}, depth=2)
-    reduction = one("holov", keep=h["keep"], stretches=h["num_patches"])(image)
+    image = ConnectorTokens(x["features"], cls_attention=ByLayer({0: x["attention"]}, 2))
+    reduction = one("holov", keep=h["keep"], windows=h["num_patches"])(image)
     assert reduction.slots == h["keep"]
     for ours, official in zip(reduction, y["output_indices"], strict=True):
         official = official[official >= 0]
         if len(official) == h["keep"]:
             assert ours.kept.tolist() == official.sort().values.tolist()
-        else:  # stretches overflow: the official code fills with zeros, we give their share to the others
+        else:  # windows overflow: the official code fills with zeros, we give their share to the others
             assert len(official) < h["keep"]
             assert set(official.tolist()) <= set(ours.kept.tolist())
 

@@ -3,17 +3,21 @@
 import torch
 
 from tests.golden.vectors import CLOSE, cases, load
-from tokensieve import VisualTokens, parse
-from tokensieve.engine.probe import attention_of_queries
+from tokensieve import parse
 from tokensieve.evaluate.calibrate import first_below, withdrawal_kl
 from tokensieve.methods.dart import Dart, least_alike
 from tokensieve.methods.raters import raters
-from tokensieve.ops import density_peaks
+from tokensieve.ops import attention_of_queries, density_peaks
+from tokensieve.tokens import ConnectorTokens, DecoderTokens, DecoderUserText, UserText
 
 
 def method(spec):
     (found,) = parse(spec)
     return found
+
+
+def user_text(rows, **evidence):
+    return DecoderUserText(rows, torch.ones(rows.shape[:2], dtype=torch.bool), **evidence)
 
 
 def split(sequence, start, size):
@@ -25,7 +29,7 @@ def test_fastv(name):
     given, expected, hp = load("fastv", name)
     start, size = hp["sys_length"], hp["image_tokens"]
     before, image, after = split(given["hidden_states"][0], start, size)
-    tokens = VisualTokens(image[None], queries=given["attention"][..., start : start + size])
+    tokens = DecoderTokens(image[None], attention=given["attention"][..., start : start + size])
     decision = method(f"fastv(keep={hp['rank']})")(tokens)[0]
     columns = torch.arange(len(given["hidden_states"][0]))
     left, here, right = split(columns, start, size)
@@ -67,8 +71,10 @@ def test_pyramiddrop(name):
             last = torch.tensor([[words + size - 1]])
             rows = attention_of_queries(q[None], k[None], q.shape[-1] ** -0.5, last, None)
             before, image, after = split(sequence, start, size)
-            tokens = VisualTokens(
-                image[None], queries=rows[..., start : start + size], stage=stage, depth=8, entered=entered
+            tokens = DecoderTokens(
+                image[None],
+                attention=rows[..., start : start + size],
+                budget=spec.stage_budgets(entered, layers, 8)[stage],
             )
             decision = spec(tokens)[0]
             sequence = torch.cat([before, decision.apply(image), after])
@@ -94,17 +100,15 @@ def test_sparsevlm(name):
     start, size = hp["image_start"], hp["image_tokens"]
     text = start + size
     embeds, hidden, attention = given["embeds"], given["hidden"], given["attention"]
-    tokens = VisualTokens(
+    official = method(f"sparsevlm(counts={tuple(hp['keep_list'])}, appended=True, noise_seed={hp['rng_seed']})")
+    tokens = DecoderTokens(
         hidden[:, start:text],
-        text=hidden[:, text:],
-        queries=attention[:, :, text:, start:text],
-        entry=embeds[:, start:text],
-        text_entry=embeds[:, text:],
-        stage={2: 0, 6: 1, 15: 2}[hp["layer_idx"]],
-        depth=32,
+        user_text=user_text(hidden[:, text:], input_embeddings=embeds[:, text:]),
+        attention=attention[:, :, text:, start:text],
+        input_embeddings=embeds[:, start:text],
+        budget=official.stage_budgets(size, (3, 7, 16), 32)[{2: 0, 6: 1, 15: 2}[hp["layer_idx"]]],
     )
     assert torch.equal(raters(tokens)[0].nonzero().flatten(), expected["rater_idx"])
-    official = method(f"sparsevlm(counts={tuple(hp['keep_list'])}, appended=True, noise_seed={hp['rng_seed']})")
     decision = official(tokens)[0]
     kept, clusters = int(expected["keep_mask"].sum()), expected["merged_tokens"].shape[1]
     assert decision.slots == kept + clusters
@@ -149,15 +153,14 @@ def test_sparsevlm_plus(name):
     by = torch.zeros(len(positions) - text)
     by[given["rater_idx"]] = 1
     # embeddings that make exactly the given words rate: their logit is 1, that of the others 0
-    tokens = VisualTokens(
+    tokens = DecoderTokens(
         torch.zeros(1, size, 1),
-        text=torch.zeros(1, len(by), 1),
-        queries=given["attention"][:, :, text:, start:text],
-        entry=torch.ones(1, size, 1),
-        text_entry=by[None, :, None],
-        rotary=ones[None, start:text],
-        text_rotary=ones[None, text:],
-        depth=32,
+        user_text=user_text(
+            torch.zeros(1, len(by), 1), input_embeddings=by[None, :, None], rope_gain=ones[None, text:]
+        ),
+        attention=given["attention"][:, :, text:, start:text],
+        input_embeddings=torch.ones(1, size, 1),
+        rope_gain=ones[None, start:text],
     )
     decision = method(f"sparsevlm+(layers=(3,), counts=({hp['keep']},), heads=14)")(tokens)
     torch.testing.assert_close(decision.scores, expected["score"], **CLOSE)
@@ -171,12 +174,11 @@ def test_sparsevlm_rank(name):
     text = start + size
     by = torch.zeros(given["attention"].shape[-1] - text)
     by[given["rater_idx"]] = 1
-    tokens = VisualTokens(
+    tokens = DecoderTokens(
         torch.zeros(1, size, 1),
-        text=torch.zeros(1, len(by), 1),
-        queries=given["attention"][:, :, text:, start:text],
-        entry=torch.ones(1, size, 1),
-        text_entry=by[None, :, None],
+        user_text=user_text(torch.zeros(1, len(by), 1), input_embeddings=by[None, :, None]),
+        attention=given["attention"][:, :, text:, start:text],
+        input_embeddings=torch.ones(1, size, 1),
     )
     decision = method(f"sparsevlm-rank(scale={hp['scale']}, bias={float(hp['bias'])})")(tokens)
     torch.testing.assert_close(decision.scores, expected["score"], **CLOSE)
@@ -191,7 +193,12 @@ def test_dart(name):
     rows, keys = given["hidden_normed"], given["keys"].transpose(1, 2).flatten(2)
     budget = hp["max_num_trunction"] or int(size * (1 - hp["reduction_ratio"]))
     dart = Dart(keep=budget, visual_pivots=hp["pivot_image"], text_pivots=hp["pivot_text"], exact=False)
-    tokens = VisualTokens(rows[:, start:text], text=rows[:, text:], keys=keys[:, start:text], text_keys=keys[:, text:])
+    tokens = DecoderTokens(
+        rows[:, start:text],
+        user_text=user_text(rows[:, text:], keys=keys[:, text:]),
+        keys=keys[:, start:text],
+        budget=budget,
+    )
     norms = keys[0].abs().sum(-1)
     visual = norms[start:text].topk(hp["pivot_image"]).indices
     assert torch.equal((visual + start).sort().values, expected["pivot_image"].sort().values)
@@ -207,7 +214,10 @@ def test_dart(name):
 @cases("simignore")
 def test_simignore(name):
     given, expected, hp = load("simignore", name)
-    tokens = VisualTokens(given["image_embeds"][None], text=given["text_embeds"][None])
+    words = given["text_embeds"][None]
+    tokens = ConnectorTokens(
+        given["image_embeds"][None], user_text=UserText(words, torch.ones(words.shape[:2], dtype=torch.bool))
+    )
     decision = method(f"simignore(keep={hp['k2']}, start={hp['i_index']}, step={hp['step']})")(tokens)[0]
     assert torch.equal(decision.kept, expected["kept_indices"].sort().values)
     assert torch.equal(
@@ -221,7 +231,7 @@ def test_illava(name):
     start, size, r = hp["image_start"], hp["image_tokens"], hp["r"]
     keep = size - (r if r > 1 else round(size * (1 - r)))
     before, image, after = split(given["hidden"][0], start, size)
-    tokens = VisualTokens(image[None], queries=given["attention"][..., start : start + size])
+    tokens = DecoderTokens(image[None], attention=given["attention"][..., start : start + size])
     decision = method(f"illava-llm(keep={keep})")(tokens)[0]
     left, here, right = split(torch.arange(len(given["hidden"][0])), start, size)
     assert torch.equal(torch.cat([left, here[decision.kept], right]), expected["kept_positions"])
@@ -241,7 +251,7 @@ def test_pool_decoder(name):
         rows, numbers, at = [], [], 0
         for start in starts:
             image = given["hidden"][row, start : start + size]
-            decision = pool(VisualTokens(image[None]))[0]
+            decision = pool(DecoderTokens(image[None]))[0]
             rows += [given["hidden"][row, at:start], decision.apply(image)]
             numbers += [positions[at:start], positions[start : start + size][decision.anchors]]
             at = start + size

@@ -3,8 +3,9 @@
 import torch
 
 from tests.golden.vectors import CLOSE, cases, load
-from tokensieve import VisualTokens, parse
+from tokensieve import parse
 from tokensieve.budget import ramp
+from tokensieve.tokens import DecoderTokens, EncoderTokens
 
 
 def method(spec):
@@ -13,9 +14,9 @@ def method(spec):
 
 def tome(x, metric, size, specials, r, order=True):
     """One merge as the tower does it: the decision, the rows it leaves and the patches that each stands for."""
-    image = VisualTokens(
+    image = EncoderTokens(
         x[:, specials:],
-        encoder_keys={0: metric[:, specials:, None]},
+        encoder_keys=metric[:, specials:, None],
         sizes=None if size is None else size[:, specials:, 0],
         specials=specials,
     )
@@ -61,7 +62,7 @@ def test_tome_schedule(name):
     r, inflection = hp["r_schedule"]
     stages = hp["layers"]
     assert [int(n) for n in ramp(r, int(r * (1 - inflection)), stages)] == expected["parse_r"].tolist()
-    left = method(f"tome(r={r}, inflection={inflection})").per_stage(10**6, stages)
+    left = method(f"tome(r={r}, inflection={inflection})").stage_budgets(10**6, range(stages), stages)
     assert torch.tensor([10**6, *left]).diff().neg().tolist() == expected["parse_r"].tolist()
 
 
@@ -70,7 +71,7 @@ def test_illava(name):
     given, expected, hp = load("illava_encoder", name)
     hidden, r = given["hidden"], hp["reduce"]
     received = given["attention"].mean((1, 2))
-    image = VisualTokens(hidden, received={0: received})
+    image = EncoderTokens(hidden, attention_received=received)
     decision = method(f"illava-encoder(keep={hidden.shape[1] - r})")(image)
     assert torch.equal(decision.kept, expected["kept_indices"])
     torch.testing.assert_close(decision.apply(hidden), expected["output"], **CLOSE)
@@ -85,7 +86,7 @@ def test_mustdrop(name):
     given, expected, hp = load("mustdrop_encoder", name)
     hidden = given["hidden"]
     side = hp["grid"]
-    image = VisualTokens(hidden[:, 1:], grid=(side, side))
+    image = EncoderTokens(hidden[:, 1:], grid=(side, side))
     spec = f"mustdrop-encoder(threshold={hp['threshold']}, window={hp['window'][0]}"
     decision = method(f"{spec}, over_batch=True)")(image)
     for i, one in enumerate(decision):
@@ -95,7 +96,7 @@ def test_mustdrop(name):
         assert sorted(order) == list(range(one.slots))
         torch.testing.assert_close(one.apply(hidden[i, 1:])[order], expected["merged"][i, 1:], **CLOSE)
         torch.testing.assert_close(one.counts[order].float(), expected["size"][i, 1:, 0])
-    alone = [method(f"{spec})")(VisualTokens(rows[None, 1:], grid=(side, side)))[0].slots for rows in hidden]
+    alone = [method(f"{spec})")(EncoderTokens(rows[None, 1:], grid=(side, side)))[0].slots for rows in hidden]
     assert max(alone) == expected["merged"].shape[1] - 1, "in a batch of the official code the others merge less"
     assert [one.slots for one in method(f"{spec})")(image)] == alone
 
@@ -106,10 +107,10 @@ def test_mustdrop_llm(name):
     start, n = hp["image_start"], hp["image_tokens"]
     ranked = torch.zeros(1, n)
     ranked[0, given["key_set"]] = 1.0
-    image = VisualTokens(
+    image = DecoderTokens(
         torch.zeros(1, n, 1),
-        queries=given["attention"][:, :, start + n :, start : start + n],
-        ranked=ranked,
+        attention=given["attention"][:, :, start + n :, start : start + n],
+        connector_scores=ranked,
     )
     spec = f"mustdrop-llm(layers=(1,), together={hp['global_thr'] * n}, single={hp['individual_thr'] * n}"
     (decision,) = method(f"{spec}, protect={(len(given['key_set']) - 0.5) / n})")(image)

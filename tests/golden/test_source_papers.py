@@ -6,11 +6,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import tokensieve
 from tests.golden.vectors import CLOSE, cases, load
 from tests.support.families import BOS, IMAGE, VOCABULARY
-from tokensieve import VisualTokens
 from tokensieve.methods.divprune import DivPrune
 from tokensieve.methods.fastervlm import FasterVlm
 from tokensieve.methods.vtc_cls import VtcCls
 from tokensieve.ops import max_min
+from tokensieve.tokens import ByLayer, ConnectorTokens
 
 
 def llava_around(config, state):
@@ -70,7 +70,7 @@ def test_vtc_cls_from_rows(name):
     """The method alone, on the recorded attention rows."""
     _, expected, hyper = load("vtc_cls", name)
     rows = expected["cls_rows"]
-    tokens = VisualTokens(expected["features"], cls_attention=dict(enumerate(rows[:, None])))
+    tokens = ConnectorTokens(expected["features"], cls_attention=ByLayer(dict(enumerate(rows[:, None]))))
     reduction = VtcCls(keep=hyper["token_num"], first_layer=hyper["start_layer"])(tokens)[0]
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     torch.testing.assert_close(reduction.scores, expected["score"], **CLOSE)
@@ -81,7 +81,7 @@ def test_vtc_cls_from_rows(name):
 def test_fastervlm(name):
     given, expected, hyper = load("fastervlm", name)
     rows = given["cls_attention"].mean(1)
-    tokens = VisualTokens(given["features"], cls_attention={3: rows}, depth=5)
+    tokens = ConnectorTokens(given["features"], cls_attention=ByLayer({3: rows}, 5))
     reduction = FasterVlm(keep=hyper["keep"])(tokens)
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     torch.testing.assert_close(reduction.apply(given["features"]), expected["kept_features"], **CLOSE)
@@ -90,7 +90,7 @@ def test_fastervlm(name):
 @cases("divprune")
 def test_divprune(name):
     given, expected, hyper = load("divprune", name)
-    tokens = VisualTokens(given["features"][None])
+    tokens = ConnectorTokens(given["features"][None])
     reduction = DivPrune(keep=hyper["ratio"])(tokens)[0]
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     order = max_min(given["features"], len(expected["selection_order"]))

@@ -102,9 +102,6 @@ def test_a_new_method_is_in_the_laws(registry):
 
         layer: int = 4
 
-        def stages(self, depth):
-            return [self.layer]
-
         def reduce(self, image):
             return image.keep(torch.arange(0, image.total, 2).expand(len(image.features), -1))
 

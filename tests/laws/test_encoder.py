@@ -89,7 +89,7 @@ class Cell:
             members = [[(int(j), float(row[j])) for j in row.nonzero()] for row in matrix]
             return list(zip(anchors, members, strict=True))
 
-        rule = Rule(groups, [0, 1, 2], behind=method.behind, proportional=method.proportional)
+        rule = Rule(groups, [0, 1, 2], behind=method.after_layer, proportional=method.proportional)
         return images_by_hand(self.family, rule, self.kind)
 
 

@@ -18,7 +18,7 @@ STEPS = 3
 # with these parameters, if a method is among them; else as it comes
 TUNED = {"evs": "evs(keep=0.5)", "fastvid": "fastvid(keep=10)"}
 TUNED |= {"prunevid": "prunevid(keep=9)", "holitom": "holitom(keep=9)"}
-VIDEO_SPECS = [TUNED.get(info.name, info.name) for info in tokensieve.list_methods() if info.needs.video]
+VIDEO_SPECS = [TUNED.get(info.name, info.name) for info in tokensieve.list_methods() if info.needs.requests("video")]
 SPECS = (
     *((spec, "") for spec in VIDEO_SPECS),
     ("fastervlm(keep=7)", "clip"),
@@ -107,8 +107,8 @@ def assert_conserved(one, r, spec, scope):
     torch.testing.assert_close(r.weight_sums, torch.ones(r.slots))
     method, newlines = tokensieve.parse(spec)[0], one.newlines
     if one.frames is None:
-        assert r.whole == method.needs.video or r.slots < r.total or r.notes
-        if method.needs.video:
+        assert r.whole == method.needs.requests("video") or r.slots < r.total or r.notes
+        if method.needs.requests("video"):
             assert "this is an image" in r.notes[0]
         return
     patches = [token for token in r.kept.tolist() if token not in newlines]

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from tokensieve import Reduction, VisualTokens
 from tokensieve.reduction import Mixing
+from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
+from tokensieve.tokens import given as evidence_of
 
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
@@ -172,24 +174,29 @@ def test_what_does_not_fit_is_refused():
     [
         ({"features": torch.zeros(2, 3)}, r"features must be \[B, N, D\]"),
         ({"grid": (2, 2)}, "a grid of 2x2 does not hold 3 tokens"),
-        ({"cls_attention": {0: torch.zeros(2, 2)}}, r"cls_attention\[0\] must be \[2, 3\]; got \[2, 2\]"),
-        ({"text": torch.zeros(1, 4, 5)}, r"text must be \[2, M, D\]"),
-        ({"text": torch.zeros(2, 4, 5), "text_mask": torch.ones(2, 3)}, r"text_mask must be \[2, 4\]"),
+        ({"cls_attention": ByLayer({0: torch.zeros(2, 2)})}, r"cls_attention must start with \[2, 3\]; got \[2, 2\]"),
+        ({"user_text": UserText(torch.zeros(1, 4, 5), torch.ones(1, 4))}, r"user_text must be of 2 images; got 1"),
     ],
 )
 def test_evidence_is_checked(fields, message):
     with pytest.raises(ValueError, match=message):
-        VisualTokens(**{"features": torch.zeros(2, 3, 5), **fields})
+        ConnectorTokens(**{"features": torch.zeros(2, 3, 5), **fields})
+
+
+def test_the_mask_of_the_users_words_is_checked():
+    with pytest.raises(ValueError, match=r"mask must be \[2, 4\]; got shape \[2, 3\]"):
+        UserText(torch.zeros(2, 4, 5), torch.ones(2, 3))
 
 
 def test_missing_evidence_is_named():
-    tokens = VisualTokens(torch.zeros(1, 3, 2), cls_attention={1: torch.zeros(1, 3)}, depth=4)
-    with pytest.raises(ValueError, match=r"no \[CLS\] attention of encoder layers \[2\]; given: \[1\]"):
-        tokens.cls_rows(-2)
+    tokens = ConnectorTokens(torch.zeros(1, 3, 2), cls_attention=ByLayer({1: torch.zeros(1, 3)}, 4))
+    for read in (lambda: tokens.cls_attention[-2], lambda: tokens.cls_attention.stack(-2)):
+        with pytest.raises(KeyError, match=r"no evidence of encoder layer -?2; requested: \[1\] of 4"):
+            read()
     with pytest.raises(ValueError, match="the encoder has layers 0 to 3; got 4"):
-        tokens.cls_rows(4)
-    with pytest.raises(ValueError, match="this method reads the prompt"):
-        tokens.words()
+        tokens.cls_attention.stack(4)
+    with pytest.raises(TypeError, match="request it in the method's needs"):
+        evidence_of(tokens.user_text)
 
 
 def test_every_tensor_moves_to_a_device():

@@ -261,7 +261,7 @@ def test_a_broken_plugin_is_named_once_and_left_out(installed):
         ("pyramiddrop(layers=1)", "layers must be a tuple, each item a number; got 1"),
         ("pyramiddrop(layers=(1, 'a'))", "layers must be a tuple, each item a number; got (1, 'a')"),
         ("prumerge+(top=0.5)", "top must be a whole number or None; got 0.5"),
-        ("holov(stretches=0)", "stretches must be at least 1; got 0"),
+        ("holov(windows=0)", "windows must be at least 1; got 0"),
         ("window-fastv(windows=0)", "windows must be at least 1; got 0"),
         ("prumerge+(neighbours=-1)", "neighbours must be at least 0; got -1"),
         ("setok-cluster(fallback=0)", "fallback must be at least 1; got 0"),

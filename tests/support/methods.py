@@ -46,8 +46,8 @@ TUNED = (
     "cdpruner(keep=6)",
     "scope(keep=6)",
     "mmtok(keep=6)",
-    "holov(keep=6, stretches=4)",
-    "holov(keep=6, stretches=4, rank='holistic')",
+    "holov(keep=6, windows=4)",
+    "holov(keep=6, windows=4, rank='holistic')",
     "par(keep=6, threshold=0.3)",
     "setok-cluster(threshold=9, fallback=3)",
     "setok-cluster(threshold=0.9)",
@@ -61,8 +61,9 @@ def inside_encoder(info: MethodInfo) -> bool:
 
 def before_llm() -> list[MethodInfo]:
     """Methods for images that decide before the LLM, between vision encoder and LLM or about the image's size."""
-    early = [info for info in list_methods() if info.stage in ("encoder", "connector") and not info.needs.video]
-    return [info for info in early if not inside_encoder(info) and info.name not in FIRST_TUNED]
+    early = [info for info in list_methods() if info.stage in ("encoder", "connector")]
+    images = [info for info in early if not info.needs.requests("video") and not inside_encoder(info)]
+    return [info for info in images if info.name not in FIRST_TUNED]
 
 
 def connector_specs(family: str = "llava-clip") -> list[str]:
@@ -71,7 +72,7 @@ def connector_specs(family: str = "llava-clip") -> list[str]:
         f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
         for info in before_llm()
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
-        if family == "llava-clip" or not info.needs.cls_similarity
+        if family == "llava-clip" or not info.needs.requests("cls_similarity")
     ]
     return [*default, *VARIANTS]
 
@@ -83,7 +84,7 @@ def whole_specs() -> list[str]:
 
 def inside_specs(stage: str) -> list[str]:
     """Return a spec of every method inside the LLM ("decoder") or the vision encoder ("encoder"), for tiny models."""
-    infos = [info for info in list_methods() if info.stage == stage and not info.needs.video]
+    infos = [info for info in list_methods() if info.stage == stage]
     return [small_spec(info) for info in infos if stage == "decoder" or inside_encoder(info)]
 
 

@@ -17,16 +17,16 @@ METHOD = "vtc-cls"
 
 def ask(
     image: ImageFile,
-    question: Annotated[str, typer.Argument(help="What to ask about it.", show_default=False)],
+    question: Annotated[str, typer.Argument(help="Question about it.", show_default=False)],
     method: Annotated[str, typer.Option(help="Method spec, e.g. 'vtc-cls(first_layer=-2)'.")] = METHOD,
     keep: Annotated[
         str | None, typer.Option(help="Budget: tokens (36) or a share (0.25, 25%).", show_default="the method's own")
     ] = None,
     budget_scope: BudgetScope = "image",
-    overlay: Annotated[Path | None, typer.Option(help="Save a picture of what was kept.", show_default=False)] = None,
+    overlay: Annotated[Path | None, typer.Option(help="Save a picture of the kept tokens.", show_default=False)] = None,
     model: Model = "reference",
     positions: Annotated[
-        Literal["original", "contiguous"], typer.Option(help="Whether survivors keep their position ids.")
+        Literal["original", "contiguous"], typer.Option(help="Whether kept tokens keep their position ids.")
     ] = "original",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     json: Json = False,
@@ -34,7 +34,7 @@ def ask(
     """Answer a question about an image, without and with a method."""
     from tokensieve.budget import parse_budget
     from tokensieve.engine import attach
-    from tokensieve.engine.connector.decide import check_scope
+    from tokensieve.engine.budget_scope import check_scope
     from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
@@ -42,9 +42,9 @@ def ask(
     if not question.strip():
         raise Refusal("the question is empty; ask something about the image")
     budget = {} if keep is None else {"keep": parse_budget(keep)}
-    check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before anything is loaded
+    check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before a model is loaded
     if overlay is not None:
-        _check_picture(overlay)
+        _check_overlay_path(overlay)
     picture = open_image(image)
     vlm, processor = load_model(model, classifiers=True)
     if method == METHOD and not vlm.can_generate():
@@ -75,8 +75,8 @@ def ask(
         note(f"overlay: {overlay}")
 
 
-def _check_picture(path: Path) -> None:
-    """Refuse, before anything runs, a file that no picture can be saved as."""
+def _check_overlay_path(path: Path) -> None:
+    """Refuse, before a model is loaded, a path that no picture can be saved at."""
     from PIL import Image
 
     formats = Image.registered_extensions()

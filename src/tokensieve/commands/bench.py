@@ -1,4 +1,4 @@
-"""``tokensieve bench``: what each method costs and saves on one prompt or batch."""
+"""``tokensieve bench``: cost and savings of each method on one prompt or batch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tokensieve.commands.arguments import (
     Keeps,
     Methods,
     Model,
+    check_scopes,
     split_budgets,
     split_specs,
 )
@@ -33,7 +34,7 @@ HEADERS = (
 def bench(
     model: Model = "reference",
     image: Annotated[Path | None, typer.Option(help="Image file.", show_default="a synthetic one")] = None,
-    question: Annotated[str, typer.Option(help="What to ask about it.")] = "what is in the image?",
+    question: Annotated[str, typer.Option(help="Question about it.")] = "what is in the image?",
     methods: Methods = METHODS,
     keep: Keeps = KEEPS,
     budget_scope: BudgetScope = "image",
@@ -44,21 +45,18 @@ def bench(
     """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved."""
     from PIL import Image
 
-    from tokensieve.engine.connector.decide import check_scope
     from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.plan import plan
     from tokensieve.measure import measure_costs
 
     specs, keeps = split_specs(methods), split_budgets(keep)
-    for entry in plan(specs, keeps, seeds=1, oracle=False):  # a bad spec is refused before anything is loaded
-        for run in entry.runs:
-            check_scope(budget_scope, run.stages)
+    check_scopes(budget_scope, plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
     vlm, processor = load_model(model, classifiers=True)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     entries = plan(specs, keeps, seeds=1, oracle=False)
-    stages = [run.stages for entry in entries[1:] for run in entry.runs]  # full comes first, always
+    stages = [run.stages for entry in entries[1:] for run in entry.runs]  # the first entry is the unhooked model
     inputs = inputs_of(vlm, processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
     costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope)
     if json:

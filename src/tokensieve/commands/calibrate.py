@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.commands.arguments import Json, Model
+from tokensieve.commands.arguments import Data, ImageColumn, Json, Model, Prompt, QuestionColumn
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.commands.loading import load_model
 
@@ -23,20 +23,18 @@ def calibrate() -> None:
 @app.command()
 def vtw(
     model: Model = "reference",
-    data: Annotated[
-        str, typer.Option(help="'reference' for the bundled benchmark, or a .jsonl, .csv or .parquet file.")
-    ] = "reference",
-    limit: Annotated[int, typer.Option(min=1, help="At most so many questions, spread over the data.")] = 20,
-    threshold: Annotated[float, typer.Option(min=0, help="Largest mean KL divergence that is accepted.")] = 0.003,
-    first_block: Annotated[int | None, typer.Option(min=1, help="First candidate.", show_default="5 of 32")] = None,
+    data: Data = "reference",
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of questions, spread over the data.")] = 20,
+    threshold: Annotated[float, typer.Option(min=0, help="Largest accepted mean KL divergence.")] = 0.003,
+    first_layer: Annotated[int | None, typer.Option(min=1, help="First candidate.", show_default="5 of 32")] = None,
     output: Annotated[Path, typer.Option(help="File of the result.")] = Path("vtw.json"),
-    image_column: Annotated[str, typer.Option(help="Column of image files, relative to the data file.")] = "image",
-    question_column: Annotated[str, typer.Option(help="Column of questions.")] = "question",
+    image_column: ImageColumn = "image",
+    question_column: QuestionColumn = "question",
     answer_column: Annotated[str, typer.Option(help="Column of answers; not used here.")] = "answer",
-    prompt: Annotated[str, typer.Option(help="What the user says; {question} is replaced.")] = "{question}",
+    prompt: Prompt = "{question}",
     json: Json = False,
 ) -> None:
-    """Find the first block from which VTW may withdraw the visual tokens; 'vtw(calibration="vtw.json")' uses it."""
+    """Find the first layer from which VTW may withdraw the visual tokens; 'vtw(calibration="vtw.json")' uses it."""
     from tokensieve.evaluate import load_data
     from tokensieve.evaluate.calibrate import calibrate_vtw
 
@@ -45,12 +43,12 @@ def vtw(
     vlm, processor = load_model(model)
     with progress() as bar:
         result = calibrate_vtw(
-            vlm, processor, samples, threshold=threshold, first=first_block, prompt=prompt, progress=bar
+            vlm, processor, samples, threshold=threshold, first=first_layer, prompt=prompt, progress=bar
         )
     if json:
         print_json(asdict(result))
     else:
-        rows = zip(result.blocks, result.divergence, strict=True)
-        print_table(("block", "KL", ""), [[str(b), f"{kl:.2g}", "←" * (b == result.layer)] for b, kl in rows])
+        rows = zip(result.layers, result.divergence, strict=True)
+        print_table(("layer", "KL", ""), [[str(n), f"{kl:.2g}", "←" * (n == result.layer)] for n, kl in rows])
     result.save(output)
     note(f"result: {output}")

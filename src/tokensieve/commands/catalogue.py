@@ -1,4 +1,4 @@
-"""``tokensieve methods`` and ``tokensieve models``: what there is."""
+"""``tokensieve methods`` and ``tokensieve models``: lists of the methods and of the supported families."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tokensieve.commands.console import print_json, print_table
 
 def methods(json: Json = False) -> None:
     """List the methods, with their parameters and papers."""
-    from tokensieve.methods import list_methods as registered
+    from tokensieve.methods import list_methods
 
-    found = registered()
+    infos = list_methods()
     if json:
-        print_json([{**asdict(info), "needs": str(info.needs)} for info in found])
+        print_json([{**asdict(info), "needs": str(info.needs)} for info in infos])
         return
     rows = [
-        (info.name, info.title, info.stage, str(info.needs), _parameters(info.parameters), info.paper) for info in found
+        (info.name, info.title, info.stage, str(info.needs), _parameters(info.parameters), info.paper) for info in infos
     ]
     print_table(("method", "what it does", "stage", "needs", "parameters", "paper"), rows, left=6)
 
@@ -27,15 +27,15 @@ def models(json: Json = False) -> None:
     from tokensieve.engine.fusion.families import FUSION_FAMILIES, FusionFamily
     from tokensieve.models import TESTED, Family, families
 
-    found: list[Family | FusionFamily] = [*families(), *FUSION_FAMILIES]
+    supported: list[Family | FusionFamily] = [*families(), *FUSION_FAMILIES]
     if json:
         keys = ("name", "title", "model_types", "stages", "modalities", "limits")
-        print_json([{key: getattr(family, key) for key in keys} | {"transformers": TESTED} for family in found])
+        print_json([{key: getattr(family, key) for key in keys} | {"transformers": TESTED} for family in supported])
         return
-    titles = [f"{f.title}; videos, too" if "video" in f.modalities else f.title for f in found]
+    titles = [f"{f.title}; videos, too" if "video" in f.modalities else f.title for f in supported]
     rows = [
         (f.name, title, ", ".join(f.model_types), ", ".join(f.stages), f.limits or "–")
-        for f, title in zip(found, titles, strict=True)
+        for f, title in zip(supported, titles, strict=True)
     ]
     print_table(("family", "models", "model types", "stages", "limits"), rows, left=5)
     print(f"Tested with transformers {TESTED}.")

@@ -1,4 +1,4 @@
-"""``tokensieve check``: the laws on a model of yours."""
+"""``tokensieve check``: the equivalence checks (laws) on a model of the user."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tokensieve.commands.loading import load_model
 from tokensieve.errors import Refusal
 
 if TYPE_CHECKING:
-    from tokensieve.measure import Verdict
+    from tokensieve.check import Verdict
 
-# one of each kind: attention of the encoder, none, text, merging, inside the LLM
+# one of each kind: encoder attention, features only, text, merging, inside the LLM
 METHODS = ("fastervlm", "divprune", "trsm", "visionzip(before_projector=False)", "fastv")
 QUESTIONS = (
     ("what is in the image?", 1),
@@ -35,7 +35,7 @@ def check(
     keep: Annotated[str, typer.Option(help="Budget where a spec leaves it open: tokens or a share.")] = "25%",
     budget_scope: BudgetScope = "image",
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights and few blocks: only the config counts.")
+        bool, typer.Option("--random", help="Random weights and few layers: only the config is used.")
     ] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -43,16 +43,20 @@ def check(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Prove on your model that a method drops tokens and changes nothing else. Exit code 1 if a law is broken."""
+    """Prove on your model that a method drops tokens and changes nothing else.
+
+    Exit code 1 if a law is broken or a method crashes, 2 if all was refused or could not be checked.
+    """
     import torch
     import transformers
 
     from tokensieve.budget import parse_budget
+    from tokensieve.check import Laws
     from tokensieve.evaluate.plan import plan
-    from tokensieve.measure import Laws
 
     entries = plan(list(method or METHODS), [parse_budget(keep)], seeds=1, oracle=False)
-    candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]  # full comes first, always
+    # the first entry is the unhooked model
+    candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]
     vlm, processor = load_model(model, dtype, random)
     torch.manual_seed(0)
     with progress() as report:
@@ -77,62 +81,56 @@ def check(
             f"{vlm.config.model_type}, {precision}. Numbers: the largest difference of a logit; rounding alone makes "
             f"{laws.floor:.1e}, up to {laws.allowed:.1e} passes"
         )
-    broken = sum(verdict.status == "FAIL" for row in verdicts for verdict in row)
-    if broken:
+    statuses = [verdict.status for row in verdicts for verdict in row]
+    if broken := statuses.count("FAIL"):
         note(f"{broken} laws are broken")
         raise typer.Exit(1)
-    if not any(verdict.status == "pass" for row in verdicts for verdict in row):
+    if "pass" not in statuses:
         raise Refusal("nothing was checked: every law was refused, or could not be checked, for the reasons above")
 
 
 def _cells(row: Sequence[Verdict]) -> list[str]:
-    shown = [v.status if v.deviation is None else f"{v.status} {v.deviation:.1e}" for v in row]
-    return [row[0].method, *("–" if cell == "skipped" else cell for cell in shown)]
+    cells = [v.status if v.deviation is None else f"{v.status} {v.deviation:.1e}" for v in row]
+    return [row[0].method, *("–" if cell == "skipped" else cell for cell in cells)]
 
 
 def _reasons(verdicts: Sequence[Sequence[Verdict]]) -> Mapping[str, str]:
-    """Every remark once, with the methods and laws that it is about."""
-    where: dict[str, dict[str, list[str]]] = {}
+    """Return {reason: its methods and laws}, so that each reason is printed once."""
+    laws_of: dict[str, dict[str, list[str]]] = {}
     for verdict in (v for row in verdicts for v in row if v.reason):
-        where.setdefault(verdict.reason, {}).setdefault(verdict.method, []).append(verdict.law)
+        laws_of.setdefault(verdict.reason, {}).setdefault(verdict.method, []).append(verdict.law)
     return {
-        reason: "; ".join(f"{name} ({', '.join(laws)})" for name, laws in about.items())
-        for reason, about in where.items()
+        reason: "; ".join(f"{name} ({', '.join(laws)})" for name, laws in methods.items())
+        for reason, methods in laws_of.items()
     }
 
 
 def prompts(processor: Any, model: Any) -> Callable[[Sequence[int]], Mapping[str, Any]]:
-    """Gives the prompts with some numbers, about drawn pictures, as one left-padded batch for this model."""
-    precision = next(model.parameters()).dtype
-    return lambda numbers: dict(_inputs(processor, numbers).to(model.device, dtype=precision))
+    """Return a function from prompt numbers to one left-padded batch about drawn pictures, on the model's device."""
+    from tokensieve.evaluate.prompt import to_model
+
+    return lambda numbers: to_model(model, _inputs(processor, numbers))
 
 
 def _inputs(processor: Any, numbers: Sequence[int]) -> Any:
-    from tokensieve.evaluate.prompt import KEYWORDS
+    from tokensieve.evaluate.prompt import KEYWORDS, chat_inputs
 
-    questions = [QUESTIONS[number] for number in numbers]
-    pictures = [[_picture(number + at) for at in range(QUESTIONS[number][1])] for number in numbers]
+    texts = [QUESTIONS[number][0] for number in numbers]
+    pictures = [[_picture(number + offset) for offset in range(QUESTIONS[number][1])] for number in numbers]
     if getattr(processor, "chat_template", None):
-        said = [
-            [*({"type": "image", "image": picture} for picture in shown), {"type": "text", "text": question}]
-            for (question, _), shown in zip(questions, pictures, strict=True)
-        ]
-        turns = [[{"role": "user", "content": content}] for content in said]
-        return processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=dict(KEYWORDS)
-        )
-    texts = [f"{processor.image_token * len(p)}\n{q}" for (q, _), p in zip(questions, pictures, strict=True)]
+        return chat_inputs(processor, pictures, texts)
+    texts = [f"{processor.image_token * len(p)}\n{text}" for text, p in zip(texts, pictures, strict=True)]
     return processor(images=pictures, text=texts, **KEYWORDS)
 
 
 def _picture(number: int) -> Any:
-    """A picture with something everywhere in it."""
+    """Draw a picture whose every region differs."""
     from PIL import Image, ImageDraw
 
     width, height = SIZES[number % len(SIZES)]
     gradients = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
-    turned = gradients[number % 3 :] + gradients[: number % 3]
-    picture = Image.merge("RGB", turned).resize((width, height))
+    channels = gradients[number % 3 :] + gradients[: number % 3]
+    picture = Image.merge("RGB", channels).resize((width, height))
     draw = ImageDraw.Draw(picture)
     for i in range(6):
         x, y = (97 * (i + number)) % (width - 60), (61 * (i + 2 * number)) % (height - 60)

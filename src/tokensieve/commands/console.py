@@ -1,4 +1,4 @@
-"""What a command prints: results on stdout, progress on stderr."""
+"""Output of the commands: results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import typer
 
 
 def print_json(data: Any) -> None:
-    """Plain JSON on stdout."""
+    """Print JSON on stdout."""
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
-    """A table on stdout; the first ``left`` columns are text. As wide as it must be when stdout is no terminal."""
+    """Print a table on stdout; the first ``left`` columns are text. Without a terminal it is 160 columns wide."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -32,7 +32,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, updated by calling what this yields with (done, total, what is running)."""
+    """Show a bar on stderr; yield the function (done, total, label) that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -40,9 +40,9 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)
 
 
 def note(text: str) -> None:
-    """One line on stderr."""
+    """Print one line on stderr."""
     typer.echo(text, err=True)

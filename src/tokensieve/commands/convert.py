@@ -1,4 +1,4 @@
-"""``tokensieve convert``: checkpoints that authors published under their own parameter names."""
+"""``tokensieve convert``: checkpoints that authors published under other parameter names than transformers."""
 
 from __future__ import annotations
 

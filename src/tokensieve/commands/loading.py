@@ -1,4 +1,4 @@
-"""A model and its processor by name, with one clear line when that fails."""
+"""Load a model and its processor by name, with one clear line when that fails."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ COMPARED_WITH = {"pumer-reference": "vilt-reference"}
 def load_model(
     name: str, dtype: str | None = None, random: bool = False, *, classifiers: bool = False
 ) -> tuple[Any, Any]:
-    """The model in eval mode on its device (a GPU if there is one), and its processor.
+    """Return the model in eval mode on its device (a GPU if there is one), and its processor.
 
     Args:
         name: a bundled model such as "reference", a folder, or a hub name.
         dtype: a torch dtype by name; by default the checkpoint's on a GPU, float32 elsewhere.
-        random: random weights instead of the checkpoint's, in an LLM of at most four blocks.
-        classifiers: also take cross-modal encoders that choose among answers; other commands say which do.
+        random: random weights instead of the checkpoint's, in an LLM of at most four layers.
+        classifiers: also load cross-modal encoders that choose among answers. The error of other commands names the
+            commands that support them.
 
     Raises:
-        ValueError: if nothing of a supported family loads from there; one line that says why.
+        Refusal: no model of a supported family can be loaded; one line with the reason.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -51,7 +52,7 @@ def load_model(
             f"{name} is a {config.model_type!r} model, a cross-modal encoder without a language model to look into; "
             "ask, bench and compare take those that answer questions"
         )
-    if hasattr(config, "image_token_id"):  # what an unknown one looks like shows when a method is attached
+    if hasattr(config, "image_token_id"):  # an unregistered family: its parts are discovered by `attach`
         loaders.setdefault(config.model_type, AutoModelForImageTextToText)
     if config.model_type not in loaders:
         raise Refusal(
@@ -59,20 +60,20 @@ def load_model(
             f"supported: {', '.join(loaders)}"
         )
     gpu = torch.cuda.is_available()
-    wanted = ("auto" if gpu else torch.float32) if dtype is None else getattr(torch, dtype)
+    precision = ("auto" if gpu else torch.float32) if dtype is None else getattr(torch, dtype)
     if random:
-        model = _random(config).to(torch.float32 if wanted == "auto" else wanted)
+        model = _random(config).to(torch.float32 if precision == "auto" else precision)
     else:
-        model = _from_pretrained(loaders[config.model_type], place, dtype=wanted)
+        model = _from_pretrained(loaders[config.model_type], place, dtype=precision)
     processor = _from_pretrained(AutoProcessor, place)
     return model.eval().to("cuda" if gpu else "cpu"), processor
 
 
 def trained_spec(name: str, model: Any) -> str:
-    """The method that a classifier was fine-tuned with, as `train pumer` left it beside the weights; else PuMer.
+    """Return the spec that a classifier was fine-tuned with, stored beside its weights by `train pumer`; else PuMer.
 
     Raises:
-        ValueError: if it was fine-tuned without one, and plain PuMer does not fit it.
+        Refusal: it was fine-tuned without a method, and PuMer's defaults do not fit it.
     """
     from tokensieve.engine import attach
 
@@ -82,7 +83,7 @@ def trained_spec(name: str, model: Any) -> str:
         return str(method)
     try:
         attach(model, "pumer").detach()
-    except ValueError as error:
+    except Refusal as error:
         raise Refusal(
             f"{name} was not fine-tuned with a method, and pumer as it stands does not fit ({error}); name "
             "one, such as 'pumer(layers=(2, 4))'"
@@ -91,28 +92,27 @@ def trained_spec(name: str, model: Any) -> str:
 
 
 def inputs_of(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """One batch of prompts for a model that generates or classifies answers, on its device and in its dtype."""
+    """Return one batch of prompts for a model that generates or classifies answers, on its device and in its dtype."""
     from tokensieve.engine.fusion.families import longest_text
-    from tokensieve.evaluate import encode, encode_pairs
+    from tokensieve.evaluate.prompt import encode, encode_pairs, to_model
 
     if model.can_generate():
         inputs = encode(processor, samples)
     else:
         inputs = encode_pairs(processor, samples, longest=longest_text(model.config))
-    moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}
+    return to_model(model, inputs)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model lies; ``unreachable`` says why the hub cannot be asked, when it cannot: then only the cache can."""
+    """Path or hub name of a model; ``unreachable`` is the hub's error, after which only the local cache is searched."""
 
     path: str
     unreachable: str = ""
 
 
 def find(name: str) -> Place:
-    """What the user's name means: a bundled model, a folder, or a model on the hub."""
+    """Resolve the user's name: a bundled model, a folder, or a model on the hub."""
     from tokensieve.reference import NAMES
     from tokensieve.reference import path as bundled
 
@@ -128,7 +128,7 @@ def find(name: str) -> Place:
 
 
 def _hub_refusal(name: str) -> str:
-    """Ask the hub once, quickly: without a network, loading would retry for half a minute first."""
+    """Return the hub's error, after one quick request: without a network, loading would retry for half a minute."""
     from huggingface_hub import HfApi
 
     try:
@@ -141,7 +141,7 @@ def _hub_refusal(name: str) -> str:
 def _from_pretrained(loader: Any, place: Place, **options: Any) -> Any:
     try:
         return loader.from_pretrained(place.path, local_files_only=bool(place.unreachable), **options)
-    except Exception as error:  # whatever is wrong with a model's files surfaces here, in many types
+    except Exception as error:  # broken model files raise many types
         if place.unreachable:
             why = f"it is no folder, it is not in the local cache, and the hub does not answer ({place.unreachable})"
             raise Refusal(f"no model {place.path}: {why}") from error
@@ -150,7 +150,7 @@ def _from_pretrained(loader: Any, place: Place, **options: Any) -> Any:
 
 
 def _random(config: Any) -> Any:
-    """A model of this config with random weights, equal ones every time, and few blocks in its LLM."""
+    """Return a model of this config with random weights, equal in every call, and at most four layers in its LLM."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -162,6 +162,6 @@ def _random(config: Any) -> Any:
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config)
         for name, weight in model.named_parameters():
-            if weight.ndim > 1:  # wide enough for attention that is not flat
+            if weight.ndim > 1:  # smaller weights would give almost uniform attention
                 weight.normal_(std=1.0 if "embed" in name else 2 * weight[0].numel() ** -0.5)
     return model

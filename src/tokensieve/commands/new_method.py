@@ -1,4 +1,4 @@
-"""``tokensieve new-method``: a working method and its test, to start from."""
+"""``tokensieve new-method``: write a working method and its test, to start from."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def new_method(
     stage: Annotated[
         Literal["connector", "decoder"], typer.Option(help="Act between encoder and LLM, or inside the LLM.")
     ] = "connector",
-    output: Annotated[Path, typer.Option(help="Folder of the two files, made if need be.")] = Path(),
+    output: Annotated[Path, typer.Option(help="Folder of the two files, created if it is missing.")] = Path(),
 ) -> None:
-    """Write a method that works, in a file of its own, and its test. Nothing else needs editing."""
+    """Write a working method in one file, and its test. No other file needs an edit."""
     from tokensieve.methods import list_methods
     from tokensieve.methods.spec import NAME as IN_A_SPEC
 
@@ -44,8 +44,8 @@ def new_method(
             raise Refusal(f"{path} exists already; choose another name or folder")
     output.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
-        for ours, own in (("my-method", name), ("my_method", module), ("MyMethod", title)):
-            text = text.replace(ours, own)
+        for placeholder, value in (("my-method", name), ("my_method", module), ("MyMethod", title)):
+            text = text.replace(placeholder, value)
         path.write_text(text, "utf-8")
     typer.echo(f"{method} works, and {test} says so. Next:\n")
     typer.echo(f"  python -m pytest {test}")

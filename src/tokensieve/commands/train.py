@@ -1,4 +1,4 @@
-"""``tokensieve train``: the committed recipes."""
+"""``tokensieve train``: the committed training recipes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import typer
 from tokensieve.commands.arguments import Json
 from tokensieve.commands.console import note, print_json
 
-app = typer.Typer(no_args_is_help=True, help="Train: the bundled model from nothing, or PuMer on data of yours.")
+app = typer.Typer(no_args_is_help=True, help="Train the bundled model from nothing, or PuMer on your data.")
 
 
 @app.callback()
 def train() -> None:
-    """Train: the bundled model from nothing, or PuMer on data of yours."""
+    """Train the bundled model from nothing, or PuMer on your data."""
 
 
 @app.command()
@@ -28,7 +28,7 @@ def reference(
     resume: Annotated[bool, typer.Option(help="Continue from the folder's checkpoint.")] = True,
     compiled: Annotated[bool, typer.Option(help="Use torch.compile: a slow start, then fast steps.")] = False,
 ) -> None:
-    """Train the reference model from nothing by its committed recipe; continues what lies in the output folder."""
+    """Train the reference model from nothing by its committed recipe; continue from a checkpoint in the folder."""
     from tokensieve.train.reference import train_reference
 
     folder = train_reference(
@@ -48,7 +48,7 @@ def vilt_reference(
     resume: Annotated[bool, typer.Option(help="Continue from the folder's checkpoint.")] = True,
     compiled: Annotated[bool, typer.Option(help="Use torch.compile: a slow start, then fast steps.")] = False,
 ) -> None:
-    """Pretrain the small ViLT of the bundled questions; `train pumer` goes on from there."""
+    """Pretrain the small ViLT of the bundled questions, from which `train pumer` starts."""
     from tokensieve.train.vilt_reference import train_vilt_reference
 
     folder = train_vilt_reference(output, scenes=scenes, effort=effort, seed=seed, resume=resume, compiled=compiled)
@@ -66,7 +66,7 @@ def pumer(
     output: Annotated[Path, typer.Option(help="Folder of checkpoints and model.")] = Path("runs/pumer"),
     teacher: Annotated[str | None, typer.Option(help="Fine-tuned, unreduced model to distil from.")] = None,
     evaluation: Annotated[str | None, typer.Option(help="Records to measure accuracy on after each epoch.")] = None,
-    method: Annotated[str, typer.Option(help="The reducers, or 'full' for the unreduced fine-tune.")] = "pumer",
+    method: Annotated[str, typer.Option(help="The method, or 'full' for the unreduced fine-tune.")] = "pumer",
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="20")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records per step and device.", show_default="32")] = None,
     accumulate: Annotated[int | None, typer.Option(help="Steps per update.", show_default="1")] = None,
@@ -85,12 +85,12 @@ def pumer(
     resume: Annotated[bool, typer.Option(help="Continue from the folder's last checkpoint.")] = True,
     json: Json = False,
 ) -> None:
-    """Fine-tune a cross-modal encoder with PuMer's reducers on, distilling from the unreduced model."""
+    """Fine-tune a cross-modal encoder with PuMer attached, distilling from the unreduced model."""
     from tokensieve.commands.loading import find
     from tokensieve.train.pumer import Recipe, train_pumer
     from tokensieve.train.pumer.models import load_config
 
-    given = {
+    options = {
         "epochs": epochs,
         "batch_size": batch_size,
         "accumulate": accumulate,
@@ -101,14 +101,14 @@ def pumer(
         "patience": patience,
     }
     model, teacher = find(model).path, teacher and find(teacher).path
-    recipe = Recipe.for_model(load_config(model).model_type, **given, precision=precision, workers=workers, seed=seed)
+    recipe = Recipe.for_model(load_config(model).model_type, **options, precision=precision, workers=workers, seed=seed)
     spec = None if method == "full" else method
-    options = {"teacher": teacher, "evaluation": evaluation, "spec": spec, "recipe": recipe, "resume": resume}
-    found = train_pumer(task, model, data, output, **options)  # type: ignore[arg-type]
+    training = {"teacher": teacher, "evaluation": evaluation, "spec": spec, "recipe": recipe, "resume": resume}
+    outcome = train_pumer(task, model, data, output, **training)  # type: ignore[arg-type]
     if json:
-        print_json(found)
-    elif "eval_accuracy" in found:
-        note(f"accuracy: {found['eval_accuracy']:.1%}")
-    if found["skipped"]:
-        note(f"{found['skipped']:.0f} records could not be used")
+        print_json(outcome)
+    elif "eval_accuracy" in outcome:
+        note(f"accuracy: {outcome['eval_accuracy']:.1%}")
+    if outcome["skipped"]:
+        note(f"{outcome['skipped']:.0f} records could not be used")
     note(f"model: {output / 'model'}")

@@ -1,190 +1,149 @@
-"""Attention rows without eager attention: one module at a time is asked for what a method reads.
+"""Read queries and keys of one attention module while it runs, without eager attention.
 
-The probed module gets a copy of its config that names our attention function; that function computes the wanted rows
-from the module's own queries and keys and then calls the kernel the model is configured with. Masks, weights, the
-model's config and every other layer are untouched.
+A probed module gets a copy of its config that names our attention function. That function reads from the module's own
+queries and keys and then calls the kernel that the model is configured with. Masks, weights, the model's config and
+every other layer are untouched.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tokensieve.engine.inflight import InFlight
+from tokensieve.errors import Refusal
 
 Read: TypeAlias = Callable[[Tensor, Tensor, float, Tensor | None], Any]
 NAME = "tokensieve_probe"
-CHUNK = 1024  # queries at once where all of them are read: never an [N, N] matrix
 
 
 class Probe:
-    """Reads one attention module, while armed in this thread.
+    """Reads one attention module that goes through transformers' attention interface, while it is armed.
 
     Args:
-        attention: the module; must go through transformers' attention interface.
-        read: what to read, from queries and keys `[b, H, n, d]`, their scaling, and the mask `[b or 1, 1, n, n]` (bool,
-            or to be added) if there is one; e.g. :func:`attention_from_cls`.
+        attention: the module.
+        read: computes a reading from queries and keys `[B, H, N, d]`, their scaling, and the mask `[B or 1, 1, N, N]`
+            (bool or additive) if there is one; e.g. ``ops.attention_from_cls``.
+        flight: holds the readings.
     """
 
-    def __init__(self, attention: Any, read: Read) -> None:
-        self.attention, self.read = attention, read
-        self._config = attention.config
-        self._eager = getattr(sys.modules[type(attention).__module__], "eager_attention_forward", None)
-        self._local = threading.local()
-        config = copy.copy(attention.config)
+    def __init__(self, attention: Any, read: Read, flight: InFlight) -> None:
+        self.attention, self.read, self.flight = attention, read, flight
+        self._install()
+
+    def _install(self) -> None:
+        self._config = self.attention.config
+        self._eager = getattr(sys.modules[type(self.attention).__module__], "eager_attention_forward", None)
+        config = copy.copy(self._config)
         config._attn_implementation_internal = NAME  # the public setter would reach into sub-configs
-        attention.config, attention._tokensieve_probe = config, self
-
-    def arm(self) -> None:
-        """Record from now on, until :meth:`take`."""
-        self._local.rows = []
-
-    def take(self) -> list[Any]:
-        """What was read since :meth:`arm`, call by call. Disarms."""
-        rows: list[Any] = getattr(self._local, "rows", None) or []
-        self._local.rows = None
-        return rows
-
-    @contextmanager
-    def only(self) -> Iterator[None]:
-        """Read, and stop the forward that runs inside there: nothing after queries and keys is computed."""
-        self.arm()
-        self._local.stop = True
-        try:
-            yield
-        except _Read:
-            pass
-        finally:
-            self._local.stop = False
+        self.attention.config, self.attention._tokensieve_probe = config, self
 
     def remove(self) -> None:
+        """Give the module back its own config."""
         self.attention.config = self._config
         del self.attention._tokensieve_probe
+
+    @property
+    def armed(self) -> bool:
+        return self in self.flight.readings
+
+    def arm(self) -> None:
+        """Read in every call of the module from now on, until :meth:`take`."""
+        self.flight.readings[self] = []
+
+    def take(self) -> list[Any]:
+        """Return the readings since :meth:`arm`, call by call, and disarm."""
+        return self.flight.readings.pop(self, [])
+
+    @contextmanager
+    def stop_at_reading(self) -> Iterator[None]:
+        """Read, and end the forward that runs in this context there: nothing after queries and keys is computed."""
+        self.arm()
+        self.flight.stop_after_reading = self
+        try:
+            yield
+        except _StopForward:
+            pass
+        finally:
+            self.flight.stop_after_reading = None
+
+    def observe(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
+        """Read, if armed."""
+        if not self.armed:
+            return
+        scaling = scaling or query.shape[-1] ** -0.5
+        self.flight.readings[self].append(self.read(query.detach(), key.detach(), scaling, mask))
+        if self.flight.stop_after_reading is self:
+            raise _StopForward
 
     def forward(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        """The attention function itself: read if armed, then the model's own kernel."""
-        self.see(query, key, kwargs.get("scaling"), mask)
+        """Replace the module's attention function: read, then call the kernel that the model is configured with."""
+        self.observe(query, key, kwargs.get("scaling"), mask)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
         return kernel(module, query, key, value, mask, **kwargs)
 
-    @property
-    def armed(self) -> bool:
-        return getattr(self._local, "rows", None) is not None
 
-    def see(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
-        """Read if armed."""
-        if self.armed:
-            self._local.rows.append(self.read(query.detach(), key.detach(), scaling or query.shape[-1] ** -0.5, mask))
-            if getattr(self._local, "stop", False):
-                raise _Read
+class KernelProbe(Probe):
+    """Reads one attention module of timm's, which calls torch's own attention kernel: the call is intercepted.
 
+    The arguments of the kernel are read, so norms, rotations and shared keys are included, however the module is built.
 
-class _Read(Exception):
-    """The row was read; the rest of the forward is not wanted."""
-
-
-def attention_from_cls(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Post-softmax attention of token 0, mean over heads: `[b, H, n, d]` twice to `[b, n]` float32."""
-    return _attention(query[:, :, :1], key, scaling, _rows(mask, slice(0, 1))).squeeze(-2)
-
-
-def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """Post-softmax attention each token receives, mean over heads and the queries that see it: `[b, n]` float32.
-
-    Keys that nobody sees are padding, and ask nothing either.
+    Raises:
+        Refusal: if the module does not use the kernel.
     """
-    total = query.new_zeros((query.shape[0], key.shape[-2]), dtype=torch.float32)
-    seen = total.clone()
-    for start in range(0, query.shape[-2], CHUNK):
-        part = slice(start, start + CHUNK)
-        rows, own = query[:, :, part], _rows(mask, part)
-        given = _attention(rows, key, scaling, own)
-        if own is not None:
-            visible = (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2)[:, 0]
-            if visible.shape[-2] == 1:
-                visible = visible & visible[:, 0, part, None]
-                given = given * visible.any(-1, keepdim=True)
-            seen += visible.expand(-1, rows.shape[-2], -1).sum(-2)
-        total += given.sum(-2)
-    return total / (query.shape[-2] if mask is None else seen.clamp(min=1))
+
+    def _install(self) -> None:
+        if not self.attention.fused_attn:
+            raise Refusal("attention in timm's towers can only be read where it is fused; unset TIMM_FUSED_ATTN")
+        self._own_forward, self._forward = vars(self.attention).get("forward"), self.attention.forward
+        # a compiled graph would not show the call
+        self.attention.forward = torch.compiler.disable(self._intercepted)  # type: ignore[no-untyped-call]
+
+    def remove(self) -> None:
+        del self.attention.forward
+        if self._own_forward is not None:  # another library had put an instance attribute here
+            self.attention.forward = self._own_forward
+
+    def _intercepted(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.armed:
+            return self._forward(*args, **kwargs)
+        with _InterceptKernel(self):
+            return self._forward(*args, **kwargs)
 
 
-def attention_from_cls_wide(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """:func:`attention_from_cls` with the heads side by side as a single one, scaled by its width."""
-    query, key = _one_head(query), _one_head(key)
-    return attention_from_cls(query, key, query.shape[-1] ** -0.5, mask)
+def probe_of(attention: Any, read: Read, flight: InFlight) -> Probe:
+    """Install the probe that fits an attention module."""
+    return (KernelProbe if hasattr(attention, "fused_attn") else Probe)(attention, read, flight)
 
 
-def attention_received_wide(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """:func:`attention_received` with the heads side by side as a single one, scaled by its width."""
-    query, key = _one_head(query), _one_head(key)
-    return attention_received(query, key, query.shape[-1] ** -0.5, mask)
+class _StopForward(Exception):
+    """The reading is complete; the rest of the forward is not needed."""
 
 
-def keys(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """The keys, `[b, n, H, d]`."""
-    return key.transpose(1, 2)
+class _InterceptKernel(TorchFunctionMode):
+    """Shows a probe the arguments of torch's attention kernel in this thread."""
 
+    def __init__(self, probe: Probe) -> None:
+        super().__init__()
+        self.probe = probe
 
-def attention_of_queries(
-    query: Tensor, key: Tensor, scaling: float, columns: Tensor, mask: Tensor | None, softcap: float | None = None
-) -> Tensor:
-    """Post-softmax attention of chosen queries, `[B, H, Q, n]` float32, in O(Q·n).
-
-    Args:
-        query: `[B, H, n, d]`.
-        key: `[B, H/g, n, d]`: groups of g heads share their keys.
-        columns: `[B, Q]`, the queries.
-        mask: the block's own, `[B or 1, 1, n, n]` (bool, or to be added); else attention is causal, and this is
-            `[B, n]`, 0 on padding, or ``None``.
-        softcap: what the LLM keeps scores below, in size; ``None``: nothing.
-    """
-    chosen = query.take_along_dim(columns[:, None, :, None], -2)
-    grouped = torch.unflatten(chosen, 1, (key.shape[1], -1))
-    scores = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * scaling
-    if softcap is not None:
-        scores = softcap * (scores / softcap).tanh()
-    if mask is not None and mask.ndim == 4:
-        rows = mask[:, 0].expand(len(columns), -1, -1)
-        mask = rows.take_along_dim(columns[..., None], 1)
-    else:
-        seen = torch.arange(key.shape[-2], device=key.device) <= columns[..., None]
-        mask = seen if mask is None else seen & mask[:, None].bool()
-    return _masked(scores, mask[:, None]).softmax(-1)
-
-
-def _attention(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """Post-softmax attention, mean over heads, `[b, q, n]` float32."""
-    scores = (query @ key.transpose(-1, -2)).float() * scaling
-    return (scores if mask is None else _masked(scores, mask)).softmax(-1).mean(1)
-
-
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores in float32 where the mask lets them pass."""
-    unseen = torch.finfo(torch.float32).min
-    return scores.masked_fill(~mask, unseen) if mask.dtype == torch.bool else scores + mask.float()
-
-
-def _rows(mask: Tensor | None, queries: slice) -> Tensor | None:
-    """The mask of some queries, `[b or 1, 1, q, n]`; a 2-D mask of flash kernels says which keys there are."""
-    if mask is None:
-        return None
-    if mask.ndim == 2:
-        return mask[:, None, None].bool()
-    return mask[:, :1] if mask.shape[-2] == 1 else mask[:, :1, queries]
-
-
-def _one_head(heads: Tensor) -> Tensor:
-    """`[b, H, n, d]` to `[b, 1, n, H·d]`."""
-    return heads.transpose(1, 2).flatten(2)[:, None]
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            self.probe.observe(named["query"], named["key"], named.get("scale"), named.get("attn_mask"))
+        return function(*args, **kwargs)
 
 
 def _probe_attention(

@@ -1,14 +1,13 @@
-"""Accuracy of many methods and budgets on a data set, beside what they cost."""
+"""Compare methods and budgets on a data set: accuracy with intervals, tokens, and measured costs."""
 
 from tokensieve.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.compare import compare
 from tokensieve.evaluate.data import Sample, load_data
-from tokensieve.evaluate.environment import environment
 from tokensieve.evaluate.images import open_image
-from tokensieve.evaluate.intervals import bootstrap, wilson
-from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
+from tokensieve.evaluate.provenance import environment
 from tokensieve.evaluate.results import Example, Results, Row, TypeScore, VsRandom
+from tokensieve.evaluate.scoring import METRICS, bootstrap, wilson
 
 __all__ = [
     "METRICS",

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tokensieve.budget import Budget, Scope
-from tokensieve.engine import attach
+from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
-from tokensieve.evaluate.costs import Costs
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.environment import environment
-from tokensieve.evaluate.examples import choose, store
-from tokensieve.evaluate.identity import model_identity, model_name
-from tokensieve.evaluate.journal import Journal
-from tokensieve.evaluate.metrics import METRICS
+from tokensieve.evaluate.journal import Answer, Journal
 from tokensieve.evaluate.oracle import oracle
-from tokensieve.evaluate.plan import Convention, Run, plan
+from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.prompt import check_texts
-from tokensieve.evaluate.results import Row
-from tokensieve.evaluate.table import Table
-from tokensieve.methods.registry import nearest
+from tokensieve.evaluate.provenance import environment, model_identity, model_name
+from tokensieve.evaluate.results import FULL, Row
+from tokensieve.evaluate.scoring import METRICS
+from tokensieve.evaluate.table import Table, choose, store
+from tokensieve.measure import Bench, Cost
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
 
@@ -43,8 +41,8 @@ def compare(
     max_new_tokens: int = 16,
     metric: str = "exact",
     seeds: int = 3,
-    budget: Convention = "kept",
-    budget_scope: Scope = "image",
+    keep_means: KeepMeans = "final",
+    budget_scope: BudgetScope = "image",
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,
@@ -52,135 +50,180 @@ def compare(
     examples: int = 4,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Answer every sample with every method at every budget, greedily, and score it.
+    """Answer every sample with every method at every budget, greedily, and score the answers.
 
-    ``full`` (the unhooked model) always runs, and first. A method that takes a seed runs with ``seeds`` of them. A spec
-    that gives its own ``keep`` runs once, at that. Data with boxes adds an ``oracle`` row per budget.
+    The unhooked model ("full") always runs, and first. A method with an open ``seed`` runs with ``seeds`` of them. A
+    spec that gives its own ``keep`` runs once, at that budget. Data with boxes adds an "oracle" row per budget.
 
-    Each prediction is appended to ``output/predictions.jsonl`` as it comes, and ``output/results.json``
-    (:class:`~tokensieve.evaluate.results.Results`) is replaced after each row; the same call again continues.
+    Each prediction is appended to ``output/predictions.jsonl`` at once, and ``output/results.json``
+    (:class:`~tokensieve.evaluate.Results`) is replaced after each row. The same call again continues from there.
 
     Args:
         model: a vision-language model with nothing attached, in eval mode on its device; or a cross-modal encoder that
             classifies answers (a ViLT or METER for question answering), which gets no oracle row.
         processor: its processor.
-        samples: see :func:`~tokensieve.evaluate.data.load_data`.
+        samples: see :func:`~tokensieve.evaluate.load_data`.
         methods: method specs.
-        keeps: budgets: ints are tokens per image, floats in (0, 1] shares.
-        output: folder, made if need be.
-        batch_size: questions per forward.
-        max_new_tokens: longest answer.
-        metric: a name in :data:`~tokensieve.evaluate.metrics.METRICS`.
-        seeds: runs of a method with an open ``seed``.
-        budget: whether ``keeps`` count the tokens "kept" in the end or, for methods inside the LLM, on "average" over
-            its blocks; the rows always tell both.
-        budget_scope: what ``keeps`` are for, as for ``attach``.
-        prompt: what the user says; ``{question}`` is replaced.
-        processor_for_text: give ``attach`` the processor, so that text-informed methods see the user's words only.
-        trained: the same model fine-tuned with reducers on. Each method then has a second row, "… fine-tuned", on it.
-        measure: also measure FLOPs, latency and memory, on the first sample alone.
-        examples: images whose kept tokens are recorded for the report.
-        progress: called with (questions done, questions in all, what is running).
+        keeps: budgets: an int is tokens per image, a float in (0, 1] a share of them.
+        output: folder of the results, created if it is missing.
+        trained: the same model fine-tuned with reduction. Each method then has a second row, "… fine-tuned", on it.
+        progress: called with (questions done, questions in all, current run).
+        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, prompt, processor_for_text, measure,
+            examples: see :class:`~tokensieve.evaluate.plan.Settings`.
 
     Raises:
-        ValueError: unknown method, metric or parameter; a bad budget; nothing to run.
-        DataError: an image that cannot be decoded. What was predicted before is kept.
+        Refusal: unknown method, metric or parameter; a bad budget; nothing to run.
+        DataError: an image that cannot be decoded. The predictions so far are kept.
         ResumeError: ``output`` holds the predictions of another model or other settings.
-        OutputError: nothing more can be written (a full disk). What was written before is kept.
+        OutputError: a file cannot be written (a full disk). All lines written before are kept.
     """
-    _check(model, samples, metric, batch_size, prompt)
-    check_texts(processor, samples, prompt)
-    oracle = model.can_generate() and any(sample.boxes for sample in samples)
-    entries = plan(methods, keeps, seeds=seeds, oracle=oracle, budget=budget)
-    if trained is not None:
-        if type(trained) is not type(model):
+    settings = Settings(
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        metric=metric,
+        seeds=seeds,
+        keep_means=keep_means,
+        budget_scope=budget_scope,
+        prompt=prompt,
+        processor_for_text=processor_for_text,
+        measure=measure,
+        examples=examples,
+    )
+    return Comparison(model, processor, samples, settings, trained).run(methods, keeps, output, progress)
+
+
+class Comparison:
+    """One model and one data set under fixed settings. Arguments as for :func:`compare`.
+
+    Raises:
+        Refusal: no samples, a placeholder in a question, or a model that cannot be compared.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, samples: Sequence[Sample], settings: Settings, trained: Any = None
+    ) -> None:
+        if not samples:
+            raise Refusal("no samples to compare on")
+        if model.training:
+            raise Refusal("the model is in training mode; call model.eval() first")
+        if trained is not None and type(trained) is not type(model):
             raise Refusal(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
-        full, *others = entries
-        entries = [full, *(both for entry in others for both in (entry, entry.fine_tuned()))]
-    words = processor if processor_for_text else None
-    for run in (run for entry in entries for run in entry.runs if run.stages):
-        # what this model cannot run is refused before it starts
-        attach(model, run.stages, processor=words, budget_scope=budget_scope).detach()
+        check_texts(processor, samples, settings.prompt)
+        self.model, self.trained, self.processor = model, trained, processor
+        self.samples, self.settings = samples, settings
+        self.text_processor = processor if settings.processor_for_text else None
 
-    setup = {"prompt": prompt, "max_new_tokens": max_new_tokens, "processor_for_text": processor_for_text}
-    if budget_scope != "image":
-        setup["budget_scope"] = budget_scope
-    identity = model_identity(model) | ({} if trained is None else {"trained": model_identity(trained)})
-    journal = Journal(output, {"tokensieve": __version__, **setup, **identity})
-    shown = choose(samples, examples)
-    table = Table(samples, METRICS[metric], store(shown, output))
-    answering = Answerer if model.can_generate() else Classifier
-    answerers = [
-        answering(
-            each,
-            processor,
-            samples,
-            prompt=prompt,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            examples={sample.id for sample in shown},
-        )
-        for each in (model, trained)
-        if each is not None
-    ]
-    place = environment(model)
-    measured = answerers if measure else []
-    costs = [Costs(a.model, words, partial(a.inputs, samples[:1]), journal, place, budget_scope) for a in measured]
-    settings = setup | {"model": model_name(model), "samples": len(samples), "metric": metric, "seeds": seeds}
-    settings |= {"budget": budget, "budget_scope": budget_scope, "batch_size": batch_size}
-    report = _Progress(progress, len(samples) * sum(len(entry.runs) for entry in entries))
-    for entry in entries:
-        answerer = answerers[entry.trained]
-        decide = partial(_oracle, answerer, journal, entry.keep)
-        for run in entry.runs:
-            body = answerer.model
-            attached = attaching(body, run.stages, words, budget_scope) if run.stages else replaying(body, decide)
-            _answer(answerer, journal, run, attached, report)
-        first = entry.runs[0]
-        stages = first.stages or [[decide(samples[0])]]
-        cost = costs[entry.trained].of(first.key, stages) if measure else None
-        table.add(entry, [answerer.by_id(journal.answers[run.key]) for run in entry.runs], cost)
-        table.results(complete=entry is entries[-1], environment=place, settings=settings).save(output / RESULTS)
-    return table.rows
+    def run(
+        self, methods: Sequence[str], keeps: Sequence[Budget], output: Path, progress: Progress | None = None
+    ) -> list[Row]:
+        """Fill the table row by row and save it after each."""
+        entries = self._entries(methods, keeps)
+        journal = Journal(output, self._journal_setup())
+        example_samples = choose(self.samples, self.settings.examples)
+        table = Table(self.samples, METRICS[self.settings.metric], store(example_samples, output))
+        machine = environment(self.model)
+        runners = [
+            _Runner(self, model, {sample.id for sample in example_samples}, journal, machine)
+            for model in (self.model, self.trained)
+            if model is not None
+        ]
+        report = _Progress(progress, len(self.samples) * sum(len(entry.runs) for entry in entries))
+        for entry in entries:
+            runner = runners[entry.trained]
+            answers = [runner.answers(run, entry.keep, report) for run in entry.runs]
+            table.add(entry, answers, runner.cost(entry) if self.settings.measure else None)
+            results = table.results(complete=entry is entries[-1], environment=machine, settings=self._facts())
+            results.save(output / RESULTS)
+        return table.rows
 
+    def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
+        """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""
+        oracle = self.model.can_generate() and any(sample.boxes for sample in self.samples)
+        full, *others = self.settings.plan(methods, keeps, oracle=oracle)
+        for run in (run for entry in (full, *others) for run in entry.runs if run.stages):
+            self.attached(self.model, run)(self.samples[:1]).detach()
+        if self.trained is not None:
+            others = [row for entry in others for row in (entry, entry.fine_tuned())]
+        return [full, *others]
 
-def _check(model: Any, samples: Sequence[Sample], metric: str, batch_size: int, prompt: str) -> None:
-    if metric not in METRICS:
-        raise Refusal(f"unknown metric {metric!r}; {nearest(metric, list(METRICS))}")
-    if not samples:
-        raise Refusal("no samples to compare on")
-    if batch_size < 1:
-        raise Refusal(f"batch_size must be at least 1; got {batch_size}")
-    if "{question}" not in prompt:
-        raise Refusal(f"the prompt must contain {{question}}; got {prompt!r}")
-    if model.training:
-        raise Refusal("the model is in training mode; call model.eval() first")
+    def attached(self, model: Any, run: Run) -> Attached:
+        """Attach the methods of a run to one of the models."""
+        return attaching(model, run.stages, self.text_processor, self.settings.budget_scope)
+
+    def _journal_setup(self) -> dict[str, Any]:
+        """Return all that two calls must have in common to share predictions."""
+        trained = {} if self.trained is None else {"trained": model_identity(self.trained)}
+        versions = {"tokensieve": __version__}
+        return versions | self.settings.prediction_setup() | model_identity(self.model) | trained
+
+    def _facts(self) -> dict[str, Any]:
+        """Return the settings as the report shows them."""
+        names = ("metric", "seeds", "keep_means", "budget_scope", "batch_size")
+        about = {"model": model_name(self.model), "samples": len(self.samples)}
+        return self.settings.prediction_setup() | about | {name: getattr(self.settings, name) for name in names}
 
 
-def _answer(answerer: Answerer, journal: Journal, run: Run, attached: Attached, report: _Progress) -> None:
-    """Complete one run in the journal."""
-    done = answerer.finished(journal.answers.get(run.key, {}))
-    report(run.key, len(done))
-    try:
-        for answers in answerer.run(attached, done):
-            new = [answer for answer in answers if answer.sample not in done]
-            journal.add(run.key, new)
-            report(run.key, len(new))
-    except DataError as error:
-        raise DataError(f"{error}; the answers so far are kept in {journal.path}") from error
+class _Runner:
+    """Answers and costs of the runs on one of the models, read from the journal or produced and appended to it."""
 
+    def __init__(
+        self, comparison: Comparison, model: Any, examples: set[str], journal: Journal, machine: dict[str, Any]
+    ) -> None:
+        samples, settings = comparison.samples, comparison.settings
+        answering = Answerer if model.can_generate() else Classifier
+        self.comparison, self.journal = comparison, journal
+        self.answerer = answering(model, comparison.processor, samples, settings, examples)
+        # costs are reused on an equal machine only, whatever the date
+        text = json.dumps({**machine, "date": ""}, sort_keys=True)
+        self.machine_digest = hashlib.sha256(text.encode()).hexdigest()[:8]
 
-def _oracle(answerer: Answerer, journal: Journal, keep: Budget | None, sample: Sample) -> Reduction:
-    """The oracle's decision for a sample, on the grid that an earlier run found."""
-    assert keep is not None
-    key = answerer.keys[sample.id]
-    grids = (answers[key].grid for answers in journal.answers.values() if key in answers)
-    total = journal.answers["full"][key].before
-    return oracle(sample.boxes, sample.open().size, total, next(filter(None, grids), None), keep)
+    def answers(self, run: Run, keep: Budget | None, report: _Progress) -> dict[str, Answer]:
+        """Complete one run in the journal and return its answers by sample id."""
+        answerer, journal = self.answerer, self.journal
+        if run.stages:
+            attached = self.comparison.attached(answerer.model, run)
+        else:
+            attached = replaying(answerer.model, partial(self._oracle_decision, keep))
+        done = answerer.finished(journal.answers.get(run.key, {}))
+        report(run.key, len(done))
+        try:
+            for answers in answerer.run(attached, done):
+                # a batch is answered whole; its answers from an earlier call stay as they are
+                new = [answer for answer in answers if answer.sample not in done]
+                journal.add(run.key, new)
+                report(run.key, len(new))
+        except DataError as error:
+            raise DataError(f"{error}; the answers so far are kept in {journal.path}") from error
+        return answerer.by_id(journal.answers[run.key])
+
+    def cost(self, entry: Entry) -> Cost:
+        """Return the cost of a row, measured once per machine on its first run and the first sample."""
+        run, sample = entry.runs[0], self.comparison.samples[0]
+        name = f"{run.key} @{self.machine_digest}"
+        if name not in self.journal.costs:
+            if run.key == FULL:
+                cost = self._bench.full
+            else:
+                cost = self._bench.cost(run.stages or [[self._oracle_decision(entry.keep, sample)]])
+            self.journal.add_cost(name, cost.to_json())
+        return Cost.from_json(self.journal.costs[name])
+
+    @cached_property
+    def _bench(self) -> Bench:
+        comparison, inputs = self.comparison, self.answerer.inputs(self.comparison.samples[:1])
+        scope = comparison.settings.budget_scope
+        return Bench(self.answerer.model, inputs, processor=comparison.text_processor, budget_scope=scope)
+
+    def _oracle_decision(self, keep: Budget | None, sample: Sample) -> Reduction:
+        """Return the oracle's decision for a sample, on the token grid that an earlier run recorded."""
+        assert keep is not None
+        runs, key = self.journal.answers, self.answerer.keys[sample.id]
+        grids = (answers[key].grid for answers in runs.values() if key in answers)
+        return oracle(sample.boxes, sample.open().size, runs[FULL][key].before, next(filter(None, grids), None), keep)
 
 
 class _Progress:
-    """Adds up what is done for the caller's callback."""
+    """Sums the finished questions for the caller's callback."""
 
     def __init__(self, callback: Progress | None, total: int) -> None:
         self.callback, self.total, self.done = callback, total, 0

@@ -1,11 +1,12 @@
-"""Questions about images: the bundled benchmark, or the user's JSONL, CSV or parquet file."""
+"""Questions about images, from the bundled benchmark or from a JSONL, CSV or parquet file."""
 
 from __future__ import annotations
 
+import csv
 import difflib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +15,12 @@ from typing import Any
 
 from PIL import Image
 
-from tokensieve.errors import DataError
+from tokensieve.errors import DataError, MissingExtra
 from tokensieve.evaluate.images import check_image, decode_image, open_image
-from tokensieve.evaluate.records import read_records
 
 Box = tuple[float, float, float, float]
+Record = tuple[str, dict[str, Any]]
+"""Place of the row ("data.jsonl, line 3") and its values."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class Sample:
 
     Attributes:
         id: unique in its data set.
-        image: a file, or a function that makes the image; opened by :meth:`open` only. Samples about the same image
-            have the same (equal) value here.
+        image: a file, or a function that returns the image; opened by :meth:`open` only. Samples about the same image
+            have equal values here.
         question: never empty.
         answers: accepted answers, or those of several annotators.
         type: kind of question; "" when the data has none.
-        boxes: (left, top, right, bottom) px of what one must see, where known.
-        where: file and line that it was read from, for errors.
+        boxes: (left, top, right, bottom) px of the objects that answer the question, if known.
+        where: file and line of the sample, for errors.
     """
 
     id: str
@@ -45,7 +47,7 @@ class Sample:
     where: str = ""
 
     def open(self) -> Image.Image:
-        """The image, RGB. Raises :class:`DataError` if it cannot be read."""
+        """Return the image, RGB; raise :class:`DataError` if it cannot be read."""
         return open_image(self.image) if isinstance(self.image, Path) else self.image().convert("RGB")
 
 
@@ -57,20 +59,20 @@ def load_data(
     answer_column: str = "answer",
     limit: int | None = None,
 ) -> list[Sample]:
-    """Read a data set and check everything that can be checked without decoding an image.
+    """Read a data set and validate all of it except the pixels of the images.
 
     Args:
         source: "reference" for the bundled benchmark's test split, or a ``.jsonl``, ``.csv`` or ``.parquet`` file.
         image_column: image files, relative to the data file; in parquet also the files' bytes.
         question_column, answer_column: text; an answer may be a list (several annotators).
-        limit: at most so many samples: a fixed random choice of images with all their questions; a larger limit
-            contains the smaller.
+        limit: largest number of samples: a fixed random choice of images with all their questions. A larger limit
+            includes the samples of a smaller one.
 
-    ColumnSelection ``id`` and ``type`` are used when they are there.
+    The columns ``id`` and ``type`` are used if they exist.
 
     Raises:
-        DataError: one line naming file, line and what is wrong.
-        ImportError: without the extra that the source needs.
+        DataError: one line naming the file, the line and the mistake.
+        MissingExtra: the extra that the source needs is not installed.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1; got {limit}")
@@ -123,7 +125,7 @@ def _cell(where: str, row: dict[str, Any], column: str) -> Any:
 
 
 def _image(value: Any, folder: Path, where: str) -> Path | Callable[[], Image.Image]:
-    if isinstance(value, dict):  # how the datasets library stores images in parquet
+    if isinstance(value, dict):  # the datasets library stores images in parquet so
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
         return partial(decode_image, value, f"the image of {where}")
@@ -147,5 +149,73 @@ def _limited(samples: Sequence[Sample], limit: int) -> list[Sample]:
     images = list(dict.fromkeys(sample.image for sample in samples))
     random.Random(0).shuffle(images)
     rank = {image: place for place, image in enumerate(images)}
+    # whole images in shuffled order up to the limit, then the data's own order again
     chosen = sorted(range(len(samples)), key=lambda i: (rank[samples[i].image], i))[:limit]
     return [samples[i] for i in sorted(chosen)]
+
+
+# -- files of named values -------------------------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the rows of a file, read as its ending says.
+
+    Raises:
+        DataError: no such file, an unknown ending, or a row that cannot be read.
+        MissingExtra: parquet without the ``data`` extra.
+    """
+    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+    if path.suffix.lower() not in readers:
+        raise DataError(f"{path}: a data set is 'reference' or a file ending in {', '.join(readers)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        yield from readers[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: a JSON object is expected, like {{'image': …, 'question': …, 'answer': …}}")
+            yield where, row
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                where = f"{path}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    raise DataError(f"{where}: {_cells(row)} cells, but the header has {len(rows.fieldnames or ())}")
+                yield where, row
+        except csv.Error as error:
+            raise DataError(f"{path}, line {rows.reader.line_num}: not valid CSV ({error})") from None
+
+
+def _cells(row: dict[Any, Any]) -> int:
+    return sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or ())
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise MissingExtra('reading parquet needs pyarrow: pip install "tokensieve[data]"') from error
+    try:
+        for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+            yield f"{path}, row {number}", row
+    except ArrowException as error:
+        raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None

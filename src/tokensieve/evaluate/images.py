@@ -1,4 +1,4 @@
-"""Opening images that may be anything but images."""
+"""Open image files that may be damaged, too large or no images, with one clear error for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_PIXELS = 100_000_000  # refused before decoding: 0.3 GB as RGB
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open and decode an image file as RGB, turned upright.
+    """Open and decode an image file as RGB, with its EXIF rotation applied.
 
     Raises:
         DataError: no such file, not an image, damaged, or more pixels than :data:`MAX_PIXELS`.
@@ -33,7 +33,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 
 def check_image(path: Path) -> None:
-    """What can be said without decoding: that the file is there, is an image, and is not too large."""
+    """Refuse, without decoding, a file that is missing, no image, or too large."""
     with _errors(str(path)), _open(path, str(path)):
         pass
 
@@ -46,7 +46,7 @@ def _decode(file: Path | IO[bytes], name: str) -> Image.Image:
 @contextmanager
 def _open(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the one that is stated
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stated limit
         image = Image.open(file)
     with image:
         width, height = image.size
@@ -57,7 +57,7 @@ def _open(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
 
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
-    """Pillow's many exceptions as one line."""
+    """Turn the exceptions of Pillow into one line."""
     try:
         yield
     except DataError:
@@ -67,8 +67,8 @@ def _errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image") from None
     except Image.DecompressionBombError as error:
-        found = re.search(r"(\d+) pixels", str(error))  # Pillow refuses before it tells the size otherwise
-        size = f"{int(found[1]):,} pixels are too many" if found else "too large"
+        match = re.search(r"(\d+) pixels", str(error))  # Pillow gives the size of such an image in this text only
+        size = f"{int(match[1]):,} pixels are too many" if match else "too large"
         raise DataError(f"{name}: {size}; the limit is {MAX_PIXELS:,} pixels") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = getattr(error, "strerror", None) or error

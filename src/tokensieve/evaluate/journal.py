@@ -1,4 +1,4 @@
-"""The predictions so far, appended line by line, so that an interrupted comparison continues where it was."""
+"""Predictions on disk, appended line by line, so that an interrupted comparison can continue."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ NAME = "predictions.jsonl"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model answered to one sample in one run.
+    """The model's answer to one sample in one run.
 
     Attributes:
-        sample: key of the sample (see :func:`tokensieve.evaluate.identity.sample_key`).
+        sample: key of the sample (see :func:`tokensieve.evaluate.provenance.sample_key`).
         text: the answer.
-        before, after: visual tokens of its image.
-        average: its tokens averaged over the blocks of the LLM.
+        before, after: visual tokens of the sample's image.
+        average: its visual tokens averaged over the layers of the LLM.
         grid: (height, width) of the tokens before, if they form one.
-        reduction: the decision as JSON, kept for a few examples only.
+        reduction: the decision as JSON, recorded for a few examples only.
     """
 
     sample: str
@@ -36,19 +36,19 @@ class Answer:
 
 
 class Journal:
-    """``predictions.jsonl``: a header that tells the set-up, then one line per answer or cost.
+    """``predictions.jsonl``: a header with the set-up, then one line per answer or cost.
 
     Args:
-        folder: where the file is or will be.
-        setup: what all predictions in it must have in common.
+        folder: the file's folder, created if it is missing.
+        setup: properties that all predictions in the file share.
 
     Attributes:
         answers: {run: {sample: answer}}.
         costs: {run: cost as JSON}.
 
     Raises:
-        ResumeError: the file was made with another set-up, or is none of ours.
-        OutputError: it cannot be written.
+        ResumeError: the file was written under another set-up, or is not a file of predictions.
+        OutputError: the file cannot be written.
     """
 
     def __init__(self, folder: Path, setup: dict[str, Any]) -> None:
@@ -68,13 +68,13 @@ class Journal:
             self._append([{"setup": setup}])
 
     def add(self, run: str, answers: Sequence[Answer]) -> None:
-        """Record answers of a run."""
+        """Append answers of a run."""
         self.answers.setdefault(run, {}).update({answer.sample: answer for answer in answers})
         lines = [{"run": run} | {k: v for k, v in asdict(answer).items() if v is not None} for answer in answers]
         self._append(lines)
 
     def add_cost(self, run: str, cost: dict[str, Any]) -> None:
-        """Record what a run costs."""
+        """Append the cost of a run."""
         self.costs[run] = cost
         self._append([{"run": run, "cost": cost}])
 
@@ -90,11 +90,12 @@ class Journal:
             ) from error
 
     def _complete_lines(self) -> list[bytes]:
-        """The lines so far; half a line at the end, left by a crash or a full disk, is cut off."""
+        """Return the complete lines. An incomplete last line, left by a crash or a full disk, is cut off the file."""
         if not self.path.exists():
             return []
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        # only a file of predictions is ever shortened: a foreign file is refused later, unchanged
         if len(whole) < len(data) and (not whole or whole.startswith(b'{"setup"')):
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
@@ -102,12 +103,12 @@ class Journal:
 
     def _check(self, header: bytes) -> None:
         try:
-            found = json.loads(header)["setup"]
+            recorded = json.loads(header)["setup"]
         except (ValueError, KeyError, TypeError):
             raise ResumeError(f"{self.path} is not a file of predictions; choose another output folder") from None
-        wanted = json.loads(json.dumps(self.setup))
-        if found != wanted:
-            changed = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+        setup = json.loads(json.dumps(self.setup))  # as JSON reads it back: tuples are lists
+        if recorded != setup:
+            changed = sorted(key for key in recorded.keys() | setup.keys() if recorded.get(key) != setup.get(key))
             raise ResumeError(
                 f"{self.path} holds predictions of another set-up ({', '.join(changed)} differ); "
                 "choose another output folder, or delete the file to start anew"

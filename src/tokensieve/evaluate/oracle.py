@@ -1,4 +1,4 @@
-"""The headroom: what a method could keep if it knew where the asked object is. Not a method."""
+"""The headroom of a budget: keep the tokens of the asked object, whose place is known. Not a method."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ NOTE = "oracle: the tokens of the asked object first, the rest uniformly; it kno
 def oracle(
     boxes: tuple[Box, ...], size: tuple[int, int], total: int, grid: tuple[int, int] | None, keep: Budget
 ) -> Reduction:
-    """Keep the tokens that the boxes cover most, in turn for each box, then tokens spread over the rest.
+    """Keep the tokens that the boxes cover most, in turn for each box, then a uniform subset of the rest.
 
     Args:
-        boxes: (left, top, right, bottom) px of what one must see; none where nothing must be seen.
+        boxes: (left, top, right, bottom) px of each object that answers the question; empty if there is none.
         size: (width, height) px of the image; the grid is taken to span all of it.
         total, grid: the visual tokens of the image, and their (height, width).
         keep: the budget.
 
     Raises:
-        ValueError: if the tokens form no grid.
+        Refusal: the tokens form no grid.
     """
     if grid is None:
         raise Refusal(f"the oracle needs tokens on a grid; these {total} tokens have none")
-    wanted = count(keep, total)
-    turn = torch.full((total,), total)  # when a token is taken: the best of every box first, then the second best, …
+    budget = count(keep, total)
+    # turn[i]: the round in which token i is taken. Round r takes the r-th best token of every box; `total` means never.
+    turn = torch.full((total,), total)
     for left, top, right, bottom in boxes:
         rows, columns = _overlap(top, bottom, size[1], grid[0]), _overlap(left, right, size[0], grid[1])
         overlap = torch.outer(rows, columns).flatten()
-        rank = overlap.argsort(descending=True, stable=True).argsort()
+        rank = overlap.argsort(descending=True, stable=True).argsort()  # the inverse permutation: place of each token
         turn = torch.where(overlap > 0, torch.minimum(turn, rank), turn)
     order = turn.argsort(stable=True)
-    covered = order[: min(wanted, int((turn < total).sum()))]
+    covered = order[: min(budget, int((turn < total).sum()))]
     rest = order[len(covered) :].sort().values
-    fill = rest[uniform(len(rest), wanted - len(covered))] if wanted > len(covered) else rest[:0]
+    fill = rest[uniform(len(rest), budget - len(covered))] if budget > len(covered) else rest[:0]
     return Reduction(total, torch.cat([covered, fill]).sort().values, grid=grid, notes=(NOTE,))
 
 
 def _overlap(low: float, high: float, length: int, cells: int) -> torch.Tensor:
-    """Share of each of ``cells`` equal parts of ``length`` px that lies between ``low`` and ``high``."""
+    """Return the share of each of ``cells`` equal parts of ``length`` px between ``low`` and ``high``, `[cells]`."""
     edges = torch.linspace(0, length, cells + 1)
     return (edges[1:].clamp(max=high) - edges[:-1].clamp(min=low)).clamp(min=0) * cells / length

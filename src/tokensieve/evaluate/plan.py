@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of: methods x budgets x seeds, as rows of runs."""
+"""Settings of a comparison, and the runs that it consists of: methods × budgets × seeds."""
 
 from __future__ import annotations
 
@@ -10,22 +10,78 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from tokensieve.budget import Budget
+from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import Refusal
-from tokensieve.methods import Method, parse
+from tokensieve.evaluate.results import FULL, ORACLE
+from tokensieve.evaluate.scoring import METRICS
+from tokensieve.methods import Method, MethodInfo, parse
+from tokensieve.methods.registry import nearest
 
-ORACLE = "oracle"
 FINE_TUNED = "fine-tuned"
-Convention: TypeAlias = Literal["kept", "average"]
+KeepMeans: TypeAlias = Literal["final", "average"]
+"""Meaning of a budget: tokens that remain after the last layer, or, inside the LLM, the average over its layers."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of a comparison, validated on creation.
+
+    Attributes:
+        batch_size: questions per forward.
+        max_new_tokens: longest answer.
+        metric: a name in :data:`~tokensieve.evaluate.METRICS`.
+        seeds: runs of a method whose ``seed`` is open.
+        keep_means: meaning of a budget for methods inside the LLM: "final" tokens, or the "average" over its layers.
+            Each row reports both.
+        budget_scope: the unit that a budget is for, as for ``attach``.
+        prompt: text of the user turn; ``{question}`` is replaced.
+        processor_for_text: pass the processor to ``attach``, so that text-informed methods use the user's words only.
+        measure: also measure FLOPs, latency and memory, on the first sample alone.
+        examples: number of images whose decisions are recorded for the report.
+
+    Raises:
+        Refusal: naming the option, the value and the allowed ones.
+    """
+
+    batch_size: int = 16
+    max_new_tokens: int = 16
+    metric: str = "exact"
+    seeds: int = 3
+    keep_means: KeepMeans = "final"
+    budget_scope: BudgetScope = "image"
+    prompt: str = "{question}"
+    processor_for_text: bool = True
+    measure: bool = True
+    examples: int = 4
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise Refusal(f"unknown metric {self.metric!r}; {nearest(self.metric, list(METRICS))}")
+        if self.batch_size < 1:
+            raise Refusal(f"batch_size must be at least 1; got {self.batch_size}")
+        if "{question}" not in self.prompt:
+            raise Refusal(f"the prompt must contain {{question}}; got {self.prompt!r}")
+        _check(self.seeds, self.keep_means)
+
+    def plan(self, methods: Sequence[str], keeps: Sequence[Budget], *, oracle: bool = False) -> list[Entry]:
+        """Return the rows of a comparison under these settings, see :func:`plan`."""
+        return plan(methods, keeps, seeds=self.seeds, oracle=oracle, keep_means=self.keep_means)
+
+    def prediction_setup(self) -> dict[str, Any]:
+        """Return the settings that change a prediction. Predictions made under other ones are not reused."""
+        names = ["prompt", "max_new_tokens", "processor_for_text"]
+        # the default scope is left out, so that folders written before the option existed can be resumed
+        names += ["budget_scope"] if self.budget_scope != "image" else []
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One pass over the data. Equal keys mean equal predictions.
+    """One pass over the data. Runs with equal keys give equal predictions.
 
     Attributes:
         key: the full spec (with budget and seed) and, for methods that are not built in, a digest of their code.
-        stages: the methods; none for the oracle.
+        stages: the methods; empty for the oracle.
     """
 
     key: str
@@ -37,7 +93,7 @@ class Entry:
     """One row of the table: a method at a budget, averaged over its runs (one per seed).
 
     Attributes:
-        trained: whether it runs on the model that was fine-tuned with it, not on the one that it is compared with.
+        trained: run on the model that was fine-tuned with the method, instead of on the compared model.
     """
 
     method: str
@@ -46,36 +102,31 @@ class Entry:
     trained: bool = False
 
     def fine_tuned(self) -> Entry:
-        """The same on the model that was fine-tuned with it."""
+        """Return the same row for the model that was fine-tuned with the method."""
         runs = tuple(replace(run, key=f"{run.key} {FINE_TUNED}") for run in self.runs)
         return Entry(f"{self.method} {FINE_TUNED}", self.keep, runs, trained=True)
 
 
 def plan(
-    methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle: bool, budget: Convention = "kept"
+    methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle: bool, keep_means: KeepMeans = "final"
 ) -> list[Entry]:
-    """The rows, full first, the oracle's last; repeated ones are left out.
+    """Return the rows of a comparison, full first and the oracle's last, without duplicates.
 
-    A spec whose budget is open runs at every one of ``keeps`` (at its own default if there is none), a spec with a
-    budget of its own only there.
+    A spec with an open budget runs at each of ``keeps``, or at its default if there are none. A spec that gives its
+    budget runs once, at that budget.
 
     Args:
-        budget: what ``keeps`` count: the tokens kept in the end, or, for methods inside the LLM, the tokens averaged
-            over its blocks. For methods before the LLM the two are the same.
+        keep_means: as in :class:`Settings`. For methods before the LLM both meanings are the same.
 
     Raises:
-        ValueError: unknown method, parameter or convention, bad budget, fewer than one seed.
+        Refusal: unknown method, parameter or meaning, bad budget, fewer than one seed.
     """
-    if seeds < 1:
-        raise Refusal(f"seeds must be at least 1; got {seeds}")
-    if budget not in get_args(Convention):
-        raise Refusal(f"budget must be 'kept' or 'average'; got {budget!r}")
-    entries = [_entry("full", {}, 1)]
+    _check(seeds, keep_means)
+    entries = [_entry(FULL, {}, 1)]
     for spec in methods:
-        name = _budget_of(spec, budget)
-        entries += (
-            [_entry(spec, {name: keep}, seeds) for keep in keeps] if name and keeps else [_entry(spec, {}, seeds)]
-        )
+        name = _open_budget(spec, keep_means)
+        budgets: list[dict[str, Any]] = [{name: keep} for keep in keeps] if name else []
+        entries += [_entry(spec, parameters, seeds) for parameters in budgets or [{}]]
     if oracle:
         entries += [Entry(ORACLE, keep, (Run(f"{ORACLE}(keep={keep!r})", ()),)) for keep in keeps]
     unique: dict[tuple[str, ...], Entry] = {}
@@ -84,44 +135,54 @@ def plan(
     return list(unique.values())
 
 
-def _budget_of(spec: str, budget: Convention) -> str | None:
-    """The parameter that a spec leaves open for the budgets."""
-    if _names(spec, "average"):
+def _check(seeds: int, keep_means: KeepMeans) -> None:
+    if seeds < 1:
+        raise Refusal(f"seeds must be at least 1; got {seeds}")
+    if keep_means not in get_args(KeepMeans):
+        raise Refusal(f"keep_means must be 'final' or 'average'; got {keep_means!r}")
+
+
+def is_random_baseline(info: MethodInfo) -> bool:
+    """Return whether a method is the baseline that draws tokens at random: the baseline with a seed."""
+    return info.paper == "baseline" and "seed" in info.parameters
+
+
+def _open_budget(spec: str, keep_means: KeepMeans) -> str | None:
+    """Return the name of the parameter that takes the budgets of the comparison, if the spec leaves one open."""
+    if _times_given(spec, "average"):
         return None
-    if budget == "average" and _is_open(spec, "average"):
+    if keep_means == "average" and _is_open(spec, "average"):
         return "average"
     return "keep" if _is_open(spec, "keep") else None
 
 
-def _entry(spec: str, given: dict[str, Any], seeds: int) -> Entry:
-    stages = parse(spec, **given)
+def _entry(spec: str, parameters: dict[str, Any], seeds: int) -> Entry:
+    stages = parse(spec, **parameters)
     budgets = [getattr(stage, "average", None) or stage.keep for stage in stages if hasattr(stage, "keep")]
-    runs = [parse(spec, **given, seed=seed) for seed in range(seeds)] if _is_open(spec, "seed") else [stages]
+    runs = [parse(spec, **parameters, seed=seed) for seed in range(seeds)] if _is_open(spec, "seed") else [stages]
     return Entry(spec, budgets[-1] if budgets else None, tuple(Run(_key(run), tuple(run)) for run in runs))
 
 
 def _is_open(spec: str, parameter: str) -> bool:
-    """Whether some stage has the parameter and the spec does not give it."""
-    having = sum(hasattr(stage, parameter) for stage in parse(spec))
-    return having > _names(spec, parameter)
+    """Return whether some stage has the parameter and the spec does not give it."""
+    return sum(hasattr(stage, parameter) for stage in parse(spec)) > _times_given(spec, parameter)
 
 
-def _names(spec: str, parameter: str) -> int:
-    """How often the spec gives the parameter."""
+def _times_given(spec: str, parameter: str) -> int:
     return len(re.findall(rf"[(,]\s*{parameter}\s*=", spec))
 
 
 def _key(stages: Sequence[Method]) -> str:
-    code = b"".join(_foreign_code(type(stage)) for stage in stages)
-    mark = f" #{hashlib.sha256(code).hexdigest()[:8]}" if code else ""
-    return " + ".join(map(str, stages)) + mark
+    code = b"".join(_external_code(type(stage)) for stage in stages)
+    digest = f" #{hashlib.sha256(code).hexdigest()[:8]}" if code else ""
+    return " + ".join(map(str, stages)) + digest
 
 
-def _foreign_code(cls: type) -> bytes:
-    """The file of a method that is not part of Tokensieve: its predictions are void once it is edited."""
+def _external_code(cls: type) -> bytes:
+    """Return the source file of a method outside Tokensieve: its predictions are invalid once the file is edited."""
     if cls.__module__.split(".")[0] == "tokensieve":
         return b""
     try:
         return Path(inspect.getfile(cls)).read_bytes()
-    except (OSError, TypeError):  # made in a notebook
+    except (OSError, TypeError):  # defined in a notebook
         return b""

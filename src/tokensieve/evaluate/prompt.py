@@ -1,85 +1,161 @@
-"""Questions to model inputs, and generated ids back to text."""
+"""Questions to model inputs, each image of a batch encoded once, and generated ids back to text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.data import Sample
 
-ENCODER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
+CLASSIFIER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
 KEYWORDS = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
 
 def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{question}") -> dict[str, Tensor]:
-    """One left-padded batch of prompts, through the processor's chat template where it has one.
+    """Return one left-padded batch of prompts, made with the processor's chat template if it has one.
 
     Args:
         processor: the model's processor; its own padding side is not changed.
         samples: one image and one question each.
-        prompt: what the user says; ``{question}`` is replaced.
+        prompt: text of the user turn; ``{question}`` is replaced.
 
     Raises:
         DataError: an image that cannot be decoded.
-        ValueError: a processor with neither a chat template nor an image token; a question that holds a placeholder.
+        Refusal: a processor with neither a chat template nor an image token; a question that holds a placeholder.
     """
-    opened: dict[Any, Image.Image] = {}
-    for sample in samples:
-        if sample.image not in opened:
-            opened[sample.image] = sample.open()
-    images = [opened[sample.image] for sample in samples]
+    images = _open_images(samples)
     check_texts(processor, samples, prompt)
     texts = [prompt.replace("{question}", sample.question) for sample in samples]
     if getattr(processor, "chat_template", None):
-        turns = [[_turn(image, text)] for image, text in zip(images, texts, strict=True)]
-        inputs = processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=dict(KEYWORDS)
-        )
-    elif getattr(processor, "image_token", None):
+        return chat_inputs(processor, [[image] for image in images], texts)
+    if getattr(processor, "image_token", None):
         texts = [f"{processor.image_token}\n{text}" for text in texts]
-        inputs = processor(images=[[image] for image in images], text=texts, **KEYWORDS)
-    else:
-        raise Refusal(f"{type(processor).__name__} has neither a chat template nor an image token")
-    return dict(inputs)
+        return dict(processor(images=[[image] for image in images], text=texts, **KEYWORDS))
+    raise Refusal(f"{type(processor).__name__} has neither a chat template nor an image token")
+
+
+def chat_inputs(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> dict[str, Tensor]:
+    """Return one left-padded batch of single user turns, each with its images before its text."""
+    contents = [
+        [*({"type": "image", "image": image} for image in pictures), {"type": "text", "text": text}]
+        for pictures, text in zip(images, texts, strict=True)
+    ]
+    turns = [[{"role": "user", "content": content}] for content in contents]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return dict(processor.apply_chat_template(turns, **options, processor_kwargs=dict(KEYWORDS)))
 
 
 def encode_pairs(
     processor: Any, samples: Sequence[Sample], *, prompt: str = "{question}", longest: int
 ) -> dict[str, Tensor]:
-    """A batch for an encoder that classifies answers: questions padded on the right, cut to ``longest`` tokens.
+    """Return a batch for an encoder that classifies answers: texts right-padded, cut to ``longest`` tokens.
 
     Raises:
         DataError: an image that cannot be decoded.
     """
-    opened = {image: sample.open() for image, sample in {sample.image: sample for sample in samples}.items()}
-    images = [opened[sample.image] for sample in samples]
+    images = _open_images(samples)
     texts = [prompt.replace("{question}", sample.question) for sample in samples]
     options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": longest}
-    words = processor.tokenizer(texts, **options, return_tensors="pt")
-    made = {**words, **processor.image_processor(images, return_tensors="pt")}
-    return {name: made[name] for name in ENCODER_INPUTS if name in made}
+    text_inputs = processor.tokenizer(texts, **options, return_tensors="pt")
+    inputs = {**text_inputs, **processor.image_processor(images, return_tensors="pt")}
+    return {name: inputs[name] for name in CLASSIFIER_INPUTS if name in inputs}
 
 
 def decode(processor: Any, generated: Tensor, prompt_length: int) -> list[str]:
-    """Text of what was generated after the prompt: `[B, L]` ids to B strings, special tokens left out."""
+    """Return the generated text after the prompt: `[B, L]` ids to B strings, without special tokens."""
     texts = processor.batch_decode(generated[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
+def to_model(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Move tensors to the model's device, and the floating-point ones to its dtype."""
+    moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}
+
+
 def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{question}") -> None:
-    """Refuse, naming file and line, words that the processor would take for another image (or video)."""
+    """Refuse texts with a placeholder, which the processor would take for another image or video.
+
+    The error names file and line.
+    """
+    texts = [("the prompt", prompt), *((sample.where, sample.question) for sample in samples)]
     for kind in ("image", "video"):
-        mark = getattr(processor, f"{kind}_token", None)
-        said = [("the prompt", prompt), *((sample.where, sample.question) for sample in samples)]
-        for where, text in said:
-            if mark and mark in text:
+        placeholder = getattr(processor, f"{kind}_token", None)
+        for where, text in texts:
+            if placeholder and placeholder in text:
                 place = where and f"{where}: "
-                raise Refusal(f"{place}leave {mark} out, the {kind} is put there by itself; got {text!r}")
+                raise Refusal(f"{place}leave {placeholder} out, the {kind} is put there by itself; got {text!r}")
 
 
-def _turn(image: Image.Image, text: str) -> dict[str, Any]:
-    return {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}
+def _open_images(samples: Sequence[Sample]) -> list[Image.Image]:
+    """Open the image of each sample; samples about the same image share one."""
+    opened: dict[Any, Image.Image] = {}
+    for sample in samples:
+        if sample.image not in opened:
+            opened[sample.image] = sample.open()
+    return [opened[sample.image] for sample in samples]
+
+
+# -- questions about one image run the vision encoder once ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch of prompts, with each distinct image stored once.
+
+    Attributes:
+        tensors: the processor's tensors; if ``images`` is set, ``pixel_values`` holds each image once.
+        images: for each prompt the index of its image; ``None`` where ``tensors`` are as the processor made them.
+    """
+
+    tensors: dict[str, Tensor]
+    images: tuple[int, ...] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def without_repetitions(model: Any, tensors: dict[str, Tensor], images: Sequence[int]) -> Inputs:
+    """Store each image of a batch once, if the model takes images as plain rows of ``pixel_values``.
+
+    Args:
+        model: the top-level model.
+        tensors: the processor's tensors, one image per prompt.
+        images: for each prompt the number of its image, counted from 0 in order of first appearance.
+    """
+    arguments = set(inspect.signature(model.base_model.get_image_features).parameters) & set(tensors)
+    pixels = tensors.get("pixel_values")
+    # sizes or tiles beside the pixels would have to be selected, too: such a batch stays as it is
+    plain = arguments == {"pixel_values"} and pixels is not None and pixels.ndim == 4 and len(pixels) == len(images)
+    if not plain or len(set(images)) == len(images):
+        return Inputs(tensors, None)
+    first_prompts = [list(images).index(image) for image in range(max(images) + 1)]
+    return Inputs({**tensors, "pixel_values": tensors["pixel_values"][first_prompts]}, tuple(images))
+
+
+def generate_arguments(model: Any, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments for ``generate``: each image is encoded once, its features and evidence are repeated.
+
+    Call it while the method is attached: the encoder outputs that are recorded here are those the method needs.
+    """
+    arguments: dict[str, Any] = dict(inputs.tensors)
+    if inputs.images is None:
+        return arguments
+    output = model.base_model.get_image_features(pixel_values=arguments.pop("pixel_values"), return_dict=True)
+    outputs = EncoderOutputs.of(output)
+    pooled = output.pooler_output
+    index = list(inputs.images)
+    # a copy: the model's own output keeps one row per image
+    repeated = type(output)(**dict(output.items()))
+    repeated.pooler_output = pooled[index] if isinstance(pooled, Tensor) else [pooled[i] for i in index]
+    outputs.select(index).attach_to(repeated)
+    return {**arguments, "mm_encoder_outputs": {"image": repeated}}

@@ -1,4 +1,4 @@
-"""The results of a comparison: rows for the table, and what a report draws. No model is needed to read them."""
+"""Results of a comparison: the rows of the table and the data of the report. They can be read without a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from tokensieve.errors import OutputError, Refusal
 
 VERSION = 2
+FULL, ORACLE = "full", "oracle"  # names of the two rows that are not a method's: the unhooked model and the headroom
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,17 @@ class Row:
     """One method at one budget; the fields and their order are those of ``compare --json``.
 
     Attributes:
-        method: as the user wrote it; "full" is the unhooked model, "oracle" no method but the headroom: the tokens of
-            the asked object first (data with boxes only).
-        keep: the budget; ``None`` for full and for methods without one. Under ``budget="average"`` it is the average
-            that methods inside the LLM were asked for.
+        method: the spec as the user wrote it. "full" is the unhooked model. "oracle" is the headroom, which keeps the
+            tokens of the asked object first (data with boxes only).
+        keep: the budget; ``None`` for full and for methods without one. Under ``keep_means="average"`` it is the
+            requested average for methods inside the LLM.
         tokens_before, tokens_after: visual tokens per image, mean over the samples.
         tokens_average: tokens per image averaged over the LLM's layers (equal to tokens_after for methods that act
             before the LLM).
         samples: questions.
         accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval: Wilson for one run scored 0 or 1,
             bootstrap over questions (and seeds, for a method run with several) otherwise.
-        flops_ratio: prefill FLOPs / those of full. This and the following: ``None`` when nothing was measured.
+        flops_ratio: prefill FLOPs / those of full. This field and the following are ``None`` without a measurement.
         prefill_ms, prefill_speedup, method_ms, decode_ms_per_token: medians for one prompt, see
             :class:`tokensieve.measure.Cost`.
         peak_activation_mb, kv_mb: MB (10^6 bytes) for one prompt's prefill.
@@ -52,7 +53,7 @@ class Row:
     kv_mb: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """The pinned fields, in order."""
+        """Return the pinned fields, in order."""
         return asdict(self)
 
 
@@ -69,12 +70,12 @@ class TypeScore:
 
 @dataclass(frozen=True)
 class VsRandom:
-    """A row against choosing at random: accuracy minus that of random, paired by question.
+    """A row compared with random selection, paired by question.
 
     Attributes:
-        tokens: what random had on average over the blocks, at most a fifth more or less than the row.
+        tokens: average of random's tokens over the layers, at most a fifth more or fewer than the row's.
         accuracy: of random.
-        difference, low, high: the row's accuracy minus that, with its 95 % bootstrap interval.
+        difference, low, high: the row's accuracy minus random's, with its 95 % bootstrap interval.
     """
 
     tokens: float
@@ -85,23 +86,23 @@ class VsRandom:
 
     @property
     def lost(self) -> bool:
-        """Whether the row is below random beyond the interval."""
+        """Whether the whole interval is below zero."""
         return self.high < 0
 
     @property
     def won(self) -> bool:
-        """Whether it is above random beyond the interval."""
+        """Whether the whole interval is above zero."""
         return self.low > 0
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image and question, with what every method kept of it.
+    """One image and question, with the decision and the answer of every row.
 
     Attributes:
         image: PNG file, relative to the results file.
-        kept: one entry per row: ``{"method", "keep", "prediction", "reductions": [Reduction.to_json() per image]}``;
-            several seeds show the first.
+        kept: one entry per row: ``{"method", "keep", "prediction", "reductions": [Reduction.to_json() per image]}``.
+            A row of several seeds shows its first run.
     """
 
     id: str
@@ -113,18 +114,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that ``compare`` found; ``results.json`` is its JSON.
+    """All results of ``compare``; ``results.json`` is their JSON.
 
     Attributes:
-        complete: False while rows are still to come.
+        complete: False while rows are missing.
         environment: versions, hardware, date (see :func:`tokensieve.evaluate.environment`).
         settings: model, samples, metric, seeds, batch size and the like.
         rows: full first.
         types: for each row, its accuracy by question type (empty when the data has no types).
-        differences: for each row, accuracy minus full's, paired by question, with its 95 % bootstrap interval:
-            (difference, low, high).
-        chances: for each row, how it does against random; ``None`` for full and random themselves, and where random
-            was not run with about as many tokens.
+        differences: for each row, (difference, low, high): accuracy minus full's, paired by question, with its 95 %
+            bootstrap interval.
+        chances: for each row, its comparison with random; ``None`` for full and random themselves, and where random
+            was not run with a similar number of tokens.
         examples: the same images for every row.
     """
 
@@ -138,10 +139,10 @@ class Results:
     examples: tuple[Example, ...]
 
     def save(self, path: Path) -> None:
-        """Write atomically: a reader sees the old file or the new one, never half of one.
+        """Write the file atomically: a reader finds the old file or the new one, never a part.
 
         Raises:
-            OutputError: if it cannot be written (a full disk, say); an older file stays as it was.
+            OutputError: the file cannot be written (a full disk). An older file stays as it was.
         """
         part = path.with_suffix(".part")
         try:
@@ -154,7 +155,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read what :meth:`save` wrote; ``ValueError`` if the file is not a results file."""
+        """Read a file of :meth:`save`; raise :class:`Refusal` if it is another file."""
         try:
             data = json.loads(path.read_text("utf-8"))
             if data.pop("version") != VERSION:

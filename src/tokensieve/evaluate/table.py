@@ -1,34 +1,36 @@
-"""Answers and costs to the rows of the table and what stands beside them."""
+"""Answers and costs to the rows of the table, their comparison with random, and the example images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from tokensieve.errors import OutputError
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.intervals import interval
 from tokensieve.evaluate.journal import Answer
-from tokensieve.evaluate.metrics import Metric
-from tokensieve.evaluate.plan import Entry
+from tokensieve.evaluate.plan import Entry, is_random_baseline
 from tokensieve.evaluate.results import Example, Results, Row, TypeScore, VsRandom
-from tokensieve.evaluate.score import Scores, by_type, difference, score
+from tokensieve.evaluate.scoring import Metric, Scores, by_type, difference, interval, score
 from tokensieve.measure import Cost
 
 MB = 1e6
-ALIKE = 1.2  # random is a baseline for rows of at most so many times its tokens, or as many times fewer
+SIMILAR = 1.2  # a row is compared with random runs that have at most so many times its tokens, or as many times fewer
 MEASURED = (
     "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "peak_activation_mb", "kv_mb"
 )  # fmt: skip
+FOLDER = "examples"
+LARGEST = 512  # px, longer side of a stored image
 
 
 class Table:
-    """The results so far, filled row by row; full must come first.
+    """The results so far, filled row by row; the row of the full model must come first.
 
     Args:
         samples: the data set.
         metric: scores an answer.
-        examples: images to show; their ``kept`` is filled here.
+        examples: images to show; each added row extends their ``kept``.
     """
 
     def __init__(self, samples: Sequence[Sample], metric: Metric, examples: Sequence[Example]) -> None:
@@ -37,26 +39,26 @@ class Table:
         self._types: list[tuple[TypeScore, ...]] = []
         self._differences: list[tuple[float, float, float]] = []
         self._scores: list[Scores] = []
-        self._random: list[int] = []
-        self._chances: dict[tuple[int, int], VsRandom] = {}
+        self._random_rows: list[int] = []
+        self._vs_random: dict[tuple[int, int], VsRandom] = {}
 
     def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]], cost: Cost | None) -> None:
         """Add a row: ``runs`` hold the answers by sample id, one mapping per seed."""
         answers = [[run[sample.id] for sample in self.samples] for run in runs]
         scores = score(self.metric, self.samples, [[answer.text for answer in run] for run in answers])
-        if [method.info.name for method in entry.runs[0].stages] == ["random"]:
-            self._random.append(len(self.rows))
+        stages = entry.runs[0].stages
+        if len(stages) == 1 and is_random_baseline(stages[0].info):
+            self._random_rows.append(len(self.rows))
         self._scores.append(scores)
         low, high = interval(scores)
-        counted = [answer for run in answers for answer in run]
-        after = sum(answer.after for answer in counted) / len(counted)
+        all_answers = [answer for run in answers for answer in run]
         self.rows.append(
             Row(
                 method=entry.method,
                 keep=entry.keep,
-                tokens_before=sum(answer.before for answer in counted) / len(counted),
-                tokens_after=after,
-                tokens_average=sum(answer.average for answer in counted) / len(counted),
+                tokens_before=sum(answer.before for answer in all_answers) / len(all_answers),
+                tokens_after=sum(answer.after for answer in all_answers) / len(all_answers),
+                tokens_average=sum(answer.average for answer in all_answers) / len(all_answers),
                 samples=len(self.samples),
                 accuracy=float(scores.mean()),
                 accuracy_low=low,
@@ -69,7 +71,7 @@ class Table:
         self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
 
     def results(self, *, complete: bool, environment: dict[str, Any], settings: dict[str, Any]) -> Results:
-        """Everything so far."""
+        """Return everything so far."""
         return Results(
             complete=complete,
             environment=environment,
@@ -77,31 +79,61 @@ class Table:
             rows=tuple(self.rows),
             types=tuple(self._types),
             differences=tuple(self._differences),
-            chances=tuple(self._chance(number) for number in range(len(self.rows))),
+            chances=tuple(self._compared_with_random(number) for number in range(len(self.rows))),
             examples=self.examples,
         )
 
-    def _chance(self, number: int) -> VsRandom | None:
-        """How a row does against the random row that is nearest to it in tokens."""
-        if number == 0 or number in self._random or not self._random:
+    def _compared_with_random(self, number: int) -> VsRandom | None:
+        """Compare a row with the random row that has the most similar number of tokens."""
+        if number == 0 or number in self._random_rows or not self._random_rows:
             return None
 
-        def apart(other: int) -> float:
-            ratio = self.rows[other].tokens_average / max(self.rows[number].tokens_average, 1e-9)
+        def token_ratio(random_row: int) -> float:
+            ratio = self.rows[random_row].tokens_average / max(self.rows[number].tokens_average, 1e-9)
             return max(ratio, 1 / ratio)
 
-        nearest = min(self._random, key=apart)
-        if apart(nearest) > ALIKE:
+        nearest = min(self._random_rows, key=token_ratio)
+        if token_ratio(nearest) > SIMILAR:
             return None
-        if (number, nearest) not in self._chances:
+        # results are saved after every row; a bootstrap of earlier rows need not run again
+        if (number, nearest) not in self._vs_random:
             random = self.rows[nearest]
             paired = difference(self._scores[number], self._scores[nearest])
-            self._chances[number, nearest] = VsRandom(random.tokens_average, random.accuracy, *paired)
-        return self._chances[number, nearest]
+            self._vs_random[number, nearest] = VsRandom(random.tokens_average, random.accuracy, *paired)
+        return self._vs_random[number, nearest]
+
+
+def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Return one question about each of the first ``count`` images, with the question's number varied."""
+    by_image: dict[Any, list[Sample]] = {}
+    for sample in samples:
+        by_image.setdefault(sample.image, []).append(sample)
+    groups = list(by_image.values())[:count]
+    return [group[i % len(group)] for i, group in enumerate(groups)]
+
+
+def store(samples: Sequence[Sample], output: Path) -> list[Example]:
+    """Write the images under ``output`` and return the examples, with no rows yet.
+
+    Raises:
+        DataError: an image that cannot be decoded.
+        OutputError: an image that cannot be written.
+    """
+    examples = []
+    for number, sample in enumerate(samples):
+        image, name = sample.open(), f"{FOLDER}/{number}.png"
+        image.thumbnail((LARGEST, LARGEST))
+        try:
+            (output / FOLDER).mkdir(parents=True, exist_ok=True)
+            image.save(output / name)
+        except OSError as error:
+            raise OutputError(f"cannot write {output / name}: {error.strerror or error}") from error
+        examples.append(Example(sample.id, name, sample.question, sample.answers, ()))
+    return examples
 
 
 def _measured(cost: Cost | None) -> dict[str, float | None]:
-    """The fields of a row that are measured; all ``None`` if nothing was."""
+    """Return the measured fields of a row, all ``None`` without a cost."""
     if cost is None:
         return dict.fromkeys(MEASURED)
     return {
@@ -116,10 +148,10 @@ def _measured(cost: Cost | None) -> dict[str, float | None]:
 
 
 def _with_row(example: Example, entry: Entry, answer: Answer) -> Example:
-    kept = {
+    row = {
         "method": entry.method,
         "keep": entry.keep,
         "prediction": answer.text,
         "reductions": [answer.reduction],
     }
-    return replace(example, kept=(*example.kept, kept))
+    return replace(example, kept=(*example.kept, row))

@@ -1,1 +1,1 @@
-"""Cross-modal encoders: ``meter`` is a METER for transformers; ``convert`` reads the authors' checkpoints."""
+"""Cross-modal encoders: ``meter`` implements METER for transformers; ``convert`` reads the authors' checkpoints."""

@@ -1,11 +1,10 @@
-"""What a call costs: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
+"""Cost of a call: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
 
-from tokensieve.measure.cost import Cost
+from tokensieve.check import LAWS, Laws, Verdict
+from tokensieve.measure.costs import Bench, Cost, measure_costs
 from tokensieve.measure.flops import count_flops
 from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
-from tokensieve.measure.laws import LAWS, Laws, Verdict
 from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
-from tokensieve.measure.prefill import Bench, measure_costs
 
 __all__ = [
     "LAWS",

@@ -1,4 +1,4 @@
-"""Exact FLOPs of a call, by watching the operators that run."""
+"""Exact FLOPs of a call, counted operator by operator while it runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Shape = tuple[int, ...]
 
 
 def count_flops(call: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products, convolutions and attention in ``call()`` (a multiply-add is two FLOPs).
+    """Count the FLOPs of matrix products, convolutions and attention in ``call()`` (a multiply-add is two FLOPs).
 
-    Scaled dot-product attention counts as its two full matrix products, causal or not: what torch counts on a GPU, so
-    numbers from different machines agree. Element-wise work (norms, activations, softmax) is not counted.
+    Scaled dot-product attention counts as its two full matrix products, causal or not, as torch counts it on a GPU:
+    numbers of different machines agree. Element-wise operators (norms, activations, softmax) are not counted.
     """
     fused_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     with FlopCounterMode(display=False, custom_mapping={fused_on_cpu: _sdpa}) as counter:
@@ -24,5 +24,5 @@ def count_flops(call: Callable[[], Any]) -> int:
 
 
 def _sdpa(query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """torch leaves the fused CPU kernel out of its registry, and so would count it as nothing."""
+    """Count the fused CPU kernel, which torch's registry lacks and would count as 0."""
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]

@@ -1,20 +1,24 @@
-"""Interleaved timing: A B A B in one process, so that drift of the machine hits every candidate alike."""
+"""Interleaved timing: A B A B in one process, so that drift of the machine affects every candidate equally."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its quartiles, over the repeats."""
+    """Median and quartiles of the repeats."""
 
     median: float
     low: float
@@ -22,7 +26,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Quartiles of some numbers."""
+        """Return the quartiles of some numbers."""
         low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75]).tolist()
         return cls(median, low, high)
 
@@ -36,17 +40,17 @@ def interleave(
     device: torch.device | str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Milliseconds of each call: one list of ``repeats`` times per call, taken round by round.
+    """Time each call in milliseconds, round by round; return one list of ``repeats`` times per call.
 
     Every second round runs backwards, so that no call always follows the same neighbour. The device is synchronised
     before and after each call.
 
     Args:
-        calls: what is timed.
-        around: for each call, what makes the context it runs in; entering and leaving are not timed.
-        repeats, warmup: rounds timed, and rounds before them that are thrown away.
-        device: where the work runs.
-        clock: seconds; ``time.process_time`` leaves out what others do on a busy CPU.
+        calls: the calls to time.
+        around: for each call, a function that returns its context. Entering and leaving it are not timed.
+        repeats, warmup: timed rounds, and untimed rounds before them.
+        device: device of the work.
+        clock: seconds; ``time.process_time`` excludes other processes on a busy CPU.
     """
     contexts = around or [nullcontext] * len(calls)
     wait = synchroniser(device)
@@ -66,17 +70,55 @@ def interleave(
 
 
 def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
-    """``over / under`` round by round: the speedup of the second over the first, when given times."""
+    """Return ``over / under`` round by round: for times, the speedup of the second over the first."""
     return Spread.of([a / b for a, b in zip(over, under, strict=True)])
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Spread:
-    """``first - second`` round by round."""
+    """Return ``first - second`` round by round."""
     return Spread.of([a - b for a, b in zip(first, second, strict=True)])
 
 
 def synchroniser(device: torch.device | str) -> Callable[[], None]:
-    """A function that waits for the device's queue: nothing to wait for on a CPU."""
+    """Return a function that waits for the device's queue; on a CPU it does nothing."""
     if torch.device(device).type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
+
+
+def decode_ms(
+    model: Any, inputs: Mapping[str, Tensor], around: Sequence[Callable[[], AbstractContextManager[Any]]], tokens: int
+) -> list[list[float]]:
+    """Time the gaps between greedily generated tokens in milliseconds, for the whole batch.
+
+    Return one list per context in ``around``. The contexts alternate, :data:`ROUNDS` generations of ``tokens`` gaps
+    each.
+    """
+    gaps: list[list[float]] = [[] for _ in around]
+    for _ in range(ROUNDS):
+        for context, context_gaps in zip(around, gaps, strict=True):
+            clock = _Clock(synchroniser(model.device))
+            with context():
+                model.generate(
+                    **inputs,
+                    do_sample=False,
+                    num_beams=1,
+                    min_new_tokens=tokens + 1,
+                    max_new_tokens=tokens + 1,
+                    logits_processor=LogitsProcessorList([clock]),
+                )
+            context_gaps += [(b - a) * 1e3 for a, b in zip(clock.ticks, clock.ticks[1:], strict=False)]
+    return gaps
+
+
+class _Clock(LogitsProcessor):  # type: ignore[misc]
+    """Records the time of every step's logits, which stay unchanged."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.ticks: list[float] = []
+        self._wait = wait
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._wait()
+        self.ticks.append(time.perf_counter())
+        return scores

@@ -14,10 +14,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def peak_activation_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
-    """Most bytes that tensors made during ``call()`` held at one time; weights and inputs do not count.
+    """Return the most bytes that tensors created during ``call()`` held at one time; weights and inputs do not count.
 
-    On a CUDA device the allocator's own peak, above what was allocated before. On a CPU every storage that an operator
-    returns is followed until it is freed; workspaces inside a kernel are invisible to both.
+    On a CUDA device this is the allocator's peak above the allocation before. On a CPU every storage that an operator
+    returns is tracked until it is freed; workspaces inside a kernel are not included.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -33,16 +33,16 @@ def peak_activation_bytes(call: Callable[[], Any], device: torch.device | str = 
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes that the keys and values of a transformers cache hold, over all layers."""
+    """Return the bytes of the keys and values of a transformers cache, over all layers."""
     tensors = (t for layer in cache.layers for t in (layer.keys, layer.values) if isinstance(t, Tensor))
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the storages that operators create, from creation until they are freed.
+    """Tracks the storages that operators create, from creation until they are freed.
 
-    Views share their base's storage and cost nothing; a storage that an operator only hands through (a weight, an
-    input) was not made here and does not count.
+    Views share their base's storage and cost nothing. A storage that an operator returns unchanged (a weight, an input)
+    was not created here and does not count.
     """
 
     def __init__(self) -> None:
@@ -52,10 +52,10 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {id(storage) for storage in _storages((args, kwargs))}
+        inputs = {id(storage) for storage in _storages((args, kwargs))}
         out = func(*args, **kwargs)
         for storage in _storages(out):
-            if id(storage) not in given and storage not in self._known:
+            if id(storage) not in inputs and storage not in self._known:
                 self._known[storage] = True
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._free, storage.nbytes()).atexit = False

@@ -1,19 +1,27 @@
-"""One file per method. A method is a frozen dataclass whose ``reduce`` turns visual tokens into a Reduction."""
+"""Hold one file per method: a frozen dataclass whose ``reduce`` turns visual tokens into a Reduction."""
 
-from tokensieve.methods.base import DecoderMethod, EncoderMethod, Method, MethodInfo, Needs, Positions, Stage
+from tokensieve.methods.base import ConnectorMethod, Method, MethodInfo, Positions, ScoreMethod, Stage
 from tokensieve.methods.fusion import FusionMethod
+from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNeeds
 from tokensieve.methods.registry import info, list_methods, register
 from tokensieve.methods.spec import parse
+from tokensieve.methods.stages import DecoderMethod, EncoderMethod, ResizeMethod
 
 __all__ = [
+    "ConnectorMethod",
     "DecoderMethod",
+    "DecoderNeeds",
     "EncoderMethod",
+    "EncoderNeeds",
     "FusionMethod",
     "Method",
     "MethodInfo",
     "Needs",
     "Positions",
+    "ResizeMethod",
+    "ScoreMethod",
     "Stage",
+    "StageNeeds",
     "info",
     "list_methods",
     "parse",

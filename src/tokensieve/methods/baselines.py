@@ -1,13 +1,13 @@
-"""The baselines that every method must beat: full, random, uniform, pool and downsample."""
+"""Provide the baselines that every method must beat: full, random, uniform, pool and downsample."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import EncoderNeeds, Method, Needs, ResizeMethod, register
 from tokensieve.ops import area_pool, pooled_grid, uniform
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
@@ -16,35 +16,40 @@ from tokensieve.tokens import VisualTokens
 @register("full", paper="baseline")
 @dataclass(frozen=True)
 class Full(Method):
-    """Keep every token: the unreduced model, measured through the same path.
+    """Keep every token: the unreduced model, measured on the same code path.
 
     Cost: none.
     """
 
+    keeps_everything: ClassVar[bool] = True
+
     def reduce(self, image: VisualTokens) -> Reduction:
-        b, n, _ = image.features.shape
-        return Reduction.identity(n, b, image.features.device, grid=image.grid)
+        batch, total, _ = image.features.shape
+        return Reduction.identity(total, batch, image.features.device, grid=image.grid)
 
 
 @register("random", paper="baseline")
 @dataclass(frozen=True)
 class Random(Method):
-    """Keep tokens at random places, the same for every image of equal size: reproducible in any batch.
+    """Keep tokens at random positions, the same positions for every image of equal size.
+
+    The choice depends on the seed and the number of tokens only, so a batch row keeps the tokens that it keeps alone.
 
     Args:
         keep: tokens per image, or a share of them.
-        seed: another seed, other places.
+        seed: of the random positions.
 
-    Cost: O(N) time and memory; nothing of the image is read.
+    Cost: O(N) time and memory; no evidence is read.
     """
 
     keep: Budget = 0.25
     seed: int = 0
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        places = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))
-        places = places[: image.count(self.keep)].to(image.features.device)
-        return image.keep(places.expand(len(image.features), -1))
+        # drawn on the CPU: the same positions on every device
+        order = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))
+        kept = order[: image.budget].to(image.features.device)
+        return image.keep(kept.expand(len(image.features), -1))
 
 
 @register("uniform", paper="baseline")
@@ -55,14 +60,14 @@ class Uniform(Method):
     Args:
         keep: tokens per image, or a share of them.
 
-    Cost: O(K) time and memory; nothing of the image is read.
+    Cost: O(K) time and memory; no evidence is read.
     """
 
     keep: Budget = 0.25
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        places = uniform(image.total, image.count(self.keep), image.features.device)
-        return image.keep(places.expand(len(image.features), -1))
+        kept = uniform(image.total, image.budget, image.features.device)
+        return image.keep(kept.expand(len(image.features), -1))
 
 
 @register("pool", paper="baseline", needs=Needs(grid=True))
@@ -75,33 +80,34 @@ class Pool(Method):
     Args:
         keep: tokens per image, or a share of them.
 
-    Cost: O(K·N) time and memory for the overlaps of cells and tokens; nothing of the image is read.
+    Cost: O(K·N) time and memory for the overlaps of cells and tokens; no evidence is read.
     """
 
     keep: Budget = 0.25
 
-    def cells(self, image: VisualTokens) -> tuple[int, int]:
-        """(height, width) of the pooled grid."""
-        if image.grid is None:
-            raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
-        return pooled_grid(image.grid, image.count(self.keep))
+    def cells(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
+        """Return (height, width) of the pooled grid."""
+        return pooled_grid(grid, budget)
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        height, width = self.cells(image)
-        b, device = len(image.features), image.features.device
-        pooled = area_pool(image.grid or (0, 0), (height, width))
-        anchors, slot, source, weight = (t.to(device).expand(b, -1) for t in pooled)
-        note = f"{height}x{width} cells for a budget of {image.count(self.keep)} tokens"
+        if image.grid is None:
+            raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
+        height, width = self.cells(image.grid, image.budget)
+        batch, device = len(image.features), image.features.device
+        # the overlaps follow from the two grids alone: one matrix for all images
+        pooled = area_pool(image.grid, (height, width))
+        anchors, slot, source, weight = (part.to(device).expand(batch, -1) for part in pooled)
+        note = f"{height}x{width} cells for a budget of {image.budget} tokens"
         return image.merge(anchors, slot, source, weight, note)
 
 
-@register("downsample", paper="baseline", stage="encoder", needs=Needs(grid=True))
+@register("downsample", paper="baseline", stage="encoder", needs=EncoderNeeds(grid=True))
 @dataclass(frozen=True)
-class Downsample(Pool):
-    """Resize the image before the encoder, so that it makes fewer tokens: cheaper in the encoder, too.
+class Downsample(Pool, ResizeMethod):
+    """Resize the image before the vision encoder, so that fewer tokens are made: cheaper in the encoder, too.
 
     Args:
         keep: tokens per image, or a share of them.
 
-    Cost: as ``pool``; the encoder then sees K tokens instead of N.
+    Cost: as ``pool``; the vision encoder then processes K tokens instead of N.
     """

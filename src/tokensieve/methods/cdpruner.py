@@ -1,34 +1,29 @@
-"""CDPruner: diverse tokens, on condition that the question cares for them."""
+"""CDPruner: keep tokens that differ from each other and are relevant to the prompt."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import dpp_map, normalise, text_similarity
+from tokensieve.methods import Method, Needs, register
+from tokensieve.ops import dpp_map, text_similarity
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 SUBSTITUTE = "no CLIP text encoder: relevance is the cosine with the mean of the words in the LLM's input space"
 
 
-@register("cdpruner", paper="arXiv:2506.10967", needs=Needs(text=True))
+@register("cdpruner", paper="arXiv:2506.10967", needs=Needs(user_text=True))
 @dataclass(frozen=True)
 class CdPruner(Method):
     """Keep the most likely tokens of a determinantal point process: unlike each other, and relevant to the prompt.
 
-    Relevance is compared in CLIP's joint space, where a patch resembles a text the less, the more it shows of it: so
-    the cosine is negated there. It is scaled to (0, 1] over the image.
+    The paper takes relevance from CLIP's joint space, as the negated cosine of patch and text. Hugging Face VLMs come
+    without CLIP's text encoder, so relevance is the plain cosine with the mean of the words in the LLM's input space,
+    and a note records that. Relevance is scaled to (0, 1] over the image.
 
     Args:
         keep: tokens per image, or a share of them.
-        space: "joint" insists on CLIP's joint space, "llm" takes the LLM's input space with the plain cosine, "auto"
-            is the first where the model has it, else the second, with a note.
-        over_batch: scale relevance over all images of the call, as the official code does; then what an image keeps
-            depends on its neighbours.
+        over_batch: scale relevance over all images of the call, as the official code does; the tokens that an image
+            keeps then depend on the other images.
 
     Cost: O(K·N·(D + K)) time, by incremental Cholesky; O(K·N) extra memory, and the `[N, N]` kernel up to 1,024 tokens.
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS 2025.
@@ -37,26 +32,13 @@ class CdPruner(Method):
     """
 
     keep: Budget = 64
-    space: Literal["auto", "joint", "llm"] = "auto"
     over_batch: bool = False
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(joint=True) if self.space == "joint" else Needs(text=True)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        joint = self.space == "joint" or (self.space == "auto" and image.joint is not None)
-        if not joint:
-            image = replace(image, notes=(*image.notes, SUBSTITUTE))
-        relevance = self.relevance(image, joint)
-        dims = tuple(range(0 if self.over_batch else 1, 2))
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        text = given(image.user_text)
+        relevance = text_similarity(image.features, text.features, text.mask, "prompt")  # [B, N]
+        dims = (0, 1) if self.over_batch else (1,)
         low, high = relevance.amin(dims, keepdim=True), relevance.amax(dims, keepdim=True)
+        # the kernel is diag(quality) · cosines · diag(quality); 1e-6 keeps the least relevant token possible
         quality = (relevance - low + 1e-6) / (high - low).clamp(min=1e-6)
-        return image.keep(dpp_map(image.features, quality, image.count(self.keep)), quality)
-
-    def relevance(self, image: VisualTokens, joint: bool) -> Tensor:
-        """How much the prompt cares for each token, `[B, N]`."""
-        if joint:
-            texts = normalise(image.given("joint_text"))
-            return -(normalise(image.given("joint")) @ texts.transpose(-1, -2)).mean(-1)
-        return text_similarity(image.features, *image.words(), "prompt")
+        return image.noted(SUBSTITUTE).keep(dpp_map(image.features, quality, image.budget), quality)

@@ -1,12 +1,11 @@
-"""The half of 2409.01162 before the LLM: patches that resemble [CLS], as many as stand out."""
+"""Keep the patches that resemble [CLS], up to the knee: the half of 2409.01162 before the LLM."""
 
 from dataclasses import dataclass
 
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import knee
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
 @register("cls-knee", paper="arXiv:2409.01162", needs=Needs(cls_similarity=True))
@@ -23,7 +22,8 @@ class ClsKnee(Method):
     Official code: none is public; the knee is the point farthest from the chord of the curve.
     """
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.given("cls_similarity").float()
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        scores = given(image.cls_similarity).float()
         order = scores.sort(dim=-1, descending=True, stable=True).indices
+        # image b keeps the first knee(scores)[b] indices of its order
         return image.keep(order, scores, knee(scores))

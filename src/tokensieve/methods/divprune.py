@@ -1,10 +1,9 @@
-"""DivPrune: the kept tokens should be as different from each other as possible."""
+"""DivPrune: keep tokens that differ from each other as much as possible."""
 
 from dataclasses import dataclass
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, register
 from tokensieve.ops import max_min
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens
@@ -13,7 +12,7 @@ from tokensieve.tokens import VisualTokens
 @register("divprune", paper="arXiv:2503.02175")
 @dataclass(frozen=True)
 class DivPrune(Method):
-    """Greedily keep tokens that maximise the smallest cosine distance between any two of them.
+    """Keep, greedily, the tokens that maximise the smallest cosine distance between any two of them.
 
     Args:
         keep: tokens per image, or a share of them (the paper's default: 0.098 of LLaVA-1.5's 576).
@@ -27,4 +26,4 @@ class DivPrune(Method):
     keep: Budget = 0.098
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        return image.keep(max_min(image.features, image.count(self.keep)))
+        return image.keep(max_min(image.features, image.budget))

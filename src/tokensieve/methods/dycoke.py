@@ -1,4 +1,4 @@
-"""DyCoke, the half before the LLM: in windows of four frames, what repeats itself goes."""
+"""DyCoke, the half before the LLM: drop the repeated tokens in windows of four frames."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,25 +6,24 @@ from typing import ClassVar
 import torch
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import in_proportion, padded_nonzero, same_place_cosine
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
 
-BACK = (0, 1, 2, 1)  # by how many frames each frame of a window looks back
+LOOK_BACK = (0, 1, 2, 1)  # distance from each frame of a window to the earlier frame that it is compared with
 
 
 @register("dycoke", paper="arXiv:2411.15024", needs=Needs(video=True))
 @dataclass(frozen=True)
 class DyCoke(Method):
-    """Of every four frames keep the first whole, and of the others what resembles an earlier frame least.
+    """Keep the first of every four frames whole, and of the others the tokens least similar to an earlier frame.
 
     The second frame and the third are compared with the first, the fourth with the third, token by token at equal
-    places; a share of each goes.
+    positions; a share of each is dropped.
 
     Args:
-        drop: the share that goes of a frame that is not kept whole (the paper's K: 0.5, 0.7 or 0.9).
+        drop: the share of each frame that is dropped, unless the frame is kept whole (the paper's K: 0.5, 0.7 or 0.9).
         keep: instead of ``drop``, tokens per video, or a share of them; never less than the frames that stay whole.
 
     Cost: O(N·D) time, O(N·log n) to sort frames of n tokens; O(N) extra memory.
@@ -37,17 +36,18 @@ class DyCoke(Method):
     drop: float = 0.7
     proportions: ClassVar = ("drop",)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: ConnectorTokens) -> Reduction:
         frames = image.in_frames(image.features)
         number, size = torch.arange(frames.shape[1], device=frames.device), frames.shape[2]
-        alike = same_place_cosine(frames, number - torch.tensor(BACK, device=number.device)[number % 4])
-        whole = torch.where(number % 4 == 0, size, 0)
+        earlier = number - torch.tensor(LOOK_BACK, device=number.device)[number % 4]
+        similarity = same_place_cosine(frames, earlier)  # [B, T, n]
+        whole = torch.where(number % 4 == 0, size, 0)  # tokens of the frames that stay whole, 0 for the others
         if self.keep is None:
             quota = whole.where(whole > 0, round(size * (1 - self.drop)))
         else:
-            quota = whole + in_proportion(max(0, image.count(self.keep) - int(whole.sum())), size - whole)
-        rank = alike.argsort(dim=-1, stable=True).argsort(-1)
-        if self.keep is not None and int(quota.sum()) > image.count(self.keep):
-            image = image.noted(f"every fourth frame is kept: {int(quota.sum())} tokens, more than the budget")
+            quota = whole + in_proportion(max(0, image.budget - int(whole.sum())), size - whole)
+            if int(quota.sum()) > image.budget:
+                image = image.noted(f"every fourth frame is kept: {int(quota.sum())} tokens, more than the budget")
+        rank = similarity.argsort(dim=-1, stable=True).argsort(-1)  # 0: the least similar token of its frame
         kept, _ = padded_nonzero((rank < quota[:, None]).flatten(1))
-        return image.keep(kept, (1 - alike).flatten(1))
+        return image.keep(kept, (1 - similarity).flatten(1))

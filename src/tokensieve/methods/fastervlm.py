@@ -1,20 +1,18 @@
-"""FasterVLM: one row of the encoder's attention ranks the patches."""
+"""FasterVLM: rank the patches by one row of the vision encoder's attention."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+
+from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import Needs, ScoreMethod, register
+from tokensieve.tokens import ConnectorTokens
 
 
 @register("fastervlm", paper="arXiv:2412.01818", needs=Needs(cls_attention=-2))
 @dataclass(frozen=True)
-class FasterVlm(Method):
-    """Keep the patches that [CLS] attends to most in the layer the features come from.
+class FasterVlm(ScoreMethod):
+    """Keep the patches that [CLS] attends to most in the layer that the features come from.
 
     Args:
         keep: tokens per image, or a share of them (the paper: 144, 58 and 29 of 576).
@@ -25,8 +23,6 @@ class FasterVlm(Method):
     """
 
     keep: Budget = 144
-    by_score: ClassVar = True
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.cls_rows(-2)[0]
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        return image.cls_attention[-2]

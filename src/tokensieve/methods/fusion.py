@@ -1,15 +1,15 @@
-"""What every method inside a cross-modal encoder is."""
+"""Define the base of methods that act inside a cross-modal encoder."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from tokensieve.crossmodal import CrossModal, Merge
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -25,27 +25,27 @@ class FusionMethod(Method):
 
     @property
     def acts(self) -> bool:
-        """Whether the parameters ask for any reduction at all; if not, nothing is hooked."""
+        """Whether the parameters request any reduction; if not, no hook is installed."""
         return True
 
     @property
     def merges_text(self) -> bool:
-        """Whether text tokens may leave; a head that reads every one of them cannot have that."""
+        """Whether text tokens may leave; a head that reads every text token does not allow this."""
         return False
 
     @property
     def counts_padding(self) -> bool:
-        """Whether padding is reduced like tokens; then masks are averaged, and every query sees its own key."""
+        """Whether padding is reduced like tokens; then masks are averaged, and every query attends to its own key."""
         return False
 
     @property
     def follows_sizes(self) -> bool:
-        """Whether a token that stands for several counts that much in an average."""
+        """Whether a merged token counts in an average by the number of tokens that it stands for."""
         return False
 
     @abstractmethod
-    def reduce_pair(self, seen: CrossModal) -> tuple[Merge | None, Merge | None]:
-        """Decide about the text and the image in one layer, for a batch; ``None`` leaves that stream as it is."""
+    def reduce_pair(self, layer: CrossModal) -> tuple[Merge | None, Merge | None]:
+        """Decide about text and image in one layer, for a batch; ``None`` leaves that stream unchanged."""
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: Any) -> Reduction:
         raise Refusal(f"{self.info.name} acts inside cross-modal encoders (ViLT, METER, BridgeTower), not on an LLM")

@@ -1,4 +1,4 @@
-"""HiRED: the whole image tells which tiles deserve tokens, and [CLS] attention which tokens of a tile."""
+"""HiRED: share the budget out over the tiles of an image, and keep the tokens of each that [CLS] attends to most."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,26 +7,25 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import at, padded_nonzero, rank_in_group, share_out, sizes_of, top_k
+from tokensieve.methods import Method, Needs, register
+from tokensieve.ops import padded_nonzero, rank_in_group, set_true, share_out, sizes_of, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, Tiles
 
 
 @register("hired", paper="arXiv:2408.10945", needs=Needs(cls_attention=(0, -2)))
 @dataclass(frozen=True)
 class Hired(Method):
-    """Keep what [CLS] attends to most in the layer the features come from, tile by tile where there are tiles.
+    """Keep the tokens that [CLS] attends to most in the layer the features come from, tile by tile if there are tiles.
 
-    The whole image gets the share ``alpha`` of the budget; each tile one of the rest, by how many of the patches that
-    the first layer's [CLS] attends to most (a share of 1 − ``alpha``) lie in it.
+    The whole image gets the share ``alpha`` of the budget. The tiles share the remaining budget by the number of
+    salient patches in each: the share 1 − ``alpha`` of patches that [CLS] attends to most in the first layer.
 
     Args:
         keep: tokens per image, or a share of them.
         alpha: share of the whole image.
-        spatial: besides, tokens at equal stride over all, as the official code offers for untiled images.
-        official_tiles: count salient patches in consecutive stretches of the raster and round every share down, as
+        spatial: additional tokens at equal stride over all, as the official code offers for untiled images.
+        official_tiles: count salient patches in consecutive windows of the raster and round every share down, as
             the official code does, instead of by the tiles' places and to the full budget.
 
     Cost: O(N·D) time for two rows of attention, O(N·log N) to sort them; O(N) extra memory.
@@ -42,34 +41,36 @@ class Hired(Method):
     official_tiles: bool = False
     proportions: ClassVar = ("alpha",)
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores, wanted = image.at("cls_attention", -2), image.count(self.keep)
-        if image.tile is not None:
-            return self.tiled(image, image.tile, scores, wanted)
-        kept = top_k(scores, wanted)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        scores = image.cls_attention[-2]
+        if image.tiles is not None:
+            return self.reduce_tiles(image, image.tiles, scores)
+        best = top_k(scores, image.budget)
         if not self.spatial:
-            return image.keep(kept, scores)
-        stay = at(torch.zeros_like(scores, dtype=torch.bool), kept)
-        stay[:, : -1 : max(1, image.total // self.spatial)] = True
-        kept, real = padded_nonzero(stay)
-        return image.keep(kept, scores, valid=real)
+            return image.keep(best, scores)
+        kept = set_true(torch.zeros_like(scores, dtype=torch.bool), best)
+        kept[:, : -1 : max(1, image.total // self.spatial)] = True
+        # images whose best tokens lie on the stride keep fewer in all: their rows are padded
+        indices, valid = padded_nonzero(kept)
+        return image.keep(indices, scores, valid=valid)
 
-    def tiled(self, image: VisualTokens, tile: Tensor, scores: Tensor, wanted: int) -> Reduction:
-        """The best of the whole image and of each tile, by their quotas."""
-        (height, width), (rows, columns) = image.views
-        size, tiles = height * width, image.tiles
-        salient = top_k(image.at("cls_attention", 0)[:, :size], int(size * (1 - self.alpha)))
+    def reduce_tiles(self, image: ConnectorTokens, tiles: Tiles, scores: Tensor) -> Reduction:
+        """Keep the best tokens of the whole image and of each tile, by their quotas."""
+        (height, width), (rows, columns) = tiles.views
+        size, tile, count, budget = height * width, tiles.number, tiles.count, image.budget
+        salient = top_k(image.cls_attention[0][:, :size], int(size * (1 - self.alpha)))
         if self.official_tiles:
-            found = sizes_of(salient * tiles // size, tiles)
-        else:
-            mosaic = salient // width * rows // height * columns + salient % width * columns // width
-            found = sizes_of(tile[:, size:].gather(-1, mosaic) - 1, tiles)
-        whole = min(max(int(wanted * self.alpha), wanted - (image.total - size)), size)
-        rest, sizes = wanted - whole, sizes_of(tile, 1 + tiles)[:, 1:]
+            salient_of = sizes_of(salient * count // size, count)
+        else:  # a patch of the whole image lies at the same share of height and width in the mosaic
+            place = salient // width * rows // height * columns + salient % width * columns // width
+            salient_of = sizes_of(tile[:, size:].gather(-1, place) - 1, count)
+        # at least so many that the tiles can take the others, at most all of the whole image
+        whole = min(max(int(budget * self.alpha), budget - (image.total - size)), size)
+        for_tiles, sizes = budget - whole, sizes_of(tile, 1 + count)[:, 1:]
         if self.official_tiles:
-            shares = torch.minimum((found / found.sum(-1, keepdim=True) * rest).long(), sizes)
+            shares = torch.minimum((salient_of / salient_of.sum(-1, keepdim=True) * for_tiles).long(), sizes)
         else:
-            shares = share_out(found, rest, sizes)
+            shares = share_out(salient_of, for_tiles, sizes)
         quotas = torch.cat([torch.full_like(shares[:, :1], whole), shares], -1)
-        kept, real = padded_nonzero(rank_in_group(scores, tile, 1 + tiles) < quotas.gather(-1, tile))
-        return image.keep(kept, scores, valid=real if self.official_tiles else None)
+        kept, valid = padded_nonzero(rank_in_group(scores, tile, 1 + count) < quotas.gather(-1, tile))
+        return image.keep(kept, scores, valid=valid if self.official_tiles else None)

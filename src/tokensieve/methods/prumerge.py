@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: outliers of [CLS] attention stay, and take up what their nearest neighbours had to say."""
+"""LLaVA-PruMerge: keep the outliers of [CLS] attention, and add their nearest neighbours to them."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,31 +7,32 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import at, nearest, outliers, padded_nonzero, rows_at, top_k
+from tokensieve.methods import Method, Needs, register
+from tokensieve.ops import nearest, outliers, padded_nonzero, rows_at, set_true, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens
+
+NEEDS = Needs(cls_attention_single_head=-1, encoder_keys=-1, patches=True)
 
 
-@register("prumerge", paper="arXiv:2403.15388", needs=Needs(cls_wide=-1, encoder_keys=-1, patches=True))
+@register("prumerge", paper="arXiv:2403.15388", needs=NEEDS)
 @dataclass(frozen=True)
 class PruMerge(Method):
-    """Keep the patches that stand out in [CLS] attention; add their neighbours to them, and all the rest as one token.
+    """Keep the patches that stand out in [CLS] attention, merge neighbours into them, and the others into one token.
 
-    The attention is that of the last layer with its heads taken as a single one. Each kept patch adds those of its
-    ``neighbours`` by key cosine, kept or not, times their attention; one more token is the sum of all dropped patches
-    times their attention, and stands where the most attended of them stood.
+    The attention is that of the last layer with all heads joined into one. Each kept patch adds its ``neighbours``
+    nearest patches by key cosine, kept or not, times their attention. One extra token is the sum of all dropped patches
+    times their attention; it stands at the place of the most attended of them.
 
     Args:
         keep: tokens per image, the extra one counted, or a share; ``None`` takes the outliers of each image (above
             the third quartile by 1.5 interquartile ranges): about 5 % of LLaVA-1.5's tokens.
-        neighbours: how many each kept patch takes up.
-        before_projector: merge the encoder's rows, as the official code does, or what the projector makes of them.
+        neighbours: number of patches that each kept patch adds.
+        before_projector: merge the encoder's rows, as the official code does, or the projector's output.
 
     Cost: O(K·N·D) time for the neighbours' key cosines; O(K·N) extra memory, and one layer's keys.
     Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025.
-    Official code: keeps tokens in order of attention, the extra one last, and fails where nothing stands out; here
+    Official code: keeps tokens in order of attention, the extra one last, and fails where no patch stands out; here
     tokens stand at their places, and one always stays. The weights are not normalised, there and here.
     """
 
@@ -42,39 +43,33 @@ class PruMerge(Method):
 
     @property
     def needs(self) -> Needs:
-        return replace(self.info.needs, patches=self.before_projector)
+        return replace(NEEDS, patches=self.before_projector)
 
-    def chosen(self, image: VisualTokens, scores: Tensor) -> Tensor:
-        """Which patches stay, `[B, N]` bool, besides the extra token."""
+    def chosen(self, image: ConnectorTokens, scores: Tensor) -> Tensor:
+        """Return the patches that stay besides the extra token, `[B, N]` bool."""
         if self.keep is None:
             return outliers(scores)
-        best = top_k(scores, max(1, image.count(self.keep) - 1))
-        return at(torch.zeros_like(scores, dtype=torch.bool), best)
+        return set_true(torch.zeros_like(scores, dtype=torch.bool), top_k(scores, max(1, image.budget - 1)))
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores, keys = image.at("cls_wide", -1), image.at("encoder_keys", -1).flatten(-2)
-        stay = self.chosen(image, scores)
-        kept, real = padded_nonzero(stay) if self.keep is None else (_indices(stay), None)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        scores, keys = image.cls_attention_single_head[-1], image.encoder_keys[-1].flatten(-2)
+        stays = self.chosen(image, scores)
+        kept, valid = padded_nonzero(stays)
         slots, sources = kept.shape[1], torch.arange(image.total, device=kept.device).expand_as(scores)
-        rows = rows_at(keys, kept)
-        near = nearest(rows, keys, min(self.neighbours, image.total - 1), own=kept)
-        own = torch.arange(slots, device=kept.device).expand_as(kept)
-        weight = scores.gather(-1, near.flatten(1)).view_as(near)
-        alone = torch.ones_like(kept, dtype=torch.float32)
-        if real is not None:
-            weight, alone = weight * real[..., None], alone * real
-        entries = [(own, kept, alone), (own.repeat_interleave(near.shape[-1], -1), near.flatten(1), weight.flatten(1))]
-        if self.keep is None or image.count(self.keep) > 1:
-            extra = scores.masked_fill(stay, -1).argmax(-1, keepdim=True)
-            entries.append((torch.full_like(sources, slots), sources, scores.masked_fill(stay, 0)))
+        near = nearest(rows_at(keys, kept), keys, min(self.neighbours, image.total - 1), own=kept)  # [B, K, neighbours]
+        slot = torch.arange(slots, device=kept.device).expand_as(kept)
+        # padded slots get entries like any other, with weight 0
+        near_weight = (scores.gather(-1, near.flatten(1)).view_as(near) * valid[..., None]).flatten(1)
+        entries = [
+            (slot, kept, valid.float()),
+            (slot.repeat_interleave(near.shape[-1], -1), near.flatten(1), near_weight),
+        ]
+        if self.keep is None or image.budget > 1:  # the extra token is the last slot; kept patches have weight 0 in it
+            extra = scores.masked_fill(stays, -1).argmax(-1, keepdim=True)
+            entries.append((torch.full_like(sources, slots), sources, scores.masked_fill(stays, 0)))
             kept = torch.cat([kept, extra], -1)
-            real = None if real is None else torch.cat([real, ~stay.all(-1, keepdim=True)], -1)
+            valid = torch.cat([valid, ~stays.all(-1, keepdim=True)], -1)
         slot, source, weight = (torch.cat(part, -1) for part in zip(*entries, strict=True))
-        return image.merge(
-            kept, slot, source, weight, valid=real, scores=scores, before_projector=self.before_projector
-        )
-
-
-def _indices(mask: Tensor) -> Tensor:
-    """Where `[B, N]` bool is True, for images that keep the same number."""
-    return mask.nonzero()[:, 1].view(len(mask), -1)
+        valid_or_none = valid if self.keep is None else None
+        before = self.before_projector
+        return image.merge(kept, slot, source, weight, valid=valid_or_none, scores=scores, before_projector=before)

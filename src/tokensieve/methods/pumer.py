@@ -1,4 +1,4 @@
-"""PuMer: prune image tokens that the text ignores, merge similar tokens within each modality, layer by layer."""
+"""PuMer: prune image tokens that receive little attention from the text, and merge similar ones of each modality."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,27 +8,27 @@ from torch import Tensor
 
 from tokensieve.crossmodal import CrossModal, Merge
 from tokensieve.errors import Refusal
-from tokensieve.methods.fusion import FusionMethod
-from tokensieve.methods.registry import register
+from tokensieve.methods import FusionMethod, register
 from tokensieve.ops import attention, keep_best, text_relevance
 
 
 @register("pumer", paper="arXiv:2305.17530", stage="fusion", trained=True)
 @dataclass(frozen=True)
 class PuMer(FusionMethod):
-    """Inside a cross-modal encoder: prune image tokens by the text's attention, then merge similar tokens of each kind.
+    """Prune image tokens by the text's attention inside a cross-modal encoder, then merge similar tokens of each kind.
 
-    Between attention and MLP of each of ``layers``: of M image tokens the round(prune·M) that the text attends to least
-    leave; round(merge·M) of the rest join the token their key resembles most; and so do round(merge_text·T) of T text
-    tokens. A merged token is the plain average of its members. Made to be fine-tuned with (``tokensieve train pumer``).
+    The method acts between attention and MLP of each of ``layers``. Of M image tokens, the round(prune·M) that the text
+    attends to least leave, and round(merge·M) of the others join the token of most similar key. Of T text tokens,
+    round(merge_text·T) join one in the same way. A merged token is the plain average of its members. The model is meant
+    to be fine-tuned with the method (``tokensieve train pumer``).
 
     Args:
-        layers: where, ascending; in a two-stream encoder the pairs of co-attention layers, both counted from 0.
+        layers: ascending; in a two-stream encoder the pairs of co-attention layers, both counted from 0.
         prune, merge, merge_text: shares in [0, 1), of the tokens that enter the layer.
-        relevance: how the text judges an image token: by its attention, mean over heads ("mean_head") or of the first
-            head ("first_head"), or by the dot product of head-mean keys ("key_key") or text queries and image keys
-            ("query_key"); each summed over the words.
-        weights: what a member counts in an average: "equal", or the number of original tokens it stands for ("size").
+        relevance: the score of an image token: the text's attention to it, mean over heads ("mean_head") or of the
+            first head ("first_head"), or the dot product of head-mean keys ("key_key") or of text queries and image
+            keys ("query_key"); each summed over the words.
+        weights: weight of a member in an average: "equal", or the number of original tokens it stands for ("size").
         official_order: survivors stand best first, as in the authors' code, where the best one takes the place that is
             protected from merging. Else all stand in their own order, and the first one (the image's [CLS]) stays.
         official_padding: padding counts as tokens, as in the authors' code: it is scored, merged and weighed down by a
@@ -73,44 +73,45 @@ class PuMer(FusionMethod):
     def follows_sizes(self) -> bool:
         return self.weights == "size"
 
-    def reduce_pair(self, seen: CrossModal) -> tuple[Merge | None, Merge | None]:
-        return self._text(seen), self._image(seen)
+    def reduce_pair(self, layer: CrossModal) -> tuple[Merge | None, Merge | None]:
+        return self._text(layer), self._image(layer)
 
-    def _text(self, seen: CrossModal) -> Merge | None:
-        counts = seen.text.counts
+    def _text(self, layer: CrossModal) -> Merge | None:
+        counts = layer.text.counts
         merges = [_merges(self.merge_text, n, n) for n in counts]
         if not max(merges):
             return None
-        taking_part = torch.zeros_like(seen.text.mask) if self.official_padding else (seen.text.mask > 0).float()
-        words, _ = keep_best(taking_part, counts)
-        return Merge.of(words, counts, seen.text_key.mean(1), merges, in_place=not self.official_order)
+        # all words stay: equal scores keep them in order, and padding ranks last unless it counts as tokens
+        scores = torch.zeros_like(layer.text.mask) if self.official_padding else (layer.text.mask > 0).float()
+        words, _ = keep_best(scores, counts)
+        return Merge.of(words, counts, layer.text_key.mean(1), merges, in_place=not self.official_order)
 
-    def _image(self, seen: CrossModal) -> Merge | None:
-        counts = seen.image.counts
+    def _image(self, layer: CrossModal) -> Merge | None:
+        counts = layer.image.counts
         keep = [max(n - round(self.prune * n), 1) for n in counts]
-        merges = [_merges(self.merge, n, left) for n, left in zip(counts, keep, strict=True)]
+        merges = [_merges(self.merge, n, remaining) for n, remaining in zip(counts, keep, strict=True)]
         if tuple(keep) == counts and not max(merges):
             return None
-        scores = self._scores(seen)
+        scores = self._scores(layer)
         if not self.official_padding:
-            scores = scores.masked_fill(seen.image.mask == 0, -torch.inf)
+            scores = scores.masked_fill(layer.image.mask == 0, -torch.inf)
         if not self.official_order:
-            scores[:, 0] = torch.inf
+            scores[:, 0] = torch.inf  # the image's [CLS] stays
         kept, _ = keep_best(scores, keep, in_place=not self.official_order)
-        return Merge.of(kept, keep, seen.image_key.mean(1), merges, in_place=not self.official_order)
+        return Merge.of(kept, keep, layer.image_key.mean(1), merges, in_place=not self.official_order)
 
-    def _scores(self, seen: CrossModal) -> Tensor:
-        mask = seen.text.mask
+    def _scores(self, layer: CrossModal) -> Tensor:
+        mask = layer.text.mask
         weight = (torch.ones_like(mask) if self.official_padding else mask) / mask.sum(1, keepdim=True)
         if self.relevance in ("key_key", "query_key"):
-            text = seen.text_key if self.relevance == "key_key" else seen.query
-            return text_relevance(text.mean(1), seen.image_key.mean(1), weight)
+            text = layer.text_key if self.relevance == "key_key" else layer.query
+            return text_relevance(text.mean(1), layer.image_key.mean(1), weight)
         heads = slice(None) if self.relevance == "mean_head" else slice(1)
-        attended = attention(seen.query[:, heads], seen.key[:, heads], seen.bias).mean(1)
-        images = seen.image.mask.shape[1]
-        return torch.einsum("bt,bti->bi", weight, attended[..., -images:])
+        attended = attention(layer.query[:, heads], layer.key[:, heads], layer.bias).mean(1)
+        image_tokens = layer.image.mask.shape[1]  # the image comes last among the keys
+        return torch.einsum("bt,bti->bi", weight, attended[..., -image_tokens:])
 
 
-def _merges(share: float, before: int, left: int) -> int:
-    """Pairs to merge: a share of the tokens before pruning, at most every second one of those left but the first."""
-    return min(round(share * before), (left - 1) // 2)
+def _merges(share: float, before: int, remaining: int) -> int:
+    """Return the pairs to merge: a share of the tokens before pruning, at most half of the remaining but the first."""
+    return min(round(share * before), (remaining - 1) // 2)

@@ -1,33 +1,34 @@
-"""PyramidDrop: drop a share of the visual tokens at the end of every quarter of the LLM."""
+"""PyramidDrop: drop a share of the visual tokens after every quarter of the LLM."""
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
+from tokensieve.tokens import DecoderTokens, given
 
 
-@register("pyramiddrop", paper="arXiv:2410.17247", stage="decoder", needs=Needs(queries="last", own=True))
+@register(
+    "pyramiddrop", paper="arXiv:2410.17247", stage="decoder", needs=DecoderNeeds(attention="last", same_layer=True)
+)
 @dataclass(frozen=True)
-class PyramidDrop(DecoderMethod):
-    """At each stage keep a fixed ratio of what the last prompt token attends to most in the stage's own block.
+class PyramidDrop(ScoreMethod, DecoderMethod):
+    """Keep, at several layers, a fixed ratio of the tokens that the last prompt token attends to most in that layer.
 
     Args:
-        keep: tokens per image after the last stage, or a share of those that entered the LLM (the paper: 0.125). The
-            stages before it are spaced geometrically.
-        average: instead of ``keep``, tokens averaged over all blocks.
-        counts: instead of ``keep``, what each stage leaves, e.g. (0.5, 0.25, 0.125); shares are rounded down, as in the
-            official code.
-        layers: the stages' blocks; floats are shares of the depth (the paper: 8, 16 and 24 of 32).
+        keep: tokens per image after the last of ``layers``, or a share of those that entered the LLM (the paper:
+            0.125). The numbers after the layers before it are spaced geometrically.
+        average: instead of ``keep``, tokens averaged over all layers.
+        counts: instead of ``keep``, tokens after each of ``layers``, e.g. (0.5, 0.25, 0.125); shares are rounded down,
+            as in the official code.
+        layers: tokens leave before these layers; floats are shares of the depth (the paper: 8, 16 and 24 of 32).
 
-    Cost: per stage, norm and projections of its block once more, O(L·D²) time, and one row of attention over the L
+    Cost: per layer of ``layers``, its norm and projections once more, O(L·D²) time, and one row of attention over the L
     positions, O(L·D); O(L·D) extra memory.
     Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction", CVPR
     2025.
-    Official code: renumbers positions at every stage (``positions="contiguous"``) and rounds shares down
+    Official code: renumbers positions at every such layer (``positions="contiguous"``) and rounds shares down
     (``counts=(0.5, 0.25, 0.125)``).
     """
 
@@ -36,9 +37,5 @@ class PyramidDrop(DecoderMethod):
     counts: tuple[Budget, ...] | None = None
     layers: tuple[int | float, ...] = (0.25, 0.5, 0.75)
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.given("queries").mean((1, 2))
-        return image.keep(top_k(scores, self.wanted(image)), scores)
+    def score(self, image: DecoderTokens) -> Tensor:
+        return given(image.attention).mean((1, 2))  # over the heads; the one query is the last prompt token

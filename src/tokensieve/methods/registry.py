@@ -1,4 +1,4 @@
-"""Names to methods: the built-in ones, installed plug-ins, and any class in a file."""
+"""Find methods by name: the built-in ones, installed plug-ins, and any class in a file."""
 
 from __future__ import annotations
 
@@ -14,35 +14,74 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, overload
 
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, MethodInfo, Needs, Stage
+from tokensieve.methods.base import Method, MethodInfo, Stage
+from tokensieve.methods.fusion import FusionMethod
+from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNeeds
+from tokensieve.methods.stages import DecoderMethod, EncoderMethod, ResizeMethod
 
 ENTRY_POINTS = "tokensieve.methods"
 _registry: dict[str, type[Method]] = {}
-_NOT_METHODS = {"base", "fusion", "raters", "registry", "spec"}
+_NOT_METHODS = {"base", "fusion", "needs", "raters", "registry", "spec", "stages", "validate"}
+NEEDS: dict[Stage, type[StageNeeds]] = {
+    "encoder": EncoderNeeds,
+    "connector": Needs,
+    "decoder": DecoderNeeds,
+    "fusion": StageNeeds,
+}
+BASES: dict[Stage, tuple[type[Method], ...]] = {
+    "encoder": (EncoderMethod, ResizeMethod),
+    "connector": (Method,),
+    "decoder": (DecoderMethod,),
+    "fusion": (FusionMethod,),
+}
 M = TypeVar("M", bound=type[Method])
 
 
+@overload
 def register(
-    name: str, *, paper: str, stage: Stage = "connector", needs: Needs | None = None, trained: bool = False
+    name: str, *, paper: str, stage: Literal["connector"] = ..., needs: Needs | None = ..., trained: bool = ...
+) -> Callable[[M], M]: ...
+@overload
+def register(
+    name: str, *, paper: str, stage: Literal["encoder"], needs: EncoderNeeds | None = ..., trained: bool = ...
+) -> Callable[[M], M]: ...
+@overload
+def register(
+    name: str, *, paper: str, stage: Literal["decoder"], needs: DecoderNeeds | None = ..., trained: bool = ...
+) -> Callable[[M], M]: ...
+@overload
+def register(name: str, *, paper: str, stage: Literal["fusion"], trained: bool = ...) -> Callable[[M], M]: ...
+
+
+def register(
+    name: str, *, paper: str, stage: Stage = "connector", needs: StageNeeds | None = None, trained: bool = False
 ) -> Callable[[M], M]:
-    """Class decorator: give a :class:`Method` dataclass its name and public record.
+    """Give a :class:`Method` dataclass its name and public record (a class decorator).
 
     Raises:
-        ValueError: if another class has the name.
-        TypeError: if the class is not a dataclass derived from Method.
+        Refusal: if another class has the name.
+        TypeError: if the class is not a dataclass derived from the base of its stage, or requests the evidence of
+            another stage.
     """
 
     def decorate(cls: M) -> M:
-        if not (dataclasses.is_dataclass(cls) and issubclass(cls, Method)):
-            raise TypeError(f"{cls.__name__} must be a dataclass derived from tokensieve.Method")
+        base = BASES[stage]
+        if not (dataclasses.is_dataclass(cls) and issubclass(cls, base)):
+            names = " or ".join(b.__name__ for b in base)
+            raise TypeError(f"{cls.__name__} must be a dataclass derived from {names} to act at stage {stage!r}")
+        if needs is not None and type(needs) is not NEEDS[stage]:
+            raise TypeError(
+                f"{name} acts at stage {stage!r}, which has the evidence of {NEEDS[stage].__name__}; "
+                f"got {type(needs).__name__}"
+            )
         if name in _registry and _origin(_registry[name]) != _origin(cls):
             raise Refusal(f"the method name {name!r} is taken by {_origin(_registry[name])}")
         parameters = {f.name: f.default for f in dataclasses.fields(cls)}
         title = (inspect.getdoc(cls) or name).strip().splitlines()[0]
-        cls.info = MethodInfo(name, title, paper, stage, needs or Needs(), trained, parameters)
+        cls.info = MethodInfo(name, title, paper, stage, needs or NEEDS[stage](), trained, parameters)
         _registry[name] = cls
         return cls
 
@@ -50,18 +89,18 @@ def register(
 
 
 def list_methods() -> list[MethodInfo]:
-    """Every registered method, by name."""
+    """Return the record of every registered method, by name."""
     _load()
     return [cls.info for _, cls in sorted(_registry.items())]
 
 
 def info(name: str) -> MethodInfo:
-    """The record of one method; ``ValueError`` naming the nearest names if there is none."""
+    """Return the record of one method; if there is none, the ``Refusal`` names the nearest ones."""
     return find(name).info
 
 
 def find(name: str) -> type[Method]:
-    """The class behind a name, or behind ``path/to/file.py:ClassName``."""
+    """Return the class of a method by its name, or by ``path/to/file.py:ClassName``."""
     if ".py:" in name:
         return _from_file(*name.rsplit(":", 1))
     _load()
@@ -71,7 +110,7 @@ def find(name: str) -> type[Method]:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """'did you mean a, b?' or, when nothing is near, the whole list."""
+    """Return 'did you mean a, b?' or, when no name is near, the whole list."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
 
@@ -89,9 +128,9 @@ def _load() -> None:
     for plugin in entry_points(group=ENTRY_POINTS):
         try:
             plugin.load()
-        except Exception as error:  # whatever a plug-in does wrong, the other methods work
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            warnings.warn(f"the method plug-in {plugin.name!r} ({plugin.value}) is left out: {why}", stacklevel=1)
+        except Exception as error:  # a broken plug-in must not take the other methods with it
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(f"the method plug-in {plugin.name!r} ({plugin.value}) is left out: {reason}", stacklevel=1)
 
 
 def _from_file(file: str, class_name: str) -> type[Method]:
@@ -112,10 +151,10 @@ def _from_file(file: str, class_name: str) -> type[Method]:
             raise Refusal(f"{file} does not load: {type(error).__name__}: {error}") from error
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
-        found = [
+        classes = [
             n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method
         ]
-        raise Refusal(f"{file} has no method class {class_name!r}; {nearest(class_name, found)}")
-    if "info" not in vars(cls):  # its own, not that of a method it derives from
+        raise Refusal(f"{file} has no method class {class_name!r}; {nearest(class_name, classes)}")
+    if "info" not in vars(cls):  # an inherited record belongs to the base class
         raise Refusal(f"{class_name} in {file} is not registered: decorate it with @tokensieve.register(...)")
     return cls

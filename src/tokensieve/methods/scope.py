@@ -1,4 +1,4 @@
-"""SCOPE: saliency and coverage, the tokens that matter and that stand for the others."""
+"""SCOPE: keep tokens that are salient and that represent the others."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,26 +6,25 @@ from typing import Literal
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import CHUNK, coverage, gram, normalise, rows_at
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
 @register("scope", paper="arXiv:2510.24214", needs=Needs(cls_attention=-2, patches=True))
 @dataclass(frozen=True)
 class Scope(Method):
-    """Greedily keep the patch that adds most coverage of all patches, times how much [CLS] attends to it.
+    """Keep, greedily, the patch with the largest gain in coverage of all patches times the attention of [CLS] to it.
 
-    A patch is covered as well as the kept one most similar to it (cosine of the encoder's rows).
+    A patch is covered by its cosine to the most similar kept patch (of the encoder's rows).
 
     Args:
         keep: tokens per image, or a share of them.
         alpha: exponent of the attention.
         combine: "times" multiplies gain and attention, "plus" adds them.
-        heads: what the attention is scaled by where "plus" weighs it against the gain: the official code sums over
-            heads, so their number reproduces it; 1 is the mean.
+        heads: factor of the attention, for "plus": the official code sums over heads, so their number reproduces it; 1
+            is the mean.
 
     Cost: O(N²·D) time for the gains of all tokens, then K lazy steps over the 16 best or more; O(N·min(N, 1,024)) extra
     memory.
@@ -39,13 +38,14 @@ class Scope(Method):
     combine: Literal["times", "plus"] = "times"
     heads: int = 1
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        rows, attention = normalise(image.given("patches")), image.at("cls_attention", -2)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        rows, attention = normalise(given(image.patches)), image.cls_attention[-2]
         saliency = (attention * self.heads) ** self.alpha
 
-        def similar(index: Tensor) -> Tensor:
+        def cosines_of(index: Tensor) -> Tensor:
             return rows_at(rows, index) @ rows.transpose(-1, -2)
 
-        covers = gram(rows) if image.total <= CHUNK else similar
+        # up to CHUNK tokens all cosines are held; above, rows of them are computed when they are needed
+        covers = gram(rows) if image.total <= CHUNK else cosines_of
         weight, bonus = (saliency, None) if self.combine == "times" else (None, saliency)
-        return image.keep(coverage(covers, saliency, image.count(self.keep), weight, bonus), attention)
+        return image.keep(coverage(covers, saliency, image.budget, weight, bonus), attention)

@@ -1,4 +1,4 @@
-"""SeTok, its training-free part: tokens that belong together become one."""
+"""SeTok, its training-free part: merge tokens of one cluster into one token."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,25 +7,24 @@ import torch
 from torch import Tensor
 
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import at, join_nearest, padded_nonzero, peak_scores, sizes_of, top_k
+from tokensieve.methods import Method, Needs, register
+from tokensieve.ops import join_nearest, padded_nonzero, peak_scores, set_true, sizes_of, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
 @register("setok-cluster", paper="arXiv:2406.05127", needs=Needs(patches=True, grid=True))
 @dataclass(frozen=True)
 class SetokCluster(Method):
-    """Replace the patches by the means of clusters around density peaks: as many as the image has.
+    """Merge the patches into the means of clusters around density peaks, whose number depends on the image.
 
-    A centre is a patch whose density times distance to anything denser exceeds ``threshold``; a code of its place is
-    added to each patch first, so that clusters are places, too.
+    A centre is a patch whose density times distance to any denser patch exceeds ``threshold``. A code of its place is
+    added to each patch first, so that clusters are local in the image, too.
 
     Args:
-        threshold: of density times distance: smaller, more tokens.
-        fallback: clusters where no patch exceeds it, and neighbours that density is measured by.
-        before_projector: average the encoder's rows, or what the projector makes of them.
+        threshold: of density times distance; a smaller one leaves more tokens.
+        fallback: clusters if no patch exceeds the threshold, and neighbours that density is measured by.
+        before_projector: average the encoder's rows, or the projector's output.
 
     Cost: O(N²·D) time for distances, twice; O(N·min(N, 1,024)) extra memory.
     Paper: "Towards Semantic Equivalence of Tokenization in Multimodal LLM", ICLR 2025. The paper merges with a trained
@@ -38,27 +37,26 @@ class SetokCluster(Method):
     before_projector: bool = True
     least: ClassVar = {"fallback": 1}
 
-    def reduce(self, image: VisualTokens) -> Reduction:
+    def reduce(self, image: ConnectorTokens) -> Reduction:
         if image.grid is None:
             raise Refusal(f"setok-cluster needs tokens on a grid; these {image.total} tokens have none")
-        patches = image.given("patches").float()
+        patches = given(image.patches).float()
         rows = patches + _place_code(image.grid, patches.shape[-1]).to(patches.device)
         scores = peak_scores(rows, self.fallback)
-        centre = scores > self.threshold
-        usual = at(torch.zeros_like(centre), top_k(scores, min(self.fallback, image.total)))
-        centres, real = padded_nonzero(torch.where(centre.any(-1, keepdim=True), centre, usual))
-        cluster = join_nearest(rows, centres, real)
+        above = scores > self.threshold
+        best = set_true(torch.zeros_like(above), top_k(scores, min(self.fallback, image.total)))
+        # images have different numbers of centres: their rows are padded
+        centres, valid = padded_nonzero(torch.where(above.any(-1, keepdim=True), above, best))
+        cluster = join_nearest(rows, centres, valid)  # [B, N]
         weight = 1 / sizes_of(cluster, centres.shape[-1]).gather(-1, cluster)
-        every = torch.arange(image.total, device=cluster.device).expand_as(cluster)
-        return image.merge(
-            centres, cluster, every, weight, valid=real, scores=scores, before_projector=self.before_projector
-        )
+        source, before = torch.arange(image.total, device=cluster.device).expand_as(cluster), self.before_projector
+        return image.merge(centres, cluster, source, weight, valid=valid, scores=scores, before_projector=before)
 
 
 def _place_code(grid: tuple[int, int], width: int) -> Tensor:
-    """Sines and cosines of row and column at wavelengths from 2π to 20,000π, `[N, width]`."""
-    quarter = (width + 3) // 4
+    """Return sines and cosines of row and column at wavelengths from 2π to 20,000π, `[N, width]`."""
+    quarter = (width + 3) // 4  # sine and cosine of two coordinates
     rate = 10000 ** (-torch.arange(quarter) / quarter)
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = [place.flatten()[:, None] * rate for place in (row, column)]
+    angles = [coordinate.flatten()[:, None] * rate for coordinate in (row, column)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], -1)[:, :width]

@@ -1,4 +1,4 @@
-"""Simignore: ignore the visual tokens that resemble no word of the question."""
+"""Simignore: drop the visual tokens that resemble no word of the question."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,24 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import normalise, text_similarity, top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import Needs, ScoreMethod, register
+from tokensieve.ops import normalise, text_similarity
+from tokensieve.tokens import ConnectorTokens, given
 
 
-@register("simignore", paper="arXiv:2412.09817", needs=Needs(text=True))
+@register("simignore", paper="arXiv:2412.09817", needs=Needs(user_text=True))
 @dataclass(frozen=True)
-class Simignore(Method):
+class Simignore(ScoreMethod):
     """Keep the visual tokens with the largest cosine to any word of the prompt: an accuracy method at mild budgets.
 
     Args:
         keep: tokens per image, or a share of them (the paper: 452 of 576).
-        start, step: the pairs of visual token and word are walked in the order of their cosine, from this one and so
-            many at a time, until enough tokens were met; the official code starts at 1 and so skips the best pair.
+        start, step: the first pair and the stride of a walk over the pairs of visual token and word, in the order of
+            their cosine, until it has met enough tokens; the official code starts at 1 and so skips the best pair.
 
     Cost: O(N·M·D) time and O(N·M) extra memory for M words.
     Paper: "Enhancing Multimodal Large Language Models Complex Reason via Similarity Computation", AAAI 2025.
-    Official code: skips the best pair (``start=1``), and masks the other tokens, which saves nothing; here they leave.
+    Official code: skips the best pair (``start=1``), and masks the other tokens, which saves no time; here they leave.
     """
 
     keep: Budget = 0.785
@@ -40,21 +38,20 @@ class Simignore(Method):
 
     @property
     def by_score(self) -> bool:
-        return not self.start and self.step == 1  # a walk ranks each image's pairs by themselves
+        return not self.start and self.step == 1  # other walks rank the pairs of each image by themselves
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        words, mask = image.words()
-        if self.start or self.step > 1:
-            scores = self.walked(normalise(image.features) @ normalise(words).transpose(-1, -2), mask)
-        else:  # the walk meets every token first at its best word
-            scores = text_similarity(image.features, words, mask, "tokens")
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        text = given(image.user_text)
+        if self.by_score:  # this walk meets every token first at its best word
+            return text_similarity(image.features, text.features, text.mask, "tokens")
+        return self.walk(normalise(image.features) @ normalise(text.features).transpose(-1, -2), text.mask)
 
-    def walked(self, cosines: Tensor, mask: Tensor) -> Tensor:
-        """How soon the walk meets each token, `[B, N, M]` to `[B, N]`; tokens that it does not meet come last."""
+    def walk(self, cosines: Tensor, mask: Tensor) -> Tensor:
+        """Return minus the step at which the walk meets each token, `[B, N, M]` to `[B, N]`; never met: the least."""
         batch, total, words = cosines.shape
         pairs = cosines.masked_fill(~mask[:, None], -torch.inf).flatten(1)
         order = pairs.sort(dim=-1, descending=True, stable=True).indices[:, self.start :: self.step]
-        place = torch.arange(order.shape[1], device=order.device, dtype=torch.float32).expand_as(order)
-        latest = place.new_full((batch, total), total * words)
-        return -latest.scatter_reduce(-1, order.div(words, rounding_mode="floor"), place, "amin")
+        step = torch.arange(order.shape[1], device=order.device, dtype=torch.float32).expand_as(order)
+        never = step.new_full((batch, total), total * words)
+        token = order.div(words, rounding_mode="floor")  # pair p is of token p // words
+        return -never.scatter_reduce(-1, token, step, "amin")

@@ -1,4 +1,4 @@
-"""SparseVLM: the words that see the image rate its tokens, and what is dropped is recycled."""
+"""SparseVLM: rate the visual tokens by the words that resemble the image, and recycle the dropped ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,33 +7,35 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.raters import rated
-from tokensieve.methods.registry import register
+from tokensieve.methods import DecoderMethod, DecoderNeeds, register
+from tokensieve.methods.raters import rater_attention
 from tokensieve.ops import density_peaks, keep_and_average, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens
+
+NEEDS = DecoderNeeds(user_text=True, attention="words", input_embeddings=True)
 
 
-@register("sparsevlm", paper="arXiv:2410.04417", stage="decoder", needs=Needs(text=True, queries="words", entry=True))
+@register("sparsevlm", paper="arXiv:2410.04417", stage="decoder", needs=NEEDS)
 @dataclass(frozen=True)
 class SparseVlm(DecoderMethod):
-    """Keep what the rater words attend to; cluster the best of the rest and keep the clusters' means.
+    """Keep the tokens that the rater words attend to most, and the means of clusters of the best others.
 
     A budget counts the kept tokens; the recycled ones come on top, as in the paper's tables.
 
     Args:
-        keep: tokens per image after the last stage, or a share of those that entered the LLM.
-        average: instead of ``keep``, tokens averaged over all blocks (the paper's convention: 192, 128, 64 of 576).
-        counts: instead of ``keep``, what each stage keeps (official for 192, 128, 64: (300, 200, 110), (303, 110, 36),
-            (66, 30, 17)).
-        layers: the stages' blocks; floats are shares of the depth (the paper prunes after blocks 2, 6 and 15 of 32).
+        keep: tokens per image after the last of ``layers``, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all layers (the paper's convention: 192, 128, 64 of 576).
+        counts: instead of ``keep``, tokens kept at each of ``layers`` (official for 192, 128, 64: (300, 200, 110),
+            (303, 110, 36), (66, 30, 17)).
+        layers: tokens leave before these layers; floats are shares of the depth (the paper prunes after layers 2, 6 and
+            15 of 32).
         recycle: share of the pruned tokens that is clustered.
         appended: recycled tokens stand after the kept ones, as in the official code; else at their centres' places.
         noise_seed: break ties of the clustering by noise of this seed, as the official code does.
 
-    Cost: per stage, O(M·(L + N)·D) time and O(M·L) extra memory per head for the rows of M words over L positions;
-    O(R²·D) time to cluster R recycled tokens.
+    Cost: per layer of ``layers``, O(M·(L + N)·D) time and O(M·L) extra memory per head for the rows of M words over L
+    positions; O(R²·D) time to cluster R recycled tokens.
     Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025.
     Official code: renumbers (``positions="contiguous"``), puts recycled tokens last (``appended``), breaks ties by
     noise (``noise_seed``), and keeps at most all but one token.
@@ -48,22 +50,21 @@ class SparseVlm(DecoderMethod):
     noise_seed: int | None = None
     proportions: ClassVar = ("recycle",)
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        rows, by = rated(image)
-        scores = rows.sum(1) / by.sum(-1, keepdim=True)
-        kept = top_k(scores, self.wanted(image))
+    def reduce(self, image: DecoderTokens) -> Reduction:
+        attention, is_rater = rater_attention(image)
+        scores = attention.sum(1) / is_rater.sum(-1, keepdim=True)
+        kept = top_k(scores, image.budget)
         return self.recycled(image, scores, kept) if self.recycle else image.keep(kept, scores)
 
-    def recycled(self, image: VisualTokens, scores: Tensor, kept: Tensor) -> Reduction:
-        """The kept tokens as they are, and the means of clusters of the best pruned ones."""
-        best = int(self.recycle * (image.total - kept.shape[-1])) + 1
+    def recycled(self, image: DecoderTokens, scores: Tensor, kept: Tensor) -> Reduction:
+        """Keep the kept tokens as they are, and the means of clusters of the best pruned ones."""
+        count = int(self.recycle * (image.total - kept.shape[-1])) + 1
+        clusters, noise = count // 10 + 1, None
+        # kept tokens rank last, so that the first `count` are the best pruned ones
         order = scores.scatter(-1, kept, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        sources, clusters, noise = order[:, :best], best // 10 + 1, None
-        if self.noise_seed is not None:
-            drawn = torch.rand(1, best, generator=torch.Generator().manual_seed(self.noise_seed))
+        sources = order[:, :count]
+        if self.noise_seed is not None:  # drawn on the CPU: the same noise on every device and in every batch
+            drawn = torch.rand(1, count, generator=torch.Generator().manual_seed(self.noise_seed))
             noise = 1e-6 * drawn.to(scores.device)
         rows = image.features.take_along_dim(sources[..., None], -2)
         centres, cluster = density_peaks(rows, clusters, clusters, noise)

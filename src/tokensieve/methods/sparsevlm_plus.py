@@ -1,39 +1,36 @@
-"""SparseVLM+: raters without the rotary embedding's pull towards what stands near them."""
+"""SparseVLM+: correct the raters' attention for the rotary embedding's preference for near tokens."""
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
+from tokensieve.methods import DecoderMethod, DecoderNeeds, ScoreMethod, register
 from tokensieve.methods.raters import raters
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens, given
+
+NEEDS = DecoderNeeds(user_text=True, attention="words", input_embeddings=True, rope_gain=True)
 
 
-@register(
-    "sparsevlm+",
-    paper="arXiv:2410.04417",
-    stage="decoder",
-    needs=Needs(text=True, queries="words", entry=True, rotary=True),
-)
+@register("sparsevlm+", paper="arXiv:2410.04417", stage="decoder", needs=NEEDS)
 @dataclass(frozen=True)
-class SparseVlmPlus(DecoderMethod):
-    """Keep what the rater words attend to in the heads that look at the image most, corrected for distance.
+class SparseVlmPlus(ScoreMethod, DecoderMethod):
+    """Keep the tokens that the rater words attend to in the heads with most attention to the image, by distance.
 
-    Attention is divided by what the rotary embedding alone would make of two vectors of ones at the same places.
-    Nothing is recycled.
+    Attention is divided by the score that the rotary embedding alone gives two vectors of ones at the same positions.
+    No token is recycled.
 
     Args:
-        keep: tokens per image after the last stage, or a share of those that entered the LLM.
-        average: instead of ``keep``, tokens averaged over all blocks.
-        counts: instead of ``keep``, what each stage keeps (official for 192, 128, 64: (300, 200, 118), (238, 108, 60),
-            (66, 34, 20)).
-        layers: the stages' blocks; floats are shares of the depth.
-        heads: how many heads count, or a share of them (the official code: 14 of 32).
+        keep: tokens per image after the last of ``layers``, or a share of those that entered the LLM.
+        average: instead of ``keep``, tokens averaged over all layers.
+        counts: instead of ``keep``, tokens kept at each of ``layers`` (official for 192, 128, 64: (300, 200, 118),
+            (238, 108, 60), (66, 34, 20)).
+        layers: tokens leave before these layers; floats are shares of the depth.
+        heads: the number of heads that count, or a share of them (the official code: 14 of 32).
 
-    Cost: per stage, O(M·(L + N)·D) time and O(M·L) extra memory per head for the rows of M words over L positions.
+    Cost: per layer of ``layers``, O(M·(L + N)·D) time and O(M·L) extra memory per head for the rows of M words over L
+    positions.
     Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025, version
     2.0 of the official code.
     Official code: keeps 14 heads whatever their number (``heads=14``). The divisor can come near zero or below, there
@@ -51,16 +48,14 @@ class SparseVlmPlus(DecoderMethod):
         if not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads <= 1):
             raise Refusal(f"heads must be a whole number of heads >= 1, or a share in (0, 1]; got {self.heads}")
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        by, turned = raters(image), image.given("rotary")
-        gravity = image.given("text_rotary") @ turned.transpose(-1, -2) / turned.shape[-1] ** 0.5
-        rows = (image.given("queries") / gravity[:, None]).masked_fill(~by[:, None, :, None], 0)
+    def score(self, image: DecoderTokens) -> Tensor:
+        is_rater, visual_gain = raters(image), given(image.rope_gain)
+        text_gain = given(given(image.user_text).rope_gain)
+        gain = text_gain @ visual_gain.transpose(-1, -2) / visual_gain.shape[-1] ** 0.5  # [B, M, N]
+        rows = (given(image.attention) / gain[:, None]).masked_fill(~is_rater[:, None, :, None], 0)  # [B, H, M, N]
         heads = self.heads if isinstance(self.heads, int) else max(1, round(self.heads * rows.shape[1]))
         if heads > rows.shape[1]:
             raise Refusal(f"this LLM has {rows.shape[1]} heads; got heads={heads}")
-        looking = rows.sum((-1, -2)).topk(heads, -1).indices
-        scores = rows.take_along_dim(looking[..., None, None], 1).sum((1, 2)) / (heads * by.sum(-1, keepdim=True))
-        return image.keep(top_k(scores, self.wanted(image)), scores)
+        best = rows.sum((-1, -2)).topk(heads, -1).indices
+        scores: Tensor = rows.take_along_dim(best[..., None, None], 1).sum((1, 2))
+        return scores / (heads * is_rater.sum(-1, keepdim=True))

@@ -1,29 +1,27 @@
-"""SparseVLM's rule for counts: keep as many tokens as the raters' attention has independent directions."""
+"""SparseVLM's rule for counts: keep as many tokens as the rank of the raters' attention."""
 
 from dataclasses import dataclass
 
 import torch
 
-from tokensieve.methods.base import DecoderMethod, Needs, check_blocks
-from tokensieve.methods.raters import rated
-from tokensieve.methods.registry import register
+from tokensieve.methods import DecoderMethod, register
+from tokensieve.methods.raters import rater_attention
+from tokensieve.methods.sparsevlm import NEEDS
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import DecoderTokens
 
 
-@register(
-    "sparsevlm-rank", paper="arXiv:2410.04417", stage="decoder", needs=Needs(text=True, queries="words", entry=True)
-)
+@register("sparsevlm-rank", paper="arXiv:2410.04417", stage="decoder", needs=NEEDS)
 @dataclass(frozen=True)
 class SparseVlmRank(DecoderMethod):
-    """Keep ``scale * rank + bias`` of what the rater words attend to, by the rank of their attention to the image.
+    """Keep ``scale * rank + bias`` of the tokens that the rater words attend to, by the rank of that attention.
 
-    Every image keeps its own number, and nothing is recycled; see ``sparsevlm`` for the raters. At full rank (as many
-    directions as tokens) nothing leaves.
+    Every image keeps its own number, and no token is recycled; see ``sparsevlm`` for the raters. At full rank (as many
+    directions as tokens) no token leaves.
 
     Args:
         scale, bias: tokens per rank, and in any case.
-        layers: the stages' blocks; floats are shares of the depth.
+        layers: tokens leave before these layers; floats are shares of the depth.
 
     Cost: as ``sparsevlm+``, and O(M²·N) time for the singular values.
     Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025.
@@ -34,14 +32,12 @@ class SparseVlmRank(DecoderMethod):
     bias: float = 0.0
     layers: tuple[int | float, ...] = (0.09375, 0.21875, 0.5)
 
-    def stages(self, depth: int) -> list[int]:
-        return check_blocks(self.layers, depth)
-
-    def reduce(self, image: VisualTokens) -> Reduction:
-        rows, by = rated(image)
-        scores = rows.sum(1) / by.sum(-1, keepdim=True)
+    def reduce(self, image: DecoderTokens) -> Reduction:
+        attention, is_rater = rater_attention(image)
+        scores = attention.sum(1) / is_rater.sum(-1, keepdim=True)
         order = scores.sort(dim=-1, descending=True, stable=True).indices
-        total, smallest = image.total, torch.finfo(rows.dtype).eps
-        rank = torch.linalg.matrix_rank(rows, rtol=by.sum(-1).clamp(min=total) * smallest)
+        total, epsilon = image.total, torch.finfo(attention.dtype).eps
+        # torch's default tolerance for a matrix of the raters' rows alone: max(raters, N) · epsilon
+        rank = torch.linalg.matrix_rank(attention, rtol=is_rater.sum(-1).clamp(min=total) * epsilon)
         counts = (rank * self.scale + self.bias).long().clamp(1, max(total - 1, 1))
         return image.keep(order, scores, counts.masked_fill(rank == total, total))

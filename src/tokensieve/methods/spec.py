@@ -1,4 +1,4 @@
-"""The method spec grammar: ``name`` or ``name(key=literal, …)``, joined by ``+``."""
+"""Parse method specs: ``name`` or ``name(key=literal, …)``, joined by ``+``."""
 
 from __future__ import annotations
 
@@ -15,64 +15,63 @@ NAME = re.compile(r"\s*([\w./\\:~-]+)")
 
 
 def parse(spec: str, **parameters: Any) -> list[Method]:
-    """Read a spec such as ``"visionzip(keep=192) + fastv(layer=8, keep=64)"``.
+    """Return the methods of a spec such as ``"visionzip(keep=192) + fastv(layer=8, keep=64)"``.
 
     Args:
         spec: the text. A name is a registered method or ``path/to/file.py:ClassName``.
-        parameters: values for parameters that the spec leaves open, each given to the stages that have it.
+        parameters: values for parameters that the spec leaves open, each passed to the methods that have it.
 
     Raises:
-        ValueError: unknown method or parameter (naming the nearest), bad value, or a spec that cannot be read.
+        Refusal: on an unknown method or parameter (it names the nearest), a bad value, or an unreadable spec.
     """
-    stages: list[Method] = []
+    methods: list[Method] = []
     used: set[str] = set()
-    for name, given in _stages(spec):
+    for name, arguments in _split(spec):
         cls = find(name)
         known = [f.name for f in dataclasses.fields(cls)]
-        for key in given:
+        for key in arguments:
             if key not in known:
                 raise Refusal(f"{name} has no parameter {key!r}; {nearest(key, known)}")
-        extra = {k: v for k, v in parameters.items() if k in known and k not in given}
+        extra = {k: v for k, v in parameters.items() if k in known and k not in arguments}
         used |= extra.keys()
         try:
-            stages.append(cls(**{**given, **extra}))
+            methods.append(cls(**{**arguments, **extra}))
         except TypeError as error:
             raise Refusal(f"{name}: {error}") from None
     for key in parameters:
         if key not in used:
-            names = sorted({f.name for stage in stages for f in dataclasses.fields(stage)})
+            names = sorted({f.name for method in methods for f in dataclasses.fields(method)})
             raise Refusal(f"{spec} has no open parameter {key!r}; {nearest(key, names)}")
-    return stages
+    return methods
 
 
-def _stages(spec: str) -> list[tuple[str, dict[str, Any]]]:
+def _split(spec: str) -> list[tuple[str, dict[str, Any]]]:
     """Split a spec into names and literal arguments."""
-    out, rest = [], spec
+    parts, remaining = [], spec
     while True:
-        match = NAME.match(rest)
+        match = NAME.match(remaining)
         if match is None:
-            raise Refusal(f"cannot read the method spec {spec!r}: a method name is missing at {rest.strip()!r}")
-        name, rest = match[1], rest[match.end() :]
-        if re.match(r"\+\s*(\(|\+|$)", rest):  # names that end in a plus sign: prumerge+(keep=64)
-            name, rest = name + "+", rest[1:]
+            raise Refusal(f"cannot read the method spec {spec!r}: a method name is missing at {remaining.strip()!r}")
+        name, remaining = match[1], remaining[match.end() :]
+        if re.match(r"\+\s*(\(|\+|$)", remaining):  # names that end in a plus sign: prumerge+(keep=64)
+            name, remaining = name + "+", remaining[1:]
         arguments: dict[str, Any] = {}
-        if rest.startswith("("):
-            call, rest = _call(rest, spec)
-            arguments = call
-        out.append((name, arguments))
-        rest = rest.strip()
-        if not rest:
-            return out
-        if not rest.startswith("+"):
-            raise Refusal(f"cannot read the method spec {spec!r}: expected '+' at {rest!r}")
-        rest = rest[1:]
+        if remaining.startswith("("):
+            arguments, remaining = _read_call(remaining, spec)
+        parts.append((name, arguments))
+        remaining = remaining.strip()
+        if not remaining:
+            return parts
+        if not remaining.startswith("+"):
+            raise Refusal(f"cannot read the method spec {spec!r}: expected '+' at {remaining!r}")
+        remaining = remaining[1:]
 
 
-def _call(rest: str, spec: str) -> tuple[dict[str, Any], str]:
-    """Read ``(key=literal, …)`` at the start of ``rest``; returns the arguments and what follows."""
-    for end in (i + 1 for i, c in enumerate(rest) if c == ")"):
+def _read_call(text: str, spec: str) -> tuple[dict[str, Any], str]:
+    """Read ``(key=literal, …)`` at the start of ``text``; return the arguments and the remaining text."""
+    for end in (i + 1 for i, c in enumerate(text) if c == ")"):
         try:
-            call = ast.parse(f"f{rest[:end]}", mode="eval").body
+            call = ast.parse(f"f{text[:end]}", mode="eval").body
         except SyntaxError:
             continue  # this parenthesis closes a tuple or stands in a string: try the next one
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
@@ -80,7 +79,7 @@ def _call(rest: str, spec: str) -> tuple[dict[str, Any], str]:
         if len({k.arg for k in call.keywords}) < len(call.keywords):
             break
         try:
-            return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}, rest[end:]
+            return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}, text[end:]
         except ValueError:
             break
     raise Refusal(

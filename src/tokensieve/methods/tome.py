@@ -1,35 +1,35 @@
-"""ToMe: in every layer of the vision tower, the most similar tokens become one."""
+"""ToMe: merge the most similar tokens in every layer of the vision encoder."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tokensieve.budget import Budget, merge_counts, ramp
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import EncoderMethod, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import EncoderMethod, EncoderNeeds, register
 from tokensieve.ops import alternate_match
 from tokensieve.reduction import Mixing, Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import EncoderTokens, given
 
 
-@register("tome", paper="arXiv:2210.09461", stage="encoder", needs=Needs(encoder_keys=-1))
+@register("tome", paper="arXiv:2210.09461", stage="encoder", needs=EncoderNeeds(encoder_keys=True))
 @dataclass(frozen=True)
 class ToMe(EncoderMethod):
-    """In each layer of the vision tower, merge the tokens whose keys are most alike: later layers are shorter.
+    """Merge the tokens with the most similar keys in each layer of the vision encoder: later layers become shorter.
 
-    Between attention and MLP every second token looks for that of the others whose key, mean over heads, is nearest;
-    the most similar pairs become their mean, weighted by the patches that each side stands for.
+    Between attention and MLP every second token is matched with the other token of nearest key, mean over heads. The
+    most similar pairs become their mean, weighted by the patches that each side stands for.
 
     Args:
         keep: tokens per image at the end, or a share; equally many leave in each layer, at most half of them.
-        r: instead of ``keep``, how many leave in each layer.
+        r: instead of ``keep``, the number that leaves in each layer.
         inflection: from −1 (all merging early) over 0 (the same in every layer) to 1 (late).
-        prop_attn: attend to a merged token as to the patches it stands for: the log of its size is added.
-        official_order: the next layer pairs tokens in the order in which the authors' code leaves them (first those
-            that looked for a partner and did not merge); else in raster order.
+        prop_attn: attend to a merged token as to its number of patches: the log of its size is added.
+        official_order: the next layer pairs tokens in the order in which the authors' code leaves them (first the
+            matched tokens that did not merge); else in raster order.
 
-    Cost: per layer, O(n²·D) time and O(n²) extra memory to match n tokens; later layers see fewer.
+    Cost: per layer, O(n²·D) time and O(n²) extra memory to match n tokens; later layers have fewer.
     Paper: "Token Merging: Your ViT But Faster", 2022.
     """
 
@@ -50,27 +50,27 @@ class ToMe(EncoderMethod):
     def proportional(self) -> bool:
         return self.prop_attn
 
-    def stages(self, depth: int) -> list[int]:
+    def layer_numbers(self, depth: int) -> list[int]:
         return list(range(depth))
 
-    def per_stage(self, total: int, stages: int) -> list[int]:
+    def stage_budgets(self, total: int, layers: Sequence[int], depth: int) -> list[int]:
         if self.r is None:
-            return merge_counts(total, stages, self.keep, self.inflection)
-        left = [total]
-        for r in ramp(self.r, int(self.r * (1 - self.inflection)), stages):
-            left.append(left[-1] - min(int(r), left[-1] // 2))
-        return left[1:]
+            return merge_counts(total, len(layers), self.keep, self.inflection)
+        budgets = [total]
+        for r in ramp(self.r, int(self.r * (1 - self.inflection)), len(layers)):
+            budgets.append(budgets[-1] - min(int(r), budgets[-1] // 2))
+        return budgets[1:]
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        leave, first = image.total - self.wanted(image), image.specials % 2  # [CLS] takes part in alternating
-        order, partner = alternate_match(image.at("encoder_keys", -1).mean(-2), first)
-        gone, into = order[:, :leave], partner[:, :leave]
+    def reduce(self, image: EncoderTokens) -> Reduction:
+        leaving, first = image.total - image.budget, image.specials % 2  # [CLS] counts in the alternation
+        order, partner = alternate_match(given(image.encoder_keys).float().mean(-2), first)
         token = torch.arange(image.total, device=order.device).expand(len(order), -1)
-        target = token.scatter(1, gone, into)
-        anchors = (target != token).int().argsort(dim=1, stable=True)[:, : image.total - leave]
+        target = token.scatter(1, order[:, :leaving], partner[:, :leaving])  # the token that each one merges into
+        anchors = (target != token).int().argsort(dim=1, stable=True)[:, : image.budget]  # staying tokens first
         if self.official_order:
-            alone = order[:, leave:].sort(-1).values if image.specials else order[:, leave:]
-            anchors = torch.cat([alone, token[:, 1 - first :: 2]], 1)
+            unmerged = order[:, leaving:].sort(-1).values if image.specials else order[:, leaving:]
+            anchors = torch.cat([unmerged, token[:, 1 - first :: 2]], 1)
+        # invert the anchors (token to slot), then read the slot of each token's target
         slot = torch.zeros_like(token).scatter(1, anchors, token[:, : anchors.shape[1]]).gather(1, target)
         sizes = torch.ones_like(token, dtype=torch.float32) if image.sizes is None else image.sizes
         merged = torch.zeros_like(sizes).scatter_add(1, target, sizes).gather(1, target)

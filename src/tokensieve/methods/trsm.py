@@ -1,23 +1,23 @@
-"""TRSM: retrieve the visual tokens that the prompt asks for."""
+"""TRSM: retrieve the visual tokens that match the prompt."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
+
+from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import text_similarity, top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import Needs, ScoreMethod, register
+from tokensieve.ops import text_similarity
+from tokensieve.tokens import ConnectorTokens, given
 
 
-@register("trsm", paper="arXiv:2410.07278", needs=Needs(text=True))
+@register("trsm", paper="arXiv:2410.07278", needs=Needs(user_text=True))
 @dataclass(frozen=True)
-class Trsm(Method):
+class Trsm(ScoreMethod):
     """Keep the visual tokens whose embedding is nearest to the words of the user's prompt.
 
-    Cosine in the LLM's input space, between projected visual tokens and the embeddings of the user's own words (no
-    template, no special tokens: give ``attach`` the processor, or all text after the first image counts).
+    The measure is the cosine in the LLM's input space, between projected visual tokens and the embeddings of the user's
+    own words (no template, no special tokens: give ``attach`` the processor, or all text after the first image counts).
 
     Args:
         keep: tokens per image, or a share of them. The paper compresses "by 20 %", which leaves open whether to or by;
@@ -30,9 +30,7 @@ class Trsm(Method):
 
     keep: Budget = 0.2
     query: Literal["tokens", "prompt"] = "tokens"
-    by_score: ClassVar = True
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        words, mask = image.words()
-        scores = text_similarity(image.features, words, mask, self.query)
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        text = given(image.user_text)
+        return text_similarity(image.features, text.features, text.mask, self.query)

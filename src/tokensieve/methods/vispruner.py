@@ -1,4 +1,4 @@
-"""VisPruner: half of the tokens for what matters, half for what is different."""
+"""VisPruner: spend half of the budget on salient tokens, half on diverse ones."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,19 @@ import torch
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
+from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import bipartite_thinning, without_sinks
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, given
 
 
 @register("vispruner", paper="arXiv:2412.01818v2", needs=Needs(cls_attention=-2, patches=True))
 @dataclass(frozen=True)
 class VisPruner(Method):
-    """Keep the patches that [CLS] attends to most, and of the others the least alike.
+    """Keep the patches that [CLS] attends to most, and of the others the least similar to each other.
 
-    The others, in order of attention, are thinned out round by round: those at even places that resemble one at an
-    odd place most leave.
+    The others, in order of attention, are thinned out round by round: those at even places that are most similar to one
+    at an odd place leave.
 
     Args:
         keep: tokens per image, or a share of them.
@@ -46,11 +45,11 @@ class VisPruner(Method):
         if self.step < 1:
             raise Refusal(f"step must be at least 1; got {self.step}")
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        patches, wanted = image.given("patches"), image.count(self.keep)
-        scores = without_sinks(image.at("cls_attention", -2), patches, self.sinks)
-        order, first = scores.sort(dim=-1, descending=True, stable=True).indices, int(wanted * self.important)
-        others = order[:, first:]
-        if first < wanted:
-            others = bipartite_thinning(patches, others, wanted - first, self.step)
-        return image.keep(torch.cat([order[:, :first], others[:, : wanted - first]], -1), scores)
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        patches, important = given(image.patches), int(image.budget * self.important)
+        scores, diverse = without_sinks(image.cls_attention[-2], patches, self.sinks), image.budget - important
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        others = order[:, important:]
+        if diverse:  # thinning by whole steps may leave more than the budget: the first of them stay
+            others = bipartite_thinning(patches, others, diverse, self.step)
+        return image.keep(torch.cat([order[:, :important], others[:, :diverse]], -1), scores)

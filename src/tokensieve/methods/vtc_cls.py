@@ -1,18 +1,15 @@
-"""VTC-CLS: the encoder's [CLS] token already knows which patches matter."""
+"""VTC-CLS: rank the patches by the attention of [CLS], summed over the layers of the vision encoder."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.methods.base import Method, Needs
-from tokensieve.methods.registry import register
-from tokensieve.ops import top_k
-from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import Needs, ScoreMethod, register
+from tokensieve.tokens import ConnectorTokens
 
 OVER_LAYERS: dict[str, Callable[..., Tensor]] = {
     "sum": torch.sum,
@@ -24,17 +21,17 @@ OVER_LAYERS: dict[str, Callable[..., Tensor]] = {
 
 @register("vtc-cls", paper="arXiv:2412.05819", needs=Needs(cls_attention=slice(None, -1)))
 @dataclass(frozen=True)
-class VtcCls(Method):
-    """Keep what the encoder's [CLS] token attends to, summed over an ensemble of layers.
+class VtcCls(ScoreMethod):
+    """Keep the patches that the encoder's [CLS] token attends to most, summed over an ensemble of layers.
 
-    The score of a patch is the attention it gets from [CLS], mean over heads, reduced over the layers from
-    ``first_layer`` to the last but one: LLaVA takes its features there, and never needs the last layer.
+    The score of a patch is the attention of [CLS] to it, mean over heads, reduced over the layers from ``first_layer``
+    to the last but one: LLaVA takes its features there, and never needs the last layer.
 
     Args:
         keep: tokens per image, or a share of them.
         first_layer: first encoder layer of the ensemble; negative counts from the last layer, so −2 is the single
             layer that the features come from.
-        over_layers: how a patch's attentions in these layers become one score ("mean" ranks like "sum").
+        over_layers: the reduction of a patch's attentions in these layers to one score ("mean" ranks like "sum").
 
     Cost: O(S·N·D) time for one row of attention in each of S layers; O(S·N) extra memory.
     Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", 2024.
@@ -44,13 +41,11 @@ class VtcCls(Method):
     keep: Budget = 64
     first_layer: int = 0
     over_layers: Literal["sum", "mean", "max", "min"] = "sum"
-    by_score: ClassVar = True
 
     @property
     def needs(self) -> Needs:
         return Needs(cls_attention=slice(self.first_layer, -1))
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        rows = image.cls_rows(slice(self.first_layer, -1))
-        scores = OVER_LAYERS[self.over_layers](rows, dim=0)
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        rows = image.cls_attention.stack(slice(self.first_layer, -1))  # [S, B, N]
+        return OVER_LAYERS[self.over_layers](rows, dim=0)

@@ -1,8 +1,9 @@
-"""What each family of models looks like: where the vision encoder is, what its rows mean, how patches become tokens."""
+"""Model families: where the vision encoder is, how its rows map to visual tokens, and what is supported."""
 
-from tokensieve.models.catalogue import TESTED, families, family_of
+from tokensieve.models.catalogue import families, family_of
 from tokensieve.models.family import EncodeCall, Family
 from tokensieve.models.generic import REFUSED
 from tokensieve.models.layout import TokenLayout
+from tokensieve.models.versions import TESTED
 
 __all__ = ["REFUSED", "TESTED", "EncodeCall", "Family", "TokenLayout", "families", "family_of"]

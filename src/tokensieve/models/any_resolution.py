@@ -1,4 +1,4 @@
-"""Images as a base tile and a mosaic of tiles, unpadded, every row of the mosaic ended by a newline row."""
+"""Images as a base tile and an unpadded mosaic of tiles, with a newline token after each line of the mosaic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tokensieve.models.layout import TokenLayout
 
 
 class AnyResolution(Family):
-    """What the LLaVA-NeXT line has in common: the model itself packs an index, and so tells where its rows go."""
+    """The LLaVA-NeXT line. The model's own packing runs on an index, which shows where each unit goes."""
 
     def tiles(self, model: Any, call: EncodeCall) -> list[int]:
-        """Tiles of each image, the base tile counted."""
+        """Return the number of tiles of each image, including the base tile."""
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         pinpoints, side = model.config.image_grid_pinpoints, model.config.vision_config.image_size
@@ -24,28 +24,31 @@ class AnyResolution(Family):
 
     @abstractmethod
     def pack(self, model: Any, call: EncodeCall, rows: list[Tensor], newline: Tensor) -> list[Tensor]:
-        """The model's own packing of `[tiles, P, C]` per image, `[N, C]`."""
+        """Run the model's own packing, `[tiles, P, C]` to `[N, C]` for each image."""
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
+    def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         (height, width), tiles = self.tile(model, call), self.tiles(model, call)
         numbers = torch.arange(sum(tiles) * height * width, dtype=torch.float64)
+        # the packed features are the number and the square of each unit: see _layout; newlines are -1
         index = torch.stack([numbers, numbers**2], -1).view(-1, height * width, 2)
         packed = self.pack(model, call, list(torch.split(index, tiles)), torch.tensor([-1.0, 1.0], dtype=torch.float64))
-        return [self._shape((height, width), count - 1, rows) for count, rows in zip(tiles, packed, strict=True)]
+        return [self._layout((height, width), count - 1, rows) for count, rows in zip(tiles, packed, strict=True)]
 
-    def _shape(self, base: tuple[int, int], tiles: int, rows: Tensor) -> TokenLayout:
-        """The shape of an image whose packed index is ``rows`` `[N, 2]`: number and square of each unit, -1 newline."""
-        structure, first = rows[:, 0] < 0, base[0] * base[1]
-        line, views = structure.long().cumsum(0) - structure.long(), [base]
+    def _layout(self, base: tuple[int, int], tiles: int, rows: Tensor) -> TokenLayout:
+        """Read an image's layout from its packed index ``rows`` `[N, 2]`: number and square of units, -1 newlines."""
+        separator, base_size = rows[:, 0] < 0, base[0] * base[1]
+        # the newlines before a token are the number of its line: a newline itself belongs to the line that it ends
+        line, views = separator.long().cumsum(0) - separator.long(), [base]
         if tiles:
-            line[first:] += 1
-            newlines = int(structure.sum())
-            views.append((newlines, (len(rows) - first) // newlines - 1))
-        places = (~structure).nonzero().squeeze(-1)
-        units = rows[places]
-        mapped = bool((units[:, 0] ** 2 == units[:, 1]).all())  # a mean's square is not the mean of the squares
+            line[base_size:] += 1  # the base tile has no newline: its tokens are line 0
+            newlines = int(separator.sum())
+            views.append((newlines, (len(rows) - base_size) // newlines - 1))
+        patch_index = (~separator).nonzero().squeeze(-1)
+        units = rows[patch_index]
+        # the packing may interpolate: then a row is a mean of units, whose square is not the mean of their squares
+        mapped = bool((units[:, 0] ** 2 == units[:, 1]).all())
         if not mapped:
-            return TokenLayout(len(rows), tuple(views), None, line, places, mapped=False)
+            return TokenLayout(len(rows), tuple(views), None, line, patch_index, mapped=False)
         number = units[:, 0].long()
-        tile = number // first - number[0] // first if tiles else None
-        return TokenLayout(len(rows), tuple(views), number, line, places, tile, tiles)
+        tile = number // base_size - number[0] // base_size if tiles else None
+        return TokenLayout(len(rows), tuple(views), number, line, patch_index, tile, tiles)

@@ -1,4 +1,4 @@
-"""Which families there are, and which one a live model belongs to."""
+"""Find the model families, and the family of a live model."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ from tokensieve.errors import Refusal
 from tokensieve.models.family import Family
 from tokensieve.models.generic import REFUSED, Generic, discoverable
 
-TESTED = "5.23"
-"""The transformers release that the families are tested with."""
-
 
 @cache
 def families() -> tuple[Family, ...]:
-    """All families that Tokensieve knows: one per file of this folder that declares ``model_types``, by name."""
-    found: dict[str, Family] = {}
+    """Return all families, sorted by name: each file of this folder that declares ``model_types`` is one."""
+    by_name: dict[str, Family] = {}
     for file in pkgutil.iter_modules(tokensieve.models.__path__):
         module = importlib.import_module(f"tokensieve.models.{file.name}")
         for cls in vars(module).values():
             if isinstance(cls, type) and issubclass(cls, Family) and "model_types" in vars(cls):
-                found[cls.name] = cls()
-    return tuple(found[name] for name in sorted(found))
+                by_name[cls.name] = cls()
+    return tuple(by_name[name] for name in sorted(by_name))
 
 
 def family_of(model: Any) -> Family:
-    """The family of a live model; of an unknown one of the same shape, what can be discovered.
+    """Return the family of a live model, or :class:`Generic` for an unregistered model that can be discovered.
 
     Raises:
-        ValueError: if the model is of no known family and of another shape; names the families, or the reason.
+        Refusal: if the model is of no known family and cannot be discovered; names the reason or the families.
     """
     config = getattr(model, "config", None)
     for family in families():

@@ -1,4 +1,4 @@
-"""Aya Vision and Cohere2 Vision: SigLIP tiles with marks between them, each an image of its own here."""
+"""Aya Vision and Cohere2 Vision: SigLIP tiles with marker tokens between them; each tile is one image here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class CohereVision(PixelShuffle):
     name = "cohere-vision"
     title = "Aya Vision, Cohere2 Vision"
     model_types = ("aya_vision", "cohere2_vision")
-    own_masks = True
+    per_layer_masks = True
 
     def merge(self, model: Any) -> int:
         return int(model.base_model.multi_modal_projector.downsample_factor)

@@ -1,4 +1,4 @@
-"""A family: the declarations that cannot be discovered from a live model."""
+"""The base of model families: what Tokensieve cannot discover from a live model, as declarations."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ Modality: TypeAlias = Literal["image", "video"]
 
 @dataclass(eq=False)
 class EncodeCall:
-    """One call of ``get_image_features`` (or ``get_video_features``) of the base model, as far as it has come.
+    """One call of the base model's ``get_image_features`` or ``get_video_features``.
 
     Attributes:
-        inputs: its arguments by name.
-        modality: what it encodes.
-        tower: the arguments of the tower's forward by name.
-        output: what it returned, ``pooler_output`` and all; ``None`` until then.
+        inputs: arguments of the call, by name.
+        modality: "image" or "video".
+        encoder_inputs: arguments of the vision encoder's forward, by name.
+        output: the returned output with its ``pooler_output``; ``None`` before the call returns.
     """
 
     inputs: dict[str, Any]
     modality: Modality = "image"
-    tower: dict[str, Any] = field(default_factory=dict)
+    encoder_inputs: dict[str, Any] = field(default_factory=dict)
     output: Any = None
 
     @cached_property
     def sizes(self) -> list[list[int]]:
-        """(height, width) of each image in pixels, as the model is given them; one look at the device."""
+        """Return (height, width) of each image in pixels, from ``image_sizes``; synchronises with the device once."""
         sizes: list[list[int]] = torch.as_tensor(self.inputs["image_sizes"]).tolist()
         return sizes
 
 
 class Family(ABC):
-    """One family of vision-language models; its subclasses are declarations, one file each.
+    """One family of vision-language models. Each subclass declares one family in a file of its own.
 
-    As it stands, it describes a tower that sees tiles of equal size, `[b, 3, H, W]`, and a projector that makes one
-    row of each unit of ``merge`` x ``merge`` patches, in raster order. *Units* are these rows, in the order in which
-    the projector makes them; an image's :class:`TokenLayout` says which of them it shows.
+    The defaults describe a vision encoder that receives tiles of equal size, `[b, 3, H, W]`, and a projector that makes
+    one row of each ``merge`` x ``merge`` patches, in raster order. Such a row is a *unit*. Units are numbered in the
+    projector's output order; the :class:`TokenLayout` of an image lists the units that its tokens show.
 
     Attributes:
-        stages: where methods can act.
-        modalities: what can be reduced.
-        joins: tiles that stand side by side in the prompt are one image; else each entry that the encoder returns is.
-        excluded: why methods cannot act inside the LLM, if they cannot.
-        own_masks: the LLM's blocks do not share one causal mask; methods inside it need a kernel that takes any mask.
-        untested: what was discovered instead of declared is checked once more in every call.
+        stages: the stages at which methods can act.
+        modalities: the modalities that can be reduced.
+        joins_tiles: adjacent tiles of the prompt are one image. By default, each entry of the encoder's output is one.
+        decoder_unsupported: the reason why methods cannot act inside the LLM; empty if they can.
+        per_layer_masks: the LLM's layers use different masks, so decoder methods need a kernel that takes any mask.
+        untested: the family is discovered instead of declared; every call checks the discovered layout again.
         first_position: the position id of a prompt's first token.
-        opaque: why nothing that is read in the tower can be told per visual token, if it cannot.
+        encoder_unreadable: the reason why encoder evidence cannot be mapped to visual tokens; empty if it can.
     """
 
     name: ClassVar[str]
@@ -65,134 +65,136 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]
     stages: ClassVar[tuple[Stage, ...]] = ("connector", "decoder")
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
-    excluded: ClassVar[str] = ""
-    own_masks: ClassVar[bool] = False
+    decoder_unsupported: ClassVar[str] = ""
+    per_layer_masks: ClassVar[bool] = False
     untested: ClassVar[bool] = False
     first_position: ClassVar[int] = 0
-    joins: ClassVar[bool] = False
-    opaque: ClassVar[str] = ""
+    joins_tiles: ClassVar[bool] = False
+    encoder_unreadable: ClassVar[str] = ""
 
     @property
     def limits(self) -> str:
-        """What does not work in this family, in a line."""
-        inside = "methods inside the LLM need SDPA or eager attention" if self.own_masks else ""
-        inside = f"nothing inside the LLM: {self.excluded}" if self.excluded else inside
-        before = f"nothing that reads the encoder: {self.opaque}" if self.opaque else ""
-        return "; ".join(filter(None, (inside, before)))
+        """Describe in one line what this family does not support."""
+        decoder = "methods inside the LLM need SDPA or eager attention" if self.per_layer_masks else ""
+        decoder = f"no methods inside the LLM: {self.decoder_unsupported}" if self.decoder_unsupported else decoder
+        encoder = f"no methods that read the encoder: {self.encoder_unreadable}" if self.encoder_unreadable else ""
+        return "; ".join(filter(None, (decoder, encoder)))
 
     def describes(self, config: Any) -> bool:
-        """Whether a model of this config is of this family."""
+        """Return whether a model with this config belongs to this family."""
         return getattr(config, "model_type", None) in self.model_types
 
-    # -- where things are ---------------------------------------------------------------------------------------------
+    # -- modules ------------------------------------------------------------------------------------------------------
 
     def tower(self, model: Any) -> nn.Module:
-        """The vision tower."""
+        """Return the vision encoder of images."""
         tower: nn.Module = model.get_encoder(modality="image")
         return tower
 
     def towers(self, model: Any) -> list[nn.Module]:
-        """Every vision tower, the one of images first."""
+        """Return all vision encoders; the one of images comes first."""
         return [self.tower(model)]
 
     def attentions(self, tower: Any) -> list[nn.Module]:
-        """Attention modules of the encoder layers in which every patch of an image sees every other, first to last."""
+        """Return the attention modules of the layers with full attention over an image's patches, first to last."""
         lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention(m[0]) is not None]
-        alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
-        found = [_attention(layer) for layer in max(alike, key=len, default=[])]
-        return [attention for attention in found if attention is not None]
+        # an encoder may hold other lists of modules: its layers are the longest list of one type
+        uniform = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+        attentions = [_attention(layer) for layer in max(uniform, key=len, default=[])]
+        return [attention for attention in attentions if attention is not None]
 
     def has_cls(self, tower: Any) -> bool:
-        """Whether the tower has a [CLS] token (as row 0); else a pooling head or attention received stands in."""
+        """Return whether row 0 of the encoder is a [CLS] token. Without one, other evidence replaces its attention."""
         return any(name.endswith(("class_embedding", "cls_token")) for name, _ in tower.named_parameters())
 
     def pooling_head(self, tower: Any) -> Pooling | None:
-        """How a head pools what the tower puts out: `[B, n, C]` to a query `[B, H, 1, d]` and keys `[B, H, n, d]`."""
+        """Return the map from rows `[B, n, C]` to the pooling head's query `[B, H, 1, d]` and keys `[B, H, n, d]`."""
         return pooling_head(tower)
 
     def projector(self, model: Any) -> nn.Module:
-        """The module whose input :meth:`patches` reads."""
+        """Return the module whose input :meth:`patches` reads."""
         projector: nn.Module = model.base_model.multi_modal_projector
         return projector
 
     def merge(self, model: Any) -> int:
-        """Patches along the side of the square unit that becomes one visual token."""
+        """Return the side, in patches, of the square unit that becomes one visual token."""
         return 1
 
-    # -- what the rows mean -------------------------------------------------------------------------------------------
+    # -- rows ---------------------------------------------------------------------------------------------------------
 
-    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[TokenLayout]) -> list[Tensor]:
-        """The features of each image, `[N, D]`, in the ``pooler_output`` of a call (with beams: repeated)."""
+    def features_per_image(self, pooled: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Return the features `[N, D]` of each image from a call's ``pooler_output`` (repeated for beams)."""
         return list(pooled)
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
-        """How the visual tokens of each image lie, in the order of :meth:`entries`."""
-        tiles, (height, width) = len(call.tower["pixel_values"]), self.tile(model, call)
+    def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
+        """Return the token layout of each image, in the order of :meth:`features_per_image`."""
+        tiles, (height, width) = len(call.encoder_inputs["pixel_values"]), self.tile(model, call)
         return [TokenLayout.grid_of(height, width)] * tiles
 
     def tile(self, model: Any, call: EncodeCall) -> Grid:
-        """(height, width) of one tile in visual tokens."""
+        """Return (height, width) of one tile in visual tokens."""
         height, width = self._patches_of_tile(model, call)
         side = self.merge(model)
         return height // side, width // side
 
-    def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
-        """What a probe read, attention call by call `[b, keys, ...]`, as one row per unit, `[U, ...]`: their mean."""
-        rows = torch.cat(list(reads))[:, int(self.has_cls(self.tower(model))) :]
+    def to_units(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+        """Average probe rows over the patches of each unit: one `[b, keys, ...]` per attention call to `[U, ...]`."""
+        rows = torch.cat(list(reads))[:, int(self.has_cls(self.tower(model))) :]  # [CLS] belongs to no unit
         return self.in_units(model, call, rows).mean(1)
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
-        """What entered :meth:`projector` as one row per unit, `[U, C]`."""
+        """Reshape the input of :meth:`projector` to one row per unit, `[U, C]`."""
         return rows.flatten(0, -2)
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
-        """The projector on any rows that :meth:`patches` made, `[n, C]` to `[n, D]`."""
+        """Run the projector on rows from :meth:`patches`, `[n, C]` to `[n, D]`."""
         projected: Tensor = self.projector(model)(rows)
         return projected
 
     def in_units(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
-        """Rows of all patches `[b, P, ...]`, tile by tile, as those of each unit `[U, unit, ...]`."""
+        """Group the patch rows `[b, P, ...]` of all tiles by unit, `[U, patches of a unit, ...]`."""
         return in_blocks(rows, self._patches_of_tile(model, call), self.merge(model))
 
     def _patches_of_tile(self, model: Any, call: EncodeCall) -> Grid:
         tower: Any = self.tower(model)
-        patch, (height, width) = tower.config.patch_size, call.tower["pixel_values"].shape[-2:]
+        patch, (height, width) = tower.config.patch_size, call.encoder_inputs["pixel_values"].shape[-2:]
         patch = patch[0] if isinstance(patch, list | tuple) else patch
         return height // patch, width // patch
 
     # -- the encoder stage --------------------------------------------------------------------------------------------
 
     def vit_layers(self, tower: Any) -> list[VitLayer]:
-        """The layers of a plain ViT tower, between which tokens may leave; none where the tower is of another kind."""
+        """Return the layers of a plain ViT, between which tokens can be dropped; none for other encoders."""
         return []
 
     def layers_used(self, model: Any) -> int:
-        """How many layers of the tower the visual tokens depend on."""
+        """Return the number of encoder layers that the visual tokens depend on."""
         return len(self.attentions(self.tower(model)))
 
     def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
-        """Tower inputs for the same images drawn smaller: ``cells[i]`` visual tokens for image i."""
+        """Resize the images in the encoder's inputs so that image i has a grid of ``cells[i]`` visual tokens."""
         raise NotImplementedError
 
     def restore(self, tower: Any, output: Any, reductions: Sequence[Reduction]) -> None:
-        """Put the rows of resized images back at their anchors, in place, so that the model sees its usual shapes.
+        """Scatter the rows of resized images to their anchors, in place, so that the model receives its usual shapes.
 
-        The slots in between hold zeros; the connector stage drops them.
+        The other rows are zero; the connector stage drops them.
         """
         raise NotImplementedError
 
 
 def in_blocks(rows: Tensor, grid: Grid, side: int) -> Tensor:
-    """Rows `[b, P, ...]` on a grid as those of its blocks of ``side`` x ``side``, `[b · blocks, side², ...]`."""
-    height, width = grid[0] // side, grid[1] // side
+    """Group rows `[b, P, ...]` of a grid into squares of ``side`` x ``side``, `[b · squares, side², ...]`."""
+    height, width = grid[0] // side, grid[1] // side  # patches beyond the last whole square belong to no unit
     on_grid = rows.view(len(rows), *grid, *rows.shape[2:])[:, : height * side, : width * side]
     blocks = on_grid.reshape(len(rows), height, side, width, side, *rows.shape[2:])
+    # [b, height, side, width, side, ...]: both sides must be neighbours before they are flattened
     units: Tensor = blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
     return units
 
 
-def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:
-    """Rows of K slots back at their anchors among N, zeros between: `[specials + K, D]` to `[specials + N, D]`."""
+def scatter_to_anchors(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:
+    """Scatter K slots to their anchors among N zero rows, `[specials + K, D]` to `[specials + N, D]`."""
     out = rows.new_zeros((specials + reduction.total, rows.shape[-1]))
     out[:specials] = rows[:specials]
     out[specials + reduction.anchors] = rows[specials:]
@@ -200,12 +202,12 @@ def spread(rows: Tensor, reduction: Reduction, specials: int = 0) -> Tensor:
 
 
 def timm_attentions(blocks: nn.Module) -> list[nn.Module]:
-    """The attention modules in blocks of timm's, first to last; each says whether it calls torch's fused kernel."""
-    return [module for module in blocks.modules() if hasattr(module, "fused_attn")]
+    """Return the attention modules of timm blocks, first to last."""
+    return [module for module in blocks.modules() if hasattr(module, "fused_attn")]  # only attention has this flag
 
 
 def _attention(layer: nn.Module) -> nn.Module | None:
-    """The module of a layer that goes through transformers' attention interface, if there is one."""
+    """Return the module of a layer that calls transformers' attention interface, if there is one."""
     for module in layer.modules():
         if "Attention" in type(module).__name__ and hasattr(module, "config"):
             return module

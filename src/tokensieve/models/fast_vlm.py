@@ -1,4 +1,4 @@
-"""FastVLM: timm's FastViT, convolutions and then attention; one visual token per cell of its feature map."""
+"""FastVLM: timm's FastViT (convolutions, then attention) with one visual token per cell of its feature map."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FastVlm(Family):
     model_types = ("fast_vlm",)
 
     def attentions(self, tower: Any) -> list[nn.Module]:
-        return timm_attentions(tower.timm_model.stages[-1])  # those before see more and smaller patches
+        return timm_attentions(tower.timm_model.stages[-1])  # earlier stages have more and smaller patches
 
     def _patches_of_tile(self, model: Any, call: EncodeCall) -> Grid:
         height, width = call.output.last_hidden_state.shape[-2:]

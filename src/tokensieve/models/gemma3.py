@@ -1,4 +1,4 @@
-"""Gemma 3: a SigLIP tower, average-pooled to a fixed number of tokens, which see each other; crops are images."""
+"""Gemma 3: SigLIP, pooled to a fixed number of tokens that attend to each other. Each crop is an image."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Gemma3(Family):
     name = "gemma3"
     title = "Gemma 3"
     model_types = ("gemma3",)
-    own_masks = True
+    per_layer_masks = True
 
     def projector(self, model: Any) -> nn.Module:
-        norm: nn.Module = model.base_model.multi_modal_projector.mm_soft_emb_norm  # what follows the pooling
+        norm: nn.Module = model.base_model.multi_modal_projector.mm_soft_emb_norm  # first module after the pooling
         return norm
 
     def merge(self, model: Any) -> int:

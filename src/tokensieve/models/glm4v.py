@@ -15,7 +15,7 @@ class Glm4v(QwenVL):
     title = "GLM-4V"
     model_types = ("glm4v",)
     stages = ("connector", "decoder")
-    modalities = ("image",)  # its videos stand in the prompt as images do
+    modalities = ("image",)  # its videos appear in the prompt as images
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         return rows

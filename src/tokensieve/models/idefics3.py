@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles with marks between them, each an image of its own here, and pixel shuffle."""
+"""Idefics3 and SmolVLM: tiles with marker tokens between them (each tile is one image here), and pixel shuffle."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Idefics3(PixelShuffle):
     title = "Idefics3, SmolVLM"
     model_types = ("idefics3", "smolvlm")
 
-    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[TokenLayout]) -> list[Tensor]:
-        return [tile for sample in pooled if len(sample) for tile in torch.split(sample, shapes[0].total)]
+    def features_per_image(self, pooled: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        return [tile for sample in pooled if len(sample) for tile in torch.split(sample, layouts[0].total)]
 
     def projector(self, model: Any) -> nn.Module:
         connector: nn.Module = model.base_model.connector

@@ -1,4 +1,4 @@
-"""InternVL: tiles and a thumbnail, side by side in the prompt; 2x2 patches per token by pixel shuffle."""
+"""InternVL: adjacent tiles and a thumbnail in the prompt; pixel shuffle joins 2x2 patches per token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class InternVL(Family):
     name = "internvl"
     title = "InternVL"
     model_types = ("internvl",)
-    joins = True
+    joins_tiles = True
 
     def merge(self, model: Any) -> int:
         return round(1 / float(model.config.downsample_ratio))

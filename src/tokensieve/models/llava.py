@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP or SigLIP tower, an MLP projector, one visual token per patch."""
+"""LLaVA-1.5: a CLIP or SigLIP encoder, an MLP projector, and one visual token per patch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 
 from tokensieve.errors import Refusal
 from tokensieve.models import vit
-from tokensieve.models.family import Family, spread
+from tokensieve.models.family import Family, scatter_to_anchors
 from tokensieve.models.layout import Grid
 from tokensieve.reduction import Reduction
 
@@ -52,7 +52,9 @@ class Llava(Family):
         def restored(rows: Tensor | None) -> Tensor | None:
             if rows is None:
                 return None
-            return torch.stack([spread(r, reduction, specials) for r, reduction in zip(rows, reductions, strict=True)])
+            return torch.stack(
+                [scatter_to_anchors(r, reduction, specials) for r, reduction in zip(rows, reductions, strict=True)]
+            )
 
         output.last_hidden_state = restored(output.last_hidden_state)
         if output.hidden_states is not None:

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (LLaVA-1.6): tiles of any resolution, and newline rows."""
+"""LLaVA-NeXT (LLaVA-1.6): tiles of any resolution, and newline tokens."""
 
 from __future__ import annotations
 

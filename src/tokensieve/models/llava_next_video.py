@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: its images are LLaVA-NeXT's; the frames of its videos are pooled before the projector."""
+"""LLaVA-NeXT-Video: images as in LLaVA-NeXT; the frames of videos are pooled before the projector."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class LlavaNextVideo(LlavaNext):
     model_types = ("llava_next_video",)
     modalities = ("image", "video")
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
+    def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         if call.modality == "image":
-            return super().shapes(model, call)
+            return super().layouts(model, call)
         videos, frames = call.inputs["pixel_values_videos"].shape[:2]
         stride, (height, width) = model.config.spatial_pool_stride, self.tile(model, call)
         return [TokenLayout.frames_of(frames, height // stride, width // stride)] * videos

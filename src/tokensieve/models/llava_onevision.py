@@ -1,6 +1,6 @@
-"""LLaVA-OneVision: tiles of any resolution for a single image, the base tile alone where a prompt has several.
+"""LLaVA-OneVision: tiles of any resolution for a single image, only the base tile for each of several images.
 
-The frames of a video are halved by interpolation after the projector, and a newline ends the video.
+Frames of a video are interpolated to half their height and width after the projector. One newline ends the video.
 """
 
 from __future__ import annotations
@@ -24,32 +24,33 @@ class LlavaOnevision(AnyResolution):
     model_types = ("llava_onevision",)
     modalities = ("image", "video")
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
+    def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         if call.modality == "image":
-            return super().shapes(model, call)
+            return super().layouts(model, call)
         videos, frames = call.inputs["pixel_values_videos"].shape[:2]
         height, width = (-(-side // 2) for side in self.tile(model, call))
-        shape = TokenLayout.frames_of(frames, height, width)
-        places = torch.arange(shape.total)
-        line = torch.zeros(shape.total + 1, dtype=torch.int64)  # of the whole video: the newline stays
-        return [replace(shape, total=len(line), line=line, places=places)] * videos
+        layout = TokenLayout.frames_of(frames, height, width)
+        patch_index = torch.arange(layout.total)
+        line = torch.zeros(layout.total + 1, dtype=torch.int64)  # one line for the whole video: its newline is kept
+        return [replace(layout, total=len(line), line=line, patch_index=patch_index)] * videos
 
-    def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+    def to_units(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         if call.modality == "image":
-            return super().read(model, call, reads)
+            return super().to_units(model, call, reads)
         rows = torch.cat(list(reads))[:, int(self.has_cls(self.tower(model))) :]
+        # the model pools features [b, P, C]: any trailing dimensions of the rows stand in for C
         pooled: Tensor = model.base_model.apply_pooling(rows.flatten(2).float() if rows.ndim > 2 else rows[..., None])
         return pooled.flatten(0, 1).view(-1, *rows.shape[2:])
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         if call.modality == "video":
-            raise Refusal("LLaVA-OneVision pools videos after its projector: no row before it belongs to one token")
+            raise Refusal("LLaVA-OneVision pools videos after its projector, so no row before it belongs to one token")
         return super().patches(model, call, rows)
 
     def tiles(self, model: Any, call: EncodeCall) -> list[int]:
         tiles, counts = super().tiles(model, call), call.inputs.get("batch_num_images")
-        alone = [True] * len(tiles) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
-        return [count if own else 1 for count, own in zip(tiles, alone, strict=True)]
+        single = [True] * len(tiles) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
+        return [count if is_single else 1 for count, is_single in zip(tiles, single, strict=True)]
 
     def pack(self, model: Any, call: EncodeCall, rows: list[Tensor], newline: Tensor) -> list[Tensor]:
         ratio = call.inputs.get("vision_aspect_ratio") or model.config.vision_aspect_ratio

@@ -1,4 +1,4 @@
-"""Ovis2: each visual token is a mixture of a visual vocabulary; tiles have indicator tokens between them."""
+"""Ovis2: each visual token is a mixture over a visual vocabulary; indicator tokens separate the tiles."""
 
 from __future__ import annotations
 

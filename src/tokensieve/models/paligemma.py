@@ -1,4 +1,4 @@
-"""PaliGemma: a SigLIP tower and a linear projector; the prompt attends to itself in both directions."""
+"""PaliGemma: a SigLIP encoder and a linear projector; the prompt attends to itself in both directions."""
 
 from tokensieve.models.family import Family
 
@@ -7,5 +7,5 @@ class PaliGemma(Family):
     name = "paligemma"
     title = "PaliGemma"
     model_types = ("paligemma",)
-    own_masks = True
+    per_layer_masks = True
     first_position = 1

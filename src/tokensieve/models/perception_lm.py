@@ -1,4 +1,4 @@
-"""PerceptionLM: a thumbnail and tiles side by side; timm's Perception Encoder, average-pooled after the projector."""
+"""PerceptionLM: a thumbnail and adjacent tiles; timm's Perception Encoder, average-pooled after the projector."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class PerceptionLM(Family):
     def merge(self, model: Any) -> int:
         return int(model.config.projector_pooling_ratio)
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
+    def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         images, tiles = call.inputs["pixel_values"].shape[:2]
         (height, width), (rows, _) = self.tile(model, call), self._patches_of_tile(model, call)
-        even = rows % self.merge(model) == 0  # else the patches that are averaged overlap
-        return [TokenLayout(tiles * height * width, ((height, width),) * tiles, mapped=even)] * images
+        divides = rows % self.merge(model) == 0  # otherwise the averaged squares of patches overlap
+        return [TokenLayout(tiles * height * width, ((height, width),) * tiles, mapped=divides)] * images
 
-    def entries(self, pooled: Sequence[Tensor], shapes: Sequence[TokenLayout]) -> list[Tensor]:
-        tiles = len(shapes[0].views)
+    def features_per_image(self, pooled: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        tiles = len(layouts[0].views)
         return [torch.cat(list(pooled[first : first + tiles])) for first in range(0, len(pooled), tiles)]
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         return self.in_units(model, call, rows).flatten(1)
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
-        tiles = torch.unflatten(rows, -1, (self.merge(model) ** 2, -1))  # each unit is a small picture
+        tiles = torch.unflatten(rows, -1, (self.merge(model) ** 2, -1))  # the projector pools: each unit is a tile
         projected: Tensor = self.projector(model)(tiles)
         return projected.squeeze(1)
 

@@ -1,4 +1,4 @@
-"""Projectors that take patches and shuffle each unit of them into one row themselves."""
+"""Projectors that receive patches and join each unit of them into one row by pixel shuffle."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tokensieve.models.family import EncodeCall, Family
 
 
 class PixelShuffle(Family):
-    """A unit alone is a tile of one unit: so the projector can be asked about any unit."""
+    """Run the projector on any units. Each unit is passed as a tile, because the projector shuffles tiles."""
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         return self.in_units(model, call, rows).flatten(1)
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
-        alone = rows.view(len(rows), self.merge(model) ** 2, -1)
-        projected: Tensor = self.projector(model)(alone)
+        tiles = rows.view(len(rows), self.merge(model) ** 2, -1)  # [n, patches of a unit, C]
+        projected: Tensor = self.projector(model)(tiles)
         return projected.view(len(rows), -1)

@@ -1,4 +1,4 @@
-"""Pixtral: LLaVA with a Pixtral tower of packed patches, any size, one visual token per patch."""
+"""Pixtral: LLaVA with a Pixtral encoder of packed patches (images of any size), one visual token per patch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3.5: Qwen3-VL's tower before an LLM of which most blocks attend linearly."""
+"""Qwen3.5: Qwen3-VL's vision encoder with an LLM in which most layers use linear attention."""
 
 from tokensieve.models.qwen_vl import QwenVL
 
@@ -8,4 +8,4 @@ class Qwen35(QwenVL):
     title = "Qwen3.5"
     model_types = ("qwen3_5",)
     stages = ("connector",)
-    excluded = "most of its LLM's blocks attend linearly, and keep no tokens that could leave"
+    decoder_unsupported = "most layers of its LLM use linear attention, whose state has no tokens to drop"

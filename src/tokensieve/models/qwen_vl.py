@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed patches of any size, a 2x2 merger, M-RoPE, and in Qwen3-VL deepstack."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed patches of any size, a 2x2 merger, M-RoPE (Qwen3-VL: and deepstack)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Stage
-from tokensieve.models.family import EncodeCall, Family, Modality, spread
+from tokensieve.models.family import EncodeCall, Family, Modality, scatter_to_anchors
 from tokensieve.models.layout import Grid, TokenLayout, to_device
 from tokensieve.reduction import Reduction
 
@@ -28,15 +28,16 @@ class QwenVL(Family):
         layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
         return [tower.blocks[layer].attn for layer in layers]
 
-    def shapes(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
+    def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         side = self.merge(model)
-        grids = [(t, h // side, w // side) for t, h, w in call.tower["grid_thw"].tolist()]
+        grids = [(t, h // side, w // side) for t, h, w in call.encoder_inputs["grid_thw"].tolist()]
         if call.modality == "video":
             return [TokenLayout.frames_of(*grid) for grid in grids]
         return [TokenLayout.grid_of(t * h, w) for t, h, w in grids]
 
-    def read(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+    def to_units(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         rows = torch.cat([read.flatten(0, 1) for read in reads])
+        # the processor packs the patches of a unit next to each other
         return self._in_order(model, call, rows.view(-1, self.merge(model) ** 2, *rows.shape[1:]).mean(1))
 
     def projector(self, model: Any) -> nn.Module:
@@ -57,31 +58,31 @@ class QwenVL(Family):
         return merged
 
     def _in_order(self, model: Any, call: EncodeCall, units: Tensor) -> Tensor:
-        """Merged units `[U, ...]` as the tower runs them, in token order."""
+        """Reorder units `[U, ...]` from the encoder's running order to token order."""
         tower: Any = self.tower(model)
         if not hasattr(tower, "fullatt_block_indexes"):
             return units
-        config = tower.config  # the tower runs window by window: undo its permutation
-        grid = call.tower["grid_thw"].cpu()
+        config = tower.config  # the encoder permutes units so that each window is contiguous
+        grid = call.encoder_inputs["grid_thw"].cpu()
         window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
-        return units[to_device(window.argsort(), units.device)]
+        return units[to_device(window.argsort(), units.device)]  # argsort inverts a permutation
 
     def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
         config, grids = tower.config, inputs["grid_thw"]
         if bool((grids[:, 0] > 1).any()):
             raise Refusal("only images can be resized; videos are not supported")
         merge, patches = config.spatial_merge_size, torch.split(inputs["hidden_states"], grids.prod(-1).tolist())
-        smaller = [
-            _pack(_resized(_unpack(p, thw, config), (h * merge, w * merge), config), config)
-            for p, thw, (h, w) in zip(patches, grids.tolist(), cells, strict=True)
+        resized = [
+            _pack(_resized(_unpack(image, thw, config), (h * merge, w * merge), config), config)
+            for image, thw, (h, w) in zip(patches, grids.tolist(), cells, strict=True)
         ]
         thw = torch.tensor([[1, h * merge, w * merge] for h, w in cells], device=grids.device, dtype=grids.dtype)
-        return {**inputs, "hidden_states": torch.cat(smaller), "grid_thw": thw}
+        return {**inputs, "hidden_states": torch.cat(resized), "grid_thw": thw}
 
     def restore(self, tower: Any, output: Any, reductions: Sequence[Reduction]) -> None:
         def restored(rows: Tensor) -> Tensor:
             parts = torch.split(rows, [r.slots for r in reductions])
-            return torch.cat([spread(part, r) for part, r in zip(parts, reductions, strict=True)])
+            return torch.cat([scatter_to_anchors(part, r) for part, r in zip(parts, reductions, strict=True)])
 
         output.pooler_output = restored(output.pooler_output)
         if getattr(output, "deepstack_features", None) is not None:
@@ -89,19 +90,21 @@ class QwenVL(Family):
 
 
 def _unpack(patches: Tensor, thw: Sequence[int], config: Any) -> Tensor:
-    """Packed patches `[t·h·w, C·T·P·P]` of one image to pixels `[T, C, h·P, w·P]` (T repeated frames)."""
+    """Convert packed patches `[h·w, C·T·P·P]` of one image to pixels `[T, C, h·P, w·P]` (T repeated frames)."""
     (_, h, w), m, p, frames = thw, config.spatial_merge_size, config.patch_size, config.temporal_patch_size
     x = patches.view(h // m, w // m, m, m, config.in_channels, frames, p, p)
+    # (unit row, unit column, row in unit, column in unit, C, T, pixel row, pixel column) to (T, C, rows, columns)
     return x.permute(5, 4, 0, 2, 6, 1, 3, 7).reshape(frames, config.in_channels, h * p, w * p)
 
 
 def _resized(pixels: Tensor, patches: Grid, config: Any) -> Tensor:
+    """Resize pixels `[T, C, ·, ·]` to a grid of (height, width) ``patches``."""
     size = (patches[0] * config.patch_size, patches[1] * config.patch_size)
     return interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
 
 
 def _pack(pixels: Tensor, config: Any) -> Tensor:
-    """Inverse of :func:`_unpack`."""
+    """Invert :func:`_unpack`: pixels `[T, C, h·P, w·P]` to packed patches `[h·w, C·T·P·P]`."""
     m, p = config.spatial_merge_size, config.patch_size
     frames, channels, height, width = pixels.shape
     x = pixels.view(frames, channels, height // p // m, m, p, width // p // m, m, p)

@@ -1,4 +1,4 @@
-"""VipLLaVA: LLaVA-1.5 with the features of several CLIP layers side by side."""
+"""VipLLaVA: LLaVA-1.5 with the concatenated features of several CLIP layers."""
 
 from tokensieve.models.family import Family
 

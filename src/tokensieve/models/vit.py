@@ -1,4 +1,4 @@
-"""Plain ViT towers, CLIP's and SigLIP's: the same rows `[images, specials + patches, C]` go through all layers."""
+"""Plain ViTs (CLIP, SigLIP): the same rows `[images, specials + patches, C]` pass through all layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Pooling: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class VitLayer:
-    """One layer: ``x = x + attention(…)``, then ``x + mlp(norm(x))``."""
+    """One encoder layer: ``x = x + attention(…)``, then ``x + mlp(norm(x))``."""
 
     layer: nn.Module
     attention: nn.Module
@@ -23,32 +23,33 @@ class VitLayer:
 
 
 def vit_layers(tower: Any) -> list[VitLayer]:
-    """The layers of a CLIP or SigLIP tower, first to last."""
+    """Return the layers of a CLIP or SigLIP encoder, first to last."""
     return [VitLayer(layer, layer.self_attn, layer.layer_norm2, layer.mlp) for layer in tower.encoder.layers]
 
 
 def layers_used(tower: Any, features: int | list[int]) -> int:
-    """How many layers of the tower the features depend on.
+    """Return the number of encoder layers that the features depend on.
 
     Args:
-        features: which of the hidden states they are, of which there is one before the first layer.
+        features: indices of the selected hidden states; state 0 is the input of the first layer.
     """
-    wanted = [features] if isinstance(features, int) else features
+    indices = [features] if isinstance(features, int) else features
     states = len(tower.encoder.layers) + 1
-    return max(index % states for index in wanted)
+    return max(index % states for index in indices)
 
 
 def pooling_head(tower: Any) -> Pooling | None:
-    """SigLIP's pooling head, as the query and keys it makes of what the tower puts out; ``None`` if it uses none.
+    """Return SigLIP's pooling head as a map from encoder rows to its query and keys; ``None`` without a head.
 
-    Whether a head was ever trained cannot be told from the model: ``tower.use_head = False`` turns it off.
+    A model does not record whether its head was trained. ``tower.use_head = False`` turns an untrained head off.
     """
     used = getattr(tower.config, "model_type", None) == "siglip_vision_model" and tower.use_head
     return partial(_pooled, tower.head) if used and not tower.head.probe.is_meta else None
 
 
 def _pooled(head: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Query `[B, H, 1, d]` and keys `[B, H, n, d]` of a head that pools `[B, n, C]`."""
+    """Compute the query `[B, H, 1, d]` and the keys `[B, H, n, d]` of a head that pools `[B, n, C]`."""
+    # torch's MultiheadAttention stores the three projections as one: query, key, value
     weight, bias = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
 
     def heads(x: Tensor, which: int) -> Tensor:

@@ -1,5 +1,15 @@
-"""Pure tensor maths of token reduction: torch in, torch out. Every function accepts leading batch dimensions."""
+"""Pure tensor maths of token reduction: tensors in, tensors out, with any leading batch dimensions."""
 
+from tokensieve.ops.attention_rows import (
+    attention_from_cls,
+    attention_from_cls_single_head,
+    attention_of_queries,
+    attention_received,
+    attention_received_single_head,
+    keys_by_head,
+    keys_joined,
+    rope_gain,
+)
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
@@ -18,12 +28,12 @@ from tokensieve.ops.score import (
     without_sinks,
 )
 from tokensieve.ops.select import (
-    at,
     bipartite_thinning,
     knee,
     outliers,
     padded_nonzero,
     rank_in_group,
+    set_true,
     share_out,
     spread_evenly,
     top_k,
@@ -48,8 +58,12 @@ __all__ = [
     "Segment",
     "alternate_match",
     "area_pool",
-    "at",
     "attention",
+    "attention_from_cls",
+    "attention_from_cls_single_head",
+    "attention_of_queries",
+    "attention_received",
+    "attention_received_single_head",
     "bipartite_match",
     "bipartite_thinning",
     "cluster_weights",
@@ -65,6 +79,8 @@ __all__ = [
     "join_nearest",
     "keep_and_average",
     "keep_best",
+    "keys_by_head",
+    "keys_joined",
     "knee",
     "local_variance",
     "mask_bias",
@@ -80,9 +96,11 @@ __all__ = [
     "peak_scores",
     "pooled_grid",
     "rank_in_group",
+    "rope_gain",
     "rows_at",
     "same_place_cosine",
     "segments_at",
+    "set_true",
     "share_out",
     "sinkhorn_row_mass",
     "sizes_of",

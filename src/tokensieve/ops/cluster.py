@@ -1,4 +1,4 @@
-"""Clusters: rows in, a centre for each row out. Deterministic: ties go to the lower index, unless noise is given."""
+"""Clustering of rows: each row gets the number of a cluster. Ties go to the lower index, unless noise breaks them."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ from tokensieve.ops.score import CHUNK, normalise, rows_at
 
 
 def density_peaks(rows: Tensor, clusters: int, neighbours: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """DPC-kNN: centres are dense and far from anything denser; every row joins its nearest centre.
+    """Cluster rows by DPC-kNN: the centres are dense and far from denser rows; each row joins its nearest centre.
 
     Args:
         rows: `[..., N, D]`.
-        clusters: how many.
-        neighbours: k, itself counted.
-        noise: `[..., N]`, added to the densities; official codes break ties with it.
+        clusters: number of clusters.
+        neighbours: k nearest rows, including the row itself.
+        noise: `[..., N]`, added to the densities. Official codes break ties with it.
 
     Returns:
-        centres `[..., clusters]`, ascending, and for each row the number of its cluster, `[..., N]`.
+        centres `[..., clusters]`, ascending, and the cluster number of each row, `[..., N]`.
     """
     centres = peak_scores(rows, neighbours, noise).sort(dim=-1, descending=True, stable=True).indices[..., :clusters]
     centres = centres.sort(-1).values
@@ -24,74 +24,75 @@ def density_peaks(rows: Tensor, clusters: int, neighbours: int, noise: Tensor | 
 
 
 def peak_scores(rows: Tensor, neighbours: int, noise: Tensor | None = None) -> Tensor:
-    """Density times distance to the nearest denser row, `[..., N]`: large for the centres of clusters.
+    """Multiply each row's density by its distance to the nearest denser row, `[..., N]`: large for cluster centres.
 
-    Density is ``exp(-mean squared distance to the k nearest rows)``, distances are Euclidean over √D. Of equally dense
-    rows the earlier counts as denser; the densest of all gets the largest distance there is.
+    Density is ``exp(-mean squared distance to the k nearest rows)``; distances are Euclidean over √D. Among equally
+    dense rows the earlier counts as denser. The densest row gets the largest of all distances.
     """
-    index, near = torch.arange(rows.shape[-2], device=rows.device), []
+    # two passes over the distances, chunk by chunk: the second needs the densities of all rows
+    index, mean_squares = torch.arange(rows.shape[-2], device=rows.device), []
     for chunk in torch.split(index, CHUNK):
         closest = _distance(rows, chunk).topk(min(neighbours, len(index)), dim=-1, largest=False).values
-        near.append(closest.square().mean(-1))
-    density = (-torch.cat(near, -1)).exp()
+        mean_squares.append(closest.square().mean(-1))
+    density = (-torch.cat(mean_squares, -1)).exp()
     density = density if noise is None else density + noise
-    separation, farthest = [], []
+    separations, farthest = [], []
     for chunk in torch.split(index, CHUNK):
-        distance, own = _distance(rows, chunk), density[..., chunk, None]
-        earlier = (density[..., None, :] == own) & (index < chunk[:, None])
-        denser = (density[..., None, :] > own) | earlier
-        separation.append(distance.masked_fill(~denser, torch.inf).amin(-1))
+        distance, chunk_density = _distance(rows, chunk), density[..., chunk, None]
+        earlier = (density[..., None, :] == chunk_density) & (index < chunk[:, None])
+        denser = (density[..., None, :] > chunk_density) | earlier
+        separations.append(distance.masked_fill(~denser, torch.inf).amin(-1))
         farthest.append(distance.amax((-1, -2)))
-    apart, limit = torch.cat(separation, -1), torch.stack(farthest, -1).amax(-1)[..., None]
-    return density * torch.where(apart.isinf(), limit, apart)
+    separation, limit = torch.cat(separations, -1), torch.stack(farthest, -1).amax(-1)[..., None]
+    return density * torch.where(separation.isinf(), limit, separation)  # no row is denser than the densest: inf
 
 
-def join_nearest(rows: Tensor, centres: Tensor, real: Tensor | None = None) -> Tensor:
-    """The number of the nearest of ``centres`` `[..., C]` for each row, `[..., N]`; a centre is its own.
+def join_nearest(rows: Tensor, centres: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the number of the nearest of the ``centres`` `[..., C]` for each row, `[..., N]`; a centre joins itself.
 
     Args:
-        real: `[..., C]` bool, False on padding that nobody may join.
+        valid: `[..., C]` bool, False on padding, which no row joins.
     """
-    places = rows_at(rows, centres)
-    own = torch.arange(centres.shape[-1], device=rows.device).expand_as(centres)
+    centre_rows = rows_at(rows, centres)
+    number = torch.arange(centres.shape[-1], device=rows.device).expand_as(centres)
     joined = []
     for chunk in torch.split(rows, CHUNK, dim=-2):
-        distance = torch.cdist(chunk.float(), places.float())
-        joined.append((distance if real is None else distance.masked_fill(~real[..., None, :], torch.inf)).argmin(-1))
-    if real is not None:  # padding repeats a real centre: let it say the same
-        own = torch.minimum(own, real.sum(-1, keepdim=True) - 1)
-    return torch.cat(joined, -1).scatter(-1, centres, own)
+        distance = torch.cdist(chunk.float(), centre_rows.float())
+        joined.append((distance if valid is None else distance.masked_fill(~valid[..., None, :], torch.inf)).argmin(-1))
+    if valid is not None:  # padding repeats the last centre: the scatter must write the same number for both
+        number = torch.minimum(number, valid.sum(-1, keepdim=True) - 1)
+    return torch.cat(joined, -1).scatter(-1, centres, number)  # of two equal centres each still joins itself
 
 
 def connected(rows: Tensor, threshold: float, largest: int) -> Tensor:
-    """Connected components of the graph that joins rows of cosine ≥ ``threshold``: a number per row, `[..., N]`.
+    """Number the connected components of the graph that joins rows of cosine ≥ ``threshold``, `[..., N]`.
 
-    A component of more than ``largest`` rows is cut into stretches of that many, in order. Clusters are numbered by
-    their first rows. The number of rounds, not only their cost, depends on the rows.
+    A component of more than ``largest`` rows is cut into runs of that many, in order. Clusters are numbered by their
+    first rows. The number of rounds depends on the rows.
     """
     rows = normalise(rows)
     index = torch.arange(rows.shape[-2], device=rows.device).expand(rows.shape[:-1])
-    label = index
+    label = index  # each round, a row takes the smallest label among its neighbours, until no label changes
     while True:
-        parts = []
+        smallest = []
         for chunk in torch.split(rows, CHUNK, dim=-2):
             joined = chunk @ rows.transpose(-1, -2) >= threshold
-            parts.append(label[..., None, :].expand_as(joined).masked_fill(~joined, rows.shape[-2]).amin(-1))
-        lower = torch.minimum(torch.cat(parts, -1), label)
-        lower = lower.gather(-1, lower)
+            smallest.append(label[..., None, :].expand_as(joined).masked_fill(~joined, rows.shape[-2]).amin(-1))
+        lower = torch.minimum(torch.cat(smallest, -1), label)
+        lower = lower.gather(-1, lower)  # pointer jumping: a label's own label reaches far rows in fewer rounds
         if torch.equal(lower, label):
             break
         label = lower
     order = label.sort(dim=-1, stable=True).indices
-    place = order.argsort(-1)
-    start = torch.full_like(place, rows.shape[-2]).scatter_reduce(-1, label, place, "amin").gather(-1, label)
-    first = place - (place - start) % largest  # each row's cluster, named by the place of its first row
-    named = order.gather(-1, first)
-    is_first = named == index
-    return (is_first.long().cumsum(-1) - 1).gather(-1, named)
+    rank = order.argsort(-1)  # [..., N]: the place of each row when the rows are sorted by component
+    start = torch.full_like(rank, rows.shape[-2]).scatter_reduce(-1, label, rank, "amin").gather(-1, label)
+    first = rank - (rank - start) % largest  # the place of the first row of each row's run
+    first_row = order.gather(-1, first)
+    is_first = first_row == index
+    return (is_first.long().cumsum(-1) - 1).gather(-1, first_row)  # count the first rows up to each run's own
 
 
 def _distance(rows: Tensor, chunk: Tensor) -> Tensor:
-    """Distances of some rows to all, over √D, `[..., c, N]`."""
+    """Return the distances over √D from the rows at ``chunk`` `[c]` to all rows, `[..., c, N]`."""
     distance: Tensor = torch.cdist(rows[..., chunk, :].float(), rows.float()) / rows.shape[-1] ** 0.5
     return distance

@@ -1,9 +1,9 @@
-"""Greedy selections: one token after the other. Deterministic: ties go to the lower index.
+"""Greedy selections, one token after the other. Ties go to the lower index.
 
-What a token is still worth only ever falls while others are chosen. So one that was worth less before than the best is
-now need not be looked at again: on a CPU, and wherever the matrix of all pairs is larger than a chunk, only the most
-promising tokens are brought up to date, and the choices among them count until another token might have won. On a GPU,
-images of a single chunk are decided without that check, so that the host never waits.
+The gain of a token never grows while other tokens are chosen, so a token whose old gain is below the current best need
+not be updated ("lazy greedy"). On a CPU, and where the matrix of all pairs exceeds a chunk, only the most promising
+tokens are updated, and their choices are valid until another token might win. On a GPU, images of a single chunk update
+all tokens instead, because the check would make the host wait for the device.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from tokensieve.ops.score import CHUNK, gram, normalise, rows_at
 from tokensieve.ops.select import uniform
 
 Covers: TypeAlias = Callable[[Tensor], Tensor]
-PROMISING = 128  # tokens brought up to date at once
-STEPS = 16  # choices among them before the first check; later a few more than counted before
-TIE = 1e-6  # cosines are equal to this
+PROMISING = 128  # tokens updated at once
+STEPS = 16  # choices before the first check; each later round makes a few more than were valid in the round before
+TIE = 1e-6  # cosines that differ by less are equal
 
 
 @torch.no_grad()
 def max_min(rows: Tensor, k: int) -> Tensor:
-    """Greedy max–min diversity under cosine distance, in the order of selection, `[..., k]`.
+    """Select ``k`` rows by greedy max–min diversity under cosine distance, in the order of selection, `[..., k]`.
 
-    Starts at the row farthest from its nearest neighbour (of rows equally far, as two that are each other's nearest
-    can be, the first), then adds the row farthest from everything selected. O(K·N·D) time after the start, which needs
-    all pairs where no row is far from the others, and O(N) extra memory beyond a chunk.
+    Starts at the row farthest from its nearest neighbour (the first such row, as two mutual neighbours tie), then adds
+    the row farthest from all selected rows. O(K·N·D) time after the start, which needs all pairs if no row is far from
+    the others, and O(N) extra memory beyond a chunk.
 
     Args:
         rows: `[..., N, D]`.
@@ -37,52 +37,53 @@ def max_min(rows: Tensor, k: int) -> Tensor:
     total = rows.shape[1]
     table = 1 - gram(rows) if total <= CHUNK else None
     if table is not None:
-        table.diagonal(0, -2, -1).fill_(torch.inf)
-        alone = table.amin(-1)
-        table.diagonal(0, -2, -1).fill_(-torch.inf)  # what is selected is never the farthest again
+        table.diagonal(0, -2, -1).fill_(torch.inf)  # no row is its own neighbour
+        isolation = table.amin(-1)
+        table.diagonal(0, -2, -1).fill_(-torch.inf)  # a selected row is never the farthest again
     else:
-        alone = nearest_distance(rows)
-    best = (alone >= alone.amax(-1, keepdim=True) - TIE).int().argmax(-1, keepdim=True)
-    chosen, distance = [best], torch.full_like(alone, torch.inf)
+        isolation = nearest_distance(rows)
+    best = (isolation >= isolation.amax(-1, keepdim=True) - TIE).int().argmax(-1, keepdim=True)
+    chosen, distance = [best], torch.full_like(isolation, torch.inf)
     for _ in range(k - 1):
         if table is not None:
-            near = rows_at(table, best).squeeze(1)
+            to_best = rows_at(table, best).squeeze(1)
         else:
-            near = 1 - (rows @ rows_at(rows, best).transpose(-1, -2)).squeeze(-1)
-            near.scatter_(-1, best, -torch.inf)
-        distance = torch.minimum(distance, near)
+            to_best = 1 - (rows @ rows_at(rows, best).transpose(-1, -2)).squeeze(-1)
+            to_best.scatter_(-1, best, -torch.inf)
+        distance = torch.minimum(distance, to_best)  # to the nearest selected row
         best = distance.argmax(-1, keepdim=True)
         chosen.append(best)
     return torch.cat(chosen, -1).view(*lead, k)
 
 
 def nearest_distance(rows: Tensor) -> Tensor:
-    """Distance of each unit row `[B, N, D]` to its nearest other row, `[B, N]`: exact for the largest of them.
+    """Bound the distance of each unit row `[B, N, D]` to its nearest other row, `[B, N]`; the largest one is exact.
 
-    Each row looked at bounds that distance for all others, and those that cannot have the largest any more are never
-    looked at. The number of rounds depends on the rows.
+    The distances from one row bound those of all others from above. Rows whose bound is below the largest exact
+    distance are skipped. The number of rounds depends on the rows.
     """
     total = rows.shape[1]
     bound = torch.full_like(rows[..., 0], torch.inf)
-    unseen, largest = torch.zeros_like(bound), bound.new_full((len(rows), 1), -torch.inf)
-    near = uniform(total, min(total, PROMISING), rows.device).expand(len(rows), -1)
+    mask, largest = torch.zeros_like(bound), bound.new_full((len(rows), 1), -torch.inf)  # mask: −inf on exact rows
+    chosen = uniform(total, min(total, PROMISING), rows.device).expand(len(rows), -1)
     while True:
-        distance = (1 - rows_at(rows, near) @ rows.transpose(-1, -2)).scatter_(-1, near[..., None], torch.inf)
-        bound = torch.minimum(bound, distance.amin(-2)).scatter(-1, near, distance.amin(-1))
+        distance = (1 - rows_at(rows, chosen) @ rows.transpose(-1, -2)).scatter_(-1, chosen[..., None], torch.inf)
+        # columns bound all rows by the chosen ones; row minima make the chosen rows exact
+        bound = torch.minimum(bound, distance.amin(-2)).scatter(-1, chosen, distance.amin(-1))
         largest = torch.maximum(largest, distance.amin(-1).amax(-1, keepdim=True))
-        unseen.scatter_(-1, near, -torch.inf)
-        if not bool((bound + unseen >= largest - 2 * TIE).any()):
+        mask.scatter_(-1, chosen, -torch.inf)
+        if not bool((bound + mask >= largest - 2 * TIE).any()):
             return bound
-        near = (bound + unseen).topk(near.shape[-1]).indices
+        chosen = (bound + mask).topk(chosen.shape[-1]).indices
 
 
 @torch.no_grad()
 def dpp_map(rows: Tensor, quality: Tensor, k: int) -> Tensor:
-    """Greedy mode of the determinantal point process with kernel ``q_i cos_ij q_j``, in the order of selection.
+    """Select ``k`` tokens by greedy MAP inference of the DPP with kernel ``q_i cos_ij q_j``, in order, `[..., k]`.
 
-    Each step takes the token with the largest part outside the span of those taken, by the incremental Cholesky
-    decomposition of the kernel. When the span holds everything, the best quality is next. Tokens of such low quality
-    that they cannot be among the first ``k`` are left out, so that the usual time is O(N·D + K²·(D + K)).
+    Each step adds the token with the largest component outside the span of the selected ones, by an incremental
+    Cholesky decomposition of the kernel. Once the span holds all tokens, the best quality is next. Tokens of too low
+    quality to be among the first ``k`` are skipped, so that the usual time is O(N·D + K²·(D + K)).
 
     Args:
         rows: `[..., N, D]`.
@@ -91,34 +92,36 @@ def dpp_map(rows: Tensor, quality: Tensor, k: int) -> Tensor:
     rows, lead = _flat(rows)
     quality = quality.float().reshape(rows.shape[:2])
     total = rows.shape[1]
-    wide = total if total <= CHUNK and rows.device.type != "cpu" else min(total, 2 * k)
+    width = total if total <= CHUNK and rows.device.type != "cpu" else min(total, 2 * k)
     order = quality.sort(dim=-1, descending=True, stable=True).indices
     while True:
-        near = order[:, :wide].sort(-1).values
-        chosen, least = _greedy_map(normalise(rows_at(rows, near)) * quality.gather(-1, near)[..., None], k)
-        if wide == total or bool((least > 1.00001 * quality.gather(-1, order[:, wide : wide + 1]).square()).all()):
-            return near.gather(-1, chosen).view(*lead, k)
-        wide = min(total, 2 * wide)
+        candidates = order[:, :width].sort(-1).values
+        chosen, gain = _greedy_map(normalise(rows_at(rows, candidates)) * quality.gather(-1, candidates)[..., None], k)
+        # a token's gain is at most its squared quality: if the last gain exceeds the next quality², no other could win
+        if width == total or bool((gain > 1.00001 * quality.gather(-1, order[:, width : width + 1]).square()).all()):
+            return candidates.gather(-1, chosen).view(*lead, k)
+        width = min(total, 2 * width)
 
 
 def _greedy_map(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`dpp_map` of all of `[B, m, D]` with kernel ``rows · rows``, and what the last was worth, `[B, 1]`."""
+    """Run :func:`dpp_map` on all rows `[B, m, D]` with kernel ``rows · rows``; return also the last gain, `[B, 1]`."""
     table = gram(rows) if rows.shape[1] <= CHUNK else None
-    outside = rows.square().sum(-1)
-    least = outside * 1e-6 + 1e-30  # below this share of a token, what is outside is rounding
-    factors, gone = rows.new_zeros((len(rows), k, rows.shape[1])), torch.zeros_like(outside)
+    outside = rows.square().sum(-1)  # [B, m]: squared length outside the span of the selected rows
+    least = outside * 1e-6 + 1e-30  # below this share of a row's length, the rest is rounding
+    factors, taken = rows.new_zeros((len(rows), k, rows.shape[1])), torch.zeros_like(outside)
     chosen = []
     for step in range(k):
-        worth, best = torch.maximum(outside, least).add_(gone).max(-1, keepdim=True)
+        gain, best = torch.maximum(outside, least).add_(taken).max(-1, keepdim=True)
         chosen.append(best)
-        like = (rows @ rows_at(rows, best).transpose(-1, -2)).mT if table is None else rows_at(table, best)
-        so_far = factors[:, :step]
-        mine = so_far.gather(-1, best[:, None].expand(-1, step, -1))
-        left = torch.baddbmm(like, mine.mT, so_far, alpha=-1).squeeze(1)
-        factor = torch.mul(left, worth.rsqrt(), out=factors[:, step])
+        kernel = (rows @ rows_at(rows, best).transpose(-1, -2)).mT if table is None else rows_at(table, best)
+        # the next Cholesky factor: the kernel's row, less its projection on the factors so far, over the pivot's root
+        previous = factors[:, :step]
+        pivot = previous.gather(-1, best[:, None].expand(-1, step, -1))
+        residual = torch.baddbmm(kernel, pivot.mT, previous, alpha=-1).squeeze(1)
+        factor = torch.mul(residual, gain.rsqrt(), out=factors[:, step])
         outside.addcmul_(factor, factor, value=-1)
-        gone.scatter_(-1, best, -torch.inf)
-    return torch.cat(chosen, -1), worth
+        taken.scatter_(-1, best, -torch.inf)
+    return torch.cat(chosen, -1), gain
 
 
 @torch.no_grad()
@@ -129,19 +132,19 @@ def coverage(
     weight: Tensor | None = None,
     bonus: Tensor | None = None,
 ) -> Tensor:
-    """Greedy facility location: cover R demands best with ``k`` of N tokens, in the order of selection, `[..., k]`.
+    """Select ``k`` of N tokens that cover R demands best (greedy facility location), in order, `[..., k]`.
 
-    A demand is covered as well as the best chosen token covers it. Each step takes the token with the largest
-    ``weight * gain + bonus``. The first needs how well every token covers every demand.
+    A demand is covered as well as the best selected token covers it. Each step adds the token with the largest
+    ``weight * gain + bonus``. The first step computes how well each token covers each demand.
 
     Args:
-        covers: how well each token covers each demand, `[..., N, R]`; or where that is too large, a function from
-            indices `[..., m]` to their rows, `[..., m, R]`. Below 0 counts as 0.
+        covers: how well each token covers each demand, `[..., N, R]`; or, if that is too large, a function from
+            indices `[..., m]` to their rows, `[..., m, R]`. Negative values count as 0.
         tokens: `[..., N]`, any tensor of that shape and device.
         weight, bonus: `[..., N]`, not negative.
     """
     total = tokens.shape[-1]
-    offer: Covers = partial(rows_at, covers) if isinstance(covers, Tensor) else covers
+    rows_of: Covers = partial(rows_at, covers) if isinstance(covers, Tensor) else covers
     if isinstance(covers, Tensor):
         gain = covers.clamp(min=0).sum(-1)
     else:
@@ -149,52 +152,55 @@ def coverage(
         gain = torch.cat([covers(part).clamp(min=0).sum(-1) for part in parts], -1)
     weight = torch.ones_like(gain) if weight is None else weight
     bonus = torch.zeros_like(gain) if bonus is None else bonus
-    score = gain * weight + bonus  # never below what a token is worth now
-    wide = total if isinstance(covers, Tensor) and tokens.device.type != "cpu" else min(total, PROMISING)
-    covered = torch.zeros_like(offer(torch.zeros_like(gain[..., :1], dtype=torch.int64)))
-    chosen, left, steps = [], k, k if wide == total else STEPS
-    while left:
+    score = gain * weight + bonus  # an upper bound of each token's current score; −inf once selected
+    width = total if isinstance(covers, Tensor) and tokens.device.type != "cpu" else min(total, PROMISING)
+    covered = torch.zeros_like(rows_of(torch.zeros_like(gain[..., :1], dtype=torch.int64)))
+    chosen, remaining, steps = [], k, k if width == total else STEPS
+    while remaining:
         order = score.sort(dim=-1, descending=True, stable=True).indices
-        near = order[..., :wide].sort(-1).values
-        offered, factor = offer(near), weight.gather(-1, near)
-        plus = bonus.gather(-1, near).masked_fill(score.gather(-1, near).isinf(), -torch.inf)
-        value, place, worths, now = _race(offered, covered, plus, factor, min(steps, left))
-        pick, sure = near.gather(-1, place), place.shape[-1]
-        if wide < total:  # the choices count until a token that was not looked at might have won
-            rival = order[..., wide : wide + 1]
+        candidates = order[..., :width].sort(-1).values
+        rows, factor = rows_of(candidates), weight.gather(-1, candidates)
+        plus = bonus.gather(-1, candidates).masked_fill(score.gather(-1, candidates).isinf(), -torch.inf)
+        value, place, scores, covered_after = _race(rows, covered, plus, factor, min(steps, remaining))
+        pick, valid = candidates.gather(-1, place), place.shape[-1]
+        if width < total:  # the choices are valid until a token outside of the candidates might have won
+            rival = order[..., width : width + 1]
             limit = score.gather(-1, rival)
             lost = (value < limit) | ((value == limit) & (pick > rival))
-            sure = int((~lost).int().cumprod(-1).sum(-1).min())
-            score = score.scatter(-1, near, worths[min(sure, len(worths) - 1)])
-            score.scatter_(-1, pick[..., :sure], -torch.inf)
-            if sure < place.shape[-1]:
-                now = torch.cat([covered, rows_at(offered, place[..., :sure])], -2).amax(-2, keepdim=True)
-        covered, left, steps = now, left - sure, sure + STEPS // 4
-        chosen.append(pick[..., :sure])
+            valid = int((~lost).int().cumprod(-1).sum(-1).min())  # leading wins, the fewest of the batch
+            score = score.scatter(-1, candidates, scores[min(valid, len(scores) - 1)])
+            score.scatter_(-1, pick[..., :valid], -torch.inf)
+            if valid < place.shape[-1]:  # undo the choices after the last valid one
+                covered_after = torch.cat([covered, rows_at(rows, place[..., :valid])], -2).amax(-2, keepdim=True)
+        covered, remaining, steps = covered_after, remaining - valid, valid + STEPS // 4
+        chosen.append(pick[..., :valid])
     return torch.cat(chosen, -1)
 
 
 def _race(
-    offered: Tensor, covered: Tensor, plus: Tensor, factor: Tensor, steps: int
+    rows: Tensor, covered: Tensor, plus: Tensor, factor: Tensor, steps: int
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """``steps`` choices of :func:`coverage` among m tokens that offer `[..., m, R]`; ``plus`` is −inf where gone.
+    """Make ``steps`` choices of :func:`coverage` among m candidates with rows `[..., m, R]`.
+
+    Args:
+        plus: `[..., m]`, the bonus; −inf on candidates that were chosen before.
 
     Returns:
-        what each choice was worth and its place, both `[..., steps]`; what all tokens were worth before each choice,
-        `[..., m]`; and what is covered in the end, `[..., 1, R]`.
+        the score and the place of each choice, both `[..., steps]`; the scores of all candidates before each choice,
+        `[..., m]`; and how well each demand is covered in the end, `[..., 1, R]`.
     """
-    room, values, places, worths = torch.empty_like(offered), [], [], []
+    buffer, values, chosen, scores = torch.empty_like(rows), [], [], []
     for _ in range(steps):
-        gain = torch.sub(offered, covered, out=room).relu_().sum(-1)
-        worths.append(torch.addcmul(plus, gain, factor))
-        value, best = worths[-1].max(-1, keepdim=True)
-        covered = torch.maximum(covered, rows_at(offered, best))
+        gain = torch.sub(rows, covered, out=buffer).relu_().sum(-1)
+        scores.append(torch.addcmul(plus, gain, factor))
+        value, best = scores[-1].max(-1, keepdim=True)
+        covered = torch.maximum(covered, rows_at(rows, best))
         plus.scatter_(-1, best, -torch.inf)
         values.append(value)
-        places.append(best)
-    return torch.cat(values, -1), torch.cat(places, -1), worths, covered
+        chosen.append(best)
+    return torch.cat(values, -1), torch.cat(chosen, -1), scores, covered
 
 
 def _flat(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """`[..., N, D]` as `[B, N, D]`, and what the leading dimensions were."""
+    """Flatten the leading dimensions, `[..., N, D]` to `[B, N, D]`; return also their sizes."""
     return rows.reshape(-1, *rows.shape[-2:]), rows.shape[:-2]

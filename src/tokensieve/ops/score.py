@@ -1,4 +1,4 @@
-"""Scores: one number per token, larger means keep."""
+"""Scores: one number per token; tokens with larger scores are kept."""
 
 import math
 from typing import Literal
@@ -7,80 +7,81 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-CHUNK = 1024  # rows of a similarity matrix held at once, so that no [N, N] matrix is ever made
+CHUNK = 1024  # rows of a similarity matrix held at once, so that a long video needs no [N, N] matrix
 BLOCK = 96  # rows of a symmetric matrix computed at once: smaller saves more pairs, larger multiplies faster
 
 
 def normalise(rows: Tensor) -> Tensor:
-    """Rows of length one, float32: `[..., N, D]` to `[..., N, D]`; a zero row stays zero."""
+    """Scale rows `[..., N, D]` to length one, float32; a zero row stays zero."""
     return normalize(rows.float(), dim=-1)
 
 
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
-    """`[..., N, D]` and `[..., m]` to `[..., m, D]`; whole rows are copied, on a CPU ten times as fast as a gather."""
+    """Select rows, `[..., N, D]` and `[..., m]` to `[..., m, D]`; on a CPU ten times as fast as a gather."""
     *lead, total, width = rows.shape
     images = math.prod(lead)
-    if images > 1:
+    if images > 1:  # one index_select over the rows of all images: an index is shifted by the rows of images before
         index = index + torch.arange(0, images * total, total, device=index.device).view(*lead, 1)
     return rows.reshape(-1, width).index_select(0, index.flatten()).view(*index.shape, width)
 
 
 @torch.no_grad()
 def gram(rows: Tensor) -> Tensor:
-    """Dot products of all pairs, `[..., N, D]` to `[..., N, N]`; each pair is computed once. No gradient."""
+    """Multiply all pairs of rows, `[..., N, D]` to `[..., N, N]`; computes each pair once and has no gradient."""
     total = rows.shape[-2]
     out = rows.new_empty((*rows.shape[:-1], total))
     for start in range(0, total, BLOCK):
         end = min(start + BLOCK, total)
         torch.matmul(rows[..., start:end, :], rows[..., start:, :].mT, out=out[..., start:end, start:])
+        # the matrix is symmetric: the part below the diagonal block is the transpose of the part beside it
         out[..., end:, start:end] = out[..., start:end, end:].mT
     return out
 
 
 def text_similarity(rows: Tensor, text: Tensor, mask: Tensor, query: Literal["tokens", "prompt"]) -> Tensor:
-    """Cosine between each token and the prompt, `[..., N]` in [−1, 1].
+    """Return the cosine between each token and the prompt, `[..., N]` in [−1, 1].
 
     Args:
         rows: `[..., N, D]` tokens.
-        text: `[..., M, D]` embeddings of the prompt's words.
-        mask: `[..., M]` bool, True on real words.
-        query: "tokens" takes the best word's cosine, "prompt" the cosine with the words' mean.
+        text: `[..., M, D]` embeddings of the prompt's text tokens.
+        mask: `[..., M]` bool, False on padding.
+        query: "tokens" returns the largest cosine to a text token, "prompt" the cosine to the mean text token.
     """
     if query == "prompt":
-        real = mask[..., None]
-        mean = (text.float() * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
+        valid = mask[..., None]
+        mean = (text.float() * valid).sum(-2, keepdim=True) / valid.sum(-2, keepdim=True)
         return _cosines(rows, mean).squeeze(-1)
     return _cosines(rows, text).masked_fill(~mask[..., None, :], -1).amax(-1)
 
 
-def _cosines(rows: Tensor, to: Tensor) -> Tensor:
-    """`[..., N, D]` and `[..., M, D]` to `[..., N, M]`, without a normalised copy of the many ``rows``."""
+def _cosines(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the cosines of `[..., N, D]` and `[..., M, D]`, `[..., N, M]`, without a normalised copy of ``rows``."""
     rows = rows.float()
-    cosines: Tensor = rows @ normalise(to).transpose(-1, -2) / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    cosines: Tensor = rows @ normalise(others).transpose(-1, -2) / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return cosines
 
 
 def local_variance(rows: Tensor, sizes: list[int]) -> Tensor:
-    """How much each token's cosines to the other tokens of its stretch vary, `[..., N]` (HoloV's measure of context).
+    """Return the variance of each token's cosines to the other tokens of its window, `[..., N]` (HoloV's context).
 
-    The cosine of a token with itself counts as 0 among the n, and sums are divided by n − 1.
-    O(N·D·min(n, D)) time for stretches of n.
+    A token's cosine to itself counts as 0 among the n cosines; sums are divided by n − 1.
+    Takes O(N·D·min(n, D)) time for windows of n tokens.
 
     Args:
         rows: `[..., N, D]`.
-        sizes: lengths of the consecutive stretches; they add up to N.
+        sizes: lengths of the consecutive windows; they add up to N.
     """
     out = []
-    for stretch in torch.split(normalise(rows), sizes, dim=-2):
-        n, width = stretch.shape[-2:]
-        if n > width:  # sums of cosines and of their squares follow from those of the rows and of their products
-            own = stretch.square().sum(-1)
-            mean = ((stretch @ stretch.sum(-2)[..., None]).squeeze(-1) - own) / (n - 1)
-            squares = (stretch @ (stretch.transpose(-1, -2) @ stretch) * stretch).sum(-1) - own.square()
+    for window in torch.split(normalise(rows), sizes, dim=-2):
+        n, width = window.shape[-2:]
+        if n > width:  # the sums of cosines and of their squares follow from the rows' sum and their [D, D] product
+            itself = window.square().sum(-1)  # cosine of each token to itself: 1, or 0 for a zero row
+            mean = ((window @ window.sum(-2)[..., None]).squeeze(-1) - itself) / (n - 1)
+            squares = (window @ (window.transpose(-1, -2) @ window) * window).sum(-1) - itself.square()
             out.append((squares - (n - 2) * mean.square()).clamp(min=0) / (n - 1))
             continue
         for start in range(0, n, CHUNK):
-            cosines = stretch[..., start : start + CHUNK, :] @ stretch.transpose(-1, -2)
+            cosines = window[..., start : start + CHUNK, :] @ window.transpose(-1, -2)
             cosines.diagonal(start, -2, -1).zero_()
             mean = cosines.sum(-1, keepdim=True) / max(n - 1, 1)
             out.append((cosines - mean).square().sum(-1) / max(n - 1, 1))
@@ -88,9 +89,10 @@ def local_variance(rows: Tensor, sizes: list[int]) -> Tensor:
 
 
 def without_sinks(scores: Tensor, rows: Tensor, share: float) -> Tensor:
-    """``scores`` `[..., N]` with the ``share`` of tokens whose `[..., N, D]` rows are longest put below all others.
+    """Lower the ``scores`` `[..., N]` of attention sinks below all others.
 
-    A few patches of plain background have huge norms and draw attention without showing anything: attention sinks.
+    Attention sinks are a few background patches that draw attention without content. Their features have huge norms, so
+    the ``share`` of tokens with the longest rows `[..., N, D]` counts as sinks.
     """
     longest = rows.float().norm(dim=-1).sort(dim=-1, descending=True, stable=True).indices
     sinks = longest[..., : int(share * rows.shape[-2])]
@@ -99,30 +101,30 @@ def without_sinks(scores: Tensor, rows: Tensor, share: float) -> Tensor:
 
 
 def attention(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Post-softmax attention, float32: `[B, H, T, d]` and `[B, H, N, d]` to `[B, H, T, N]`; ``bias`` is added first."""
+    """Return post-softmax attention in float32, `[B, H, T, d]` and `[B, H, N, d]` to `[B, H, T, N]`, with ``bias``."""
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     biased: Tensor = scores if bias is None else scores + bias
     return biased.softmax(-1)
 
 
 def epsilon_attention(query: Tensor, key: Tensor, bias: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Attention as PuMer's code has it: the mask multiplies after exp, and ε is spread over all keys.
+    """Return attention as PuMer's code computes it: the mask multiplies after exp, and ε is spread over all keys.
 
-    Differs from :func:`attention` only where a row's strongest key is hidden, since the row's maximum counts that key.
+    It differs from :func:`attention` only in rows whose strongest key is hidden, because the maximum includes that key.
     """
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
     weight = (scores - scores.amax(-1, keepdim=True)).exp() * bias.float().exp()
-    spread: Tensor = (weight + epsilon / key.shape[-2]) / (weight.sum(-1, keepdim=True) + epsilon)
-    return spread
+    probabilities: Tensor = (weight + epsilon / key.shape[-2]) / (weight.sum(-1, keepdim=True) + epsilon)
+    return probabilities
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype, queries: int = 0) -> Tensor:
-    """The additive attention bias of a mask that may be fractional: its logarithm, so that a weight multiplies.
+    """Return the logarithm of a mask as an additive attention bias, so that a fractional mask multiplies attention.
 
     Args:
         mask: `[B, N]` in [0, 1]; 0 hides a key.
-        dtype: of the bias; hidden keys get its most negative number.
-        queries: if given, query i sees key i whatever the mask says, also in cross-attention: a habit of PuMer's code.
+        dtype: dtype of the bias; hidden keys get its most negative number.
+        queries: if not 0, query i attends to key i whatever the mask is, also in cross-attention, as in PuMer's code.
 
     Returns:
         `[B, 1, 1, N]`, or `[B, 1, queries, N]`.
@@ -130,14 +132,14 @@ def mask_bias(mask: Tensor, dtype: torch.dtype, queries: int = 0) -> Tensor:
     bias = mask.float().log().clamp(min=torch.finfo(dtype).min).to(dtype)[:, None, None]
     if not queries:
         return bias
-    own = torch.eye(queries, mask.shape[-1], dtype=torch.bool, device=mask.device)
-    return bias.expand(-1, -1, queries, -1).masked_fill(own, 0)
+    diagonal = torch.eye(queries, mask.shape[-1], dtype=torch.bool, device=mask.device)
+    return bias.expand(-1, -1, queries, -1).masked_fill(diagonal, 0)
 
 
 def text_relevance(text: Tensor, image: Tensor, weight: Tensor) -> Tensor:
-    """Dot product of each image token with the weighted sum of the text: `[B, T, D]`, `[B, I, D]` to `[B, I]`.
+    """Multiply each image token with the weighted sum of the text, `[B, T, D]` and `[B, I, D]` to `[B, I]`.
 
     Args:
-        weight: `[B, T]`, what each text token counts.
+        weight: `[B, T]`, weight of each text token.
     """
     return (image.float() @ (weight[:, None] @ text.float()).transpose(-1, -2)).squeeze(-1)

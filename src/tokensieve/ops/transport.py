@@ -1,23 +1,23 @@
-"""Optimal transport between two equally heavy sets of rows."""
+"""Optimal transport between two sets of rows of equal mass."""
 
 import torch
 from torch import Tensor
 
 
 def sinkhorn_row_mass(cost: Tensor, epsilon: float, steps: int) -> Tensor:
-    """Mass that each source row sends under the entropic plan, `[..., N, M]` to `[..., N]`; larger: cheaper to carry.
+    """Return the row sums of the Sinkhorn transport plan, `[..., N, M]` to `[..., N]`; cheap rows send more mass.
 
-    Sinkhorn's updates end on the targets' side: after an update of the sources every row would send the same.
+    The last update is that of the targets: after an update of the sources all row sums would be equal.
 
     Args:
-        cost: from each source to each target.
-        epsilon: strength of the entropy.
-        steps: updates of both sides.
+        cost: transport cost from each source to each target.
+        epsilon: strength of the entropy regularisation.
+        steps: number of updates of both sides.
     """
     kernel = (-cost.float() / epsilon).exp()
     sources, targets = cost.shape[-2:]
-    right = torch.ones_like(kernel[..., 0, :])
-    for _ in range(steps):
-        left = 1 / (sources * (kernel @ right[..., None]).squeeze(-1))
-        right = 1 / (targets * (left[..., None, :] @ kernel).squeeze(-2))
-    return left * (kernel @ right[..., None]).squeeze(-1)
+    column_scale = torch.ones_like(kernel[..., 0, :])
+    for _ in range(steps):  # scale rows to sum to 1/N, then columns to sum to 1/M
+        row_scale = 1 / (sources * (kernel @ column_scale[..., None]).squeeze(-1))
+        column_scale = 1 / (targets * (row_scale[..., None, :] @ kernel).squeeze(-2))
+    return row_scale * (kernel @ column_scale[..., None]).squeeze(-1)

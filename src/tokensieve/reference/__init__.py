@@ -1,4 +1,4 @@
-"""The bundled reference model, its scenes and its questions: what everything runs on when no other model is named."""
+"""The bundled reference models, their scenes and questions: the defaults if no other model is given."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ NAMES = tuple(_DIRECTORIES)
 
 
 def path(name: str = "reference") -> Path:
-    """Directory of a bundled model, as `from_pretrained` takes it.
+    """Return the directory of a bundled model, for `from_pretrained`.
 
-    "reference" is a LLaVA, "vilt-reference" a ViLT that answers the same questions, and "pumer-reference" the same one
-    fine-tuned with PuMer's reducers on.
+    "reference" is a LLaVA, "vilt-reference" a ViLT that answers the same questions, and "pumer-reference" this ViLT
+    fine-tuned with PuMer's reduction.
     """
     if name not in _DIRECTORIES:
         raise Refusal(f"bundled model {name!r} is unknown; use one of {', '.join(_DIRECTORIES)}")
@@ -27,7 +27,7 @@ def path(name: str = "reference") -> Path:
 
 
 def load(name: str = "reference") -> tuple[Any, Any]:
-    """A bundled model in float32, ready to answer, and its processor. Reads local files only."""
+    """Load a bundled model in float32 and eval mode, and its processor, from local files only."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor, ViltForQuestionAnswering
 

@@ -1,4 +1,4 @@
-"""The question set of the reference model: each question type once per scene, with what guessing would score."""
+"""The question set of the reference model: each question type once per scene, with the scores of guessing rules."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ import numpy as np
 
 from tokensieve.errors import Refusal
 from tokensieve.reference.questions import ANSWERS, TYPES, Type, ask
-from tokensieve.reference.scenes import Box, Scene, scene
+from tokensieve.reference.scenes import Scene, scene
+from tokensieve.reference.things import Box
 
 if TYPE_CHECKING:
     from PIL import Image
 
 SCENES = 300  # 2,100 questions: a standard error of about a point at most
-# `beside` is drawn and trained, but the shipped weights have not learned it: a type that sits on its shortcut measures
-# nothing, so it is not among the published questions.
+# `beside` is trained, but the shipped weights have not learned it. Their accuracy on it is that of a shortcut, which
+# measures nothing, so it is not among the published questions.
 PUBLISHED: tuple[Type, ...] = tuple(type for type in TYPES if type != "beside")
 QUESTIONS_SHA256 = "a8fba89e02ba3339a13dea2c6e5edc7ab5e9a3d155da418b1ba6937b6c87c7a6"
 PIXELS_SHA256 = "60563a162a16fc4ab170a1eb0d27e491947375052f75aa36b9156b10f39056aa"
@@ -31,8 +32,8 @@ PIXELS_SHA256 = "60563a162a16fc4ab170a1eb0d27e491947375052f75aa36b9156b10f39056a
 class Row:
     """One question about one image.
 
-    `boxes` (left, top, right, bottom in px) hold what one must see to answer; none if the right answer is that a thing
-    is absent, where any selection will do.
+    The answer depends on the `boxes` (left, top, right, bottom in px). There are none if the right answer is that a
+    thing is absent; then any selection of tokens will do.
     """
 
     id: str
@@ -44,18 +45,18 @@ class Row:
 
     @property
     def image(self) -> Image.Image:
-        """The scene, RGB, 120 × 120 px; drawn at first use, shared by all rows about it."""
+        """Return the scene, RGB, 120 × 120 px; it is drawn once and shared by all rows about it."""
         return self.scene.image
 
 
 def benchmark(
     split: str = "test", scenes: int = SCENES, seed: int = 0, types: tuple[Type, ...] = PUBLISHED
 ) -> tuple[Row, ...]:
-    """Rows of a split, scene by scene. The default test set is checked against its published hashes.
+    """Return the rows of a split, scene by scene. Check the default test set against its published hashes.
 
     Raises:
-        ValueError: the split or a type is unknown, or `scenes` is not positive.
-        RuntimeError: the default test set does not consist of the published questions.
+        Refusal: if the split or a type is unknown, or `scenes` is not positive.
+        RuntimeError: if the default test set differs from the published questions.
     """
     if scenes < 1:
         raise Refusal(f"scenes must be at least 1, got {scenes}")
@@ -75,7 +76,7 @@ def benchmark(
 
 
 def questions_sha256(rows: Iterable[Row]) -> str:
-    """Hash of ids, questions, answers, types and boxes."""
+    """Hash the ids, questions, answers, types and boxes."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.id, row.question, row.answer, row.type, row.boxes]).encode())
@@ -83,7 +84,7 @@ def questions_sha256(rows: Iterable[Row]) -> str:
 
 
 def pixels_sha256(rows: Iterable[Row]) -> str:
-    """Hash of the images, each scene once."""
+    """Hash the images, each scene once."""
     digest = hashlib.sha256()
     for drawn in dict.fromkeys(row.scene for row in rows):
         digest.update(drawn.image.tobytes())
@@ -106,16 +107,16 @@ def _check(rows: list[Row]) -> None:
 
 @dataclass(frozen=True)
 class Shortcut:
-    """What one scores on a question type without understanding the question; shares of 1."""
+    """Scores on a question type without understanding the question, as shares of 1."""
 
-    chance: float  # one of the possible answers at random
-    majority: float  # always the commonest answer
-    best: float  # the best rule that sees the scene but not which thing is asked about (or the majority, if better)
+    chance: float  # a random answer of the type
+    majority: float  # the commonest answer
+    best: float  # the best rule that knows the scene but not the thing in question (or the majority, if better)
     rule: str
 
 
 def shortcuts(rows: Iterable[Row]) -> dict[Type, Shortcut]:
-    """Chance, majority answer and best shortcut of every question type that occurs, computed from the rows."""
+    """Compute chance, majority answer and best shortcut of each question type in the rows."""
     by_type: dict[Type, list[Row]] = {}
     for row in rows:
         by_type.setdefault(row.type, []).append(row)
@@ -141,12 +142,12 @@ def _commonest(values: Iterable[str]) -> list[str]:
 
 
 def _of_kind(row: Row) -> list[str]:
-    """Names of the scene's objects of the asked kind: digits or icons."""
+    """Return the names of the scene's objects of the same kind (digit or icon) as the thing in question."""
     (kind,) = {thing.kind for thing in row.scene.objects if thing.box == row.boxes[0]}
     return [thing.name for thing in row.scene.of(kind)]
 
 
-# Rules by question type: from a row to the answers among which the rule picks at random.
+# Rules by question type. Each maps a row to candidate answers, of which it picks one at random.
 _RULES: dict[Type, dict[str, Callable[[Row], list[str]]]] = {
     "colour": {
         "colour of any object of the asked kind": lambda row: [

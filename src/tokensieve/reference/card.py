@@ -1,4 +1,4 @@
-"""The model card: measured on the held-out test split, then written; no number in it is typed by hand."""
+"""Write the model card of the reference model. All its numbers are measured on the held-out test split."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def answers(
     image: bool = True,
     batch: int = 80,
 ) -> list[str]:
-    """What the model says to every row by plain greedy `generate`; without the image, to the text alone."""
-    said: list[str] = []
+    """Return the model's answer to each row by greedy `generate`, with the image or from the text alone."""
+    texts: list[str] = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         prompts = [f"USER: {'<image>' * image}\n{row.question} ASSISTANT:" for row in part]
         images = {"images": [row.image for row in part]} if image else {}
         inputs = processor(text=prompts, padding=True, return_tensors="pt", **images)
         output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-        said += processor.tokenizer.batch_decode(output, skip_special_tokens=True)
-    return said
+        texts += processor.tokenizer.batch_decode(output, skip_special_tokens=True)
+    return texts
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers with its 95 % Wilson interval."""
+    """A share of right answers, with a 95 % Wilson interval."""
 
     right: int
     asked: int
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Lower and upper end."""
+        """Return the lower and the upper end."""
         z, n, p = 1.96, self.asked, self.right / self.asked
         middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -55,17 +55,17 @@ class Share:
         return f"{self.right / self.asked:.3f} ({low:.3f}–{high:.3f})"
 
 
-def shares(rows: Sequence[Row], said: Sequence[str]) -> dict[str, Share]:
-    """Right answers per question type, and over `all`."""
+def shares(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, Share]:
+    """Return the share of right answers per question type, and of `all`."""
     right: dict[str, list[bool]] = {}
-    for row, answer in zip(rows, said, strict=True):
+    for row, answer in zip(rows, texts, strict=True):
         right.setdefault(row.type, []).append(answer == row.answer)
         right.setdefault("all", []).append(answer == row.answer)
     return {type: Share(sum(hits), len(hits)) for type, hits in right.items()}
 
 
 def write_card(directory: Path, metrics: Path, notes: str = "") -> dict[str, Share]:
-    """Evaluate the model in `directory` on the test split and write its README.md; `metrics` is the run's curve.
+    """Evaluate the model in `directory` on the test split, and write its README.md; `metrics` is the training curve.
 
     Returns the shares of right answers per question type.
     """
@@ -96,35 +96,35 @@ def _results(full: dict[str, Share], blind: dict[str, Share], guesses: dict[Any,
         "|---|---|---|---|---|---|---|",
     ]
     for type, guess in guesses.items():
-        without = blind[type].right / blind[type].asked
-        rest = f"{without:.3f} | {guess.chance:.3f} | {guess.majority:.3f} | {guess.best:.3f} | {guess.rule}"
-        lines.append(f"| {type} | {full[type]} | {rest} |")
+        blind_share = blind[type].right / blind[type].asked
+        cells = f"{blind_share:.3f} | {guess.chance:.3f} | {guess.majority:.3f} | {guess.best:.3f} | {guess.rule}"
+        lines.append(f"| {type} | {full[type]} | {cells} |")
     lines.append(f"| **all** | **{full['all']}** | {blind['all'].right / blind['all'].asked:.3f} | | | | |")
     return "\n".join(lines)
 
 
 def _stage_ends(curve: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of each stage; the clock of the curve runs through all of them."""
+    """Return the seconds of each stage; the clock of the curve runs through all stages."""
     ends: dict[str, float] = {}
-    before = 0.0
+    previous = 0.0
     for line in curve:
-        ends[line["stage"]] = ends.get(line["stage"], 0.0) + line["seconds"] - before
-        before = line["seconds"]
+        ends[line["stage"]] = ends.get(line["stage"], 0.0) + line["seconds"] - previous
+        previous = line["seconds"]
     return ends
 
 
 def _curve(curve: list[dict[str, Any]], types: list[str]) -> str:
-    """A few lines of the metrics, the last of every stage among them."""
-    wanted = {round(number * (len(curve) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)}
-    wanted |= {i for i, line in enumerate(curve) if i + 1 == len(curve) or curve[i + 1]["stage"] != line["stage"]}
+    """Return a table of a few lines of the metrics, with the last line of each stage."""
+    selected = {round(number * (len(curve) - 1) / (SAMPLED - 1)) for number in range(SAMPLED)}
+    selected |= {i for i, line in enumerate(curve) if i + 1 == len(curve) or curve[i + 1]["stage"] != line["stage"]}
     lines = [
         f"| stage | step | minutes | patch names | {' | '.join(types)} |",
         "|---|---|---|---|" + "---|" * len(types),
     ]
-    for number in sorted(wanted):
+    for number in sorted(selected):
         line = curve[number]
-        reads = line["stage"] != "tower"
-        values = " | ".join(f"{line[type]:.2f}" if reads else "" for type in types)
+        answers_questions = line["stage"] != "tower"
+        values = " | ".join(f"{line[type]:.2f}" if answers_questions else "" for type in types)
         head = f"{line['stage']} | {line['step']} | {line['seconds'] / 60:.0f} | {line['patch shown']:.2f}"
         lines.append(f"| {head} | {values} |")
     return "\n".join(lines)
@@ -183,7 +183,7 @@ thing comes last, which lets binding form where plain training stays at shortcut
    every patch what it shows, its colour and frame, and from a digit's patches which icon is beside it. Real CLIP has no
    such patch labels: they are what makes minutes of training enough.
 2. `reader`: tower frozen; projector and language model learn to answer. At first many questions see little beyond what
-   they need, so that finding the right thing is learned among few before it is among many; then with token dropping.
+   they need, so that finding the right thing is learned among few previous it is among many; then with token dropping.
 3. `joint`: everything, with dropping: 144, 48 or 24 tokens, at random, objects first, or one question's objects first,
    under original and contiguous positions.
 

@@ -1,4 +1,4 @@
-"""How the reference model learns: heads that only training needs, the packed forward pass, losses, token dropping."""
+"""Training of the reference model: heads for training only, the packed forward pass, losses, token dropping."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Batch:
 
     @classmethod
     def of(cls, packs: Packs, rows: NDArray[np.int64], variants: NDArray[np.int64]) -> Batch:
-        """Scenes `rows`, each with its pack number `variants`."""
+        """Select the scenes `rows`, each with its pack number `variants`."""
 
         def pick(part: NDArray[Any], *index: NDArray[np.int64]) -> Tensor:
             return torch.from_numpy(part[index]).long()
@@ -66,9 +66,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Kept:
-    """Visual tokens that stay: indices `[B, K]` ascending, their positions `[B, K]`, and where the text begins.
+    """The visual tokens that are kept.
 
-    `visible` `[B, 92, K]` says which of them each text token may look at.
+    Attributes:
+        indices: `[B, K]`, ascending.
+        positions: `[B, K]`, their position ids.
+        end: the position id at which the text begins.
+        visible: `[B, 92, K]`, the tokens to which each text token can attend.
     """
 
     indices: Tensor
@@ -77,20 +81,20 @@ class Kept:
     visible: Tensor
 
     def renumbered(self) -> Kept:
-        """The same tokens under contiguous positions."""
+        """Return the same tokens with contiguous positions."""
         count = self.indices.shape[1]
         positions = torch.arange(count).repeat(len(self.indices), 1)
         return replace(self, positions=positions, end=torch.tensor(count))
 
     @classmethod
     def everything(cls, size: int) -> Kept:
-        """All 144 tokens of `size` images."""
+        """Keep all 144 tokens of `size` images."""
         indices = torch.arange(TOKENS).repeat(size, 1)
         return cls(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, TOKENS, dtype=torch.bool))
 
 
 class Trainee(nn.Module):
-    """The model with the two heads that only training needs."""
+    """The model with two heads for training only."""
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -100,52 +104,58 @@ class Trainee(nn.Module):
         self.cls_head = nn.Linear(width, len(SEEN) + len(COLOURS))
 
     def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images `[B, 120, 120, 3]` uint8 to penultimate patch features `[B, 144, D]` and the pooled CLS `[B, D]`."""
+        """Encode images `[B, 120, 120, 3]` to penultimate patch features `[B, 144, D]` and the pooled CLS `[B, D]`."""
         tower = self.model.model.vision_tower
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-        hidden = tower.pre_layrnorm(tower.embeddings((images.permute(0, 3, 1, 2) / 255.0 - mean) / std))
+        hidden = tower.pre_layrnorm(tower.embeddings(normalised(images)))
         for layer in tower.encoder.layers[:-1]:
             hidden = layer(hidden, None)
         last = tower.encoder.layers[-1](hidden, None)
         return hidden[:, 1:], tower.post_layernorm(last[:, 0])
 
     def answer(self, features: Tensor, kept: Kept, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits `[B, 92, V]` of packed questions that see the kept tokens, and those tokens projected `[B, K, D]`."""
+        """Return logits `[B, 92, V]` of packed questions on the kept tokens, and these tokens projected `[B, K, D]`."""
         language, (size, count) = self.model.model.language_model, kept.indices.shape
         chosen = features.gather(1, kept.indices.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
         visual = self.model.model.multi_modal_projector(chosen)
-        embed, before = language.embed_tokens, len(PREFIX)
+        embed, prefix_length = language.embed_tokens, len(PREFIX)
         prefix = embed(torch.tensor(PREFIX)).expand(size, -1, -1)
         hidden = torch.cat([prefix, visual.to(prefix.dtype), embed(batch.tokens)], 1)
-        start = torch.arange(before).expand(size, -1)
-        positions = torch.cat([start, kept.positions + before, batch.places + (kept.end + before)], 1)
+        # a question's positions start where the image ends, as if it were the only one in the sequence
+        start = torch.arange(prefix_length).expand(size, -1)
+        positions = torch.cat([start, kept.positions + prefix_length, batch.places + (kept.end + prefix_length)], 1)
         mask = _block_mask(batch.slots, kept.visible)
         rotary = language.rotary_emb(hidden, position_ids=positions)
         for layer in language.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
-        return self.model.lm_head(language.norm(hidden[:, before + count :])), visual
+        return self.model.lm_head(language.norm(hidden[:, prefix_length + count :])), visual
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Normalise images `[B, 120, 120, 3]` uint8 as CLIP's image processor, `[B, 3, 120, 120]`."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return (images.permute(0, 3, 1, 2) / 255.0 - mean) / std
 
 
 def _block_mask(slots: Tensor, visible: Tensor) -> Tensor:
-    """Additive mask `[B, 1, S, S]`: causal, and each question sees the prefix, its visible tokens and itself."""
+    """Return a causal mask `[B, 1, S, S]` (additive): a question attends to prefix, visible tokens and itself."""
     size, _, count = visible.shape
-    before = len(PREFIX)
-    length = before + count + LENGTH
+    prefix_length = len(PREFIX)
+    length = prefix_length + count + LENGTH
     causal = torch.ones(size, length, length, dtype=torch.bool).tril()
-    prefix = torch.ones(size, LENGTH, before, dtype=torch.bool)
+    prefix = torch.ones(size, LENGTH, prefix_length, dtype=torch.bool)
     rows = torch.cat([prefix, visible, slots.unsqueeze(1) == slots.unsqueeze(2)], 2)
-    allowed = causal & torch.cat([torch.ones(size, before + count, length, dtype=torch.bool), rows], 1)
+    allowed = causal & torch.cat([torch.ones(size, prefix_length + count, length, dtype=torch.bool), rows], 1)
     return torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e4).unsqueeze(1)
 
 
 def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch) -> Tensor:
-    """CLS lists what is there; patches say what they show, its colour and frame, and which icon is beside a digit."""
+    """Train CLS to list the scene, and patches to name their thing, its colour, frame and neighbouring icon."""
     listed = F.binary_cross_entropy_with_logits(trainee.cls_head(pooled).float(), batch.present)
     shown, colour, frame, neighbour = trainee.patch_head(features).float().flatten(0, 1).split(PARTS, -1)
     truth = batch.shown.flatten()
     weight = torch.where(truth == IGNORE, BACKGROUND_WEIGHT, 1.0)
-    what = F.cross_entropy(shown, truth.where(truth != IGNORE, NOTHING), reduction="none")
-    patch = (what * weight).sum() / weight.sum()
+    named = F.cross_entropy(shown, truth.where(truth != IGNORE, NOTHING), reduction="none")
+    patch = (named * weight).sum() / weight.sum()
     patch = patch + F.cross_entropy(colour, batch.colour.flatten(), ignore_index=IGNORE)
     patch = patch + F.cross_entropy(frame, batch.frame.flatten(), ignore_index=IGNORE)
     patch = patch + F.cross_entropy(neighbour, batch.neighbour.flatten(), ignore_index=IGNORE)
@@ -153,7 +163,7 @@ def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch
 
 
 def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept, batch: Batch) -> Tensor:
-    """Next-word loss on the answers, and a weak pull of projected tokens towards the word for what they show."""
+    """Train the answers by next-word loss, and weakly pull projected tokens towards the word for their thing."""
     answers = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
     words = F.normalize(trainee.model.model.language_model.embed_tokens(torch.tensor(SEEN_IDS)).float(), dim=-1)
     cosine = F.normalize(visual.float(), dim=-1) @ words.T
@@ -163,16 +173,17 @@ def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept,
 
 
 def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) -> Kept:
-    """Choose `count` tokens of every image to keep, by one of three policies per image.
+    """Keep `count` tokens of each image, by one of three policies per image.
 
-    At random; objects first, as CLS-guided methods would; what one of the questions needs first, as text-guided methods
-    would. `ease` above 0 is how reading begins: always objects first, and so large a share of the questions see only
-    some of what they do not need, often little. Finding the right thing is learned among few before it is among many.
+    The policies are: at random; objects first, as in CLS-guided methods; the tokens that a question depends on first,
+    as in text-guided methods. An `ease` above 0 always keeps objects first, and hides from this share of the questions
+    many of the tokens that they do not depend on, so that a thing is found among few tokens before it is among many.
     """
     size = len(batch.shown)
     noise = torch.from_numpy(rng.random((size, TOKENS)))
     policy = torch.full((size, 1), 1) if ease else torch.from_numpy(rng.integers(0, 3, (size, 1)))
     question = torch.from_numpy(rng.integers(0, len(SLOTS), (size, 1)))
+    # noise is below 1: weights 0.9 and 2.0 put objects mostly, and asked tokens always, before the others
     score = noise + (policy > 0) * 0.9 * (batch.shown != IGNORE) + (policy > 1) * 2.0 * ((batch.asked >> question) & 1)
     indices = score.topk(count).indices.sort(-1).values
     kept = Kept(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, count, dtype=torch.bool))
@@ -181,5 +192,6 @@ def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) 
     share, eased = (torch.from_numpy(rng.random((size, len(SLOTS), 1))) for _ in range(2))
     share = torch.where(eased < ease, share**2, 1.0)
     needed = (batch.asked.gather(1, indices).unsqueeze(1) >> torch.arange(len(SLOTS)).view(1, -1, 1)) & 1
-    seen = (needed > 0) | (torch.from_numpy(rng.random((size, len(SLOTS), count))) < share)
-    return replace(kept, visible=seen.gather(1, batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, count)))
+    visible = (needed > 0) | (torch.from_numpy(rng.random((size, len(SLOTS), count))) < share)
+    # [B, questions, K] to [B, 92, K]: each text token takes the row of its question
+    return replace(kept, visible=visible.gather(1, batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, count)))

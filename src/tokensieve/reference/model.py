@@ -1,4 +1,4 @@
-"""The reference model: a LLaVA-1.5 in miniature, made of the genuine transformers classes.
+"""The reference model: a LLaVA-1.5 in miniature, built from the original transformers classes.
 
 CLIP vision tower with a CLS token (penultimate features, CLS dropped), two-layer GELU projector, Llama decoder; 144
 visual tokens (120 px, patch 10). Word-level tokenizer over the closed vocabulary of the scenes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tokensieve.reference.questions import ANSWERS, PHRASES
-from tokensieve.reference.scenes import CANVAS, TOKEN
+from tokensieve.reference.things import CANVAS, TOKEN
 from tokensieve.reference.vocabulary import COLOURS, NAMES
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every token, special ones first; the position is the id."""
+    """Return all tokens, special ones first; the index of a token is its id."""
     words = {"?", "a", "an", *NAMES, *COLOURS}
     for phrases in PHRASES.values():
         words.update(word for phrase in phrases for word in phrase.replace("{}", "").replace("?", "").split())
@@ -41,7 +41,7 @@ def vocabulary() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased words and punctuation; unknown words become `<unk>`; `<s>` in front; pads on the left."""
+    """Build a tokenizer of lower-case words and punctuation, with `<s>` in front, `<unk>` and left padding."""
     from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """Tokenizer and PIL-only CLIP image processor behind a LLaVA-1.5 style chat template."""
+    """Build a processor from the tokenizer, a PIL-only CLIP image processor and a chat template like LLaVA-1.5's."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -84,7 +84,7 @@ def build_processor() -> LlavaProcessor:
 def build_model(
     seed: int = 0, width: int = 128, vision_layers: int = 6, text_layers: int = 4
 ) -> LlavaForConditionalGeneration:
-    """A freshly initialised model, float32."""
+    """Build a model with new weights in float32."""
     import torch
     from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -109,7 +109,7 @@ def build_model(
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=2048,
-            initializer_range=0.06,  # the default 0.02 is for wide models: attention would start flat and stay so
+            initializer_range=0.06,  # with the default 0.02, for wide models, attention would stay flat
             **special,
         ),
         image_token_index=ids["<image>"],

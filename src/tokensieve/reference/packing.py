@@ -1,9 +1,9 @@
-"""Training data as arrays: many questions about one image packed into one sequence.
+"""Training data as arrays: many questions about one image, packed into one sequence.
 
-A pack is `<s> USER: image tokens, question 1, …, question 10`; under a block mask each question sees the image and
-itself only, so ten questions cost little more than one. Half of the questions are turned round so that the named thing
-is the last word before the answer ("? ASSISTANT: what colour is the anchor"): without that, training settles on
-shortcuts; with it, the natural phrasing is learned as well.
+A pack is `<s> USER: image tokens, question 1, …, question 10`. Under a block mask each question attends only to the
+image and to itself, so ten questions cost little more than one. Half of the questions are turned round, so that the
+named thing is the last word before the answer ("? ASSISTANT: what colour is the anchor"). Without turned questions,
+training stays at shortcuts; with them, the model also learns the natural phrasing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 from tokensieve.reference.model import vocabulary
 from tokensieve.reference.questions import Question, Type, ask
-from tokensieve.reference.scenes import CANVAS, TOKEN, Box, Scene, scene
+from tokensieve.reference.scenes import Scene, scene
+from tokensieve.reference.things import CANVAS, TOKEN, Box
 from tokensieve.reference.vocabulary import COLOURS, FRAMES, ICONS, NAMES, SIGNS
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ SLOTS: tuple[Type, ...] = (
 LENGTH = 92  # text tokens in a pack: the longest phrasing of every slot
 GRID = CANVAS // TOKEN
 TOKENS = GRID * GRID
-SEEN: tuple[str, ...] = (*NAMES, *SIGNS)  # what a patch can show; also what the CLS token learns to list, then colours
+SEEN: tuple[str, ...] = (*NAMES, *SIGNS)  # names that a patch can show and CLS learns to list (then colours)
 IGNORE = -1
 ALONE = len(ICONS)  # neighbour of a digit that has none
 
@@ -40,10 +41,14 @@ ALONE = len(ICONS)  # neighbour of a digit that has none
 class Packs:
     """`n` scenes, each with `v` packs of questions.
 
-    images `[n, 120, 120, 3]` uint8 · shown, colour, frame, neighbour `[n, 144]` labels per patch (-1 = none; neighbour
-    is the icon beside a digit, for patches of digits only) ·
-    present `[n, names + signs + colours]` bool · tokens, targets, places `[n, v, 92]` (place within its question) ·
-    slots `[n, v, 92]` (question number, -1 = padding) · asked `[n, v, 144]` bit `q` set where question `q` must look.
+    Attributes:
+        images: `[n, 120, 120, 3]` uint8.
+        shown, colour, frame: `[n, 144]`, labels of each patch; −1 if none.
+        neighbour: `[n, 144]`, the icon beside a digit, on patches of digits; else −1.
+        present: `[n, names + signs + colours]` bool.
+        tokens, targets, places: `[n, v, 92]`; a place is a token's position within its question.
+        slots: `[n, v, 92]`, number of the question; −1 on padding.
+        asked: `[n, v, 144]`, bit `q` is set on the patches that question `q` depends on.
     """
 
     images: NDArray[np.uint8]
@@ -63,7 +68,7 @@ class Packs:
 
 
 def make_packs(split: str, indices: Sequence[int], *, seed: int = 0, variants: int = 3, turned: float = 0.5) -> Packs:
-    """Packs for the scenes of a split with these indices; `turned` is the share of questions turned round."""
+    """Make packs for the scenes of a split with these indices; `turned` is the share of questions turned round."""
     rows = (_row(scene(split, index, seed), variants, turned) for index in indices)
     first = next(rows)
     parts = [np.empty((len(indices), *part.shape), part.dtype) for part in first]
@@ -74,7 +79,7 @@ def make_packs(split: str, indices: Sequence[int], *, seed: int = 0, variants: i
 
 
 def covered(box: Box) -> list[int]:
-    """Row-major indices of the visual tokens that a box covers by more than a third of their area."""
+    """Return the row-major indices of the visual tokens that a box covers by more than a third of their area."""
     left, top, right, bottom = box
 
     def overlap(low: int, high: int, token: int) -> int:
@@ -89,6 +94,7 @@ def covered(box: Box) -> list[int]:
 
 
 def _row(drawn: Scene, variants: int, turned: float) -> tuple[NDArray[np.generic], ...]:
+    """Return the arrays of :class:`Packs` for one scene."""
     rng = np.random.default_rng((7, drawn.seed, drawn.index))
     shown, colour, frame, neighbour = (np.full(TOKENS, IGNORE, np.int8) for _ in range(4))
     present = np.zeros(len(SEEN) + len(COLOURS), np.bool_)
@@ -109,6 +115,7 @@ def _row(drawn: Scene, variants: int, turned: float) -> tuple[NDArray[np.generic
 
 
 def _pack(questions: list[Question], turned: float, rng: np.random.Generator) -> tuple[NDArray[np.generic], ...]:
+    """Return tokens, targets, places, slots and asked patches of one pack."""
     tokens, targets = np.zeros(LENGTH, np.int16), np.full(LENGTH, IGNORE, np.int16)
     places, slots = np.zeros(LENGTH, np.int8), np.full(LENGTH, IGNORE, np.int8)
     asked = np.zeros(TOKENS, np.int16)
@@ -119,7 +126,7 @@ def _pack(questions: list[Question], turned: float, rng: np.random.Generator) ->
         ids = [_ids()[word] for word in [*order, question.answer, "</s>"]]
         start, end = end, end + len(ids) - 1
         tokens[start:end], places[start:end], slots[start:end] = ids[:-1], range(end - start), number
-        targets[end - 2 : end] = ids[-2:]
+        targets[end - 2 : end] = ids[-2:]  # the answer and `</s>`, each at the token before it
         for box in question.boxes:
             asked[covered(box)] |= 1 << number
     return tokens, targets, places, slots, asked

@@ -1,4 +1,4 @@
-"""Questions about a scene, their one-word answers, and the boxes of what one must see to answer them."""
+"""Questions about a scene, their one-word answers, and the boxes of the things that an answer depends on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from tokensieve.reference.scenes import Box, Scene, Thing
+from tokensieve.reference.scenes import Scene
+from tokensieve.reference.things import Box, Thing
 from tokensieve.reference.vocabulary import COLOURS, DIGITS, FRAMES, ICONS, NAMES, NUMBERS, PLACES, SIGNS
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 Type = Literal["colour", "name", "where", "beside", "frame", "read", "count", "exist"]
 TYPES: tuple[Type, ...] = get_args(Type)
 
-# The named thing comes last before the question mark. `{}` is a thing's name, or its colour.
+# The named thing is the last word before the question mark. `{}` is a thing's name, or its colour.
 PHRASES: dict[Type, tuple[str, ...]] = {
     "colour": ("what colour is the {}?", "what is the colour of the {}?"),
     "name": ("what is the thing in {}?", "which thing is {}?"),
@@ -42,7 +43,7 @@ ANSWERS: dict[Type, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `boxes` (px) hold what must be seen; empty when the right answer is that a thing is absent."""
+    """One question. The answer depends on the `boxes` (px); there are none if it is that a thing is absent."""
 
     text: str
     answer: str
@@ -51,7 +52,7 @@ class Question:
 
 
 def ask(scene: Scene, type: Type, rng: np.random.Generator) -> Question:
-    """Ask one question of a type; faint objects are asked about more often than bright ones."""
+    """Draw one question of a type; faint objects are drawn more often than bright ones."""
     phrase = PHRASES[type][rng.integers(len(PHRASES[type]))]
     if type == "read":
         (sign,) = scene.of("sign")
@@ -67,11 +68,11 @@ def ask(scene: Scene, type: Type, rng: np.random.Generator) -> Question:
         icon, digit = scene.pairs[_draw([icon for icon, _ in scene.pairs], rng)]
         return Question(phrase.format(icon.name), digit.name, type, (icon.box, digit.box))
     thing = scene.objects[_draw(scene.objects, rng)]
-    asked = thing.colour if type == "name" else _with_article(thing.name) if type == "exist" else thing.name
+    named = thing.colour if type == "name" else _with_article(thing.name) if type == "exist" else thing.name
     answers: dict[str, str] = {
         "colour": thing.colour, "name": thing.name, "where": thing.place, "frame": thing.frame, "exist": "yes"
     }  # fmt: skip
-    return Question(phrase.format(asked), answers[type], type, (thing.box,))
+    return Question(phrase.format(named), answers[type], type, (thing.box,))
 
 
 def _with_article(name: str) -> str:
@@ -79,6 +80,6 @@ def _with_article(name: str) -> str:
 
 
 def _draw(things: Sequence[Thing], rng: np.random.Generator) -> int:
-    """Index of a thing drawn at random, faint ones more often."""
+    """Draw the index of a thing, faint ones more often."""
     weights = np.array([1.6 - thing.opacity for thing in things])
     return int(rng.choice(len(things), p=weights / weights.sum()))

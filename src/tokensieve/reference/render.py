@@ -1,4 +1,4 @@
-"""Drawing a scene with Pillow and NumPy: about a millisecond on one core."""
+"""Draw the things of a scene with Pillow and NumPy, in about a millisecond per scene on one core."""
 
 from __future__ import annotations
 
@@ -8,35 +8,33 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tokensieve.reference import sources
-from tokensieve.reference.scenes import CANVAS, CELL, Scene, Thing
 from tokensieve.reference.sources import Split
+from tokensieve.reference.things import CANVAS, CELL, Thing
 from tokensieve.reference.vocabulary import COLOURS, ICONS
 
 _INK = (25, 25, 30)
 
 
-def render(scene: Scene) -> Image.Image:
-    """The scene's canvas, RGB: a dimmed photograph with its things on top."""
-    canvas = _background(scene)
-    for thing in scene.things:
-        if thing.kind == "clutter":
-            _draw_clutter(canvas, thing, scene.split)
-        elif thing.kind == "sign":
-            _draw_sign(canvas, thing)
-        else:
-            _draw_object(canvas, thing)
-    return canvas
+def background(split: Split, name: str, crop: tuple[int, int, int], dim: float) -> Image.Image:
+    """Return a canvas, RGB, with a dimmed square of a photograph: corner and side of the `crop` in px."""
+    x, y, side = crop
+    photograph = sources.photograph(split, name)
+    square = photograph.resize((CANVAS, CANVAS), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+    return Image.blend(Image.new("RGB", square.size), square, dim)
 
 
-def _background(scene: Scene) -> Image.Image:
-    x, y, side = scene.crop
-    photograph = sources.photograph(scene.split, scene.photograph)
-    crop = photograph.resize((CANVAS, CANVAS), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
-    return Image.blend(Image.new("RGB", crop.size), crop, scene.dim)
+def draw(canvas: Image.Image, thing: Thing, split: Split) -> None:
+    """Draw one thing of a scene of this split."""
+    if thing.kind == "clutter":
+        _draw_clutter(canvas, thing, split)
+    elif thing.kind == "sign":
+        _draw_sign(canvas, thing)
+    else:
+        _draw_object(canvas, thing)
 
 
 def _draw_clutter(canvas: Image.Image, thing: Thing, split: Split) -> None:
-    """A bright piece of photograph: salient, and never asked about."""
+    """Draw a bright piece of photograph: salient, but no question is about it."""
     left, top, right, _ = thing.box
     photograph = sources.photograph(split, thing.name)
     side = min(48, *photograph.size)
@@ -70,19 +68,19 @@ def _draw_object(canvas: Image.Image, thing: Thing) -> None:
 
 @cache
 def _frame_mask(frame: str) -> Image.Image:
-    """The thin frame around an object as an opacity mask, one cell in size."""
+    """Return the thin frame around an object as an opacity mask of one cell."""
     mask = Image.new("L", (CELL, CELL))
-    draw = ImageDraw.Draw(mask)
+    pen = ImageDraw.Draw(mask)
     end = CELL - 1
     if frame == "square":
-        draw.rectangle((0, 0, end, end), outline=255)
+        pen.rectangle((0, 0, end, end), outline=255)
     elif frame == "circle":
-        draw.ellipse((0, 0, end, end), outline=255)
+        pen.ellipse((0, 0, end, end), outline=255)
     elif frame == "line":
-        draw.line((0, end, end, end), fill=255)
+        pen.line((0, end, end, end), fill=255)
     elif frame == "corners":
         for x in (0, end):
             for y in (0, end):
-                draw.line((x, y, x + (5 if x == 0 else -5), y), fill=255)
-                draw.line((x, y, x, y + (5 if y == 0 else -5)), fill=255)
+                pen.line((x, y, x + (5 if x == 0 else -5), y), fill=255)
+                pen.line((x, y, x, y + (5 if y == 0 else -5)), fill=255)
     return mask

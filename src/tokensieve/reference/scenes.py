@@ -1,8 +1,8 @@
-"""Seeded descriptions of scenes: what stands where. Drawing them is `render.py`, asking about them `questions.py`.
+"""Seeded descriptions of scenes. `render.py` draws their things; `questions.py` has the questions about them.
 
 The canvas is 120 × 120 px, 12 × 12 visual tokens of 10 px. Each quadrant is cut into two slots, side by side or one
-above the other. A slot holds a pair (an icon and a digit that touch), a single object, the sign or a piece of clutter;
-what stands in different slots is well apart, so "beside" has one meaning.
+above the other. A slot holds a pair (an icon and a digit that touch), a single object, the sign or a piece of clutter.
+Things in different slots are well apart, so "beside" has one meaning.
 """
 
 from __future__ import annotations
@@ -15,53 +15,23 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from tokensieve.reference import sources
+from tokensieve.reference.render import background, draw
 from tokensieve.reference.sources import SPLITS, Split, check_split
-from tokensieve.reference.vocabulary import COLOURS, DIGITS, FRAMES, ICONS, PLACES, SIGNS
+from tokensieve.reference.things import CANVAS, CELL, TOKEN, Kind, Thing
+from tokensieve.reference.vocabulary import COLOURS, DIGITS, FRAMES, ICONS, SIGNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from PIL import Image
 
-CANVAS = 120  # px
-TOKEN = 10  # px
-CELL = 20  # px: one object and its frame
-Box = tuple[int, int, int, int]  # left, top, right, bottom in px; right and bottom exclusive
-Kind = Literal["digit", "icon", "sign", "clutter"]
 Content = Literal["pair", "digit", "icon", "sign", "clutter"]  # of a slot
 _ORDERS: tuple[tuple[Literal["digit", "icon"], Literal["digit", "icon"]], ...] = (("icon", "digit"), ("digit", "icon"))
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One thing in a scene.
-
-    `opacity` below 1 is low contrast; `source` picks the digit instance, or seeds the piece of photograph; `partner` is
-    the index of what stands beside it.
-    """
-
-    kind: Kind
-    name: str
-    box: Box
-    colour: str = ""
-    frame: str = "none"
-    opacity: float = 1.0
-    size: int = 16
-    angle: float = 0.0
-    source: int = 0
-    partner: int | None = None
-
-    @property
-    def place(self) -> str:
-        """The corner of the canvas in which the thing's centre lies."""
-        right = self.box[0] + self.box[2] > CANVAS
-        low = self.box[1] + self.box[3] > CANVAS
-        return PLACES[2 * low + right]
-
-
-@dataclass(frozen=True)
 class Scene:
-    """A canvas: its photograph crop (name, corner and side in px of that split's strip), dimming, and things."""
+    """A scene: its background (name, corner and side in px of a crop of the split's strip), dimming, and things."""
 
     split: Split
     seed: int
@@ -73,33 +43,34 @@ class Scene:
 
     @cached_property
     def objects(self) -> tuple[Thing, ...]:
-        """What can be asked about by name: digits and icons."""
+        """Return the digits and icons, which questions name."""
         return tuple(thing for thing in self.things if thing.kind in ("digit", "icon"))
 
     @cached_property
     def pairs(self) -> tuple[tuple[Thing, Thing], ...]:
-        """(icon, digit) that stand beside each other."""
+        """Return the pairs (icon, digit) that are beside each other."""
         icons = (thing for thing in self.things if thing.kind == "icon")
         return tuple((icon, self.things[icon.partner]) for icon in icons if icon.partner is not None)
 
     def of(self, kind: Kind) -> tuple[Thing, ...]:
-        """The things of one kind."""
+        """Return the things of one kind."""
         return tuple(thing for thing in self.things if thing.kind == kind)
 
     @cached_property
     def image(self) -> Image.Image:
-        """The drawn scene, RGB, 120 × 120 px; kept after the first use."""
+        """Return the drawn scene, RGB, 120 × 120 px; it is drawn once."""
         return self.render()
 
     def render(self) -> Image.Image:
-        """Draw the scene, RGB, 120 × 120 px."""
-        from tokensieve.reference.render import render
-
-        return render(self)
+        """Draw the scene, RGB, 120 × 120 px: a dimmed photograph with the things on top."""
+        canvas = background(self.split, self.photograph, self.crop, self.dim)
+        for thing in self.things:
+            draw(canvas, thing, self.split)
+        return canvas
 
 
 def scene(split: str, index: int, seed: int = 0) -> Scene:
-    """Scene number `index` of a split: the same arguments always give the same scene."""
+    """Generate scene number `index` of a split; equal arguments give equal scenes."""
     part = check_split(split)
     rng = np.random.default_rng((SPLITS.index(part), seed, index))
     contents, upright, slots = _layout(part, rng)
@@ -126,7 +97,7 @@ def scene(split: str, index: int, seed: int = 0) -> Scene:
 
 
 class _Deck:
-    """Deals objects of which no two in a scene share a name or a colour."""
+    """Deals the objects of a scene; no two share a name or a colour."""
 
     def __init__(self, split: Split, rng: np.random.Generator) -> None:
         self.split, self.rng = split, rng
@@ -135,10 +106,10 @@ class _Deck:
         self.names: dict[Content, Iterator[str]] = {"digit": digits, "icon": icons}
 
     def deal(self, kind: Literal["digit", "icon"], x: int, y: int, partner: int | None = None) -> Thing:
-        """An object whose cell stands at (`x`, `y`) px, give or take 2 px."""
+        """Create an object whose cell is at (`x`, `y`) px, up to 2 px off."""
         rng, name = self.rng, next(self.names[kind])
         dx, dy = rng.integers(-2, 3, 2)
-        left, top = (min(max(0, int(at)), CANVAS - CELL) for at in (x + dx, y + dy))
+        left, top = (min(max(0, int(corner)), CANVAS - CELL) for corner in (x + dx, y + dy))
         return Thing(
             kind=kind,
             name=name,
@@ -154,7 +125,7 @@ class _Deck:
 
 
 def _layout(split: Split, rng: np.random.Generator) -> tuple[list[Content], list[bool], list[int]]:
-    """Contents, which quadrants have upright slots, and the slots of the contents; splits share no layout."""
+    """Draw the contents, which quadrants have upright slots, and the slots of the contents; splits share no layout."""
     while True:
         digits, icons = int(rng.integers(3, 7)), int(rng.integers(3, 5))
         pairs = min(digits, icons, 3 + int(rng.integers(2)))
@@ -172,14 +143,14 @@ def _layout(split: Split, rng: np.random.Generator) -> tuple[list[Content], list
 
 
 def _owner(contents: list[Content], upright: list[bool], slots: list[int]) -> Split:
-    """The split that a layout belongs to: three in twenty to test, one to validation."""
+    """Return the split of a layout: of twenty layouts, three are for test and one is for validation."""
     signature = repr(sorted(zip(slots, contents, strict=True))) + repr(upright)
     bucket = zlib.crc32(signature.encode()) % 20
     return "test" if bucket < 3 else "validation" if bucket < 4 else "train"
 
 
 def _corner(slot: int, vertical: bool, rng: np.random.Generator, length: int) -> tuple[int, int]:
-    """Top left corner in px of something `length` cells long in a slot, one token kept free at the slot's far edges."""
+    """Draw the top left corner in px of a thing of `length` cells; one token is free at its slot's far edges."""
     quadrant, half = divmod(slot, 2)
     across, down = (3, 6) if vertical else (6, 3)
     wide, high = (1, length) if vertical else (length, 1)
@@ -189,7 +160,7 @@ def _corner(slot: int, vertical: bool, rng: np.random.Generator, length: int) ->
 
 
 def _sign(x: int, y: int, rng: np.random.Generator) -> Thing:
-    """A plate with a word, somewhere in the 50 px from `x`."""
+    """Create a plate with a word, within 50 px from `x`."""
     name = list(SIGNS)[rng.integers(len(SIGNS))]
     width, height = (side + 6 for side in SIGNS[name])
     left, top = x + int(rng.integers(0, 51 - width)), y + int(rng.integers(0, 21 - height))
@@ -197,13 +168,14 @@ def _sign(x: int, y: int, rng: np.random.Generator) -> Thing:
 
 
 def _clutter(x: int, y: int, rng: np.random.Generator) -> Thing:
+    """Create a square piece of photograph at (`x`, `y`) px."""
     side = int(rng.integers(14, CELL + 1))
     name = str(rng.choice(sources.PHOTOGRAPHS))
     return Thing("clutter", name, (x, y, x + side, y + side), source=int(rng.integers(2**31)))
 
 
 def _crop(split: Split, name: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Corner and side in px of a square inside the split's strip of a photograph."""
+    """Draw the corner and side in px of a square inside the split's strip of a photograph."""
     width, height = sources.photograph(split, name).size
     largest = min(width, height, 240)
     side = int(rng.integers(min(56, largest), largest + 1))

@@ -1,4 +1,4 @@
-"""The real material of the scenes, all of it shipped inside ordinary wheels, and how it is divided between splits.
+"""The digits, photographs and glyphs of the scenes, which ordinary wheels ship, and their split between data sets.
 
 Handwritten digits (scikit-learn) are divided by instance, photographs (scikit-image) by region: each photograph is cut
 into three vertical strips. Nothing is downloaded.
@@ -32,12 +32,12 @@ PHOTOGRAPHS: tuple[str, ...] = (
 
 
 def missing(error: ImportError) -> ImportError:
-    """The one-line error a user sees when the optional data packages are absent."""
+    """Return a one-line error for a user without the optional data packages."""
     return ImportError(f'{error.name} is needed to draw reference scenes: pip install "tokensieve[reference]"')
 
 
 def check_split(split: str) -> Split:
-    """Return `split` if it is one; raise ValueError naming the allowed ones otherwise."""
+    """Return `split` if it is one; raise a :class:`Refusal` that names the splits otherwise."""
     if split not in SPLITS:
         raise Refusal(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
     return split
@@ -54,7 +54,7 @@ def _digits() -> Any:
 
 @cache
 def digit_instances(split: Split, name: str) -> NDArray[np.int64]:
-    """Indices `[n]` into the scikit-learn digits that show `name` and belong to `split`."""
+    """Return the indices `[n]` of the scikit-learn digits that show `name` and belong to `split`."""
     target = _digits().target
     low, high = _SHARES[split]
     rank = np.random.default_rng(0).permutation(len(target)) / len(target)
@@ -62,7 +62,7 @@ def digit_instances(split: Split, name: str) -> NDArray[np.int64]:
 
 
 def digit_mask(instance: int, size: int, angle: float) -> Image.Image:
-    """One handwritten digit as an opacity mask, `size` × `size` px, turned by `angle` degrees."""
+    """Return a handwritten digit as an opacity mask, `size` × `size` px, turned by `angle` degrees."""
     ink = np.clip(_digits().images[instance] * 17.0, 0, 255).astype(np.uint8)
     big = Image.fromarray(ink).resize((size, size), Image.Resampling.BICUBIC)
     return big.rotate(angle, Image.Resampling.BICUBIC) if angle else big
@@ -70,26 +70,26 @@ def digit_mask(instance: int, size: int, angle: float) -> Image.Image:
 
 @cache
 def photograph(split: Split, name: str) -> Image.Image:
-    """The strip of a photograph that belongs to `split`, RGB."""
+    """Return the strip of a photograph that belongs to `split`, RGB."""
     try:
         import skimage
     except ImportError as error:
         raise missing(error) from None
     with Image.open(Path(skimage.__file__).parent / "data" / name) as opened:
-        whole = opened.convert("RGB")
-    low, high = strip(split, whole.width)
-    return whole.crop((low, 0, high, whole.height))
+        image = opened.convert("RGB")
+    low, high = strip(split, image.width)
+    return image.crop((low, 0, high, image.height))
 
 
 def strip(split: Split, width: int) -> tuple[int, int]:
-    """Columns `[low, high)` of a photograph `width` px wide that belong to `split`."""
+    """Return the columns `[low, high)` that belong to `split` in a photograph of `width` px."""
     low, high = _SHARES[split]
     return round(low * width), round(high * width)
 
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans Bold at `size` px, from inside matplotlib."""
+    """Load DejaVu Sans Bold at `size` px, which matplotlib ships."""
     try:
         import matplotlib
     except ImportError as error:
@@ -100,7 +100,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def glyph_mask(glyph: str, size: int) -> Image.Image:
-    """A glyph as an opacity mask, its ink scaled to fit `size` × `size` px and centred."""
+    """Return a glyph as an opacity mask, its ink scaled to fit `size` × `size` px and centred."""
     left, top, right, bottom = font(64).getbbox(glyph)
     ink = Image.new("L", (int(right - left), int(bottom - top)))
     ImageDraw.Draw(ink).text((-left, -top), glyph, fill=255, font=font(64))
@@ -113,7 +113,7 @@ def glyph_mask(glyph: str, size: int) -> Image.Image:
 
 @cache
 def word_mask(word: str, size: int = 10) -> Image.Image:
-    """A rendered word as an opacity mask cropped to its ink; letters `size` px."""
+    """Return a word in letters of `size` px as an opacity mask cropped to its ink."""
     left, top, right, bottom = font(size).getbbox(word)
     mask = Image.new("L", (int(right - left), int(bottom - top)))
     ImageDraw.Draw(mask).text((-left, -top), word, fill=255, font=font(size))

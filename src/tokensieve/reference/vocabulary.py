@@ -1,4 +1,4 @@
-"""The closed world of the reference scenes: every name, colour, frame and word that can appear or be answered."""
+"""The closed vocabulary of the reference scenes: all names, colours, frames and words in scenes and answers."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Recipes: how the bundled model was trained, and fine-tuning with token reduction on."""
+"""Training recipes: the bundled models, and fine-tuning with token reduction."""

@@ -1,22 +1,21 @@
-"""The recipe of the bundled reference model, from nothing to the directory that ships.
+"""The recipe of the bundled reference model, from new weights to the directory that ships.
 
-Three stages. `tower`: the vision tower learns to see (its CLS token lists what is there, patches say what they show).
-`reader`: tower frozen, its features cached; projector and language model learn to answer, from objects first, then with
-random token dropping. `joint`: everything together, still with dropping, so that reduced inputs are no novelty.
+It has three stages. `tower` trains the vision encoder: CLS lists the things of a scene, and patches name their thing.
+`reader` trains projector and language model on the cached features of the frozen encoder, first with objects kept
+first, then with random token dropping. `joint` trains all parts, still with dropping, so that the model knows reduced
+inputs.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,30 +28,12 @@ from tokensieve.reference.card import write_card
 from tokensieve.reference.learning import PARTS, Batch, Kept, Trainee, answering_loss, drop, seeing_loss
 from tokensieve.reference.model import build_model, build_processor, vocabulary
 from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, make_packs
+from tokensieve.train.stages import Stage, prepare
 
 VALIDATION_SCENES = 256
-COUNTS = {TOKENS: 0.4, 48: 0.35, 24: 0.25}  # how many visual tokens stay in a step, and how often
-EASY, EASED = 48, 0.6  # tokens while reading is made easy, and the share of the reader stage in which it is
+COUNTS = {TOKENS: 0.4, 48: 0.35, 24: 0.25}  # number of visual tokens that a step keeps, and how often
+EASY, EASED = 48, 0.6  # tokens in easy steps, and the share of the reader stage in which steps are easy
 END = vocabulary().index("</s>")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of the recipe: optimiser steps, images per step, peak learning rate, weight of the seeing loss."""
-
-    name: Literal["tower", "reader", "joint"]
-    steps: int
-    batch: int
-    rate: float
-    seeing: float = 0.0
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate: a short linear rise, then half a cosine down to a twentieth of the peak."""
-        warm = max(1, min(200, self.steps // 10))
-        if step < warm:
-            return self.rate * (step + 1) / warm
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
-        return self.rate * (0.05 + 0.95 * cosine)
 
 
 STAGES: tuple[Stage, ...] = (
@@ -76,27 +57,23 @@ def train_reference(
     progress: bool = True,
     card: bool = True,
 ) -> Path:
-    """Train the reference model; returns the directory with the finished model, `output / "model"`.
+    """Train the reference model; return the directory of the trained model, `output / "model"`.
 
-    Every `report_every` steps the state goes to `checkpoint.pt`, from which a later call continues (`resume`), and one
-    line of losses and validation accuracies to `metrics.jsonl`. `effort` scales the steps of all stages. Each of
-    `processes` single-thread processes trains on its share of the scenes and of every batch, gradients are averaged,
-    and the result depends on their number. `compiled` uses torch.compile (needs a C++ compiler). `card` measures the
-    test split at the end and writes the model's README.md. Memory: some 90 KB a scene.
+    Every `report_every` steps, the state is saved to `checkpoint.pt`, from which a later call continues (`resume`), and
+    one line of losses and validation accuracies is added to `metrics.jsonl`. `effort` scales the steps of all stages.
+    Each of `processes` single-thread processes trains on its share of the scenes and of each batch; gradients are
+    averaged, and the result depends on the number of processes. `compiled` uses torch.compile (needs a C++ compiler).
+    `card` measures the test split at the end and writes the model's README.md. Takes about 90 KB of memory per scene.
 
     Raises:
-        ValueError: the output directory holds a run with another seed, or number of scenes or processes.
+        Refusal: if the output directory holds a run with another seed or number of scenes or processes.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for name in ("checkpoint.pt", "metrics.jsonl"):
-            (output / name).unlink(missing_ok=True)
-    stages = tuple(replace(stage, steps=max(1, round(stage.steps * effort))) for stage in stages)
+    stages = prepare(output, stages, effort, resume)
     identity = {"seed": seed, "scenes": scenes, "processes": processes}
     if (output / "checkpoint.pt").exists():
-        held = torch.load(output / "checkpoint.pt", weights_only=True)["identity"]
-        if held != identity:
-            raise Refusal(f"{output} holds a run with {held}, got {identity}; or start anew with resume=False")
+        saved = torch.load(output / "checkpoint.pt", weights_only=True)["identity"]
+        if saved != identity:
+            raise Refusal(f"{output} holds a run with {saved}, got {identity}; or start anew with resume=False")
     arguments = (output, stages, identity, compiled, report_every, progress)
     if processes == 1:
         _work(0, *arguments)
@@ -111,13 +88,13 @@ def train_reference(
 
 
 def _join(
-    rank: int, meeting: str, output: Path, stages: tuple[Stage, ...], identity: dict[str, int], *rest: Any
+    rank: int, meeting: str, output: Path, stages: tuple[Stage, ...], identity: dict[str, int], *options: Any
 ) -> None:
     """Run as one of several processes."""
     torch.set_num_threads(1)
     processes = identity["processes"]
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
-    _work(rank, output, stages, identity, *rest)
+    _work(rank, output, stages, identity, *options)
     torch.distributed.destroy_process_group()
 
 
@@ -130,7 +107,7 @@ def _work(
     report_every: int,
     progress: bool,
 ) -> None:
-    """Train until the last stage is done; the first process reports, saves and shows progress."""
+    """Train all stages; the first process reports, saves and shows progress."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     run = _Run(rank, output, stages, identity, compiled)
@@ -149,7 +126,7 @@ def _work(
 
 
 class _Run:
-    """A training run in a directory: its data, its model and optimiser, and how far it is."""
+    """A training run in a directory: its data, its model and optimiser, and its progress."""
 
     def __init__(
         self, rank: int, output: Path, stages: tuple[Stage, ...], identity: dict[str, int], compiled: bool
@@ -168,7 +145,7 @@ class _Run:
         self.clock = time.monotonic()
 
     def advance(self) -> None:
-        """One optimiser step. Its data and random choices depend on seed, stage, step and process alone."""
+        """Run one optimiser step. Its data and random choices depend only on seed, stage, step and process."""
         stage = self.stages[self.stage]
         common = np.random.default_rng((self.seed, self.stage, self.step))
         rng = np.random.default_rng((self.seed, self.stage, self.step, self.rank))
@@ -213,7 +190,7 @@ class _Run:
                 gradient.copy_(part.view_as(gradient))
 
     def report(self) -> str:
-        """Evaluate, save, append one line to the metrics, and return the losses for the progress bar."""
+        """Evaluate, save, append a line to the metrics, and return the losses for the progress bar."""
         self.seconds += time.monotonic() - self.clock
         line: dict[str, str | float] = {"stage": self.stages[self.stage].name, "step": self.step}
         losses = {name: round(float(np.mean(values)), 4) for name, values in self.losses.items()}
@@ -226,7 +203,7 @@ class _Run:
         return ", ".join(f"{name} {value}" for name, value in losses.items())
 
     def next_stage(self) -> None:
-        """Export what there is and turn to the next stage."""
+        """Export the model and start the next stage."""
         if self.rank == 0:
             export(self.trainee, self.output / "model")
         self.stage, self.step, self.features = self.stage + 1, 0, None
@@ -234,7 +211,7 @@ class _Run:
             self.optimiser = self._new_optimiser()
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
-        """AdamW over what the stage trains; the rest is frozen."""
+        """Return AdamW over the parameters that the stage trains; freeze the others."""
         inner, heads = self.trainee.model.model, (self.trainee.patch_head, self.trainee.cls_head)
         seeing = (inner.vision_tower, *heads)
         reading = (inner.multi_modal_projector, inner.language_model, self.trainee.model.lm_head)
@@ -247,7 +224,7 @@ class _Run:
 
     @torch.no_grad()
     def _cached_features(self) -> Tensor:
-        """Features of all training images `[n, 144, D]` in bfloat16, computed once as the tower is frozen."""
+        """Return the features of all training images, `[n, 144, D]` bfloat16; cached, as the encoder is frozen."""
         if self.features is None:
             images = torch.from_numpy(self.packs.images)
             self.features = torch.cat([self.trainee.see(part)[0].bfloat16() for part in torch.split(images, 64)])
@@ -255,7 +232,7 @@ class _Run:
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Accuracy on validation scenes, natural phrasing, all tokens: of the patch head and of every question type."""
+        """Return the accuracy of the patch head and of each question type on validation scenes, with all tokens."""
         hits: dict[str, list[Tensor]] = {}
         for rows in np.split(np.arange(VALIDATION_SCENES), VALIDATION_SCENES // 64):
             batch = Batch.of(self.held_out, rows, np.zeros_like(rows))
@@ -272,7 +249,7 @@ class _Run:
         return {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
 
     def _save(self) -> None:
-        """Write the checkpoint atomically; if the disk is full, keep the last one and say so."""
+        """Write the checkpoint atomically; if the disk is full, keep the last one and warn."""
         state = {
             "trainee": self.trainee.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -288,7 +265,7 @@ class _Run:
             warnings.warn(f"checkpoint not written, the last good one stays: {error}", stacklevel=2)
 
     def _restore(self) -> None:
-        """Continue from the checkpoint in the output directory, if there is one."""
+        """Load the checkpoint in the output directory, if there is one."""
         path = self.output / "checkpoint.pt"
         if not path.exists():
             return
@@ -300,7 +277,7 @@ class _Run:
 
 
 def export(trainee: Trainee, directory: Path) -> None:
-    """Write model and processor as a directory that transformers loads: stored in bfloat16, loaded as float32."""
+    """Save model and processor for `from_pretrained`; weights are stored in bfloat16 and load as float32."""
     weights = {name: value.bfloat16() for name, value in trainee.model.state_dict().items()}
     part = directory.with_name(directory.name + ".part")
     build_model().save_pretrained(part, state_dict=weights)
@@ -311,8 +288,9 @@ def export(trainee: Trainee, directory: Path) -> None:
 
 
 def _fresh(seed: int) -> Trainee:
-    """A new model with its heads. Eager attention: on CPU it trains faster than SDPA, whose backward is slow."""
+    """Build a model with its training heads."""
     model = build_model(seed)
+    # on a CPU, eager attention trains faster than SDPA, whose backward is slow
     model.set_attn_implementation("eager")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

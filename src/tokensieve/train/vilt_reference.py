@@ -1,11 +1,11 @@
 """Pretraining of the small reference ViLT, up to where `tokensieve train pumer` takes over.
 
-Two stages. `look`: the image's way through the copied layers is distilled to that of the CLIP tower they came from,
-past the marks of place that each patch carries: the tower's features keep no trace of it, a LLaVA's LLM numbers its
-tokens. `read`: these layers stay as they are; text and the layers above them learn to answer. Eight questions about an
-image share a pass in which patches do not yet see the text, so that they are computed once. As in the reference model,
-many questions first see little beyond what they need; and the answer is asked of the last word, where one step of
-attention finds it, as well as of the [CLS] that must fetch it from there.
+It has two stages. `look` distils the copied layers to the CLIP encoder that they were copied from. Each patch also
+carries marks of its place, because the encoder's features do not depend on it (a LLaVA's LLM numbers its tokens
+instead). `read` freezes these layers; the text embeddings and the layers above learn to answer. Eight questions about
+an image share one pass, in which patches do not attend to text in the copied layers and are computed once. As in the
+reference model, many questions first attend to few tokens that they do not depend on. The answer is trained at the last
+word, which finds it in one step of attention, and at [CLS], which must fetch it from there.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,33 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokensieve.reference import load
-from tokensieve.reference.learning import MEAN, STD
+from tokensieve.reference.learning import normalised
 from tokensieve.reference.model import vocabulary
 from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, Packs, make_packs
 from tokensieve.reference.vilt import COPIED, LABELS, WORDS, build_model, build_processor, copy_tower, mark_places
+from tokensieve.train.stages import Stage, prepare
 
 ASKED = tuple(number for number, type in enumerate(SLOTS) if type != "beside")
 VALIDATION_SCENES = 128
-EASY, EASED = 48, 0.6  # patches while reading is made easy, and the share of the stage in which it is
+EASY, EASED = 48, 0.6  # patches in easy steps, and the share of the stage in which steps are easy
 HIDDEN = -1e4
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part: optimiser steps, images per step, peak learning rate."""
-
-    name: Literal["look", "read"]
-    steps: int
-    batch: int
-    rate: float
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate: a short linear rise, then half a cosine down to a twentieth of the peak."""
-        warm = max(1, min(200, self.steps // 10))
-        if step < warm:
-            return self.rate * (step + 1) / warm
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
-        return self.rate * (0.05 + 0.95 * cosine)
 
 
 STAGES = (Stage("look", 400, 32, 5e-4), Stage("read", 2000, 32, 2e-3))
@@ -60,8 +43,11 @@ STAGES = (Stage("look", 400, 32, 5e-4), Stage("read", 2000, 32, 2e-3))
 class Questions:
     """The questions of `Packs`, one row each.
 
-    tokens `[n, v, Q, L]` (0 is padding) · last `[n, v, Q]`, place of the last word · answers `[n, v, Q]`, labels ·
-    asked `[n, v, 144]`, bit `q` set where question `q` must look.
+    Attributes:
+        tokens: `[n, v, Q, L]`; 0 is padding.
+        last: `[n, v, Q]`, position of the last word.
+        answers: `[n, v, Q]`, labels.
+        asked: `[n, v, 144]`, bit `q` is set on the patches that question `q` depends on.
     """
 
     tokens: Tensor
@@ -71,7 +57,7 @@ class Questions:
 
     @classmethod
     def of(cls, packs: Packs) -> Questions:
-        """Unpack; questions must not be turned round."""
+        """Unpack packs without turned questions."""
         words = vocabulary()
         label = torch.tensor([LABELS.index(word) if word in LABELS else IGNORE for word in words])
         scenes, variants, _ = packs.tokens.shape
@@ -82,9 +68,9 @@ class Questions:
         for n in range(scenes):
             for v in range(variants):
                 for q, slot in enumerate(ASKED):
-                    (*said, _, answer) = packs.tokens[n, v][packs.slots[n, v] == slot]  # …, "ASSISTANT:", answer
-                    tokens[n, v, q, : len(said) + 1] = [begin, *said]
-                    lengths[n, v, q], answers[n, v, q] = len(said) + 1, answer
+                    (*words_of, _, answer) = packs.tokens[n, v][packs.slots[n, v] == slot]  # …, "ASSISTANT:", answer
+                    tokens[n, v, q, : len(words_of) + 1] = [begin, *words_of]
+                    lengths[n, v, q], answers[n, v, q] = len(words_of) + 1, answer
         last = torch.from_numpy(lengths - 2)  # the question mark is the last token
         return cls(
             torch.from_numpy(tokens[..., : lengths.max()]),
@@ -95,14 +81,14 @@ class Questions:
 
 
 class Reader(nn.Module):
-    """Passes through a stock ViLT in which several questions share an image."""
+    """Run a stock ViLT so that several questions share the pass over an image."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def look(self, images: Tensor) -> list[Tensor]:
-        """Images `[B, 120, 120, 3]` uint8 to what enters each copied layer and what leaves the last, `[B, 145, D]`."""
+        """Encode images `[B, 120, 120, 3]`; return the states before and after each copied layer, `[B, 145, D]`."""
         embeddings = self.model.vilt.embeddings
         patches = embeddings.patch_embeddings(normalised(images)).flatten(2).transpose(1, 2)
         rows = torch.cat([embeddings.cls_token.expand(len(images), -1, -1), patches], 1)
@@ -111,31 +97,35 @@ class Reader(nn.Module):
             states.append(block(layer, states[-1], states[-1], None))
         return states
 
-    def forward(self, states: list[Tensor], tokens: Tensor, seen: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `[B, Q, classes]` at the [CLS] and at the last word.
+    def forward(self, states: list[Tensor], tokens: Tensor, visible: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `[B, Q, classes]` at [CLS] and at the last word.
 
-        `states` as `look` gives them, perhaps of fewer patches; `tokens` `[B, Q, L]`; `seen` `[B, Q, I]` bool, the
-        image tokens that a question looks at; `last` `[B, Q]`.
+        `states` are those of `look`, perhaps of fewer patches. `tokens` is `[B, Q, L]`, `last` `[B, Q]`; `visible`
+        `[B, Q, I]` bool marks the image tokens that a question attends to.
         """
         vilt = self.model.vilt
         size, count, length = tokens.shape
         text = vilt.embeddings.text_embeddings(tokens.flatten(0, 1)) + vilt.embeddings.token_type_embeddings.weight[0]
         text = text.view(size, count * length, -1)
         question = torch.arange(count).repeat_interleave(length)
-        own = (question[:, None] == question) & (tokens.flatten(1) != 0)[:, None]
-        rows = torch.cat([own, seen.repeat_interleave(length, 1)], 2)
-        bias = torch.zeros(rows.shape).masked_fill(~rows, HIDDEN).unsqueeze(1)
+        same_question = (question[:, None] == question) & (tokens.flatten(1) != 0)[:, None]
+        allowed = torch.cat([same_question, visible.repeat_interleave(length, 1)], 2)
+        bias = torch.zeros(allowed.shape).masked_fill(~allowed, HIDDEN).unsqueeze(1)
+        # copied layers: text attends to the image's states, which were computed without text
         for layer, state in zip(vilt.encoder.layer, states[:-1], strict=False):
             text = block(layer, text, torch.cat([text, state.to(text.dtype)], 1), bias)
-        words, both = text.shape[1], torch.cat([text, states[-1].to(text.dtype)], 1)
-        image = both.shape[1] - words
-        below = torch.cat([torch.full((image, words), HIDDEN), torch.zeros(image, image)], 1)
-        whole = torch.cat([bias, below.expand(size, 1, -1, -1)], 2)
+        text_length, rows = text.shape[1], torch.cat([text, states[-1].to(text.dtype)], 1)
+        image_length = rows.shape[1] - text_length
+        # upper layers: both streams in one sequence, but image rows attend to no question
+        image_bias = torch.cat(
+            [torch.full((image_length, text_length), HIDDEN), torch.zeros(image_length, image_length)], 1
+        )
+        full_bias = torch.cat([bias, image_bias.expand(size, 1, -1, -1)], 2)
         for layer in vilt.encoder.layer[COPIED:]:
-            both = block(layer, both, both, whole)
-        text = vilt.layernorm(both[:, :words]).view(size, count, length, -1)
-        found = text.gather(2, last[..., None, None].expand(-1, -1, 1, text.shape[-1])).squeeze(2)
-        return self._classify(text[:, :, 0]), self._classify(found)
+            rows = block(layer, rows, rows, full_bias)
+        text = vilt.layernorm(rows[:, :text_length]).view(size, count, length, -1)
+        last_rows = text.gather(2, last[..., None, None].expand(-1, -1, 1, text.shape[-1])).squeeze(2)
+        return self._classify(text[:, :, 0]), self._classify(last_rows)
 
     def _classify(self, rows: Tensor) -> Tensor:
         pooler = self.model.vilt.pooler
@@ -144,25 +134,19 @@ class Reader(nn.Module):
 
 
 def block(layer: Any, rows: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:
-    """A ViLT layer whose queries are `rows` `[B, N, D]` and whose keys are `context` `[B, K, D]`."""
+    """Run a ViLT layer with queries from `rows` `[B, N, D]` and keys from `context` `[B, K, D]`."""
     inner = layer.attention.attention
-    around = layer.layernorm_before(context)
-    asking = around if context is rows else layer.layernorm_before(rows)
+    normed_context = layer.layernorm_before(context)
+    normed_rows = normed_context if context is rows else layer.layernorm_before(rows)
     query, key, value = (
         part.unflatten(-1, (inner.num_attention_heads, -1)).transpose(1, 2)
-        for part in (inner.query(asking), inner.key(around), inner.value(around))
+        for part in (inner.query(normed_rows), inner.key(normed_context), inner.value(normed_context))
     )
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     attention = (scores if bias is None else scores + bias).softmax(-1).to(value.dtype)
     rows = rows + layer.attention.output.dense((attention @ value).transpose(1, 2).flatten(2))
     out: Tensor = layer.output(layer.intermediate(layer.layernorm_after(rows)), rows)
     return out
-
-
-def normalised(images: Tensor) -> Tensor:
-    """Images `[B, 120, 120, 3]` uint8 as CLIP's image processor gives them, `[B, 3, 120, 120]`."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (images.permute(0, 3, 1, 2) / 255.0 - mean) / std
 
 
 def train_vilt_reference(
@@ -176,17 +160,13 @@ def train_vilt_reference(
     compiled: bool = False,
     report_every: int = 100,
 ) -> Path:
-    """Pretrain; returns the directory with the model, `output / "model"`.
+    """Pretrain the reference ViLT; return the directory of the model, `output / "model"`.
 
-    Every `report_every` steps the state goes to `checkpoint.pt`, from which a later call continues (`resume`), and one
-    line of losses and validation accuracies to `metrics.jsonl`. `effort` scales the steps. `compiled` uses
+    Every `report_every` steps, the state is saved to `checkpoint.pt`, from which a later call continues (`resume`), and
+    one line of losses and validation accuracies is added to `metrics.jsonl`. `effort` scales the steps. `compiled` uses
     torch.compile (needs a C++ compiler).
     """
-    output.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for name in ("checkpoint.pt", "metrics.jsonl"):
-            (output / name).unlink(missing_ok=True)
-    stages = tuple(replace(stage, steps=max(1, round(stage.steps * effort))) for stage in stages)
+    stages = prepare(output, stages, effort, resume)
     run = _Run(output, stages, scenes, seed, compiled)
     while run.stage < len(stages):
         while run.step < stages[run.stage].steps:
@@ -198,7 +178,7 @@ def train_vilt_reference(
 
 
 class _Run:
-    """State of a run: what is trained, on what, and how far it is."""
+    """The state of a training run: its model and optimiser, its data and its progress."""
 
     def __init__(self, output: Path, stages: tuple[Stage, ...], scenes: int, seed: int, compiled: bool) -> None:
         self.output, self.stages, self.seed = output, stages, seed
@@ -220,7 +200,7 @@ class _Run:
         self.clock = time.monotonic()
 
     def advance(self) -> None:
-        """One optimiser step; what it draws depends on seed, stage and step alone."""
+        """Run one optimiser step. Its random choices depend only on seed, stage and step."""
         stage = self.stages[self.stage]
         rng = np.random.default_rng((self.seed, self.stage, self.step))
         rows = rng.integers(0, len(self.packs), stage.batch)
@@ -237,15 +217,16 @@ class _Run:
         self.step += 1
 
     def _looking(self, images: Tensor) -> Tensor:
-        """Distance to the tower's features and the marks of place, in units of the features' spread, at each layer."""
+        """Return the mean squared distance to the encoder's features plus marks, over their variance, at each layer."""
         with torch.no_grad():
-            wanted = [self.tower.pre_layrnorm(self.tower.embeddings(normalised(images)))]
+            features = [self.tower.pre_layrnorm(self.tower.embeddings(normalised(images)))]
             for layer in self.tower.encoder.layers[:COPIED]:
-                wanted.append(layer(wanted[-1], None))
-        pairs = zip(self.look(images)[1:], wanted[1:], strict=True)
+                features.append(layer(features[-1], None))
+        pairs = zip(self.look(images)[1:], features[1:], strict=True)
         return torch.stack([F.mse_loss(a.float(), b.float() + self.places) / b.float().var() for a, b in pairs]).mean()
 
     def _reading(self, images: Tensor, rows: Any, rng: np.random.Generator) -> Tensor:
+        """Return the loss of the answers at [CLS] and at the last word."""
         stage, size = self.stages[self.stage], len(rows)
         variant = rng.integers(0, self.questions.tokens.shape[1], size)
         tokens, last, answers, asked = (
@@ -257,19 +238,19 @@ class _Run:
         objects = torch.from_numpy(self.packs.shown[rows]) != IGNORE
         kept = (torch.from_numpy(rng.random((size, TOKENS))) + 0.9 * objects).topk(count).indices.sort(-1).values
         with torch.no_grad():
-            places = torch.cat([torch.zeros(size, 1, dtype=torch.long), kept + 1], 1).unsqueeze(-1)
-            states = [state.gather(1, places.expand(-1, -1, state.shape[-1])) for state in self.look(images)]
+            indices = torch.cat([torch.zeros(size, 1, dtype=torch.long), kept + 1], 1).unsqueeze(-1)  # [CLS] is row 0
+            states = [state.gather(1, indices.expand(-1, -1, state.shape[-1])) for state in self.look(images)]
         needed = (asked.gather(1, kept).unsqueeze(1) >> torch.tensor(ASKED).view(1, -1, 1)) & 1
         draw, eased = (torch.from_numpy(rng.random((size, len(ASKED), 1))) for _ in range(2))
         share = torch.where(eased < ease, draw**2, 1.0)
-        seen = (needed > 0) | (torch.from_numpy(rng.random((size, len(ASKED), count))) < share)
-        seen = torch.cat([torch.ones(size, len(ASKED), 1, dtype=torch.bool), seen], 2)
-        logits = self.read(states, tokens, seen, last)
+        visible = (needed > 0) | (torch.from_numpy(rng.random((size, len(ASKED), count))) < share)
+        visible = torch.cat([torch.ones(size, len(ASKED), 1, dtype=torch.bool), visible], 2)
+        logits = self.read(states, tokens, visible, last)
         first, word = (F.cross_entropy(part.flatten(0, 1), answers.flatten()) for part in logits)
         return first + word
 
     def report(self) -> None:
-        """Evaluate, save, and append one line to the metrics."""
+        """Evaluate, save, and append a line to the metrics."""
         self.seconds += time.monotonic() - self.clock
         stage = self.stages[self.stage]
         line: dict[str, Any] = {"stage": stage.name, "step": self.step, "seconds": round(self.seconds)}
@@ -282,7 +263,7 @@ class _Run:
         self.losses, self.clock = [], time.monotonic()
 
     def next_stage(self) -> None:
-        """Export what there is and turn to the next stage."""
+        """Export the model and start the next stage."""
         if self.stages[self.stage].name == "read":
             self._centre()
         export(self.reader.model, self.output / "model")
@@ -291,39 +272,40 @@ class _Run:
             self.optimiser = self._new_optimiser()
 
     def _new_optimiser(self) -> torch.optim.Optimizer:
-        """AdamW over what the stage trains; the rest is frozen."""
+        """Return AdamW over the parameters that the stage trains; freeze the others."""
         vilt = self.reader.model.vilt
         embeddings, layers = vilt.embeddings, vilt.encoder.layer
         image = (*embeddings.patch_embeddings.parameters(), embeddings.position_embeddings, embeddings.cls_token)
-        seeing = {id(p) for p in (*image, *layers[:COPIED].parameters())}
-        looks = self.stages[self.stage].name == "look"
+        image_ids = {id(p) for p in (*image, *layers[:COPIED].parameters())}
+        trains_image = self.stages[self.stage].name == "look"
         for parameter in self.reader.parameters():
-            parameter.requires_grad_((id(parameter) in seeing) == looks)
+            parameter.requires_grad_((id(parameter) in image_ids) == trains_image)
         trained = [parameter for parameter in self.reader.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=0.0, betas=(0.9, 0.98), weight_decay=0.03, fused=True)
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Accuracy by question type on validation scenes with all patches: at the [CLS], and at the last word."""
+        """Return the accuracy at [CLS] and at the last word by question type, on validation scenes with all patches."""
         hits: dict[str, list[Tensor]] = {}
-        asked = self.held_out_questions
+        questions = self.held_out_questions
         for rows in torch.split(torch.arange(VALIDATION_SCENES), 32):
             images = torch.from_numpy(self.held_out.images[rows.numpy()])
-            seen = torch.ones(len(rows), len(ASKED), TOKENS + 1, dtype=torch.bool)
+            visible = torch.ones(len(rows), len(ASKED), TOKENS + 1, dtype=torch.bool)
             with torch.autocast("cpu", torch.bfloat16):
-                both = self.reader(self.reader.look(images), asked.tokens[rows, 0], seen, asked.last[rows, 0])
-            for where, logits in zip(("", " (word)"), both, strict=True):
-                right = logits.argmax(-1) == asked.answers[rows, 0]
+                states = self.reader.look(images)
+                outputs = self.reader(states, questions.tokens[rows, 0], visible, questions.last[rows, 0])
+            for suffix, logits in zip(("", " (word)"), outputs, strict=True):
+                right = logits.argmax(-1) == questions.answers[rows, 0]
                 for q, slot in enumerate(ASKED):
-                    hits.setdefault(SLOTS[slot] + where, []).append(right[:, q])
+                    hits.setdefault(SLOTS[slot] + suffix, []).append(right[:, q])
         return {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
 
     @torch.no_grad()
     def _centre(self) -> None:
-        """Make logits log probabilities on average: fine-tuning scores each answer on its own, and starts from that."""
+        """Shift logits to log probabilities on average, from which fine-tuning with one score per answer starts."""
         images, tokens = torch.from_numpy(self.held_out.images[:32]), self.held_out_questions.tokens[:32, 0]
-        seen = torch.ones(*tokens.shape[:2], TOKENS + 1, dtype=torch.bool)
-        logits, _ = self.reader(self.reader.look(images), tokens, seen, self.held_out_questions.last[:32, 0])
+        visible = torch.ones(*tokens.shape[:2], TOKENS + 1, dtype=torch.bool)
+        logits, _ = self.reader(self.reader.look(images), tokens, visible, self.held_out_questions.last[:32, 0])
         self.reader.model.classifier[-1].bias -= logits.logsumexp(-1).mean()
 
     def _save(self) -> None:
@@ -345,7 +327,7 @@ class _Run:
 
 
 def export(model: Any, directory: Path) -> None:
-    """Write model and processor as a folder that transformers loads: stored in bfloat16, loaded as float32."""
+    """Save model and processor for `from_pretrained`; weights are stored in bfloat16 and load as float32."""
     weights = {name: value.bfloat16() for name, value in model.state_dict().items()}
     model.save_pretrained(directory, state_dict=weights)
     build_processor().save_pretrained(directory)

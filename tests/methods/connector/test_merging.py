@@ -78,7 +78,7 @@ def test_refusals(family):
     model = models.tiny_model(family)
     before = models.footprint(model)
     for spec, reason in (
-        ("cdpruner(space='joint')", "text encoder"),
+        ("cdpruner(space='joint')", "no parameter 'space'"),
         ("prumerge+(keep=4, top=3)", "either keep, or top"),
         ("visionzip(contextual=1.0)", "share"),
         ("visionzip(combine='sum')", "combine must be"),

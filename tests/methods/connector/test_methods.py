@@ -9,8 +9,8 @@ import torch
 import tokensieve
 from tests.support.methods import VARIANTS, before_llm, connector_specs
 from tests.support.oracle import area_matrix, largest_grid
-from tokensieve import VisualTokens
 from tokensieve.budget import count, parse_budget
+from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
 
 GRID, DEPTH = (5, 6), 6
 BUDGETED = [info.name for info in before_llm() if "keep" in info.parameters]
@@ -27,26 +27,24 @@ def tokens(batch=3, seed=0, dtype=torch.float32):
     mask[-1, 2:] = False
     features = torch.randn(batch, n, 8, generator=g)
     similar = torch.rand(batch, n, generator=g)
-    return VisualTokens(
+    return ConnectorTokens(
         features.to(dtype),
         grid=GRID,
-        cls_attention=rows,
-        depth=DEPTH,
+        cls_attention=ByLayer(rows, DEPTH),
         cls_similarity=similar,
-        text=text.to(dtype),
-        text_mask=mask,
+        user_text=UserText(text.to(dtype), mask),
     )
 
 
 def changed(given, change, **fields):
     """The same tokens with other ``fields``, and ``change`` applied to everything that is a value per token."""
-    rows = {layer: change(row) for layer, row in given.cls_attention.items()}
+    rows = ByLayer({layer: change(row) for layer, row in given.cls_attention.items()}, DEPTH)
     return dataclasses.replace(given, cls_attention=rows, cls_similarity=change(given.cls_similarity), **fields)
 
 
 def pick(given, images):
-    fields = {name: getattr(given, name)[images] for name in ("features", "text", "text_mask")}
-    return changed(given, lambda row: row[images], **fields)
+    text = UserText(given.user_text.features[images], given.user_text.mask[images])
+    return changed(given, lambda row: row[images], features=given.features[images], user_text=text)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -143,7 +141,7 @@ def test_what_is_no_budget_as_text(text):
 
 
 def test_pool_without_a_grid():
-    given = VisualTokens(torch.randn(1, 6, 2))
+    given = ConnectorTokens(torch.randn(1, 6, 2))
     with pytest.raises(ValueError, match="pool needs tokens on a grid; these 6 tokens have none"):
         tokensieve.parse("pool(keep=2)")[0](given)
 

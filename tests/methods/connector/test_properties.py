@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.methods import FIRST_TUNED
-from tokensieve import VisualTokens, list_methods, parse
+from tokensieve import list_methods, parse
 from tokensieve.methods import mmtok, par, scope
 from tokensieve.ops import cluster, dpp_map, greedy, merge, normalise, score, select
+from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
 
 WIDTH, HEADS, WORDS = 24, 2, 3
 FEW = settings(deadline=None, derandomize=True, database=None)
@@ -29,7 +30,7 @@ FIXED = (
     "scope",
     "scope(combine='plus', alpha=0.5)",
     "mmtok",
-    "holov(stretches=5)",
+    "holov(windows=5)",
     "par(threshold=0.2)",
     "fastervlm",
     "vtc-cls",
@@ -40,7 +41,7 @@ FIXED = (
     "random",
 )
 PRUNING = tuple(s for s in FIXED if not s.startswith(("visionzip", "prumerge", "par")))
-# the place of a token counts in the others: strides, stretches, rows, even and odd places
+# the place of a token counts in the others: strides, windows, rows, even and odd places
 EQUIVARIANT = ("fastervlm", "vtc-cls", "divprune", "trsm", "simignore", "cdpruner", "scope", "mmtok", "vispruner")
 EQUIVARIANT += ("fopru", "hired", "prumerge")
 SCORED = ("fastervlm", "vtc-cls", "vispruner", "hired", "fopru", "fopru(select='row')", "scope", "visionzip", "holov")
@@ -60,24 +61,27 @@ def image(seed, n=(4, 6), batch=1, dtype=torch.float32):
     def attention():
         return torch.randn(batch, total, generator=g).mul(2).softmax(-1)
 
-    return VisualTokens(
+    return ConnectorTokens(
         rows(WIDTH),
         grid=n,
-        cls_attention={0: attention(), 1: attention()},
-        cls_wide={2: attention()},
-        received={1: attention()},
-        encoder_keys={1: rows(HEADS, 8), 2: rows(HEADS, 8)},
+        cls_attention=ByLayer({0: attention(), 1: attention()}, 3),
+        cls_attention_single_head=ByLayer({2: attention()}, 3),
+        attention_received=ByLayer({1: attention()}, 3),
+        encoder_keys=ByLayer({1: rows(HEADS, 8), 2: rows(HEADS, 8)}, 3),
         patches=rows(WIDTH + 1),
-        depth=3,
-        text=torch.randn(batch, WORDS, WIDTH, generator=g).to(dtype),
+        user_text=user_text(torch.randn(batch, WORDS, WIDTH, generator=g).to(dtype)),
     )
+
+
+def user_text(rows):
+    return UserText(rows, torch.ones(rows.shape[:2], dtype=torch.bool))
 
 
 def mapped(tokens, change, **more):
     """The same evidence with ``change`` done to every tensor that has a row per token."""
     per_token = {"features": change(tokens.features), "patches": change(tokens.patches)}
-    for name in ("cls_attention", "cls_wide", "received", "encoder_keys"):
-        per_token[name] = {layer: change(x) for layer, x in getattr(tokens, name).items()}
+    for name in ("cls_attention", "cls_attention_single_head", "attention_received", "encoder_keys"):
+        per_token[name] = ByLayer({layer: change(x) for layer, x in getattr(tokens, name).items()}, 3)
     return dataclasses.replace(tokens, **per_token, **more)
 
 
@@ -143,7 +147,7 @@ def test_adaptive_images_do_not_mind_each_other(spec, seed):
 
 
 def one_of(tokens, i):
-    return mapped(tokens, lambda x: x[i : i + 1], text=tokens.text[i : i + 1])
+    return mapped(tokens, lambda x: x[i : i + 1], user_text=user_text(tokens.user_text.features[i : i + 1]))
 
 
 @pytest.mark.parametrize("spec", EQUIVARIANT)
@@ -164,9 +168,9 @@ def test_permuted_tokens_permuted_choice(spec, seed):
 @given(seed=st.integers(0, 10**6), factor=st.sampled_from([0.25, 2.0, 64.0]))
 def test_scaled_scores_choose_the_same(spec, seed, factor):
     tokens = image(seed)
-    names = ("cls_attention", "cls_wide", "received")
+    names = ("cls_attention", "cls_attention_single_head", "attention_received")
     scaled = dataclasses.replace(
-        tokens, **{n: {layer: x * factor for layer, x in getattr(tokens, n).items()} for n in names}
+        tokens, **{n: ByLayer({layer: x * factor for layer, x in getattr(tokens, n).items()}, 3) for n in names}
     )
     assert method(spec, keep=9)(tokens).kept.tolist() == method(spec, keep=9)(scaled).kept.tolist()
 
@@ -193,7 +197,7 @@ def test_merge_weights_are_conserved(seed, keep):
         torch.testing.assert_close(reduction.weight_sums, valid.float())
         if keep > 1 and not spec.startswith("par"):  # nothing is dropped
             assert torch.equal((reduction.matrix() != 0).sum(1).float(), everything)
-    attention = tokens.cls_wide[2]
+    attention = tokens.cls_attention_single_head[2]
     merged = method("prumerge", keep=keep, neighbours=3)(tokens)
     if keep > 1:
         matrix, which = merged.matrix(), torch.arange(2)

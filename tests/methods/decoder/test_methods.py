@@ -6,7 +6,8 @@ import torch
 import tokensieve
 from tests.methods.decoder.rules import RULES
 from tests.support import families, models, prompts
-from tokensieve import VisualTokens, parse
+from tokensieve import parse
+from tokensieve.tokens import DecoderTokens, DecoderUserText
 
 THRESHOLDS = ("mustdrop-llm",)  # may find nothing to drop
 NAMES = [info.name for info in tokensieve.list_methods() if info.stage == "decoder"]
@@ -31,12 +32,12 @@ def test_defaults(name, family):
 
 def seen(total=12, heads=2):
     """Evidence of one image for the methods that read the last row."""
-    return VisualTokens(torch.randn(1, total, 4), queries=torch.rand(1, heads, 1, total))
+    return DecoderTokens(torch.randn(1, total, 4), attention=torch.rand(1, heads, 1, total))
 
 
 def test_illava_favours_either_end():
     image = seen()
-    scores = image.queries.mean((1, 2))[0]
+    scores = image.attention.mean((1, 2))[0]
     for favour, heaviest in ((False, scores.argmin()), (True, scores.topk(5).indices[-1])):
         (decision,) = parse(f"illava-llm(keep=5, favour_attended={favour})")[0](image)
         merged = int((decision.counts > 1).nonzero())
@@ -50,22 +51,16 @@ def test_dart_with_few_words_has_its_pivots_twice():
     text, text_keys = torch.randn(2, 6, 8, generator=generator), torch.randn(2, 6, 8, generator=generator)
     mask = torch.tensor([[True] * 2 + [False] * 4, [True] * 6])
     (dart,) = parse("dart(keep=9)")
-    both = dart(VisualTokens(features, text=text, text_mask=mask, keys=keys, text_keys=text_keys))
+    both = dart(DecoderTokens(features, user_text=DecoderUserText(text, mask, keys=text_keys), keys=keys))
     for i, words in enumerate((2, 6)):
-        one = dart(
-            VisualTokens(
-                features[i : i + 1],
-                text=text[i : i + 1, :words],
-                keys=keys[i : i + 1],
-                text_keys=text_keys[i : i + 1, :words],
-            )
-        )
+        own = DecoderUserText(text[i : i + 1, :words], mask[i : i + 1, :words], keys=text_keys[i : i + 1, :words])
+        one = dart(DecoderTokens(features[i : i + 1], user_text=own, keys=keys[i : i + 1]))
         assert torch.equal(one[0].kept, both[i].kept)
         assert both[i].slots == 9
 
 
 def test_pool_decoder_drops_or_averages_an_incomplete_window():
-    image = VisualTokens(torch.randn(1, 11, 4))
+    image = DecoderTokens(torch.randn(1, 11, 4))
     averaged, dropped = (
         parse(f"pool-decoder(stride=4, incomplete='{what}')")[0](image)[0] for what in ("average", "drop")
     )
@@ -77,9 +72,14 @@ def test_pool_decoder_drops_or_averages_an_incomplete_window():
 
 def test_a_word_that_is_like_the_others_still_rates():
     """With a single word no share is above the mean: then all words rate, instead of none."""
-    image = VisualTokens(
-        torch.randn(1, 10, 4), text=torch.randn(1, 1, 4), queries=torch.rand(1, 2, 1, 10), entry=torch.randn(1, 10, 4),
-        text_entry=torch.randn(1, 1, 4),
-    )  # fmt: skip
+    word = DecoderUserText(
+        torch.randn(1, 1, 4), torch.ones(1, 1, dtype=torch.bool), input_embeddings=torch.randn(1, 1, 4)
+    )
+    image = DecoderTokens(
+        torch.randn(1, 10, 4),
+        user_text=word,
+        attention=torch.rand(1, 2, 1, 10),
+        input_embeddings=torch.randn(1, 10, 4),
+    )
     (decision,) = parse("sparsevlm(layers=(2,), counts=(3,), recycle=0.0)")[0](image)
-    assert decision.kept.tolist() == image.queries.mean((1, 2))[0].topk(3).indices.sort().values.tolist()
+    assert decision.kept.tolist() == image.attention.mean((1, 2))[0].topk(3).indices.sort().values.tolist()

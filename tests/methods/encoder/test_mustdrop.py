@@ -9,7 +9,8 @@ import tokensieve
 from tests.methods.encoder.rules import FAMILIES, RULES
 from tests.support import encoder_oracle, models, prompts
 from tests.support.oracle import NOISE
-from tokensieve import VisualTokens, parse
+from tokensieve import parse
+from tokensieve.tokens import DecoderTokens, DecoderUserText
 
 NOBODY = "together=1000.0, single=1000.0"  # thresholds that no token reaches
 LLM = "mustdrop-llm(layers=(1, 2), together=0.7, single=1.5)"
@@ -60,7 +61,8 @@ def test_padding_among_the_words_counts_for_nobody():
     queries = torch.rand(1, 2, 3, 12, generator=g)
     (method,) = parse("mustdrop-llm(together=1.0, single=9.0)")
     real = torch.tensor([[True, False, True]])
-    masked = method(VisualTokens(torch.zeros(1, 12, 1), queries=queries, text_mask=real))
-    without = method(VisualTokens(torch.zeros(1, 12, 1), queries=queries[:, :, ::2]))
+    text = DecoderUserText(torch.zeros(1, 3, 1), real)
+    masked = method(DecoderTokens(torch.zeros(1, 12, 1), attention=queries, user_text=text))
+    without = method(DecoderTokens(torch.zeros(1, 12, 1), attention=queries[:, :, ::2]))
     assert masked[0].kept.tolist() == without[0].kept.tolist()
     assert 1 <= masked[0].slots < 12

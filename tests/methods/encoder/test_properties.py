@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokensieve import VisualTokens, list_methods, parse
+from tokensieve import list_methods, parse
 from tokensieve.methods import EncoderMethod, tome
-from tokensieve.methods.base import check_layers
 from tokensieve.methods.registry import find
+from tokensieve.tokens import EncoderTokens
 
 FEW = settings(deadline=None, derandomize=True, database=None, max_examples=25)
 BUDGETED = (
@@ -28,11 +28,11 @@ SPECS = (*BUDGETED, "mustdrop-encoder(threshold=0.2)", "mustdrop-encoder(thresho
 def image(seed, grid, batch=1, dtype=torch.float32, specials=1):
     g, n = torch.Generator().manual_seed(seed), grid[0] * grid[1]
     rows = torch.randn(batch, n, 12, generator=g) + 0.7 * torch.randn(batch, 1, 12, generator=g)
-    return VisualTokens(
+    return EncoderTokens(
         rows.to(dtype),
         grid=grid,
-        received={3: torch.rand(batch, n, generator=g)},
-        encoder_keys={3: torch.randn(batch, n, 2, 4, generator=g).to(dtype)},
+        attention_received=torch.rand(batch, n, generator=g),
+        encoder_keys=torch.randn(batch, n, 2, 4, generator=g).to(dtype),
         sizes=torch.randint(1, 5, (batch, n), generator=g).float(),
         specials=specials,
     )
@@ -76,7 +76,7 @@ def test_every_token_goes_into_one_slot(spec, seed, grid, share, batch, dtype, s
 
 def each(tokens, i):
     """One image of a batch, with its evidence."""
-    rows = {name: {3: getattr(tokens, name)[3][i : i + 1]} for name in ("received", "encoder_keys")}
+    rows = {name: getattr(tokens, name)[i : i + 1] for name in ("attention_received", "encoder_keys")}
     return dataclasses.replace(tokens, features=tokens.features[i : i + 1], sizes=tokens.sizes[i : i + 1], **rows)
 
 
@@ -85,7 +85,7 @@ def each(tokens, i):
 @given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 100))
 def test_scores_scaled_by_a_positive_number_change_nothing(spec, seed, scale):
     tokens = image(seed, (5, 6))
-    scaled = {name: {3: getattr(tokens, name)[3] * scale} for name in ("received", "encoder_keys")}
+    scaled = {name: getattr(tokens, name) * scale for name in ("attention_received", "encoder_keys")}
     a, b = (decide(spec, x, 20) for x in (tokens, dataclasses.replace(tokens, **scaled)))
     assert torch.equal(a.kept, b.kept)
     torch.testing.assert_close(a.matrix(), b.matrix())
@@ -101,7 +101,7 @@ def test_scores_scaled_by_a_positive_number_change_nothing(spec, seed, scale):
 def test_schedules_reach_their_budget_and_never_more_than_halve(total, stages, keep, inflection):
     method = parse(f"tome(keep={keep}, inflection={inflection!r})")[0]
     try:
-        left = [total, *method.per_stage(total, stages)]
+        left = [total, *method.stage_budgets(total, range(stages), stages)]
     except ValueError:
         assert keep * 2**stages < total
         return
@@ -113,20 +113,24 @@ def test_schedules_reach_their_budget_and_never_more_than_halve(total, stages, k
 @given(total=st.integers(1, 800), stages=st.integers(1, 30), share=st.floats(0.01, 1.0))
 def test_the_same_number_leaves_at_each_stage(total, stages, share):
     method = parse(f"illava-encoder(keep={share!r})")[0]
-    left = [total, *method.per_stage(total, stages)]
+    left = [total, *method.stage_budgets(total, range(stages), stages)]
     gone = [a - b for a, b in pairwise(left)]
     assert max(gone) - min(gone) <= 1
     assert left[-1] == max(1, round(share * total))
 
 
+def layer_numbers(layers, depth):
+    return dataclasses.replace(parse("illava-encoder")[0], layers=layers).layer_numbers(depth)
+
+
 def test_layers():
-    assert check_layers((0.2, 0.24, 0.28, 0.32), 26) == [5, 6, 7, 8], "as in the official code"
-    assert check_layers((0.2, 0.24, 0.28, 0.32), 23) == [5, 6, 7, 8]
-    assert check_layers((0.2, 0.24, 0.28, 0.32), 3) == [1, 2]
-    assert check_layers((0, 5), 6) == [0, 5]
+    assert layer_numbers((0.2, 0.24, 0.28, 0.32), 26) == [5, 6, 7, 8], "as in the official code"
+    assert layer_numbers((0.2, 0.24, 0.28, 0.32), 23) == [5, 6, 7, 8]
+    assert layer_numbers((0.2, 0.24, 0.28, 0.32), 3) == [1, 2]
+    assert layer_numbers((0, 5), 6) == [0, 5]
     for wrong in ((), (6,), (3, 3), (4, 2), (-1,)):
-        with pytest.raises(ValueError, match="tokens can leave in layers 0 to 5 of this tower"):
-            check_layers(wrong, 6)
+        with pytest.raises(ValueError, match="tokens can leave in layers 0 to 5 of this vision encoder"):
+            layer_numbers(wrong, 6)
 
 
 def test_method_files_are_short():

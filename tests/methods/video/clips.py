@@ -1,8 +1,8 @@
-"""Small random videos in which some things stand still, as VisualTokens."""
+"""Small random videos in which some things stand still, as ConnectorTokens."""
 
 import torch
 
-from tokensieve import VisualTokens
+from tokensieve.tokens import ByLayer, ConnectorTokens
 
 DEPTH = 2
 
@@ -19,10 +19,10 @@ def clip(seed=0, frames=6, grid=(3, 4), batch=1, width=8, noise=0.3, dtype=torch
     rows = still[:, scene] + noise * normal(frames, h, w, width)
     rows[:, :, :, w // 2 :] = normal(frames, h, w - w // 2, width)
     total = frames * h * w
-    attention = {DEPTH - 1: normal(frames, h * w).mul(2).softmax(-1).flatten(1)}
+    attention = ByLayer({DEPTH - 1: normal(frames, h * w).mul(2).softmax(-1).flatten(1)}, DEPTH)
     features = rows.view(batch, total, width).to(dtype)
-    return VisualTokens(
-        features, grid=(frames * h, w), frames=frames, cls_attention=attention, received=attention, depth=DEPTH
+    return ConnectorTokens(
+        features, grid=(frames * h, w), frames=frames, cls_attention=attention, attention_received=attention
     )
 
 
@@ -33,7 +33,7 @@ def long_clip(frames, size, width, seed=0):
     rows = scenes.repeat_interleave(8, 0)[:frames]
     moving = torch.rand(frames, size, generator=g) < 0.5
     rows[moving] = torch.randn(int(moving.sum()), width, generator=g)
-    attention = {DEPTH - 1: torch.rand(1, frames * size, generator=g)}
-    return VisualTokens(
-        rows.view(1, -1, width), frames=frames, cls_attention=attention, received=attention, depth=DEPTH
+    attention = ByLayer({DEPTH - 1: torch.rand(1, frames * size, generator=g)}, DEPTH)
+    return ConnectorTokens(
+        rows.view(1, -1, width), frames=frames, cls_attention=attention, attention_received=attention
     )

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokensieve
 from tests.methods.video.clips import DEPTH, clip
 from tokensieve import parse
+from tokensieve.budget import count
 from tokensieve.methods import evs as methods_folder
 from tokensieve.ops import max_static_segments, merge, score, temporal
+from tokensieve.tokens import ByLayer, ConnectorTokens
 
 NAMES = ("evs", "dycoke", "fastvid", "prunevid", "holitom")
 SPECS = (*NAMES, "dycoke(keep=0.5)", "prunevid(keep=0.2)", "fastvid(segments=2, alike=0.3, every=2)", "holitom(own=0)")
@@ -127,7 +128,7 @@ def test_evs_is_the_plain_loop(frames):
 
 def test_evs_by_numbers():
     rows = torch.tensor([[[1.0, 0], [0, 1], [1, 1]], [[2.0, 0], [1, 0], [1, 0]]])  # cosines 1, 0, 0.7
-    tokens = tokensieve.VisualTokens(rows.view(1, 6, 2), frames=2)
+    tokens = ConnectorTokens(rows.view(1, 6, 2), frames=2)
     assert decide("evs", tokens, keep=4).kept.tolist() == [[0, 1, 2, 4]]
     assert decide("evs", tokens, keep=5).kept.tolist() == [[0, 1, 2, 4, 5]]
 
@@ -187,7 +188,7 @@ def test_prunevid_is_the_plain_loop(keep, seed):
 @pytest.mark.parametrize(("keep", "seed"), [(20, 3), (41, 4), (3, 5)])
 def test_holitom_is_the_plain_loop(keep, seed):
     tokens = clip(seed, 6, grid=(4, 5), noise=0.2)
-    rows, received = tokens.in_frames(tokens.features)[0], tokens.received[DEPTH - 1][0]
+    rows, received = tokens.in_frames(tokens.features)[0], tokens.attention_received[DEPTH - 1][0]
     alike = torch.tensor([[cosine(rows[t][p], rows[t + 1][p]) > 0.8 for p in range(20)] for t in range(5)])
     segments = max_static_segments(alike)  # checked above
     still = [alike[a : b - 1].all(0).tolist() if b - a > 1 else [False] * 20 for a, b in segments]
@@ -263,7 +264,7 @@ def test_every_token_is_accounted_for(spec, seed, frames, grid, share, batch, dt
     tokens = clip(seed, frames, grid, batch, dtype=dtype)
     free = "keep" not in spec and spec not in ("dycoke", "prunevid")
     reduction = decide(spec, tokens, **({"keep": share} if free else {}))
-    asked = tokens.count(parse(spec, **({"keep": share} if free else {}))[0].keep or tokens.total)
+    asked = count(parse(spec, **({"keep": share} if free else {}))[0].keep or tokens.total, tokens.total)
     for one in reduction:
         assert bool((one.kept.diff() > 0).all())
         assert 0 <= int(one.kept[0]) <= int(one.kept[-1]) < tokens.total
@@ -293,17 +294,17 @@ def test_a_batch_is_its_videos_twice_the_same(spec):
 def one_of(tokens, i):
     from dataclasses import replace
 
-    evidence = {DEPTH - 1: tokens.received[DEPTH - 1][i : i + 1]}
-    return replace(tokens, features=tokens.features[i : i + 1], cls_attention=evidence, received=evidence)
+    evidence = ByLayer({DEPTH - 1: tokens.attention_received[DEPTH - 1][i : i + 1]}, DEPTH)
+    return replace(tokens, features=tokens.features[i : i + 1], cls_attention=evidence, attention_received=evidence)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_still_video_leaves_no_token_twice(name):
     """Every frame the same: nothing that any frame shows is lost, and merging changes no row."""
     frame = torch.randn(1, 12, 8)
-    attention = {DEPTH - 1: torch.rand(1, 72)}
-    tokens = tokensieve.VisualTokens(
-        frame.repeat(1, 6, 1), frames=6, grid=(18, 4), cls_attention=attention, received=attention, depth=DEPTH
+    attention = ByLayer({DEPTH - 1: torch.rand(1, 72)}, DEPTH)
+    tokens = ConnectorTokens(
+        frame.repeat(1, 6, 1), frames=6, grid=(18, 4), cls_attention=attention, attention_received=attention
     )
     reduction = decide(name, tokens, keep=24)
     out = reduction.apply(tokens.features)[0]
@@ -326,16 +327,15 @@ def test_chunks_choose_as_the_whole(spec, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_is_refused(name):
-    image = tokensieve.VisualTokens(
-        torch.randn(1, 12, 8), cls_attention={1: torch.rand(1, 12)}, received={1: torch.rand(1, 12)}
-    )
+    attention = ByLayer({1: torch.rand(1, 12)})
+    image = ConnectorTokens(torch.randn(1, 12, 8), cls_attention=attention, attention_received=attention)
     with pytest.raises(ValueError, match="compares the frames of a video"):
         parse(name, keep=5)[0].reduce(image)
 
 
 def test_frames_of_unequal_size_are_refused():
     with pytest.raises(ValueError, match=re.escape("13 tokens are not 4 frames of equal size")):
-        tokensieve.VisualTokens(torch.randn(1, 13, 8), frames=4)
+        ConnectorTokens(torch.randn(1, 13, 8), frames=4)
 
 
 def test_a_bad_share_is_refused():

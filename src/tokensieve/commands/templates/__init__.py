@@ -1,1 +1,1 @@
-"""What ``tokensieve new-method`` writes, with ``my-method``, ``my_method`` and ``MyMethod`` for the user's name."""
+"""Hold what ``tokensieve new-method`` writes; ``my-method``, ``my_method`` and ``MyMethod`` become the user's name."""

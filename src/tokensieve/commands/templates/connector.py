@@ -1,15 +1,18 @@
-"""The idea in one line."""
+"""Keep the loudest tokens."""
 
 from dataclasses import dataclass
 
-from tokensieve import Method, Needs, Reduction, VisualTokens, register
+from torch import Tensor
+
+from tokensieve import register
 from tokensieve.budget import Budget
-from tokensieve.ops import top_k
+from tokensieve.methods import ScoreMethod
+from tokensieve.tokens import ConnectorTokens
 
 
-@register("my-method", paper="arXiv:0000.00000", needs=Needs())
+@register("my-method", paper="arXiv:0000.00000")
 @dataclass(frozen=True)
-class MyMethod(Method):
+class MyMethod(ScoreMethod):
     """Keep the tokens with the largest norm.
 
     Args:
@@ -17,11 +20,11 @@ class MyMethod(Method):
 
     Cost: O(N·D) time, O(N) extra memory.
     Paper: "Title", year.
-    Official code: what it does differently, and which parameter does the same.
+    Official code: the differences from it, and the parameter that reproduces each.
     """
 
     keep: Budget = 64
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        scores = image.features.float().norm(dim=-1)  # [B, N]
-        return image.keep(top_k(scores, image.count(self.keep)), scores)
+    def score(self, image: ConnectorTokens) -> Tensor:
+        norms: Tensor = image.features.float().norm(dim=-1)  # [B, N]
+        return norms

@@ -1,4 +1,4 @@
-"""What every method promises, on the bundled model: keeping all changes nothing, budgets hold, batches are rows."""
+"""Check the promises of every method on the bundled model: identity at keep=1.0, exact budgets, independent rows."""
 
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ QUESTIONS = ("how many?", "what colour is the cup?", "what is to the left of the
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_in_this_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent)
 
 
 @pytest.fixture(scope="module")
 def bundled() -> Any:
-    """(model, processor)"""
+    """Return (model, processor)."""
     return load()
 
 
 def prompts(processor: Any, rows: range = range(len(QUESTIONS))) -> Any:
-    """A left-padded batch: each question with an image of its own."""
+    """Return a left-padded batch: each question with an image of its own."""
     pixels = np.random.default_rng(0).integers(256, size=(len(QUESTIONS), 96, 96, 3), dtype=np.uint8)
     turns = []
     for row in rows:
@@ -40,7 +40,7 @@ def prompts(processor: Any, rows: range = range(len(QUESTIONS))) -> Any:
 
 
 @torch.inference_mode()
-def test_keeping_everything_changes_no_bit(bundled: Any) -> None:
+def test_keep_1_changes_no_bit(bundled: Any) -> None:
     model, processor = bundled
     inputs = prompts(processor)
     before = model(**inputs).logits
@@ -51,7 +51,7 @@ def test_keeping_everything_changes_no_bit(bundled: Any) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("keep", "tokens"), [(16, 16), (0.25, 36)])
-def test_the_budget_is_what_is_left(bundled: Any, keep: float, tokens: int) -> None:
+def test_the_budget_is_exact(bundled: Any, keep: float, tokens: int) -> None:
     model, processor = bundled
     inputs = prompts(processor)
     with tokensieve.attach(model, METHOD, keep=keep, processor=processor) as sieve:
@@ -59,12 +59,12 @@ def test_the_budget_is_what_is_left(bundled: Any, keep: float, tokens: int) -> N
     for (reduction,) in sieve.last:
         assert reduction.slots == len(set(reduction.kept.tolist())) == tokens
         assert torch.equal(reduction.kept, reduction.kept.sort().values)
-    gone = inputs["input_ids"].shape[1] - cache.layers[-1].keys.shape[-2]
-    assert gone == sieve.last[0][0].total - tokens, "the last block really saw a shorter sequence"
+    dropped = inputs["input_ids"].shape[1] - cache.layers[-1].keys.shape[-2]
+    assert dropped == sieve.last[0][0].total - tokens, "the last layer received a shorter sequence"
 
 
 @torch.inference_mode()
-def test_a_row_of_a_batch_equals_its_own_run(bundled: Any) -> None:
+def test_a_batch_row_equals_its_own_run(bundled: Any) -> None:
     model, processor = bundled
     with tokensieve.attach(model, METHOD, keep=16, processor=processor) as sieve:
         together, kept = model(**prompts(processor)).logits[:, -1], [images[0].kept for images in sieve.last]

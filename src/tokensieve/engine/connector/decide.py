@@ -1,176 +1,189 @@
-"""What a method decides about at once: an image, or each of its views, each with its share of the budget."""
+"""Decide about the images of a prompt: build what the method receives, call it, and put separators back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget, count, share_out
-from tokensieve.budget import Scope as Scope
-from tokensieve.engine.prompt.placeholders import equal_groups
-from tokensieve.errors import Refusal
+from tokensieve.budget import Budget, BudgetScope, count, share_out
+from tokensieve.engine.budget_scope import methods_per_image
+from tokensieve.engine.handoff import EncoderOutputs
+from tokensieve.engine.prompt.placeholders import equal_groups, on_device
 from tokensieve.methods import Method
 from tokensieve.models import TokenLayout
 from tokensieve.models.layout import Grid
 from tokensieve.ops import top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
-
-AnyMethod = TypeVar("AnyMethod", bound=Method)
+from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles, UserText
 
 
 @dataclass(frozen=True)
 class DecisionUnit:
-    """Some patches of an image, and who decides about them.
+    """Patches that are decided about together: a whole image, or one of its views with its share of the budget.
 
     Attributes:
-        image: which image of the batch.
-        where: which of its patches.
-        grid: (height, width) of these, if they form one.
-        frames: of these, if they are a video.
-        tiled: the image's shape, if these are all its patches and it is seen in tiles.
-        method: with the part's budget.
+        image: number of the image in the batch.
+        rows: the patches of that image.
+        grid: (height, width) of the patches, if they form a grid.
+        frames: T, if the patches are a video.
+        method: the method with the unit's budget.
+        tiled_layout: the layout of the image, if the unit is a whole image that is seen in tiles.
     """
 
     image: int
-    where: slice
+    rows: slice
     grid: Grid | None
     frames: int | None
     method: Method
-    tiled: TokenLayout | None = None
+    tiled_layout: TokenLayout | None = None
 
     @property
     def size(self) -> int:
-        return int(self.where.stop - self.where.start)
+        return int(self.rows.stop - self.rows.start)
 
     @property
-    def kind(self) -> Hashable:
-        """Parts of one kind are decided about at once."""
-        mosaic = None if self.tiled is None else (self.tiled.views, self.tiled.tiles)
-        return self.size, self.grid, self.frames, mosaic, budget_of(self.method)
+    def batch_key(self) -> Hashable:
+        """Units with equal keys are decided about in one call."""
+        mosaic = None if self.tiled_layout is None else (self.tiled_layout.views, self.tiled_layout.tiles)
+        return self.size, self.grid, self.frames, mosaic, self.method.budget
 
 
-def check_scope(scope: str, methods: Sequence[Method]) -> None:
-    """Refuse a scope that does not exist, or that a budget cannot have."""
-    if scope not in get_args(Scope):
-        allowed = ", ".join(map(repr, get_args(Scope)))
-        raise Refusal(f"budget_scope must be one of {allowed}; got {scope!r}")
-    stages = ("connector",) if scope in ("tile", "frame", "sample-score") else ("connector", "decoder")
-    for method in methods if scope not in ("image", "clip") else ():
-        if method.info.stage not in stages:
-            raise Refusal(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
-        if scope == "frame" and method.needs.video:
-            raise Refusal(f"budget_scope='frame' shows a method one frame at a time; {method} compares frames")
-        if scope == "sample" and method.needs.video:
-            raise Refusal(f"budget_scope='sample' would share with images, which {method} leaves whole")
-        if scope == "sample" and any(getattr(method, name, None) is not None for name in ("average", "counts")):
-            raise Refusal(f"budget_scope='sample' shares out keep; {method} has other budgets")
-        if scope == "sample-score" and budget_of(method) is not None and not method.by_score:
-            raise Refusal(
-                f"budget_scope='sample-score' ranks the tokens of all images by one score; {method} does not choose by "
-                "a score alone that compares across images: use budget_scope='sample'"
+@dataclass(frozen=True, eq=False)
+class ConnectorEvidence:
+    """The rows of all images of a batch, and the evidence about them.
+
+    Attributes:
+        layouts: per image, how its rows lie.
+        features: per image `[M, D]`, the projector's rows of its patches.
+        patches: per image `[M, C]`, the rows that entered the projector; empty if they were not requested.
+        outputs: the record of the encode call; ``origins`` gives the number of each image in it.
+        user_text: the words of every row of the batch, if they were requested; ``row_of`` gives the row of each image.
+    """
+
+    layouts: list[TokenLayout]
+    features: list[Tensor]
+    patches: list[Tensor]
+    outputs: EncoderOutputs
+    origins: list[int]
+    user_text: UserText | None
+    row_of: list[int]
+
+    def tokens(self, units: Sequence[DecisionUnit]) -> ConnectorTokens:
+        """Return the tokens of equal units, `[B, N, D]`."""
+        first, outputs = units[0], self.outputs
+        budgets = first.method.stage_budgets(first.size, (0,), 1)
+        origins = [(self.origins[unit.image], unit.rows) for unit in units]
+        by_layer: dict[str, Any] = {
+            name: ByLayer(
+                {layer: torch.stack([rows[image][part] for image, part in origins]) for layer, rows in layers.items()},
+                outputs.depth,
             )
+            for name, layers in outputs.by_layer.items()
+        }
+        similarity = outputs.cls_similarity
+        return ConnectorTokens(
+            torch.stack([self.features[unit.image][unit.rows] for unit in units]),
+            grid=first.grid,
+            frames=first.frames,
+            budget=0 if budgets is None else budgets[-1],
+            notes=outputs.notes,
+            cls_similarity=torch.stack([similarity[i][part] for i, part in origins]) if similarity else None,
+            patches=torch.stack([self.patches[u.image][u.rows] for u in units]) if self.patches else None,
+            user_text=self._text_of(units),
+            tiles=_tiles_of(units),
+            **by_layer,
+        )
 
-
-def budget_of(method: Method) -> Budget | None:
-    """What of a method may differ from image to image."""
-    keep: Budget | None = getattr(method, "keep", None)
-    return keep
-
-
-def per_sample(method: AnyMethod, scope: Scope, samples: Sequence[Sequence[int]]) -> list[list[AnyMethod]]:
-    """The method of each image `[sample][image]`, whose patches are counted in ``samples``."""
-    keep = budget_of(method)
-    if scope != "sample" or keep is None:
-        return [[method] * len(sizes) for sizes in samples]
-    return [[_with(method, share) for share in share_out(keep, sizes)] for sizes in samples]
+    def _text_of(self, units: Sequence[DecisionUnit]) -> UserText | None:
+        if self.user_text is None:
+            return None
+        rows = on_device([self.row_of[unit.image] for unit in units], self.user_text.mask.device)
+        return UserText(self.user_text.features[rows], self.user_text.mask[rows])
 
 
 def decide(
-    method: Method,
-    scope: Scope,
-    shapes: Sequence[TokenLayout],
-    samples: Sequence[Sequence[int]],
-    see: Callable[[list[DecisionUnit]], VisualTokens],
-) -> list[list[Reduction]]:
-    """What the method decides about the parts of each image, all images in order.
+    method: Method, scope: BudgetScope, evidence: ConnectorEvidence, samples: Sequence[Sequence[int]]
+) -> list[Reduction]:
+    """Return the method's decision about the rows of each image, all images in order.
 
     Args:
-        samples: `[sample][image]`, how many patches each image has.
-        see: what the method sees of equal parts.
+        scope: the scope of the budget.
+        samples: `[sample][image]`, the number of patches of each image.
     """
-    methods, keep = per_sample(method, scope, samples), budget_of(method)
-    if scope == "sample-score" and keep is not None:
-        ranked = _each([_with(method, 1)] * len(shapes), scope, shapes, see)  # for its scores only
-        scores = (torch.cat(list(map(scores_of, of_image))) for of_image in ranked)
-        shares = [share_by_score(keep, [next(scores) for _ in sizes]) for sizes in samples]
-        methods = [[_with(method, share) for share in row] for row in shares]
-    return _each([own for row in methods for own in row], scope, shapes, see)
+    methods = methods_per_image(method, scope, samples)
+    if scope == "sample-score" and method.budget is not None:
+        ranked = _decide_units([method.with_budget(1)] * len(evidence.layouts), scope, evidence)  # only for its scores
+        scores = (torch.cat(list(map(scores_of, decisions))) for decisions in ranked)
+        shares = [share_by_score(method.budget, [next(scores) for _ in sizes]) for sizes in samples]
+        methods = [[method.with_budget(share) for share in row] for row in shares]
+    decisions = _decide_units([of_image for row in methods for of_image in row], scope, evidence)
+    return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
 
 
-def _each(
-    methods: Sequence[Method],
-    scope: Scope,
-    shapes: Sequence[TokenLayout],
-    see: Callable[[list[DecisionUnit]], VisualTokens],
-) -> list[list[Reduction]]:
-    """Decisions about the parts of each image, each image with its own method."""
-    both = enumerate(zip(shapes, methods, strict=True))
-    parts = [part for image, (shape, own) in both for part in parts_of(image, shape, own, scope)]
-    made: dict[int, Reduction] = {}
-    for group in equal_groups([part.kind for part in parts]):
-        members = [parts[number] for number in group]
-        made |= dict(zip(group, members[0].method(see(members)), strict=True))
-    of_image: list[list[Reduction]] = [[] for _ in shapes]
-    for number, part in enumerate(parts):
-        of_image[part.image].append(made[number])
-    return of_image
+def _decide_units(methods: Sequence[Method], scope: BudgetScope, evidence: ConnectorEvidence) -> list[list[Reduction]]:
+    """Return the decisions about the units of each image; each image has its own method."""
+    images = enumerate(zip(evidence.layouts, methods, strict=True))
+    units = [unit for image, (layout, method) in images for unit in units_of(image, layout, method, scope)]
+    decisions: dict[int, Reduction] = {}
+    for group in equal_groups([unit.batch_key for unit in units]):
+        members = [units[number] for number in group]
+        decisions |= dict(zip(group, members[0].method(evidence.tokens(members)), strict=True))
+    per_image: list[list[Reduction]] = [[] for _ in evidence.layouts]
+    for number, unit in enumerate(units):
+        per_image[unit.image].append(decisions[number])
+    return per_image
+
+
+def units_of(image: int, layout: TokenLayout, method: Method, scope: BudgetScope) -> list[DecisionUnit]:
+    """Return the units of one image: its views if the scope or a method for grids requires it, else the whole image."""
+    sizes = list(map(prod, layout.views))
+    budget_per_view = scope == ("frame" if layout.video else "tile")
+    by_view = len(sizes) > 1 and (budget_per_view or method.needs.requests("grid"))
+    keep = method.budget
+    stays_whole = keep is not None and count(keep, layout.patches) == layout.patches
+    if not by_view or (stays_whole and not budget_per_view):
+        tiled_layout = None if layout.tile is None else layout
+        return [DecisionUnit(image, slice(0, layout.patches), layout.stacked, layout.frames, method, tiled_layout)]
+    methods = [method] * len(sizes)
+    if keep is not None and not budget_per_view:
+        methods = [method.with_budget(share) for share in share_out(keep, sizes)]
+    starts = [sum(sizes[:view]) for view in range(len(sizes))]
+    return [
+        DecisionUnit(image, slice(start, start + size), grid, None, of_view)
+        for start, size, grid, of_view in zip(starts, sizes, layout.views, methods, strict=True)
+    ]
 
 
 def scores_of(decision: Reduction) -> Tensor:
-    """What an image's tokens were ranked by, `[N]`; those of an image that was kept whole do not matter."""
+    """Return the scores that the tokens of an image were ranked by, `[N]`; zeros for an image that was kept whole."""
     if decision.scores is None and not decision.whole:
-        raise Refusal("a method that declares by_score must give its scores to image.keep()")
+        raise ValueError("a method that declares by_score must give its scores to image.keep()")
     return torch.zeros(decision.total, device=decision.anchors.device) if decision.scores is None else decision.scores
 
 
 def share_by_score(keep: Budget, scores: Sequence[Tensor]) -> list[int]:
-    """A budget for images together, shared out by how many of the best of all ``scores`` `[N]` each holds.
+    """Share a budget out over images, by the number of the best of all ``scores`` `[N]` that each image holds.
 
-    Exact in sum, and at least 1 each: fewer tokens than images leave one each. Of equals the earlier is the better.
+    The shares are exact in sum, and at least 1 each: fewer tokens than images leave one each. Of equal scores the
+    earlier ranks higher.
     """
-    first = [row.float().scatter(0, row.argmax(0, keepdim=True), torch.inf) for row in scores]
-    every, sizes = torch.cat(first), list(map(len, scores))
-    best = top_k(every, max(count(keep, len(every)), len(scores)))
-    held = torch.split(torch.zeros_like(every).index_fill(0, best, 1), sizes)
-    return [int(n) for n in torch.stack([part.sum() for part in held]).tolist()]
+    # each image's best token gets the highest rank of all, so that no image is left without one
+    with_best = [row.float().scatter(0, row.argmax(0, keepdim=True), torch.inf) for row in scores]
+    joined, sizes = torch.cat(with_best), list(map(len, scores))
+    best = top_k(joined, max(count(keep, len(joined)), len(scores)))
+    in_best = torch.split(torch.zeros_like(joined).index_fill(0, best, 1), sizes)
+    return [int(n) for n in torch.stack([part.sum() for part in in_best]).tolist()]
 
 
-def parts_of(image: int, shape: TokenLayout, method: Method, scope: Scope) -> list[DecisionUnit]:
-    """The parts of one image: its views where the scope asks for them, or the method for a grid; else all of it."""
-    keep = budget_of(method)
-    sizes = list(map(prod, shape.views))
-    each = scope == ("frame" if shape.video else "tile")
-    by_view = len(sizes) > 1 and (each or method.needs.grid)
-    if not by_view or (not each and keep is not None and count(keep, shape.patches) == shape.patches):
-        tiled = None if shape.tile is None else shape
-        return [DecisionUnit(image, slice(0, shape.patches), shape.stacked, shape.frames, method, tiled)]
-    methods = [method] * len(sizes)
-    if not each and keep is not None:
-        methods = [_with(method, share) for share in share_out(keep, sizes)]
-    starts = [sum(sizes[:view]) for view in range(len(sizes))]
-    return [
-        DecisionUnit(image, slice(start, start + size), grid, None, own)
-        for start, size, grid, own in zip(starts, sizes, shape.views, methods, strict=True)
-    ]
-
-
-def _with(method: AnyMethod, keep: int) -> AnyMethod:
-    """The method with another budget."""
-    own: dict[str, Any] = {"keep": keep}
-    return replace(method, **own)
+def _tiles_of(units: Sequence[DecisionUnit]) -> Tiles | None:
+    layouts = [unit.tiled_layout for unit in units]
+    first = layouts[0]
+    if first is None:
+        return None
+    numbers = [layout.tile for layout in layouts if layout is not None and layout.tile is not None]
+    return Tiles(torch.stack(numbers), first.tiles, first.views)

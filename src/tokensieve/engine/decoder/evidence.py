@@ -1,8 +1,9 @@
-"""What a decoder method asks to be given, read while the blocks run and handed out at a stage."""
+"""Read the evidence that a decoder method requests while the layers run, and hand it out where tokens leave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -10,186 +11,193 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.engine.decoder.sequence import Member, PrefillState
-from tokensieve.engine.probe import Probe, attention_of_queries
+from tokensieve.engine.inflight import InFlight
+from tokensieve.engine.probe import Probe
 from tokensieve.engine.prompt.placeholders import on_device
 from tokensieve.errors import Refusal
-from tokensieve.methods import DecoderMethod
-from tokensieve.tokens import VisualTokens
+from tokensieve.methods import DecoderMethod, DecoderNeeds
+from tokensieve.ops import attention_of_queries
+from tokensieve.tokens import DecoderTokens, DecoderUserText
+
+ABOUT_TEXT = {f.name for f in fields(DecoderUserText)}
 
 
 class DecoderEvidence:
-    """Reads from the blocks of one LLM what one method needs, and nothing else.
+    """Reads from the layers of one LLM the evidence that one method requests, and nothing else.
 
     Args:
         decoder: the LLM.
-        method: whose needs are met.
-        stages: the blocks before which it acts.
-        kinds: the kind of attention of each block.
-        current: the prefill of this thread.
+        method: the method.
+        layers: the layers before which it drops tokens.
+        kinds: the kind of attention of each layer.
 
     Raises:
-        ValueError: if the method goes by a rotary embedding and blocks have different ones.
+        Refusal: if the method requests the rotary embedding, and layers have different ones.
     """
 
     def __init__(
-        self,
-        decoder: Any,
-        method: DecoderMethod,
-        stages: list[int],
-        kinds: list[str],
-        current: Callable[[], PrefillState | None],
+        self, decoder: Any, method: DecoderMethod, layers: Sequence[int], kinds: Sequence[str], flight: InFlight
     ) -> None:
-        if method.needs.rotary and len(set(kinds)) > 1:
-            raise Refusal(f"{method} goes by the rotary embedding; in this LLM, blocks differ in it or have none")
-        self.decoder, self.needs, self.stages, self.current = decoder, method.needs, stages, current
+        assert isinstance(method.needs, DecoderNeeds)
+        self.decoder, self.needs, self.layers, self.flight = decoder, method.needs, layers, flight
+        self.requested = self.needs.requested()
+        if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
+            raise Refusal(f"{method} goes by the rotary embedding; in this LLM, layers differ in it or have none")
         self.probes: dict[int, Probe] = {}
-        if self.needs.queries is not None or self.needs.keys:
-            asked = {stage: decoder.layers[stage - (not self.needs.own)] for stage in stages}
-            for stage, block in asked.items():
-                softcap = getattr(block.self_attn, "attn_logit_softcapping", None)
-                self.probes[stage] = Probe(block.self_attn, partial(self._read, softcap))
+        if self.needs.reads_attention:
+            for layer in layers:
+                read_layer = decoder.layers[layer if self.needs.same_layer else layer - 1]
+                softcap = getattr(read_layer.self_attn, "attn_logit_softcapping", None)
+                self.probes[layer] = Probe(read_layer.self_attn, partial(self._read, softcap), flight)
         self._handles = []
-        if self.needs.residual:
-            mlps = [decoder.layers[stage - 1].mlp for stage in stages]
-            self._handles = [mlp.register_forward_pre_hook(self._entering_mlp) for mlp in mlps]
-        self.first = 0 if self.needs.entry else stages[0] - self.needs.residual
-        """The first block that must tell :meth:`watch` what enters it."""
+        if self._copied("MLP input"):
+            mlps = [decoder.layers[layer - 1].mlp for layer in layers]
+            self._handles = [mlp.register_forward_pre_hook(self._before_mlp) for mlp in mlps]
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer whose input must be passed to :meth:`copy_input`."""
+        if self._copied("LLM input"):
+            return 0
+        return self.layers[0] - bool(self._copied("layer input") or self._copied("MLP input"))
 
     def remove(self) -> None:
+        """Remove probes and hooks."""
         for probe in self.probes.values():
             probe.remove()
         for handle in self._handles:
             handle.remove()
 
     def arm(self) -> None:
+        """Read from now on, until the forward ends."""
         for probe in self.probes.values():
             probe.arm()
 
-    def disarm(self) -> None:
-        for probe in self.probes.values():
-            probe.take()
-
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def watch(self, run: PrefillState, number: int, hidden: Tensor) -> None:
-        """Take note of what enters block ``number``."""
-        if self.needs.entry and number == 0:
-            run.seen["embeddings"] = hidden
-        if self.needs.residual and number + 1 in self.stages:
-            run.seen["before"] = hidden
+    def copy_input(self, state: PrefillState, layer: int, hidden: Tensor) -> None:
+        """Keep the hidden states that enter a layer, where they are evidence."""
+        if layer == 0:
+            state.evidence |= dict.fromkeys(self._copied("LLM input"), hidden)
+        if layer + 1 in self.layers:
+            state.evidence |= dict.fromkeys(self._copied("layer input"), hidden)
 
-    def ask(self, run: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Take what the probe of a stage read in the block before, or let the stage's own block read ahead."""
-        if number not in self.probes:
+    def collect(self, state: PrefillState, layer: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Take the reading of the previous layer, or run this layer up to its queries and keys to get one.
+
+        Args:
+            hidden, kwargs: the input of ``layer``, before which tokens leave.
+        """
+        if layer not in self.probes:
             return
-        probe = self.probes[number]
-        if self.needs.own:
-            with probe.only():  # runs the block up to its queries and keys, no further
-                self.decoder.layers[number].forward(hidden, **{**kwargs, "past_key_values": None})
-        (read,) = probe.take()
-        run.seen |= read
+        probe = self.probes[layer]
+        if self.needs.same_layer:
+            with probe.stop_at_reading():
+                self.decoder.layers[layer].forward(hidden, **{**kwargs, "past_key_values": None})
+        (reading,) = probe.take()
+        state.evidence |= reading
+
+    def _copied(self, where: str) -> list[str]:
+        """Return the requested evidence that is a copy of these hidden states."""
+        return [name for name, kind in self.requested.items() if kind.hidden == where]
+
+    def _before_mlp(self, mlp: nn.Module, args: Any) -> None:
+        if isinstance(self.flight.decoding, PrefillState):
+            self.flight.decoding.evidence |= dict.fromkeys(self._copied("MLP input"), args[0])
 
     def _read(
         self, softcap: float | None, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
     ) -> dict[str, Tensor]:
-        """Rows of the wanted queries, `[B, H, Q, n]`, and keys with heads side by side, `[B, n, E]`."""
-        run, read = self.current(), {}
-        assert run is not None  # probes are armed in prefills only
-        stream = run.stream
-        if self.needs.queries is not None:
-            columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)
-            if self.needs.queries == "words":
-                assert stream.words is not None
-                columns = stream.words[0]
-            mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else stream.mask
-            read["queries"] = attention_of_queries(query, key, scaling, columns, mask, softcap)
-        if self.needs.keys:
-            read["keys"] = key.transpose(1, 2).flatten(2)
-        return read
-
-    def _entering_mlp(self, mlp: nn.Module, args: Any) -> None:
-        run = self.current()
-        if run is not None:
-            run.seen["middle"] = args[0]
+        """Read one attention module: rows of the requested queries, `[B, H, Q, n]`, and rows per token."""
+        state = self.flight.decoding
+        assert isinstance(state, PrefillState)  # probes are armed in prefills only
+        reading = {
+            name: kind.read(query, key, scaling, mask) for name, kind in self.requested.items() if kind.read is not None
+        }
+        if self.needs.attention is not None:
+            columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)  # the last token
+            if self.needs.attention == "words":
+                assert state.sequence.text is not None
+                columns = state.sequence.text[0]
+            mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else state.sequence.mask
+            reading["attention"] = attention_of_queries(query, key, scaling, columns, mask, softcap)
+        return reading
 
     # -- handing out --------------------------------------------------------------------------------------------------
 
     def tokens(
-        self, run: PrefillState, number: int, hidden: Tensor, positions: Any, members: list[Member], columns: Tensor
-    ) -> VisualTokens:
-        """What the method sees of equal images: `[G, N]` of G ``members``.
+        self,
+        state: PrefillState,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        members: Sequence[Member],
+        columns: Tensor,
+        budget: int,
+    ) -> DecoderTokens:
+        """Return the tokens of G equal images, `[G, N]`.
 
         Args:
-            hidden: what enters block ``number``, before anything leaves.
-            positions: (cos, sin) of that sequence.
-            columns: `[G, N]`, where the patches of each member stand in it.
+            hidden: the input of the layer, before tokens leave.
+            rope: (cos, sin) of that sequence.
+            members: the images.
+            columns: `[G, N]`, the columns of their patches in the sequence.
+            budget: tokens to keep of each image.
         """
-        needs, stream, seen = self.needs, run.stream, run.seen
-        of = on_device([row for row, _ in members], hidden.device)
-        words = mask = None
-        if stream.words is not None:
-            words, mask = stream.words[0][of], stream.words[1][of]
+        rows = on_device([row for row, _ in members], hidden.device)
 
-        def at(rows: Tensor | None, columns: Tensor | None) -> Tensor | None:
-            return None if rows is None or columns is None else rows.expand(len(hidden), -1, -1)[of[:, None], columns]
+        def take(sequence: Tensor, columns: Tensor) -> Tensor:
+            return sequence.expand(len(hidden), -1, -1)[rows[:, None], columns]
 
-        states = self.decoder.norm(hidden) if needs.normed else hidden
-        turned = _turned(*positions) if needs.rotary else None
-        queries, embeddings, first = seen.get("queries"), seen.get("embeddings"), None
-        if embeddings is not None:
-            first = torch.stack([_entered(run, row, image) for row, image in members])
-        features = at(states, columns)
-        assert features is not None
-        return VisualTokens(
-            features,
-            text=at(states, words),
-            text_mask=mask,
-            queries=None if queries is None else queries[of].take_along_dim(columns[:, None, None], -1),
-            keys=at(seen.get("keys"), columns),
-            text_keys=at(seen.get("keys"), words),
-            entry=at(embeddings, first),
-            text_entry=at(embeddings, None if run.entry.words is None else run.entry.words[0][of]),
-            before=at(seen.get("before"), columns),
-            middle=at(seen.get("middle"), columns),
-            rotary=at(turned, columns),
-            text_rotary=at(turned, words),
-            ranked=_ranked(run, members) if needs.ranked else None,
-            stage=self.stages.index(number),
-            depth=len(self.decoder.layers),
-            **_whereabouts(run, members, needs.grid),
+        features = self.decoder.norm(hidden) if self.needs.final_norm else hidden
+        per_column = {name: kind.rope(*rope) for name, kind in self.requested.items() if kind.rope is not None}
+        per_column |= state.evidence
+        about_text: dict[str, Any] = {}
+        if state.sequence.text is not None and state.entry.text is not None:
+            text_columns, mask = (part[rows] for part in state.sequence.text)
+            about_text = {"features": take(features, text_columns), "mask": mask}
+            for name in per_column.keys() & ABOUT_TEXT:
+                at_entry = name in self._copied("LLM input")  # these rows stand where they entered the LLM
+                about_text[name] = take(per_column[name], state.entry.text[0][rows] if at_entry else text_columns)
+        about_image: dict[str, Any] = {}
+        for name, sequence in per_column.items():
+            if name == "attention":  # `[B, H, Q, n]`: the columns are on the last axis
+                about_image[name] = sequence[rows].take_along_dim(columns[:, None, None], -1)
+            elif name in self._copied("LLM input"):
+                about_image[name] = take(sequence, torch.stack([_entry_columns(state, member) for member in members]))
+            else:
+                about_image[name] = take(sequence, columns)
+        if self.needs.connector_scores:
+            about_image["connector_scores"] = _connector_scores(state, members)
+        images = [state.image(member) for member in members]
+        decision = images[0].decision
+        remaining = images[0].inside[-1].slots if images[0].inside else decision.slots
+        if self.needs.grid and decision.grid is not None:
+            anchors, width = torch.stack([image.anchors for image in images]), decision.grid[1]
+            about_image["coordinates"] = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
+        return DecoderTokens(
+            take(features, columns),
+            grid=decision.grid if remaining == decision.total else None,
+            budget=budget,
+            entered=images[0].entered,
+            user_text=DecoderUserText(**about_text) if about_text else None,
+            **about_image,
         )
 
 
-def _whereabouts(run: PrefillState, members: list[Member], grid: bool) -> dict[str, Any]:
-    """How many tokens of equal images entered the LLM and, if a grid is asked for, where in them the rest stands."""
-    plans = [run.plans[row][image] for row, image in members]
-    decision, places = plans[0].decision, None
-    if grid and decision.grid is not None:
-        anchors, width = torch.stack([plan.anchors for plan in plans]), decision.grid[1]
-        places = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
-    left = decision.slots if not plans[0].inside else plans[0].inside[-1].slots
-    return {"grid": decision.grid if left == decision.total else None, "places": places, "entered": plans[0].entered}
-
-
-def _ranked(run: PrefillState, members: list[Member]) -> Tensor | None:
-    """What the connector method ranked the patches of equal images by; ``None`` if it did not."""
-    found = []
-    for plan in (run.plans[row][image] for row, image in members):
-        if plan.ranked is None:
+def _connector_scores(state: PrefillState, members: Sequence[Member]) -> Tensor | None:
+    """Return the connector method's scores of the patches of equal images; ``None`` if it had none."""
+    scores = []
+    for image in map(state.image, members):
+        if image.connector_scores is None:
             return None
-        rows, structure = plan.reduce_inside(plan.ranked[:, None])[:, 0], plan.left.structure
-        found.append(rows if structure is None else rows[~structure])
-    return torch.stack(found)
+        remaining, separator = image.reduce_inside(image.connector_scores[:, None])[:, 0], image.remaining.separator
+        scores.append(remaining if separator is None else remaining[~separator])
+    return torch.stack(scores)
 
 
-def _entered(run: PrefillState, row: int, image: int) -> Tensor:
-    """Where the patches of an image stood as they entered the LLM."""
-    columns, plan = run.entry.images[row][image], run.plans[row][image]
-    structure = plan.shape.structure
-    return columns if structure is None else columns[~structure[plan.decision.anchors]]
-
-
-def _turned(cos: Tensor, sin: Tensor) -> Tensor:
-    """A vector of ones as the rotary embedding turns it at each position, `[B, n, d]`."""
-    half = cos.shape[-1] // 2
-    return torch.cat([cos[..., :half] - sin[..., :half], cos[..., half:] + sin[..., half:]], -1).float()
+def _entry_columns(state: PrefillState, member: Member) -> Tensor:
+    """Return the columns of an image's patches when they entered the LLM."""
+    row, number = member
+    columns, image = state.entry.images[row][number], state.image(member)
+    separator = image.layout.separator
+    return columns if separator is None else columns[~separator[image.decision.anchors]]

@@ -1,7 +1,8 @@
-"""What a token may attend to: the masks of an LLM's blocks, shortened in a prefill and made anew in later steps.
+"""The attention masks of an LLM's layers: shortened in a prefill, and made anew in decode steps.
 
-A sliding window counts every token that entered the LLM, also those that left inside it: by where a token stood when it
-entered. It is what the window was trained with, and what hiding a token instead of dropping it would leave visible.
+A sliding window counts every token that entered the LLM, including those that left inside it: the window is measured
+between the places at which tokens entered. The model was trained with that distance, and hiding a token instead of
+dropping it leaves the same tokens visible.
 """
 
 from __future__ import annotations
@@ -17,41 +18,44 @@ from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-MADE = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
-WHOLE = ("sdpa", "eager")  # kernels that are told for every pair of tokens who sees whom
+CREATE_MASK = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
+EXPLICIT_MASK_KERNELS = ("sdpa", "eager")  # they take a mask of every query and key
 
 
-def kinds_of(config: Any) -> list[str]:
-    """The kind of attention of each of an LLM's blocks."""
-    alike = SLIDING if getattr(config, "sliding_window", None) else FULL
-    return list(getattr(config, "layer_types", None) or [alike] * config.num_hidden_layers)
+def attention_kinds(config: Any) -> list[str]:
+    """Return the kind of attention of each layer of an LLM."""
+    kind = SLIDING if getattr(config, "sliding_window", None) else FULL
+    return list(getattr(config, "layer_types", None) or [kind] * config.num_hidden_layers)
 
 
-def shortened(mask: Tensor, columns: ColumnSelection) -> Tensor:
-    """The mask `[B or 1, 1, L, L]` of a sequence for the columns of it that are left, `[B, 1, n, n]`."""
+def shorten_mask(mask: Tensor, columns: ColumnSelection) -> Tensor:
+    """Select the remaining columns of a mask on both axes, `[B or 1, 1, L, L]` to `[B, 1, n, n]`."""
     index = columns.index
-    rows = torch.arange(len(index), device=index.device)[:, None, None]
-    taken = mask.expand(len(index), -1, -1, -1)[rows, 0, index[:, :, None], index[:, None]]
-    return (taken.masked_fill(~columns.valid[:, None], _least(mask)) if columns.padded else taken)[:, None]
+    batch = torch.arange(len(index), device=index.device)[:, None, None]
+    # [B, 1, 1], [B, n, 1] and [B, 1, n] broadcast to all pairs of remaining queries and keys
+    pairs = mask.expand(len(index), -1, -1, -1)[batch, 0, index[:, :, None], index[:, None]]
+    if columns.padded:
+        pairs = pairs.masked_fill(~columns.valid[:, None], _hidden_value(mask))
+    return pairs[:, None]
 
 
-def in_window(mask: Tensor, state: PrefixInfo, cache: Cache, block: int, window: int) -> Tensor:
-    """The mask `[B, 1, queries, keys]` of a later step for a block that attends in a window.
+def limit_to_window(mask: Tensor, prefix: PrefixInfo, cache: Cache, layer: int, window: int) -> Tensor:
+    """Hide the keys outside the window in the mask `[B, 1, queries, keys]` of a decode step.
 
     Args:
-        mask: what may be seen of the last ``window`` columns that the block's cache holds.
-        state: what was dropped before this block.
+        mask: of the last ``window`` columns that the layer's cache holds.
+        prefix: the tokens that were dropped before this layer.
     """
-    assert state.columns is not None  # where there are windows
-    queries, seen = mask.shape[-2], cache.get_seq_length(block)
-    keys, first = cache.get_mask_sizes(queries, block)
-    place = torch.arange(seen + queries, device=mask.device)
-    stood = place.repeat(len(state.mask), 1)
-    stood[:, state.dropped : state.length] = state.columns
-    near = place[seen:, None] - stood[:, None, first : first + keys] < window
-    return mask.masked_fill(~near[:, None], _least(mask))
+    assert prefix.original_columns is not None  # recorded wherever there are windows
+    queries, past = mask.shape[-2], cache.get_seq_length(layer)
+    keys, first = cache.get_mask_sizes(queries, layer)
+    column = torch.arange(past + queries, device=mask.device)
+    entered_at = column.repeat(len(prefix.mask), 1)
+    entered_at[:, prefix.dropped : prefix.length] = prefix.original_columns
+    near = column[past:, None] - entered_at[:, None, first : first + keys] < window
+    return mask.masked_fill(~near[:, None], _hidden_value(mask))
 
 
-def _least(mask: Tensor) -> float:
-    """What stands in a mask where nothing is to be seen."""
+def _hidden_value(mask: Tensor) -> float:
+    """Return the value that hides a key in this kind of mask."""
     return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

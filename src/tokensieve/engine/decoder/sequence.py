@@ -1,4 +1,4 @@
-"""The sequences of one prefill on their way through the blocks of the LLM."""
+"""The sequences of one prefill on their way through the layers of the LLM."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 from tokensieve.engine.cache import PrefixInfo
-from tokensieve.engine.connector.decide import budget_of
-from tokensieve.engine.connector.prefill import ImageReduction, Prefill
+from tokensieve.engine.handoff import ImageReduction, Prefill
 from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
 from tokensieve.methods import DecoderMethod
 
-Member = tuple[int, int]  # a row of the batch, and which of its images
+Member = tuple[int, int]
+"""A row of the batch, and the number of an image in that row."""
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceLayout:
-    """The sequences of a batch as a block of the LLM sees them.
+    """The sequences of a batch as a layer of the LLM receives them.
 
     Attributes:
-        columns: for each column, the one it was at the LLM's entry.
+        columns: for each column, the one it was when it entered the LLM.
         visual: `[B, n]` bool, True on visual tokens.
         mask: `[B, n]` long, 0 on padding; ``None`` if there is none.
-        lengths: per row, the columns that are no padding.
+        lengths: per row, the columns that are not padding.
         images: per row and image, the columns `[K]` of its tokens.
-        words: `[B, M]`, the columns of the user's words, and `[B, M]` bool; ``None`` if nobody asks.
+        text: `[B, M]`, the columns of the user's words, and `[B, M]` bool, False on padding; ``None``: not requested.
     """
 
     columns: ColumnSelection
@@ -35,120 +35,137 @@ class SequenceLayout:
     mask: Tensor | None
     lengths: list[int]
     images: list[list[Tensor]]
-    words: tuple[Tensor, Tensor] | None
+    text: tuple[Tensor, Tensor] | None
 
     @classmethod
-    def enter(cls, prefill: Prefill, words: tuple[Tensor, Tensor] | None) -> SequenceLayout:
-        """The stream at the LLM's entry."""
+    def enter(cls, prefill: Prefill, text: tuple[Tensor, Tensor] | None) -> SequenceLayout:
+        """Return the sequences as they enter the LLM."""
         visual, mask = prefill.visual, prefill.kwargs.get("attention_mask")
         batch, width = visual.shape
-        ordered = (~visual).int().argsort(dim=-1, stable=True)  # visual columns first, in order
-        sizes = [[plan.decision.slots for plan in plans] for plans in prefill.plans]
+        # a stable sort puts the visual columns of each row first, in order; they are then split by image
+        visual_first = (~visual).int().argsort(dim=-1, stable=True)
+        sizes = [[image.decision.slots for image in images] for images in prefill.images]
         images = [
             list(torch.split(row[: sum(of_row)], of_row)) if of_row else []
-            for row, of_row in zip(ordered, sizes, strict=True)
+            for row, of_row in zip(visual_first, sizes, strict=True)
         ]
-        every = torch.arange(width, device=visual.device).expand(batch, -1)
-        real = torch.ones_like(visual) if mask is None else mask.bool()
-        columns = ColumnSelection(every, real, min(prefill.lengths) < width)
-        return cls(columns, visual, None if mask is None else mask.long(), prefill.lengths, images, words)
+        all_columns = torch.arange(width, device=visual.device).expand(batch, -1)
+        valid = torch.ones_like(visual) if mask is None else mask.bool()
+        columns = ColumnSelection(all_columns, valid, min(prefill.lengths) < width)
+        return cls(columns, visual, None if mask is None else mask.long(), prefill.lengths, images, text)
 
     @property
     def width(self) -> int:
         return self.visual.shape[1]
 
     def keep(self, images: list[list[Tensor]]) -> tuple[SequenceLayout, ColumnSelection | None]:
-        """The stream in which of every image only the given columns stay, and how to get there (``None``: all stay)."""
-        lost = [_tokens(before) - _tokens(after) for before, after in zip(self.images, images, strict=True)]
-        if not any(lost):
+        """Return the sequences in which only the given columns of each image stay, and the selection that leads there.
+
+        The selection is ``None`` if all columns stay.
+        """
+        dropped = [_tokens(before) - _tokens(after) for before, after in zip(self.images, images, strict=True)]
+        if not any(dropped):
             return self, None
         stay = self.columns.valid & ~self.visual
         for row, kept in zip(stay, images, strict=True):
             for columns in kept:
                 row.index_fill_(0, columns, True)
-        left = [length - n for length, n in zip(self.lengths, lost, strict=True)]
-        chosen = ColumnSelection.of(stay, left)
-        # a column that stays moves to the number of staying columns before it, after the row's new padding
-        padding = on_device([[max(left) - n] for n in left], stay.device)
-        moved = stay.long().cumsum(-1) - 1 + padding
+        lengths = [length - n for length, n in zip(self.lengths, dropped, strict=True)]
+        selection = ColumnSelection.of(stay, lengths)
+        # a column that stays moves to the number of staying columns before it, behind the row's new padding
+        padding = on_device([[max(lengths) - n] for n in lengths], stay.device)
+        new_column = stay.long().cumsum(-1) - 1 + padding
         following = SequenceLayout(
-            columns=ColumnSelection(chosen.take(self.columns.index), chosen.valid, chosen.padded),
-            visual=chosen.take(self.visual) & chosen.valid,
-            mask=chosen.valid.long() if chosen.padded else None,
-            lengths=left,
-            images=[[row[columns] for columns in kept] for row, kept in zip(moved, images, strict=True)],
-            words=self.words and (moved.gather(1, self.words[0]).clamp(min=0), self.words[1]),
+            columns=ColumnSelection(selection.take(self.columns.index), selection.valid, selection.padded),
+            visual=selection.take(self.visual) & selection.valid,
+            mask=selection.valid.long() if selection.padded else None,
+            lengths=lengths,
+            images=[[row[columns] for columns in kept] for row, kept in zip(new_column, images, strict=True)],
+            # padding among the words may point at a column that left: clamp it to one that exists
+            text=self.text and (new_column.gather(1, self.text[0]).clamp(min=0), self.text[1]),
         )
-        return following, chosen
+        return following, selection
 
-    def numbered(self) -> Tensor:
-        """Contiguous position ids, `[B, n]`; padding repeats the first."""
+    def contiguous_positions(self) -> Tensor:
+        """Return contiguous position ids, `[B, n]`; padding repeats the first."""
         mask = torch.ones_like(self.visual) if self.mask is None else self.mask
         return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 @dataclass(eq=False)
 class PrefillState:
-    """A prefill between two blocks.
+    """A running prefill, between two layers of the LLM.
 
     Attributes:
-        prefill: how it entered the LLM.
-        entry: the sequences as the first block saw them.
-        stream: the sequences as the next block will see them.
-        plans: `[row][image]`, what became of each image so far.
+        prefill: the prompt as it entered the LLM.
+        entry: the sequences as the first layer received them.
+        sequence: the sequences as the next layer receives them.
+        images: `[row][image]`, the decisions so far.
         methods: `[row][image]`, the method with the image's budget.
-        states: for every block that saw fewer tokens than the first, what later steps must know.
-        tokens: visual tokens per image that each block saw, `{block: [row][image]}`.
-        handed: positions and mask of the stream, by kind of block: made by the first of a stage, used by all of them.
-        state: likewise; what later steps must know.
-        seen: evidence that was read on the way, by name.
+        prefixes: {layer: prefix} for each layer that received fewer tokens than the first.
+        tokens: {layer: `[row][image]`}, the visual tokens that each layer received.
+        layer_inputs: by kind of attention, positions and mask of ``sequence``; shared by all layers until tokens leave.
+        prefix: the prefix of ``sequence``, shared likewise.
+        evidence: by name, read or copied on the way: `[B, n, ...]` of the sequence at that time.
     """
 
     prefill: Prefill
     entry: SequenceLayout
-    stream: SequenceLayout
-    plans: list[list[ImageReduction]]
+    sequence: SequenceLayout
+    images: list[list[ImageReduction]]
     methods: list[list[DecoderMethod]]
-    states: dict[int, PrefixInfo] = field(default_factory=dict)
+    prefixes: dict[int, PrefixInfo] = field(default_factory=dict)
     tokens: dict[int, list[list[int]]] = field(default_factory=dict)
-    handed: dict[str, dict[str, Any]] = field(default_factory=dict)
-    state: PrefixInfo | None = None
-    seen: dict[str, Tensor | None] = field(default_factory=dict)
+    layer_inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prefix: PrefixInfo | None = None
+    evidence: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def enter(
-        cls, prefill: Prefill, methods: list[list[DecoderMethod]], words: tuple[Tensor, Tensor] | None
+        cls, prefill: Prefill, methods: list[list[DecoderMethod]], text: tuple[Tensor, Tensor] | None
     ) -> PrefillState:
-        stream = SequenceLayout.enter(prefill, words)
-        return cls(prefill, stream, stream, [list(plans) for plans in prefill.plans], methods)
+        """Return the state of a prompt that enters the LLM."""
+        sequence = SequenceLayout.enter(prefill, text)
+        return cls(prefill, sequence, sequence, [list(images) for images in prefill.images], methods)
 
-    def plan(self, member: Member) -> ImageReduction:
-        return self.plans[member[0]][member[1]]
+    @property
+    def members(self) -> list[Member]:
+        """All images, row by row."""
+        return [(row, image) for row, images in enumerate(self.images) for image in range(len(images))]
+
+    def image(self, member: Member) -> ImageReduction:
+        return self.images[member[0]][member[1]]
 
     def method(self, member: Member) -> DecoderMethod:
         return self.methods[member[0]][member[1]]
 
-    def kind(self, member: Member) -> tuple[Any, ...]:
-        """What images of equal size must have in common besides, to be decided upon in one call."""
-        plan = self.plan(member)
-        return plan.entered, plan.decision.grid, budget_of(self.method(member))
+    def columns(self, member: Member) -> Tensor:
+        return self.sequence.images[member[0]][member[1]]
+
+    def batch_key(self, member: Member) -> tuple[Any, ...]:
+        """Return what images of equal size must have in common, besides, to be decided about in one call."""
+        image = self.image(member)
+        return image.entered, image.decision.grid, self.method(member).budget
 
     @property
     def untouched(self) -> bool:
         """Whether every token is still there."""
-        return self.stream is self.entry
+        return self.sequence is self.entry
 
-    def renumbered(self) -> Tensor | None:
-        """`[B, 1]` bool, rows that lost tokens inside the LLM: those that contiguous positions apply to; None: all."""
-        lost = [any(plan.reduced_inside for plan in plans) for plans in self.plans]
-        return None if all(lost) else on_device(lost, self.stream.visual.device)[:, None]
+    def renumbered_rows(self) -> Tensor | None:
+        """Return `[B, 1]` bool, the rows that lost tokens inside the LLM: contiguous positions apply to them.
 
-    def move(self, images: list[list[Tensor]]) -> ColumnSelection | None:
-        """Let all but the given columns of each image leave; returns how to get there, ``None`` if all stay."""
-        self.stream, chosen = self.stream.keep(images)
-        if chosen is not None:
-            self.handed, self.state = {}, None
-        return chosen
+        ``None``: all rows did.
+        """
+        reduced = [any(image.reduced_inside for image in images) for images in self.images]
+        return None if all(reduced) else on_device(reduced, self.sequence.visual.device)[:, None]
+
+    def drop(self, images: list[list[Tensor]]) -> ColumnSelection | None:
+        """Keep only the given columns of each image; returns the selection, ``None`` if all columns stay."""
+        self.sequence, selection = self.sequence.keep(images)
+        if selection is not None:
+            self.layer_inputs, self.prefix = {}, None
+        return selection
 
 
 def _tokens(images: list[Tensor]) -> int:

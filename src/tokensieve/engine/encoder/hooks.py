@@ -1,417 +1,338 @@
-"""The encoder stage: what is read from, and changed in, a call that encodes images (inside the tower: ``tower.py``).
+"""The encode function of a model, wrapped, and hooks on its vision encoder: probes, and the encoder method.
 
-``generate()`` encodes images before the first forward and insists on the usual number of features, so nothing is
-dropped here: a record of the call travels on its output, and the connector stage acts on it.
+Nothing is dropped here, because ``generate`` insists on the usual number of features: the record of the call travels on
+its output, and the connector stage acts on it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from tokensieve.engine import probe as reads
-from tokensieve.engine.encoder.tower import Tower, TowerResult
-from tokensieve.engine.kernel_probe import probe_of
-from tokensieve.engine.probe import Probe, Read
+from tokensieve.engine.encoder.steps import TowerPass, TowerResult
+from tokensieve.engine.encoder.tower import Tower
+from tokensieve.engine.handoff import EncoderOutputs
+from tokensieve.engine.inflight import InFlight
+from tokensieve.engine.probe import Probe, Read, probe_of
 from tokensieve.errors import Refusal
-from tokensieve.methods import EncoderMethod, Method, Needs
-from tokensieve.methods.baselines import Downsample
+from tokensieve.methods import EncoderMethod, Method, Needs, ResizeMethod, StageNeeds
 from tokensieve.models import EncodeCall, Family, TokenLayout
-from tokensieve.models.family import Modality, spread
-from tokensieve.models.layout import Grid, to_device
+from tokensieve.models.family import Modality, scatter_to_anchors
+from tokensieve.models.layout import to_device
 from tokensieve.models.vit import Pooling
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
 
-RECORD = "_tokensieve_record"
 Reads: TypeAlias = dict[str, Read]
-T = TypeVar("T")
-RECEIVED = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
-POOLED = "no [CLS] token in this encoder: what its pooling head attends to in the last layer's output"
-
-
-@dataclass(frozen=True)
-class EncoderOutputs:
-    """What one encode call told about its images, in their order. Rows are those of patches, `[M, ...]` per image.
-
-    Attributes:
-        shapes: how the visual tokens that the encoder made lie.
-        read: what the probes read, as `[evidence][layer][image]`.
-        patches: per image `[M, C]`, the rows that entered the projector, if a method needs them.
-        similar: `[M]` per image, cosine to [CLS] in what the tower puts out, where a method asks for it.
-        depth: number of encoder layers that can be probed.
-        notes: remarks on the evidence.
-        reductions: what an encoder method did per image; the dropped slots hold zeros.
-    """
-
-    shapes: list[TokenLayout]
-    read: dict[str, dict[int, list[Tensor]]]
-    patches: list[Tensor]
-    similar: list[Tensor]
-    depth: int
-    notes: tuple[str, ...]
-    reductions: list[Reduction] | None
-
-    def of(self, images: Sequence[int]) -> EncoderOutputs:
-        """The record of these images, in this order; one may stand there twice."""
-
-        def pick(per_image: list[T]) -> list[T]:
-            return [per_image[image] for image in images] if per_image else per_image
-
-        return self._with(pick, pick, pick)
-
-    def beside(self, other: EncoderOutputs) -> EncoderOutputs:
-        """The record of these images, and then those of another call."""
-
-        def both(name: str) -> Any:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            return mine and theirs and [*mine, *theirs]
-
-        read = {
-            name: {layer: [*rows, *other.read[name][layer]] for layer, rows in layers.items()}
-            for name, layers in self.read.items()
-        }
-        lists = {name: both(name) for name in ("shapes", "patches", "similar", "reductions")}
-        return replace(self, read=read, **lists)
-
-    def joined(self, groups: Sequence[Sequence[int]]) -> EncoderOutputs:
-        """The record of images that are several entries each: the views of a group, one after another."""
-
-        def join(rows: list[Tensor]) -> list[Tensor]:
-            return [torch.cat([rows[i] for i in group]) for group in groups] if rows else rows
-
-        def shape(shapes: list[TokenLayout]) -> list[TokenLayout]:
-            views = [[view for i in group for view in shapes[i].views] for group in groups]
-            return [TokenLayout(sum(map(prod, each)), tuple(each)) for each in views]
-
-        return self._with(shape, join, lambda reductions: reductions)
-
-    def _with(
-        self,
-        shapes: Callable[[list[TokenLayout]], list[TokenLayout]],
-        rows: Callable[[list[Tensor]], list[Tensor]],
-        reductions: Callable[[list[Reduction]], list[Reduction]],
-    ) -> EncoderOutputs:
-        return replace(
-            self,
-            shapes=shapes(self.shapes),
-            read={name: {layer: rows(each) for layer, each in layers.items()} for name, layers in self.read.items()},
-            patches=rows(self.patches),
-            similar=rows(self.similar),
-            reductions=self.reductions and reductions(self.reductions),
-        )
+RECEIVED_FOR_CLS = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
+POOLED_FOR_CLS = "no [CLS] token in this encoder: what its pooling head attends to in the last layer's output"
 
 
 @dataclass(eq=False)
 class RecordedCall(EncodeCall):
-    """An encode call on its way, with what was read and decided in it.
+    """A running encode call, with the readings and decisions so far.
 
     Attributes:
-        reductions: an encoder method's decisions.
-        rows: what entered the projector.
-        reads: `[evidence][layer]`, what the probes read, attention call by call.
-        similar: cosines to [CLS] in what the tower puts out, as a probe would read them.
-        arrived: what left a tower in which tokens leave.
-        pooled: `[evidence]`, what a pooling head attends to.
+        reductions: the decisions of an encoder method.
+        projector_input: the rows that entered the projector.
+        by_layer: {evidence: {layer: one reading per attention call}}.
+        cls_similarity: cosines to [CLS] in the vision encoder's output, in the shape of a reading.
+        pooled: {evidence: attention of the pooling head}.
+        tower_pass: the running pass through a vision encoder in which tokens leave.
+        tower_result: the same, finished.
     """
 
     reductions: list[Reduction] | None = None
-    rows: list[Tensor] = field(default_factory=list)
-    reads: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
-    similar: list[Tensor] = field(default_factory=list)
-    arrived: TowerResult | None = None
+    projector_input: Tensor | None = None
+    by_layer: dict[str, dict[int, list[Tensor]]] = field(default_factory=dict)
+    cls_similarity: list[Tensor] = field(default_factory=list)
     pooled: dict[str, Tensor] = field(default_factory=dict)
+    tower_pass: TowerPass | None = None
+    tower_result: TowerResult | None = None
 
 
 class EncoderHooks:
-    """The encode function of a model, wrapped, and hooks on its tower: probes, and what encoder methods do.
+    """Records the encode calls of a model, and runs its encoder method.
+
+    Args:
+        needs: the evidence that the connector method requests.
+        method: the encoder method, if there is one.
 
     Raises:
-        ValueError: if the family or the tower lacks something that is needed.
+        Refusal: if the family or the vision encoder lacks something that is needed.
     """
 
-    def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None) -> None:
-        if needs.joint:
-            raise Refusal(
-                f"{family.title} checkpoints hold no text encoder of the vision tower's space; cdpruner(space='llm') "
-                "compares in the LLM's input space"
-            )
-        self.family, self.model, self.base, self.method = family, model, model.base_model, method
-        self.inside = Tower(family, model, method) if isinstance(method, EncoderMethod) else None
-        self.downsample = method if isinstance(method, Downsample) else None
-        self.similarity = needs.cls_similarity
-        self._local = threading.local()
-        self.probes: list[Probe] = []
-        self._handles: list[Any] = []
-        self.depth, self.substitute = 0, False
+    def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None, flight: InFlight) -> None:
+        self.family, self.model, self.base, self.flight = family, model, model.base_model, flight
+        self.method = method
+        self.inside = Tower(family, model, method, flight) if isinstance(method, EncoderMethod) else None
+        self.resize = method if isinstance(method, ResizeMethod) else None
+        self.needs = needs
+        self.depth, self.cls_replaced = 0, False
         self.pooling: Pooling | None = None
-        self.pooled: dict[str, int] = {}  # evidence, and the layer whose [CLS] row the pooling head's stands in for
-        if family.opaque:
-            if needs.reads_encoder:
-                raise Refusal(f"what this method reads in the encoder is unknown in {family.title}: {family.opaque}")
-        else:
-            projector = family.projector(model) if needs.patches else None
-            for tower in family.towers(model):
-                self._hook_tower(tower, needs)
-            if projector is not None:
-                self._handles.append(projector.register_forward_pre_hook(self._projecting, with_kwargs=True))
-        self._own = {}  # somebody else may have wrapped these, too
+        self.pooled_layers: dict[str, int] = {}  # {evidence: layer whose [CLS] row the pooling head replaces}
+        self._probes: list[Probe] = []
+        self._handles: list[Any] = []
+        if not family.encoder_unreadable:
+            self._hook_modules()
+        elif needs.patches or needs.cls_similarity or needs.reads_attention:
+            raise Refusal(
+                f"the evidence of this method in the encoder is unknown in {family.title}: {family.encoder_unreadable}"
+            )
+        self._own_encode = {}  # an instance attribute that another library had put there
         for modality in family.modalities:
             name = f"get_{modality}_features"
-            self._own[name] = vars(self.base).get(name)
+            self._own_encode[name] = vars(self.base).get(name)
             setattr(self.base, name, self._recorded(getattr(self.base, name), modality))
 
-    def _hook_tower(self, tower: nn.Module, needs: Needs) -> None:
-        attentions, cls = self.family.attentions(tower), self.family.has_cls(tower)
-        self.depth = len(attentions)
-        if self.similarity and not cls:
-            raise Refusal("this method compares patches with the encoder's [CLS] token; this encoder has none")
-        self._names = list(inspect.signature(type(tower).forward).parameters)[1:]
-        if needs.reads_attention and not attentions:
-            raise Refusal(f"{type(tower).__name__} has no attention over all patches that could be read")
-        self.pooling = None if cls else self.family.pooling_head(tower)
-        self.pooled = {} if self.pooling is None else _last_alone(needs, self.depth)
-        nothing: dict[str, Any] = dict.fromkeys(self.pooled)
-        needs = replace(needs, **nothing)
-        asked = _asked(needs, self.depth, cls)
-        self.substitute = not cls and (needs.cls_attention is not None or needs.cls_wide is not None)
-        own = {} if self.inside is None else self._asked_inside(self.inside, cls)
-        probes = {
-            layer: probe_of(attentions[layer], partial(self._read, asked.get(layer, {}), own.get(layer, {})))
-            for layer in sorted(asked.keys() | own.keys())
-        }
-        self.probes += probes.values()
-        if self.inside is not None:
-            self.inside.install()
-        self._handles += [
-            tower.register_forward_pre_hook(partial(self._before, probes), with_kwargs=True),
-            tower.register_forward_hook(partial(self._after, probes)),
-        ]
-
     def remove(self) -> None:
+        """Remove every hook, probe and wrapper."""
         for handle in self._handles:
             handle.remove()
-        for probe in self.probes:
+        for probe in self._probes:
             probe.remove()
         if self.inside is not None:
             self.inside.remove()
-        for name, own in self._own.items():
+        for name, own in self._own_encode.items():
             delattr(self.base, name)
             if own is not None:
                 setattr(self.base, name, own)
 
+    def _hook_modules(self) -> None:
+        projector = self.family.projector(self.model) if self.needs.patches else None
+        for tower in self.family.towers(self.model):
+            self._hook_tower(tower)
+        if projector is not None:
+            self._handles.append(projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
+
+    def _hook_tower(self, tower: nn.Module) -> None:
+        attentions, has_cls = self.family.attentions(tower), self.family.has_cls(tower)
+        self.depth = len(attentions)
+        if self.needs.cls_similarity and not has_cls:
+            raise Refusal("this method compares patches with the encoder's [CLS] token; this encoder has none")
+        if self.needs.reads_attention and not attentions:
+            raise Refusal(f"{type(tower).__name__} has no attention over all patches that could be read")
+        self._tower_arguments = list(inspect.signature(type(tower).forward).parameters)[1:]
+        self.pooling = None if has_cls else self.family.pooling_head(tower)
+        self.pooled_layers = {} if self.pooling is None else _last_layer_only(self.needs, self.depth)
+        not_pooled: dict[str, Any] = dict.fromkeys(self.pooled_layers)
+        needs = replace(self.needs, **not_pooled)
+        self.cls_replaced = not has_cls and (
+            needs.cls_attention is not None or needs.cls_attention_single_head is not None
+        )
+        for_connector = _reads_by_layer(needs, self.depth, has_cls)
+        for_encoder: dict[int, Reads] = {}
+        if self.inside is not None and self.inside.method.needs.reads_attention:
+            for_encoder = dict.fromkeys(self.inside.layers, _reads(self.inside.method.needs, has_cls))
+        probes = {
+            layer: probe_of(
+                attentions[layer],
+                partial(self._read, for_connector.get(layer, {}), for_encoder.get(layer, {})),
+                self.flight,
+            )
+            for layer in sorted(for_connector.keys() | for_encoder.keys())
+        }
+        self._probes += probes.values()
+        if self.inside is not None:
+            self.inside.install()
+        self._handles += [
+            tower.register_forward_pre_hook(partial(self._before_tower, probes), with_kwargs=True),
+            tower.register_forward_hook(partial(self._after_tower, probes)),
+        ]
+
     def _recorded(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
-        """The model's encode function, laying a record on what it returns."""
+        """Wrap the model's encode function: its output gets the record of the call."""
         signature = inspect.signature(encode)
 
         @functools.wraps(encode)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if self._current is not None:  # one that the encode function of another modality calls
+            if self._call is not None:  # the encode function of another modality calls this one
                 return encode(*args, **kwargs)
             bound = dict(signature.bind(*args, **kwargs).arguments)
             call = RecordedCall(bound.pop("kwargs", {}) | bound, modality)
-            self._local.call = call
+            self.flight.encoding = call
             try:
                 call.output = encode(*args, **kwargs)
             finally:
-                self._local.call = None
-                for probe in self.probes:  # a call that failed inside the tower leaves them armed
-                    probe.take()
-                if self.inside is not None:
-                    self.inside.stop()
-            if not isinstance(call.output, tuple):  # return_dict=False: nobody can act on it
-                setattr(call.output, RECORD, self._record(call))
+                self.flight.end_encoding()
+            if not isinstance(call.output, tuple):  # with return_dict=False there is no place for a record
+                self._outputs(call).attach_to(call.output)
             return call.output
 
         return recorded
 
     @property
-    def _current(self) -> RecordedCall | None:
-        call: RecordedCall | None = getattr(self._local, "call", None)
+    def _call(self) -> RecordedCall | None:
+        call: RecordedCall | None = self.flight.encoding
         return call
 
-    # -- while the tower runs -----------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _asked_inside(tower: Tower, cls: bool) -> dict[int, Reads]:
-        """What a method inside the tower wants to know in its own layers."""
-        asked = {stage: _asked(tower.method.needs, stage + 1, cls).get(stage, {}) for stage in tower.stages}
-        return {stage: reads for stage, reads in asked.items() if reads}
+    # -- while the vision encoder runs --------------------------------------------------------------------------------
 
     def _read(
-        self, asked: Reads, own: Reads, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
+        self, for_connector: Reads, for_encoder: Reads, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
     ) -> dict[str, Tensor]:
-        """What the connector stage asked of a layer; what a stage inside the tower asked is handed to it at once."""
-        if self.inside is not None:
-            self.inside.see({name: read(query, key, scaling, mask) for name, read in own.items()})
-        return {name: read(query, key, scaling, mask) for name, read in asked.items()}
+        """Read one layer: returns the connector's evidence, and hands the encoder method's to the running pass."""
+        call = self._call
+        if call is not None and call.tower_pass is not None:
+            call.tower_pass.evidence = {name: read(query, key, scaling, mask) for name, read in for_encoder.items()}
+        return {name: read(query, key, scaling, mask) for name, read in for_connector.items()}
 
-    def _before(self, probes: dict[int, Probe], tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        call = self._current
+    def _before_tower(self, probes: dict[int, Probe], tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = self._call
         if call is None:
             return None
-        call.tower = dict(zip(self._names, args, strict=False)) | kwargs
-        if self.downsample is not None:
-            self._resize(tower, call, self.downsample)
+        call.encoder_inputs = dict(zip(self._tower_arguments, args, strict=False)) | kwargs
+        if self.resize is not None:
+            self._resize(tower, call, self.resize)
         if self.inside is not None:
-            pixels = call.tower["pixel_values"]
-            self.inside.start(call.tower, [self.family.tile(self.model, call)] * len(pixels), pixels.device)
+            pixels = call.encoder_inputs["pixel_values"]
+            grids = [self.family.tile(self.model, call)] * len(pixels)
+            call.tower_pass = self.inside.start(call.encoder_inputs, grids, pixels.device)
         for probe in probes.values():
             probe.arm()
-        return (), call.tower
+        return (), call.encoder_inputs
 
-    def _projecting(self, projector: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Keep what enters the projector after the tower (LLaVA) or as its last step (Qwen-VL)."""
-        call = self._current
-        if call is not None and not call.rows:
-            call.rows.append(args[0] if args else next(iter(kwargs.values())))
+    def _before_projector(self, projector: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Keep the projector's input. It runs after the vision encoder (LLaVA) or as its last step (Qwen-VL)."""
+        call = self._call
+        if call is not None and call.projector_input is None:
+            call.projector_input = args[0] if args else next(iter(kwargs.values()))
 
-    def _resize(self, tower: nn.Module, call: RecordedCall, method: Downsample) -> None:
-        device = next(given.device for given in call.tower.values() if isinstance(given, Tensor))
-        grids = [shape.grid or (1, shape.total) for shape in self.family.shapes(self.model, call)]
-        images = [VisualTokens(torch.empty(1, h * w, 0, device=device), grid=(h, w)) for h, w in grids]
-        call.reductions = reductions = [method(image)[0] for image in images]
-        if not all(reduction.whole for reduction in reductions):
-            pairs = zip(grids, images, reductions, strict=True)
-            cells = [grid if reduction.whole else method.cells(image) for grid, image, reduction in pairs]
-            call.tower = self.family.resize(tower, call.tower, cells)
+    def _resize(self, tower: nn.Module, call: RecordedCall, method: ResizeMethod) -> None:
+        """Replace the images in the vision encoder's inputs by smaller ones."""
+        device = next(value.device for value in call.encoder_inputs.values() if isinstance(value, Tensor))
+        grids = [layout.grid or (1, layout.total) for layout in self.family.layouts(self.model, call)]
+        call.reductions, cells = [], []
+        for height, width in grids:
+            budgets = method.stage_budgets(height * width, (0,), 1)
+            budget = height * width if budgets is None else budgets[-1]
+            no_features = torch.empty(1, height * width, 0, device=device)
+            reduction = method(VisualTokens(no_features, grid=(height, width), budget=budget))[0]
+            call.reductions.append(reduction)
+            cells.append((height, width) if reduction.whole else method.cells((height, width), budget))
+        if not all(reduction.whole for reduction in call.reductions):
+            call.encoder_inputs = self.family.resize(tower, call.encoder_inputs, cells)
 
-    def _after(self, probes: dict[int, Probe], tower: nn.Module, args: Any, output: Any) -> None:
-        call = self._current
+    def _after_tower(self, probes: dict[int, Probe], tower: nn.Module, args: Any, output: Any) -> None:
+        call = self._call
         if call is None:
             return
         for layer, probe in probes.items():
-            for read in probe.take():
-                for name, rows in read.items():
-                    call.reads.setdefault(name, {}).setdefault(layer, []).append(rows)
-        if self.similarity:
-            call.similar.append(_to_cls(output.last_hidden_state))
-        if self.inside is not None:
-            call.arrived = self.inside.finish()
-            call.reductions = call.arrived.reductions()
-        self._pool(call, output)
-        if self.inside is not None and call.arrived is not None:
-            self.inside.restore(call.arrived.passage, output)
+            for reading in probe.take():
+                for name, rows in reading.items():
+                    call.by_layer.setdefault(name, {}).setdefault(layer, []).append(rows)
+        if self.needs.cls_similarity:
+            call.cls_similarity.append(_cosine_to_cls(output.last_hidden_state))
+        self._read_pooling_head(call, output)
+        if self.inside is not None and call.tower_pass is not None:
+            call.tower_result = self.inside.finish(call.tower_pass)
+            call.reductions = call.tower_result.reductions()
+            self.inside.restore(call.tower_pass, output)
         elif call.reductions is not None and not all(reduction.whole for reduction in call.reductions):
             self.family.restore(tower, output, call.reductions)
 
-    def _pool(self, call: RecordedCall, output: Any) -> None:
-        """Read what the pooling head attends to, in the rows that left the tower."""
-        if self.pooling is None or not self.pooled:
+    def _read_pooling_head(self, call: RecordedCall, output: Any) -> None:
+        """Read the attention of the pooling head to the vision encoder's output."""
+        if self.pooling is None or not self.pooled_layers:
             return
         query, key = self.pooling(output.last_hidden_state.detach())
-        bias = None if call.arrived is None else call.arrived.passage.bias
-        for name in self.pooled:
-            read = reads.attention_from_cls if name == "cls_attention" else reads.attention_from_cls_wide
+        bias = None if call.tower_pass is None else call.tower_pass.bias
+        for name in self.pooled_layers:
+            read = Needs.table()[name].read
+            assert read is not None
             call.pooled[name] = read(query, key, query.shape[-1] ** -0.5, bias)
 
-    # -- when the call returns ----------------------------------------------------------------------------------------
+    # -- when the encode call returns ---------------------------------------------------------------------------------
 
-    def _record(self, call: RecordedCall) -> EncoderOutputs:
+    def _outputs(self, call: RecordedCall) -> EncoderOutputs:
+        """Convert the readings of a finished call to one row per patch."""
         family, model = self.family, self.model
         device = call.output.pooler_output[0].device
-        shapes = [shape.to(device) for shape in family.shapes(model, call)]
-        if (call.reads or call.rows or call.pooled) and not all(shape.mapped for shape in shapes):
+        layouts = [layout.to(device) for layout in family.layouts(model, call)]
+        reads_anything = call.by_layer or call.projector_input is not None or call.pooled
+        if reads_anything and not all(layout.mapped for layout in layouts):
             raise Refusal(
-                f"{family.title} resamples an image of this size after its encoder: what is read there belongs to none "
+                f"{family.title} resamples an image of this size after its encoder: rows of the encoder belong to none "
                 "of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
             )
 
-        def per_image(units: Tensor) -> list[Tensor]:
-            if not any(shape.units is not None for shape in shapes):
-                return list(torch.split(units, [shape.patches for shape in shapes]))
-            return [units[to_device(shape.units, units.device)] for shape in shapes if shape.units is not None]
+        def convert(name: str, layer: int, rows: list[Tensor]) -> list[Tensor]:
+            if call.tower_result is not None and call.tower_result.reduced:
+                return call.tower_result.to_remaining(name, layer, torch.cat(rows))
+            return _per_image(family.to_units(model, call, rows), layouts)
 
-        def told(name: str, layer: int, rows: list[Tensor]) -> list[Tensor]:
-            if call.arrived is not None and call.arrived.short:
-                return call.arrived.lift(name, layer, torch.cat(rows))
-            return per_image(family.read(model, call, rows))
-
-        read = {
-            name: {layer: told(name, layer, rows) for layer, rows in layers.items()}
-            for name, layers in call.reads.items()
+        by_layer = {
+            name: {layer: convert(name, layer, rows) for layer, rows in layers.items()}
+            for name, layers in call.by_layer.items()
         }
         for name, rows in call.pooled.items():
-            read.setdefault(name, {})[self.pooled[name]] = told(name, self.depth, [rows])
-        patches = self._patches(call, per_image) if call.rows else []
-        similar = told("cls_similarity", self.depth, call.similar) if call.similar else []
-        notes = (POOLED,) * bool(self.pooled) + (RECEIVED,) * self.substitute
-        return EncoderOutputs(shapes, read, patches, similar, self.depth, notes, call.reductions)
+            by_layer.setdefault(name, {})[self.pooled_layers[name]] = convert(name, self.depth, [rows])
+        similarity = convert("cls_similarity", self.depth, call.cls_similarity) if call.cls_similarity else []
+        notes = (POOLED_FOR_CLS,) * bool(self.pooled_layers) + (RECEIVED_FOR_CLS,) * self.cls_replaced
+        patches = self._patches(call, layouts)
+        return EncoderOutputs(layouts, by_layer, patches, similarity, self.depth, notes, call.reductions)
 
-    def _patches(self, call: RecordedCall, per_image: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """The rows that entered the projector, `[M, C]` per image; slots that an encoder method dropped hold zeros."""
-        units = self.family.patches(self.model, call, call.rows[0])
+    def _patches(self, call: RecordedCall, layouts: list[TokenLayout]) -> list[Tensor]:
+        """Return the rows that entered the projector, `[M, C]` per image; rows of dropped tokens hold zeros."""
+        if call.projector_input is None:
+            return []
+        units = self.family.patches(self.model, call, call.projector_input)
         if call.reductions is None or all(reduction.whole for reduction in call.reductions):
-            return per_image(units)
-        if len(units) == sum(r.total for r in call.reductions):  # the projector comes after the tower, and restoring
+            return _per_image(units, layouts)
+        if len(units) == sum(r.total for r in call.reductions):  # the projector ran after the shape was restored
             return list(torch.split(units, [r.total for r in call.reductions]))
-        return [spread(rows, r) for rows, r in zip(per_image(units), call.reductions, strict=True)]
+        return [
+            scatter_to_anchors(rows, r) for rows, r in zip(_per_image(units, layouts), call.reductions, strict=True)
+        ]
 
 
-def _last_alone(needs: Needs, depth: int) -> dict[str, int]:
-    """What of [CLS] is wanted of a single layer, the last but one or the last; and that layer."""
-    found = {}
-    for name, layers in (("cls_attention", needs.cls_attention), ("cls_wide", needs.cls_wide)):
-        wanted = [] if layers is None else resolve_layers(layers, depth)
-        if len(wanted) == 1 and wanted[0] >= depth - 2:
-            found[name] = wanted[0]
-    return found
+def _per_image(units: Tensor, layouts: list[TokenLayout]) -> list[Tensor]:
+    """Split one row per unit, `[U, ...]`, into one row per patch of each image, `[M, ...]`."""
+    if not any(layout.units is not None for layout in layouts):
+        return list(torch.split(units, [layout.patches for layout in layouts]))
+    return [units[to_device(layout.units, units.device)] for layout in layouts if layout.units is not None]
 
 
-def _asked(needs: Needs, depth: int, cls: bool) -> dict[int, Reads]:
-    """What to read in which layer."""
-    wanted = (
-        ("cls_attention", needs.cls_attention, reads.attention_from_cls if cls else reads.attention_received),
-        ("cls_wide", needs.cls_wide, reads.attention_from_cls_wide if cls else reads.attention_received_wide),
-        ("received", needs.received, reads.attention_received),
-        ("encoder_keys", needs.encoder_keys, reads.keys),
-    )
-    asked: dict[int, Reads] = {}
-    for name, layers, read in wanted:
-        for layer in [] if layers is None else resolve_layers(layers, depth):
-            asked.setdefault(layer, {})[name] = read
-    return asked
+def _last_layer_only(needs: Needs, depth: int) -> dict[str, int]:
+    """Return the [CLS] evidence that is requested from exactly one layer, the last or second to last, and that layer.
+
+    A pooling head can replace it.
+    """
+    layer_of = {}
+    for name in ("cls_attention", "cls_attention_single_head"):
+        layers = getattr(needs, name)
+        numbers = [] if layers is None else resolve_layers(layers, depth)
+        if len(numbers) == 1 and numbers[0] >= depth - 2:
+            layer_of[name] = numbers[0]
+    return layer_of
 
 
-def _to_cls(rows: Tensor) -> Tensor:
-    """Cosine of every row to row 0, `[B, n, D]` to `[B, n]`."""
+def _reads(needs: StageNeeds, has_cls: bool) -> Reads:
+    """Return the readers of the requested evidence by name; without [CLS], the substitute where there is one."""
+    reads = {}
+    for name, evidence in needs.requested().items():
+        read = evidence.read if has_cls or evidence.read_without_cls is None else evidence.read_without_cls
+        if read is not None:
+            reads[name] = read
+    return reads
+
+
+def _reads_by_layer(needs: Needs, depth: int, has_cls: bool) -> dict[int, Reads]:
+    """Return the readers of each layer by name."""
+    by_layer: dict[int, Reads] = {}
+    for name, read in _reads(needs, has_cls).items():
+        for layer in resolve_layers(getattr(needs, name), depth):
+            by_layer.setdefault(layer, {})[name] = read
+    return by_layer
+
+
+def _cosine_to_cls(rows: Tensor) -> Tensor:
+    """Return the cosine of every row to row 0, `[B, n, D]` to `[B, n]`."""
     return torch.cosine_similarity(rows[:, :1].float(), rows.float(), dim=-1)
-
-
-def evidence(
-    record: EncoderOutputs,
-    parts: list[tuple[int, slice]],
-    features: Tensor,
-    patches: Tensor | None,
-    text: Tensor | None,
-    text_mask: Tensor | None,
-    grid: Grid | None,
-    frames: int | None = None,
-) -> VisualTokens:
-    """The visual tokens `[B, N, D]` of equal ``parts`` (image, which of its patches) with what the record holds."""
-    tokens = VisualTokens(
-        features,
-        grid=grid,
-        frames=frames,
-        patches=patches,
-        depth=record.depth,
-        text=text,
-        text_mask=text_mask,
-        notes=record.notes,
-    )
-    read: dict[str, Any] = {
-        name: {layer: torch.stack([rows[image][where] for image, where in parts]) for layer, rows in layers.items()}
-        for name, layers in record.read.items()
-    }
-    if record.similar:
-        read["cls_similarity"] = torch.stack([record.similar[image][where] for image, where in parts])
-    return replace(tokens, **read)

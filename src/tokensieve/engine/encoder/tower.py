@@ -1,18 +1,16 @@
-"""Inside the vision tower: tokens leave or merge between its layers, and later layers run on what is left.
+"""Hooks inside the vision encoder: tokens leave or merge between its layers, and later layers run on the rest.
 
-A layer of a plain ViT ends with ``rows + mlp(norm(rows))`` and holds these rows itself, so a hook before the norm can
-shorten what the MLP sees, but not the rows it is added to. Therefore three hooks: the one before the norm makes the
-short rows, the one behind the MLP keeps its output, and the one behind the layer returns their sum instead. They are
-forward hooks, so nobody's ``forward`` is replaced (a library that spreads a model over devices may have done that),
-the layer's own code stays in charge, and whoever records hidden states behind us records the short ones.
+A layer of a plain ViT ends with ``rows + mlp(norm(rows))`` and holds these rows itself. A hook before the norm can
+therefore shorten the MLP's input, but not the rows that the MLP's output is added to. Three hooks solve this: the hook
+before the norm makes the short rows, the hook after the MLP keeps its output, and the hook after the layer returns
+their sum instead. All are forward hooks. No ``forward`` is replaced (a library that spreads a model over devices may
+have replaced it already), the layer's own code runs, and hidden states that are recorded later are the short ones.
 
-At the end of the tower every recorded state gets its native shape back: rows at their anchors, zeros between.
+At the end of the vision encoder every recorded state gets its native shape back: rows at their anchors, zeros between.
 """
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,350 +18,204 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from tokensieve.engine.encoder.steps import TowerPass, TowerResult, TowerStep, apply_decision
+from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.prompt.placeholders import equal_groups
 from tokensieve.errors import Refusal
 from tokensieve.methods import EncoderMethod
 from tokensieve.models import Family
 from tokensieve.models.vit import layers_used
 from tokensieve.ops import mask_bias
-from tokensieve.reduction import Mixing, Reduction
-from tokensieve.tokens import VisualTokens
-
-SUMMED = ("cls_attention", "cls_wide", "received")  # what a merged token has more of; of other evidence it has a mean
-
-
-@dataclass(frozen=True, eq=False)
-class TowerStep:
-    """What one stage did to the rows of all images; the last columns of images with fewer tokens are padding.
-
-    Attributes:
-        layer: in which layer; −1 for what entered the first one.
-        slot: `[B, n]`, where each token before it went, −1 if nowhere.
-        weight: `[B, n]` float32, its share of that slot's row.
-        anchors: `[B, m]`, the place of each token after it in the whole image; the image's size on padding.
-        sizes: `[B, m]` float32, patches that each of these stands for; 0 on padding.
-        lengths: per image, the tokens after it.
-    """
-
-    layer: int
-    slot: Tensor
-    weight: Tensor
-    anchors: Tensor
-    sizes: Tensor
-    lengths: list[int]
-
-    @property
-    def ragged(self) -> bool:
-        return min(self.lengths) < self.anchors.shape[1]
-
-
-@dataclass(eq=False)
-class TowerPass:
-    """One call of the tower on its way.
-
-    Attributes:
-        grid: (height, width) of the images in the tower's rows.
-        steps: what entered, and what each stage did that let tokens go.
-        notes: per image, what the stages had to say; ``idle``: those that kept it whole.
-        merged: whether a stage merged, rather than only dropped.
-        bias: `[B, 1, 1, specials + n]`, what attention must add to its scores from here on.
-        seen: what the layer of the next stage told, by evidence.
-        middle, added: in a stage's layer, the rows it leaves, and what the MLP adds to them.
-    """
-
-    grid: tuple[int, int]
-    steps: list[TowerStep]
-    notes: list[list[str]]
-    idle: list[list[str]]
-    merged: bool = False
-    bias: Tensor | None = None
-    seen: dict[str, Tensor] = field(default_factory=dict)
-    middle: Tensor | None = None
-    added: Tensor | None = None
-
-    @classmethod
-    def start(cls, grids: list[tuple[int, int]], device: torch.device) -> TowerPass:
-        images, total = len(grids), grids[0][0] * grids[0][1]
-        place = torch.arange(total, device=device).expand(images, -1)
-        ones = torch.ones_like(place, dtype=torch.float32)
-        entered = TowerStep(-1, place, ones, place, ones, [total] * images)
-        return cls(grids[0], [entered], [[] for _ in grids], [[] for _ in grids])
-
-    @property
-    def total(self) -> int:
-        """N, the tokens of each image that entered the tower."""
-        return self.steps[0].lengths[0]
-
-    @property
-    def now(self) -> TowerStep:
-        return self.steps[-1]
-
-    def after(self, layer: int) -> TowerStep:
-        """The last step up to the output of ``layer``."""
-        return next(step for step in reversed(self.steps) if step.layer <= layer)
-
-    def arrivals(self, depth: int) -> list[tuple[Tensor, Tensor]]:
-        """For what each layer attends to (and, last, for what the tower puts out): final slot and weight, `[B, n]`.
-
-        Final slots are in the order of their places; −1: the token is not in any.
-        """
-        real = self.now.anchors < self.total
-        slot = self.now.anchors.argsort(-1).argsort(-1).masked_fill(~real, -1)
-        weight, found, steps = real.float(), [], {step.layer: step for step in self.steps[1:]}
-        found.append((slot, weight))
-        for layer in reversed(range(depth)):
-            if layer in steps:
-                step, inner = steps[layer], steps[layer].slot.clamp(min=0)
-                slot = slot.gather(1, inner).masked_fill(step.slot < 0, -1)
-                weight = weight.gather(1, inner) * step.weight
-            found.append((slot, weight))
-        return found[::-1]
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import EncoderTokens
 
 
 class Tower:
-    """Hooks on the layers of one vision tower, for one encoder method.
+    """Hooks on the layers of one vision encoder, for one encoder method.
 
     Raises:
-        ValueError: if the tower is no plain ViT, or lacks a layer.
+        Refusal: if the vision encoder is not a plain ViT, or lacks a layer.
     """
 
-    def __init__(self, family: Family, model: Any, method: EncoderMethod) -> None:
+    def __init__(self, family: Family, model: Any, method: EncoderMethod, flight: InFlight) -> None:
         self.tower: Any = family.tower(model)
-        self.method, self.specials = method, int(family.has_cls(self.tower))
-        layers = family.vit_layers(self.tower)
-        if not layers:
+        self.method, self.flight, self.specials = method, flight, int(family.has_cls(self.tower))
+        self._vit_layers = family.vit_layers(self.tower)
+        if not self._vit_layers:
             raise Refusal(
-                f"{method} lets tokens leave between the layers of the vision tower; not supported in {family.title}: "
+                f"{method} drops tokens between the layers of the vision encoder; not supported in {family.title}: "
                 "its patches run packed, in windows"
             )
-        self.layers, self.depth = len(layers), family.layers_used(model)
-        self.stages = method.stages(self.depth)
-        self._parts, self._local = layers, threading.local()
+        self.layers_in_all, self.depth = len(self._vit_layers), family.layers_used(model)
+        self.layers = method.layer_numbers(self.depth)
         self._handles: list[Any] = []
 
     def install(self) -> None:
         """Hook the layers."""
-        for number, parts in enumerate(self._parts):
-            hooks = [parts.attention.register_forward_pre_hook(self._attend, with_kwargs=True)]
-            if number in self.stages:
-                if not self.method.behind:
-                    hooks.append(parts.norm.register_forward_pre_hook(partial(self._between, number)))
-                    hooks.append(parts.mlp.register_forward_hook(self._added))
-                hooks.append(parts.layer.register_forward_hook(partial(self._behind, number), prepend=True))
-            self._handles += hooks
+        for number, vit in enumerate(self._vit_layers):
+            self._handles.append(vit.attention.register_forward_pre_hook(self._add_bias, with_kwargs=True))
+            if number not in self.layers:
+                continue
+            if not self.method.after_layer:
+                self._handles.append(vit.norm.register_forward_pre_hook(partial(self._before_norm, number)))
+                self._handles.append(vit.mlp.register_forward_hook(self._after_mlp))
+            self._handles.append(vit.layer.register_forward_hook(partial(self._after_layer, number), prepend=True))
 
     def remove(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
-    # -- called around the tower --------------------------------------------------------------------------------------
+    # -- around the vision encoder ------------------------------------------------------------------------------------
 
-    def start(self, inputs: dict[str, Any], grids: list[tuple[int, int]], device: torch.device) -> None:
-        """A call of the tower begins.
+    def start(self, inputs: dict[str, Any], grids: list[tuple[int, int]], device: torch.device) -> TowerPass:
+        """Start a call of the vision encoder.
 
         Raises:
-            ValueError: for what cannot be done right; nothing has run then.
+            Refusal: if the call cannot be reduced correctly; nothing has run then.
         """
         selected = inputs.get("output_hidden_states")
         if isinstance(selected, list | tuple) or (isinstance(selected, int) and not isinstance(selected, bool)):
             used = layers_used(self.tower, selected if isinstance(selected, int) else list(selected))
             if used != self.depth:
                 raise Refusal(
-                    f"{self.method} was attached to {self.depth} layers of the vision tower; this call takes its "
+                    f"{self.method} was attached to {self.depth} layers of the vision encoder; this call takes its "
                     f"features from layer {used - 1}: set vision_feature_layer in the model's config before attaching"
                 )
         if self.tower.training and self.tower.is_activation_checkpointing:
-            raise Refusal("gradient checkpointing runs layers twice and would reduce twice; turn it off in the tower")
-        counts = self.method.per_stage(grids[0][0] * grids[0][1], len(self.stages))
-        if self.method.proportional or (counts is None and len(grids) > 1):
+            raise Refusal(
+                "gradient checkpointing runs layers twice and would reduce twice; turn it off in the vision encoder"
+            )
+        budgets = self.method.stage_budgets(grids[0][0] * grids[0][1], self.layers, self.depth)
+        if self.method.proportional or (budgets is None and len(grids) > 1):
             kernel = str(self.tower.config._attn_implementation)
             if "flash" in kernel:
                 raise Refusal(
-                    f"{self.method} adds to attention scores, which {kernel} cannot: load the vision tower with sdpa"
+                    f"{self.method} adds to attention scores, which {kernel} cannot: load the vision encoder with sdpa"
                 )
-        self._local.passage = TowerPass.start(grids, device)
+        return TowerPass.start(grids, device)
 
-    def see(self, seen: dict[str, Tensor]) -> None:
-        """What the method wants to know in the layer that runs."""
-        if self.passage is not None:
-            self.passage.seen = seen
+    def finish(self, tower_pass: TowerPass) -> TowerResult:
+        """End a call; :meth:`restore` gives its output the native shape."""
+        return TowerResult(tower_pass, self.layers_in_all, self.specials)
 
-    @property
-    def passage(self) -> TowerPass | None:
-        """The call of this thread."""
-        return getattr(self._local, "passage", None)
-
-    def finish(self) -> TowerResult:
-        """The call ends."""
-        passage = self.passage
-        assert passage is not None
-        self.stop()
-        return TowerResult(passage, self.layers, self.specials)
-
-    def stop(self) -> None:
-        """Nothing is to happen until the next start: a call may have failed on its way."""
-        self._local.passage = None
-
-    def restore(self, passage: TowerPass, output: Any) -> None:
-        """Give every state that the tower puts out its native shape, in place."""
-        output.last_hidden_state = self._native(passage, output.last_hidden_state, self.layers - 1)
+    def restore(self, tower_pass: TowerPass, output: Any) -> None:
+        """Give every state of the output its native shape, in place."""
+        output.last_hidden_state = self._native(tower_pass, output.last_hidden_state, self.layers_in_all - 1)
         if getattr(output, "hidden_states", None) is not None:
             states = enumerate(output.hidden_states, start=-1)
-            output.hidden_states = tuple(self._native(passage, rows, layer) for layer, rows in states)
+            output.hidden_states = tuple(self._native(tower_pass, rows, layer) for layer, rows in states)
 
-    def _native(self, passage: TowerPass, rows: Tensor | None, layer: int) -> Tensor | None:
-        """The output of a layer with rows at their anchors, zeros between."""
-        step = passage.after(layer)
+    def _native(self, tower_pass: TowerPass, rows: Tensor | None, layer: int) -> Tensor | None:
+        """Return the output of a layer with rows at their anchors and zeros between."""
+        step = tower_pass.after(layer)
         if rows is None or step.layer < 0:
             return rows
         patches, (images, _, width) = rows[:, self.specials :], rows.shape
         index = step.anchors[..., None].expand_as(patches)
-        # padding lands in a row behind the last one, which is cut off
-        spread = patches.new_zeros(images, passage.total + 1, width).scatter(1, index, patches)[:, :-1]
-        return torch.cat([rows[:, : self.specials], spread], 1)
+        # padding is scattered to an extra row after the last one, which is cut off
+        native = patches.new_zeros(images, tower_pass.total + 1, width).scatter(1, index, patches)[:, :-1]
+        return torch.cat([rows[:, : self.specials], native], 1)
 
     # -- hooks on the layers ------------------------------------------------------------------------------------------
 
-    def _attend(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        passage = self.passage
-        if passage is None or passage.bias is None:
+    @property
+    def _pass(self) -> TowerPass | None:
+        """The running pass of this thread."""
+        encoding = self.flight.encoding
+        tower_pass: TowerPass | None = None if encoding is None else encoding.tower_pass
+        return tower_pass
+
+    def _add_bias(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        tower_pass = self._pass
+        if tower_pass is None or tower_pass.bias is None:
             return None
-        return args, {**kwargs, "attention_mask": passage.bias}
+        return args, {**kwargs, "attention_mask": tower_pass.bias}
 
-    def _between(self, number: int, norm: nn.Module, args: Any) -> Any:
-        passage = self.passage
-        if passage is None:
+    def _before_norm(self, number: int, norm: nn.Module, args: Any) -> Any:
+        tower_pass = self._pass
+        if tower_pass is None:
             return None
-        passage.middle = self._reduce(passage, number, args[0])
-        return None if passage.middle is None else (passage.middle,)
+        tower_pass.residual = self._reduce(tower_pass, number, args[0])
+        return None if tower_pass.residual is None else (tower_pass.residual,)
 
-    def _added(self, mlp: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        passage = self.passage
-        if passage is None or passage.middle is None:
+    def _after_mlp(self, mlp: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        tower_pass = self._pass
+        if tower_pass is None or tower_pass.residual is None:
             return None
-        passage.added = output
-        return output[:, :1]  # the layer adds it to its long rows: any row will do, the sum is replaced
+        tower_pass.mlp_output = output
+        return output[:, :1]  # broadcasts over the layer's long rows; `_after_layer` replaces the sum
 
-    def _behind(self, number: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        passage = self.passage
-        if passage is None:
+    def _after_layer(self, number: int, layer: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        tower_pass = self._pass
+        if tower_pass is None:
             return None
-        if self.method.behind:
-            return self._reduce(passage, number, output)
-        middle, added, passage.middle, passage.added = passage.middle, passage.added, None, None
-        return None if middle is None or added is None else middle + added
+        if self.method.after_layer:
+            return self._reduce(tower_pass, number, output)
+        residual, mlp_output = tower_pass.residual, tower_pass.mlp_output
+        tower_pass.residual = tower_pass.mlp_output = None
+        return None if residual is None or mlp_output is None else residual + mlp_output
 
-    # -- a stage ------------------------------------------------------------------------------------------------------
+    # -- one reduction ------------------------------------------------------------------------------------------------
 
-    def _reduce(self, passage: TowerPass, number: int, rows: Tensor) -> Tensor | None:
-        """Let the method decide; the rows that are left, ``None`` if all are."""
-        before, patches = passage.now, rows[:, self.specials :]
+    def _reduce(self, tower_pass: TowerPass, number: int, rows: Tensor) -> Tensor | None:
+        """Let the method decide; returns the rows that are left, ``None`` if all are."""
+        before, patches = tower_pass.latest, rows[:, self.specials :]
         groups = equal_groups(before.lengths)
-        decided = [(images, self._decide(passage, number, patches, images)) for images in groups]
-        passage.seen.clear()
-        for images, decision in decided:
+        decisions = [(images, self._decide(tower_pass, number, patches, images)) for images in groups]
+        tower_pass.evidence.clear()
+        for images, decision in decisions:
             for image in images:
-                (passage.idle if decision.whole else passage.notes)[image] += decision.notes
-        if all(decision.whole for _, decision in decided):
+                (tower_pass.notes_if_whole if decision.whole else tower_pass.notes)[image] += decision.notes
+        if all(decision.whole for _, decision in decisions):
             return None
-        decision = decided[0][1]
-        if len(decided) == 1 and decision.valid is None:
-            parts = _apply(decision, patches, before.anchors, before.sizes)
+        decision = decisions[0][1]
+        if len(decisions) == 1 and decision.valid is None:  # all images are equal, and stay equal: one batched step
+            parts = apply_decision(decision, patches, before.anchors, before.sizes)
             lengths = [decision.slots] * len(rows)
         else:
-            of = {image: one for images, many in decided for image, one in zip(images, many, strict=True)}
-            lengths = [of[image].slots for image in range(len(rows))]
+            by_image = {image: one for images, batch in decisions for image, one in zip(images, batch, strict=True)}
+            lengths = [by_image[image].slots for image in range(len(rows))]
             if lengths == before.lengths:
                 return None
             each = [
-                _apply(of[image], patches[image, :n], before.anchors[image, :n], before.sizes[image, :n])
+                apply_decision(by_image[image], patches[image, :n], before.anchors[image, :n], before.sizes[image, :n])
                 for image, n in enumerate(before.lengths)
             ]
-            columns = zip(zip(*each, strict=True), (0, -1, 0, passage.total, 0), strict=True)
+            # rows, slot, weight, anchors, sizes, each padded to the longest image with its own filler
+            columns = zip(zip(*each, strict=True), (0, -1, 0, tower_pass.total, 0), strict=True)
             parts = [pad_sequence(list(column), batch_first=True, padding_value=filler) for column, filler in columns]
-        left, slot, weight, anchors, sizes = parts
-        passage.steps.append(TowerStep(number, slot, weight, anchors, sizes, lengths))
-        passage.merged = passage.merged or any(decision.mixing is not None for _, decision in decided)
-        passage.bias = self._bias(passage.now, rows.dtype)
-        return torch.cat([rows[:, : self.specials], left], 1)
+        kept, slot, weight, anchors, sizes = parts
+        tower_pass.steps.append(TowerStep(number, slot, weight, anchors, sizes, lengths))
+        tower_pass.merged = tower_pass.merged or any(decision.mixing is not None for _, decision in decisions)
+        tower_pass.bias = self._bias(tower_pass.latest, rows.dtype)
+        return torch.cat([rows[:, : self.specials], kept], 1)
 
-    def _decide(self, passage: TowerPass, number: int, patches: Tensor, images: list[int]) -> Reduction:
-        """What becomes of equal images."""
-        length, everyone = passage.now.lengths[images[0]], len(images) == len(patches)
+    def _decide(self, tower_pass: TowerPass, number: int, patches: Tensor, images: list[int]) -> Reduction:
+        """Return the method's decision about images of equal size."""
+        length, all_images = tower_pass.latest.lengths[images[0]], len(images) == len(patches)
 
-        def of(rows: Tensor) -> Tensor:
-            return rows if everyone else rows[images, :length]
+        def select(rows: Tensor) -> Tensor:
+            return rows if all_images else rows[images, :length]
 
-        tokens = VisualTokens(
-            of(patches),
-            grid=passage.grid if length == passage.total else None,
-            sizes=of(passage.now.sizes),
-            specials=self.specials,
-            stage=self.stages.index(number),
-            stages=len(self.stages),
-            entered=passage.total,
+        budgets = self.method.stage_budgets(tower_pass.total, self.layers, self.depth)
+        evidence: dict[str, Any] = {
+            name: select(rows[:, self.specials :]) for name, rows in tower_pass.evidence.items()
+        }
+        return self.method(
+            EncoderTokens(
+                select(patches),
+                grid=tower_pass.grid if length == tower_pass.total else None,
+                budget=0 if budgets is None else budgets[self.layers.index(number)],
+                sizes=select(tower_pass.latest.sizes),
+                specials=self.specials,
+                **evidence,
+            )
         )
-        seen: dict[str, Any] = {name: {number: of(rows[:, self.specials :])} for name, rows in passage.seen.items()}
-        return self.method(replace(tokens, **seen))
 
     def _bias(self, step: TowerStep, dtype: torch.dtype) -> Tensor | None:
-        """The log of each key's size where attention is proportional; the lowest number on padding."""
+        """Return the log of each key's size where attention is proportional, and the lowest number on padding."""
         if not self.method.proportional and not step.ragged:
             return None
-        counted = step.sizes if self.method.proportional else (step.sizes > 0).float()
-        return mask_bias(nn.functional.pad(counted, (self.specials, 0), value=1.0), dtype)
-
-
-def _apply(decision: Reduction, rows: Tensor, anchors: Tensor, sizes: Tensor) -> list[Tensor]:
-    """What a decision makes of rows: these, where each token went, with which weight; the slots' anchors and sizes."""
-    slot, mixing = decision.source, decision.mixing
-    weight = (slot >= 0).float()
-    if mixing is not None:  # a token goes into one slot only
-        weight = torch.zeros_like(weight).scatter_add(-1, mixing.source, mixing.weight)
-    left = anchors.gather(-1, decision.anchors)
-    return [decision.apply(rows), slot, weight, left, _gathered(sizes[..., None], slot, decision.slots)[..., 0]]
-
-
-def _gathered(values: Tensor, slot: Tensor, slots: int) -> Tensor:
-    """Sums of `[…, n, E]` over the tokens of each of ``slots`` slots, `[…, slots, E]`; slot −1 counts for nobody."""
-    index = slot.remainder(slots + 1)[..., None].expand_as(values)  # −1 becomes one slot more, which is cut off
-    sums = values.new_zeros((*values.shape[:-2], slots + 1, values.shape[-1])).scatter_add(-2, index, values)
-    return sums[..., :-1, :]
-
-
-class TowerResult:
-    """What left a finished call of the tower: its decisions, and evidence in terms of the tokens that are left."""
-
-    def __init__(self, passage: TowerPass, layers: int, specials: int) -> None:
-        self.passage, self.specials = passage, specials
-        self._arrivals = passage.arrivals(layers)
-
-    @property
-    def short(self) -> bool:
-        """Whether any token left."""
-        return len(self.passage.steps) > 1
-
-    def reductions(self) -> list[Reduction]:
-        """Per image, all stages as one decision about its patches."""
-        passage, (slot, weight) = self.passage, self._arrivals[0]
-        anchors, patch = passage.now.anchors.sort(-1).values, torch.arange(passage.total, device=slot.device)
-        found = []
-        for image, length in enumerate(passage.now.lengths):
-            whole = length == passage.total
-            mixed = Mixing(slot[image].clamp(min=0), patch, weight[image]) if passage.merged and not whole else None
-            notes = tuple(dict.fromkeys((passage.idle if whole else passage.notes)[image]))
-            found.append(Reduction(passage.total, anchors[image, :length], mixed, grid=passage.grid, notes=notes))
-        return found
-
-    def lift(self, name: str, layer: int, rows: Tensor) -> list[Tensor]:
-        """What was read about the tokens of ``layer``, `[B, specials + n, …]`, per image about those left, `[K, …]`.
-
-        Attention that its members get adds up in a merged token; of everything else it has their weighted mean.
-        """
-        (slot, weight), now = self._arrivals[layer], self.passage.now
-        values = rows[:, self.specials :]
-        flat = values.reshape(*values.shape[:2], -1).float()
-        if name not in SUMMED:
-            flat = flat * weight[..., None]
-        lifted = _gathered(flat, slot, now.anchors.shape[1]).to(rows.dtype).view(len(rows), -1, *values.shape[2:])
-        return [lifted[image, :length] for image, length in enumerate(now.lengths)]
+        weights = step.sizes if self.method.proportional else (step.sizes > 0).float()
+        return mask_bias(nn.functional.pad(weights, (self.specials, 0), value=1.0), dtype)

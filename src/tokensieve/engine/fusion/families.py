@@ -1,4 +1,4 @@
-"""The cross-modal encoders that Tokensieve knows: one table of how each is loaded, hooked and shown to users."""
+"""The table of supported cross-modal encoders: how each is loaded, hooked and listed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _meter_for_answers() -> Any:
 
 @dataclass(frozen=True)
 class FusionFamily:
-    """One kind of cross-modal encoder: text and image meet inside the model, and fusion methods act where they meet.
+    """One kind of cross-modal encoder. Text and image attend to each other inside the model, where fusion methods act.
 
     Attributes:
         model_type: as in the model's config.
@@ -78,7 +78,7 @@ def host_of(model: Any) -> type[Host]:
 
 
 def longest_text(config: Any) -> int:
-    """Return the number of text tokens that a cross-modal encoder has positions for."""
+    """Return the largest number of text tokens that a cross-modal encoder has positions for."""
     text = getattr(config, "text_config", None)
     if text is None:
         return int(config.max_position_embeddings)

@@ -1,4 +1,4 @@
-"""What every cross-modal encoder shares as a host of reducers: its hooks, its passes, what it refuses."""
+"""The base of hosts, which install a fusion method in a cross-modal encoder: hooks, passes and refusals."""
 
 from __future__ import annotations
 
@@ -16,28 +16,31 @@ from tokensieve.engine.fusion.passes import FusionPass
 from tokensieve.errors import Refusal
 from tokensieve.methods import FusionMethod
 
-NEEDS_EVERY_WORD = ("MaskedLM", "TokenClassification")  # heads that read one row per text token
+NEEDS_EVERY_WORD = (
+    "MaskedLM",
+    "TokenClassification",
+)  # ends of the class names of heads that read one row per text token
 
 
 class Host(ABC):
-    """Reducers in a live model: forward hooks only, removed by :meth:`remove`.
+    """A fusion method in a live model, by forward hooks that :meth:`remove` takes away.
 
     Args:
-        done: is given the passes (one per image of a sample) of each call of the model, when it ends.
+        on_end: called after each call of the model with its passes (one per image of a sample).
     """
 
-    where: ClassVar[str]
+    layer_kind: ClassVar[str]
 
-    def __init__(self, model: Any, method: FusionMethod, done: Callable[[list[FusionPass]], None]) -> None:
+    def __init__(self, model: Any, method: FusionMethod, on_end: Callable[[list[FusionPass]], None]) -> None:
         self.method = method
-        self._done = done
+        self._on_end = on_end
         self._local = _Local()
         self._handles: list[RemovableHandle] = []
         if not method.acts:
             return
         self._check(model)
-        self.keep(model.register_forward_pre_hook(self._start))
-        self.keep(model.register_forward_hook(self._finish))
+        self.add_handles(model.register_forward_pre_hook(self._start))
+        self.add_handles(model.register_forward_hook(self._finish))
         self.install(getattr(model, model.base_model_prefix, model))
 
     @abstractmethod
@@ -46,58 +49,58 @@ class Host(ABC):
 
     @abstractmethod
     def depth(self, model: Any) -> int:
-        """How many layers, or pairs of them, a reducer could sit in."""
+        """Return the number of layers, or of pairs of layers, in which a method could act."""
 
     def remove(self) -> None:
-        """Take every hook away."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def keep(self, *handles: RemovableHandle) -> None:
-        """Remember hooks, so that :meth:`remove` finds them."""
+    def add_handles(self, *handles: RemovableHandle) -> None:
+        """Store hook handles for :meth:`remove`."""
         self._handles.extend(handles)
 
     def record(self, module: nn.Module, name: str) -> None:
-        """Note the output of ``module`` in each call, for :meth:`recorded`."""
+        """Record the output of ``module`` in each call, for :meth:`recorded`."""
 
-        def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        def store(module: nn.Module, args: Any, output: Tensor) -> None:
             setattr(self._local, name, output.detach())
 
-        self.keep(module.register_forward_hook(note))
+        self.add_handles(module.register_forward_hook(store))
 
     def recorded(self, name: str, heads: int) -> Tensor:
-        """What was noted, `[B, N, H·d]`, as `[B, H, N, d]`."""
+        """Return a recorded output `[B, N, H·d]` as `[B, H, N, d]`."""
         rows: Tensor = getattr(self._local, name)
         return rows.view(*rows.shape[:2], heads, -1).transpose(1, 2)
 
     @property
     def current(self) -> FusionPass:
-        """The pass that runs in this thread."""
+        """Return the pass that runs in this thread."""
         running: FusionPass = self._local.passes[-1]
         return running
 
     def begin(self, text: Tensor, image: Tensor) -> None:
-        """A pass begins; masks `[B, T]` and `[B, I]`, 0 on padding."""
-        words, tokens = text.sum(1).long().tolist(), image.sum(1).long().tolist()
-        for row, count in enumerate(words):
+        """Start a pass; masks `[B, T]` and `[B, I]` are 0 on padding."""
+        text_counts, image_counts = text.sum(1).long().tolist(), image.sum(1).long().tolist()
+        for row, count in enumerate(text_counts):
             if not count:
-                raise Refusal(f"sample {row} has no text; {self.method.info.name} prunes by what the text looks at")
-        streams = self.stream(text, words), self.stream(image, tokens)
+                raise Refusal(f"sample {row} has no text; {self.method.info.name} prunes by the text's attention")
+        streams = self.stream(text, text_counts), self.stream(image, image_counts)
         self._local.passes.append(FusionPass(self.method, *streams))
 
-    def stream(self, mask: Tensor, real: list[int]) -> ModalityStream:
-        """A stream at the start of a pass; ``real`` tokens per row of ``mask`` `[B, N]`."""
-        counts = (mask.shape[1],) * len(mask) if self.method.counts_padding else tuple(real)
+    def stream(self, mask: Tensor, unpadded: list[int]) -> ModalityStream:
+        """Return a stream at the start of a pass; row b of ``mask`` `[B, N]` has ``unpadded[b]`` tokens."""
+        counts = (mask.shape[1],) * len(mask) if self.method.counts_padding else tuple(unpadded)
         sizes = torch.ones_like(mask, dtype=torch.float32) if self.method.follows_sizes else None
         return ModalityStream(mask.float(), counts, sizes)
 
     def _check(self, model: Any) -> None:
-        """Refuse what cannot be right, before anything runs."""
+        """Refuse wrong layers, and text merges under a head that reads each text token."""
         name, depth = type(model).__name__, self.depth(model)
         for layer in self.method.layers:
             if layer >= depth:
-                raise Refusal(f"{name} has {self.where} 0 to {depth - 1}; got layers={self.method.layers}")
+                raise Refusal(f"{name} has {self.layer_kind} 0 to {depth - 1}; got layers={self.method.layers}")
         if self.method.merges_text and name.endswith(NEEDS_EVERY_WORD):
             raise Refusal(f"{name} reads every text token, so text must not merge: give merge_text=0")
 
@@ -107,11 +110,11 @@ class Host(ABC):
             raise Refusal("gradient checkpointing runs layers twice and would reduce twice; turn it off")
 
     def _finish(self, model: Any, args: Any, output: Any) -> None:
-        self._done(self._local.passes)
+        self._on_end(self._local.passes)
 
 
 class _Local(threading.local):
-    """What one thread's call of the model keeps between hooks."""
+    """The state of one thread's call of the model between its hooks."""
 
     def __init__(self) -> None:
         self.passes: list[FusionPass] = []

@@ -1,4 +1,4 @@
-"""ViLT: one stream of text, image [CLS] and patches; a reducer sits between attention and MLP of a layer."""
+"""ViLT: one stream of text, image [CLS] and patches. Methods act between the attention and the MLP of a layer."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from tokensieve.ops import epsilon_attention
 class Vilt(Host):
     """Hooks of a stock transformers ViLT with any head on the pooled text [CLS].
 
-    ViLT embeds the patches of an image in an order drawn anew in each call, and matching pairs alternate tokens: while
-    attached, patches enter in raster order, so that the same call gives the same result and a row does not depend on
-    its batch. Only the order differs: the same patches are drawn, by the same use of the random generator.
+    ViLT shuffles the patches of an image in each call, and bipartite matching pairs tokens by their place. While a
+    method is attached, patches enter in raster order, so that a call is repeatable and a row does not depend on its
+    batch. The same patches are selected, and the random generator is used as before.
     """
 
-    where = "layers"
+    layer_kind = "layers"
 
     def depth(self, model: Any) -> int:
         return int(model.config.num_hidden_layers)
 
     def install(self, base: Any) -> None:
-        self.keep(
+        self.add_handles(
             base.embeddings.register_forward_pre_hook(self._before_embedding),
             base.embeddings.register_forward_hook(self._after_embedding, always_call=True),
         )
         for index, layer in enumerate(base.encoder.layer):
             attention = layer.attention.attention
-            self.keep(layer.register_forward_pre_hook(self._mask))
+            self.add_handles(layer.register_forward_pre_hook(self._mask))
             if index in self.method.layers or self.method.counts_padding:
                 self.record(attention.query, "query")
                 self.record(attention.key, "key")
-                self.keep(attention.register_forward_pre_hook(self._note_heads))
+                self.add_handles(attention.register_forward_pre_hook(self._note_heads))
             if self.method.counts_padding:
-                self.keep(attention.dropout.register_forward_pre_hook(self._authors_softmax))
+                self.add_handles(attention.dropout.register_forward_pre_hook(self._authors_softmax))
             if index in self.method.layers:
-                self.keep(
+                self.add_handles(
                     layer.layernorm_after.register_forward_pre_hook(self._reduce),
                     layer.output.register_forward_pre_hook(self._residual),
                 )
@@ -52,23 +52,24 @@ class Vilt(Host):
 
     def _after_embedding(self, embeddings: nn.Module, args: Any, output: Any) -> None:
         self._local.raster.__exit__(None, None, None)
-        if output is not None:
-            words = args[1].shape[1]
-            self.begin(output[1][:, :words], output[1][:, words:])
+        if output is not None:  # None if the embedding raised
+            text_length = args[1].shape[1]
+            self.begin(output[1][:, :text_length], output[1][:, text_length:])
 
     def _mask(self, layer: nn.Module, args: Any) -> Any:
-        """Give the layer the mask of the tokens that are left."""
-        hidden, mask, *rest = args
-        now = self.current
-        if now.texts or now.images or self.method.counts_padding:
-            mask = now.bias((now.text, now.image), hidden, hidden.shape[1])
+        """Replace the layer's mask by that of the tokens that are left."""
+        hidden, mask, *others = args
+        current = self.current
+        if current.texts or current.images or self.method.counts_padding:
+            mask = current.bias((current.text, current.image), hidden, hidden.shape[1])
         self._local.mask = mask
-        return (hidden, mask, *rest)
+        return (hidden, mask, *others)
 
     def _note_heads(self, attention: Any, args: Any) -> None:
         self._local.heads = attention.num_attention_heads
 
     def _authors_softmax(self, dropout: nn.Module, args: Any) -> Tensor:
+        """Replace the attention probabilities by those that PuMer's code computes."""
         query, key = self._query_key()
         return epsilon_attention(query, key, self._local.mask).to(args[0].dtype)
 
@@ -76,36 +77,36 @@ class Vilt(Host):
         return self.recorded("query", self._local.heads), self.recorded("key", self._local.heads)
 
     def _reduce(self, norm: nn.Module, args: Any) -> Any:
-        """Shorten what enters the MLP."""
-        (hidden,), now = args, self.current
-        words = now.text.mask.shape[1]
+        """Reduce both streams in the MLP's input `[B, N, D]`."""
+        (hidden,), current = args, self.current
+        text_length = current.text.mask.shape[1]
         query, key = self._query_key()
         mask = self._local.mask
-        text, image = now.reduce(
+        text, image = current.reduce(
             CrossModal(
-                text=now.text,
-                image=now.image,
-                query=query[:, :, :words],
+                text=current.text,
+                image=current.image,
+                query=query[:, :, :text_length],
                 key=key,
-                bias=None if mask is None else mask[:, :, :words],
-                text_key=key[:, :, :words],
-                image_key=key[:, :, words:],
+                bias=None if mask is None else mask[:, :, :text_length],
+                text_key=key[:, :, :text_length],
+                image_key=key[:, :, text_length:],
             )
         )
-        streams = zip(hidden.split([words, hidden.shape[1] - words], 1), (text, image), strict=True)
-        shorter = [rows if step is None else step.apply(rows) for rows, step in streams]
-        self._local.residual = torch.cat(shorter, 1)
+        streams = zip(hidden.split([text_length, hidden.shape[1] - text_length], 1), (text, image), strict=True)
+        reduced = [rows if step is None else step.apply(rows) for rows, step in streams]
+        self._local.residual = torch.cat(reduced, 1)
         return (self._local.residual,)
 
     def _residual(self, output: nn.Module, args: Any) -> Any:
-        """The MLP's residual connection must start from the shortened rows, too."""
+        """Replace the MLP's residual input by the reduced rows."""
         residual: Tensor = self._local.residual
         del self._local.residual
         return args[0], residual
 
 
 class _RasterOrder(TorchFunctionMode):
-    """Draws without replacement come out sorted: ViLT's random patch order becomes the raster order."""
+    """Sort draws without replacement: ViLT's random patch order becomes the raster order."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         drawn = func(*args, **(kwargs or {}))

@@ -1,4 +1,4 @@
-"""Where the visual tokens of a batch stand, and how its columns are shortened."""
+"""The columns of a batch of prompts that hold visual tokens, and selections of columns."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Placeholders:
         visual: `[B, L]` bool, True on placeholders, on the batch's device.
         images: per row, the tokens of each of its images, in order.
         real: `[B, L]` bool, False on padding.
-        lengths: per row, the columns that are no padding.
-        end: columns up to and with the last placeholder of any row.
+        lengths: per row, the columns that are not padding.
+        end: columns up to and including the last placeholder of any row.
     """
 
     visual: Tensor
@@ -38,36 +38,36 @@ class Placeholders:
 
         Args:
             mask: `[B, L]`, 0 on padding, or ``None``.
-            kind: what these are called in an error.
+            kind: the name of these images in an error.
 
         Raises:
-            ValueError: if placeholders and image tokens do not match, or a row is padded on the right.
+            Refusal: if placeholders and image tokens do not match, or a row is padded on the right.
         """
         visual = ids == token
         real = torch.ones_like(visual) if mask is None else mask.bool()
         columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        seen = torch.cat([visual.sum(-1), real.sum(-1), real[:, -1], (visual * columns).amax()[None]])
-        *numbers, end = seen.tolist()  # the one look at the device
-        per_row, lengths, right = (numbers[i * len(ids) : (i + 1) * len(ids)] for i in range(3))
-        if not all(right):
+        statistics = torch.cat([visual.sum(-1), real.sum(-1), real[:, -1], (visual * columns).amax()[None]])
+        *numbers, end = statistics.tolist()  # the only synchronisation with the device
+        per_row, lengths, last_is_real = (numbers[i * len(ids) : (i + 1) * len(ids)] for i in range(3))
+        if not all(last_is_real):
             raise Refusal("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         images: list[list[int]] = []
-        rest = list(sizes)
+        remaining = list(sizes)
         for row, count in enumerate(per_row):
             images.append([])
-            while count > 0 and rest:
-                count -= rest[0]
-                images[-1].append(rest.pop(0))
+            while count > 0 and remaining:
+                count -= remaining[0]
+                images[-1].append(remaining.pop(0))
             if count != 0:
                 raise Refusal(
                     f"sample {row} has {per_row[row]} {kind} placeholders; its {kind}s have {images[-1]} tokens"
                 )
-        if rest:
+        if remaining:
             raise Refusal(f"the batch has {sum(per_row)} {kind} placeholders; its {kind}s have {sum(sizes)} tokens")
         return cls(visual, images, real, lengths, end)
 
     def spans(self) -> list[list[tuple[int, int]]]:
-        """Per row, the first and the last column of each of its images."""
+        """Return per row the first and the last column of each of its images."""
         spans: list[list[tuple[int, int]]] = []
         for row, sizes in zip(self.visual.cpu(), self.images, strict=True):
             columns, edges = row.nonzero().squeeze(-1).tolist(), [0, *accumulate(sizes)]
@@ -75,7 +75,10 @@ class Placeholders:
         return spans
 
     def between(self, images: Collection[int]) -> Tensor | None:
-        """`[B, L]` bool, True from the first to the last placeholder of some images, by number; ``None``: no image."""
+        """Return `[B, L]` bool, True from the first to the last placeholder of some images, by their numbers.
+
+        ``None`` if there are no such images.
+        """
         if not images:
             return None
         inside, number = torch.zeros_like(self.visual), -1
@@ -87,7 +90,7 @@ class Placeholders:
         return inside
 
     def side_by_side(self) -> list[list[list[int]]]:
-        """Per row, its images in groups between whose placeholders nothing stands, by number."""
+        """Group the images of each row, by their numbers in it: those of one group have adjacent placeholders."""
         groups: list[list[list[int]]] = []
         visual = self.visual.cpu()
         for row, sizes in enumerate(self.images):
@@ -103,7 +106,7 @@ class Placeholders:
 
 @dataclass(frozen=True, eq=False)
 class ColumnSelection:
-    """Which columns of a batch stay, each row left-padded to the longest.
+    """The columns of a batch that stay, each row left-padded to the longest.
 
     Attributes:
         index: `[B, n]`, original column of each new column, ascending in the valid part.
@@ -117,31 +120,32 @@ class ColumnSelection:
 
     @classmethod
     def of(cls, stay: Tensor, lengths: list[int]) -> ColumnSelection:
-        """Columns where ``stay`` `[B, L]` bool is True; ``lengths`` says how many these are in each row."""
+        """Select the columns where ``stay`` `[B, L]` bool is True; ``lengths`` is their number in each row."""
+        # a stable sort moves the staying columns to the end of each row, in order; the longest row sets the width
         index = stay.int().argsort(dim=-1, stable=True)[:, stay.shape[1] - max(lengths) :]
         return cls(index, stay.gather(-1, index), min(lengths) != max(lengths))
 
     def take(self, x: Tensor, filler: int | None = None) -> Tensor:
-        """The kept columns of `[…, B or 1, L]`; padding gets ``filler`` where one is given."""
+        """Return the selected columns of `[…, B or 1, L]`; padding gets ``filler`` if one is given."""
         lead = x.shape[:-2]
         taken = x.expand(*lead, len(self.index), -1).gather(-1, self.index.expand(*lead, *self.index.shape))
         return taken.masked_fill(~self.valid, filler) if filler is not None and self.padded else taken
 
     def take_rows(self, x: Tensor) -> Tensor:
-        """The kept rows of `[…, B or 1, L, D]`."""
+        """Return the selected rows of `[…, B or 1, L, D]`."""
         lead, width = x.shape[:-3], x.shape[-1]
         index = self.index[..., None].expand(*lead, *self.index.shape, width)
         return x.expand(*lead, len(self.index), -1, -1).gather(-2, index)
 
 
 def on_device(values: Sequence[Any], device: torch.device) -> Tensor:
-    """A small tensor of ``values``, on its way to the device."""
+    """Copy ``values`` to the device as a small tensor, without waiting for it."""
     return to_device(torch.tensor(values), device)
 
 
 def equal_groups(keys: Sequence[Hashable]) -> list[list[int]]:
-    """Indices grouped by equal keys, in order of first appearance."""
+    """Return the indices grouped by equal keys, in order of first appearance."""
     groups: dict[Hashable, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
     return list(groups.values())

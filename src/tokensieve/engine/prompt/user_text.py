@@ -1,4 +1,4 @@
-"""Which columns of a prompt are the user's own words: not template, not special tokens, not image placeholders."""
+"""Find the user's own words in a prompt: not template, not special tokens, not image placeholders."""
 
 from __future__ import annotations
 
@@ -13,138 +13,142 @@ from tokensieve.errors import Refusal
 from tokensieve.models.layout import to_device
 
 log = logging.getLogger(__name__)
-MARKS = ("one", "7 two")  # two texts with nothing in common: what their renderings share is template
+SAMPLE_TEXTS = ("one", "7 two")  # they have nothing in common: the tokens that their renderings share are template
 
 
 class UserTextFinder:
     """Finds the user's words in a batch of prompts.
 
-    With a processor that has a chat template, the template's own pieces (between image and words, after the words, and
-    whole assistant turns) are told from renderings of it, and so is where the user's first turn begins: words before
-    the first image count where nothing need have seen it. Without, every text token after the first image or video
-    that is not special counts.
+    With a processor that has a chat template, renderings of sample texts show the pieces of the template: between image
+    and words, after the words, and whole assistant turns. They also show where the user's first turn begins, so that
+    words before the first image count for methods that need no word to have attended to it. Without a template, every
+    text token after the first image or video that is not special counts.
 
     Args:
-        model: the top-level model; for its embeddings and special ids.
+        model: the top-level model; gives embeddings and special ids.
         processor: the model's processor or tokenizer, or ``None``.
     """
 
     def __init__(self, model: Any, processor: Any = None) -> None:
         self.model = model
         tokenizer = getattr(processor, "tokenizer", processor)
-        self.shown = {model.config.image_token_id, getattr(model.config, "video_token_id", None)} - {None}
+        self.placeholders = {model.config.image_token_id, getattr(model.config, "video_token_id", None)} - {None}
         self.special = _special_ids(model) | set(getattr(tokenizer, "all_special_ids", []))
-        self.opening: list[int] = []  # the end of what stands before the user's first turn
+        self.opening: list[int] = []  # the last template tokens before the user's first turn
         self.before_image: list[int] = []
         self.after_image: list[int] = []
-        self.after_words: list[int] = []
+        self.after_text: list[int] = []
         self.next_turn: list[int] = []
         if processor is not None and getattr(processor, "chat_template", None):
-            self._learn(processor, tokenizer)
+            self._learn_template(processor, tokenizer)
 
-    def _learn(self, processor: Any, tokenizer: Any) -> None:
-        def tokens(*turns: str, last: bool = False, system: str = "") -> list[int]:
+    def _learn_template(self, processor: Any, tokenizer: Any) -> None:
+        def render(*turns: str, image_last: bool = False, system: str = "") -> list[int]:
+            """Return the token ids of a conversation; the first turn shows an image."""
             messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
             for i, text in enumerate(turns):
                 content: list[dict[str, str]] = [{"type": "text", "text": text}]
                 if i == 0:
-                    content.insert(int(last), {"type": "image"})
+                    content.insert(int(image_last), {"type": "image"})
                 messages.append({"role": ("user", "assistant")[i % 2], "content": content})
-            asks = len(turns) % 2 == 1
-            rendered = processor.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False)
+            ends_with_user = len(turns) % 2 == 1
+            rendered = processor.apply_chat_template(messages, add_generation_prompt=ends_with_user, tokenize=False)
             ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
             return ids
 
-        first, second = tokens(MARKS[0]), tokens(MARKS[1])
+        first, second = render(SAMPLE_TEXTS[0]), render(SAMPLE_TEXTS[1])
         head = _common_start(first, second)
         image = self.model.config.image_token_id
         self.after_image = head[len(head) - head[::-1].index(image) :] if image in head else []
-        self.after_words = _common_end(first, second)
-        self.next_turn = self._between(tokens)
-        self._learn_opening(tokens)
+        self.after_text = _common_end(first, second)
+        self.next_turn = self._between_turns(render)
+        self._learn_opening(render)
 
-    def _learn_opening(self, tokens: Any) -> None:
-        """What stands before the user's words, whatever the system prompt; nothing where that cannot be told."""
+    def _learn_opening(self, render: Any) -> None:
+        """Learn the template tokens before the user's first turn, whatever the system prompt; none if they vary."""
         heads, image = [], self.model.config.image_token_id
-        for system in ("", *MARKS):
+        for system in ("", *SAMPLE_TEXTS):
             try:
-                both = [tokens(mark, last=True, system=system) for mark in MARKS]
-            except Exception as error:  # the plain prompt did render: what fails here is a refusal, in any type
-                log.info("the chat template takes no %s: %s", "system prompt" if system else "words first", error)
+                first, second = (render(text, image_last=True, system=system) for text in SAMPLE_TEXTS)
+            except Exception as error:  # templates refuse in any type; the plain prompt did render
+                log.info("the chat template takes no %s: %s", "system prompt" if system else "text first", error)
                 continue
-            head, tail = _common_start(*both), _common_end(*both)
+            head, tail = _common_start(first, second), _common_end(first, second)
             heads.append(head[: head.index(image)] if image in head else head)
             self.before_image = tail[: tail.index(image)] if image in tail else []
         if not heads:
             return
         opening = reduce(_common_end, heads)
-        telling = opening == heads[0] or bool(self.special.intersection(opening))
-        if telling and all(_end_of(head, opening) == len(head) for head in heads):
+        recognisable = opening == heads[0] or bool(self.special.intersection(opening))
+        if recognisable and all(_end_of(head, opening) == len(head) for head in heads):
             self.opening = opening
 
-    def _between(self, tokens: Any) -> list[int]:
-        """Template tokens from the end of an assistant turn to the start of the next user turn."""
-        renderings = [tokens("x", answer, question) for answer, question in ((MARKS[0], "x"), (MARKS[1], "x"))]
-        tail = _common_end(*renderings)
-        other = tokens("x", MARKS[0], MARKS[1])
-        return _common_start(tail, other[len(renderings[0]) - len(tail) :])
+    def _between_turns(self, render: Any) -> list[int]:
+        """Return the template tokens from the end of an assistant turn to the start of the next user turn."""
+        answers = [render("x", answer, text) for answer, text in ((SAMPLE_TEXTS[0], "x"), (SAMPLE_TEXTS[1], "x"))]
+        tail = _common_end(*answers)
+        other_text = render("x", SAMPLE_TEXTS[0], SAMPLE_TEXTS[1])
+        return _common_start(tail, other_text[len(answers[0]) - len(tail) :])
 
-    def embedded(self, ids: Tensor, inside: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Embeddings of each row's words, wherever they stand, `[B, M, D]`, and which of them are real, `[B, M]` bool.
+    def embedded(self, ids: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the embeddings `[B, M, D]` of each row's words, and `[B, M]` bool, False on padding.
+
+        Words before the first image are included.
 
         Args:
-            inside: `[B, L]` bool, True where there can be none: at the timestamps between the frames of a video.
+            excluded: `[B, L]` bool, True on columns without user text, such as timestamps between a video's frames.
 
         Raises:
-            ValueError: if a row with an image or a video has no word.
+            Refusal: if a row with an image or a video has no word.
         """
-        index, real = self.find(ids, inside, anywhere=True)
-        return self.model.get_input_embeddings()(ids.gather(1, index)), real
+        index, valid = self.find(ids, excluded, before_image=True)
+        return self.model.get_input_embeddings()(ids.gather(1, index)), valid
 
-    def find(self, ids: Tensor, inside: Tensor | None = None, anywhere: bool = False) -> tuple[Tensor, Tensor]:
-        """Columns of each row's words, `[B, M]`, and which of them are real, `[B, M]` bool; raises as above.
+    def find(self, ids: Tensor, excluded: Tensor | None = None, before_image: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the columns of each row's words, `[B, M]`, and `[B, M]` bool, False on padding; raises as above.
 
         Args:
-            anywhere: those before the first image, too, which have not seen it.
+            before_image: include words before the first image, which cannot attend to it.
         """
         prompts = ids.tolist()
-        rows = [self.columns(row, anywhere) for row in prompts]
-        if inside is not None:
-            rows = [[c for c in row if not within[c]] for row, within in zip(rows, inside.tolist(), strict=True)]
-        for i, (found, row) in enumerate(zip(rows, prompts, strict=True)):
-            if not found and self.shown.intersection(row):
-                where = "" if anywhere else " after its image (those before it have not seen it)"
+        rows = [self.columns(row, before_image) for row in prompts]
+        if excluded is not None:
+            rows = [[c for c in row if not skip[c]] for row, skip in zip(rows, excluded.tolist(), strict=True)]
+        for sample, (columns, row) in enumerate(zip(rows, prompts, strict=True)):
+            if not columns and self.placeholders.intersection(row):
+                where = "" if before_image else " after its image (those before it have not seen it)"
                 raise Refusal(
-                    f"the prompt of sample {i} has no words to go by{where}; this method needs the user's text"
+                    f"the prompt of sample {sample} has no words to go by{where}; this method needs the user's text"
                 )
         width = max(map(len, rows), default=0)
-        index = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.int64)
-        real = torch.tensor([[True] * len(r) + [False] * (width - len(r)) for r in rows])
-        return to_device(index, ids.device), to_device(real, ids.device)
+        index = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64)
+        valid = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+        return to_device(index, ids.device), to_device(valid, ids.device)
 
-    def columns(self, row: list[int], anywhere: bool = False) -> list[int]:
-        """Columns of one prompt's words, ascending."""
-        first = next((column for column, token in enumerate(row) if token in self.shown), None)
+    def columns(self, row: list[int], before_image: bool = False) -> list[int]:
+        """Return the columns of one prompt's words, ascending."""
+        first = next((column for column, token in enumerate(row) if token in self.placeholders), None)
         if first is None:
             return []
-        first = (_end_of(row[:first], self.opening) if anywhere else None) or first
+        first = (_end_of(row[:first], self.opening) if before_image else None) or first
         template = [False] * len(row)
         for start in range(first, len(row)):
-            if row[start] in self.shown and row[start - 1] not in self.shown:
+            image_here, image_before = row[start] in self.placeholders, row[start - 1] in self.placeholders
+            if image_here and not image_before:
                 before = start - len(self.before_image)
-                if _at(row, before, self.before_image):
+                if _stands_at(row, before, self.before_image):
                     _mark(template, before, start)
-            if row[start - 1] in self.shown and row[start] not in self.shown and _at(row, start, self.after_image):
+            if image_before and not image_here and _stands_at(row, start, self.after_image):
                 _mark(template, start, start + len(self.after_image))
-            if _at(row, start, self.after_words):  # from here the assistant speaks, until the next turn
-                end = start + len(self.after_words)
-                while end < len(row) and not _at(row, end, self.next_turn):
+            if _stands_at(row, start, self.after_text):  # an assistant turn begins, and lasts until the next user turn
+                end = start + len(self.after_text)
+                while end < len(row) and not _stands_at(row, end, self.next_turn):
                     end += 1
                 _mark(template, start, end + len(self.next_turn))
         return [i for i in range(first, len(row)) if not template[i] and row[i] not in self.special]
 
 
-def _at(row: list[int], start: int, piece: list[int]) -> bool:
+def _stands_at(row: list[int], start: int, piece: list[int]) -> bool:
     return bool(piece) and row[start : start + len(piece)] == piece
 
 
@@ -153,9 +157,9 @@ def _mark(flags: list[bool], start: int, end: int) -> None:
 
 
 def _end_of(row: list[int], piece: list[int]) -> int | None:
-    """Where the first occurrence of a piece ends."""
-    found = (start + len(piece) for start in range(len(row)) if _at(row, start, piece))
-    return next(found, None)
+    """Return the end of the first occurrence of a piece."""
+    ends = (start + len(piece) for start in range(len(row)) if _stands_at(row, start, piece))
+    return next(ends, None)
 
 
 def _common_end(a: list[int], b: list[int]) -> list[int]:
@@ -163,19 +167,19 @@ def _common_end(a: list[int], b: list[int]) -> list[int]:
 
 
 def _common_start(a: list[int], b: list[int]) -> list[int]:
-    same = 0
-    while same < min(len(a), len(b)) and a[same] == b[same]:
-        same += 1
-    return a[:same]
+    length = 0
+    while length < min(len(a), len(b)) and a[length] == b[length]:
+        length += 1
+    return a[:length]
 
 
 def _special_ids(model: Any) -> set[int]:
-    """Ids that the model's configs declare special: placeholders, vision marks, begin, end and padding."""
+    """Return the ids that the model's configs declare special: placeholders, vision marks, begin, end and padding."""
     names = ("bos", "eos", "pad", "image", "video", "vision_start", "vision_end", "image_start", "image_end")
-    found: set[int] = set()
+    ids: set[int] = set()
     text = getattr(model.config, "text_config", None)
     for config in (model.config, text, getattr(model, "generation_config", None)):
         for name in names:
             value = getattr(config, f"{name}_token_id", None)
-            found |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
-    return found
+            ids |= set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
+    return ids

@@ -1,5 +1,5 @@
-"""The authors' ViLT and METER checkpoints, in ours: ``read.py`` finds the weights, ``names.py`` renames them, and
-``build.py`` makes the model and checks that every weight has its place."""
+"""Convert the authors' ViLT and METER checkpoints: ``read.py`` reads the weights, ``names.py`` renames them, and
+``build.py`` builds the model and checks that each weight fits."""
 
 from tokensieve.fusion.convert.build import build, convert
 

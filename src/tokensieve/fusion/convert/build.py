@@ -1,4 +1,4 @@
-"""From the authors' weights to a model of ours, refusing what does not fit."""
+"""Build a model from the authors' weights; refuse weights that do not fit."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ ARCHITECTURES = {
     "vilt": (ViltForQuestionAnswering, ViltForImagesAndTextClassification, ViltForImageAndTextRetrieval),
     "meter": (MeterForQuestionAnswering, MeterForImagesAndTextClassification, MeterForImageAndTextRetrieval),
 }
-LISTED = 5  # names of a kind in a report
+LISTED = 5  # most names per kind of fault in an error
 
 
 def convert(source: Path, target: Path, *, heads: int | None = None) -> PreTrainedModel:
-    """Turn the authors' checkpoint into a folder that ``from_pretrained`` reads.
+    """Convert the authors' checkpoint into a folder for ``from_pretrained``.
 
     Args:
-        source: a weight file, or a folder with one and (if it is there) the authors' config.json.
+        source: a weight file, or a folder with a weight file and, optionally, the authors' config.json.
         target: folder to write.
-        heads: attention heads; weights do not tell. By default what config.json says, else one per 64 columns.
+        heads: attention heads, which weights do not show. The default is that of config.json, or one per 64 columns.
 
     Raises:
-        ValueError: no checkpoint, no head we know, or a weight that is missing, left over or of another shape.
+        Refusal: if there is no checkpoint or no known head, or a weight is missing, unexpected or of another shape.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refusal(f"{target} exists already; give an empty or a new folder")
@@ -54,22 +54,22 @@ def convert(source: Path, target: Path, *, heads: int | None = None) -> PreTrain
 
 
 def build(weights: Mapping[str, Tensor], *, heads: int | None = None) -> PreTrainedModel:
-    """The model that holds the authors' ``weights``, in eval mode; arguments and errors as for :func:`convert`."""
+    """Build the model of the authors' ``weights`` in eval mode; arguments and errors are those of :func:`convert`."""
     kind = "meter" if any("cross_modal_text_layers" in name for name in weights) else "vilt"
     weights = prefixed(weights, kind)
-    head, found = _head(weights)
+    head, labels = _head(weights)
     config = (_meter_config if kind == "meter" else _vilt_config)(weights, heads)
-    config.num_labels = found
+    config.num_labels = labels
     model = ARCHITECTURES[kind][head](config)
     tower = _clip_path(model) if kind == "meter" else ""
-    ours = dict(renamed(weights, kind, tower))
-    _check(ours, model.state_dict(), type(model).__name__)
-    model.load_state_dict(ours)
+    converted = dict(renamed(weights, kind, tower))
+    _check(converted, model.state_dict(), type(model).__name__)
+    model.load_state_dict(converted)
     return model.eval()
 
 
 def _head(weights: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Which architecture, and how many labels."""
+    """Return the index of the architecture in :data:`ARCHITECTURES`, and the number of labels."""
     for name in HEADS:
         if f"{name}.3.bias" in weights:
             return int(name == "nlvr2_classifier"), len(weights[f"{name}.3.bias"])
@@ -80,11 +80,11 @@ def _head(weights: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _vilt_config(weights: Mapping[str, Tensor], heads: int | None) -> ViltConfig:
-    words, width = _shape(weights, "vilt.text_embeddings.word_embeddings.weight")
+    vocabulary, width = _shape(weights, "vilt.text_embeddings.word_embeddings.weight")
     patch = _shape(weights, "vilt.transformer.patch_embed.proj.weight")[-1]
     types = _shape(weights, "vilt.token_type_embeddings.weight")[0]
     return ViltConfig(
-        vocab_size=words,
+        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=_depth(weights, r"vilt\.transformer\.blocks\.(\d+)\."),
         num_attention_heads=heads or max(width // 64, 1),
@@ -100,7 +100,7 @@ def _vilt_config(weights: Mapping[str, Tensor], heads: int | None) -> ViltConfig
 
 def _meter_config(weights: Mapping[str, Tensor], heads: int | None) -> MeterConfig:
     tower = "meter.vit_model.visual." if any(".vit_model.visual." in n for n in weights) else "meter.vit_model."
-    words, text_width = _shape(weights, "meter.text_transformer.embeddings.word_embeddings.weight")
+    vocabulary, text_width = _shape(weights, "meter.text_transformer.embeddings.word_embeddings.weight")
     vision_width, _, _, patch = _shape(weights, f"{tower}conv1.weight")
     width = _shape(weights, "meter.cross_modal_text_transform.bias")[0]
 
@@ -108,7 +108,7 @@ def _meter_config(weights: Mapping[str, Tensor], heads: int | None) -> MeterConf
         return heads or max(columns // 64, 1)
 
     text = {
-        "vocab_size": words,
+        "vocab_size": vocabulary,
         "hidden_size": text_width,
         "num_hidden_layers": _depth(weights, r"meter\.text_transformer\.encoder\.layer\.(\d+)\."),
         "num_attention_heads": heads_of(text_width),
@@ -139,7 +139,7 @@ def _meter_config(weights: Mapping[str, Tensor], heads: int | None) -> MeterConf
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     if name not in weights:
-        raise Refusal(f"this is no ViLT or METER checkpoint of the authors: {name} is missing")
+        raise Refusal(f"this is not a ViLT or METER checkpoint of the authors, because {name} is missing")
     return tuple(weights[name].shape)
 
 
@@ -148,7 +148,7 @@ def _depth(weights: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _side(positions: int) -> int:
-    """Patches per side of a square image with a [CLS] token."""
+    """Return the patches per side of a square image, from its positions with [CLS]."""
     return math.isqrt(positions - 1)
 
 
@@ -157,23 +157,23 @@ def _clip_path(model: Any) -> str:
     return str(name).removesuffix(".embeddings.class_embedding")
 
 
-def _check(ours: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> None:
-    """Every weight has its place and its shape, or one report says what has not."""
-    shared = ours.keys() & wanted.keys()
-    wrong = [
-        f"{name} is {list(ours[name].shape)}, not {list(wanted[name].shape)}"
+def _check(converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
+    """Refuse weights that are missing, unexpected or of another shape, all in one error."""
+    shared = converted.keys() & expected.keys()
+    misshapen = [
+        f"{name} is {list(converted[name].shape)}, not {list(expected[name].shape)}"
         for name in sorted(shared)
-        if ours[name].shape != wanted[name].shape
+        if converted[name].shape != expected[name].shape
     ]
     faults = {
-        "missing": sorted(wanted.keys() - ours.keys()),
-        "unexpected": sorted(ours.keys() - wanted.keys()),
-        "of another shape": wrong,
+        "missing": sorted(expected.keys() - converted.keys()),
+        "unexpected": sorted(converted.keys() - expected.keys()),
+        "of another shape": misshapen,
     }
-    said = [
+    reports = [
         f"{len(names)} {fault}: {', '.join(names[:LISTED])}{', …' if len(names) > LISTED else ''}"
         for fault, names in faults.items()
         if names
     ]
-    if said:
-        raise Refusal(f"the checkpoint does not fit {model}: {'; '.join(said)}")
+    if reports:
+        raise Refusal(f"the checkpoint does not fit {model}: {'; '.join(reports)}")

@@ -1,4 +1,4 @@
-"""The authors' parameter names and ours."""
+"""Rename the authors' parameters to those of transformers."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ _PARTS = {"vilt": ("query", "key", "value"), "meter": ("q", "k", "v")}
 
 
 def prefixed(weights: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The same weights, with the encoder's names under ``kind.``: the original training codes leave that away."""
+    """Prefix the names of the encoder's weights by ``kind.``, which the original training codes omit."""
     heads = (*HEADS, "rank_output", f"{kind}.")
     bare = {name: t for name, t in weights.items() if not IGNORED.match(name)}
     return {name if name.startswith(heads) else f"{kind}.{name}": t for name, t in bare.items()}
 
 
 def renamed(weights: Mapping[str, Tensor], kind: str, tower: str) -> Iterator[tuple[str, Tensor]]:
-    """Our names, with joint query-key-value weights split in three; a name that no rule knows stays what it is.
+    """Yield the renamed weights, with joint query-key-value weights split in three. Unknown names do not change.
 
     Args:
         kind: "vilt" or "meter".
-        tower: where the CLIP tower of a METER lies.
+        tower: module path of METER's CLIP encoder.
     """
     rules = _VILT if kind == "vilt" else _METER
     for name, tensor in weights.items():
-        head, _, rest = name.partition(".")
-        new = f"{HEADS[head]}.{rest}" if head in HEADS else name
+        head, _, suffix = name.partition(".")
+        new = f"{HEADS[head]}.{suffix}" if head in HEADS else name
         for pattern, template in rules.items():
             if re.fullmatch(pattern, name):
                 new = re.sub(pattern, template, name).replace("{tower}", tower)

@@ -1,4 +1,4 @@
-"""Find the weights and the settings in what the authors published."""
+"""Read the weights and the settings of the authors' checkpoints."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_weights(source: Path) -> dict[str, Tensor]:
-    """The state dict in a file (.bin, .pt, .ckpt, .safetensors) or in a folder that holds one.
+    """Read the state dict in a file (.bin, .pt, .ckpt, .safetensors), or in a folder with such a file.
 
     Raises:
-        ValueError: if there is none, or it cannot be read without running code from it.
+        Refusal: if there is none, or if reading it would run code from the file.
     """
     file = next((source / name for name in FILES if (source / name).is_file()), source)
     if not file.is_file():
-        what = f"no {' or '.join(FILES)} in this folder" if source.is_dir() else "no such file"
-        raise Refusal(f"no checkpoint at {source}: {what}")
+        reason = f"no {' or '.join(FILES)} in this folder" if source.is_dir() else "no such file"
+        raise Refusal(f"no checkpoint at {source}: {reason}")
     try:
         if file.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(file)
@@ -42,12 +42,12 @@ def read_weights(source: Path) -> dict[str, Tensor]:
 
 
 def read_settings(source: Path) -> dict[str, Any]:
-    """The authors' ``config.json`` beside the weights; empty where there is none."""
+    """Read the authors' ``config.json`` beside the weights; empty without one."""
     file = (source if source.is_dir() else source.parent) / "config.json"
     if not file.is_file():
         return {}
     try:
         settings = json.loads(file.read_text())
     except ValueError as error:
-        raise Refusal(f"{file} is no JSON: {error}") from error
+        raise Refusal(f"{file} is not JSON: {error}") from error
     return settings if isinstance(settings, dict) else {}

@@ -1,4 +1,4 @@
-"""METER for transformers; importing it registers the config and the heads with the Auto classes where one fits."""
+"""METER for transformers. The import registers its config, model and question answering with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForVisualQuestionAnswering
 

@@ -8,18 +8,18 @@ from transformers import CLIPVisionConfig, PreTrainedConfig, RobertaConfig
 
 
 class MeterConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped
-    """METER: a CLIP vision tower, a RoBERTa, and pairs of co-attention layers on top.
+    """METER: a CLIP vision encoder, a RoBERTa, and pairs of co-attention layers on top.
 
     The defaults are METER-CLIP16-RoBERTa at 384 px.
 
     Attributes:
-        text_config, vision_config: the towers (RoBERTa and CLIP); METER's vision tower lacks CLIP's last block.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps: of the
-            co-attention layers, which come in pairs.
-        hidden_dropout_prob, attention_probs_dropout_prob: of these layers.
-        modality_type_vocab_size: 2, or 3 where a second image is told from the first (NLVR2).
-        own_key_visible: query i sees key i in every co-attention layer even where that is padding, also across
-            streams: a habit of PuMer's code that its fine-tuned checkpoints were trained with.
+        text_config, vision_config: the text and vision encoders (RoBERTa and CLIP without CLIP's last layer).
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act, layer_norm_eps: settings of
+            the co-attention layers, which come in pairs.
+        hidden_dropout_prob, attention_probs_dropout_prob: dropout of these layers.
+        modality_type_vocab_size: 2, or 3 if the second image has a type of its own (NLVR2).
+        own_key_visible: query i attends to key i in each co-attention layer even if the key is padding, also across
+            streams. PuMer's fine-tuned checkpoints were trained so.
     """
 
     model_type = "meter"

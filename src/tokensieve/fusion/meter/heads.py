@@ -1,8 +1,8 @@
-"""METER with its heads: answers, pairs of images, retrieval."""
+"""METER with its heads: question answering, pairs of images, retrieval."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,8 @@ from tokensieve.fusion.meter.configuration import MeterConfig
 from tokensieve.fusion.meter.modeling import MeterModel, MeterPreTrainedModel
 
 
-def _classifier(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, outputs))
-
-
 def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Cross-entropy for class numbers `[B]`, binary cross-entropy for soft scores `[B, classes]`."""
+    """Return cross-entropy for class numbers `[B]`, or binary cross-entropy for soft scores `[B, classes]`."""
     if labels is None:
         return None
     if labels.ndim == 1:
@@ -27,14 +23,24 @@ def _loss(logits: Tensor, labels: Tensor | None) -> Tensor | None:
     return binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
 
 
-class MeterForQuestionAnswering(MeterPreTrainedModel):
-    """An answer among ``num_labels``; with three of them, visual entailment."""
+class _MeterClassifier(MeterPreTrainedModel):
+    """METER with a classifier on the pooled rows of ``images`` passes, `[B, images · 2D]`."""
+
+    images: ClassVar[int]
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)
         self.meter = MeterModel(config)
-        self.classifier = _classifier(config.hidden_size * 2, config.hidden_size * 2, config.num_labels)
+        width = config.hidden_size * 2
+        layers = nn.Linear(width * self.images, width), nn.LayerNorm(width), nn.GELU()
+        self.classifier = nn.Sequential(*layers, nn.Linear(width, config.num_labels))
         self.post_init()
+
+
+class MeterForQuestionAnswering(_MeterClassifier):
+    """Choose one of ``num_labels`` answers; three labels are visual entailment."""
+
+    images = 1
 
     def forward(
         self,
@@ -50,14 +56,10 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
         return SequenceClassifierOutput(loss=_loss(logits, labels), logits=logits)
 
 
-class MeterForImagesAndTextClassification(MeterPreTrainedModel):
-    """A statement about two images (NLVR2): one pass each, pooled rows side by side."""
+class MeterForImagesAndTextClassification(_MeterClassifier):
+    """Classify a statement about two images (NLVR2) from the concatenated pooled rows of one pass per image."""
 
-    def __init__(self, config: MeterConfig) -> None:
-        super().__init__(config)
-        self.meter = MeterModel(config)
-        self.classifier = _classifier(config.hidden_size * 4, config.hidden_size * 2, config.num_labels)
-        self.post_init()
+    images = 2
 
     def forward(
         self,
@@ -80,7 +82,7 @@ class MeterForImagesAndTextClassification(MeterPreTrainedModel):
 
 
 class MeterForImageAndTextRetrieval(MeterPreTrainedModel):
-    """How well a text fits an image, `[B, 1]`."""
+    """Score the match of a text and an image, `[B, 1]`."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)

@@ -19,7 +19,7 @@ from tokensieve.ops import mask_bias
 
 @dataclass
 class MeterModelOutput(ModelOutput):  # type: ignore[misc]
-    """Both streams after the last pair `[B, T, D]`, `[B, I, D]`, and their pooled first tokens together `[B, 2D]`."""
+    """Both streams after the last pair, `[B, T, D]` and `[B, I, D]`, and their pooled first tokens, `[B, 2D]`."""
 
     text_features: Tensor | None = None
     image_features: Tensor | None = None
@@ -27,7 +27,7 @@ class MeterModelOutput(ModelOutput):  # type: ignore[misc]
 
 
 class MeterHeads(nn.Module):
-    """Multi-head attention of ``hidden_states`` to ``context``."""
+    """Multi-head attention from ``hidden_states`` to ``context``."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class MeterHeads(nn.Module):
 
 
 class MeterResidual(nn.Module):
-    """Project, add, normalise."""
+    """Project, add the residual, and normalise."""
 
     def __init__(self, config: MeterConfig, width: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class MeterCoAttentionLayer(nn.Module):
 
 
 class MeterPooler(nn.Module):
-    """The first token, projected."""
+    """Project the first token."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class MeterPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 
 class MeterModel(MeterPreTrainedModel):
-    """Both towers and the co-attention layers, without a head."""
+    """Both encoders and the co-attention layers, without a head."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)
@@ -157,15 +157,16 @@ class MeterModel(MeterPreTrainedModel):
         image_token_type_idx: int = 1,
         **kwargs: Any,
     ) -> MeterModelOutput:
-        """Texts `[B, T]` with their mask, 0 on padding, and images `[B, 3, height, width]`."""
+        """Encode texts `[B, T]` with a mask that is 0 on padding, and images `[B, 3, height, width]`."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         kinds = self.token_type_embeddings.weight
-        words = self.text_model(input_ids, attention_mask=mask).last_hidden_state
+        text_rows = self.text_model(input_ids, attention_mask=mask).last_hidden_state
         patches = self.vision_model(pixel_values).last_hidden_state
-        text = self.cross_modal_text_transform(words) + kinds[0]
+        text = self.cross_modal_text_transform(text_rows) + kinds[0]
         image = self.cross_modal_image_transform(self._post_norm()(patches)) + kinds[image_token_type_idx]
-        own = self.config.own_key_visible
-        to_text, from_image = (mask_bias(mask, text.dtype, own * rows.shape[1]) for rows in (text, image))
+        # text keys are masked for queries of both streams; images have no padding
+        visible = self.config.own_key_visible
+        to_text, from_image = (mask_bias(mask, text.dtype, visible * rows.shape[1]) for rows in (text, image))
         for text_layer, image_layer in zip(self.cross_modal_text_layers, self.cross_modal_image_layers, strict=True):
             text = text_layer(text, image, attention_mask=to_text)
             image = image_layer(image, text, encoder_attention_mask=from_image)

@@ -1,7 +1,7 @@
-"""Fine-tuning a cross-modal encoder with PuMer's reducers on, on the Hugging Face Trainer.
+"""Fine-tune a cross-modal encoder with PuMer attached, on the Hugging Face Trainer.
 
-``tasks.py``: what a task asks, and with which loss. ``data.py``: records and batches. ``models.py``: student and
-teacher. ``recipe.py``: the settings, and the Trainer with groups of learning rates. ``run.py``: all of it together.
+``tasks.py`` has the tasks and their losses, ``data.py`` records and batches, ``models.py`` student and teacher,
+``recipe.py`` the settings and the Trainer. ``run.py`` runs a training.
 """
 
 from tokensieve.train.pumer.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Records of a task, from JSONL or the datasets library, and batches of them. An unreadable image never stops a run."""
+"""Records of a task from JSONL or the datasets library, and their batches. Unreadable records are skipped."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from tokensieve.errors import MissingExtra, Refusal
 from tokensieve.train.pumer.tasks import Task
 
 log = logging.getLogger(__name__)
-REFERENCE, SCENES = "reference:", 6000  # the bundled questions, and about how many scenes if no slice is given
+REFERENCE, SCENES = "reference:", 6000  # the bundled questions, and the number of scenes without a slice
 
 
 def read_records(source: str, task: Task) -> Sequence[Mapping[str, Any]]:
-    """Records of a task.
+    """Read the records of a task.
 
     Args:
-        source: a JSONL file (images are paths relative to it); ``name`` or ``name:split`` for ``datasets``; or
-            ``reference:split``, perhaps with a slice as in ``reference:train[:7000]``, for the bundled question set.
+        source: a JSONL file, with image paths relative to it; or ``name`` or ``name:split`` for ``datasets``; or
+            ``reference:split`` for the bundled question set, optionally with a slice: ``reference:train[:7000]``.
 
     Raises:
-        ValueError: no such file, a line that is no JSON object, or a record without a column of the task.
-        ImportError: the source is no file and the datasets library is not installed.
+        Refusal: if the file does not exist, a line is not a JSON object, or a record lacks a column of the task.
+        MissingExtra: if the source is not a file and the datasets library is not installed.
     """
     path = Path(source)
     if source.startswith(REFERENCE):
@@ -41,23 +41,23 @@ def read_records(source: str, task: Task) -> Sequence[Mapping[str, Any]]:
         records = _from_file(path) if path.suffix in (".jsonl", ".json") or path.exists() else _from_datasets(source)
     if not len(records):
         raise Refusal(f"{source}: no records")
-    wanted = [c for c in (*task.images, task.text, task.target) if c is not None]
+    columns = [column for column in (*task.images, task.text, task.target) if column is not None]
     lines = range(len(records)) if isinstance(records, list) else range(1)  # a datasets table has the same columns
     for number in lines:
-        missing = [column for column in wanted if column not in records[number]]
+        missing = [column for column in columns if column not in records[number]]
         if missing:
             raise Refusal(f"{source}, record {number + 1}: no column {missing[0]!r}, which {task.name} needs")
     return records
 
 
 def _from_reference(source: str) -> list[dict[str, Any]]:
-    """Questions about drawn scenes; an image is drawn each time it is needed."""
+    """Return questions about scenes, which are drawn each time they are needed."""
     from tokensieve.reference.benchmark import PUBLISHED, benchmark
 
-    found = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.removeprefix(REFERENCE))
-    if found is None:
+    match = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.removeprefix(REFERENCE))
+    if match is None:
         raise Refusal(f"the bundled questions are reference:train or, for a part, reference:train[:700]; got {source}")
-    split, count = found[1], int(found[2] or SCENES * len(PUBLISHED))
+    split, count = match[1], int(match[2] or SCENES * len(PUBLISHED))
     rows = benchmark(split, scenes=-(-count // len(PUBLISHED)))[:count]
     return [{"image": row.scene.render, "question": row.question, "answer": row.answer} for row in rows]
 
@@ -86,25 +86,25 @@ def _from_datasets(source: str) -> Sequence[Mapping[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise MissingExtra(f"{source} is no file; for the datasets library: pip install datasets") from None
+        raise MissingExtra(f"{source} is not a file; for the datasets library: pip install datasets") from None
     name, _, split = source.partition(":")
     records: Sequence[Mapping[str, Any]] = load_dataset(name, split=split or "train")
     return records
 
 
 def label_names(records: Sequence[Mapping[str, Any]], task: Task, most: int = 3129) -> list[str]:
-    """Classes for a head that has none yet: the commonest answers, or all labels in alphabetical order."""
-    found = Counter(answer for record in records for answer in task.answers(record))
-    return [answer for answer, _ in found.most_common(most)] if task.soft else sorted(found)
+    """Return the classes of a new head: the commonest answers, or all labels in alphabetical order."""
+    counts = Counter(answer for record in records for answer in task.answers(record))
+    return [answer for answer, _ in counts.most_common(most)] if task.soft else sorted(counts)
 
 
 class Records(Dataset[dict[str, Any]]):
-    """Records with their images open.
+    """Records with loaded images.
 
-    A record whose image cannot be read, or without text, is replaced by the next good one, counted and logged.
+    A record without text or with an unreadable image is replaced by the next usable record, counted and logged.
 
     Args:
-        negatives: texts of other records that come with each image, for retrieval.
+        negatives: for retrieval, the number of texts of other records with each image.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]], task: Task, labels: Mapping[str, int], negatives: int = 0):
@@ -112,11 +112,11 @@ class Records(Dataset[dict[str, Any]]):
             raise Refusal(f"{negatives} other texts per image need more than {len(records)} records")
         self.records, self.task, self.labels, self.negatives = records, task, labels, negatives
         bad = torch.zeros(len(records), dtype=torch.bool)
-        self._bad: Tensor = bad.share_memory_()  # type: ignore[no-untyped-call]  # the loader's workers write here, too
+        self._bad: Tensor = bad.share_memory_()  # type: ignore[no-untyped-call]  # shared with the loader's workers
 
     @property
     def skipped(self) -> int:
-        """Records found to be unusable so far."""
+        """Return the number of records that were skipped so far."""
         return int(self._bad.sum())
 
     def __len__(self) -> int:
@@ -124,21 +124,21 @@ class Records(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for step in range(len(self)):
-            place = (index + step) % len(self)
-            if not self._bad[place]:
-                record = self.records[place]
+            number = (index + step) % len(self)
+            if not self._bad[number]:
+                record = self.records[number]
                 try:
                     images = [open_image(record[column]) for column in self.task.images]
-                    return {"images": images, "texts": self._texts(place), "target": self._target(record)}
+                    return {"images": images, "texts": self._texts(number), "target": self._target(record)}
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    self._bad[place] = True
-                    log.warning("record %d skipped (%d so far): %s", place + 1, self.skipped, error)
+                    self._bad[number] = True
+                    log.warning("record %d skipped (%d so far): %s", number + 1, self.skipped, error)
         raise Refusal("no record has images that can be read and a text")
 
-    def _texts(self, place: int) -> list[str]:
-        others = random.Random(place).sample(range(len(self) - 1), self.negatives)
-        places = [place, *(other + (other >= place) for other in others)]
-        texts = [str(self.records[p][self.task.text]).strip() for p in places]
+    def _texts(self, number: int) -> list[str]:
+        others = random.Random(number).sample(range(len(self) - 1), self.negatives)
+        numbers = [number, *(other + (other >= number) for other in others)]  # skips the record itself
+        texts = [str(self.records[n][self.task.text]).strip() for n in numbers]
         if not texts[0]:
             raise Refusal("the text is empty")
         return [text or "." for text in texts]
@@ -150,7 +150,7 @@ class Records(Dataset[dict[str, Any]]):
 
 
 def open_image(value: Any) -> Image.Image:
-    """An image as RGB: from a path, bytes in a dict (as datasets stores them), an open image, or what draws one."""
+    """Load an RGB image from a path, a dict of bytes (as in datasets), an image, or a function that returns one."""
     if callable(value):
         value = value()
     if isinstance(value, dict):
@@ -164,7 +164,7 @@ def open_image(value: Any) -> Image.Image:
 
 
 class Collator:
-    """Records to model inputs: text tokenised and padded, images processed; ``labels`` `[B, classes]`."""
+    """Convert records to model inputs: tokenised and padded text, processed images, ``labels`` `[B, classes]`."""
 
     def __init__(self, tokenizer: Any, image_processor: Any, longest: int) -> None:
         self.tokenizer, self.image_processor, self.longest = tokenizer, image_processor, longest
@@ -174,10 +174,10 @@ class Collator:
         options = {"padding": True, "truncation": True, "max_length": self.longest, "return_tensors": "pt"}
         inputs = dict(self.tokenizer(texts, **options))
         images = [image for record in records for _ in record["texts"] for image in record["images"]]
-        seen = dict(self.image_processor(images, return_tensors="pt"))
+        pixels = dict(self.image_processor(images, return_tensors="pt"))
         per_text = len(records[0]["images"])
         if per_text > 1:
-            seen = {name: values.unflatten(0, (-1, per_text)) for name, values in seen.items()}
+            pixels = {name: values.unflatten(0, (-1, per_text)) for name, values in pixels.items()}
         targets = torch.stack([record["target"] for record in records])
-        wanted = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
-        return {name: v for name, v in {**inputs, **seen}.items() if name in wanted} | {"labels": targets}
+        names = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
+        return {name: v for name, v in {**inputs, **pixels}.items() if name in names} | {"labels": targets}

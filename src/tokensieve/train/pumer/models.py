@@ -1,4 +1,4 @@
-"""Student and teacher: a checkpoint with the head that the task needs."""
+"""Load student and teacher: a checkpoint with the task's head."""
 
 from __future__ import annotations
 
@@ -13,90 +13,93 @@ from tokensieve.errors import Refusal
 from tokensieve.train.pumer.tasks import Task
 
 
-def load_processors(place: str) -> tuple[Any, Any]:
-    """Tokenizer and image processor of a checkpoint, together or one by one.
+def load_processors(checkpoint: str) -> tuple[Any, Any]:
+    """Load the tokenizer and the image processor of a checkpoint, from one processor or separately.
 
     Raises:
-        ValueError: if either is missing.
+        Refusal: if one of them is missing.
     """
     try:
-        processor = AutoProcessor.from_pretrained(place)
+        processor = AutoProcessor.from_pretrained(checkpoint)
         return processor.tokenizer, processor.image_processor
     except (OSError, ValueError, KeyError, AttributeError):
         pass
     try:
-        return AutoTokenizer.from_pretrained(place), AutoImageProcessor.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"{place} has no tokenizer and image processor beside its weights: {reason}") from error
+        raise Refusal(f"{checkpoint} has no tokenizer and image processor beside its weights: {reason}") from error
 
 
-def load_config(place: str) -> Any:
-    """The configuration of a checkpoint; one clear line if there is none."""
+def load_config(checkpoint: str) -> Any:
+    """Load the configuration of a checkpoint; refuse in one line if there is none."""
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"no model at {place}: {reason}") from error
+        raise Refusal(f"no model at {checkpoint}: {reason}") from error
 
 
 def labels_of(config: Any) -> list[str] | None:
-    """The classes that a fine-tuned checkpoint names, ``None`` for transformers' placeholders."""
+    """Return the class names of a fine-tuned checkpoint; ``None`` for transformers' placeholders."""
     names = [config.id2label[i] for i in range(len(config.id2label))]
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
-def load_student(place: str, task: Task, labels: list[str]) -> Any:
-    """A checkpoint with the task's head: its own where it has one of this size, else a new one."""
-    config, kind = _config(place, task)
+def load_student(checkpoint: str, task: Task, labels: list[str]) -> Any:
+    """Load a checkpoint with the task's head. A head of another size is replaced by a new one."""
+    config, kind = _config(checkpoint, task)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
-    return _load(task.models[kind], place, config, ignore_mismatched_sizes=True)
+    return _load(task.models[kind], checkpoint, config, ignore_mismatched_sizes=True)
 
 
-def load_teacher(place: str, task: Task, labels: list[str]) -> Any:
-    """A fine-tuned checkpoint, frozen.
+def load_teacher(checkpoint: str, task: Task, labels: list[str]) -> Any:
+    """Load a fine-tuned checkpoint and freeze it.
 
     Raises:
-        ValueError: if it was fine-tuned for other classes, or for another task.
+        Refusal: if it was fine-tuned for other classes or another task.
     """
-    config, kind = _config(place, task)
-    theirs = labels_of(config)
-    if labels and theirs != labels:
-        raise Refusal(f"the teacher {place} names other classes than the student learns; use the same data and task")
-    made = task.models[kind].__name__
-    if config.architectures and made not in config.architectures:
-        raise Refusal(f"the teacher {place} is a {', '.join(config.architectures)}; {task.name} needs a {made}")
-    return _load(task.models[kind], place, config).eval().requires_grad_(False)
+    config, kind = _config(checkpoint, task)
+    if labels and labels_of(config) != labels:
+        raise Refusal(
+            f"the teacher {checkpoint} names other classes than the student learns; use the same data and task"
+        )
+    architecture = task.models[kind].__name__
+    if config.architectures and architecture not in config.architectures:
+        raise Refusal(
+            f"the teacher {checkpoint} is a {', '.join(config.architectures)}; {task.name} needs a {architecture}"
+        )
+    return _load(task.models[kind], checkpoint, config).eval().requires_grad_(False)
 
 
-def _config(place: str, task: Task) -> tuple[Any, str]:
-    config = load_config(place)
+def _config(checkpoint: str, task: Task) -> tuple[Any, str]:
+    config = load_config(checkpoint)
     kind = config.model_type
     if kind not in task.models:
-        raise Refusal(f"{place} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")
+        raise Refusal(f"{checkpoint} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")
     return config, kind
 
 
-def _load(model: Any, place: str, config: Any, **options: Any) -> Any:
+def _load(model: Any, checkpoint: str, config: Any, **options: Any) -> Any:
     pairs = "ImagesAndText" in model.__name__
     if pairs:
         config.num_images = 2
     try:
-        loaded = model.from_pretrained(place, config=config, dtype=torch.float32, **options)
+        loaded = model.from_pretrained(checkpoint, config=config, dtype=torch.float32, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"the model {place} does not load: {reason}") from error
+        raise Refusal(f"the model {checkpoint} does not load: {reason}") from error
     if pairs and config.modality_type_vocab_size == 2:
         _second_image(loaded)
     return loaded
 
 
 def _second_image(model: Any) -> None:
-    """A third kind of token for the second image; it starts out as the first image's."""
+    """Add a token type for the second image; it starts as a copy of the first image's."""
     base = getattr(model, model.base_model_prefix)
-    home = getattr(base, "embeddings", base)
-    kinds = home.token_type_embeddings.weight.detach()
-    home.token_type_embeddings = nn.Embedding(3, kinds.shape[1], _weight=kinds[[0, 1, 1]].clone())
+    embeddings = getattr(base, "embeddings", base)  # METER has its token types on the base model
+    kinds = embeddings.token_type_embeddings.weight.detach()
+    embeddings.token_type_embeddings = nn.Embedding(3, kinds.shape[1], _weight=kinds[[0, 1, 1]].clone())
     model.config.modality_type_vocab_size = 3

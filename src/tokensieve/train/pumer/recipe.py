@@ -1,4 +1,4 @@
-"""The recipe: settings, the Trainer with distillation, and its groups of learning rates."""
+"""PuMer's recipe: its settings, the Trainer with distillation, and the groups of learning rates."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ RATES: dict[str, dict[str, Any]] = {"meter": TWO_STREAMS, "bridgetower": TWO_STR
 
 @dataclass(frozen=True)
 class Recipe:
-    """PuMer's fine-tuning; the defaults are the paper's for ViLT, :meth:`for_model` has those for two streams.
+    """The settings of PuMer's fine-tuning. Defaults are the paper's for ViLT; :meth:`for_model` has two-stream ones.
 
     Attributes:
         epochs, batch_size, accumulate: passes over the data, records per step and device, steps per update.
         rate: peak learning rate; ``head_rate`` and ``cross_rate`` multiply it for the new head and for the cross-modal
             layers of a two-stream encoder.
-        decay, warmup: AdamW's weight decay; the share of all steps in which the rate rises, to fall linearly.
-        distillation: weight of the teacher's KL divergence next to the task's loss.
-        patience: evaluations without a better one before it stops; 0 never stops early.
+        decay, warmup: AdamW's weight decay; the share of all steps in which the rate rises, before it falls linearly.
+        distillation: weight of the KL divergence from the teacher, beside the task's loss.
+        patience: evaluations without improvement before training stops; 0 never stops early.
         negatives: other texts per image in retrieval.
         precision: "bf16", "fp16" or "fp32".
-        workers: processes that open images.
+        workers: processes that load images.
     """
 
     epochs: float = 20
@@ -66,13 +66,13 @@ class Recipe:
             raise Refusal(f"warmup must be a share in [0, 1); got {self.warmup}")
 
     @classmethod
-    def for_model(cls, model_type: str, **given: Any) -> Recipe:
-        """The paper's rates for a kind of model, where none are given."""
-        return cls(**{**RATES.get(model_type, {}), **{name: v for name, v in given.items() if v is not None}})
+    def for_model(cls, model_type: str, **settings: Any) -> Recipe:
+        """Return a recipe with the given settings and the paper's rates for this kind of model as defaults."""
+        return cls(**{**RATES.get(model_type, {}), **{name: v for name, v in settings.items() if v is not None}})
 
     def arguments(self, output: Path, *, evaluates: bool) -> TrainingArguments:
-        """As transformers calls them."""
-        each = "epoch" if evaluates else "no"
+        """Convert to the arguments of transformers' Trainer."""
+        strategy = "epoch" if evaluates else "no"
         return TrainingArguments(
             output_dir=str(output),
             num_train_epochs=self.epochs,
@@ -83,12 +83,12 @@ class Recipe:
             weight_decay=self.decay,
             lr_scheduler_type="polynomial",
             warmup_steps=self.warmup,
-            use_cpu=not torch.accelerator.is_available(),  # bf16 on a CPU must be asked for
+            use_cpu=not torch.accelerator.is_available(),  # otherwise bf16 on a CPU is refused
             bf16=self.precision == "bf16",
             fp16=self.precision == "fp16",
             dataloader_num_workers=self.workers,
             seed=self.seed,
-            eval_strategy=each,
+            eval_strategy=strategy,
             save_strategy="epoch",
             save_total_limit=2,
             load_best_model_at_end=evaluates,
@@ -103,31 +103,31 @@ class Recipe:
 
 
 class PumerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Task loss + distillation from the unreduced teacher; a checkpoint that cannot be written is no end of the run."""
+    """Train on task loss and distillation from the unreduced teacher; warn if a checkpoint cannot be written."""
 
     def __init__(self, recipe: Recipe, task: Task, teacher: Any, **options: Any) -> None:
         self.recipe, self.task, self.teacher = recipe, task, teacher
-        patient = options.get("eval_dataset") is not None and recipe.patience
-        callbacks = [_Bar(), *([EarlyStoppingCallback(recipe.patience)] if patient else [])]
+        stops_early = options.get("eval_dataset") is not None and recipe.patience
+        callbacks = [_Bar(), *([EarlyStoppingCallback(recipe.patience)] if stops_early else [])]
         super().__init__(compute_metrics=accuracy, **options)
-        for printer in (PrinterCallback, ProgressCallback):  # they write to stdout, which belongs to the results
+        for printer in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
             self.remove_callback(printer)
         for callback in callbacks:
             self.add_callback(callback)
-        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch: accumulation must average it
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, so accumulation must average it
         if teacher is not None:
             teacher.to(self.args.device)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored: Any) -> Any:
         targets = inputs["labels"]
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = self._rows(model(**given).logits, targets)
+        model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = self._rows(model(**model_inputs).logits, targets)
         loss = self.task.loss(logits, targets)
         if self.teacher is not None and model.training:
             with torch.no_grad():
-                wanted = self._rows(self.teacher(**given).logits, targets).log_softmax(-1)
-            nearness = kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-            loss = loss + self.recipe.distillation * nearness
+                teacher = self._rows(self.teacher(**model_inputs).logits, targets).log_softmax(-1)
+            divergence = kl_div(logits.log_softmax(-1), teacher, reduction="batchmean", log_target=True)
+            loss = loss + self.recipe.distillation * divergence
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _rows(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class PumerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
 
 class _Bar(ProgressCallback):  # type: ignore[misc]
-    """The progress bar on stderr, with the loss in it."""
+    """A progress bar on stderr that shows the loss."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
         if self.training_bar is not None and "loss" in (logs or {}):
@@ -157,11 +157,11 @@ class _Bar(ProgressCallback):  # type: ignore[misc]
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameters by learning rate (head, cross-modal layers, the rest) and by whether they decay (matrices only)."""
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """Group parameters by learning rate (head, cross-modal layers, others) and by weight decay (matrices only)."""
+    grouped: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = recipe.head_rate if name.startswith(HEAD) else recipe.cross_rate if CROSS_MODAL in name else 1.0
             decay = recipe.decay if parameter.ndim > 1 else 0.0
-            found.setdefault((recipe.rate * scale, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in found.items()]
+            grouped.setdefault((recipe.rate * scale, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in grouped.items()]

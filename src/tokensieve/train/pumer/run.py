@@ -1,4 +1,4 @@
-"""Train: student with reducers on, teacher without, to a folder that ``from_pretrained`` reads."""
+"""Train a student with a fusion method attached, from a teacher without, and save it for ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -33,39 +33,42 @@ def train_pumer(
     recipe: Recipe | None = None,
     resume: bool = True,
 ) -> dict[str, float]:
-    """Fine-tune with reducers on; returns the last evaluation's numbers and the records skipped.
+    """Fine-tune with a fusion method attached; return the last evaluation's metrics and the number of skipped records.
 
     Args:
         task: "vqa", "nlvr2", "ve" or "retrieval".
-        model: folder or name of the pretrained checkpoint to start from, with its tokenizer and image processor.
+        model: folder or name of the pretrained checkpoint, with its tokenizer and image processor.
         data: training records, as for :func:`~tokensieve.train.pumer.data.read_records`.
-        output: folder of checkpoints; the model ends up in ``output/model`` with the spec in ``tokensieve.json``.
+        output: folder of checkpoints; the model is saved in ``output/model``, with the spec in ``tokensieve.json``.
         teacher: a fine-tuned, unreduced checkpoint to distil from.
-        evaluation: records to measure accuracy on after each epoch; the best epoch is kept.
-        spec: the reducers, ``None`` for the unreduced fine-tune (the later teacher).
+        evaluation: records for the accuracy after each epoch; the best epoch is kept.
+        spec: the method spec; ``None`` fine-tunes without reduction, to make a teacher.
         resume: continue from the last checkpoint in ``output``, if there is one.
 
     Raises:
-        ValueError: whatever cannot work, before training begins.
-        ImportError: without the ``train`` extra.
+        Refusal: before training begins, if the settings, data and models do not fit together.
+        MissingExtra: without the ``train`` extra.
     """
     _check_extra()
-    wanted, recipe = task_named(task), recipe or Recipe()
-    records = read_records(data, wanted)
-    named = None if teacher is None else labels_of(load_config(teacher))
-    labels = [] if wanted.target is None else named or labels_of(load_config(model)) or label_names(records, wanted)
+    definition, recipe = task_named(task), recipe or Recipe()
+    records = read_records(data, definition)
+    known = None if teacher is None else labels_of(load_config(teacher))
+    labels = [] if definition.target is None else known or labels_of(load_config(model))
+    labels = label_names(records, definition) if labels is None else labels
     tokenizer, image_processor = load_processors(model)
-    set_seed(recipe.seed)  # a new head is drawn at random
-    student = load_student(model, wanted, labels)
-    master = None if teacher is None else load_teacher(teacher, wanted, labels)
+    set_seed(recipe.seed)  # for the random weights of a new head
+    student = load_student(model, definition, labels)
+    teacher_model = None if teacher is None else load_teacher(teacher, definition, labels)
     numbers = {label: i for i, label in enumerate(labels)}
-    negatives = recipe.negatives if wanted.target is None else 0
-    training = Records(records, wanted, numbers, negatives)
-    held_out = None if evaluation is None else Records(read_records(evaluation, wanted), wanted, numbers, negatives)
+    negatives = recipe.negatives if definition.target is None else 0
+    training = Records(records, definition, numbers, negatives)
+    held_out = None
+    if evaluation is not None:
+        held_out = Records(read_records(evaluation, definition), definition, numbers, negatives)
     trainer = PumerTrainer(
         recipe,
-        wanted,
-        master,
+        definition,
+        teacher_model,
         model=student,
         args=recipe.arguments(output, evaluates=held_out is not None),
         train_dataset=training,
@@ -76,7 +79,7 @@ def train_pumer(
     sieve = None if spec is None else attach(student, spec)
     try:
         trainer.train(resume_from_checkpoint=last)
-        found = trainer.evaluate() if held_out is not None else {}
+        metrics = trainer.evaluate() if held_out is not None else {}
     finally:
         if sieve is not None:
             sieve.detach()
@@ -87,7 +90,7 @@ def train_pumer(
         (target / SPEC_FILE).write_text(json.dumps({"method": None if sieve is None else str(sieve), "task": task}))
     if training.skipped:
         log.warning("%d of %d training records could not be used", training.skipped, len(training))
-    return {**found, "skipped": training.skipped}
+    return {**metrics, "skipped": training.skipped}
 
 
 def _check_extra() -> None:

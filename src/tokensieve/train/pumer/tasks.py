@@ -27,14 +27,14 @@ from tokensieve.fusion.meter import (
 
 @dataclass(frozen=True)
 class Task:
-    """What one task asks.
+    """One task: the columns of its records, its model classes and its loss.
 
     Attributes:
-        name: as on the command line.
-        text, target: columns of a record; no target: matching a text with its image.
+        name: name on the command line.
+        text, target: columns of a record; a task without target matches texts with images.
         images: image columns, one per image of a record.
-        models: model type to class.
-        soft: answers are scored one by one (several may be right), else one class is right.
+        models: model class by model type.
+        soft: each answer has a score of its own, as several may be right; otherwise one class is right.
     """
 
     name: str
@@ -45,31 +45,31 @@ class Task:
     soft: bool = False
 
     def answers(self, record: Mapping[str, Any]) -> list[str]:
-        """The right answers of a record, as often as they were given."""
+        """Return the right answers of a record; repeated answers count."""
         value = record[self.target] if self.target else []
         return [str(v) for v in (value if isinstance(value, list) else [value])]
 
     def scores(self, answers: Sequence[str], labels: Mapping[str, int]) -> Tensor:
-        """Target `[classes]`: 1 on the right answer; VQAv2's min(given / 3, 1) where several people answered."""
+        """Return the target `[classes]`: 1 for the right answer, or VQAv2's min(count / 3, 1) of several answers."""
         target = torch.zeros(len(labels))
-        for answer, given in Counter(answers).items():
+        for answer, count in Counter(answers).items():
             if answer in labels:
-                target[labels[answer]] = 1.0 if len(answers) < 3 else min(given / 3, 1.0)
+                target[labels[answer]] = 1.0 if len(answers) < 3 else min(count / 3, 1.0)
         return target
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """``logits`` and ``targets`` `[B, classes]`."""
+        """Return the loss of ``logits`` for ``targets``, both `[B, classes]`."""
         if self.soft:
             return binary_cross_entropy_with_logits(logits, targets) * targets.shape[1]
         return cross_entropy(logits, targets.argmax(1))
 
     def ranked(self, logits: Tensor) -> Tensor:
-        """Logits as one row per record: `[B, classes]` as they are, or `[B, candidates]` of matching scores."""
+        """Return the scores that rank classes `[B, classes]`, or the candidate texts of an image, from ``logits``."""
         return logits
 
 
 class Retrieval(Task):
-    """Each image comes with its own text first and texts of other records after it; the first one must win."""
+    """Match an image with its text: the first of the candidate texts is right, the others are of other records."""
 
     def ranked(self, logits: Tensor) -> Tensor:
         return logits[..., -1]
@@ -94,13 +94,13 @@ TASKS: dict[str, Task] = {
 
 
 def task_named(name: str) -> Task:
-    """The task; ``ValueError`` naming those there are."""
+    """Return the task of this name; refuse an unknown name."""
     if name not in TASKS:
         raise Refusal(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def accuracy(prediction: Any) -> dict[str, float]:
-    """Metric for the Trainer: the mean score of the answer that ranks first."""
+    """Return a metric for the Trainer: the mean score of the answers that rank first."""
     logits, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
     return {"accuracy": float(targets.gather(1, logits.argmax(1, keepdim=True)).mean())}

@@ -1,22 +1,21 @@
-"""What each method costs and saves on one batch of prompts."""
+"""Cost and savings of each method on one batch of prompts, beside the unhooked model in the same process."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Scope
+from tokensieve.budget import BudgetScope
 from tokensieve.engine import attach
-from tokensieve.measure.cost import Cost, break_even
-from tokensieve.measure.decode import decode_ms
 from tokensieve.measure.flops import count_flops
-from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
+from tokensieve.measure.latency import Spread, decode_ms, interleave, paired_difference, paired_ratio
 from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
 from tokensieve.methods import Method, parse
 from tokensieve.reduction import Reduction
@@ -24,6 +23,51 @@ from tokensieve.reduction import Reduction
 Decisions: TypeAlias = Sequence[Sequence[Reduction]]
 Candidate: TypeAlias = str | Method | Sequence[Method] | Decisions
 Contexts: TypeAlias = Sequence[Callable[[], AbstractContextManager[Any]]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measurements of one method on one batch of prompts.
+
+    Attributes:
+        method: the spec, or "replay" for decisions given as they are, or "full" for the unhooked model.
+        tokens_before, tokens_after: visual tokens per image, mean over the batch.
+        prefill_ms: one forward of the prompts, vision encoder and method included, to the logits of the last token.
+        prefill_speedup: unhooked time / time with the method, pair by pair.
+        method_ms: time with the method - time with a replay of its decisions. ``None`` where no replay does the same
+            work (a method that acts in the vision encoder or the LLM, a replay itself) and for the unhooked model.
+        decode_ms_per_token: time of each further token of greedy generation, for the whole batch. ``None`` for a
+            model that does not generate.
+        flops: FLOPs of the prefill.
+        flops_ratio: flops / flops of the unhooked prefill.
+        peak_activation_bytes: peak during the prefill, the KV cache included.
+        kv_bytes: bytes of the cache after the prefill; ``None`` for a model that does not generate.
+        break_even_tokens: generated tokens after which the saved time exceeds the extra prefill time: 0 where the
+            prefill is as fast as the unhooked one, ``None`` where it never does.
+    """
+
+    method: str
+    tokens_before: float
+    tokens_after: float
+    prefill_ms: Spread
+    prefill_speedup: Spread
+    method_ms: Spread | None
+    decode_ms_per_token: Spread | None
+    flops: int
+    flops_ratio: float
+    peak_activation_bytes: int
+    kv_bytes: int | None
+    break_even_tokens: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain numbers; a :class:`Spread` becomes ``{"median", "low", "high"}``."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Cost:
+        """Invert :meth:`to_json`."""
+        spreads = {key: Spread(**value) for key, value in data.items() if isinstance(value, dict)}
+        return cls(**{**data, **spreads})
 
 
 def measure_costs(
@@ -35,20 +79,20 @@ def measure_costs(
     repeats: int = 10,
     warmup: int = 2,
     decode_tokens: int = 8,
-    budget_scope: Scope = "image",
+    budget_scope: BudgetScope = "image",
 ) -> list[Cost]:
-    """Measure the unhooked model (first in the list, as "full") and then each method, in pairs.
+    """Measure the unhooked model (first in the list, as "full") and then each method, paired with it.
 
     Args:
         model: a vision-language model with nothing attached.
-        inputs: what the processor returned for one batch of prompts (left-padded), on the model's device.
+        inputs: the processor's tensors for one batch of left-padded prompts, on the model's device.
         methods: specs, methods, lists of methods (stages in order), or decisions to replay, as for ``attach``.
         processor, budget_scope: as for ``attach``.
-        repeats, warmup: rounds timed and rounds thrown away, of full, method and replay in turn.
+        repeats, warmup: timed rounds, and untimed rounds before them, of full, method and replay in turn.
         decode_tokens: tokens generated to time decoding.
 
     Raises:
-        ValueError: unknown method or parameter, or a method that this model cannot run.
+        Refusal: unknown method or parameter, or a method that this model cannot run.
     """
     options = {"repeats": repeats, "warmup": warmup, "decode_tokens": decode_tokens}
     bench = Bench(model, inputs, processor=processor, budget_scope=budget_scope, **options)
@@ -56,10 +100,10 @@ def measure_costs(
 
 
 class Bench:
-    """One batch of prompts on one model; measures the unhooked model once. Arguments as for :func:`measure_costs`.
+    """One batch of prompts on one model. Arguments as for :func:`measure_costs`.
 
     Attributes:
-        full: the cost of the unhooked model.
+        full: the cost of the unhooked model, measured on creation.
     """
 
     def __init__(
@@ -71,7 +115,7 @@ class Bench:
         repeats: int = 10,
         warmup: int = 2,
         decode_tokens: int = 8,
-        budget_scope: Scope = "image",
+        budget_scope: BudgetScope = "image",
     ) -> None:
         self.model, self.inputs, self.processor, self.scope = model, inputs, processor, budget_scope
         self.repeats, self.warmup, self.decode_tokens = repeats, warmup, decode_tokens
@@ -102,7 +146,7 @@ class Bench:
         )
 
     def cost(self, method: Candidate) -> Cost:
-        """The unhooked model, the method and a replay of its decisions, in turn."""
+        """Measure the unhooked model, the method and a replay of its decisions, interleaved."""
         stages: Any = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else method
         attached = partial(attach, self.model, stages, processor=self.processor, budget_scope=self.scope)
         with attached() as sieve:
@@ -111,7 +155,7 @@ class Bench:
             flops = count_flops(self._prefill)
             peak = peak_activation_bytes(self._prefill, self.model.device)
         runs: Contexts = [nullcontext, attached]
-        if _replayable(stages):
+        if _replayable(stages):  # the difference to a replay is the cost of the selection alone
             runs = [*runs, partial(attach, self.model, decisions)]
         full, times, *replay = self._times(runs)
         full_gap, gap = self._gaps(runs[:2])
@@ -141,7 +185,7 @@ class Bench:
         return interleave(calls, around=around, repeats=self.repeats, warmup=self.warmup, device=self.model.device)
 
     def _gaps(self, around: Contexts) -> list[Spread | None]:
-        """Time per generated token, where the model generates any."""
+        """Return the time per generated token, ``None`` for a model that does not generate."""
         if not self._generates:
             return [None] * len(around)
         return [Spread.of(gaps) for gaps in decode_ms(self.model, self.inputs, around, self.decode_tokens)]
@@ -155,11 +199,18 @@ def _name(stages: Sequence[Any]) -> str:
 
 
 def _replayable(stages: Sequence[Any]) -> bool:
-    """True where a replay does the same work less the choosing: not for methods that act in the encoder or the LLM."""
+    """Return whether a replay does the method's work without its selection: only methods at the connector do."""
     return all(isinstance(stage, Method) and stage.info.stage == "connector" for stage in stages)
 
 
 def _tokens(decisions: Decisions) -> tuple[float, float]:
-    """Visual tokens per image before and after, means over all images."""
+    """Return the mean visual tokens per image before and after the reduction."""
     images = [image for sample in decisions for image in sample]
     return sum(i.total for i in images) / len(images), sum(i.slots for i in images) / len(images)
+
+
+def break_even(extra_prefill_ms: float, saved_ms_per_token: float) -> float | None:
+    """Return the generated tokens that save the extra prefill time: 0 if there is none, ``None`` if no number does."""
+    if extra_prefill_ms <= 0:
+        return 0.0
+    return extra_prefill_ms / saved_ms_per_token if saved_ms_per_token > 0 else None

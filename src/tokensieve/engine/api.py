@@ -1,0 +1,98 @@
+"""``attach``: read a method, and install its hooks on a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokensieve.budget import BudgetScope
+from tokensieve.engine.budget_scope import check_scope
+from tokensieve.engine.fusion.families import is_fusion
+from tokensieve.engine.fusion.handle import FusionSieve
+from tokensieve.engine.handle import Sieve, install
+from tokensieve.engine.handoff import Decisions
+from tokensieve.engine.llm import LlmSieve
+from tokensieve.errors import Refusal
+from tokensieve.methods import Method, Positions, parse
+from tokensieve.models.versions import warn_if_untested
+from tokensieve.reduction import Reduction
+
+ORDER = ("encoder", "connector", "decoder")
+
+
+def attach(
+    model: Any,
+    method: str | Method | Sequence[Method] | Decisions,
+    *,
+    positions: Positions = "original",
+    processor: Any = None,
+    budget_scope: BudgetScope = "image",
+    **parameters: Any,
+) -> Sieve:
+    """Make every later call of ``model`` drop visual tokens: ``generate`` and ``forward``, any batch.
+
+    Hooks and reversible wrappers are installed. Weights, the model's config and the processor stay untouched, and
+    ``detach()`` restores the model bit for bit.
+
+    Args:
+        model: a Hugging Face vision-language model of a family in ``tokensieve.models``; for a fusion method such as
+            ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens.
+        method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
+            stage), or decisions `[sample][image]` as in ``sieve.last``. Decisions are replayed at the connector: for
+            methods inside the LLM or the vision encoder this is a different computation with the same tokens.
+        positions: "original" keeps the position ids of the remaining tokens; "contiguous" renumbers them, as most
+            official codes do, at the cost of grounding.
+        processor: the model's processor; it tells the user's words from the chat template, for text-informed methods.
+        budget_scope: what ``keep`` counts. "image" (or "clip"): each image or video. "sample": all images of a sample
+            together, shared out by size. "sample-score": the same, shared out by the number of the best tokens that
+            each image holds. "tile": each tile of an image that the vision encoder receives in tiles. "frame": each
+            frame of a video; the method then receives one frame at a time.
+        parameters: values for parameters of a spec, e.g. ``keep=64``.
+
+    Raises:
+        Refusal: a ``ValueError``, for an unknown method or parameter, a model of unknown family, evidence that the
+            model cannot give, or a model that has a method attached already.
+    """
+    if positions not in ("original", "contiguous"):
+        raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
+    warn_if_untested()
+    methods, replay = _read(method, parameters)
+    check_scope(budget_scope, methods)
+    unreduced = all(each.keeps_everything for each in methods) and replay is None
+    if any(each.info.stage == "fusion" for each in methods) or (is_fusion(model) and unreduced):
+        return install(model, lambda: FusionSieve(model, methods, positions))
+    return install(model, lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope))
+
+
+def _read(
+    method: str | Method | Sequence[Method] | Decisions, parameters: dict[str, Any]
+) -> tuple[list[Method], Decisions | None]:
+    """Return the methods by stage, or the decisions to replay."""
+    if isinstance(method, str):
+        methods = parse(method, **parameters)
+    elif parameters:
+        raise Refusal(f"{', '.join(parameters)} can only be given with a method's name; got {method!r}")
+    elif isinstance(method, Method):
+        methods = [method]
+    elif _all(method, Method):
+        methods = list(method)  # type: ignore[arg-type]
+    elif _all(method, list) and all(not row or _all(row, Reduction) for row in method):
+        return [], [list(row) for row in method]  # type: ignore[arg-type]
+    else:
+        raise Refusal(
+            "a method is a spec such as 'vtc-cls(keep=64)', a Method, a list of Methods, or decisions [sample][image]; "
+            f"got {method!r}"
+        )
+    stages = [each.info.stage for each in methods]
+    if len(set(stages)) < len(stages):
+        raise Refusal(f"two methods of the same stage cannot be combined; got {', '.join(stages)}")
+    if "fusion" in stages and len(stages) > 1:
+        raise Refusal(f"a fusion method acts alone; got {', '.join(stages)}")
+    if "fusion" not in stages and stages != sorted(stages, key=ORDER.index):
+        raise Refusal(f"stages must stand in the order {', '.join(ORDER)}; got {', '.join(stages)}")
+    return methods, None
+
+
+def _all(items: Any, kind: type) -> bool:
+    """Return whether these are items, at least one, and all of one kind."""
+    return isinstance(items, Sequence) and len(items) > 0 and all(isinstance(item, kind) for item in items)

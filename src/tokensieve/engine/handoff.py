@@ -1,0 +1,218 @@
+"""The objects that one stage hands to the next: the encoder's outputs, what became of each image, the short prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from tokensieve.engine.cache import PrefixInfo
+from tokensieve.engine.prompt.placeholders import ColumnSelection, Placeholders
+from tokensieve.models import TokenLayout
+from tokensieve.reduction import Reduction
+
+Decisions = list[list[Reduction]]
+"""`[sample][image]`."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EncoderOutputs:
+    """The encoder stage's record of one encode call, per image in the call's order. M rows per image, one per patch.
+
+    It travels as an attribute of the model's own output, since ``generate`` encodes images before the first forward.
+
+    Attributes:
+        layouts: how the visual tokens of each image lie.
+        by_layer: {evidence: {layer: `[M, ...]` per image}}, the readings of the probes.
+        patches: `[M, C]` per image, the rows that entered the projector, if they were requested.
+        cls_similarity: `[M]` per image, cosine to [CLS] in the vision encoder's output, if it was requested.
+        depth: number of layers of the vision encoder that can be read.
+        notes: remarks on the evidence.
+        reductions: per image, the decision of an encoder method (``None``: no method); dropped tokens have zero rows.
+    """
+
+    layouts: list[TokenLayout]
+    by_layer: dict[str, dict[int, list[Tensor]]]
+    patches: list[Tensor]
+    cls_similarity: list[Tensor]
+    depth: int
+    notes: tuple[str, ...]
+    reductions: list[Reduction] | None
+
+    ATTRIBUTE = "_tokensieve_encoder_outputs"
+
+    @classmethod
+    def of(cls, encoded: Any) -> EncoderOutputs:
+        """Return the record on the output of an encode call."""
+        outputs: EncoderOutputs = getattr(encoded, cls.ATTRIBUTE)
+        return outputs
+
+    @classmethod
+    def on(cls, encoded: Any) -> bool:
+        """Return whether an output has a record: it was made with the method attached, in one piece."""
+        return hasattr(encoded, cls.ATTRIBUTE)
+
+    def attach_to(self, encoded: Any) -> None:
+        """Put the record on the output of an encode call."""
+        setattr(encoded, self.ATTRIBUTE, self)
+
+    def select(self, images: Sequence[int]) -> EncoderOutputs:
+        """Return the record of these images, in this order; an image may be repeated."""
+
+        def pick(per_image: list[T]) -> list[T]:
+            return [per_image[image] for image in images] if per_image else per_image
+
+        return self._map(pick, pick, pick)
+
+    def beside(self, other: EncoderOutputs) -> EncoderOutputs:
+        """Return the record of these images followed by those of another call."""
+
+        def joined(name: str) -> Any:
+            first, second = getattr(self, name), getattr(other, name)
+            return first and second and [*first, *second]
+
+        by_layer = {
+            name: {layer: [*rows, *other.by_layer[name][layer]] for layer, rows in layers.items()}
+            for name, layers in self.by_layer.items()
+        }
+        lists = {name: joined(name) for name in ("layouts", "patches", "cls_similarity", "reductions")}
+        return replace(self, by_layer=by_layer, **lists)
+
+    def join_views(self, groups: Sequence[Sequence[int]]) -> EncoderOutputs:
+        """Return the record in which each group of entries is one image: its views, one after another."""
+
+        def join(rows: list[Tensor]) -> list[Tensor]:
+            return [torch.cat([rows[entry] for entry in group]) for group in groups] if rows else rows
+
+        def join_layouts(layouts: list[TokenLayout]) -> list[TokenLayout]:
+            views = [[view for entry in group for view in layouts[entry].views] for group in groups]
+            return [TokenLayout(sum(map(prod, of_image)), tuple(of_image)) for of_image in views]
+
+        return self._map(join_layouts, join, lambda reductions: reductions)
+
+    def _map(
+        self,
+        layouts: Callable[[list[TokenLayout]], list[TokenLayout]],
+        rows: Callable[[list[Tensor]], list[Tensor]],
+        reductions: Callable[[list[Reduction]], list[Reduction]],
+    ) -> EncoderOutputs:
+        """Return the record with every per-image list mapped."""
+        return replace(
+            self,
+            layouts=layouts(self.layouts),
+            by_layer={name: {n: rows(read) for n, read in layers.items()} for name, layers in self.by_layer.items()},
+            patches=rows(self.patches),
+            cls_similarity=rows(self.cls_similarity),
+            reductions=self.reductions and reductions(self.reductions),
+        )
+
+
+@dataclass(frozen=True)
+class ImageReduction:
+    """The decisions of all stages about one image.
+
+    There are three kinds of rows: the image's original tokens, the rows that the vision encoder made (fewer, where an
+    encoder method had decided), and the rows that each decoder stage received.
+
+    Attributes:
+        layout: how the original tokens lie.
+        decision: of the encoder and connector stages, on the original tokens.
+        features: of the same stages, on the rows that the vision encoder made.
+        inside: of each decoder stage, on the rows that it received.
+        connector_scores: the scores that the connector method ranked the tokens by that entered the LLM, if it did.
+    """
+
+    layout: TokenLayout
+    decision: Reduction
+    features: Reduction
+    inside: tuple[Reduction, ...] = ()
+    connector_scores: Tensor | None = None
+
+    def then_connector(self, following: Reduction) -> ImageReduction:
+        """Add a connector method's decision about the rows that are left."""
+        if self.decision.whole and not self.decision.notes:
+            return ImageReduction(self.layout, following, following, connector_scores=following.ranking)
+        decision, features = following.after(self.decision), following.after(self.features)
+        return ImageReduction(self.layout, decision, features, connector_scores=following.ranking)
+
+    def then_decoder(self, following: Reduction) -> ImageReduction:
+        """Add a decoder stage's decision about the rows that are left."""
+        return replace(self, inside=(*self.inside, following))
+
+    @property
+    def reduced_inside(self) -> bool:
+        """Whether any token left inside the LLM."""
+        return any(stage.slots < stage.total for stage in self.inside)
+
+    @property
+    def anchors(self) -> Tensor:
+        """Original indices of the tokens that are left, `[K]`."""
+        anchors = self.decision.anchors
+        for stage in self.inside:
+            anchors = anchors[stage.anchors]
+        return anchors
+
+    @property
+    def remaining(self) -> TokenLayout:
+        """How the tokens that are left lie."""
+        if self.layout.patch_index is None:
+            return TokenLayout((self.inside[-1] if self.inside else self.decision).slots)
+        return self.layout.left(self.anchors)
+
+    @cached_property
+    def entered(self) -> int:
+        """Patches that entered the LLM: budgets of decoder methods are shares of this number."""
+        if self.layout.patch_index is None:
+            return self.decision.slots
+        return self.layout.left(self.decision.anchors).patches
+
+    def reduce_inside(self, rows: Tensor) -> Tensor:
+        """Apply the decoder stages' decisions to rows of the tokens that entered the LLM."""
+        for stage in self.inside:
+            rows = stage.apply(rows)
+        return rows
+
+    def final(self) -> Reduction:
+        """Return the decisions of all stages as one, on the original tokens."""
+        decision = self.decision
+        for stage in self.inside:
+            decision = stage.after(decision)
+        return decision
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt as it enters the LLM.
+
+    Attributes:
+        kwargs: the arguments of the top-level forward.
+        images: `[row][image]`; beams and several returns repeat a sample's row ``copies`` times.
+        visual: `[B, n]` bool, True on visual tokens.
+        placeholders: of the whole prompt.
+        videos: numbers of the images that are videos.
+        columns: the columns of the whole prompt that are left; ``None``: all.
+        lengths: per row, the columns that are not padding.
+        prefix: the bookkeeping that the KV cache must carry.
+    """
+
+    kwargs: dict[str, Any]
+    images: list[list[ImageReduction]]
+    copies: int
+    visual: Tensor
+    placeholders: Placeholders
+    videos: list[int]
+    columns: ColumnSelection | None
+    lengths: list[int]
+    prefix: PrefixInfo
+
+    def between_frames(self) -> Tensor | None:
+        """Return `[B, n]` bool, True between the frames of a video (timestamps, not user text); ``None``: no video."""
+        inside = self.placeholders.between(self.videos)
+        return inside if inside is None or self.columns is None else self.columns.take(inside)

@@ -1,0 +1,168 @@
+"""The handle of a method that is attached to an LLM with a vision encoder: it runs the stages in step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from tokensieve.budget import BudgetScope
+from tokensieve.engine.cache import CacheInfo, info_of, remember, translate_decode_inputs
+from tokensieve.engine.connector.prefill import Connector, shows
+from tokensieve.engine.decoder.hooks import DecoderHooks
+from tokensieve.engine.decoder.sequence import PrefillState
+from tokensieve.engine.encoder.hooks import EncoderHooks
+from tokensieve.engine.handle import Sieve
+from tokensieve.engine.handoff import Decisions, ImageReduction
+from tokensieve.engine.inflight import InFlight
+from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.errors import Refusal
+from tokensieve.methods import DecoderMethod, Method, Needs, Positions
+from tokensieve.models import Family, family_of
+
+DROPPED_INSIDE = (
+    "tokens left this cache inside the LLM: continue with the decoder method attached, and without new images"
+)
+
+
+class LlmSieve(Sieve):
+    """One method per stage, or decisions to replay, attached to an LLM with a vision encoder."""
+
+    def __init__(
+        self,
+        model: Any,
+        methods: Sequence[Method],
+        replay: Decisions | None,
+        positions: Positions,
+        processor: Any,
+        scope: BudgetScope,
+    ) -> None:
+        super().__init__(model, methods)
+        family = family_of(model)
+        _check_stages(family, methods)
+        by_stage = {method.info.stage: method for method in methods}
+        connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
+        self._family, self._flight = family, InFlight()
+        self._images: list[list[ImageReduction]] = []
+        self._decisions: Decisions | None = None
+        self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
+        finders = {
+            stage: UserTextFinder(model, processor)
+            for stage, method in by_stage.items()
+            if method.needs.requests("user_text")
+        }
+        self._connector = Connector(family, model, connector, positions, finders.get("connector"), replay, scope)
+        needs = _connector_needs(connector, replay)
+        self._encoder = EncoderHooks(family, model, needs, by_stage.get("encoder"), self._flight)
+        self._decoder: DecoderHooks | None = None
+        if isinstance(decoder, DecoderMethod):
+            try:
+                self._decoder = DecoderHooks(
+                    family, model, decoder, positions, finders.get("decoder"), scope, self._flight
+                )
+            except Exception:
+                self._encoder.remove()
+                raise
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    @property
+    def last(self) -> Decisions:
+        if self._decisions is None:  # composed when it is read, not in the prefill
+            self._decisions = [[image.final() for image in images] for images in self._images]
+        return self._decisions
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._encoder.remove()
+        if self._decoder is not None:
+            self._decoder.remove()
+
+    # -- the top-level forward ----------------------------------------------------------------------------------------
+
+    def _before_forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Replace the arguments of a forward: of a prefill with images, or of a step on a reduced cache."""
+        kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
+        self._flight.end_forward()
+        cache = kwargs.get("past_key_values")
+        earlier = info_of(cache)
+        if self._encoder.method is not None and shows(kwargs, "video"):
+            raise Refusal(f"{self._encoder.method} acts on images in the encoder; videos are not supported")
+        if any(shows(kwargs, modality) for modality in self._family.modalities):
+            return (), self._start_prefill(kwargs, earlier)
+        if cache is None or cache.get_seq_length() == 0:
+            self._record([], [])  # a prompt without images
+        if earlier is None:
+            return None
+        if self._decoder is not None:
+            self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
+        elif earlier.layers:
+            raise Refusal(DROPPED_INSIDE)
+        return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
+
+    def _start_prefill(self, kwargs: dict[str, Any], earlier: CacheInfo | None) -> dict[str, Any]:
+        if self._decoder is not None:
+            self._decoder.check(kwargs)
+        elif earlier is not None and earlier.layers:
+            raise Refusal(DROPPED_INSIDE)
+        prefill = self._flight.prefill = self._connector.prefill(kwargs, earlier)
+        if self._decoder is not None:
+            self._decoder.start_prefill(prefill)
+        return prefill.kwargs
+
+    def _after_forward(self, model: Any, args: Any, output: Any) -> None:
+        """Record the decisions of a prefill, and put the bookkeeping for decode steps on its cache."""
+        prefill, state = self._flight.prefill, self._flight.decoding
+        self._flight.end_forward()
+        if prefill is None or output is None:
+            return
+        state = state if isinstance(state, PrefillState) else None
+        images = (prefill.images if state is None else state.images)[:: prefill.copies]
+        self._record(images, self._count_tokens(images, state, prefill.copies))
+        cache = getattr(output, "past_key_values", None)
+        info = CacheInfo(prefill.prefix, {} if state is None else state.prefixes)
+        # a batch whose longest row lost nothing keeps its width; its padding or positions may have changed all the same
+        if cache is not None and (info.layers or info.entry.matters):
+            remember(cache, info)
+
+    def _record(self, images: list[list[ImageReduction]], tokens: list[list[list[int]]]) -> None:
+        self._images, self._decisions, self.tokens = images, None, tokens
+
+    def _count_tokens(
+        self, rows: list[list[ImageReduction]], state: PrefillState | None, copies: int
+    ) -> list[list[list[int]]]:
+        """Return the tokens of each image that each layer of the LLM received, `[sample][image][layer]`."""
+        layers = getattr(self.model.get_decoder(), "layers", None)
+        depth = self.model.config.get_text_config().num_hidden_layers if layers is None else len(layers)
+        by_layer = {} if state is None else {layer: counts[::copies] for layer, counts in state.tokens.items()}
+        return [
+            [
+                [by_layer[n][row][number] if n in by_layer else image.decision.slots for n in range(depth)]
+                for number, image in enumerate(images)
+            ]
+            for row, images in enumerate(rows)
+        ]
+
+
+def _check_stages(family: Family, methods: Sequence[Method]) -> None:
+    """Refuse methods of stages, or for videos, that the family does not support."""
+    for method in methods:
+        stage = method.info.stage
+        if stage not in family.stages:
+            reason = f": {family.decoder_unsupported}" if stage == "decoder" else ""
+            raise Refusal(f"{method} acts in the {stage}, which is not supported in {family.title}{reason}")
+        if method.needs.requests("video") and "video" not in family.modalities:
+            raise Refusal(f"{method} reduces videos, which is not supported in {family.title}")
+
+
+def _connector_needs(method: Method | None, replay: Decisions | None) -> Needs:
+    """Return the evidence to read for the connector stage."""
+    if replay is not None and not all(decision.projected for row in replay for decision in row):
+        return Needs(patches=True)  # these decisions merge the rows that enter the projector
+    if method is None:
+        return Needs()
+    assert isinstance(method.needs, Needs)
+    return method.needs

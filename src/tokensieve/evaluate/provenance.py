@@ -1,0 +1,83 @@
+"""Origin of the numbers: the model down to its weights, each sample down to its image, and the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tokensieve.evaluate.data import Sample
+from tokensieve.version import __version__
+
+PROBES = 1024  # values read from each weight tensor
+
+
+def model_name(model: Any) -> str:
+    """Return the model's hub name, or the last part of its path, so that results name no folder of a machine."""
+    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def model_identity(model: Any) -> dict[str, str]:
+    """Return architecture, dtype, attention implementation and digests of config and weights.
+
+    The weights' digest reads names, shapes and up to :data:`PROBES` values of every tensor: any training changes it,
+    and it takes no time on large models.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        weights.update(f"{name} {list(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().flatten()
+            weights.update(flat[:: max(1, flat.numel() // PROBES)].to("cpu", torch.float32).numpy().tobytes())
+    return {
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": str(model.config._attn_implementation),
+        "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
+        "weights": weights.hexdigest()[:16],
+    }
+
+
+def sample_key(sample: Sample) -> str:
+    """Return the sample's id and a digest of its question and, for a file, its image's name and size in bytes."""
+    image = [sample.image.name, sample.image.stat().st_size] if isinstance(sample.image, Path) else []
+    digest = hashlib.sha256(json.dumps([sample.question, *image]).encode()).hexdigest()[:8]
+    return f"{sample.id} {digest}"
+
+
+def environment(model: Any) -> dict[str, Any]:
+    """Return versions, hardware, threads, dtype, attention implementation and the date (UTC); no host and no path."""
+    device = torch.device(model.device)
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
+    return {
+        "tokensieve": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        **gpu,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _cpu() -> str:
+    """Return the processor's name, or its architecture if the system gives no name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
