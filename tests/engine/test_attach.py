@@ -38,11 +38,11 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(FLASH, flash_attention_mask)
 
 
 @each_policy
-@pytest.mark.parametrize("scenario", ["ragged", "mixed"])
+@pytest.mark.parametrize("kind", ["ragged", "mixed"])
 @each_family
-def test_two_dimensional_masks(family, scenario, policy, monkeypatch, deviation):
+def test_two_dimensional_masks(family, kind, policy, monkeypatch, deviation):
     """Flash kernels get the 2-D mask as it is: uneven rows and later steps must still line up."""
-    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, scenario))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, kind))
     with tokensieve.attach(model, "vtc-cls", keep=13, positions=policy):
         expected = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
         monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", FLASH)
@@ -141,7 +141,7 @@ def test_replay(family, spec, tmp_path):
 
 
 @each_family
-def test_composition_acts_on_what_the_first_stage_left(family):
+def test_a_second_stage_acts_on_the_tokens_of_the_first(family):
     """downsample + vtc-cls = downsample, then the CLS row of the small image: never a token it did not make."""
     model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "two-images"))
     run = {"max_new_tokens": 1}

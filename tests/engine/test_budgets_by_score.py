@@ -105,7 +105,7 @@ def test_methods_without_a_budget_have_nothing_to_share():
 
 
 @pytest.mark.parametrize("spec", BY_SCORE)
-def test_what_declares_a_score_keeps_the_best_by_it(spec):
+def test_methods_by_score_keep_the_largest_scores(spec):
     (method,) = tokensieve.parse(spec, keep=7)
     drawn = ByLayer({layer: torch.rand(3, 24) for layer in range(4)})
     text = UserText(torch.randn(3, 5, 8), torch.ones(3, 5, dtype=torch.bool))
@@ -126,7 +126,7 @@ def test_what_declares_a_score_keeps_the_best_by_it(spec):
         ("pumer", "is not for methods that act in the fusion"),
     ],
 )
-def test_what_has_no_score_to_share_by_is_refused(spec, message):
+def test_methods_without_a_score_are_refused(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tokensieve.attach(models.tiny_model("internvl"), spec, budget_scope="sample-score")
 

@@ -1,35 +1,19 @@
 """Evidence from the vision encoder for connector methods: read on live models, against an eager twin."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 import tokensieve
 from tests.support import models, oracle, prompts
-from tokensieve import Reduction
-from tokensieve.tokens import ConnectorTokens
+from tests.support.methods import evidence
 
 
-def seen(registry, family, samples, needs):
-    """What a method that needs ``needs`` is given, per group of equal images."""
-    given: list[ConnectorTokens] = []
-
-    @registry.register("spy", paper="test", needs=needs)
-    @dataclass(frozen=True)
-    class Spy(tokensieve.Method):
-        """Look, and keep all but the last."""
-
-        def reduce(self, image: ConnectorTokens) -> Reduction:
-            given.append(image)
-            return image.keep(torch.arange(image.total - 1).expand(len(image.features), -1))
-
-    with torch.no_grad(), tokensieve.attach(models.tiny_model(family), "spy"):
-        models.tiny_model(family)(**prompts.collate(family, samples))
-    return given
+def received(family, samples, needs):
+    """What a method with these needs receives, per group of equal images."""
+    return evidence(models.tiny_model(family), prompts.collate(family, samples), needs)[0]
 
 
-def test_clip_evidence_is_what_an_eager_tower_computes(registry):
+def test_clip_evidence_is_that_of_an_eager_encoder():
     family, (s, *_) = "llava-clip", prompts.batch("llava-clip", "ragged")
     needs = tokensieve.Needs(
         cls_attention=-2,
@@ -38,7 +22,7 @@ def test_clip_evidence_is_what_an_eager_tower_computes(registry):
         encoder_keys=slice(-2, None),
         patches=True,
     )
-    (image,) = seen(registry, family, [s], needs)
+    (image,) = received(family, [s], needs)
     tower = models.unhooked(family, "eager").model.vision_tower
     with torch.no_grad():
         out = tower(s.images[0].pixels, output_attentions=True, output_hidden_states=True)
@@ -57,18 +41,13 @@ def test_clip_evidence_is_what_an_eager_tower_computes(registry):
 
 
 @pytest.mark.parametrize("family", ["llava-siglip", "qwen2.5-vl", "qwen3-vl"])
-def test_towers_without_cls_say_what_stands_in(registry, family):
+def test_encoders_without_cls_note_the_substitute(family):
     samples = prompts.batch(family, "single")
     needs = tokensieve.Needs(cls_attention=0, attention_received=0, patches=True)
-    (image,) = seen(registry, family, samples, needs)
+    (image,) = received(family, samples, needs)
     assert any("no [CLS] token" in note for note in image.notes)
     torch.testing.assert_close(image.cls_attention[0], image.attention_received[0])
     unprojected = oracle.unprojected(models.unhooked(family), family, samples[0].images[0])
     torch.testing.assert_close(image.patches[0], unprojected)
-    (image,) = seen_again(registry, family, samples)
+    (image,) = received(family, samples, tokensieve.Needs(attention_received=-1))
     assert image.notes == (), "attention received is what was asked for: no substitute"
-
-
-def seen_again(registry, family, samples):
-    registry._registry.pop("spy")
-    return seen(registry, family, samples, tokensieve.Needs(attention_received=-1))

@@ -12,7 +12,7 @@ from tests.support.oracle import NOISE
 SPECS = ("vtc-cls(keep=13)", "pool(keep=0.3)", "downsample(keep=0.5) + divprune(keep=5)")
 each_family = pytest.mark.parametrize("family", families.CORE)
 each_policy = pytest.mark.parametrize("policy", ["original", "contiguous"])
-each_scenario = pytest.mark.parametrize("scenario", ["ragged", "two-images", "mixed"])
+each_batch = pytest.mark.parametrize("kind", ["ragged", "two-images", "mixed"])
 each_spec = pytest.mark.parametrize("spec", SPECS)
 
 
@@ -36,10 +36,10 @@ def images(inputs):
 
 @each_spec
 @each_policy
-@each_scenario
+@each_batch
 @each_family
-def test_a_second_turn_on_the_cache_equals_the_one_shot_run(spec, family, scenario, policy, deviation):
-    model, samples = models.tiny_model(family), prompts.batch(family, scenario)
+def test_a_second_turn_on_the_cache_equals_the_one_shot_run(spec, family, kind, policy, deviation):
+    model, samples = models.tiny_model(family), prompts.batch(family, kind)
     inputs, cache = prompts.collate(family, samples), DynamicCache(config=models.tiny_model(family).config.text_config)
     # trsm reads all text, so its one-shot decision would see more words: methods that do not read the prompt only
     with tokensieve.attach(model, spec, positions=policy) as sieve:
@@ -73,10 +73,10 @@ def test_generation_goes_on_where_it_stopped(family, policy, deviation):
 
 
 @each_policy
-@pytest.mark.parametrize("scenario", ["ragged", "mixed"])
+@pytest.mark.parametrize("kind", ["ragged", "mixed"])
 @each_family
-def test_beams_of_a_batch_are_those_of_each_row(family, scenario, policy):
-    model, samples = models.tiny_model(family), prompts.batch(family, scenario)
+def test_beams_of_a_batch_are_those_of_each_row(family, kind, policy):
+    model, samples = models.tiny_model(family), prompts.batch(family, kind)
     beams = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
     with tokensieve.attach(model, "vtc-cls", keep=5, positions=policy) as sieve:
         together = model.generate(**prompts.collate(family, samples), **beams)[:, -5:]
@@ -94,17 +94,17 @@ def test_beams_of_a_batch_are_those_of_each_row(family, scenario, policy):
 def test_beams_are_those_of_the_language_model_fed_by_hand():
     """transformers' own beam search over the hand-merged embeddings."""
     family = "llava-clip"
-    model, pristine, (s,) = models.tiny_model(family), models.unhooked(family), prompts.batch(family, "two-images")
+    model, unhooked, (s,) = models.tiny_model(family), models.unhooked(family), prompts.batch(family, "two-images")
     language = LlamaForCausalLM(model.config.text_config).eval()
-    language.model, language.lm_head = pristine.model.language_model, pristine.lm_head
-    language.generation_config = pristine.generation_config
+    language.model, language.lm_head = unhooked.model.language_model, unhooked.lm_head
+    language.generation_config = unhooked.generation_config
     beams = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 6, "do_sample": False}
     with tokensieve.attach(model, "divprune", keep=5, positions="contiguous") as sieve:
         got = model.generate(**prompts.collate(family, [s]), **beams)[:, -6:]
         kept = [r.kept for r in sieve.last[0]]
-    features = [oracle.encode_image(pristine, family, image).rows[k] for image, k in zip(s.images, kept, strict=True)]
+    features = [oracle.encode_image(unhooked, family, image).rows[k] for image, k in zip(s.images, kept, strict=True)]
     ids = torch.tensor(s.ids)[oracle.kept_columns(s, kept)]
-    embeds = pristine.get_input_embeddings()(ids)
+    embeds = unhooked.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((ids == families.IMAGE)[:, None], torch.cat(features))[None]
     assert got.tolist() == language.generate(inputs_embeds=embeds, **beams).tolist()
 

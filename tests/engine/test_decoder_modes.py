@@ -20,12 +20,12 @@ SPECS = ("fastv(layer=2, keep=0.4)", "pyramiddrop(keep=0.2)", "vtw(layer=3)", "p
 
 
 @pytest.mark.parametrize("policy", ["original", "contiguous"])
-@pytest.mark.parametrize("scenario", ["ragged", "mixed"])
+@pytest.mark.parametrize("kind", ["ragged", "mixed"])
 @pytest.mark.parametrize("family", families.DEEP)
 @pytest.mark.parametrize("spec", SPECS)
-def test_two_dimensional_masks(spec, family, scenario, policy, monkeypatch, deviation):
+def test_two_dimensional_masks(spec, family, kind, policy, monkeypatch, deviation):
     """Flash kernels get the 2-D mask as it is, one per length of the cache."""
-    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, scenario))
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, kind))
     with tokensieve.attach(model, spec, positions=policy):
         expected = model.generate(**inputs, max_new_tokens=3, **prompts.GREEDY)
         monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", FLASH)
@@ -78,7 +78,7 @@ def test_calibrate_on_the_command_line(monkeypatch, tmp_path):
     assert json.loads(file.read_text())["samples"] == ["one"]
     assert "←" in CliRunner().invoke(app, call).stdout
     (method,) = tokensieve.parse(f"vtw(calibration={str(file)!r})")
-    assert method.stages(families.DEPTH) == [1]
+    assert method.layer_numbers(families.DEPTH) == [1]
     refused = CliRunner().invoke(app, [*call[:2], "--threshold", "0", "--output", str(file)])
     assert refused.exit_code == 2
     assert "is good enough" in refused.stderr

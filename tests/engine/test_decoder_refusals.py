@@ -65,7 +65,7 @@ def test_a_family_without_a_decoder_stage(model, unused, monkeypatch):
         tokensieve.attach(model, "fastv")
 
 
-def test_blocks_that_attend_in_another_way(unused, monkeypatch):
+def test_layers_with_other_attention_are_refused(unused, monkeypatch):
     model = models.tiny_model("qwen2.5-vl-deep")
     kinds = ["full_attention", *["chunked_attention"] * (families.DEPTH - 1)]
     monkeypatch.setattr(model.model.language_model.config, "layer_types", kinds)

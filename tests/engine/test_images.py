@@ -74,7 +74,7 @@ def test_a_newline_stays_if_its_row_keeps_a_patch_and_methods_never_see_one(spec
             assert len(kept - places) == keep.get(spec, round(0.2 * patches))
 
 
-def test_the_shapes_of_llava_next_are_what_its_packing_makes():
+def test_the_layouts_of_llava_next_are_those_of_its_packing():
     name = "llava-next"
     model, (sample,) = models.tiny_model(name), prompts.batch(name, "single")
     inputs = {"pixel_values": sample.images[0].inputs["pixel_values"], "image_sizes": torch.tensor([[56, 84]])}
@@ -154,7 +154,7 @@ def test_tiles_side_by_side_are_one_image():
     assert (second.total, second.slots, second.grid) == (16, 5, (4, 4))
 
 
-def test_what_needs_a_grid_acts_view_by_view_within_the_budget_of_the_image():
+def test_methods_that_need_a_grid_act_view_by_view():
     _, ((first, second),) = run("internvl", [internvl(3, 1)], "pool(keep=12)")
     assert first.slots == 12
     assert [int((first.anchors // 16 == tile).sum()) for tile in range(3)] == [4, 4, 4]
@@ -307,7 +307,7 @@ def test_an_unknown_family_of_the_same_shape(unknown, spec):
     assert [[r.kept.tolist() for r in row] for row in again] == [[r.kept.tolist() for r in row] for row in decided]
 
 
-def test_what_an_unknown_family_cannot_give(unknown):
+def test_evidence_that_an_unknown_family_cannot_give_is_refused(unknown):
     model = unknown("vipllava")
     with pytest.raises(ValueError, match="nothing is known about how its encoder's rows become visual tokens"):
         tokensieve.attach(model, "vtc-cls")
@@ -318,7 +318,7 @@ def test_what_an_unknown_family_cannot_give(unknown):
         model(**inputs, speaker=torch.zeros_like(inputs["input_ids"]))
 
 
-def test_an_unknown_llm_whose_blocks_are_not_found(unknown, monkeypatch):
+def test_an_unknown_llm_whose_layers_are_not_found(unknown, monkeypatch):
     model, samples = unknown("vipllava"), prompts.batch("vipllava", "one-and-two")
     expected = run("vipllava", samples, "divprune(keep=5)")
     monkeypatch.setattr(model, "get_decoder", torch.nn.Identity)
@@ -331,7 +331,7 @@ def test_an_unknown_llm_whose_blocks_are_not_found(unknown, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava-next"])
-def test_what_goes_by_places_on_one_grid_says_so_of_tiles(name):
+def test_methods_that_need_one_grid_refuse_tiles(name):
     samples = [internvl(3)] if name == "internvl" else prompts.batch(name, "single")
     with pytest.raises(ValueError, match="an image that is seen in several tiles does not have: take a method that"):
         run(name, samples, "topv(layer=1, keep=4)")
@@ -379,7 +379,7 @@ def test_a_plugin_whose_parameters_cannot_be_hashed(registry):
 
 @pytest.mark.parametrize("name", ["llava-next", "llava-onevision", "llava-next-video"])
 @torch.no_grad()
-def test_tiles_are_told_token_by_token(name, registry):
+def test_each_token_has_the_number_of_its_tile(name, registry):
     """Which tile a method is told is what the model's own packing makes of rows that hold their tile's number."""
     seen = []
 

@@ -2,7 +2,6 @@
 
 import re
 import threading
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -12,6 +11,7 @@ import tokensieve
 from tests.methods.encoder.rules import ADAPTIVE, FAMILIES, RULES, tome
 from tests.support import encoder_oracle, families, models, oracle, prompts
 from tests.support.encoder_oracle import Rule
+from tests.support.methods import evidence
 from tests.support.oracle import NOISE
 from tokensieve.measure import count_flops
 
@@ -44,32 +44,23 @@ def arrivals(rows, layer):
 
 @pytest.mark.parametrize("first", ["tome(keep=12)", "illava-encoder(keep=0.4)", "adaptive"])
 @each_family
-def test_evidence_of_every_layer_is_about_the_tokens_that_are_left(registry, family, first):
+def test_evidence_of_every_layer_is_about_the_tokens_that_are_left(family, first):
     """Attention adds up in merged tokens; keys and rows are their means. Layer 3 is behind the features."""
-    given = {}
     spec = ADAPTIVE[family] if first == "adaptive" else first
     rule = RULES.get(spec) or Rule(tome([4, 5, 4]), EVERY, proportional=True)
-    needs = tokensieve.Needs(cls_attention=slice(None), received=slice(None), encoder_keys=slice(None), patches=True)
-
-    @registry.register("spy", paper="test", needs=needs)
-    @dataclass(frozen=True)
-    class Spy(tokensieve.Method):
-        """Look, and keep all but the last."""
-
-        def reduce(self, image):
-            for row, patches in enumerate(image.patches):
-                given[tuple(patches[0, :4].tolist())] = (image, row)
-            return image.keep(torch.arange(image.total - 1).expand(len(image.features), -1))
+    all_layers = dict.fromkeys(("cls_attention", "attention_received", "encoder_keys"), slice(None))
+    needs = tokensieve.Needs(**all_layers, patches=True)
 
     samples, model = prompts.batch(family, "mixed"), models.unhooked(family)
-    _, decisions = forward(models.tiny_model(family), family, samples, f"{spec} + spy")
+    groups, decisions = evidence(models.tiny_model(family), prompts.collate(family, samples), needs, spec)
+    images = {tuple(rows[0, :4].tolist()): (image, i) for image in groups for i, rows in enumerate(image.patches)}
     for s, row in zip(samples, decisions, strict=True):
         for shown, decision in zip(s.images, row, strict=True):
             with torch.no_grad():
                 hand = encoder_oracle.run(model.model.vision_tower, shown.pixels, rule)
             x, special = hand.states[3][0][hand.specials :], hand.specials
             left = arrivals(hand, 3) @ x
-            ((image, i),) = (v for k, v in given.items() if torch.allclose(torch.tensor(k), left[0, :4], atol=1e-4))
+            ((image, i),) = (v for k, v in images.items() if torch.allclose(torch.tensor(k), left[0, :4], atol=1e-4))
             torch.testing.assert_close(image.patches[i], left, atol=1e-4, rtol=1e-4)
             assert image.grid is None or len(left) == 25
             assert decision.slots == len(left) - 1
@@ -78,14 +69,14 @@ def test_evidence_of_every_layer_is_about_the_tokens_that_are_left(registry, fam
                 received = attention.mean(0)[special:]
                 from_cls = attention[0, 1:] if special else received
                 sums = (made != 0).float()
-                torch.testing.assert_close(image.at("received", layer)[i], sums @ received, atol=1e-5, rtol=1e-4)
-                torch.testing.assert_close(image.cls_rows(layer)[0, i], sums @ from_cls, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(image.attention_received[layer][i], sums @ received, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(image.cls_attention[layer][i], sums @ from_cls, atol=1e-5, rtol=1e-4)
                 keys = hand.keys[layer][:, special:].transpose(0, 1).flatten(1)
-                got = image.at("encoder_keys", layer)[i].flatten(1)
+                got = image.encoder_keys[layer][i].flatten(1)
                 torch.testing.assert_close(got, made @ keys, atol=1e-4, rtol=1e-4)
 
 
-def test_two_stages_keep_what_their_evidence_says(deviation):
+def test_two_stages_keep_the_tokens_with_the_largest_evidence(deviation):
     """tome, then vtc-cls: the ensemble of all layers, each in terms of the merged tokens; and the logits by hand."""
     family, k = "llava-clip", 4
     samples, model = prompts.batch(family, "mixed"), models.unhooked(family)
@@ -165,7 +156,7 @@ def test_features_of_other_layers(family, layer, used, deviation):
 
 @pytest.mark.parametrize("spec", RULES)
 @each_family
-def test_the_tower_puts_out_its_native_shapes(family, spec):
+def test_the_encoder_returns_its_native_shapes(family, spec):
     model, shown = models.tiny_model(family), prompts.batch(family, "two-images")[0].images
     pixels = torch.cat([image.pixels for image in shown])
     with tokensieve.attach(model, spec), torch.no_grad():
@@ -241,7 +232,7 @@ def test_gradients_are_those_by_hand(family, deviation):
             assert deviation("of a gradient", parameter.grad, other.grad) <= 1e-4, name
 
 
-def test_gradient_checkpointing_of_the_tower_is_refused():
+def test_gradient_checkpointing_of_the_encoder_is_refused():
     model = models.build("llava-clip").train()
     inputs = prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
     model.activation_checkpointing_enable()
@@ -278,7 +269,7 @@ def test_two_threads(family):
 
 @pytest.mark.parametrize("family", families.CORE_QWEN)
 @pytest.mark.parametrize("spec", ["tome(keep=5)", "illava-encoder + illava-llm", "mustdrop-encoder"])
-def test_towers_that_run_packed_are_refused(family, spec):
+def test_packed_encoders_are_refused(family, spec):
     model = models.tiny_model(family)
     before = models.footprint(model)
     with pytest.raises(ValueError, match=r"not supported in Qwen.*: its patches run packed"):

@@ -13,9 +13,9 @@ SPECS = ("vtc-cls(first_layer=1, keep=5)", "visionzip(keep=9)", "divprune(keep=7
 each_policy = pytest.mark.parametrize("policy", POLICIES)
 
 
-def turns(family, scenario):
+def turns(family, kind):
     """Three turns: a picture, words only, another picture; `ids`, `mask` and the images of each."""
-    samples = prompts.batch(family, scenario)
+    samples = prompts.batch(family, kind)
     first = prompts.collate(family, samples)
     words = {"input_ids": torch.arange(20, 24).repeat(len(samples), 1)}
     other = prompts.collate(family, [prompts.sample(family, (2, 3 + i), (0,), 7 + i) for i in range(len(samples))])
@@ -62,12 +62,12 @@ def test_a_picture_in_a_later_turn(family, spec, policy, deviation):
 
 
 @each_policy
-@pytest.mark.parametrize("scenario", ["ragged", "mixed"])
+@pytest.mark.parametrize("kind", ["ragged", "mixed"])
 @torch.no_grad()
-def test_pictures_for_every_row_of_a_ragged_batch(scenario, policy, deviation):
+def test_pictures_for_every_row_of_a_ragged_batch(kind, policy, deviation):
     """Each row of a batch, whose first turns are of different lengths, against its own conversation."""
     family = "llava-clip"
-    model, parts = models.tiny_model(family), turns(family, scenario)
+    model, parts = models.tiny_model(family), turns(family, kind)
     spec = "vtc-cls(first_layer=1, keep=0.4)"
     with tokensieve.attach(model, spec, positions=policy):
         cache = DynamicCache(config=model.config.text_config)
@@ -77,7 +77,7 @@ def test_pictures_for_every_row_of_a_ragged_batch(scenario, policy, deviation):
                 **seen, **pictures, max_new_tokens=4 if number == 2 else 1, past_key_values=cache, **prompts.GREEDY
             )
         got = torch.stack(out.logits, 1)
-        whole, counts = joined(parts), [len(s.images) for s in prompts.batch(family, scenario)]
+        whole, counts = joined(parts), [len(s.images) for s in prompts.batch(family, kind)]
         first = torch.split(parts[0]["pixel_values"], counts)
         for row, own in enumerate(first):
             real = whole["attention_mask"][row].bool()

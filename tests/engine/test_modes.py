@@ -24,8 +24,8 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 each_spec = pytest.mark.parametrize("spec", SPECS)
 
 
-def inputs_of(family, scenario="ragged"):
-    return prompts.collate(family, prompts.batch(family, scenario))
+def inputs_of(family, kind="ragged"):
+    return prompts.collate(family, prompts.batch(family, kind))
 
 
 def answer(model, inputs, spec):

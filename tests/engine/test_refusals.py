@@ -84,7 +84,7 @@ def test_models_of_no_known_family(model):
         tokensieve.attach(model(), "full")
 
 
-def test_a_tower_that_is_not_known(monkeypatch):
+def test_an_unknown_vision_encoder_is_refused(monkeypatch):
     model = models.build("llava-clip")
     monkeypatch.setattr(model.model.vision_tower.config, "model_type", "dinov2")
     before = models.footprint(model)
@@ -190,7 +190,7 @@ def other_cache():
 @pytest.mark.parametrize("method", ["vtc-cls(keep=5)", "downsample(keep=5)"])
 @pytest.mark.parametrize("reason", CALLS)
 @torch.no_grad()
-def test_a_refused_call_says_why_and_changes_nothing(case, reason, method):
+def test_a_refused_call_gives_the_reason_and_changes_nothing(case, reason, method):
     model, inputs = case
     call, message = CALLS[reason]
     expected = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
@@ -331,7 +331,7 @@ def test_an_attach_that_fails_otherwise_leaves_nothing_behind(case, monkeypatch)
     assert models.footprint(model) == before
 
 
-def test_a_tower_that_fails_disarms_the_probes():
+def test_a_vision_encoder_that_fails_disarms_the_probes():
     family = "llava-clip"
     model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
     tower = model.model.vision_tower

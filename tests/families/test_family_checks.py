@@ -5,8 +5,8 @@ import torch
 
 from tests.families.test_matrix import METHODS, supported
 from tests.support import families, models, prompts
-from tokensieve.measure import LAWS, Laws
-from tokensieve.measure.hiding import merged
+from tokensieve.check import LAWS, Laws
+from tokensieve.check.oracle import merged
 from tokensieve.reduction import Mixing, Reduction
 
 SKIPPED = {

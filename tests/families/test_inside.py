@@ -3,7 +3,6 @@
 Which tokens leave is fixed, so that the hand reference decides for itself; prompts are longer than the windows of 20.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -16,7 +15,7 @@ from tests.families.test_matrix import collate, each_kernel
 from tests.support import families, models, oracle, prompts
 from tests.support.oracle import NOISE
 from tokensieve.engine.prompt.user_text import UserTextFinder
-from tokensieve.methods import DecoderMethod, Needs
+from tokensieve.methods import DecoderMethod, DecoderNeeds
 from tokensieve.models import family_of
 from tokensieve.models.family import Family
 
@@ -32,31 +31,24 @@ class Halves(DecoderMethod):
 
     layers: tuple = (1, 2)
 
-    def stages(self, depth):
-        return list(self.layers)
-
     def reduce(self, image):
         return image.keep(torch.arange(0, image.total, 2).expand(len(image.features), -1))
 
 
 @pytest.fixture(autouse=True)
 def halves(registry):
-    tokensieve.register("halves", paper="none", stage="decoder", needs=Needs())(Halves)
+    tokensieve.register("halves", paper="none", stage="decoder", needs=DecoderNeeds())(Halves)
 
 
 @pytest.fixture
 def more(monkeypatch):
-    """Models that are no family of their own: PaliGemma 2 (no SDPA), and windows in every block."""
-    family, other = families.FAMILIES["paligemma"], families.FAMILIES["mistral3"]
+    """Models that are no family of their own: PaliGemma 2 (no SDPA), and windows in every layer."""
     gemma2 = {"sliding_window": 20, "layer_types": families.GEMMA3_LAYERS, "query_pre_attn_scalar": 16, "head_dim": 16}
     gemma2 |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": None}
-    mistral = families.text("mistral", head_dim=16, sliding_window=20)
-    for like, name, text in (
-        (family, "paligemma2", families.text("gemma2", **gemma2)),
-        (other, "mistral3-windows", mistral),
-    ):
-        config = {**like.config, "text_config": text}
-        monkeypatch.setitem(families.FAMILIES, name, dataclasses.replace(like, name=name, config=config))
+    paligemma2 = families.like("paligemma", "paligemma2", llm=families.text("gemma2", **gemma2))
+    windows = families.text("mistral", head_dim=16, sliding_window=20)
+    for family in (paligemma2, families.like("mistral3", "mistral3-windows", llm=windows)):
+        monkeypatch.setitem(families.FAMILIES, family.name, family)
 
 
 def halved(sample, layers):
@@ -88,7 +80,7 @@ def assert_as_by_hand(name, attention, layers, policy, deviation, steps=12):
 @pytest.mark.parametrize("layers", [(1, 2), (2,)])
 @each_kernel
 @each_name
-def test_stages_in_blocks_of_several_kinds(name, attention, layers, policy, deviation):
+def test_stages_in_layers_of_several_kinds(name, attention, layers, policy, deviation):
     assert_as_by_hand(name, attention, layers, policy, deviation)
 
 
@@ -137,21 +129,23 @@ def test_gradient_checkpointing_changes_nothing(name):
 # -- evidence -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("same_layer", [False, True])
 @pytest.mark.parametrize("queries", ["last", "words"])
 @pytest.mark.parametrize(
     ("name", "attention"),
     [*((name, kernel) for name in NAMES for kernel in ("sdpa", "eager")), ("paligemma2", "eager")],
 )
-def test_attention_rows_are_those_of_eager_attention(more, registry, name, attention, queries, own, deviation):
+def test_attention_rows_are_those_of_eager_attention(more, registry, name, attention, queries, same_layer, deviation):
     """Of both kinds of blocks, of the last prompt token and of the user's words, in a ragged batch."""
     rows = []
 
-    @tokensieve.register("rows", paper="none", stage="decoder", needs=Needs(queries=queries, own=own, text=True))
+    needs = DecoderNeeds(attention=queries, same_layer=same_layer, user_text=True)
+
+    @tokensieve.register("rows", paper="none", stage="decoder", needs=needs)
     @dataclass(frozen=True)
     class Rows(Halves):
         def reduce(self, image):
-            rows.extend(zip(image.given("queries"), image.text_mask, strict=True))
+            rows.extend(zip(image.attention, image.user_text.mask, strict=True))
             return image.keep(torch.arange(image.total).expand(len(image.features), -1))
 
     samples = prompts.batch(name, "one-and-two")
@@ -161,7 +155,7 @@ def test_attention_rows_are_those_of_eager_attention(more, registry, name, atten
             sieve.model(**prompts.collate(name, samples))
         found = iter(rows)
         for sample in samples:
-            eager = oracle.attention(models.unhooked(name, "eager"), name, sample, layer if own else layer - 1)
+            eager = oracle.attention(models.unhooked(name, "eager"), name, sample, layer if same_layer else layer - 1)
             asked = UserTextFinder(sieve.model).columns(sample.ids) if queries == "words" else [len(sample.ids) - 1]
             for columns in oracle.image_columns(sample):
                 got, real = next(found)
@@ -196,7 +190,7 @@ def test_methods_choose_in_a_batch_as_alone(name, spec, deviation):
 
 
 @each_name
-def test_kernels_that_are_not_told_who_sees_whom(name, monkeypatch):
+def test_kernels_without_the_whole_mask_are_refused(name, monkeypatch):
     model = models.tiny_model(name)
     monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", FLASH)
     with pytest.raises(ValueError, match="methods need sdpa or eager attention; it runs flash_stand_in"):

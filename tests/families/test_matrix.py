@@ -314,7 +314,7 @@ def test_a_plain_forward_equals_the_hand_reference(name, positions, deviation):
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in REFUSED for kind in REFUSED[name]])
-def test_what_a_family_cannot_give_is_refused(name, kind):
+def test_evidence_that_a_family_cannot_give_is_refused(name, kind):
     model = models.tiny_model(name)
     before = models.footprint(model)
     with pytest.raises(ValueError, match=REFUSED[name][kind]), tokensieve.attach(model, METHODS[kind]):

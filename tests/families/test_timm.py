@@ -27,7 +27,7 @@ def one(name):
 
 
 @each_name
-def test_attention_that_is_not_fused_is_refused_to_those_who_read_it(name):
+def test_attention_that_is_not_fused_cannot_be_read(name):
     model = models.build(name)
     for module in attentions(model):
         module.fused_attn = False
@@ -41,13 +41,13 @@ def test_attention_that_is_not_fused_is_refused_to_those_who_read_it(name):
 
 
 @each_name
-def test_methods_inside_the_tower_are_refused(name):
+def test_methods_inside_timm_encoders_are_refused(name):
     with pytest.raises(ValueError, match="acts in the encoder, which is not supported in"):
         tokensieve.attach(models.tiny_model(name), "tome")
 
 
 @each_name
-def test_notes_say_what_stands_in_for_the_cls_token(name):
+def test_notes_name_the_substitute_for_the_cls_token(name):
     model = models.tiny_model(name)
     with tokensieve.attach(model, "fastervlm", keep=5) as sieve:
         model.generate(**one(name), max_new_tokens=1)
@@ -89,7 +89,7 @@ def test_a_compiled_model(name):
     torch.compiler.reset()
 
 
-def test_a_forward_that_somebody_else_replaced_is_put_back():
+def test_a_forward_that_was_replaced_before_is_put_back():
     model = models.build("perception-lm")
     read, expected = attentions(model)[-2], model(**one("perception-lm")).logits
     theirs = read.forward = lambda *args: type(read).forward(read, *args)
@@ -98,7 +98,7 @@ def test_a_forward_that_somebody_else_replaced_is_put_back():
     assert read.forward is theirs
 
 
-def test_a_tower_whose_last_stage_does_not_attend_is_refused():
+def test_an_encoder_whose_last_stage_does_not_attend_is_refused():
     model = models.build("fast-vlm")
     for block in timm_of(model).stages[-1].blocks:
         block["token_mixer"] = torch.nn.Identity()

@@ -33,7 +33,7 @@ def allowed(name, kind):
     return 1 + (name in SIZES) + 4 * (name in NEWLINES) + OTHER.get(name, 0) + (kind == "text") + windows
 
 
-def test_a_prefill_waits_for_what_has_to_be_known_and_for_nothing_else():
+def test_a_prefill_waits_only_for_sizes_and_words_that_it_needs():
     root = Path(__file__).parents[2]
     paths = os.pathsep.join(map(str, (root, root / "src")))
     command = [sys.executable, str(Path(__file__).with_name("waits.py")), *NAMES]

@@ -53,7 +53,7 @@ def test_visionzip(name):
         close(single.weight_sums[~is_dominant], 1.0 + (single.counts[~is_dominant] > 1).float())
 
 
-def test_visionzip_as_the_paper_says_it_averages_the_group():
+def test_visionzip_as_in_the_paper_averages_the_group():
     x, _, _ = load("visionzip", "c0")
     states = x["hidden_states"][:, 1:]
     image = ConnectorTokens(
@@ -107,7 +107,7 @@ def test_prumerge_plus_of_vtc_cls(name):
     same_merges(one("prumerge+", top=top, stride=stride)(prumerge_image(x)), x["features"], y)
 
 
-def test_prumerge_plus_fixed_but_for_what_the_official_code_passes_on_twice():
+def test_prumerge_plus_fixed_without_the_duplicates_of_the_official_code():
     x, y, _ = load("prumerge", "c3_plus_fixed")
     image, twice = prumerge_image(x), y["kept_indices"][0]
     (single,) = one("prumerge+", top=72, stride=8, offset=4)(image)

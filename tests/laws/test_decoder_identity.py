@@ -62,13 +62,13 @@ def test_detach_leaves_no_trace(family):
 
 @pytest.mark.parametrize("family", families.DEEP)
 def test_a_prompt_without_images_and_a_direct_call_of_the_llm(family):
-    model, pristine = models.tiny_model(family), models.unhooked(family)
+    model, unhooked = models.tiny_model(family), models.unhooked(family)
     ids = torch.tensor([[families.BOS, 20, 21, 22]])
     embeds = model.get_input_embeddings()(ids)
     with tokensieve.attach(model, "pyramiddrop(keep=0.2)") as sieve, torch.no_grad():
         model.generate(**prompts.collate(family, prompts.batch(family, "single")), max_new_tokens=1)
         assert sieve.last[0]
-        assert torch.equal(model(input_ids=ids).logits, pristine(input_ids=ids).logits)
+        assert torch.equal(model(input_ids=ids).logits, unhooked(input_ids=ids).logits)
         assert sieve.last == []
         direct = model.model.language_model(inputs_embeds=embeds).last_hidden_state
-        assert torch.equal(direct, pristine.model.language_model(inputs_embeds=embeds).last_hidden_state)
+        assert torch.equal(direct, unhooked.model.language_model(inputs_embeds=embeds).last_hidden_state)

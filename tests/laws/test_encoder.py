@@ -173,7 +173,7 @@ def test_images_of_one_batch_may_keep_different_numbers(family):
 
 
 @each_family
-def test_rules_merge_what_the_paper_says_not_what_lies_nearby(family):
+def test_rules_with_other_parameters_decide_otherwise(family):
     """The by-hand rules are no tautology: other parameters give other decisions."""
     found = [
         [(places, mixed.tolist()) for row in ruled(family, spec, "mixed") for _, places, mixed in row] for spec in RULES
@@ -185,36 +185,36 @@ def test_rules_merge_what_the_paper_says_not_what_lies_nearby(family):
 
 
 @torch.no_grad()
-def outputs(model, family, scenario):
-    inputs = prompts.collate(family, prompts.batch(family, scenario))
+def outputs(model, family, kind):
+    inputs = prompts.collate(family, prompts.batch(family, kind))
     out = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
     plain = model(**inputs, labels=inputs["input_ids"])
     tower = model.model.get_image_features(inputs["pixel_values"], output_hidden_states=True)
     return [*out.logits, plain.logits, plain.loss, tower.last_hidden_state, *tower.hidden_states]
 
 
-@pytest.mark.parametrize("scenario", ["ragged", "two-images"])
+@pytest.mark.parametrize("kind", ["ragged", "two-images"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @each_family
-def test_keeping_all_changes_no_bit_and_detaching_leaves_no_trace(family, attention, scenario):
+def test_keeping_all_changes_no_bit_and_detaching_leaves_no_trace(family, attention, kind):
     model = models.tiny_model(family, attention)
-    outputs(model, family, scenario)  # transformers' own lazy hooks
-    unhooked, before = outputs(models.unhooked(family, attention), family, scenario), models.footprint(model)
+    outputs(model, family, kind)  # transformers' own lazy hooks
+    unhooked, before = outputs(models.unhooked(family, attention), family, kind), models.footprint(model)
     for spec in ("tome(keep=1.0)", "tome(r=0)", "illava-encoder(keep=25)", "mustdrop-encoder(threshold=1.1)"):
         with tokensieve.attach(model, spec) as sieve:
-            got = outputs(model, family, scenario)
+            got = outputs(model, family, kind)
             assert all(torch.equal(a, b) for a, b in zip(got, unhooked, strict=True)), spec
-            model.generate(**prompts.collate(family, prompts.batch(family, scenario)), max_new_tokens=1)
+            model.generate(**prompts.collate(family, prompts.batch(family, kind)), max_new_tokens=1)
             assert all(r.whole and r.mixing is None for row in sieve.last for r in row)
             if "threshold" not in spec:
                 assert all("kept whole" in note for row in sieve.last for r in row for (note,) in [r.notes])
         assert models.footprint(model) == before
     for spec in ("tome(keep=5)", "illava-encoder(keep=0.4)", "mustdrop-encoder(threshold=-1.0)"):
         with tokensieve.attach(model, spec):
-            reduced = outputs(model, family, scenario)
+            reduced = outputs(model, family, kind)
             assert not torch.equal(reduced[0], unhooked[0])
         assert models.footprint(model) == before
-    got = outputs(model, family, scenario)
+    got = outputs(model, family, kind)
     assert all(torch.equal(a, b) for a, b in zip(got, unhooked, strict=True))
 
 
@@ -248,7 +248,7 @@ def test_beams_turns_and_plain_forwards(family, spec, deviation):
 
 
 @each_family
-def test_a_replay_averages_what_the_whole_tower_puts_out(family):
+def test_a_replay_averages_the_output_of_the_whole_encoder(family):
     """What the documentation says of it: W of the decision, on the rows of the unreduced tower."""
     samples = prompts.batch(family, "ragged")
     *_, decisions, _ = generate(family, samples, "tome(keep=9)")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tokensieve
 from tests.support.oracle import Decision
 from tokensieve import MethodInfo, Reduction, list_methods
 from tokensieve.methods import EncoderMethod
@@ -145,3 +146,25 @@ def recorded(layers: Any, spec: str) -> Iterator[Recording]:
             del cls.__call__
         for handle in handles:
             handle.remove()
+
+
+def evidence(model: Any, inputs: dict[str, Tensor], needs: tokensieve.Needs, first: str = "") -> tuple[list, list]:
+    """Attach a connector method with these ``needs`` after the spec ``first``, and run a prompt.
+
+    Returns:
+        What the method received, per group of equal images, and the decisions `[sample][image]`.
+    """
+    received: list = []
+
+    @dataclass(frozen=True)
+    class Spy(tokensieve.Method):
+        """Keep all tokens but the last."""
+
+        def reduce(self, image: Any) -> Reduction:
+            received.append(image)
+            return image.keep(torch.arange(image.total - 1).expand(len(image.features), -1))
+
+    tokensieve.register("spy", paper="test", needs=needs)(Spy)
+    with torch.no_grad(), tokensieve.attach(model, [*(tokensieve.parse(first) if first else ()), Spy()]) as sieve:
+        model(**inputs)
+    return received, sieve.last

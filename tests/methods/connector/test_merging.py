@@ -91,7 +91,7 @@ def test_refusals(family):
     assert models.footprint(model) == before
 
 
-def test_cdpruner_says_that_the_joint_space_is_missing():
+def test_cdpruner_notes_that_the_joint_space_is_missing():
     family = "llava-clip"
     *_, decisions = run(family, prompts.batch(family, "single"), "cdpruner(keep=5)")
     assert any("no CLIP text encoder" in note for note in decisions[0][0].notes)

@@ -15,8 +15,12 @@ from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
 GRID, DEPTH = (5, 6), 6
 BUDGETED = [info.name for info in before_llm() if "keep" in info.parameters]
 SINGLE = [spec for spec in connector_specs() if " + " not in spec]
-# where a tie is possible the order of tokens may matter; places do not depend on content at all for these
-BY_PLACE = ("full", "random", "uniform", "pool", "downsample")
+# the choice depends on content alone, whatever the order of the tokens
+BY_CONTENT = [
+    spec
+    for spec in SINGLE
+    if tokensieve.parse(spec)[0].by_score or spec.startswith(("cls-knee", "divprune", "mustdrop-keys"))
+]
 
 
 def tokens(batch=3, seed=0, dtype=torch.float32):
@@ -61,7 +65,7 @@ def test_a_batch_is_decided_image_by_image(spec, dtype):
     assert together.grid == GRID
 
 
-@pytest.mark.parametrize("spec", [s for s in SINGLE if not s.startswith(BY_PLACE)])
+@pytest.mark.parametrize("spec", BY_CONTENT)
 def test_content_decides_not_place(spec):
     (method,), given = tokensieve.parse(spec), tokens(batch=1)
     order = torch.randperm(given.total, generator=torch.Generator().manual_seed(1))
@@ -69,7 +73,7 @@ def test_content_decides_not_place(spec):
     assert torch.equal(order[method(moved).kept[0]].sort().values, method(given).kept[0])
 
 
-@pytest.mark.parametrize("spec", [s for s in SINGLE if not s.startswith(BY_PLACE)])
+@pytest.mark.parametrize("spec", BY_CONTENT)
 def test_scores_have_no_unit(spec):
     (method,), given = tokensieve.parse(spec), tokens()
     scaled = changed(given, lambda row: row * 4, features=given.features * 4)
@@ -109,7 +113,7 @@ def test_random_is_seeded_and_random():
 
 @pytest.mark.parametrize("keep", [30, 31, 10**9, 1.0, 0.99])
 @pytest.mark.parametrize("name", BUDGETED)
-def test_a_budget_that_asks_for_nothing_keeps_the_image_whole_and_says_so(name, keep):
+def test_a_budget_of_all_tokens_keeps_the_image_whole_with_a_note(name, keep):
     (method,) = tokensieve.parse(name, keep=keep)
     reduction = method(tokens())
     assert reduction.whole
@@ -118,7 +122,7 @@ def test_a_budget_that_asks_for_nothing_keeps_the_image_whole_and_says_so(name, 
 
 @pytest.mark.parametrize("keep", [0, -1, 0.0, 1.5, -0.5, True, None, "64", float("nan"), float("inf")])
 @pytest.mark.parametrize("name", BUDGETED)
-def test_what_is_no_budget(name, keep):
+def test_invalid_budgets_are_refused(name, keep):
     with pytest.raises(ValueError, match=r"keep must be a whole number of tokens >= 1, or a share in \(0, 1\]; got "):
         tokensieve.parse(name, keep=keep)
 
@@ -135,7 +139,7 @@ def test_parse_budget(text, keep):
 
 
 @pytest.mark.parametrize("text", ["", "many", "0", "1.5", "200%", "nan", "inf", "-3", "%"])
-def test_what_is_no_budget_as_text(text):
+def test_invalid_budgets_as_text_are_refused(text):
     with pytest.raises(ValueError, match="keep must be a whole number of tokens"):
         parse_budget(text)
 

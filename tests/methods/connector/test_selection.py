@@ -20,11 +20,11 @@ each_family = pytest.mark.parametrize("family", families.CORE)
 each_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 
 
-def decide(family, attention, scenario, spec):
+def decide(family, attention, kind, spec):
     """Decisions `[sample][image]` of the attached model."""
     model = models.tiny_model(family, attention)
     with tokensieve.attach(model, spec) as sieve:
-        model.generate(**prompts.collate(family, prompts.batch(family, scenario)), max_new_tokens=1)
+        model.generate(**prompts.collate(family, prompts.batch(family, kind)), max_new_tokens=1)
     return sieve.last
 
 
@@ -97,12 +97,12 @@ def largest(scores, k):
         ("fastervlm(keep=5)", lambda rows: rows[-2]),
     ],
 )
-@pytest.mark.parametrize("scenario", ["ragged", "mixed"])
+@pytest.mark.parametrize("kind", ["ragged", "mixed"])
 @each_kernel
 @each_family
-def test_attention_methods(family, attention, scenario, spec, score, deviation):
-    decisions = decide(family, attention, scenario, spec)
-    for s, row in zip(prompts.batch(family, scenario), decisions, strict=True):
+def test_attention_methods(family, attention, kind, spec, score, deviation):
+    decisions = decide(family, attention, kind, spec)
+    for s, row in zip(prompts.batch(family, kind), decisions, strict=True):
         for image, decision in zip(s.images, row, strict=True):
             alone = spec in ("fastervlm(keep=5)", "vtc-cls(keep=5, first_layer=-2)")  # a single layer, near the end
             pooled = family == "llava-siglip" and alone
@@ -113,12 +113,12 @@ def test_attention_methods(family, attention, scenario, spec, score, deviation):
 
 
 @pytest.mark.parametrize("query", ["tokens", "prompt"])
-@pytest.mark.parametrize("scenario", ["ragged", "mixed"])
+@pytest.mark.parametrize("kind", ["ragged", "mixed"])
 @each_family
-def test_trsm(family, scenario, query):
-    decisions = decide(family, "sdpa", scenario, f"trsm(keep=5, query={query!r})")
+def test_trsm(family, kind, query):
+    decisions = decide(family, "sdpa", kind, f"trsm(keep=5, query={query!r})")
     model = models.unhooked(family)
-    for s, row in zip(prompts.batch(family, scenario), decisions, strict=True):
+    for s, row in zip(prompts.batch(family, kind), decisions, strict=True):
         if not s.images:
             assert row == []
             continue

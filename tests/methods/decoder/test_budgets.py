@@ -12,23 +12,27 @@ from tokensieve.budget import stage_counts
 from tokensieve.measure import count_flops
 
 
+def per_stage(method, entered, depth):
+    return method.stage_budgets(entered, method.layer_numbers(depth), depth)
+
+
 @pytest.mark.parametrize(("average", "kept"), [(192, 166), (128, 98), (64, 30)])
 def test_published_averages_of_fastv(average, kept):
     (method,) = parse(f"fastv(layer=2, average={average})")
-    assert method.per_stage(576, 32) == [kept]
+    assert per_stage(method, 576, 32) == [kept]
 
 
 def test_published_counts():
-    assert parse("pyramiddrop")[0].per_stage(576, 32) == [288, 144, 72]
-    assert parse("sparsevlm(counts=(300, 200, 110))")[0].per_stage(576, 32) == [300, 200, 110]
-    assert parse("sparsevlm")[0].stages(32) == parse("sparsevlm+")[0].stages(32) == [3, 7, 16]
-    assert parse("pyramiddrop")[0].stages(32) == [8, 16, 24]
+    assert per_stage(parse("pyramiddrop")[0], 576, 32) == [288, 144, 72]
+    assert per_stage(parse("sparsevlm(counts=(300, 200, 110))")[0], 576, 32) == [300, 200, 110]
+    assert parse("sparsevlm")[0].layer_numbers(32) == parse("sparsevlm+")[0].layer_numbers(32) == [3, 7, 16]
+    assert parse("pyramiddrop")[0].layer_numbers(32) == [8, 16, 24]
 
 
 def test_pyramiddrop_cannot_go_below_its_first_stage():
     (method,) = parse("pyramiddrop(average=144)")
     with pytest.raises(ValueError, match="reachable: above 144, up to 576"):
-        method.per_stage(576, 32)
+        per_stage(method, 576, 32)
 
 
 @pytest.mark.parametrize("average", [150, 200, 300, 0.5, 0.9])
@@ -44,17 +48,17 @@ def test_an_average_is_met_within_rounding(blocks, average):
 
 
 def test_an_image_that_does_not_exceed_an_average_stays_whole():
-    assert parse("fastv(average=64)")[0].per_stage(40, 32) == [40]
-    assert parse("fastv(keep=64)")[0].per_stage(40, 32) == [40]
+    assert per_stage(parse("fastv(average=64)")[0], 40, 32) == [40]
+    assert per_stage(parse("fastv(keep=64)")[0], 40, 32) == [40]
 
 
 def test_shares_of_the_depth_in_shallow_models():
-    assert parse("sparsevlm")[0].stages(6) == [1, 2, 3]
-    assert parse("pyramiddrop")[0].stages(4) == [1, 2, 3]
+    assert parse("sparsevlm")[0].layer_numbers(6) == [1, 2, 3]
+    assert parse("pyramiddrop")[0].layer_numbers(4) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("family", families.DEEP)
-def test_averages_are_what_the_blocks_see(family):
+def test_averages_are_the_mean_over_the_layers(family):
     """Law 6: tokens per block and columns in the cache are what the budget says."""
     model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
     with tokensieve.attach(model, "pyramiddrop(layers=(1, 2, 4), average=0.5)") as sieve:

@@ -55,7 +55,7 @@ def test_search(inputs_of, samples, tmp_path):
         tokensieve.attach(model, spec)
 
 
-def test_no_block_is_good_enough(inputs_of, samples, tmp_path):
+def test_no_layer_is_good_enough(inputs_of, samples, tmp_path):
     result = calibrate_vtw(models.tiny_model(FAMILY), None, samples, threshold=0.0)
     assert result.layer is None
     with pytest.raises(ValueError, match=r"no block of .* is good enough"):

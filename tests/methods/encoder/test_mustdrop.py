@@ -56,7 +56,7 @@ def test_stages_alone_and_together(family):
     assert kept[LLM] != kept[f"mustdrop-keys + {LLM}"]
 
 
-def test_padding_among_the_words_counts_for_nobody():
+def test_padding_among_the_words_changes_no_decision():
     g = torch.Generator().manual_seed(0)
     queries = torch.rand(1, 2, 3, 12, generator=g)
     (method,) = parse("mustdrop-llm(together=1.0, single=9.0)")

@@ -101,7 +101,7 @@ def test_pairs_of_images(checkpoint):
     assert model.num_labels == 2
 
 
-def test_what_does_not_fit_is_named(checkpoint, tmp_path):
+def test_weights_that_do_not_fit_are_named(checkpoint, tmp_path):
     weights, heads, _, _ = checkpoint
     del weights["vilt.pooler.dense.bias"]
     weights["vilt.extra.weight"] = torch.zeros(1)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_named(checkpoint, tmp_path):
         ({"other_classifier.bias": torch.zeros(2)}, "no head that we know"),
     ],
 )
-def test_what_is_no_checkpoint(content, said, tmp_path):
+def test_files_that_are_no_checkpoint_are_refused(content, said, tmp_path):
     file = tmp_path / "theirs.bin"
     if isinstance(content, bytes):
         file.write_bytes(content)

@@ -239,7 +239,7 @@ def test_no_text(host):
         assert logits(model, inputs).isfinite().all()  # a refusal leaves nothing behind
 
 
-def test_what_cannot_be_right_is_refused():
+def test_impossible_prompts_and_models_are_refused():
     words = vilt(ViltForMaskedLM)
     with pytest.raises(ValueError, match="reads every text token"):
         tokensieve.attach(words, SPEC["vilt"])

@@ -62,7 +62,7 @@ def test_unreduced_reads(shipped, rows):
         assert by_type[type] > guess.best + 0.25, type
 
 
-def test_training_regains_what_reducers_cost(shipped, rows, spec):
+def test_training_regains_the_accuracy_that_methods_cost(shipped, rows, spec):
     full, tuned, processor = shipped
     _, unreduced = right(full, processor, rows, "full")
     _, untrained = right(full, processor, rows, spec)

@@ -228,7 +228,7 @@ def test_soft_scores():
         ({"spec": "pumer(prune=2)"}, "prune must be a share"),
     ],
 )
-def test_what_cannot_work_is_refused_first(folder, change, said, tmp_path):
+def test_impossible_trainings_are_refused_before_they_start(folder, change, said, tmp_path):
     given = {"task": "vqa", "model": "model", "data": "train.jsonl", "spec": SPEC, "teacher": None, **change}
     places = {key: given[key] and str(folder / given[key]) for key in ("model", "data", "teacher")}
     with pytest.raises(ValueError, match=said):

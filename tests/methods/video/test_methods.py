@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.methods.video.clips import DEPTH, clip
-from tokensieve import parse
+from tokensieve import list_methods, parse
 from tokensieve.budget import count
 from tokensieve.methods import evs as methods_folder
 from tokensieve.ops import max_static_segments, merge, score, temporal
 from tokensieve.tokens import ByLayer, ConnectorTokens
 
-NAMES = ("evs", "dycoke", "fastvid", "prunevid", "holitom")
+NAMES = tuple(info.name for info in list_methods() if info.needs.requests("video"))
 SPECS = (*NAMES, "dycoke(keep=0.5)", "prunevid(keep=0.2)", "fastvid(segments=2, alike=0.3, every=2)", "holitom(own=0)")
 FEW = settings(deadline=None, derandomize=True, database=None, max_examples=12)
 
@@ -356,7 +356,7 @@ import resource
 import sys
 import torch
 torch.set_num_threads(1)
-from tokensieve import parse
+from tokensieve import list_methods, parse
 from tests.methods.video.clips import long_clip
 tokens = long_clip(512, 196, 64)
 for name in sys.argv[1:]:
