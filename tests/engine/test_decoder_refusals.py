@@ -32,10 +32,10 @@ def unused(model):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("fastv(layer=6)", "blocks 1 to 5"),
-        ("fastv(layer=0)", "blocks 1 to 5"),
+        ("fastv(layer=6)", "layers 1 to 5"),
+        ("fastv(layer=0)", "layers 1 to 5"),
         ("pyramiddrop(layers=(3, 2, 4))", "ascending"),
-        ("sparsevlm(layers=())", "blocks 1 to 5"),
+        ("sparsevlm(layers=())", "layers 1 to 5"),
         ("fastv(layer=3, average=0.4)", "reachable: above"),  # three full blocks of six
         ("pyramiddrop(counts=(0.5, 0.2))", "counts must be 3 budgets"),
         ("pyramiddrop(counts=(0.2, 0.3, 0.1))", "none larger than the one before"),

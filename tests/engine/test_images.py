@@ -12,6 +12,7 @@ import tokensieve
 from tests.support import families, models, prompts
 from tokensieve import Method, Reduction
 from tokensieve.budget import share_out
+from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.models import TokenLayout, family_of
 from tokensieve.models import families as known_families
 from tokensieve.ops import attention_from_cls, attention_received
@@ -80,14 +81,14 @@ def test_the_layouts_of_llava_next_are_those_of_its_packing():
     inputs = {"pixel_values": sample.images[0].inputs["pixel_values"], "image_sizes": torch.tensor([[56, 84]])}
     with tokensieve.attach(model, "full"):
         encoded = model.model.get_image_features(**inputs, return_dict=True)
-    (shape,) = vars(encoded)["_tokensieve_record"].shapes
-    assert shape.views == ((4, 4), (4, 6))
-    assert shape.separator.nonzero().squeeze(-1).tolist() == newlines_of((4, 6), 16)
+    (layout,) = EncoderOutputs.of(encoded).layouts
+    assert layout.views == ((4, 4), (4, 6))
+    assert layout.separator.nonzero().squeeze(-1).tolist() == newlines_of((4, 6), 16)
     rows = model.model.multi_modal_projector(
         model.model.vision_tower(inputs["pixel_values"][0], output_hidden_states=True).hidden_states[-2][:, 1:]
     )
-    assert torch.equal(encoded.pooler_output[0][shape.patch_index], rows.flatten(0, 1)[shape.units])
-    assert torch.equal(encoded.pooler_output[0][shape.separator], model.model.image_newline.expand(4, -1))
+    assert torch.equal(encoded.pooler_output[0][layout.patch_index], rows.flatten(0, 1)[layout.units])
+    assert torch.equal(encoded.pooler_output[0][layout.separator], model.model.image_newline.expand(4, -1))
 
 
 def test_merges_are_lifted_over_structure_rows():
@@ -380,8 +381,8 @@ def test_a_plugin_whose_parameters_cannot_be_hashed(registry):
 @pytest.mark.parametrize("name", ["llava-next", "llava-onevision", "llava-next-video"])
 @torch.no_grad()
 def test_each_token_has_the_number_of_its_tile(name, registry):
-    """Which tile a method is told is what the model's own packing makes of rows that hold their tile's number."""
-    seen = []
+    """The model's own packing, of rows that hold their tile's number, gives the numbers that the method receives."""
+    received = []
 
     @tokensieve.register("spy", paper="none")
     @dataclass(frozen=True)
@@ -389,15 +390,15 @@ def test_each_token_has_the_number_of_its_tile(name, registry):
         keep: int = 5
 
         def reduce(self, image):
-            seen.extend((image.tiles, image.views, tile) for tile in image.tile)
+            received.extend((image.tiles.count, image.tiles.views, numbers) for numbers in image.tiles.number)
             return image.keep(torch.arange(5).expand(len(image.features), -1))
 
     model, samples = models.tiny_model(name), [prompts.batch(name, "one-and-two")[0]]
     inputs = prompts.collate(name, samples)
     run(name, samples, "spy")
-    assert seen
+    assert received
     base = model.model
-    for (tiles, views, tile), size in zip(seen, inputs["image_sizes"], strict=True):
+    for (tiles, views, tile), size in zip(received, inputs["image_sizes"], strict=True):
         height, width = views[0]
         numbers = torch.arange(1.0, tiles + 2)[:, None, None].expand(-1, height * width, 2)
         more = {"vision_aspect_ratio": "anyres_max_9"} if name == "llava-onevision" else {}

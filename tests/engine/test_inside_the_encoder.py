@@ -280,9 +280,9 @@ def test_packed_encoders_are_refused(family, spec):
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("illava-encoder(layers=(1, 3))", "layers 0 to 2 of this tower, those that the features come from"),
+        ("illava-encoder(layers=(1, 3))", "layers 0 to 2 of this vision encoder, those that the features come from"),
         ("illava-encoder(layers=(2, 1))", "in ascending order; got [2, 1]"),
-        ("mustdrop-encoder(layer=-1)", "layers 0 to 2 of this tower"),
+        ("mustdrop-encoder(layer=-1)", "layers 0 to 2 of this vision encoder"),
         ("mustdrop-encoder(window=1)", "window must be a whole number of patches >= 2; got 1"),
         ("tome(keep=0)", "keep must be a whole number"),
         ("tome + illava-encoder", "two methods of the same stage cannot be combined"),

@@ -132,7 +132,7 @@ def squeezed(text):
 def test_exactly_the_users_words(kind, template, chat, bare):
     ids = prompt(kind, template, CHATS[chat])
     words = UserTextFinder(model(kind), processor(kind, template, bare))
-    found = words.columns(ids, anywhere=True)
+    found = words.columns(ids, before_image=True)
     said = [p["text"] for t in CHATS[chat] if t["role"] == "user" for p in t["content"] if p["type"] == "text"]
     core = tokenizer(kind)
     expected = "".join(core.decode(core(text, add_special_tokens=False)["input_ids"]) for text in said)
@@ -159,7 +159,7 @@ def test_words_before_an_image_count_only_where_no_system_prompt_can_be_among_th
     monkeypatch.setitem(TEMPLATES, "other", template)
     words, core = UserTextFinder(model(kind), processor(kind, "other")), tokenizer(kind)
     ids = prompt(kind, "other", [turn("user", WHAT, None, IS_IT)])
-    found = "".join(core.decode([ids[i] for i in words.columns(ids, anywhere=True)]))
+    found = "".join(core.decode([ids[i] for i in words.columns(ids, before_image=True)]))
     expected = (WHAT if told else "") + IS_IT
     assert squeezed(found) == squeezed(core.decode(core(expected, add_special_tokens=False)["input_ids"]))
 
@@ -195,7 +195,7 @@ def test_through_attach(monkeypatch):
     seen = {}
     for name, given in (("with", processor(kind, "llava-1.5")), ("without", None)):
         with torch.no_grad(), tokensieve.attach(live, "trsm", keep=5, processor=given) as sieve:
-            words = sieve._connector.words.columns(ids[0].tolist())
+            words = sieve._connector.text_finder.columns(ids[0].tolist())
             live(input_ids=ids, pixel_values=pixels)
             seen[name] = (words, sieve.last[0][0].scores)
             features = live.get_image_features(pixel_values=pixels, return_dict=True).pooler_output[0]

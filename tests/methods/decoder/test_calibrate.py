@@ -34,14 +34,14 @@ def test_search(inputs_of, samples, tmp_path):
     wanted = torch.zeros(families.DEPTH - 1)
     for inputs in inputs_of.values():
         full = model(**inputs).logits[0, -1]
-        for block in range(1, families.DEPTH):
-            with tokensieve.attach(model, f"vtw(layer={block})"):
-                wanted[block - 1] += withdrawal_kl(full, model(**inputs).logits[0, -1]) / 3
+        for layer in range(1, families.DEPTH):
+            with tokensieve.attach(model, f"vtw(layer={layer})"):
+                wanted[layer - 1] += withdrawal_kl(full, model(**inputs).logits[0, -1]) / 3
     threshold = float(wanted.sort().values[1])
     result = calibrate_vtw(model, None, samples, threshold=threshold * 1.0001, progress=lambda *a: seen.append(a))
-    assert result.blocks == (1, 2, 3, 4, 5)
+    assert result.layers == (1, 2, 3, 4, 5)
     assert torch.allclose(torch.tensor(result.divergence), wanted, rtol=1e-3, atol=1e-6)
-    assert result.layer == next(b for b in result.blocks if wanted[b - 1] <= threshold * 1.0001)
+    assert result.layer == next(b for b in result.layers if wanted[b - 1] <= threshold * 1.0001)
     assert len(seen) == 3
 
     file = tmp_path / "vtw.json"
@@ -51,14 +51,14 @@ def test_search(inputs_of, samples, tmp_path):
         model(**inputs_of["0"])
     assert sieve.tokens[0][0] == [25] * result.layer + [0] * (families.DEPTH - result.layer)
     file.write_text(json.dumps({"layer": 3, "depth": 32}))
-    with pytest.raises(ValueError, match="for an LLM of 32 blocks; this one has 6"):
+    with pytest.raises(ValueError, match="for an LLM of 32 layers; this one has 6"):
         tokensieve.attach(model, spec)
 
 
 def test_no_layer_is_good_enough(inputs_of, samples, tmp_path):
     result = calibrate_vtw(models.tiny_model(FAMILY), None, samples, threshold=0.0)
     assert result.layer is None
-    with pytest.raises(ValueError, match=r"no block of .* is good enough"):
+    with pytest.raises(ValueError, match=r"no layer of .* is good enough"):
         result.save(tmp_path / "vtw.json")
     with pytest.raises(ValueError, match="at least one sample"):
         calibrate_vtw(models.tiny_model(FAMILY), None, [])

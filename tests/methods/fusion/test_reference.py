@@ -10,6 +10,7 @@ import tokensieve
 from tokensieve import reference
 from tokensieve.evaluate.answer import Classifier, attaching
 from tokensieve.evaluate.data import Sample
+from tokensieve.evaluate.plan import Settings
 from tokensieve.reference.benchmark import benchmark, shortcuts
 
 NAMES = ("vilt-reference", "pumer-reference")
@@ -38,8 +39,8 @@ def right(model, processor, rows, method):
     """Share of right answers by question type, and over all."""
     images = {row.scene: partial(getattr, row, "image") for row in rows}
     samples = [Sample(r.id, images[r.scene], r.question, (r.answer,), r.type) for r in rows]
-    given = {"prompt": "{question}", "batch_size": 56, "max_new_tokens": 1, "examples": set()}
-    answerer = Classifier(model, processor, samples, **given)
+    settings = Settings(prompt="{question}", batch_size=56, max_new_tokens=1)
+    answerer = Classifier(model, processor, samples, settings)
     attached = attaching(model, tokensieve.parse(method), None)
     answers = {answer.sample: answer.text for batch in answerer.run(attached, set()) for answer in batch}
     hits = {row.id: answers[answerer.keys[row.id]] == row.answer for row in rows}
