@@ -1,4 +1,4 @@
-"""What must work beyond the laws: flash-style masks, training, threads, replay, composition, plug-ins."""
+"""Beyond the laws: flash-style masks, training, threads, replay, composition, plug-ins."""
 
 import threading
 
@@ -18,7 +18,7 @@ FLASH = "flash_stand_in"
 
 
 def flash_stand_in(module, query, key, value, attention_mask, scaling=None, is_causal=None, **kwargs):
-    """What a flash kernel sees: no mask, or a 2-D one over the keys; causal to the lower right."""
+    """Attend as a flash kernel: without a mask, or with a 2-D one over the keys; causal to the lower right."""
     queries, keys = query.shape[2], key.shape[2]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     seen = torch.ones(queries, keys, dtype=torch.bool)

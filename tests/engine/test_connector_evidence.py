@@ -9,7 +9,7 @@ from tests.support.methods import evidence
 
 
 def received(family, samples, needs):
-    """What a method with these needs receives, per group of equal images."""
+    """Return the tokens that a method with these needs receives, per group of equal images."""
     return evidence(models.tiny_model(family), prompts.collate(family, samples), needs)[0]
 
 

@@ -1,4 +1,4 @@
-"""What cannot be right is refused before the LLM runs, in words that say what to do, and nothing is broken after."""
+"""Impossible requests are refused before the LLM runs, with advice, and nothing is broken afterwards."""
 
 import pytest
 import torch

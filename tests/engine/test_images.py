@@ -1,4 +1,4 @@
-"""What an image is where it is seen in tiles: views, structure rows, shares of a budget; and unknown families."""
+"""Images in tiles: views, separator tokens, shares of a budget; and unknown families."""
 
 import inspect
 import re
@@ -289,7 +289,7 @@ def test_every_file_is_a_family():
 
 @pytest.fixture
 def unknown(monkeypatch):
-    """A model of a known shape under a name that nobody has heard of."""
+    """A model of a known shape under an unknown name."""
 
     def make(name):
         model = models.tiny_model(name)

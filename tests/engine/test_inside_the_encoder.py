@@ -330,5 +330,5 @@ def test_a_call_that_fails_on_its_way_leaves_nothing_behind(family):
             with pytest.raises(ZeroDivisionError):
                 model(**inputs)
             broken.remove()
-            assert torch.equal(tower(inputs["pixel_values"]).last_hidden_state, plain), "nobody encodes for a prompt"
+            assert torch.equal(tower(inputs["pixel_values"]).last_hidden_state, plain), "a direct call is not reduced"
             assert torch.equal(model(**inputs).logits, expected)

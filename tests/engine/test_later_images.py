@@ -93,7 +93,7 @@ def test_pictures_for_every_row_of_a_ragged_batch(kind, policy, deviation):
 @pytest.mark.parametrize("family", families.CORE_QWEN)
 @torch.no_grad()
 def test_m_rope_with_position_ids(family, policy, deviation):
-    """transformers numbers a later picture only if told how: the ids of the whole conversation, cut as it goes."""
+    """transformers numbers a later picture by given ids only: those of the whole conversation, cut turn by turn."""
     model, parts = models.tiny_model(family), turns(family, "single")
     whole = joined(parts)
     grid = torch.cat([p["image_grid_thw"] for p in parts if "image_grid_thw" in p])

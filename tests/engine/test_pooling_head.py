@@ -20,7 +20,7 @@ def received(model, samples, needs, first=""):
 
 @torch.no_grad()
 def head_row(model, rows):
-    """What torch's own attention module reports, mean over heads."""
+    """Return the attention that torch's own module reports, mean over heads."""
     head = model.model.vision_tower.head
     return head.attention(head.probe, rows[None], rows[None], need_weights=True)[1][0, 0]
 

@@ -1,4 +1,4 @@
-"""What cannot be right is refused with a clear message, and a refusal changes nothing."""
+"""Impossible requests are refused with a clear message, and a refusal changes nothing."""
 
 import re
 import threading
@@ -178,7 +178,7 @@ CALLS = {
 
 
 class OtherLayer(DynamicLayer):
-    """One of the kinds of cache that nobody has tried."""
+    """An untested kind of cache."""
 
 
 def other_cache():
@@ -326,6 +326,6 @@ def test_a_vision_encoder_that_fails_disarms_the_probes():
             model(**inputs)
         handle.remove()
         with torch.no_grad():
-            tower(inputs["pixel_values"])  # by somebody else: nothing may be read, or kept in memory
+            tower(inputs["pixel_values"])  # a direct call: nothing may be read, or kept in memory
         assert not sieve._flight.readings
         works(model, inputs)

@@ -1,4 +1,4 @@
-"""A transformers that nobody has tested is said to be so, where a method is attached."""
+"""Attaching a method warns of an untested release of transformers."""
 
 import importlib.metadata
 import warnings

@@ -1,4 +1,4 @@
-"""Which tokens are the user's own words, on the chat templates of LLaVA-1.5 and Qwen (ChatML)."""
+"""The columns of the user's own words, on the chat templates of LLaVA-1.5 and Qwen (ChatML)."""
 
 from functools import cache
 from types import SimpleNamespace
@@ -153,14 +153,14 @@ REFUSAL = "{% if message['role'] == 'system' %}{{ raise_exception('no system pro
 NO_SYSTEM = CHATML.replace("{% if loop.first", REFUSAL + "{% if loop.first")
 
 
-@pytest.mark.parametrize(("template", "told"), [(MERGED, False), (NO_SYSTEM, True)])
+@pytest.mark.parametrize(("template", "counted"), [(MERGED, False), (NO_SYSTEM, True)])
 @pytest.mark.parametrize("kind", ["words", "bpe"])
-def test_words_before_an_image_count_only_where_no_system_prompt_can_be_among_them(kind, template, told, monkeypatch):
+def test_words_before_an_image_count_only_without_a_system_prompt(kind, template, counted, monkeypatch):
     monkeypatch.setitem(TEMPLATES, "other", template)
     words, core = UserTextFinder(model(kind), processor(kind, "other")), tokenizer(kind)
     ids = prompt(kind, "other", [turn("user", WHAT, None, IS_IT)])
     found = "".join(core.decode([ids[i] for i in words.columns(ids, before_image=True)]))
-    expected = (WHAT if told else "") + IS_IT
+    expected = (WHAT if counted else "") + IS_IT
     assert squeezed(found) == squeezed(core.decode(core(expected, add_special_tokens=False)["input_ids"]))
 
 

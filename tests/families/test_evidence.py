@@ -1,4 +1,4 @@
-"""What a method is told about a visual token is what the encoder says of the patches behind it.
+"""The evidence about a visual token is that of the patches behind it.
 
 Which patches these are is found by experiment: in a tower without attention every row depends on its own patch alone,
 so one patch is changed at a time, to see which rows of the tower and which visual tokens change.
@@ -90,7 +90,7 @@ def different(a, b):
 
 @torch.no_grad()
 def head_row(head, rows):
-    """What a pooling head attends to, as torch's own module reports it, mean over heads: `[tiles, rows]`."""
+    """Return a pooling head's attention, as torch's own module reports it, mean over heads: `[tiles, rows]`."""
     return head.attention(head.probe.expand(len(rows), -1, -1), rows, rows)[1][:, 0]
 
 

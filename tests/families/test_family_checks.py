@@ -35,7 +35,7 @@ def test_check_passes_on_every_family(name):
 
 def test_the_oracle_of_merging_gives_back_a_wrapped_encode_function():
     model = models.build("llava-clip")
-    wrapped = model.model.get_image_features  # a bound method on the instance, as a wrapper of somebody else would be
+    wrapped = model.model.get_image_features  # a bound method on the instance, as another library's wrapper would be
     model.model.get_image_features = wrapped
     mixing = Mixing(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.full((2,), 0.5))
     with merged(model, [[Reduction(2, torch.tensor([0]), mixing)]]):

@@ -1,4 +1,4 @@
-"""What single families do differently, by hand."""
+"""Peculiarities of single families, by hand."""
 
 import pytest
 import torch

@@ -52,7 +52,7 @@ def more(monkeypatch):
 
 
 def halved(sample, layers):
-    """What is left of each image before each of ``layers``."""
+    """Return the tokens of each image that are left before each of ``layers``."""
     return {
         layer: [range(0, image.tokens, 2**stage) for image in sample.images] for stage, layer in enumerate(layers, 1)
     }
@@ -199,13 +199,13 @@ def test_kernels_without_the_whole_mask_are_refused(name, monkeypatch):
 
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_method_that_goes_by_one_rotary_embedding(name):
-    with pytest.raises(ValueError, match="goes by the rotary embedding; in this LLM, blocks differ in it"):
+    with pytest.raises(ValueError, match="goes by the rotary embedding; in this LLM, layers differ in it"):
         tokensieve.attach(models.tiny_model(name), "sparsevlm+(layers=(1, 2))")
 
 
 @pytest.mark.parametrize("name", ["mistral3-windows"])
 def test_an_unknown_llm_with_windows(more, name, monkeypatch, deviation):
-    """Its masks are those that transformers makes for windows: known, whatever the family."""
+    """Its masks are those that transformers makes for windows; they are known for any family."""
     monkeypatch.setattr(Family, "describes", lambda self, config: False)
     assert family_of(models.tiny_model(name)).untested
     assert_as_by_hand(name, "sdpa", (1, 2), "original", deviation, steps=6)

@@ -1,4 +1,4 @@
-"""Towers of timm's and their stand-ins: who may read them, and that nobody else notices.
+"""timm's vision encoders and their stand-ins: reading them changes nothing for other callers.
 
 The laws and the evidence of the matrix run on real towers as well, where timm is installed.
 """

@@ -1,4 +1,4 @@
-"""How often a prefill waits for its device because of a method, at a fixed budget: for what has to be known, once.
+"""Count how often a prefill waits for its device because of a method, at a fixed budget.
 
 Three prompts with four images. What the host must know: how many placeholders each prompt has; the sizes of images,
 where the model is given these on the device; which newlines stay, image by image, since that depends on the choice;

@@ -70,7 +70,7 @@ class Far(Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Runs what is asked of the device, and notes in ``waits`` where somebody waits for it."""
+    """Run each operation of the device on the host, and note in ``waits`` where the host waits for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Made(TorchFunctionMode):
 
 @torch.no_grad()
 def waits(name: str, spec: str | None) -> Counter[str]:
-    """Where the prefill of the ragged batch waits."""
+    """Count the waits of the prefill of a ragged batch, by place."""
     model, inputs = models.build(name, "eager"), prompts.collate(name, prompts.batch(name, "one-and-two"))
     with Device() as device, Made():
         model.to(FAR)

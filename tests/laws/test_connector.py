@@ -12,28 +12,17 @@ import pytest
 import torch
 
 import tokensieve
+from tests.laws.cell import Cell
 from tests.support import families, models, oracle, prompts
 from tests.support.methods import FIRST_TUNED, TUNED, connector_specs
 from tests.support.oracle import NOISE
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One batch with one method: greedy steps, ``logits`` `[row, step, vocabulary]`, and the same by hand."""
+class ConnectorCell(Cell):
+    """Greedy steps with a connector method: ``logits`` `[row, step, vocabulary]`, and the same by hand."""
 
-    spec: str
-    family: str
-    attention: str
-    kind: str
-    policy: str
     steps: int = 8
-
-    def __str__(self) -> str:
-        return "-".join([self.family, self.spec, self.attention, self.kind, self.policy])
-
-    @property
-    def samples(self) -> list[prompts.Sample]:
-        return prompts.batch(self.family, self.kind)
 
     @cached_property
     def run(self):
@@ -64,7 +53,7 @@ class Cell:
         return oracle.logits(model, self.family, s, kept, encoded, answer[:-1], self.policy)
 
 
-def generate(cell: Cell, samples):
+def generate(cell: ConnectorCell, samples):
     with tokensieve.attach(models.tiny_model(cell.family, cell.attention), cell.spec, positions=cell.policy) as sieve:
         inputs = prompts.collate(cell.family, samples)
         out = sieve.model.generate(**inputs, max_new_tokens=cell.steps, **prompts.GREEDY)
@@ -73,7 +62,7 @@ def generate(cell: Cell, samples):
 
 
 @cache
-def row_run(cell: Cell, row: int):
+def row_run(cell: ConnectorCell, row: int):
     """The batch-1 run of one sample."""
     return generate(cell, cell.samples[row : row + 1])
 
@@ -90,16 +79,19 @@ KERNELS, POLICIES = ("sdpa", "eager"), ("original", "contiguous")
 SPECS = [(spec, family) for family in families.CORE for spec in connector_specs(family)]
 OTHER_WAYS = (("sdpa", "contiguous"), ("eager", "original"), ("eager", "contiguous"))
 TUNED_MIXED = [
-    Cell(spec, family, attention, "mixed", policy, 3)
+    ConnectorCell(spec, family, attention, "mixed", policy, steps=3)
     for spec, family, (attention, policy) in product(FIRST_TUNED.values(), families.CORE, OTHER_WAYS)
 ]
 BATCHES = [
     *TUNED_MIXED,
-    *(Cell(spec, family, "sdpa", "ragged", "original", 3) for spec, family in product(TUNED, families.CORE)),
-    *(Cell(*spec, *way) for spec, way in product(SPECS, product(KERNELS, ("ragged", "mixed"), POLICIES))),
+    *(
+        ConnectorCell(spec, family, "sdpa", "ragged", "original", steps=3)
+        for spec, family in product(TUNED, families.CORE)
+    ),
+    *(ConnectorCell(*spec, *way) for spec, way in product(SPECS, product(KERNELS, ("ragged", "mixed"), POLICIES))),
 ]
 # the cells of BATCHES come first, so that pytest runs all tests on one cell in a row: the fixture runs the model once
-CELLS = [*BATCHES, *(Cell(*s, a, "two-images", p) for s, a, p in product(SPECS, KERNELS, POLICIES))]
+CELLS = [*BATCHES, *(ConnectorCell(*s, a, "two-images", p) for s, a, p in product(SPECS, KERNELS, POLICIES))]
 
 
 @pytest.fixture(scope="module", params=CELLS, ids=str)

@@ -4,38 +4,86 @@ Methods that are restated in ``tests/methods/decoder/rules.py`` decide by these 
 in the registry the recorded decisions are replayed there as well.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
 import tokensieve
+from tests.laws.cell import Cell
 from tests.methods.decoder.rules import COMPOSED, RULES
-from tests.methods.decoder.runs import STEPS, Cell, entering, generate
-from tests.support import families, prompts
-from tests.support.methods import inside_specs
+from tests.methods.decoder.runs import STEPS, by_hand_run, entering, generate
+from tests.support import families, models, oracle, prompts
+from tests.support.methods import inside_specs, recorded
 from tests.support.oracle import NOISE
 from tokensieve.methods import DecoderMethod
+
+
+@dataclass(frozen=True)
+class DecoderCell(Cell):
+    """Greedy steps with a method inside the LLM, and each sample layer by layer by hand."""
+
+    @cached_property
+    def _run(self):
+        model = models.tiny_model(self.family, self.attention)
+        with recorded(model.model.language_model.layers, self.spec.split(" + ")[-1]) as recording:
+            return *generate(self.family, self.attention, self.samples, self.spec, self.policy), recording
+
+    @property
+    def logits(self) -> Tensor:
+        return self._run[0]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return self._run[1].tolist()
+
+    @property
+    def held(self) -> list[int]:
+        """Columns of each layer's cache."""
+        return [layer.keys.shape[-2] for layer in self._run[2].layers]
+
+    @property
+    def sieve(self):
+        return self._run[3]
+
+    @cached_property
+    def by_hand(self) -> list[tuple[Tensor, oracle.Sequence]]:
+        """Per sample, logits and the sequence at the end."""
+        decide = self._replay if self.replayed else None
+        return [
+            by_hand_run(self.spec, self.family, self.kind, self.policy, row, answer[:-1], decide)
+            for row, answer in enumerate(self.answers)
+        ]
+
+    def _replay(self, layer: oracle.Layer, sequence: oracle.Sequence) -> list[oracle.Decision] | None:
+        """The method's own decisions, found by the rows that it received."""
+        images = [sequence.rows[image] for image in sequence.images]
+        normed = layer.decoder.norm  # for methods whose needs name the final norm
+        decisions = [self._run[4].decision(layer.number, rows, normed(rows)) for rows in images]
+        return None if None in decisions else decisions
+
 
 POLICIES, KERNELS, BATCHES = ("original", "contiguous"), ("sdpa", "eager"), ("ragged", "two-images")
 CONTIGUOUS = ("fastv(layer=1, keep=13)", "pyramiddrop(keep=0.2)", "pool-decoder(layer=1, stride=3)")
 RULED = {tokensieve.parse(spec)[0].info.name for spec in RULES}
 CELLS = [
-    *(Cell(s, f, a, b, p) for s, a, f, b, p in product(RULES, KERNELS, families.DEEP, BATCHES, POLICIES)),
-    # "mixed" holds a long row of text alone: it is as wide as before, whatever leaves the others
-    *(Cell(s, f, "sdpa", "mixed", "original") for s, f in product(RULES, families.DEEP)),
-    *(Cell(s, f, "eager", "mixed", "contiguous") for s, f in product(CONTIGUOUS, families.DEEP)),
+    *(DecoderCell(s, f, a, b, p) for s, a, f, b, p in product(RULES, KERNELS, families.DEEP, BATCHES, POLICIES)),
+    # "mixed" holds a long row of text alone: the batch stays as wide, because no token of that row is dropped
+    *(DecoderCell(s, f, "sdpa", "mixed", "original") for s, f in product(RULES, families.DEEP)),
+    *(DecoderCell(s, f, "eager", "mixed", "contiguous") for s, f in product(CONTIGUOUS, families.DEEP)),
     # after a connector method
-    *(Cell(s, f, "sdpa", b, p) for s, f, b, p in product(COMPOSED, families.DEEP, BATCHES, POLICIES)),
+    *(DecoderCell(s, f, "sdpa", b, p) for s, f, b, p in product(COMPOSED, families.DEEP, BATCHES, POLICIES)),
 ]
 
 
-def replayed_cells() -> list[Cell]:
+def replayed_cells() -> list[DecoderCell]:
     """Every registered method: one cell for each family, and all of them where no rule by hand exists."""
     ways = list(product(KERNELS, (*BATCHES, "mixed"), POLICIES))
     return [
-        Cell(spec, family, *way, replayed=True)
+        DecoderCell(spec, family, *way, replayed=True)
         for spec, family in product(inside_specs("decoder"), families.DEEP)
         for way in ([("sdpa", "mixed", "original")] if spec.split("(")[0] in RULED else ways)
     ]
@@ -43,7 +91,7 @@ def replayed_cells() -> list[Cell]:
 
 @pytest.fixture(scope="module", params=[*CELLS, *replayed_cells()], ids=str)
 def cell(request):
-    return request.param
+    return replace(request.param)  # its cached run goes with it
 
 
 def test_oracle(cell, deviation):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tokensieve
+from tests.laws.cell import Cell
 from tests.methods.encoder.rules import ADAPTIVE, FAMILIES, RULES
 from tests.support import encoder_oracle, families, models, oracle, prompts
 from tests.support.encoder_oracle import Rule
@@ -45,23 +46,8 @@ def generate(family, samples, spec, attention="sdpa", policy="original", **more)
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One batch with one method, and its images by hand: by the method's rule, or replaying its decisions."""
-
-    spec: str
-    family: str
-    attention: str
-    kind: str
-    policy: str
-    replayed: bool = False
-
-    def __str__(self) -> str:
-        parts = (self.spec, self.family, self.attention, self.kind, self.policy, "replayed" * self.replayed)
-        return "-".join(filter(None, parts))
-
-    @property
-    def samples(self):
-        return prompts.batch(self.family, self.kind)
+class EncoderCell(Cell):
+    """Greedy steps with a method inside the vision encoder, and its images by hand."""
 
     @cached_property
     def _recorded(self):
@@ -101,19 +87,19 @@ def row_run(family, spec, kind, row, attention, policy):
 WAYS = [("ragged", "original"), ("mixed", "contiguous"), ("two-images", "original")]
 
 
-def replayed_cells() -> list[Cell]:
+def replayed_cells() -> list[EncoderCell]:
     """Every registered method: one cell for each family, and all of them where no rule by hand exists."""
     ruled_names = {spec.split("(")[0] for spec in RULES}
     ways = [(attention, *way) for attention, way in product(("sdpa", "eager"), WAYS)]
     return [
-        Cell(spec, family, *way, replayed=True)
+        EncoderCell(spec, family, *way, replayed=True)
         for spec, family in product(inside_specs("encoder"), FAMILIES)
         for way in (ways[1:2] if spec.split("(")[0] in ruled_names else ways)
     ]
 
 
 CELLS = [
-    Cell(spec, family, attention, *way)
+    EncoderCell(spec, family, attention, *way)
     for way, spec, family, attention in product(WAYS, RULES, FAMILIES, ("sdpa", "eager"))
 ]
 BATCHES = [cell for cell in CELLS if cell.kind != "two-images"]  # they come first, so that tests share the runs
@@ -249,7 +235,7 @@ def test_beams_turns_and_plain_forwards(family, spec, deviation):
 
 @each_family
 def test_a_replay_averages_the_output_of_the_whole_encoder(family):
-    """What the documentation says of it: W of the decision, on the rows of the unreduced tower."""
+    """A replay applies W of the decision to the rows of the unreduced encoder, as documented."""
     samples = prompts.batch(family, "ragged")
     *_, decisions, _ = generate(family, samples, "tome(keep=9)")
     seen, model = [], models.tiny_model(family)

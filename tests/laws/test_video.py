@@ -246,7 +246,7 @@ def test_inside_the_llm_a_row_is_its_own_run(family, spec, deviation):
 
 @each_family
 def test_attention_of_a_frame_is_that_of_the_frame_alone(family):
-    """What a method is shown of a video is, frame by frame, what it would be shown of each frame as a video."""
+    """The attention that a method receives of each frame is that of the frame as a video of its own."""
     (s,) = prompts.batch(family, "video")
     (one,) = s.images
     _, _, ((r,),) = run(family, [s], "fastervlm(keep=5)", steps=1)
@@ -326,7 +326,7 @@ def test_impossible_scopes_and_prompts_are_refused():
         run("llava-onevision-frames", prompts.batch("llava-onevision-frames", "video"), "visionzip(keep=9)")
     with pytest.raises(ValueError, match="budget_scope must be one of"):
         tokensieve.attach(models.tiny_model("qwen3-vl"), "evs", budget_scope="second")
-    with pytest.raises(ValueError, match=r"shows a method one frame at a time; evs\(keep=0.25\) compares frames"):
+    with pytest.raises(ValueError, match=r"gives a method one frame at a time; evs\(keep=0.25\) compares frames"):
         tokensieve.attach(models.tiny_model("qwen3-vl"), "evs", budget_scope="frame")
     with pytest.raises(ValueError, match=r"'sample' would share with images, which evs\(keep=0.25\) leaves whole"):
         tokensieve.attach(models.tiny_model("qwen3-vl"), "evs", budget_scope="sample")

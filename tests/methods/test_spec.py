@@ -1,4 +1,4 @@
-"""The spec grammar and the registry: what is read, what is printed, and what an error says."""
+"""The spec grammar and the registry: reading, printing, errors."""
 
 import re
 import warnings

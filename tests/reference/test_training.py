@@ -1,4 +1,4 @@
-"""The recipe: runs, resumes bit for bit, and refuses to continue somebody else's run."""
+"""The recipe: it runs, resumes bit for bit, and refuses to continue another run."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the tests share: tiny models, prompts, the hand reference, and lists of methods from the registry."""
+"""Shared by the tests: tiny models, prompts, the hand reference, and lists of methods from the registry."""

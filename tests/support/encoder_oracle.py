@@ -96,7 +96,7 @@ def run(tower, pixels: Tensor, rule: Rule) -> Rows:
 
 
 def features(model, rows: Rows, state: int) -> tuple[Tensor, list[int], Tensor]:
-    """What enters the LLM: projected rows in raster order, their places, and what they are made of `[K, N]`."""
+    """Return what enters the LLM: projected rows in raster order, their places, and W `[K, N]`."""
     x, places = rows.states[state]
     order = sorted(range(len(places)), key=places.__getitem__)
     mixed = rows.mixed if len(rows.mixed) == len(places) else None

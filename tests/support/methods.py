@@ -101,7 +101,7 @@ def small_spec(info: MethodInfo) -> str:
 
 @dataclass
 class Recording:
-    """What a method received and decided: (layer, features `[B, N, D]`, one Reduction for each of the B images)."""
+    """The calls of a method: (layer, features `[B, N, D]`, one Reduction for each of the B images)."""
 
     decisions: list[tuple[int, Tensor, list[Reduction]]] = field(default_factory=list)
     layer: int = -1

@@ -315,7 +315,7 @@ def masks(name: str, config: Any, sequence: Sequence) -> dict[str, Tensor]:
         together = (query < sequence.prompt) & (key < sequence.prompt)
     near = query - key < (getattr(config, "sliding_window", None) or length)
     sliding = ((key <= query) | together) & near
-    if both_ways == "prompt":  # PaliGemma 2: whatever the distance
+    if both_ways == "prompt":  # PaliGemma 2: at any distance
         sliding = ((key <= query) & near) | together
     allowed = {"full_attention": (key <= query) | together, "sliding_attention": sliding}
     return {kind: torch.zeros(1, 1, length, length).masked_fill(~pairs, -1e30) for kind, pairs in allowed.items()}

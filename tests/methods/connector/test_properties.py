@@ -1,4 +1,4 @@
-"""What must hold for any numbers: budgets, order, permutations, weights, scales, dtypes and batches."""
+"""Properties that hold for any numbers: budgets, order, permutations, weights, scales, dtypes and batches."""
 
 import dataclasses
 import inspect

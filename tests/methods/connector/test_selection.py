@@ -30,7 +30,7 @@ def decide(family, attention, kind, spec):
 
 @torch.no_grad()
 def attention_rows(family, image):
-    """What the encoder's [CLS] row says of each visual token, `[layers, tokens]`; received attention without [CLS]."""
+    """Attention from [CLS] to each visual token, `[layers, tokens]`; attention received where there is no [CLS]."""
     model = models.unhooked(family, "eager")
     if family in families.CORE_LLAVA:
         tower = model.model.vision_tower
@@ -50,7 +50,7 @@ def attention_rows(family, image):
 
 @torch.no_grad()
 def pooling_rows(image):
-    """What SigLIP's pooling head attends to, in place of every layer's [CLS] row, `[layers, tokens]`."""
+    """Attention of SigLIP's pooling head, in place of every layer's [CLS] row, `[layers, tokens]`."""
     tower = models.unhooked("llava-siglip").model.vision_tower
     rows = tower(image.pixels).last_hidden_state
     return tower.head.attention(tower.head.probe, rows, rows)[1][0].expand(4, -1)

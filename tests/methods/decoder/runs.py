@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 
 import torch
-from torch import Tensor
 
 import tokensieve
 from tests.methods.decoder.rules import COMPOSED, RULES
 from tests.support import models, oracle, prompts
-from tests.support.methods import recorded
 
 STEPS = 4
 
@@ -50,62 +47,3 @@ def generate(family, attention, samples, spec, policy):
     with tokensieve.attach(model, spec, positions=policy) as sieve:
         out = model.generate(**prompts.collate(family, samples), max_new_tokens=STEPS, **prompts.GREEDY)
     return torch.stack(out.logits, 1), out.sequences[:, -STEPS:], out.past_key_values, sieve
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One batch with one method, and each of its samples by hand: by the method's rule, or replaying its decisions."""
-
-    spec: str
-    family: str
-    attention: str
-    kind: str
-    policy: str
-    replayed: bool = False
-
-    def __str__(self) -> str:
-        parts = (self.spec, self.attention, self.family, self.kind, self.policy, "replayed" * self.replayed)
-        return "-".join(filter(None, parts))
-
-    @property
-    def samples(self) -> list[prompts.Sample]:
-        return prompts.batch(self.family, self.kind)
-
-    @cached_property
-    def _run(self):
-        model = models.tiny_model(self.family, self.attention)
-        with recorded(model.model.language_model.layers, self.spec.split(" + ")[-1]) as recording:
-            return *generate(self.family, self.attention, self.samples, self.spec, self.policy), recording
-
-    @property
-    def logits(self) -> Tensor:
-        return self._run[0]
-
-    @property
-    def answers(self) -> list[list[int]]:
-        return self._run[1].tolist()
-
-    @property
-    def held(self) -> list[int]:
-        """Columns of each layer's cache."""
-        return [layer.keys.shape[-2] for layer in self._run[2].layers]
-
-    @property
-    def sieve(self):
-        return self._run[3]
-
-    @cached_property
-    def by_hand(self) -> list[tuple[Tensor, oracle.Sequence]]:
-        """Per sample, logits and the sequence at the end."""
-        decide = self._replay if self.replayed else None
-        return [
-            by_hand_run(self.spec, self.family, self.kind, self.policy, row, answer[:-1], decide)
-            for row, answer in enumerate(self.answers)
-        ]
-
-    def _replay(self, layer: oracle.Layer, sequence: oracle.Sequence) -> list[oracle.Decision] | None:
-        """The method's own decisions, found by the rows that it received."""
-        images = [sequence.rows[image] for image in sequence.images]
-        normed = layer.decoder.norm  # for methods whose needs name the final norm
-        decisions = [self._run[4].decision(layer.number, rows, normed(rows)) for rows in images]
-        return None if None in decisions else decisions

@@ -59,7 +59,7 @@ def test_shares_of_the_depth_in_shallow_models():
 
 @pytest.mark.parametrize("family", families.DEEP)
 def test_averages_are_the_mean_over_the_layers(family):
-    """Law 6: tokens per block and columns in the cache are what the budget says."""
+    """Law 6: tokens per layer and columns in the cache follow from the budget."""
     model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
     with tokensieve.attach(model, "pyramiddrop(layers=(1, 2, 4), average=0.5)") as sieve:
         out = model.generate(**inputs, max_new_tokens=1, **prompts.GREEDY)

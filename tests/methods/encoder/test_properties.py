@@ -1,4 +1,4 @@
-"""What must hold for any numbers inside the tower: partitions, budgets, weights, orders, batches, dtypes."""
+"""Properties inside the vision encoder that hold for any numbers: partitions, budgets, weights, orders, dtypes."""
 
 import dataclasses
 import inspect
@@ -61,7 +61,7 @@ def test_every_token_goes_into_one_slot(spec, seed, grid, share, batch, dtype, s
     for i, one in enumerate(decision):
         matrix = one.matrix()
         assert sorted({*one.kept.tolist()}) == sorted(one.kept.tolist())
-        assert bool(((matrix != 0).sum(0) == 1).all()), "nobody is dropped, nobody is in two slots"
+        assert bool(((matrix != 0).sum(0) == 1).all()), "a token is dropped, or in two slots"
         assert bool((matrix[torch.arange(one.slots), one.kept] > 0).all()), "each slot holds its own anchor"
         torch.testing.assert_close(matrix.sum(-1), torch.ones(one.slots))
         if spec.startswith("tome"):

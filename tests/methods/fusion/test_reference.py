@@ -1,4 +1,4 @@
-"""The shipped ViLT, unreduced and fine-tuned with PuMer: loads offline, answers, and is what its card says."""
+"""The shipped ViLT, unreduced and fine-tuned with PuMer: it loads offline, answers, and agrees with its card."""
 
 import json
 from functools import partial
