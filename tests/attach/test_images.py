@@ -12,8 +12,8 @@ import tokensieve
 from families import tiny
 from tokensieve import Method, Reduction
 from tokensieve.budget import share_out
-from tokensieve.ops import attention_from_cls, attention_received
 from tokensieve.models import TokenLayout, families, family_of
+from tokensieve.ops import attention_from_cls, attention_received
 from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles
 
 GENERATE = {"max_new_tokens": 1, **tiny.GREEDY}

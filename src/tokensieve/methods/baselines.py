@@ -86,7 +86,6 @@ class Pool(Method):
     keep: Budget = 0.25
 
     def cells(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
-        """Return (height, width) of the pooled grid."""
         return pooled_grid(grid, budget)
 
     def reduce(self, image: VisualTokens) -> Reduction:
@@ -94,11 +93,9 @@ class Pool(Method):
             raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
         height, width = self.cells(image.grid, image.budget)
         batch, device = len(image.features), image.features.device
-        # the overlaps follow from the two grids alone: one matrix for all images
-        pooled = area_pool(image.grid, (height, width))
+        pooled = area_pool(image.grid, (height, width))  # from the two grids alone: one matrix for all images
         anchors, slot, source, weight = (part.to(device).expand(batch, -1) for part in pooled)
-        note = f"{height}x{width} cells for a budget of {image.budget} tokens"
-        return image.merge(anchors, slot, source, weight, note)
+        return image.merge(anchors, slot, source, weight, f"{height}x{width} cells for a budget of {image.budget} tokens")
 
 
 @register("downsample", paper="baseline", stage="encoder", needs=EncoderNeeds(grid=True))
