@@ -46,8 +46,7 @@ class Random(Method):
     seed: int = 0
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        # drawn on the CPU: the same positions on every device
-        order = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))  # drawn on the CPU
         kept = order[: image.budget].to(image.features.device)
         return image.keep(kept.expand(len(image.features), -1))
 
@@ -95,7 +94,8 @@ class Pool(Method):
         batch, device = len(image.features), image.features.device
         pooled = area_pool(image.grid, (height, width))  # from the two grids alone: one matrix for all images
         anchors, slot, source, weight = (part.to(device).expand(batch, -1) for part in pooled)
-        return image.merge(anchors, slot, source, weight, f"{height}x{width} cells for a budget of {image.budget} tokens")
+        note = f"{height}x{width} cells for a budget of {image.budget} tokens"
+        return image.merge(anchors, slot, source, weight, note)
 
 
 @register("downsample", paper="baseline", stage="encoder", needs=EncoderNeeds(grid=True))
