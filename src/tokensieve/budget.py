@@ -57,7 +57,7 @@ def stage_counts(
     target = average if isinstance(average, int) else average * total
     if target >= total:
         return [total] * len(layers)
-    spans = [after - before for before, after in zip(layers, [*layers[1:], depth], strict=True)]
+    spans = [end - start for start, end in zip(layers, [*layers[1:], depth], strict=True)]
 
     def mean(ratio: float) -> float:  # of the tokens over all layers, if each stage keeps `ratio` of the one before
         return total * (layers[0] + sum(n * ratio ** (s + 1) for s, n in enumerate(spans))) / depth

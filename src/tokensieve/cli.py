@@ -1,4 +1,4 @@
-"""The ``tokensieve`` command. Each subcommand is one file in ``tokensieve.commands``; torch is imported inside them."""
+"""The ``tokensieve`` command. Each subcommand is a file in ``tokensieve.commands`` that imports torch when it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESUMABLE = ("compare", "train")
 
 
 class Cli(TyperGroup):
-    """Turns a user's error into one line and exit code 2, and Ctrl-C into 130; a bug keeps its traceback."""
+    """Turns a user's error into one line and exit code 2, Ctrl-C into 130. A bug keeps its traceback (exit code 1)."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -35,13 +35,13 @@ class Cli(TyperGroup):
 
 
 def users_error(error: Exception) -> str | None:
-    """One line if the error is the user's to mend, ``None`` if it is a bug.
+    """Return one line for an error that the user can fix, ``None`` for a bug.
 
-    The type alone tells: a ``Refusal``, what the system refused (``OSError``), or what typer says of options.
+    Only the type decides: a ``Refusal``, an error of the system (``OSError``), or typer's error about an option.
     """
     if isinstance(error, BrokenPipeError):
         return None
-    if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
+    if hasattr(error, "format_message"):  # of typer: an unknown option, a missing argument
         text = str(error.format_message())
     elif isinstance(error, Refusal | OSError):
         text = str(error)
@@ -71,7 +71,7 @@ app.add_typer(train.app, name="train")
 
 
 def main() -> None:
-    """Run the command line: our own warnings as one line each, the libraries underneath silenced."""
+    """Run the command line. Warnings of Tokensieve are one line each; warnings of other libraries are silenced."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -1,4 +1,4 @@
-"""``Laws``: they hold on models that are right, and each of them notices what breaks it."""
+"""``Laws``: they hold for sound methods and engines, and each law fails when its property is broken."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ METHODS = (
     "fastv(layer=1, keep=5)",
     "uniform(keep=8) + fastv(layer=2, keep=3)",
 )
+SOUND = (("llava-clip", "sdpa"), ("qwen3-vl", "eager"))
 
 
 def build(family: str, model) -> Laws:
@@ -44,20 +45,39 @@ def verdicts(family: str, method) -> dict:
     return {verdict.law: verdict for verdict in laws(family).check(method)}
 
 
-@pytest.mark.parametrize(("family", "attention"), [("llava-clip", "sdpa"), ("qwen3-vl", "eager")])
-def test_they_hold(family, attention):
-    trial = laws(family, attention)
-    before = tiny.footprint(trial.model)
-    assert 0 < trial.floor < 2e-5
-    for method in METHODS:
-        found = list(trial.check(method))
-        assert [verdict.law for verdict in found] == list(LAWS)
-        assert all(verdict.status == "pass" for verdict in found), found
-        numbers = {verdict.law: verdict.deviation for verdict in found}
-        assert numbers["identity"] == 0.0
-        assert all(numbers[law] <= NOISE for law in ("oracle", "batch", "continuation"))
-        assert {verdict.method for verdict in found} == {" + ".join(map(str, tokensieve.parse(method)))}
-    assert tiny.footprint(trial.model) == before
+@cache
+def checked(family: str, attention: str, method: str) -> tuple:
+    """Return the verdicts on one method; a model that the check leaves changed fails every test of it."""
+    model = laws(family, attention).model
+    before = tiny.footprint(model)
+    found = tuple(laws(family, attention).check(method))
+    assert tiny.footprint(model) == before
+    return found
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "attention"), SOUND)
+def test_a_law_holds(family, attention, method, law):
+    (verdict,) = (verdict for verdict in checked(family, attention, method) if verdict.law == law)
+    assert verdict.status == "pass", verdict
+    if law == "identity":
+        assert verdict.deviation == 0.0
+    if law in ("oracle", "batch", "continuation"):
+        assert verdict.deviation <= NOISE
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "attention"), SOUND)
+def test_every_law_has_one_verdict_in_order(family, attention, method):
+    found = checked(family, attention, method)
+    assert [verdict.law for verdict in found] == list(LAWS)
+    assert {verdict.method for verdict in found} == {" + ".join(map(str, tokensieve.parse(method)))}
+
+
+@pytest.mark.parametrize(("family", "attention"), SOUND)
+def test_the_noise_floor_is_rounding(family, attention):
+    assert 0 < laws(family, attention).floor < 2e-5
 
 
 @pytest.mark.parametrize(
@@ -65,7 +85,7 @@ def test_they_hold(family, attention):
     [("llava-clip", "sdpa"), ("llava-siglip", "eager"), ("qwen2.5-vl", "eager"), ("qwen3-vl", "sdpa")],
 )
 def test_hiding_tokens_is_the_language_model_fed_by_hand(family, attention, deviation):
-    """The oracle of this command and the hand reference of the tests: two ways to leave tokens out, one result."""
+    """Compare the oracle of ``check`` with the hand reference of the tests: two ways to leave tokens out."""
     model, samples = tiny.subject(family, attention), tiny.scenario(family, "mixed")
     before, g = tiny.footprint(model), torch.Generator().manual_seed(0)
 
@@ -91,13 +111,13 @@ def test_hiding_tokens_is_the_language_model_fed_by_hand(family, attention, devi
 
 
 def test_hiding_tokens_inside_needs_no_mask_of_the_caller(deviation):
-    """One prompt without padding runs on the kernel's own causal mask; in a batch there is one to add to."""
+    """Hide tokens without a mask argument: one unpadded prompt uses the kernel's causal mask, a batch has its own."""
     model, samples = tiny.subject("llava-clip"), tiny.scenario("llava-clip", "ragged")
     decisions = [[Reduction(image.tokens, torch.tensor([3, 7, 11])) for image in s.images] for s in samples]
     rows = []
-    for some, of in ((samples, decisions), (samples[1:2], decisions[1:2])):
-        inputs = tiny.collate("llava-clip", some)
-        with hidden(model, dropped_columns(inputs["input_ids"], tiny.IMAGE, of), 1):
+    for chosen, reductions in ((samples, decisions), (samples[1:2], decisions[1:2])):
+        inputs = tiny.collate("llava-clip", chosen)
+        with hidden(model, dropped_columns(inputs["input_ids"], tiny.IMAGE, reductions), 1):
             rows.append(torch.stack(model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY).logits, 1))
     assert deviation("of tokens hidden inside", rows[0][1], rows[1][0]) <= NOISE
     whole = torch.stack(model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY).logits, 1)
@@ -108,30 +128,39 @@ def test_a_refusal_is_no_failure():
     found = verdicts("llava-siglip", "cls-knee")
     assert {verdict.status for verdict in found.values()} == {"refused"}
     assert all("this encoder has none" in verdict.reason for verdict in found.values())
-    with pytest.raises(ValueError, match="unknown method"):
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(tokensieve.Refusal, match="unknown method"):
         verdicts("llava-clip", "nonsuch")
 
 
-def test_what_cannot_be_checked_says_why():
-    for method, why in (
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
         ("visionzip(keep=7)", "before the projector"),
         ("downsample(keep=9)", "changes the image"),
         ("pyramiddrop(layers=(1, 2), counts=(9, 4))", "several layers"),
-    ):
-        found = verdicts("llava-clip", method)
-        assert {law: found[law].status for law in LAWS} == dict.fromkeys(LAWS, "pass") | dict.fromkeys(
-            ("oracle", "continuation"), "skipped"
-        )
-        assert why in found["oracle"].reason
+    ],
+)
+def test_a_skipped_law_has_a_reason(method, reason):
+    found = verdicts("llava-clip", method)
+    assert {law: found[law].status for law in LAWS} == dict.fromkeys(LAWS, "pass") | dict.fromkeys(
+        ("oracle", "continuation"), "skipped"
+    )
+    assert reason in found["oracle"].reason
+
+
+def test_identity_of_a_method_without_budget_is_checked_after_detach():
     assert "no budget" in verdicts("llava-clip", "vtw(layer=1)")["identity"].reason
 
 
-# -- every law notices what breaks it ---------------------------------------------------------------------------------
+# -- each law fails when its property is broken -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Own(Method):
-    """Keeps the first tokens; what is wrong with it comes in subclasses."""
+    """Keeps the first tokens; subclasses add a fault."""
 
     keep: int | float = 5
 
@@ -141,7 +170,7 @@ class Own(Method):
 
 
 def broken(method: Method) -> dict[str, str]:
-    """Laws that fail, with the reason."""
+    """Return the laws that fail, with their reasons."""
     found = verdicts("llava-clip", [method]).values()
     assert "refused" not in {verdict.status for verdict in found}, found
     return {verdict.law: verdict.reason for verdict in found if verdict.status == "FAIL"}
@@ -166,7 +195,7 @@ def test_identity_notices_a_method_that_drops_what_it_should_keep(own):
 
 @pytest.mark.filterwarnings("ignore:module forward hook")
 def test_identity_notices_what_is_left_behind(own, monkeypatch):
-    trial = build("llava-clip", tiny.build("llava-clip"))  # a model that nobody else uses: its hooks stay
+    trial = build("llava-clip", tiny.build("llava-clip"))  # a model of its own: the hooks stay on it
     monkeypatch.setattr(Sieve, "_remove", lambda sieve: None)
     found = {verdict.law: verdict.status for verdict in trial.check([own(Own)()])}
     assert found["identity"] == "FAIL"
@@ -235,12 +264,25 @@ def test_cache_notices_columns_that_stayed(own, monkeypatch):
     assert "columns; " in broken(own(Own)())["cache"]
 
 
-def test_a_crash_is_a_failure(own):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(KeyError("gone"), "KeyError: 'gone'"), (ValueError("too many values"), "ValueError: too many values")],
+)
+def test_a_crash_fails_every_law(own, error, reason):
     class Crashing(Own):
         def reduce(self, image: VisualTokens) -> Reduction:
-            raise KeyError("gone")
+            raise error
 
-    assert broken(own(Crashing)()) == dict.fromkeys(LAWS, "KeyError: 'gone'")
+    assert broken(own(Crashing)()) == dict.fromkeys(LAWS, reason)
+
+
+def test_a_refusal_inside_a_method_is_a_refusal(own):
+    class Refusing(Own):
+        def reduce(self, image: VisualTokens) -> Reduction:
+            raise tokensieve.Refusal("too few tokens")
+
+    found = verdicts("llava-clip", [own(Refusing)()])
+    assert {(verdict.status, verdict.reason) for verdict in found.values()} == {("refused", "too few tokens")}
 
 
 # -- half precision -----------------------------------------------------------------------------------------------
@@ -256,20 +298,20 @@ def test_bfloat16_on_the_bundled_model(method, bundled):
     assert found["oracle"].deviation <= 2 * trial.floor
 
 
-def test_bfloat16_says_the_same_tokens_as_the_oracle(bundled):
-    """Real questions of the bundled benchmark, answered to the end."""
+def test_bfloat16_generates_the_tokens_of_the_oracle(bundled):
+    """Answer questions of the bundled benchmark to the end."""
     trial = bundled(torch.bfloat16)
-    model, processor, asked = trial.model, trial.processor, benchmark(scenes=4)
-    samples = [Sample(row.id, lambda row=row: row.image, row.question, ()) for row in asked]
+    model, processor, questions = trial.model, trial.processor, benchmark(scenes=4)
+    samples = [Sample(row.id, lambda row=row: row.image, row.question, ()) for row in questions]
     inputs = encode(processor, samples)
     for method in ("fastervlm(keep=36)", "trsm(keep=36)", "divprune(keep=36)"):
         with tokensieve.attach(model, method, processor=processor) as attached:
-            said = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            reduced = model.generate(**inputs, max_new_tokens=4, do_sample=False)
             decisions = attached.last
         with hidden(model, dropped_columns(inputs["input_ids"], trial.token, decisions)):
             oracle = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        assert len(said) > 10
-        assert torch.equal(said, oracle), method
+        assert len(reduced) > 10
+        assert torch.equal(reduced, oracle), method
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The installed command in a process of its own; many calls share one process where starting it is all that costs."""
+"""The installed command in a process of its own, or many calls in one process to save the starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# tests run side by side: threads that wait for each other would make a tiny model slow
+# tests run in parallel: threads that wait for each other would make a tiny model slow
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMAND = str(Path(sys.executable).with_name("tokensieve"))
 
@@ -41,7 +41,7 @@ class Outcome:
     err: str
 
     def refused(self) -> str:
-        """The one line on stderr of a user's error."""
+        """Return the one line on stderr of a user's error."""
         assert self.code == 2, self.err
         assert self.out == ""
         (line,) = self.err.splitlines()
@@ -50,16 +50,16 @@ class Outcome:
 
 
 def run(*arguments: str | Path, **environment: str) -> Outcome:
-    """One call of the installed command."""
+    """Call the installed command once."""
     program = [COMMAND, *map(str, arguments)]
     done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT | environment)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
 def run_many(calls: Mapping[str, Sequence[str | Path]], *, before: str = "") -> dict[str, Outcome]:
-    """Several calls, one after the other, in one process; ``before`` is Python that runs first there."""
-    asked = json.dumps({name: [str(argument) for argument in arguments] for name, arguments in calls.items()})
+    """Make several calls, one after the other, in one process, after the Python code ``before``."""
+    request = json.dumps({name: [str(argument) for argument in arguments] for name, arguments in calls.items()})
     program = [sys.executable, "-c", before + MANY]
-    done = subprocess.run(program, input=asked, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(program, input=request, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return {name: Outcome(*outcome) for name, outcome in json.loads(done.stdout).items()}

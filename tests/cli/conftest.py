@@ -10,7 +10,7 @@ from tokensieve import reference
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What ``--model`` is given: the bundled model, or one of its shape while there are no weights."""
+    """Return a value of ``--model``: the bundled model, or one of its shape if there are no weights."""
     if (reference.path() / "model.safetensors").is_file():
         return "reference"
     from tokensieve.reference.model import build_model, build_processor

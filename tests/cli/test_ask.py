@@ -38,17 +38,17 @@ def outcomes(model: str, photo: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_text_shows_both_answers_and_saves_the_overlay(outcomes: dict[str, Outcome], tmp_path: Path) -> None:
-    asked = outcomes["text"]
-    assert asked.code == 0, asked.err
-    first, second = asked.out.splitlines()
+    outcome = outcomes["text"]
+    assert outcome.code == 0, outcome.err
+    first, second = outcome.out.splitlines()
     assert re.match(r"full model +144 tokens  ", first)
     assert re.match(r"vtc-cls\(keep=64\) +64 tokens  ", second)
-    (path,) = re.findall(r"overlay: (.+)", asked.err)
+    (path,) = re.findall(r"overlay: (.+)", outcome.err)
     with Image.open(path) as picture:
         assert picture.size == (480, 480)
 
 
-def test_json_is_all_there_is_on_stdout(outcomes: dict[str, Outcome]) -> None:
+def test_stdout_holds_only_the_json(outcomes: dict[str, Outcome]) -> None:
     answered = json.loads(outcomes["json"].out)
     assert list(answered) == [
         "question", "method", "answer_full", "answer", "tokens_before", "tokens_after", "notes", "overlay"
@@ -85,7 +85,7 @@ def test_bench_prints_a_row_per_method_and_budget(outcomes: dict[str, Outcome]) 
     assert reduced["kv_bytes"] < full["kv_bytes"]
 
 
-def test_bench_of_a_classifier_measures_what_it_was_trained_with(outcomes: dict[str, Outcome]) -> None:
+def test_bench_of_a_classifier_measures_the_method_of_its_training(outcomes: dict[str, Outcome]) -> None:
     full, reduced = json.loads(outcomes["bench classifier"].out)
     assert (full["method"], reduced["method"]) == ("full", "pumer(layers=(2, 4, 6))")
     assert reduced["tokens_after"] < full["tokens_after"] == 145

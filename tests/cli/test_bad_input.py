@@ -1,4 +1,4 @@
-"""Every mistake a user can make is one line that says what, got and allowed, and exit code 2."""
+"""Every mistake of a user is one line with the mistake, the value and the allowed ones, and exit code 2."""
 
 import struct
 import zlib
@@ -14,7 +14,7 @@ QUESTION = "what colour is the cup?"
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size; its pixels are never reached."""
+    """Return a PNG whose header has this size; its pixels are never decoded."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -111,6 +111,10 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
         lambda f, m: ["train", "pumer", "--task", "vqa", "--model", f"{f}/gone", "--data", "reference:train"],
         ["no model at", "gone: it does not exist"],
     ),
+    "unknown meaning of a budget": (
+        lambda f, m: ["compare", "--model", m, "--keep-means", "kept"],
+        ["--keep-means", "'kept' is not one of 'final', 'average'"],
+    ),
     "no image": (lambda f, m: ["ask", f"{f}/gone.jpg", QUESTION, "--model", m], ["gone.jpg"]),
     "text as image": (lambda f, m: ["ask", f"{f}/text.jpg", QUESTION, "--model", m], ["text.jpg", "not an image"]),
     "truncated image": (lambda f, m: ["ask", f"{f}/cut.jpg", QUESTION, "--model", m], ["cut.jpg"]),
@@ -171,8 +175,8 @@ def test_the_installed_command_exits_the_same_way() -> None:
 
 
 def test_a_hub_name_offline_is_refused_at_once(photo: Path) -> None:
-    asked = run("ask", photo, QUESTION, "--model", "someone/some-model", HF_HUB_OFFLINE="1")
-    assert "no model someone/some-model" in asked.refused()
+    outcome = run("ask", photo, QUESTION, "--model", "someone/some-model", HF_HUB_OFFLINE="1")
+    assert "no model someone/some-model" in outcome.refused()
 
 
 def test_a_missing_extra_is_named_before_the_work(model: str, folder: Path) -> None:
@@ -181,7 +185,7 @@ def test_a_missing_extra_is_named_before_the_work(model: str, folder: Path) -> N
     assert 'pip install "tokensieve[report]"' in run_many(calls, before=hidden)["compare"].refused()
 
 
-def test_only_what_we_raise_ourselves_is_the_users() -> None:
+def test_only_the_type_of_an_error_tells_a_mistake_from_a_bug() -> None:
     def caught(call: Callable[[], object]) -> Exception:
         with pytest.raises(Exception) as info:  # noqa: PT011
             call()

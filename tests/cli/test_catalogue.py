@@ -1,4 +1,4 @@
-"""What there is, at a glance and as JSON; and help that does not wait for torch."""
+"""The lists of methods and models, as text and as JSON; and help that does not import torch."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def test_help_is_quick_and_lists_the_commands() -> None:
     for _ in range(3):
         before = os.times()
         helped = run("--help")
-        after = os.times()  # processor time: what others do on the machine does not count
+        after = os.times()  # processor time: other processes do not count
         times.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert helped.code == 0
     for name in ("methods", "models", "ask", "compare", "bench", "check", "train"):

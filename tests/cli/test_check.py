@@ -1,4 +1,4 @@
-"""``check``: the laws on a model, as a table and as JSON, and its exit code."""
+"""``check``: the equivalence checks on a model, as a table and as JSON, and the exit code."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from tokensieve import Method, Needs, Reduction, VisualTokens, register
 @register("flaky", paper="none", needs=Needs())
 @dataclass(frozen=True)
 class Flaky(Method):
-    """Keeps other tokens every time."""
+    """Keeps other tokens in every call."""
 
     keep: int | float = 64
 

@@ -29,7 +29,7 @@ def arguments(model: str, output: Path) -> list[str]:
 
 
 def stopped(call: list[str], predictions: Path, lines: int, with_signal: signal.Signals) -> Outcome:
-    """Start a call and stop it as soon as so many lines are written."""
+    """Start a call and stop it once so many lines are written."""
     program = [COMMAND, *call]
     running = subprocess.Popen(
         program,
@@ -37,7 +37,7 @@ def stopped(call: list[str], predictions: Path, lines: int, with_signal: signal.
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # background jobs are born deaf to Ctrl-C
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores Ctrl-C by default
     )
     deadline = time.monotonic() + 300
     while running.poll() is None and time.monotonic() < deadline:
@@ -56,7 +56,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(model: str, output: Path) -> tuple[list[str], Outcome, list[str]]:
-    """A comparison killed and then interrupted: the lines on disk after each, and what the second said."""
+    """Kill a comparison, then interrupt it; return the lines on disk after each, and the second outcome."""
     call, predictions = arguments(model, output), output / "predictions.jsonl"
     assert stopped(call, predictions, 3, signal.SIGKILL).code == -signal.SIGKILL
     first = predictions.read_text("utf-8").splitlines()
@@ -66,11 +66,11 @@ def killed(model: str, output: Path) -> tuple[list[str], Outcome, list[str]]:
 
 @pytest.fixture(scope="module")
 def finished(model: str, output: Path, killed: object) -> Outcome:
-    """The same command again, to the end."""
+    """Run the same command again, to the end."""
     return run(*arguments(model, output), "--json")
 
 
-def test_ctrl_c_says_how_to_go_on(killed: tuple[list[str], Outcome, list[str]]) -> None:
+def test_ctrl_c_prints_how_to_resume(killed: tuple[list[str], Outcome, list[str]]) -> None:
     first, interrupted, second = killed
     assert interrupted.code == 130
     assert interrupted.err.strip().splitlines()[-1] == "tokensieve: interrupted; resume with the same command"
@@ -96,7 +96,7 @@ def _is_json(line: str) -> bool:
     return True
 
 
-def test_json_is_the_pinned_rows_and_nothing_else(finished: Outcome) -> None:
+def test_json_is_only_the_pinned_rows(finished: Outcome) -> None:
     rows = json.loads(finished.out)
     assert [row["method"] for row in rows] == ["full", "vtc-cls(first_layer=0)", "pool", "random", "oracle"]
     for row in rows:
@@ -116,9 +116,9 @@ def test_the_paths_are_printed_apart_from_the_rows(finished: Outcome, output: Pa
     ]
 
 
-def test_again_is_quick_and_says_the_same_in_a_table(model: str, finished: Outcome, output: Path) -> None:
+def test_a_finished_comparison_is_printed_without_new_answers(model: str, finished: Outcome, output: Path) -> None:
     before = (output / "predictions.jsonl").read_bytes()
-    # a disk that is full, for the report alone: what is written under this name goes nowhere
+    # a full disk for the report alone
     (output / "report.part").symlink_to("/dev/full")
     outcomes = run_many({
         "full disk": [*arguments(model, output), "--json"],
@@ -162,7 +162,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize("width", [390, 1200])
 def test_the_report_in_a_browser(finished: Outcome, output: Path, tmp_path: Path, width: int) -> None:
-    """Everything is drawn, nothing sticks out sideways, on a phone and on a desk."""
+    """Load the page at the width of a phone and of a desktop: all is drawn, nothing overflows sideways."""
     look = """<script>addEventListener("load", () => {
       const images = [...document.images], curves = [...document.querySelectorAll("svg")];
       document.title = "looked " + JSON.stringify({
@@ -172,7 +172,7 @@ def test_the_report_in_a_browser(finished: Outcome, output: Path, tmp_path: Path
       });
     });</script>"""
     page = (output / "report.html").read_text("utf-8").replace("</body>", look + "</body>")
-    # headless Chromium has a least window width: the page is put in a frame as wide as a phone
+    # headless Chromium has a smallest window width: a frame is as narrow as a phone
     (tmp_path / "page.html").write_text(page, "utf-8")
     frame = f'<iframe src="page.html" style="border:0; width:{width}px; height:900px"></iframe>'
     (tmp_path / "frame.html").write_text(
@@ -194,7 +194,7 @@ def test_the_report_in_a_browser(finished: Outcome, output: Path, tmp_path: Path
     assert (found["broken"], found["curves"], found["sticksOut"]) == (0, 2, 0)
 
 
-def test_a_full_disk_keeps_what_was_answered(model: str, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_answers(model: str, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]

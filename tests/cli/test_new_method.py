@@ -1,4 +1,4 @@
-"""``new-method``: what it writes works everywhere a name does, and its test tells a method that does not."""
+"""``new-method``: the written method works wherever a name does, and its test fails for a wrong method."""
 
 import json
 import re
@@ -39,20 +39,20 @@ def outcomes(folder: Path, model: str, photo: Path) -> dict[str, Outcome]:
     })  # fmt: skip
 
 
-def test_it_says_what_to_run_next(outcomes: dict[str, Outcome], folder: Path) -> None:
+def test_it_prints_the_next_commands(outcomes: dict[str, Outcome], folder: Path) -> None:
     assert {path.name for path in (folder / "new").glob("*.py")} == {
         "loudest.py", "test_loudest.py", "most_watched.py", "test_most_watched.py"
     }  # fmt: skip
-    said = outcomes["connector"]
-    assert (said.code, said.err) == (0, "")
-    assert said.out.splitlines()[2:] == [
+    outcome = outcomes["connector"]
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[2:] == [
         f"  python -m pytest {folder}/new/test_loudest.py",
         f'  tokensieve compare --methods "{folder}/new/loudest.py:Loudest, random" --keep 25% --limit 200',
     ]
 
 
 def pytest_of(folder: Path) -> str:
-    """What pytest says of a folder, called from another one."""
+    """Return the output of pytest on a folder, called from another one."""
     program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder.parent)
     return done.stdout + done.stderr
@@ -74,8 +74,8 @@ def test_its_tests_pass_as_written_and_fail_when_the_method_is_wrong(
     code = code.replace(".sum(-1)", across_the_batch).replace("import dataclass", "import dataclass, replace")
     code += one_short
     (broken / "loudest.py").write_text(code)
-    said = pytest_of(broken)
-    assert re.search(r"^3 failed, 1 passed in", said, re.M), said
+    output = pytest_of(broken)
+    assert re.search(r"^3 failed, 1 passed in", output, re.M), output
 
 
 def test_the_file_stands_wherever_a_name_does(outcomes: dict[str, Outcome]) -> None:
@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(outcomes: dict[str, Outcome], folder: Path, name:
     assert not list(folder.rglob("*other*"))
 
 
-def test_contributing_shows_what_it_writes(outcomes: dict[str, Outcome], folder: Path) -> None:
+def test_contributing_shows_the_written_file(outcomes: dict[str, Outcome], folder: Path) -> None:
     shown = re.search(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.S)
     assert shown is not None
     assert shown[1] == (folder / "new" / "loudest.py").read_text("utf-8")
@@ -120,6 +120,6 @@ registry.entry_points = lambda group: [broken]
     listed = run_many({"methods": ["methods", "--json"]}, before=plugin)["methods"]
     assert listed.code == 0
     assert "vtc-cls" in [method["name"] for method in json.loads(listed.out)]
-    said = "the method plug-in 'mine' (no_such_module:Mine) is left out: ModuleNotFoundError: No module named"
+    warning = "the method plug-in 'mine' (no_such_module:Mine) is left out: ModuleNotFoundError: No module named"
     (line,) = listed.err.splitlines()
-    assert line.startswith(f"note: {said}")
+    assert line.startswith(f"note: {warning}")

@@ -1,13 +1,13 @@
 """The comparison from end to end: rows, resuming, and what goes wrong on the way."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from PIL import Image
 
-from tokensieve import attach
+from tokensieve import Method, attach
 from tokensieve.evaluate import (
     METRICS,
     DataError,
@@ -47,7 +47,7 @@ def run(model, processor, samples, tmp_path, monkeypatch):
 
 
 def alone(model, processor, sample, spec, tokens=2):
-    """The answer to one question by itself, with nothing of ours but ``attach``."""
+    """Answer one question by itself, with only ``attach`` of Tokensieve."""
     inputs = encode(processor, [sample])
     with attach(model, spec, processor=processor), torch.no_grad():
         ids = model.generate(**inputs, do_sample=False, max_new_tokens=tokens)
@@ -58,14 +58,14 @@ def test_the_fields_of_a_row_are_the_pinned_ones():
     assert [field.name for field in fields(Row)] == PINNED.split(", ")
 
 
-def test_rows_say_what_each_question_alone_says(run, model, processor, samples):
+def test_rows_score_the_answers_to_each_question_alone(run, model, processor, samples):
     accepted = [{alone(model, processor, s, "full")} for s in samples]
     assert len(set.union(*accepted)) > 2
-    for i, sample in enumerate(samples[:6]):  # what makes some answers of the methods right
+    for i, sample in enumerate(samples[:6]):  # makes some answers of the methods right
         spec = "vtc-cls(keep=9)" if i < 4 else "random(keep=9, seed=1)"
         accepted[i].add(alone(model, processor, sample, spec))
-    told = [replace(s, answers=tuple(answers)) for s, answers in zip(samples, accepted, strict=True)]
-    rows, _ = run(samples=told)
+    answered = [replace(s, answers=tuple(answers)) for s, answers in zip(samples, accepted, strict=True)]
+    rows, _ = run(samples=answered)
     assert [(row.method, row.keep) for row in rows] == [("full", None), ("vtc-cls", 9), ("random", 9), ("pool", 9)]
     full, vtc, random, _ = rows
     assert (full.accuracy, full.accuracy_low, full.accuracy_high) == (1, *wilson(10, 10))
@@ -74,7 +74,7 @@ def test_rows_say_what_each_question_alone_says(run, model, processor, samples):
     assert vtc.tokens_after == vtc.tokens_average == 9
 
     def right(spec):
-        return sum(METRICS["exact"](alone(model, processor, s, spec), s.answers) for s in told) / len(told)
+        return sum(METRICS["exact"](alone(model, processor, s, spec), s.answers) for s in answered) / len(answered)
 
     assert 0 < vtc.accuracy < 1
     assert vtc.accuracy == right("vtc-cls(keep=9)")
@@ -125,11 +125,11 @@ def test_an_interrupted_run_continues_where_it_was(run, tmp_path):
     assert not early.complete
     assert list(early.rows) == whole[:2]
 
-    seen = []
-    rows, again = run(progress=lambda done, total, label: seen.append(done))
+    progress = []
+    rows, again = run(progress=lambda done, total, label: progress.append(done))
     assert rows == whole
     assert again == 18 - (3 + 3 + 2)  # full, vtc-cls and two batches of the first seed were there
-    assert seen[-1] == 60
+    assert progress[-1] == 60
     assert run() == (whole, 0)
 
 
@@ -137,8 +137,8 @@ def test_answers_are_used_again_wherever_they_are_the_same(run, samples):
     run(samples=samples[:4])
     assert run(samples=samples[:4], metric="contains", seeds=2, methods=["random", "vtc-cls"])[1] == 0
     assert run(samples=samples[:4], methods=["vtc-cls(keep=8)"])[1] == 1
-    asked = replace(samples[3], question="is it red?")
-    _, batches = run(samples=[*samples[:3], asked], methods=[], keeps=[])
+    changed = replace(samples[3], question="is it red?")
+    _, batches = run(samples=[*samples[:3], changed], methods=[], keeps=[])
     assert batches == 1
     _, batches = run(samples=samples, methods=["vtc-cls"])
     assert 2 <= batches <= 6
@@ -157,7 +157,7 @@ def test_another_model_or_prompt_is_refused(run, model):
         weight.data -= 1
 
 
-def test_a_broken_image_stops_the_run_and_loses_nothing(run, write, tmp_path):
+def test_a_broken_image_stops_the_run_and_keeps_the_answers(run, write, tmp_path):
     rows = [{"image": f"{i}.png", "question": "is it red?" + " red" * i, "answer": "yes"} for i in range(3)]
     samples = load_data(write(rows))
     good = (tmp_path / "2.png").read_bytes()
@@ -182,7 +182,7 @@ def test_a_full_disk_on_the_results_keeps_the_predictions(run, tmp_path, monkeyp
     assert run(methods=["pool"])[1] == 3  # full is there
 
 
-def test_the_oracle_sees_what_it_needs(run, samples, tmp_path):
+def test_the_oracle_keeps_the_tokens_in_the_boxes(run, samples, tmp_path):
     rows, _ = run(samples=[replace(samples[0], boxes=((0, 0, 8, 5),))], methods=["pool"], keeps=[1, 16])
     assert [(row.method, row.keep, row.tokens_after) for row in rows[3:]] == [("oracle", 1, 1), ("oracle", 16, 16)]
     kept = Results.load(tmp_path / "out" / "results.json").examples[0].kept
@@ -220,6 +220,29 @@ def test_mistakes_are_found_before_anything_runs(run, tmp_path, changes, message
     with pytest.raises(ValueError, match=message):
         run(**changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_budgets_may_mean_the_average_over_the_layers(run, samples, tmp_path):
+    for keep_means, average in (("final", 122), ("average", 100)):
+        output = tmp_path / keep_means
+        rows, _ = run(["fastv(layer=1)"], [100], keep_means=keep_means, samples=samples[:1], output=output)
+        assert (rows[1].keep, rows[1].tokens_average) == (100, average)
+        assert Results.load(output / "results.json").settings["keep_means"] == keep_means
+
+
+def test_a_bug_in_a_method_keeps_its_type_and_the_answers(run, registry, tmp_path):
+    @registry.register("buggy", paper="none")
+    @dataclass(frozen=True)
+    class Buggy(Method):
+        def reduce(self, image):
+            b, n = image.features.shape  # noqa: RUF059
+
+    with pytest.raises(ValueError, match="too many values to unpack") as caught:
+        run(["buggy"])
+    assert type(caught.value) is ValueError
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert (results.complete, [row.method for row in results.rows]) == (False, ["full"])
+    assert run(["pool"])[1] == 3  # the answers of full are there
 
 
 def test_a_model_in_training_mode_is_refused(run, model):

@@ -1,4 +1,4 @@
-"""Data sets of users: what is read, and what every mistake is called."""
+"""Data sets of users: the samples that are read, and the error of each mistake."""
 
 import json
 import struct
@@ -14,7 +14,7 @@ GOOD = {"image": "0.png", "question": "what is it?", "answer": "a cup"}
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
+    """Return a PNG whose header has this size, without pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     empty = b"IDAT" + zlib.compress(b"")
     chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, empty)]

@@ -1,4 +1,4 @@
-"""The journal: what survives a crash, a full disk and a changed set-up."""
+"""The journal: lines that survive a crash, a full disk and a changed set-up."""
 
 import json
 import resource
@@ -24,7 +24,7 @@ def test_everything_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 20])
-def test_half_a_line_is_cut_off_and_the_rest_kept(tmp_path, cut):
+def test_an_incomplete_line_is_cut_off_and_the_others_kept(tmp_path, cut):
     journal = Journal(tmp_path, SETUP)
     journal.add("uniform", [FIRST, SECOND])
     whole = journal.path.read_bytes()
@@ -35,7 +35,7 @@ def test_half_a_line_is_cut_off_and_the_rest_kept(tmp_path, cut):
     assert again.path.read_bytes() == whole
 
 
-def test_half_a_header_starts_anew(tmp_path):
+def test_an_incomplete_header_starts_anew(tmp_path):
     Journal(tmp_path, SETUP).path.write_bytes(b'{"setup": {"mo')
     assert Journal(tmp_path, SETUP).answers == {}
     assert Journal(tmp_path, SETUP).setup == SETUP
@@ -71,11 +71,11 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         Journal(tmp_path / "file", SETUP)
 
 
-def test_a_full_disk_keeps_what_was_written(tmp_path):
+def test_a_full_disk_keeps_the_lines_before(tmp_path):
     journal = Journal(tmp_path, SETUP)
     journal.add("uniform", [FIRST])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 10, hard))  # room for 10 bytes more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 10, hard))  # room for 10 more bytes
     try:
         with pytest.raises(OutputError, match="what was written before is kept"):
             journal.add("uniform", [SECOND])

@@ -22,7 +22,7 @@ def test_a_small_budget_takes_turns_between_the_boxes():
     assert oracle(boxes, (60, 40), 24, (4, 6), 4).kept.tolist() == [0, 1, 16, 17]
 
 
-def test_what_is_covered_most_comes_first():
+def test_the_most_covered_tokens_come_first():
     assert oracle(((19, 0, 30, 10),), (60, 40), 24, (4, 6), 1).kept.tolist() == [2]
 
 
@@ -30,7 +30,7 @@ def test_without_boxes_it_is_uniform():
     assert oracle((), (60, 40), 24, (4, 6), 3).kept.tolist() == [4, 12, 20]
 
 
-def test_a_budget_that_asks_for_all_keeps_all():
+def test_a_budget_of_all_tokens_keeps_all():
     assert oracle(((0, 0, 5, 5),), (60, 40), 24, (4, 6), 1.0).whole
 
 

@@ -1,8 +1,11 @@
-"""Methods x budgets x seeds."""
+"""Settings, and the runs of methods × budgets × seeds."""
+
+from dataclasses import FrozenInstanceError
 
 import pytest
 
-from tokensieve.evaluate.plan import plan
+from tokensieve import Refusal, list_methods
+from tokensieve.evaluate.plan import Settings, is_random_baseline, plan
 
 
 def keys(entries):
@@ -71,6 +74,30 @@ def test_repeated_rows_run_once():
 def test_mistakes_are_named(methods, keeps, seeds, message):
     with pytest.raises(ValueError, match=message):
         plan(methods, keeps, seeds=seeds, oracle=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"metric": "exactly"}, "unknown metric 'exactly'; did you mean exact"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"seeds": 0}, "seeds must be at least 1; got 0"),
+        ({"keep_means": "mean"}, "keep_means must be 'final' or 'average'; got 'mean'"),
+        ({"prompt": "what?"}, "the prompt must contain {question}"),
+    ],
+)
+def test_settings_are_validated_on_creation(options, message):
+    with pytest.raises(Refusal, match=message):
+        Settings(**options)
+
+
+def test_settings_are_frozen():
+    with pytest.raises(FrozenInstanceError):
+        Settings().batch_size = 4
+
+
+def test_the_random_baseline_is_known_by_its_seed():
+    assert [info.name for info in list_methods() if is_random_baseline(info)] == ["random"]
 
 
 def test_an_edited_method_file_makes_new_predictions(tmp_path):

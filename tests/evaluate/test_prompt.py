@@ -1,4 +1,4 @@
-"""Prompts: left-padded, through the template, the processor untouched; repeated images encoded once."""
+"""Prompts: left-padded, through the template, with an unchanged processor; repeated images are encoded once."""
 
 from itertools import pairwise
 
@@ -56,9 +56,9 @@ def test_decode_leaves_out_the_prompt_and_special_tokens(processor):
 
 
 def test_batches_hold_every_sample_once_and_an_image_together(samples):
-    made = batches(samples, 3)
-    assert sorted(s.id for batch in made for s in batch) == sorted(s.id for s in samples)
-    order = [s.image for batch in made for s in batch]
+    batched = batches(samples, 3)
+    assert sorted(s.id for batch in batched for s in batch) == sorted(s.id for s in samples)
+    order = [s.image for batch in batched for s in batch]
     assert len([1 for a, b in pairwise(order) if a != b]) == 3
 
 
@@ -79,7 +79,7 @@ def test_encoding_an_image_once_changes_nothing(model, processor, samples, spec)
     assert [[r.to_json() for r in row] for row in kept] == [[r.to_json() for r in row] for row in sieve.last]
 
 
-def test_what_is_not_plain_pixels_is_left_alone(model, processor, samples):
+def test_inputs_that_are_not_plain_pixels_stay_unchanged(model, processor, samples):
     tensors = encode(processor, [samples[0], samples[4]])
     tiles = {**tensors, "pixel_values": tensors["pixel_values"][:, None]}
     sized = {**tensors, "image_sizes": torch.tensor([[120, 120], [120, 120]])}
@@ -102,7 +102,7 @@ def test_the_record_is_repeated_with_the_images(model, processor, samples):
 
 
 def test_tiles_that_are_images_count_as_one():
-    """A picture that a model takes for several images has one decision in the results."""
+    """Join the decisions about the tiles of a picture into one."""
     first, second = Reduction(4, torch.tensor([1, 3])), Reduction(3, torch.tensor([0]))
     both = together([first, second])
     assert (both.total, both.anchors.tolist(), both.grid) == (7, [1, 3, 4], None)

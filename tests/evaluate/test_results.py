@@ -1,4 +1,4 @@
-"""Results and environment: read back as written, never half written, naming no machine."""
+"""Results and environment: read back as written, never partly written, without a machine's name."""
 
 import json
 import platform
@@ -33,12 +33,12 @@ def test_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_random_with_about_as_many_tokens_is_what_a_row_is_held_against():
+def test_a_row_is_compared_with_random_of_a_similar_number_of_tokens():
     samples = [Sample(str(i), Image.new, "what?", ("a",)) for i in range(40)]
     table = Table(samples, METRICS["exact"], ())
 
     def add(spec, tokens, *right):
-        """A row of one run per number of right answers; the same questions are right first."""
+        """Add a row with one run per number of right answers; the first questions are right."""
         runs = [
             {s.id: Answer(s.id, "a" if i < n else "b", 144, tokens, tokens) for i, s in enumerate(samples)}
             for n in right
@@ -97,6 +97,6 @@ def test_environment(model):
     assert found["attention"] == "sdpa"
     assert found["device"] == "cpu"
     assert {"tokensieve", "python", "torch", "transformers", "cpu", "threads", "date"} <= found.keys()
-    told = json.dumps(found)
-    assert platform.node() not in told
-    assert str(Path.cwd()) not in told
+    text = json.dumps(found)
+    assert platform.node() not in text
+    assert str(Path.cwd()) not in text

@@ -1,4 +1,4 @@
-"""Metrics and intervals against values worked out by hand or known from the literature."""
+"""Metrics and intervals against values computed by hand or published."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_exact():
     assert METRICS["exact"]("red", ["red cup"]) == 0
 
 
-def test_contains_wants_whole_words():
+def test_contains_matches_whole_words():
     assert METRICS["contains"]("It is the red cup, I think", ["Red cup"]) == 1
     assert METRICS["contains"]("hundred", ["red"]) == 0
     assert METRICS["contains"]("anything", ["..."]) == 0
@@ -61,7 +61,7 @@ def test_bootstrap_of_one_run_is_near_the_normal_interval():
     assert bootstrap(scores) == pytest.approx((scores.mean() - half, scores.mean() + half), abs=0.004)
 
 
-def test_bootstrap_counts_the_luck_of_the_seeds():
+def test_bootstrap_includes_the_variance_of_the_seeds():
     agreeing, apart = np.full((3, 400), 0.5), np.repeat([[0.3], [0.5], [0.7]], 400, axis=1)
     assert bootstrap(agreeing) == (0.5, 0.5)
     low, high = bootstrap(apart)
@@ -69,7 +69,7 @@ def test_bootstrap_counts_the_luck_of_the_seeds():
     assert high > 0.65
 
 
-def test_interval_is_never_certain_of_all_right_or_all_wrong():
+def test_the_interval_of_all_right_or_all_wrong_has_a_width():
     assert interval(np.zeros((3, 20))) == wilson(0, 20)
     assert interval(np.ones((1, 20))) == wilson(20, 20)
     assert interval(np.array([[1.0, 0, 1, 1]])) == wilson(3, 4)

@@ -1,4 +1,4 @@
-"""What a method costs, on a small model whose counts are known."""
+"""Costs of a method, on a small model whose counts are known."""
 
 import time
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def costs(model, inputs):
     return {cost.method: cost for cost in measure_costs(model, inputs, methods, **QUICK)}
 
 
-def test_full_comes_first_and_is_the_measure(costs):
+def test_full_comes_first_and_is_the_reference(costs):
     name, full = next(iter(costs.items()))
     assert name == "full"
     assert (full.tokens_before, full.tokens_after, full.flops_ratio) == (TOTAL, TOTAL, 1)
@@ -67,14 +67,14 @@ def test_counts_fall_as_the_tokens_do(costs, inputs):
     assert random.peak_activation_bytes < full.peak_activation_bytes
 
 
-def test_a_method_before_the_encoder_saves_there_too_and_has_no_replay(costs):
+def test_a_method_in_the_vision_encoder_saves_there_and_has_no_replay(costs):
     assert costs["downsample(keep=16)"].flops < costs["random(keep=16)"].flops
     assert costs["downsample(keep=16)"].method_ms is None
     assert costs["pool(keep=0.25)"].method_ms is not None
     assert costs["pool(keep=0.25)"].tokens_after == 36
 
 
-def test_a_slow_method_is_found_out(model, inputs, registry):
+def test_a_slow_method_has_a_large_method_time(model, inputs, registry):
     register("test-slow", paper="none")(Slow)
     _, slow = measure_costs(model, inputs, [Slow()], **QUICK)
     assert slow.method == "test-slow(keep=16)"

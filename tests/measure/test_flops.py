@@ -1,4 +1,4 @@
-"""FLOPs against numbers worked out by hand."""
+"""FLOPs against numbers computed by hand."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ HEAD = D // HEADS
 
 
 def llama_flops(queries: int, keys: int) -> int:
-    """A forward of ``queries`` new tokens over ``keys`` in all; a multiply-add is two."""
+    """Return the FLOPs of a forward of ``queries`` new tokens over ``keys`` tokens; a multiply-add is two."""
     projections = 2 * queries * D * (D + 2 * KV * HEAD + D)
     attention = 2 * 2 * HEADS * queries * keys * HEAD
     mlp = 3 * 2 * queries * D * FF
@@ -46,7 +46,7 @@ def test_llama_decode_step(llama):
         assert count_flops(lambda: llama(step, past_key_values=cache)) == llama_flops(1, T + 1)
 
 
-def test_clip_tower():
+def test_clip_vision_encoder():
     grid, patch, d, ff, layers = 3, 4, 16, 40, 2
     config = CLIPVisionConfig(
         hidden_size=d,

@@ -1,4 +1,4 @@
-"""Interleaved timing, on a clock that only the calls move."""
+"""Interleaved timing, on a clock that only the calls advance."""
 
 from contextlib import contextmanager
 
@@ -21,7 +21,7 @@ def clock():
     return Clock()
 
 
-def test_rounds_alternate_and_warmup_is_thrown_away(clock):
+def test_rounds_alternate_and_warmup_is_not_timed(clock):
     order = []
 
     def call(name: str, seconds: float):

@@ -9,7 +9,7 @@ from tokensieve.measure import kv_bytes, peak_activation_bytes
 KB = 4 * 256  # bytes of 256 float32
 
 
-def test_what_is_freed_before_does_not_count():
+def test_a_freed_tensor_does_not_count():
     def chain() -> Tensor:
         a = torch.ones(256)
         b = a + 1  # a and b
@@ -19,7 +19,7 @@ def test_what_is_freed_before_does_not_count():
     assert peak_activation_bytes(chain) == 2 * KB
 
 
-def test_what_is_held_counts():
+def test_a_held_tensor_counts():
     def hold() -> list[Tensor]:
         a = torch.ones(256)
         return [a, a + 1, a + 2]
@@ -54,5 +54,5 @@ def test_sparse_tensors_count_their_parts():
 def test_kv_bytes():
     cache = DynamicCache()
     cache.update(torch.zeros(2, 4, 10, 8), torch.zeros(2, 4, 10, 8), 0)
-    cache.update(torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 6, 8), 1)  # a layer that holds fewer tokens
+    cache.update(torch.zeros(2, 4, 6, 8), torch.zeros(2, 4, 6, 8), 1)  # a layer with fewer tokens
     assert kv_bytes(cache) == 2 * 4 * 8 * (10 + 6) * 2 * 4

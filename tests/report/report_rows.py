@@ -1,4 +1,4 @@
-"""Results made by hand, as ``compare`` would write them."""
+"""Results written by hand, in the form of ``compare``."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def row(method: str, keep: int | float | None, accuracy: float, samples: int = 4
 
 
 def results(rows: list[Row], by_type: list[tuple[float, ...]] | None = None, folder: Path | None = None) -> Results:
-    """Results of these rows; with a folder, one example image is written there."""
+    """Return results of these rows; with a folder, write one example image there."""
     scores = by_type or [(r.accuracy,) * len(KINDS) for r in rows]
     types = tuple(
         tuple(TypeScore(k, 200, a, a - 0.05, a + 0.05) for k, a in zip(KINDS, line, strict=True)) for line in scores
@@ -49,9 +49,9 @@ def results(rows: list[Row], by_type: list[tuple[float, ...]] | None = None, fol
 
 
 def _chance(row: Row, rows: list[Row]) -> VsRandom | None:
-    """Against the random row of as many tokens, five points either way."""
-    found = [r for r in rows if r.method == "random" and r.tokens_after == row.tokens_after]
-    if not found or row.method in ("full", "random"):
+    """Compare with the random row of equal tokens, with an interval of ± five points."""
+    random = [r for r in rows if r.method == "random" and r.tokens_after == row.tokens_after]
+    if not random or row.method in ("full", "random"):
         return None
-    gap = row.accuracy - found[0].accuracy
-    return VsRandom(found[0].tokens_average, found[0].accuracy, gap, gap - 0.05, gap + 0.05)
+    gap = row.accuracy - random[0].accuracy
+    return VsRandom(random[0].tokens_average, random[0].accuracy, gap, gap - 0.05, gap + 0.05)

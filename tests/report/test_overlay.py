@@ -15,7 +15,7 @@ GREY = Image.new("RGB", (60, 40), (200, 200, 200))
 
 
 def centres(picture: Image.Image) -> np.ndarray:
-    """Mean colour of the middle of each cell, `[4, 6, 3]`; a little off centre, where no anchor dot is."""
+    """Return the mean colour near the centre of each cell, beside the anchor dot, `[4, 6, 3]`."""
     pixels = np.asarray(picture, float)
     cell = pixels.shape[0] // GRID[0]
     assert pixels.shape == (GRID[0] * cell, GRID[1] * cell, 3)
@@ -45,11 +45,11 @@ def test_merged_slots_that_touch_have_different_tints() -> None:
     assert (left.max(-1) > 150).all()
 
 
-def test_the_whole_image_is_left_alone() -> None:
+def test_an_image_kept_whole_is_unchanged() -> None:
     assert (np.asarray(overlay(GREY, Reduction.identity(24, grid=GRID), side=240)) == 200).all()
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
+def test_tokens_without_a_grid_are_refused() -> None:
     some = torch.tensor([0, 7])
     with pytest.raises(ValueError, match="no grid"):
         overlay(GREY, Reduction(24, some))
@@ -61,9 +61,9 @@ def test_as_seen_is_the_centre_crop_of_the_image_processor() -> None:
     crops = SimpleNamespace(do_center_crop=True, size={"shortest_edge": 20}, crop_size={"height": 20, "width": 20})
     wide = Image.new("RGB", (80, 40))
     wide.paste((255, 0, 0), (20, 0, 60, 40))
-    seen = as_seen(wide, crops)
-    assert seen.size == (40, 40)
-    assert seen.getcolors() == [(1600, (255, 0, 0))]
+    view = as_seen(wide, crops)
+    assert view.size == (40, 40)
+    assert view.getcolors() == [(1600, (255, 0, 0))]
     assert as_seen(wide, object()) is wide
 
 

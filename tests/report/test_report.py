@@ -1,4 +1,4 @@
-"""The page says what the rows say, and needs nothing but itself."""
+"""The page: its remarks follow from the rows, and it loads no external file."""
 
 import errno
 import re
@@ -17,20 +17,29 @@ from tokensieve.report.table import as_rows, label
 ROWS = [row("full", None, 0.93), row("vtc-cls", 36, 0.90), row("random", 36, 0.60), row("pool", 36, 0.55)]
 
 
-def said(*args: object, **kwargs: object) -> str:
+def remarks_text(*args: object, **kwargs: object) -> str:
     return "\n".join(remarks(as_rows(results(*args, **kwargs))))
 
 
-def test_remarks_name_losses_ties_and_their_absence() -> None:
-    assert "Below random" not in said(ROWS[:3])
-    assert "Not told apart from random, as the interval of the difference holds zero: pool at 36." in said(ROWS)
-    losing = said([ROWS[0], row("vtc-cls", 36, 0.4), ROWS[2], row("pool", 36, 0.3)])
+def test_remarks_name_ties_with_random() -> None:
+    assert "Below random" not in remarks_text(ROWS[:3])
+    assert "Not told apart from random, as the interval of the difference holds zero: pool at 36." in remarks_text(ROWS)
+
+
+def test_remarks_name_losses_to_random() -> None:
+    losing = remarks_text([ROWS[0], row("vtc-cls", 36, 0.4), ROWS[2], row("pool", 36, 0.3)])
     assert ": vtc-cls at 36 (-20.0, -25.0 to -15.0), pool at 36 (-30.0, -35.0 to -25.0)." in losing
-    assert "no random baseline" in said(ROWS[:2])
-    elsewhere = said([ROWS[0], row("vtc-cls", 72, 0.4), ROWS[2], row("trsm", 36, 0.9)])
-    assert "did not run with about as many tokens: vtc-cls at 72." in elsewhere
-    assert "Below random" not in elsewhere
-    assert "no random baseline" not in elsewhere
+
+
+def test_remarks_name_a_missing_random_baseline() -> None:
+    assert "no random baseline" in remarks_text(ROWS[:2])
+
+
+def test_remarks_name_rows_without_a_comparable_random_row() -> None:
+    other_budget = remarks_text([ROWS[0], row("vtc-cls", 72, 0.4), ROWS[2], row("trsm", 36, 0.9)])
+    assert "did not run with about as many tokens: vtc-cls at 72." in other_budget
+    assert "Below random" not in other_budget
+    assert "no random baseline" not in other_budget
 
 
 def test_the_page_says_which_methods_are_below_random(tmp_path: Path) -> None:
@@ -38,16 +47,30 @@ def test_the_page_says_which_methods_are_below_random(tmp_path: Path) -> None:
     assert re.search(r"<li>Below random with about as many tokens [^<]*: vtc-cls at 36 \(-20\.0, [^<]*</li>", text)
 
 
-def test_remarks_on_types_speed_and_samples() -> None:
-    best = [(0.9, 0.9), (0.9, 0.5), (0.5, 0.9), (0.4, 0.4)]
-    assert "no single method is best on every question type: vtc-cls on colour; random on where" in said(ROWS, best)
-    assert "At 36 vtc-cls is best on every question type" in said(ROWS)
-    slow = said([ROWS[0], row("trsm", 36, 0.9, prefill_speedup=0.8)])
+def test_remarks_name_the_best_rows_by_question_type() -> None:
+    by_type = [(0.9, 0.9), (0.9, 0.5), (0.5, 0.9), (0.4, 0.4)]
+    mixed = "no single method is best on every question type: vtc-cls on colour; random on where"
+    assert mixed in remarks_text(ROWS, by_type)
+    assert "At 36 vtc-cls is best on every question type" in remarks_text(ROWS)
+
+
+def test_remarks_name_slow_methods() -> None:
+    slow = remarks_text([ROWS[0], row("trsm", 36, 0.9, prefill_speedup=0.8)])
     assert "trsm at 36 (0.80×)" in slow
-    assert "Only 50 questions" in said([row("full", None, 0.9, samples=50)])
 
 
-def test_labels_read_as_the_user_wrote_them() -> None:
+def test_remarks_name_few_questions() -> None:
+    assert "Only 50 questions" in remarks_text([row("full", None, 0.9, samples=50)])
+
+
+def test_the_kind_of_a_row_follows_from_the_registry() -> None:
+    specs = ["full", "oracle", "random(seed=3)", "pool", "downsample(keep=9)", "uniform", "vtc-cls", "my/file.py:Mine"]
+    specs.append("random fine-tuned")
+    kinds = [r["kind"] for r in as_rows(results([row(spec, None, 0.5) for spec in specs]))]
+    assert kinds == ["full", "oracle", "random", "baseline", "baseline", "baseline", "method", "method", "method"]
+
+
+def test_labels_are_written_as_by_the_user() -> None:
     budgets = [label({"method": "a", "keep": keep}) for keep in (None, 64, 0.25, 1 / 9)]
     assert budgets == ["a", "a, 64", "a, 25%", "a, 11.11%"]
 

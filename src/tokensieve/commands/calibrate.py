@@ -26,7 +26,7 @@ def vtw(
     data: Data = "reference",
     limit: Annotated[int, typer.Option(min=1, help="Largest number of questions, spread over the data.")] = 20,
     threshold: Annotated[float, typer.Option(min=0, help="Largest accepted mean KL divergence.")] = 0.003,
-    first_block: Annotated[int | None, typer.Option(min=1, help="First candidate.", show_default="5 of 32")] = None,
+    first_layer: Annotated[int | None, typer.Option(min=1, help="First candidate.", show_default="5 of 32")] = None,
     output: Annotated[Path, typer.Option(help="File of the result.")] = Path("vtw.json"),
     image_column: ImageColumn = "image",
     question_column: QuestionColumn = "question",
@@ -34,7 +34,7 @@ def vtw(
     prompt: Prompt = "{question}",
     json: Json = False,
 ) -> None:
-    """Find the first block from which VTW may withdraw the visual tokens; 'vtw(calibration="vtw.json")' uses it."""
+    """Find the first layer from which VTW may withdraw the visual tokens; 'vtw(calibration="vtw.json")' uses it."""
     from tokensieve.evaluate import load_data
     from tokensieve.evaluate.calibrate import calibrate_vtw
 
@@ -43,12 +43,12 @@ def vtw(
     vlm, processor = load_model(model)
     with progress() as bar:
         result = calibrate_vtw(
-            vlm, processor, samples, threshold=threshold, first=first_block, prompt=prompt, progress=bar
+            vlm, processor, samples, threshold=threshold, first=first_layer, prompt=prompt, progress=bar
         )
     if json:
         print_json(asdict(result))
     else:
-        rows = zip(result.blocks, result.divergence, strict=True)
-        print_table(("block", "KL", ""), [[str(b), f"{kl:.2g}", "←" * (b == result.layer)] for b, kl in rows])
+        rows = zip(result.layers, result.divergence, strict=True)
+        print_table(("layer", "KL", ""), [[str(n), f"{kl:.2g}", "←" * (n == result.layer)] for n, kl in rows])
     result.save(output)
     note(f"result: {output}")

@@ -1,4 +1,4 @@
-"""Where VTW may withdraw the visual tokens: the first block from which the answer's distribution hardly changes."""
+"""Calibration of VTW: find the first layer from which the visual tokens hardly change the answer's distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tokensieve.engine import attach
 from tokensieve.errors import OutputError, Refusal
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.prompt import check_texts, encode
+from tokensieve.evaluate.prompt import check_texts, encode, to_model
 from tokensieve.methods.vtw import Vtw
 
 Progress = Callable[[int, int, str], None]
@@ -25,27 +25,27 @@ class Calibration:
     """The result of a search; ``vtw(calibration="file.json")`` reads it.
 
     Attributes:
-        layer: the first block without visual tokens; ``None`` if no block was good enough.
-        depth: blocks of the LLM.
-        threshold: largest mean divergence that was accepted.
-        blocks: candidates, ascending.
-        divergence: KL(withdrawn ‖ full) of the first answer token for each of them, mean over the samples, in nats.
+        layer: the first layer without visual tokens; ``None`` if no layer is good enough.
+        depth: number of layers of the LLM.
+        threshold: largest accepted mean divergence.
+        layers: candidates, ascending.
+        divergence: KL(withdrawn ‖ full) of the first answer token for each candidate, mean over the samples, in nats.
         samples: ids of the samples.
     """
 
     layer: int | None
     depth: int
     threshold: float
-    blocks: tuple[int, ...]
+    layers: tuple[int, ...]
     divergence: tuple[float, ...]
     samples: tuple[str, ...]
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON. Raises :class:`OutputError` if the file cannot be written, ``ValueError`` without a layer."""
+        """Write as JSON; raise :class:`OutputError` if that fails, :class:`Refusal` without a layer."""
         if self.layer is None:
             best = min(self.divergence)
             raise Refusal(
-                f"no block of {list(self.blocks)} is good enough: the smallest divergence is {best:.2g}, the threshold "
+                f"no layer of {list(self.layers)} is good enough: the smallest divergence is {best:.2g}, the threshold "
                 f"{self.threshold:g}"
             )
         try:
@@ -65,58 +65,53 @@ def calibrate_vtw(
     prompt: str = "{question}",
     progress: Progress | None = None,
 ) -> Calibration:
-    """Search VTW's layer as its paper does: one prefill per sample and block, none of them needs an answer.
+    """Search VTW's layer as its paper does: one prefill per sample and layer, without answers.
 
     Args:
-        samples: the paper takes 20.
+        samples: the paper uses 20.
         threshold: largest accepted mean divergence (the paper: 0.003 for LLaVA-1.5-7B, 0.0005 for 13B).
-        first: first candidate block; by default 5 of 32 (the paper), as a share of the depth.
-        prompt: what the user says; ``{question}`` is replaced.
-        progress: called with (done, total, what is running).
+        first: first candidate layer; by default 5 of 32 (the paper), as a share of the depth.
+        prompt: text of the user turn; ``{question}`` is replaced.
+        progress: called with (done, total, current sample).
 
     Raises:
-        ValueError: without samples, or if the LLM has no candidate block.
+        Refusal: no samples, or no candidate layer in this LLM.
     """
     depth = len(model.get_decoder().layers)
     first = max(1, round(depth * 5 / 32)) if first is None else first
-    blocks = list(range(first, depth))
+    layers = list(range(first, depth))
     if not samples:
         raise Refusal("calibration needs at least one sample")
     if not 1 <= first < depth:
-        raise Refusal(f"the first candidate block must be 1 to {depth - 1} in this LLM; got {first}")
+        raise Refusal(f"the first candidate layer must be 1 to {depth - 1} in this LLM; got {first}")
     check_texts(processor, samples, prompt)
     divergences = []
     for number, sample in enumerate(samples):
         if progress is not None:
             progress(number, len(samples), sample.id)
-        inputs = _on_device(model, encode(processor, [sample], prompt=prompt))
+        inputs = to_model(model, encode(processor, [sample], prompt=prompt))
         full, withdrawn = _logits(model, inputs), []
-        for block in blocks:
-            with attach(model, Vtw(layer=block)):
+        for layer in layers:
+            with attach(model, Vtw(layer=layer)):
                 withdrawn.append(_logits(model, inputs))
         divergences.append(withdrawal_kl(full, torch.stack(withdrawn)))
     mean = torch.stack(divergences).mean(0).tolist()
-    layer = first_below(blocks, mean, threshold)
-    return Calibration(layer, depth, threshold, tuple(blocks), tuple(mean), tuple(sample.id for sample in samples))
+    chosen = first_below(layers, mean, threshold)
+    return Calibration(chosen, depth, threshold, tuple(layers), tuple(mean), tuple(sample.id for sample in samples))
 
 
 def withdrawal_kl(full: Tensor, withdrawn: Tensor) -> Tensor:
-    """KL(withdrawn ‖ full) of two sets of logits `[…, V]`, in nats."""
-    ours, whole = withdrawn.float().log_softmax(-1), full.float().log_softmax(-1)
-    return (ours.exp() * (ours - whole)).sum(-1)
+    """Return KL(withdrawn ‖ full) of two sets of logits `[…, V]`, in nats."""
+    log_p, log_q = withdrawn.float().log_softmax(-1), full.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def first_below(blocks: Sequence[int], divergence: Sequence[float], threshold: float) -> int | None:
-    """The first block whose divergence is at most the threshold."""
-    return next((block for block, value in zip(blocks, divergence, strict=True) if value <= threshold), None)
+def first_below(layers: Sequence[int], divergence: Sequence[float], threshold: float) -> int | None:
+    """Return the first layer whose divergence is at most the threshold."""
+    return next((layer for layer, value in zip(layers, divergence, strict=True) if value <= threshold), None)
 
 
 def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits after the prompt of one sample, `[V]`."""
+    """Return the logits after the prompt of one sample, `[V]`."""
     logits: Tensor = model(**inputs, use_cache=False, logits_to_keep=1).logits[0, -1]
     return logits
-
-
-def _on_device(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    moved = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}

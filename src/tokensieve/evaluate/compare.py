@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
-from tokensieve.evaluate.costs import Costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer, Journal
 from tokensieve.evaluate.oracle import oracle
@@ -20,7 +21,7 @@ from tokensieve.evaluate.provenance import environment, model_identity, model_na
 from tokensieve.evaluate.results import FULL, Row
 from tokensieve.evaluate.scoring import METRICS
 from tokensieve.evaluate.table import Table, choose, store
-from tokensieve.measure import Cost
+from tokensieve.measure import Bench, Cost
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
 
@@ -163,7 +164,7 @@ class Comparison:
 
 
 class _Runner:
-    """Answers and costs of the runs on one of the models, reused from the journal or made anew."""
+    """Answers and costs of the runs on one of the models, read from the journal or produced and appended to it."""
 
     def __init__(
         self, comparison: Comparison, model: Any, examples: set[str], journal: Journal, machine: dict[str, Any]
@@ -172,8 +173,9 @@ class _Runner:
         answering = Answerer if model.can_generate() else Classifier
         self.comparison, self.journal = comparison, journal
         self.answerer = answering(model, comparison.processor, samples, settings, examples)
-        inputs = partial(self.answerer.inputs, samples[:1])
-        self.costs = Costs(model, comparison.text_processor, inputs, journal, machine, settings.budget_scope)
+        # costs are reused on an equal machine only, whatever the date
+        text = json.dumps({**machine, "date": ""}, sort_keys=True)
+        self.machine_digest = hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def answers(self, run: Run, keep: Budget | None, report: _Progress) -> dict[str, Answer]:
         """Complete one run in the journal and return its answers by sample id."""
@@ -195,9 +197,22 @@ class _Runner:
         return answerer.by_id(journal.answers[run.key])
 
     def cost(self, entry: Entry) -> Cost:
-        """Return the cost of a row, measured on its first run and the first sample."""
+        """Return the cost of a row, measured once per machine on its first run and the first sample."""
         run, sample = entry.runs[0], self.comparison.samples[0]
-        return self.costs.of(run.key, run.stages or [[self._oracle_decision(entry.keep, sample)]])
+        name = f"{run.key} @{self.machine_digest}"
+        if name not in self.journal.costs:
+            if run.key == FULL:
+                cost = self._bench.full
+            else:
+                cost = self._bench.cost(run.stages or [[self._oracle_decision(entry.keep, sample)]])
+            self.journal.add_cost(name, cost.to_json())
+        return Cost.from_json(self.journal.costs[name])
+
+    @cached_property
+    def _bench(self) -> Bench:
+        comparison, inputs = self.comparison, self.answerer.inputs(self.comparison.samples[:1])
+        scope = comparison.settings.budget_scope
+        return Bench(self.answerer.model, inputs, processor=comparison.text_processor, budget_scope=scope)
 
     def _oracle_decision(self, keep: Budget | None, sample: Sample) -> Reduction:
         """Return the oracle's decision for a sample, on the token grid that an earlier run recorded."""

@@ -26,7 +26,7 @@ def families() -> tuple[Family, ...]:
 
 
 def family_of(model: Any) -> Family:
-    """Return the family of a live model, or :class:`Generic` for an unregistered one that works alike.
+    """Return the family of a live model, or :class:`Generic` for an unregistered model that can be discovered.
 
     Raises:
         Refusal: if the model is of no known family and cannot be discovered; names the reason or the families.

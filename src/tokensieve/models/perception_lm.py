@@ -27,8 +27,8 @@ class PerceptionLM(Family):
     def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         images, tiles = call.inputs["pixel_values"].shape[:2]
         (height, width), (rows, _) = self.tile(model, call), self._patches_of_tile(model, call)
-        even = rows % self.merge(model) == 0  # otherwise the averaged squares of patches overlap
-        return [TokenLayout(tiles * height * width, ((height, width),) * tiles, mapped=even)] * images
+        divides = rows % self.merge(model) == 0  # otherwise the averaged squares of patches overlap
+        return [TokenLayout(tiles * height * width, ((height, width),) * tiles, mapped=divides)] * images
 
     def features_per_image(self, pooled: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
         tiles = len(layouts[0].views)

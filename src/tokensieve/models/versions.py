@@ -15,7 +15,7 @@ def tested_range() -> SpecifierSet | None:
         requirements = [Requirement(line) for line in requires("tokensieve") or []]
     except PackageNotFoundError:
         return None
-    return next((each.specifier for each in requirements if each.name == "transformers"), None)
+    return next((entry.specifier for entry in requirements if entry.name == "transformers"), None)
 
 
 def warn_if_untested() -> None:
@@ -29,5 +29,5 @@ def warn_if_untested() -> None:
         )
 
 
-TESTED = next((each.version for each in tested_range() or () if each.operator == ">="), "unknown")
+TESTED = next((entry.version for entry in tested_range() or () if entry.operator == ">="), "unknown")
 """The oldest transformers release that the families are tested with, such as "5.23"."""

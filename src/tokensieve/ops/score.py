@@ -54,10 +54,10 @@ def text_similarity(rows: Tensor, text: Tensor, mask: Tensor, query: Literal["to
     return _cosines(rows, text).masked_fill(~mask[..., None, :], -1).amax(-1)
 
 
-def _cosines(rows: Tensor, to: Tensor) -> Tensor:
+def _cosines(rows: Tensor, others: Tensor) -> Tensor:
     """Return the cosines of `[..., N, D]` and `[..., M, D]`, `[..., N, M]`, without a normalised copy of ``rows``."""
     rows = rows.float()
-    cosines: Tensor = rows @ normalise(to).transpose(-1, -2) / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    cosines: Tensor = rows @ normalise(others).transpose(-1, -2) / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     return cosines
 
 

@@ -16,8 +16,8 @@ def sinkhorn_row_mass(cost: Tensor, epsilon: float, steps: int) -> Tensor:
     """
     kernel = (-cost.float() / epsilon).exp()
     sources, targets = cost.shape[-2:]
-    right = torch.ones_like(kernel[..., 0, :])
+    column_scale = torch.ones_like(kernel[..., 0, :])
     for _ in range(steps):  # scale rows to sum to 1/N, then columns to sum to 1/M
-        left = 1 / (sources * (kernel @ right[..., None]).squeeze(-1))
-        right = 1 / (targets * (left[..., None, :] @ kernel).squeeze(-2))
-    return left * (kernel @ right[..., None]).squeeze(-1)
+        row_scale = 1 / (sources * (kernel @ column_scale[..., None]).squeeze(-1))
+        column_scale = 1 / (targets * (row_scale[..., None, :] @ kernel).squeeze(-2))
+    return row_scale * (kernel @ column_scale[..., None]).squeeze(-1)

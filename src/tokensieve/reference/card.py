@@ -96,8 +96,8 @@ def _results(full: dict[str, Share], blind: dict[str, Share], guesses: dict[Any,
         "|---|---|---|---|---|---|---|",
     ]
     for type, guess in guesses.items():
-        without = blind[type].right / blind[type].asked
-        cells = f"{without:.3f} | {guess.chance:.3f} | {guess.majority:.3f} | {guess.best:.3f} | {guess.rule}"
+        blind_share = blind[type].right / blind[type].asked
+        cells = f"{blind_share:.3f} | {guess.chance:.3f} | {guess.majority:.3f} | {guess.best:.3f} | {guess.rule}"
         lines.append(f"| {type} | {full[type]} | {cells} |")
     lines.append(f"| **all** | **{full['all']}** | {blind['all'].right / blind['all'].asked:.3f} | | | | |")
     return "\n".join(lines)
@@ -106,10 +106,10 @@ def _results(full: dict[str, Share], blind: dict[str, Share], guesses: dict[Any,
 def _stage_ends(curve: list[dict[str, Any]]) -> dict[str, float]:
     """Return the seconds of each stage; the clock of the curve runs through all stages."""
     ends: dict[str, float] = {}
-    before = 0.0
+    previous = 0.0
     for line in curve:
-        ends[line["stage"]] = ends.get(line["stage"], 0.0) + line["seconds"] - before
-        before = line["seconds"]
+        ends[line["stage"]] = ends.get(line["stage"], 0.0) + line["seconds"] - previous
+        previous = line["seconds"]
     return ends
 
 
@@ -183,7 +183,7 @@ thing comes last, which lets binding form where plain training stays at shortcut
    every patch what it shows, its colour and frame, and from a digit's patches which icon is beside it. Real CLIP has no
    such patch labels: they are what makes minutes of training enough.
 2. `reader`: tower frozen; projector and language model learn to answer. At first many questions see little beyond what
-   they need, so that finding the right thing is learned among few before it is among many; then with token dropping.
+   they need, so that finding the right thing is learned among few previous it is among many; then with token dropping.
 3. `joint`: everything, with dropping: 144, 48 or 24 tokens, at random, objects first, or one question's objects first,
    under original and contiguous positions.
 

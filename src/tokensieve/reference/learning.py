@@ -117,17 +117,17 @@ class Trainee(nn.Module):
         language, (size, count) = self.model.model.language_model, kept.indices.shape
         chosen = features.gather(1, kept.indices.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
         visual = self.model.model.multi_modal_projector(chosen)
-        embed, before = language.embed_tokens, len(PREFIX)
+        embed, prefix_length = language.embed_tokens, len(PREFIX)
         prefix = embed(torch.tensor(PREFIX)).expand(size, -1, -1)
         hidden = torch.cat([prefix, visual.to(prefix.dtype), embed(batch.tokens)], 1)
         # a question's positions start where the image ends, as if it were the only one in the sequence
-        start = torch.arange(before).expand(size, -1)
-        positions = torch.cat([start, kept.positions + before, batch.places + (kept.end + before)], 1)
+        start = torch.arange(prefix_length).expand(size, -1)
+        positions = torch.cat([start, kept.positions + prefix_length, batch.places + (kept.end + prefix_length)], 1)
         mask = _block_mask(batch.slots, kept.visible)
         rotary = language.rotary_emb(hidden, position_ids=positions)
         for layer in language.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=positions)
-        return self.model.lm_head(language.norm(hidden[:, before + count :])), visual
+        return self.model.lm_head(language.norm(hidden[:, prefix_length + count :])), visual
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -139,12 +139,12 @@ def normalised(images: Tensor) -> Tensor:
 def _block_mask(slots: Tensor, visible: Tensor) -> Tensor:
     """Return a causal mask `[B, 1, S, S]` (additive): a question attends to prefix, visible tokens and itself."""
     size, _, count = visible.shape
-    before = len(PREFIX)
-    length = before + count + LENGTH
+    prefix_length = len(PREFIX)
+    length = prefix_length + count + LENGTH
     causal = torch.ones(size, length, length, dtype=torch.bool).tril()
-    prefix = torch.ones(size, LENGTH, before, dtype=torch.bool)
+    prefix = torch.ones(size, LENGTH, prefix_length, dtype=torch.bool)
     rows = torch.cat([prefix, visible, slots.unsqueeze(1) == slots.unsqueeze(2)], 2)
-    allowed = causal & torch.cat([torch.ones(size, before + count, length, dtype=torch.bool), rows], 1)
+    allowed = causal & torch.cat([torch.ones(size, prefix_length + count, length, dtype=torch.bool), rows], 1)
     return torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e4).unsqueeze(1)
 
 

@@ -76,9 +76,9 @@ def photograph(split: Split, name: str) -> Image.Image:
     except ImportError as error:
         raise missing(error) from None
     with Image.open(Path(skimage.__file__).parent / "data" / name) as opened:
-        whole = opened.convert("RGB")
-    low, high = strip(split, whole.width)
-    return whole.crop((low, 0, high, whole.height))
+        image = opened.convert("RGB")
+    low, high = strip(split, image.width)
+    return image.crop((low, 0, high, image.height))
 
 
 def strip(split: Split, width: int) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""What a comparison looks like: overlays (``overlay``), curves (``plots``), and the page (``html``)."""
+"""Pictures of a comparison: overlays (``overlay``), curves (``plots``), and the page (``html``)."""

@@ -1,4 +1,4 @@
-"""The one line a user reads when the optional packages of reports are absent."""
+"""One clear line when the optional packages of reports are not installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokensieve.errors import MissingExtra
 
 @contextmanager
 def needs_report_extra() -> Iterator[None]:
-    """Turn a failed import inside the block into an ImportError that says what to install."""
+    """Turn a failed import inside the block into a :class:`MissingExtra` with the command that installs it."""
     try:
         yield
     except ImportError as error:
@@ -19,7 +19,7 @@ def needs_report_extra() -> Iterator[None]:
 
 
 def check_report_extra() -> None:
-    """Raise that ImportError now, before hours of work, if the packages are absent."""
+    """Raise :class:`MissingExtra` now, before hours of work, if a package is not installed."""
     with needs_report_extra():
         for name in ("jinja2", "matplotlib"):
             if find_spec(name) is None:

@@ -1,4 +1,4 @@
-"""One self-contained page: the table, the curves, what each method kept, and how it was run."""
+"""One self-contained page: the table, the curves, the kept tokens of each method, and the settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Crop = Callable[[Image.Image], Image.Image]
 
 @dataclass(frozen=True)
 class Picture:
-    """What one row kept of an example's image, and what the model then answered."""
+    """The kept tokens of one row on an example's image, and the model's answer."""
 
     caption: str
     image: Image.Image
@@ -38,14 +38,14 @@ def write_report(results: Results, folder: Path, *, crop: Crop | None = None, co
     """Write ``folder/report.html``; an older page stays until the new one is complete.
 
     Args:
-        results: what ``compare`` found.
-        folder: where the examples' images lie.
-        crop: gives the part of an image that the model saw (see :func:`~tokensieve.report.overlay.as_seen`).
-        command: what was typed, for the page.
+        results: the results of ``compare``.
+        folder: folder of the results, with the images of the examples.
+        crop: returns the model's view of an image (see :func:`~tokensieve.report.overlay.as_seen`).
+        command: the command line, for the page.
 
     Raises:
-        OutputError: if the page cannot be written (a full disk, say).
-        ImportError: without the ``report`` extra.
+        OutputError: the page cannot be written (a full disk).
+        MissingExtra: the ``report`` extra is not installed.
     """
     path, text = folder / "report.html", render(results, folder, crop=crop, command=command)
     part = path.with_suffix(".part")
@@ -59,7 +59,7 @@ def write_report(results: Results, folder: Path, *, crop: Crop | None = None, co
 
 
 def render(results: Results, folder: Path, *, crop: Crop | None = None, command: str = "") -> str:
-    """The page as text: no script, and nothing that is loaded from outside it."""
+    """Return the page as text, without scripts and without external files."""
     with needs_report_extra():
         from jinja2 import Environment
         from markupsafe import Markup
@@ -73,7 +73,7 @@ def render(results: Results, folder: Path, *, crop: Crop | None = None, command:
         title=f"Visual-token reduction on {results.settings.get('model', 'this model')}",
         results=results,
         rows=rows,
-        full=next((row for row in rows if row["method"] == "full"), None),
+        full=next((row for row in rows if row["kind"] == "full"), None),
         columns=COLUMNS,
         types=list(dict.fromkeys(kind for row in rows for kind in row["by_type"])),
         curves=[Markup(curve(rows, cost)) for cost in _costs(rows)],
@@ -90,7 +90,7 @@ def _costs(rows: Sequence[Row]) -> list[Any]:
 
 
 def _pictures(example: Example, results: Results, folder: Path, crop: Crop | None) -> list[Picture]:
-    """The example through every row; what has no grid cannot be drawn and is left out."""
+    """Draw the example for every row, except where the tokens form no grid."""
     with Image.open(folder / example.image) as opened:
         image = opened.convert("RGB")
     image = crop(image) if crop else image
@@ -106,7 +106,7 @@ def _pictures(example: Example, results: Results, folder: Path, crop: Crop | Non
 
 
 def _data_uris(pictures: Sequence[Picture]) -> dict[int, str]:
-    """{id of a picture: data URI}, as large as fits on the page together."""
+    """Return {id of a picture: data URI}, at the largest size at which all fit on the page."""
     uris: dict[int, str] = {}
     for side, quality in ((384, 82), (288, 75), (192, 65), (96, 50)):
         uris = {id(picture): _data_uri(picture.image, side, quality) for picture in pictures}

@@ -1,4 +1,4 @@
-"""Pictures of a decision: which visual tokens of an image stayed, and which were merged into which."""
+"""Pictures of a decision: the kept, the merged and the dropped visual tokens of an image."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ KEPT_EDGE, CELL_EDGE = np.array([255.0, 209.0, 71.0]), np.array([12.0, 13.0, 16.
 def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.Image:
     """Draw one decision on its image: dropped cells dimmed, kept regions outlined, merged cells tinted per slot.
 
-    An image that was kept whole is shown as it is.
+    An image that is kept whole stays as it is.
 
     Args:
-        image: what the model saw (see :func:`as_seen`); it is stretched over the token grid.
+        image: the model's view of the image (see :func:`as_seen`); it is stretched over the token grid.
         reduction: the decision for this image.
-        side: longest side of the picture in px, roughly: cells are whole pixels.
+        side: longest side of the picture in px, approximately: cells are whole pixels.
 
     Raises:
-        ValueError: if the tokens form no grid, or the Reduction holds several images.
+        Refusal: the tokens form no grid, or the Reduction holds several images.
     """
     if reduction.whole:
         width, height = (max(1, round(full * side / max(image.size))) for full in image.size)
@@ -46,7 +46,7 @@ def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.
     pixels = np.asarray(image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), float)
 
     source = reduction.source.reshape(rows, columns).cpu().numpy()
-    counts = np.append(reduction.counts.cpu().numpy(), 0)  # −1, the slot of what was dropped, finds the 0
+    counts = np.append(reduction.counts.cpu().numpy(), 0)  # slot −1 of a dropped token indexes this last 0
     kept = source >= 0
     merged = counts[source] > 1
 
@@ -62,7 +62,7 @@ def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.
 
 
 def as_seen(image: Image.Image, processor: Any) -> Image.Image:
-    """The part of ``image`` that the model sees: a centre crop where the image processor crops, else all of it."""
+    """Return the model's view of ``image``: a centre crop if the image processor crops, else the whole image."""
     steps = getattr(processor, "image_processor", processor)
     edge, crop = _side(getattr(steps, "size", None)), getattr(steps, "crop_size", None)
     if not getattr(steps, "do_center_crop", False) or not crop or not edge:
@@ -74,7 +74,7 @@ def as_seen(image: Image.Image, processor: Any) -> Image.Image:
 
 
 def sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int, gap: int = 12) -> Image.Image:
-    """One picture of many with their captions above, in rows of ``columns``."""
+    """Join pictures with their captions above into one, in rows of ``columns``."""
     width, height = (max(picture.size[axis] for _, picture in pictures) for axis in (0, 1))
     size = max(12, width // 18)
     font = ImageFont.load_default(size=size)
@@ -90,7 +90,7 @@ def sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int, gap: int = 
 
 
 def _side(size: Any) -> int:
-    """Shortest edge in px that an image processor resizes to, 0 if it does not say."""
+    """Return the shortest edge in px after the image processor's resize, 0 if unknown."""
     if not size:
         return 0
     return int(size.get("shortest_edge") or min(size.get("height", 0), size.get("width", 0)))
@@ -101,7 +101,7 @@ def _enlarge(cells: NDArray[Any], cell: int) -> NDArray[Any]:
 
 
 def _colouring(source: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A tint index per cell, such that slots which touch differ where possible: greedy, in slot order."""
+    """Return a tint index per cell; touching slots differ where possible (greedy, in slot order)."""
     slots = int(source.max(initial=-1)) + 1
     touching: list[set[int]] = [set() for _ in range(slots)]
     for a, b in ((source[1:], source[:-1]), (source[:, 1:], source[:, :-1])):
@@ -115,22 +115,23 @@ def _colouring(source: NDArray[np.int64]) -> NDArray[np.int64]:
         start = slot % len(TINTS)
         choices = [(start + step) % len(TINTS) for step in range(len(TINTS))]
         colours.append(next((c for c in choices if c not in taken), start))
-    return np.array([*colours, 0])[source]  # dropped cells are −1: the last entry
+    return np.array([*colours, 0])[source]  # slot −1 of a dropped cell indexes the last entry
 
 
 def _edges(
     pixels: NDArray[Any], source: NDArray[np.int64], kept: NDArray[np.bool_], merged: NDArray[np.bool_], cell: int
 ) -> None:
-    """Draw borders in place: bright on the dropped side of what stays, dark between slots of merged cells."""
+    """Draw borders in place: bright on the dropped side of a kept-dropped edge, dark between slots of merged cells."""
     width = max(1, cell // 13)
     for axis in (0, 1):
-        slots, stays, mixed, canvas = (np.swapaxes(a, 0, axis) for a in (source, kept, merged, pixels))
+        # one loop for both directions: the second works on transposed views of the same arrays
+        slots, kept_cells, merged_cells, canvas = (np.swapaxes(a, 0, axis) for a in (source, kept, merged, pixels))
         for line, across in zip(*np.nonzero(slots[:-1] != slots[1:]), strict=True):
-            first, second = stays[line : line + 2, across]
+            first, second = kept_cells[line : line + 2, across]
             low = (line + 1) * cell
             band = slice(across * cell, (across + 1) * cell)
             if first and second:
-                if mixed[line, across] or mixed[line + 1, across]:
+                if merged_cells[line, across] or merged_cells[line + 1, across]:
                     canvas[low - width // 2 : low + max(1, width // 2), band] = CELL_EDGE
             else:
                 side = slice(low, low + width) if first else slice(low - width, low)
@@ -138,7 +139,7 @@ def _edges(
 
 
 def _mark_anchors(picture: Image.Image, reduction: Reduction, merged: NDArray[np.bool_], cell: int) -> None:
-    """A dot where each merged slot stands."""
+    """Draw a dot at the anchor of each merged slot."""
     draw, radius = ImageDraw.Draw(picture), max(1.5, cell / 9)
     columns = merged.shape[1]
     for anchor in reduction.anchors.tolist():

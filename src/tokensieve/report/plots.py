@@ -5,21 +5,20 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any, Literal, TypeAlias
 
 from tokensieve.report.extra import needs_report_extra
-from tokensieve.report.table import Row
+from tokensieve.report.table import Row, baseline_methods, plain_name
 
 Cost: TypeAlias = Literal["flops_ratio", "tokens_after"]
 
 # Colour-blind safe on light and on dark: Okabe and Ito's, the palest darkened. Shape and dash repeat the distinction.
 COLOURS = ("#0084c6", "#d55e00", "#00976d", "#c9649a", "#b98500", "#7a6ff0", "#5f9ea8", "#9a6a3a")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-BASELINES = ("random", "uniform", "pool", "downsample", "oracle")
-DASHES: dict[str, Any] = {
-    "random": (0, (1, 1.5)), "uniform": (0, (4, 2)), "pool": (0, (6, 2, 1, 2)), "downsample": (0, (3, 1, 1, 1, 1, 1)),
-    "oracle": (0, (8, 3)),
-}  # fmt: skip
+# baselines are grey, with one dash each, in the order of their names
+DASHES: Sequence[Any] = ((0, (3, 1, 1, 1, 1, 1)), (0, (6, 2, 1, 2)), (0, (1, 1.5)), (0, (4, 2)))
+ORACLE_DASH: Any = (0, (8, 3))
 LABELS: dict[Cost, str] = {
     "flops_ratio": "prefill FLOPs, share of the full model",
     "tokens_after": "visual tokens per image",
@@ -29,7 +28,7 @@ TEXT, GREY = "#010203", "#898989"
 
 
 def curve(rows: Sequence[Row], cost: Cost) -> str:
-    """An ``<svg>`` of accuracy in percent against ``cost``; error bars are the rows' intervals.
+    """Return an ``<svg>`` of accuracy in percent against ``cost``, with the rows' intervals as error bars.
 
     The full model is a band across the plot, baselines are dashed grey lines, methods coloured ones.
     """
@@ -45,11 +44,11 @@ def curve(rows: Sequence[Row], cost: Cost) -> str:
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for name, points in curves.items():
-            if name == "full":
+            if points[0]["kind"] == "full":
                 _draw_full(axes, points[0])
             else:
-                _draw_curve(axes, name, sorted(points, key=lambda row: row[cost]), cost, _methods(rows))
-        _dress(axes, cost)
+                _draw_curve(axes, name, sorted(points, key=lambda row: row[cost]), cost, _coloured(rows))
+        _format(axes, cost)
         if axes.has_data():
             figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=9, labelcolor=TEXT)
         out = io.StringIO()
@@ -65,16 +64,9 @@ def _by_method(rows: Sequence[Row], cost: Cost) -> dict[str, list[Row]]:
     return groups
 
 
-def _methods(rows: Sequence[Row]) -> list[str]:
-    """Names that get a colour, in order of appearance."""
-    return [
-        name for name in dict.fromkeys(row["method"] for row in rows) if plain_name(name) not in (*BASELINES, "full")
-    ]
-
-
-def plain_name(name: str) -> str:
-    """The method of a spec without its arguments."""
-    return name.partition("(")[0].strip()
+def _coloured(rows: Sequence[Row]) -> list[str]:
+    """Return the specs that get a colour, in order of appearance."""
+    return list(dict.fromkeys(row["method"] for row in rows if row["kind"] == "method"))
 
 
 def _draw_full(axes: Any, row: Row) -> None:
@@ -89,14 +81,14 @@ def _draw_curve(axes: Any, name: str, points: list[Row], cost: Cost, coloured: l
     bars = [[max(0.0, bar) for bar in side] for side in bars]
     if name in coloured:
         index = coloured.index(name)
-        look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "lw": 2, "ms": 5.5}
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "lw": 2, "ms": 5.5}
     else:
-        index = BASELINES.index(plain_name(name))
-        look = {"color": GREY, "marker": ".", "lw": 1.4, "ms": 6, "ls": DASHES[plain_name(name)]}
-    axes.errorbar([row[cost] for row in points], values, bars, label=name, capsize=2, elinewidth=1, **look)
+        dashes = dict(zip(baseline_methods(), cycle(DASHES), strict=False))
+        style = {"color": GREY, "marker": ".", "lw": 1.4, "ms": 6, "ls": dashes.get(plain_name(name), ORACLE_DASH)}
+    axes.errorbar([row[cost] for row in points], values, bars, label=name, capsize=2, elinewidth=1, **style)
 
 
-def _dress(axes: Any, cost: Cost) -> None:
+def _format(axes: Any, cost: Cost) -> None:
     axes.set_xlabel(LABELS[cost], color=TEXT)
     axes.set_ylabel("accuracy, %", color=TEXT)
     axes.tick_params(colors=TEXT)
@@ -108,7 +100,7 @@ def _dress(axes: Any, cost: Cost) -> None:
 
 
 def _inline(svg: str, title: str) -> str:
-    """The bare ``<svg>`` element, scalable, titled, its text in the page's own colour and font."""
+    """Return the bare ``<svg>`` element, scalable and titled, with its text in the page's colour and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)

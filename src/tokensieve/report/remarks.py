@@ -1,35 +1,34 @@
-"""What a careful reader would say about the rows, said by the report itself."""
+"""Remarks of the report about its own rows: losses to random, ties, slow methods, few questions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from tokensieve.evaluate import VsRandom
-from tokensieve.report.plots import BASELINES, plain_name
 from tokensieve.report.table import Row, budget
 
 FEW = 200
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """Plain sentences, each computed from the rows: losses to random, ties, slow methods, few questions."""
+    """Return plain sentences, each computed from the rows."""
     return [*_against_random(rows), *_by_type(rows), *_speed(rows), *_samples(rows)]
 
 
 def _against_random(rows: Sequence[Row]) -> Iterator[str]:
-    """Who is below random, or not told apart from it, by the interval of the difference paired by question."""
-    ran = any(plain_name(row["method"]) == "random" for row in rows)
-    rows = [row for row in rows if plain_name(row["method"]) not in ("full", "random", "oracle")]
-    met = [(row, row["chance"]) for row in rows if row["chance"] is not None]
-    unmet = [row for row in rows if row["chance"] is None and plain_name(row["method"]) not in BASELINES]
-    if unmet and not ran:
+    """Name the rows below random, or not told apart from it, by the interval of the difference paired by question."""
+    random_ran = any(row["kind"] == "random" for row in rows)
+    rows = [row for row in rows if row["kind"] in ("method", "baseline")]
+    compared = [(row, row["chance"]) for row in rows if row["chance"] is not None]
+    not_compared = [row for row in rows if row["chance"] is None and row["kind"] == "method"]
+    if not_compared and not random_ran:
         yield "There is no random baseline in this run, so nothing here shows that a method chooses well."
-    elif unmet:
-        yield f"Not compared with random, which did not run with about as many tokens: {_list(unmet)}."
-    lost = [f"{_named(row)} ({_points(chance)})" for row, chance in met if chance.lost]
+    elif not_compared:
+        yield f"Not compared with random, which did not run with about as many tokens: {_list(not_compared)}."
+    lost = [f"{_named(row)} ({_points(chance)})" for row, chance in compared if chance.lost]
     if lost:
         yield f"Below random with about as many tokens (points, with their paired 95 % interval): {', '.join(lost)}."
-    ties = [row for row, chance in met if not chance.lost and not chance.won]
+    ties = [row for row, chance in compared if not chance.lost and not chance.won]
     if ties:
         yield f"Not told apart from random, as the interval of the difference holds zero: {_list(ties)}."
 
@@ -43,8 +42,8 @@ def _list(rows: Sequence[Row]) -> str:
 
 
 def _by_type(rows: Sequence[Row]) -> Iterator[str]:
-    """Who leads on each question type, at each budget that at least two methods share."""
-    ranked = [row for row in rows if plain_name(row["method"]) not in ("full", "oracle") and row["by_type"]]
+    """Name the best rows on each question type, at each budget that at least two rows share."""
+    ranked = [row for row in rows if row["kind"] not in ("full", "oracle") and row["by_type"]]
     for keep in dict.fromkeys(str(row["keep"]) for row in ranked):
         group = [row for row in ranked if str(row["keep"]) == keep]
         if len(group) < 2:
@@ -64,7 +63,7 @@ def _speed(rows: Sequence[Row]) -> Iterator[str]:
     slow = [
         f"{_named(row)} ({row['prefill_speedup']:.2f}×)"
         for row in rows
-        if row["method"] != "full" and row["prefill_speedup"] is not None and row["prefill_speedup"] < 1
+        if row["kind"] != "full" and row["prefill_speedup"] is not None and row["prefill_speedup"] < 1
     ]
     if slow:
         yield f"Costs more prefill time than it saves on this model and machine: {', '.join(slow)}."

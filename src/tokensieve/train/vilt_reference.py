@@ -57,7 +57,7 @@ class Questions:
 
     @classmethod
     def of(cls, packs: Packs) -> Questions:
-        """Unpack packs of which no question is turned round."""
+        """Unpack packs without turned questions."""
         words = vocabulary()
         label = torch.tensor([LABELS.index(word) if word in LABELS else IGNORE for word in words])
         scenes, variants, _ = packs.tokens.shape

@@ -20,7 +20,7 @@ class CoAttention(Host):
     image is pruned by the text's cross-attention, merges by the cross-attention keys, and then enters the image layer.
     """
 
-    where = "pairs of co-attention layers"
+    layer_kind = "pairs of co-attention layers"
     new_text: ClassVar[bool]  # the image layer attends to the text layer's output; False: to its input
 
     def depth(self, model: Any) -> int:
@@ -28,10 +28,10 @@ class CoAttention(Host):
 
     def install(self, base: Any) -> None:
         self._names = list(inspect.signature(type(base).forward).parameters)[1:]
-        self.keep(base.register_forward_pre_hook(self._before, with_kwargs=True))
+        self.add_handles(base.register_forward_pre_hook(self._before, with_kwargs=True))
         pairs = zip(base.cross_modal_text_layers, base.cross_modal_image_layers, strict=True)
         for index, (text, image) in enumerate(pairs):
-            self.keep(
+            self.add_handles(
                 text.register_forward_pre_hook(self._text_mask, with_kwargs=True),
                 image.register_forward_pre_hook(self._image_inputs, with_kwargs=True),
             )
@@ -39,15 +39,15 @@ class CoAttention(Host):
                 self.record(text.attention.self.key, "text_key")
                 self.record(text.crossattention.self.query, "query")
                 self.record(text.crossattention.self.key, "key")
-                self.keep(text.crossattention.register_forward_hook(self._reduce))
+                self.add_handles(text.crossattention.register_forward_hook(self._reduce))
         for towers, steps in (("text", "texts"), ("image", "images")):
             for tower in getattr(base, f"cross_modal_{towers}_link_tower", ()):
-                self.keep(tower.register_forward_pre_hook(self._linked(steps)))
+                self.add_handles(tower.register_forward_pre_hook(self._linked(steps)))
 
     def _before(self, base: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        mask = given.get("attention_mask")
-        text_mask = torch.ones_like(given["input_ids"]) if mask is None else mask
+        inputs = dict(zip(self._names, args, strict=False)) | kwargs
+        mask = inputs.get("attention_mask")
+        text_mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
         self.begin(text_mask, text_mask.new_zeros((len(text_mask), 0)))
 
     def _text_mask(self, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -26,21 +26,21 @@ class Host(ABC):
     """A fusion method in a live model, by forward hooks that :meth:`remove` takes away.
 
     Args:
-        done: called after each call of the model with its passes (one per image of a sample).
+        on_end: called after each call of the model with its passes (one per image of a sample).
     """
 
-    where: ClassVar[str]
+    layer_kind: ClassVar[str]
 
-    def __init__(self, model: Any, method: FusionMethod, done: Callable[[list[FusionPass]], None]) -> None:
+    def __init__(self, model: Any, method: FusionMethod, on_end: Callable[[list[FusionPass]], None]) -> None:
         self.method = method
-        self._done = done
+        self._on_end = on_end
         self._local = _Local()
         self._handles: list[RemovableHandle] = []
         if not method.acts:
             return
         self._check(model)
-        self.keep(model.register_forward_pre_hook(self._start))
-        self.keep(model.register_forward_hook(self._finish))
+        self.add_handles(model.register_forward_pre_hook(self._start))
+        self.add_handles(model.register_forward_hook(self._finish))
         self.install(getattr(model, model.base_model_prefix, model))
 
     @abstractmethod
@@ -57,7 +57,7 @@ class Host(ABC):
             handle.remove()
         self._handles.clear()
 
-    def keep(self, *handles: RemovableHandle) -> None:
+    def add_handles(self, *handles: RemovableHandle) -> None:
         """Store hook handles for :meth:`remove`."""
         self._handles.extend(handles)
 
@@ -67,7 +67,7 @@ class Host(ABC):
         def store(module: nn.Module, args: Any, output: Tensor) -> None:
             setattr(self._local, name, output.detach())
 
-        self.keep(module.register_forward_hook(store))
+        self.add_handles(module.register_forward_hook(store))
 
     def recorded(self, name: str, heads: int) -> Tensor:
         """Return a recorded output `[B, N, H·d]` as `[B, H, N, d]`."""
@@ -100,7 +100,7 @@ class Host(ABC):
         name, depth = type(model).__name__, self.depth(model)
         for layer in self.method.layers:
             if layer >= depth:
-                raise Refusal(f"{name} has {self.where} 0 to {depth - 1}; got layers={self.method.layers}")
+                raise Refusal(f"{name} has {self.layer_kind} 0 to {depth - 1}; got layers={self.method.layers}")
         if self.method.merges_text and name.endswith(NEEDS_EVERY_WORD):
             raise Refusal(f"{name} reads every text token, so text must not merge: give merge_text=0")
 
@@ -110,7 +110,7 @@ class Host(ABC):
             raise Refusal("gradient checkpointing runs layers twice and would reduce twice; turn it off")
 
     def _finish(self, model: Any, args: Any, output: Any) -> None:
-        self._done(self._local.passes)
+        self._on_end(self._local.passes)
 
 
 class _Local(threading.local):

@@ -81,9 +81,9 @@ class FusionPass:
             next_slot, merge = step.merge.destinations(), step.merge
             size = torch.ones_like(next_slot, dtype=torch.float32) if step.size is None else step.size
             share = size / merge.sizes(step.size).gather(1, next_slot.clamp(min=0))
-            kept, before = slot >= 0, slot.clamp(min=0)  # −1 (dropped) is no index: gather slot 0 and mask the result
-            weight = weight * share.gather(1, before)
-            slot = torch.where(kept, next_slot.gather(1, before), -1)
+            kept, previous = slot >= 0, slot.clamp(min=0)  # −1 (dropped) is no index: gather slot 0 and mask the result
+            weight = weight * share.gather(1, previous)
+            slot = torch.where(kept, next_slot.gather(1, previous), -1)
         return [_reduction(*row) for row in zip(slot, weight, strict=True)]
 
 

@@ -21,27 +21,27 @@ class Vilt(Host):
     batch. The same patches are selected, and the random generator is used as before.
     """
 
-    where = "layers"
+    layer_kind = "layers"
 
     def depth(self, model: Any) -> int:
         return int(model.config.num_hidden_layers)
 
     def install(self, base: Any) -> None:
-        self.keep(
+        self.add_handles(
             base.embeddings.register_forward_pre_hook(self._before_embedding),
             base.embeddings.register_forward_hook(self._after_embedding, always_call=True),
         )
         for index, layer in enumerate(base.encoder.layer):
             attention = layer.attention.attention
-            self.keep(layer.register_forward_pre_hook(self._mask))
+            self.add_handles(layer.register_forward_pre_hook(self._mask))
             if index in self.method.layers or self.method.counts_padding:
                 self.record(attention.query, "query")
                 self.record(attention.key, "key")
-                self.keep(attention.register_forward_pre_hook(self._note_heads))
+                self.add_handles(attention.register_forward_pre_hook(self._note_heads))
             if self.method.counts_padding:
-                self.keep(attention.dropout.register_forward_pre_hook(self._authors_softmax))
+                self.add_handles(attention.dropout.register_forward_pre_hook(self._authors_softmax))
             if index in self.method.layers:
-                self.keep(
+                self.add_handles(
                     layer.layernorm_after.register_forward_pre_hook(self._reduce),
                     layer.output.register_forward_pre_hook(self._residual),
                 )

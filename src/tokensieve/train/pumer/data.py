@@ -124,21 +124,21 @@ class Records(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         for step in range(len(self)):
-            place = (index + step) % len(self)
-            if not self._bad[place]:
-                record = self.records[place]
+            number = (index + step) % len(self)
+            if not self._bad[number]:
+                record = self.records[number]
                 try:
                     images = [open_image(record[column]) for column in self.task.images]
-                    return {"images": images, "texts": self._texts(place), "target": self._target(record)}
+                    return {"images": images, "texts": self._texts(number), "target": self._target(record)}
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    self._bad[place] = True
-                    log.warning("record %d skipped (%d so far): %s", place + 1, self.skipped, error)
+                    self._bad[number] = True
+                    log.warning("record %d skipped (%d so far): %s", number + 1, self.skipped, error)
         raise Refusal("no record has images that can be read and a text")
 
-    def _texts(self, place: int) -> list[str]:
-        others = random.Random(place).sample(range(len(self) - 1), self.negatives)
-        places = [place, *(other + (other >= place) for other in others)]  # skips the record itself
-        texts = [str(self.records[p][self.task.text]).strip() for p in places]
+    def _texts(self, number: int) -> list[str]:
+        others = random.Random(number).sample(range(len(self) - 1), self.negatives)
+        numbers = [number, *(other + (other >= number) for other in others)]  # skips the record itself
+        texts = [str(self.records[n][self.task.text]).strip() for n in numbers]
         if not texts[0]:
             raise Refusal("the text is empty")
         return [text or "." for text in texts]

@@ -13,31 +13,31 @@ from tokensieve.errors import Refusal
 from tokensieve.train.pumer.tasks import Task
 
 
-def load_processors(place: str) -> tuple[Any, Any]:
+def load_processors(checkpoint: str) -> tuple[Any, Any]:
     """Load the tokenizer and the image processor of a checkpoint, from one processor or separately.
 
     Raises:
         Refusal: if one of them is missing.
     """
     try:
-        processor = AutoProcessor.from_pretrained(place)
+        processor = AutoProcessor.from_pretrained(checkpoint)
         return processor.tokenizer, processor.image_processor
     except (OSError, ValueError, KeyError, AttributeError):
         pass
     try:
-        return AutoTokenizer.from_pretrained(place), AutoImageProcessor.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"{place} has no tokenizer and image processor beside its weights: {reason}") from error
+        raise Refusal(f"{checkpoint} has no tokenizer and image processor beside its weights: {reason}") from error
 
 
-def load_config(place: str) -> Any:
-    """Load the configuration of a checkpoint; refuse a place without one in one line."""
+def load_config(checkpoint: str) -> Any:
+    """Load the configuration of a checkpoint; refuse in one line if there is none."""
     try:
-        return AutoConfig.from_pretrained(place)
+        return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"no model at {place}: {reason}") from error
+        raise Refusal(f"no model at {checkpoint}: {reason}") from error
 
 
 def labels_of(config: Any) -> list[str] | None:
@@ -46,47 +46,51 @@ def labels_of(config: Any) -> list[str] | None:
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
-def load_student(place: str, task: Task, labels: list[str]) -> Any:
+def load_student(checkpoint: str, task: Task, labels: list[str]) -> Any:
     """Load a checkpoint with the task's head. A head of another size is replaced by a new one."""
-    config, kind = _config(place, task)
+    config, kind = _config(checkpoint, task)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
-    return _load(task.models[kind], place, config, ignore_mismatched_sizes=True)
+    return _load(task.models[kind], checkpoint, config, ignore_mismatched_sizes=True)
 
 
-def load_teacher(place: str, task: Task, labels: list[str]) -> Any:
+def load_teacher(checkpoint: str, task: Task, labels: list[str]) -> Any:
     """Load a fine-tuned checkpoint and freeze it.
 
     Raises:
         Refusal: if it was fine-tuned for other classes or another task.
     """
-    config, kind = _config(place, task)
+    config, kind = _config(checkpoint, task)
     if labels and labels_of(config) != labels:
-        raise Refusal(f"the teacher {place} names other classes than the student learns; use the same data and task")
+        raise Refusal(
+            f"the teacher {checkpoint} names other classes than the student learns; use the same data and task"
+        )
     architecture = task.models[kind].__name__
     if config.architectures and architecture not in config.architectures:
-        raise Refusal(f"the teacher {place} is a {', '.join(config.architectures)}; {task.name} needs a {architecture}")
-    return _load(task.models[kind], place, config).eval().requires_grad_(False)
+        raise Refusal(
+            f"the teacher {checkpoint} is a {', '.join(config.architectures)}; {task.name} needs a {architecture}"
+        )
+    return _load(task.models[kind], checkpoint, config).eval().requires_grad_(False)
 
 
-def _config(place: str, task: Task) -> tuple[Any, str]:
-    config = load_config(place)
+def _config(checkpoint: str, task: Task) -> tuple[Any, str]:
+    config = load_config(checkpoint)
     kind = config.model_type
     if kind not in task.models:
-        raise Refusal(f"{place} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")
+        raise Refusal(f"{checkpoint} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")
     return config, kind
 
 
-def _load(model: Any, place: str, config: Any, **options: Any) -> Any:
+def _load(model: Any, checkpoint: str, config: Any, **options: Any) -> Any:
     pairs = "ImagesAndText" in model.__name__
     if pairs:
         config.num_images = 2
     try:
-        loaded = model.from_pretrained(place, config=config, dtype=torch.float32, **options)
+        loaded = model.from_pretrained(checkpoint, config=config, dtype=torch.float32, **options)
     except (OSError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"the model {place} does not load: {reason}") from error
+        raise Refusal(f"the model {checkpoint} does not load: {reason}") from error
     if pairs and config.modality_type_vocab_size == 2:
         _second_image(loaded)
     return loaded

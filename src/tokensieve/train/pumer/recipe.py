@@ -66,13 +66,13 @@ class Recipe:
             raise Refusal(f"warmup must be a share in [0, 1); got {self.warmup}")
 
     @classmethod
-    def for_model(cls, model_type: str, **given: Any) -> Recipe:
+    def for_model(cls, model_type: str, **settings: Any) -> Recipe:
         """Return a recipe with the given settings and the paper's rates for this kind of model as defaults."""
-        return cls(**{**RATES.get(model_type, {}), **{name: v for name, v in given.items() if v is not None}})
+        return cls(**{**RATES.get(model_type, {}), **{name: v for name, v in settings.items() if v is not None}})
 
     def arguments(self, output: Path, *, evaluates: bool) -> TrainingArguments:
         """Convert to the arguments of transformers' Trainer."""
-        each = "epoch" if evaluates else "no"
+        strategy = "epoch" if evaluates else "no"
         return TrainingArguments(
             output_dir=str(output),
             num_train_epochs=self.epochs,
@@ -88,7 +88,7 @@ class Recipe:
             fp16=self.precision == "fp16",
             dataloader_num_workers=self.workers,
             seed=self.seed,
-            eval_strategy=each,
+            eval_strategy=strategy,
             save_strategy="epoch",
             save_total_limit=2,
             load_best_model_at_end=evaluates,
