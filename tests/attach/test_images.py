@@ -388,7 +388,7 @@ def test_tiles_are_told_token_by_token(name, registry):
         keep: int = 5
 
         def reduce(self, image):
-            seen.extend((image.tiles, image.views, tile) for tile in image.tile)
+            seen.extend((image.tiles.count, image.tiles.views, tile) for tile in image.tiles.number)
             return image.keep(torch.arange(5).expand(len(image.features), -1))
 
     model, samples = tiny.subject(name), [tiny.scenario(name, "ragged")[0]]
