@@ -12,6 +12,7 @@ import tokensieve
 from families import tiny
 from tokensieve import Method, Reduction
 from tokensieve.budget import share_out
+from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.models import TokenLayout, families, family_of
 from tokensieve.ops import attention_from_cls, attention_received
 from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles
@@ -79,7 +80,7 @@ def test_the_shapes_of_llava_next_are_what_its_packing_makes():
     inputs = {"pixel_values": sample.images[0].inputs["pixel_values"], "image_sizes": torch.tensor([[56, 84]])}
     with tokensieve.attach(model, "full"):
         encoded = model.model.get_image_features(**inputs, return_dict=True)
-    (shape,) = vars(encoded)["_tokensieve_record"].shapes
+    (shape,) = EncoderOutputs.of(encoded).layouts
     assert shape.views == ((4, 4), (4, 6))
     assert shape.separator.nonzero().squeeze(-1).tolist() == newlines_of((4, 6), 16)
     rows = model.model.multi_modal_projector(
