@@ -1,15 +1,12 @@
 """One thread, one seed, and the worst deviation of each law in the summary."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))  # so that every folder may use the tiny models of `laws`
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 

@@ -7,11 +7,11 @@ from functools import cache
 
 import pytest
 import torch
+from laws import reference, tiny
+from laws.reference import NOISE
 from tokensieve.engine.sieve import Sieve
 
 import tokensieve
-from laws import reference, tiny
-from laws.reference import NOISE
 from tokensieve import Method, Needs, Reduction, VisualTokens
 from tokensieve.check import LAWS, Laws
 from tokensieve.check.oracle import dropped_columns, hidden, merged

@@ -12,8 +12,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tokensieve
-from families import reference, tiny
-from families.test_matrix import METHODS, each_kernel, supported
+from tests.families.test_matrix import METHODS, each_kernel, supported
+from tests.support import families, models, oracle, prompts
 
 LAYER = -2  # the layer before the last, which FasterVLM reads; in Qwen2.5-VL one of those without windows
 seen: dict[torch.nn.Module, torch.Tensor] = {}
@@ -45,7 +45,7 @@ def take_notice(module, drop, args):
 @cache
 def behind(name):
     """`[row of the tower -> set of visual tokens]` of the image of "single", of a twin whose tower does not attend."""
-    model, (sample,) = tiny.build(name), tiny.scenario(name, "single")
+    model, (sample,) = models.build(name), prompts.batch(name, "single")
     if name == "fastvit_mci3":  # convolutions see their neighbours; its tokens are the cells of a map
         return {cell: {cell} for cell in range(sample.images[0].tokens)}
     rows: list[torch.Tensor] = []
@@ -54,7 +54,7 @@ def behind(name):
     )
     for module in attentions(model):
         module.register_forward_hook(lambda m, args, out: (0 * out[0], *out[1:]) if isinstance(out, tuple) else 0 * out)
-    encode = lambda: torch.cat([e.rows for e in reference.encode(model, name, sample)])  # noqa: E731
+    encode = lambda: torch.cat([e.rows for e in oracle.encode(model, name, sample)])  # noqa: E731
     features = encode()
     pixels, found = sample.images[0].inputs["pixel_values"], {}
     for patch in patches(pixels):
@@ -104,14 +104,14 @@ def attention_by_hand():
 
 
 @each_kernel
-@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if "attention" in supported(name)])
+@pytest.mark.parametrize("name", [name for name in families.FAMILIES if "attention" in supported(name)])
 def test_scores_are_those_of_the_patches_behind_each_token(name, attention, attention_by_hand, deviation):
-    model, (sample,) = tiny.subject(name, attention), tiny.scenario(name, "single")
+    model, (sample,) = models.tiny_model(name, attention), prompts.batch(name, "single")
     with tokensieve.attach(model, METHODS["attention"]) as sieve:
-        model.generate(**tiny.collate(name, [sample]), max_new_tokens=1)
+        model.generate(**prompts.collate(name, [sample]), max_new_tokens=1)
         ((decision,),) = sieve.last
 
-    twin = tiny.build(name, "eager")
+    twin = models.build(name, "eager")
     tower, pooled = twin.get_encoder(modality="image"), []
     for module in timm(tower):
         module.fused_attn = False
@@ -120,7 +120,7 @@ def test_scores_are_those_of_the_patches_behind_each_token(name, attention, atte
         module.config._attn_implementation_internal = "by_hand"
     if getattr(tower, "use_head", False):  # SigLIP's pooling head stands in for a late [CLS] row
         tower.head.register_forward_pre_hook(lambda head, args: pooled.append(head_row(head, args[0])))
-    reference.encode(twin, name, sample)
+    oracle.encode(twin, name, sample)
     weights = seen[attentions(twin)[LAYER]]  # [tiles, heads, rows, rows]
     cls = any(key.endswith(("class_embedding", "cls_token")) for key, _ in twin.named_parameters())
     rows = weights[:, :, 0].mean(1) if cls else pooled[0] if pooled else weights.mean((1, 2))

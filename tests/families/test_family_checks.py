@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from families import tiny
-from families.test_matrix import METHODS, supported
-from tokensieve.measure import LAWS, Laws
-from tokensieve.measure.hiding import merged
+from tests.families.test_matrix import METHODS, supported
+from tests.support import families, models, prompts
+from tokensieve.check import LAWS, Laws
+from tokensieve.check.oracle import merged
 from tokensieve.reduction import Mixing, Reduction
 
 SKIPPED = {
@@ -18,10 +18,10 @@ SKIPPED = {
 OWN_MASKS = ("gemma3", "paligemma", "aya-vision", "cohere2-vision")  # not one causal mask for all blocks
 
 
-@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("name", families.FAMILIES)
 def test_check_passes_on_every_family(name):
-    samples = tiny.scenario(name, "ragged")
-    laws = Laws(tiny.subject(name), lambda numbers: tiny.collate(name, [samples[i] for i in numbers]))
+    samples = prompts.batch(name, "one-and-two")
+    laws = Laws(models.tiny_model(name), lambda numbers: prompts.collate(name, [samples[i] for i in numbers]))
     kind = "merging" if "merging" in supported(name) else "features"
     found = {verdict.law: verdict for verdict in laws.check(METHODS[kind])}
     for law in LAWS:
@@ -34,7 +34,7 @@ def test_check_passes_on_every_family(name):
 
 
 def test_the_oracle_of_merging_gives_back_a_wrapped_encode_function():
-    model = tiny.build("llava-clip")
+    model = models.build("llava-clip")
     wrapped = model.model.get_image_features  # a bound method on the instance, as a wrapper of somebody else would be
     model.model.get_image_features = wrapped
     mixing = Mixing(torch.tensor([0, 0]), torch.tensor([0, 1]), torch.full((2,), 0.5))

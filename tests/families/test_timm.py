@@ -8,9 +8,9 @@ import torch
 from torch.overrides import _get_current_function_mode_stack
 
 import tokensieve
-from families import tiny
+from tests.support import families, models, prompts
 
-TIMM = [name for name, family in tiny.FAMILIES.items() if family.classes in ("PerceptionLM", "FastVlm")]
+TIMM = [name for name, family in families.FAMILIES.items() if family.classes in ("PerceptionLM", "FastVlm")]
 each_name = pytest.mark.parametrize("name", TIMM)
 
 
@@ -23,32 +23,32 @@ def attentions(model):
 
 
 def one(name):
-    return tiny.collate(name, tiny.scenario(name, "single"))
+    return prompts.collate(name, prompts.batch(name, "single"))
 
 
 @each_name
-def test_attention_that_is_not_fused_is_refused_to_those_who_read_it(name):
-    model = tiny.build(name)
+def test_attention_that_is_not_fused_cannot_be_read(name):
+    model = models.build(name)
     for module in attentions(model):
         module.fused_attn = False
-    before = tiny.footprint(model)
+    before = models.footprint(model)
     with pytest.raises(ValueError, match="only be read where it is fused; unset TIMM_FUSED_ATTN"):
         tokensieve.attach(model, "fastervlm", keep=5)
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
     with tokensieve.attach(model, "divprune", keep=5) as sieve:
         model.generate(**one(name), max_new_tokens=1)
         assert sieve.last[0][0].slots == 5
 
 
 @each_name
-def test_methods_inside_the_tower_are_refused(name):
+def test_methods_inside_timm_encoders_are_refused(name):
     with pytest.raises(ValueError, match="acts in the encoder, which is not supported in"):
-        tokensieve.attach(tiny.subject(name), "tome")
+        tokensieve.attach(models.tiny_model(name), "tome")
 
 
 @each_name
-def test_notes_say_what_stands_in_for_the_cls_token(name):
-    model = tiny.subject(name)
+def test_notes_name_the_substitute_for_the_cls_token(name):
+    model = models.tiny_model(name)
     with tokensieve.attach(model, "fastervlm", keep=5) as sieve:
         model.generate(**one(name), max_new_tokens=1)
         notes = " ".join(sieve.last[0][0].notes)
@@ -57,7 +57,7 @@ def test_notes_say_what_stands_in_for_the_cls_token(name):
 
 @each_name
 def test_only_the_layer_that_is_read_is_watched_and_only_in_an_encode_call(name):
-    model, watched = tiny.subject(name), []
+    model, watched = models.tiny_model(name), []
 
     def look(projection, args):
         watched.append(projection if _get_current_function_mode_stack() else None)
@@ -82,15 +82,15 @@ def test_only_the_layer_that_is_read_is_watched_and_only_in_an_encode_call(name)
 @pytest.mark.parametrize("name", ["fast-vlm", "perception-lm"])
 @torch.no_grad()
 def test_a_compiled_model(name):
-    model, inputs = tiny.build(name), one(name)
+    model, inputs = models.build(name), one(name)
     with tokensieve.attach(model, "fastervlm", keep=5):
         expected = model(**inputs).logits
         assert torch.equal(torch.compile(model, backend="eager")(**inputs).logits, expected)
     torch.compiler.reset()
 
 
-def test_a_forward_that_somebody_else_replaced_is_put_back():
-    model = tiny.build("perception-lm")
+def test_a_forward_that_was_replaced_before_is_put_back():
+    model = models.build("perception-lm")
     read, expected = attentions(model)[-2], model(**one("perception-lm")).logits
     theirs = read.forward = lambda *args: type(read).forward(read, *args)
     with tokensieve.attach(model, "fastervlm", keep=1.0):
@@ -98,8 +98,8 @@ def test_a_forward_that_somebody_else_replaced_is_put_back():
     assert read.forward is theirs
 
 
-def test_a_tower_whose_last_stage_does_not_attend_is_refused():
-    model = tiny.build("fast-vlm")
+def test_an_encoder_whose_last_stage_does_not_attend_is_refused():
+    model = models.build("fast-vlm")
     for block in timm_of(model).stages[-1].blocks:
         block["token_mixer"] = torch.nn.Identity()
     with pytest.raises(ValueError, match="TinyTower has no attention over all patches that could be read"):
@@ -108,9 +108,9 @@ def test_a_tower_whose_last_stage_does_not_attend_is_refused():
 
 def test_pooling_that_shares_patches_between_tokens_is_refused():
     """Of 7 rows of patches, halving makes 3 rows of tokens that overlap."""
-    model, inputs = tiny.build("perception-lm"), one("perception-lm")
+    model, inputs = models.build("perception-lm"), one("perception-lm")
     pixels = inputs["pixel_values"][..., :98, :98]
-    ids = torch.tensor([[tiny.BOS, *[tiny.IMAGE] * 2 * 9, 7, 8]])
+    ids = torch.tensor([[families.BOS, *[families.IMAGE] * 2 * 9, 7, 8]])
     with tokensieve.attach(model, "fastervlm", keep=5), pytest.raises(ValueError, match="resamples an image"):
         model(input_ids=ids, pixel_values=pixels)
     with tokensieve.attach(model, "divprune", keep=5) as sieve:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from torch.utils import backend_registration
 
-from families import tiny
+from tests.support import families
 
 pytestmark = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch pretends no device"
 )
-NAMES = [name for name in tiny.FAMILIES if name != "lighton-ocr"]  # of what is discovered, more is checked
+NAMES = [name for name in families.FAMILIES if name != "lighton-ocr"]  # of what is discovered, more is checked
 NEWLINES = [name for name in NAMES if name.startswith(("llava-next", "llava-onevision"))]
 SIZES = [*NEWLINES, "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3.5", "glm4v", "mistral3", "pixtral"]
 OTHER = {
@@ -33,9 +33,9 @@ def allowed(name, kind):
     return 1 + (name in SIZES) + 4 * (name in NEWLINES) + OTHER.get(name, 0) + (kind == "text") + windows
 
 
-def test_a_prefill_waits_for_what_has_to_be_known_and_for_nothing_else():
-    here, source = Path(__file__).parents[1], Path(__file__).parents[2] / "src"
-    paths = os.pathsep.join(map(str, (here, source)))
+def test_a_prefill_waits_only_for_sizes_and_words_that_it_needs():
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(map(str, (root, root / "src")))
     command = [sys.executable, str(Path(__file__).with_name("waits.py")), *NAMES]
     out = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr

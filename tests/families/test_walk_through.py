@@ -10,8 +10,8 @@ import torch
 
 import tokensieve
 import tokensieve.models
-from families import tiny
-from families.test_matrix import METHODS, collate
+from tests.families.test_matrix import METHODS, collate
+from tests.support import models, prompts
 from tokensieve.models import catalogue, family_of
 
 GUIDE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -26,7 +26,7 @@ def novel(tmp_path, monkeypatch):
     (tmp_path / "novel_vl.py").write_text(dedent(code), "utf-8")
     monkeypatch.setattr(tokensieve.models, "__path__", [*tokensieve.models.__path__, str(tmp_path)])
     catalogue.families.cache_clear()
-    model = tiny.build(KNOWN)
+    model = models.build(KNOWN)
     model.config.spatial_merge_size = 2
     monkeypatch.setattr(type(model.config), "model_type", "novel_vl")
     yield model
@@ -36,11 +36,11 @@ def novel(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["attention", "features", "text", "merging"])
 def test_the_family_of_the_guide_works(novel, kind, monkeypatch):
-    inputs = collate(KNOWN, "ragged")
+    inputs = collate(KNOWN, "one-and-two")
 
     def run(model):
         with tokensieve.attach(model, METHODS[kind]) as sieve:
-            out = model.generate(**inputs, max_new_tokens=3, **tiny.GREEDY)
+            out = model.generate(**inputs, max_new_tokens=3, **prompts.GREEDY)
         return [*out.logits, *(r.kept for row in sieve.last for r in row)]
 
     assert family_of(novel).title == "Novel-VL"

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import tokensieve
-from families import tiny
+from tests.support import families, models, prompts
 
 _setup_privateuseone_for_python_backend("pretend")
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) makes them on the host and then copies
@@ -119,7 +119,7 @@ class Made(TorchFunctionMode):
 @torch.no_grad()
 def waits(name: str, spec: str | None) -> Counter[str]:
     """Where the prefill of the ragged batch waits."""
-    model, inputs = tiny.build(name, "eager"), tiny.collate(name, tiny.scenario(name, "ragged"))
+    model, inputs = models.build(name, "eager"), prompts.collate(name, prompts.batch(name, "one-and-two"))
     with Device() as device, Made():
         model.to(FAR)
         inputs = {key: value.to(FAR) for key, value in inputs.items()}
@@ -146,4 +146,4 @@ def table(names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(table(sys.argv[1:] or list(tiny.FAMILIES))))
+    print(json.dumps(table(sys.argv[1:] or list(families.FAMILIES))))

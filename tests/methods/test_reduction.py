@@ -60,7 +60,7 @@ def test_apply_is_the_matrix_product(reduction, dtype):
 
 
 @given(reductions())
-def test_what_is_derived_from_the_matrix(reduction):
+def test_properties_that_follow_from_the_matrix(reduction):
     matrix = reduction.matrix()
     assert matrix.shape == (reduction.slots, reduction.total)
     assert torch.equal(reduction.counts, (matrix != 0).sum(-1))
@@ -157,7 +157,7 @@ def test_padded_slots_that_merge_disappear_too(padding_first):
     torch.testing.assert_close(one.apply(rows), expected @ rows)
 
 
-def test_what_does_not_fit_is_refused():
+def test_invalid_reductions_are_refused():
     one, batch = Reduction(4, torch.tensor([0, 2])), Reduction(4, torch.tensor([[0, 2]]))
     with pytest.raises(ValueError, match="this Reduction is for 4 tokens; got 3 rows"):
         one.apply(torch.randn(3, 2))

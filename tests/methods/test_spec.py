@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import tokensieve
-from laws.catalogue import specs
+from tests.support.methods import connector_specs
 from tokensieve import Method, parse, register
 
 
@@ -38,7 +38,7 @@ def shape(registry):
     return TokenLayout, ShapePlus
 
 
-@pytest.mark.parametrize("spec", specs())
+@pytest.mark.parametrize("spec", connector_specs())
 def test_print_and_parse(spec):
     stages = parse(spec)
     assert " + ".join(map(str, stages)) == " + ".join(str(m) for m in parse(" + ".join(map(str, stages))))
@@ -109,7 +109,7 @@ def test_names_that_end_in_a_plus(shape, spec, names):
         ("vtc-cls(over_layers='all')", "over_layers must be one of 'sum', 'mean', 'max', 'min'; got 'all'"),
     ],
 )
-def test_errors_say_what_is_wrong_and_what_is_near(spec, message):
+def test_errors_name_the_mistake_and_the_nearest_valid_names(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         parse(spec)
 

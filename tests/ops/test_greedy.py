@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.test_ops import assert_selection, max_min_by_hand, noise, seeds, sizes
+from tests.ops.test_ops import assert_selection, max_min_by_hand, noise, seeds, sizes
 from tokensieve.measure import peak_activation_bytes
 from tokensieve.ops import (
     bipartite_thinning,

@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import avg_pool2d
 
-from laws.reference import area_matrix, largest_grid
+from tests.support.oracle import area_matrix, largest_grid
 from tokensieve.ops import area_pool, max_min, normalise, pooled_grid, text_similarity, top_k, uniform
 
 settings.register_profile("quick", max_examples=60, deadline=None)

@@ -71,6 +71,7 @@ class Vilt(Host):
     def _authors_softmax(self, dropout: nn.Module, args: Any) -> Tensor:
         """Replace the attention probabilities by those that PuMer's code computes."""
         query, key = self._query_key()
+        assert self._flight.mask is not None  # padding counts, so `_mask` has made one
         return epsilon_attention(query, key, self._flight.mask).to(args[0].dtype)
 
     def _query_key(self) -> tuple[Tensor, Tensor]:

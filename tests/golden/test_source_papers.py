@@ -1,0 +1,97 @@
+"""VTC-CLS, FasterVLM and DivPrune against inputs and outputs of their authors' code."""
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import tokensieve
+from tests.golden.vectors import CLOSE, cases, load
+from tests.support.families import BOS, IMAGE, VOCABULARY
+from tokensieve.methods.divprune import DivPrune
+from tokensieve.methods.fastervlm import FasterVlm
+from tokensieve.methods.vtc_cls import VtcCls
+from tokensieve.ops import max_min
+from tokensieve.tokens import ByLayer, ConnectorTokens
+
+
+def llava_around(config, state):
+    """A LLaVA model whose tower is the recorded CLIP and whose projector changes nothing."""
+    width = config["hidden_size"]
+    text = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**config),
+            text_config=text,
+            image_token_id=IMAGE,
+            projector_hidden_act="linear",
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+    ).eval()
+    state = {k.removeprefix("sd.vision_model."): v for k, v in state.items() if k.startswith("sd.")}
+    state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
+    missing, unexpected = model.model.vision_tower.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert not [k for k in missing if "position_ids" not in k]
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        torch.nn.init.eye_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return model
+
+
+@cases("vtc_cls")
+@torch.no_grad()
+def test_vtc_cls_end_to_end(name):
+    """The recorded tower inside LLaVA, attached as a user does: what entered the LLM is what the authors kept."""
+    given, expected, hyper = load("vtc_cls", name)
+    model = llava_around(hyper["config"], given)
+    tokens = len(expected["score"])
+    entered = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(kwargs["inputs_embeds"][0]), with_kwargs=True
+    )
+    ids = torch.tensor([[BOS, *[IMAGE] * tokens, 7]])
+    with tokensieve.attach(model, "vtc-cls", keep=hyper["token_num"], first_layer=hyper["start_layer"]) as sieve:
+        model(input_ids=ids, pixel_values=given["pixel_values"])
+    ((reduction,),) = sieve.last
+    assert reduction.kept.tolist() == expected["kept_indices"].tolist()
+    torch.testing.assert_close(reduction.scores, expected["score"], **CLOSE)
+    torch.testing.assert_close(entered[0][1:-1], expected["kept_features"][0], **CLOSE)
+
+
+@cases("vtc_cls")
+def test_vtc_cls_from_rows(name):
+    """The method alone, on the recorded attention rows."""
+    _, expected, hyper = load("vtc_cls", name)
+    rows = expected["cls_rows"]
+    tokens = ConnectorTokens(expected["features"], cls_attention=ByLayer(dict(enumerate(rows[:, None]))))
+    reduction = VtcCls(keep=hyper["token_num"], first_layer=hyper["start_layer"])(tokens)[0]
+    assert reduction.kept.tolist() == expected["kept_indices"].tolist()
+    torch.testing.assert_close(reduction.scores, expected["score"], **CLOSE)
+    torch.testing.assert_close(reduction.apply(expected["features"][0]), expected["kept_features"][0], **CLOSE)
+
+
+@cases("fastervlm")
+def test_fastervlm(name):
+    given, expected, hyper = load("fastervlm", name)
+    rows = given["cls_attention"].mean(1)
+    tokens = ConnectorTokens(given["features"], cls_attention=ByLayer({3: rows}, 5))
+    reduction = FasterVlm(keep=hyper["keep"])(tokens)
+    assert reduction.kept.tolist() == expected["kept_indices"].tolist()
+    torch.testing.assert_close(reduction.apply(given["features"]), expected["kept_features"], **CLOSE)
+
+
+@cases("divprune")
+def test_divprune(name):
+    given, expected, hyper = load("divprune", name)
+    tokens = ConnectorTokens(given["features"][None])
+    reduction = DivPrune(keep=hyper["ratio"])(tokens)[0]
+    assert reduction.kept.tolist() == expected["kept_indices"].tolist()
+    order = max_min(given["features"], len(expected["selection_order"]))
+    assert order.tolist() == expected["selection_order"].tolist()

@@ -1,0 +1,1 @@
+"""What the tests share: tiny models, prompts, the hand reference, and lists of methods from the registry."""
