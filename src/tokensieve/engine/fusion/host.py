@@ -16,10 +16,7 @@ from tokensieve.engine.fusion.passes import FusionPass, StreamStep
 from tokensieve.errors import Refusal
 from tokensieve.methods import FusionMethod
 
-NEEDS_EVERY_WORD = (
-    "MaskedLM",
-    "TokenClassification",
-)  # ends of the class names of heads that read one row per text token
+READS_ALL_TEXT = ("MaskedLM", "TokenClassification")  # class names of heads that read a row per text token end so
 
 
 class FusionInFlight(threading.local):
@@ -124,7 +121,7 @@ class Host(ABC):
         for layer in self.method.layers:
             if layer >= depth:
                 raise Refusal(f"{name} has {self.layer_kind} 0 to {depth - 1}; got layers={self.method.layers}")
-        if self.method.merges_text and name.endswith(NEEDS_EVERY_WORD):
+        if self.method.merges_text and name.endswith(READS_ALL_TEXT):
             raise Refusal(f"{name} reads every text token, so text must not merge: give merge_text=0")
 
     def _start(self, model: Any, args: Any) -> None:
