@@ -7,16 +7,17 @@ from functools import cache
 
 import pytest
 import torch
-from laws import reference, tiny
-from laws.reference import NOISE
-from tokensieve.engine.sieve import Sieve
 
 import tokensieve
+from tests.support import models, oracle, prompts
+from tests.support.families import IMAGE
+from tests.support.oracle import NOISE
 from tokensieve import Method, Needs, Reduction, VisualTokens
 from tokensieve.check import LAWS, Laws
 from tokensieve.check.oracle import dropped_columns, hidden, merged
-from tokensieve.engine import sieve
-from tokensieve.engine.connector.prefill import Connector
+from tokensieve.engine import llm
+from tokensieve.engine.connector import prefill
+from tokensieve.engine.llm import LlmSieve
 from tokensieve.evaluate import Sample, encode
 from tokensieve.reference.benchmark import benchmark
 
@@ -32,13 +33,13 @@ SOUND = (("llava-clip", "sdpa"), ("qwen3-vl", "eager"))
 
 
 def build(family: str, model) -> Laws:
-    samples = [*tiny.scenario(family, "ragged")[:2], *tiny.scenario(family, "two-images")]
-    return Laws(model, lambda numbers: tiny.collate(family, [samples[i] for i in numbers]))
+    samples = [*prompts.batch(family, "ragged")[:2], *prompts.batch(family, "two-images")]
+    return Laws(model, lambda numbers: prompts.collate(family, [samples[i] for i in numbers]))
 
 
 @cache
 def laws(family: str, attention: str = "sdpa") -> Laws:
-    return build(family, tiny.subject(family, attention))
+    return build(family, models.tiny_model(family, attention))
 
 
 def verdicts(family: str, method) -> dict:
@@ -49,9 +50,9 @@ def verdicts(family: str, method) -> dict:
 def checked(family: str, attention: str, method: str) -> tuple:
     """Return the verdicts on one method; a model that the check leaves changed fails every test of it."""
     model = laws(family, attention).model
-    before = tiny.footprint(model)
+    before = models.footprint(model)
     found = tuple(laws(family, attention).check(method))
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
     return found
 
 
@@ -86,8 +87,8 @@ def test_the_noise_floor_is_rounding(family, attention):
 )
 def test_hiding_tokens_is_the_language_model_fed_by_hand(family, attention, deviation):
     """Compare the oracle of ``check`` with the hand reference of the tests: two ways to leave tokens out."""
-    model, samples = tiny.subject(family, attention), tiny.scenario(family, "mixed")
-    before, g = tiny.footprint(model), torch.Generator().manual_seed(0)
+    model, samples = models.tiny_model(family, attention), prompts.batch(family, "mixed")
+    before, g = models.footprint(model), torch.Generator().manual_seed(0)
 
     def decide(image) -> Reduction:
         kept = torch.randperm(image.tokens, generator=g)[:5].sort().values
@@ -95,32 +96,32 @@ def test_hiding_tokens_is_the_language_model_fed_by_hand(family, attention, devi
         return Reduction(image.tokens, kept, mixing)
 
     decisions = [[decide(image) for image in s.images] for s in samples]
-    inputs = tiny.collate(family, samples)
-    gone = dropped_columns(inputs["input_ids"], tiny.IMAGE, decisions)
+    inputs = prompts.collate(family, samples)
+    gone = dropped_columns(inputs["input_ids"], IMAGE, decisions)
     with hidden(model, gone), merged(model, decisions):
-        out = model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY)
+        out = model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY)
     for i, s in enumerate(samples):
         rows = [
-            reference.encode(model, family, image).mixed(r.matrix())
+            oracle.encode_image(model, family, image).mixed(r.matrix())
             for image, r in zip(s.images, decisions[i], strict=True)
         ]
         answer = out.sequences[i, -4:].tolist()
-        by_hand = reference.logits(model, family, s, [r.kept for r in decisions[i]], rows, "original", answer[:-1])
+        by_hand = oracle.logits(model, family, s, [r.kept for r in decisions[i]], rows, answer[:-1])
         assert deviation("of hidden tokens from the hand reference", torch.stack(out.logits, 1)[i], by_hand) <= NOISE
-    assert tiny.footprint(model) == before
+    assert models.footprint(model) == before
 
 
 def test_hiding_tokens_inside_needs_no_mask_of_the_caller(deviation):
     """Hide tokens without a mask argument: one unpadded prompt uses the kernel's causal mask, a batch has its own."""
-    model, samples = tiny.subject("llava-clip"), tiny.scenario("llava-clip", "ragged")
+    model, samples = models.tiny_model("llava-clip"), prompts.batch("llava-clip", "ragged")
     decisions = [[Reduction(image.tokens, torch.tensor([3, 7, 11])) for image in s.images] for s in samples]
     rows = []
     for chosen, reductions in ((samples, decisions), (samples[1:2], decisions[1:2])):
-        inputs = tiny.collate("llava-clip", chosen)
-        with hidden(model, dropped_columns(inputs["input_ids"], tiny.IMAGE, reductions), 1):
-            rows.append(torch.stack(model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY).logits, 1))
+        inputs = prompts.collate("llava-clip", chosen)
+        with hidden(model, dropped_columns(inputs["input_ids"], IMAGE, reductions), 1):
+            rows.append(torch.stack(model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY).logits, 1))
     assert deviation("of tokens hidden inside", rows[0][1], rows[1][0]) <= NOISE
-    whole = torch.stack(model.generate(**inputs, max_new_tokens=4, **tiny.GREEDY).logits, 1)
+    whole = torch.stack(model.generate(**inputs, max_new_tokens=4, **prompts.GREEDY).logits, 1)
     assert (rows[1] - whole).abs().max() > 0.1
 
 
@@ -165,7 +166,7 @@ class Own(Method):
     keep: int | float = 5
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        first = torch.arange(image.count(self.keep)).expand(image.features.shape[0], -1)
+        first = torch.arange(image.budget).expand(image.features.shape[0], -1)
         return image.keep(first)
 
 
@@ -195,15 +196,15 @@ def test_identity_notices_a_method_that_drops_what_it_should_keep(own):
 
 @pytest.mark.filterwarnings("ignore:module forward hook")
 def test_identity_notices_what_is_left_behind(own, monkeypatch):
-    trial = build("llava-clip", tiny.build("llava-clip"))  # a model of its own: the hooks stay on it
-    monkeypatch.setattr(Sieve, "_remove", lambda sieve: None)
+    trial = build("llava-clip", models.build("llava-clip"))  # a model of its own: the hooks stay on it
+    monkeypatch.setattr(LlmSieve, "_remove", lambda sieve: None)
     found = {verdict.law: verdict.status for verdict in trial.check([own(Own)()])}
     assert found["identity"] == "FAIL"
 
 
 def test_oracle_notices_wrong_positions(own, monkeypatch):
-    positions = Connector._positions
-    monkeypatch.setattr(Connector, "_positions", lambda self, kwargs: positions(self, kwargs) * 2)
+    position_ids = prefill.position_ids
+    monkeypatch.setattr(prefill, "position_ids", lambda *args: position_ids(*args) * 2)
     assert "oracle" in broken(own(Own)())
 
 
@@ -228,7 +229,7 @@ def test_batch_notices_a_method_that_looks_at_its_neighbours(own):
 
 
 def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
-    later = sieve.translate_decode_inputs
+    later = llm.translate_decode_inputs
 
     def shifted(*given):
         kwargs = later(*given)
@@ -236,7 +237,7 @@ def test_continuation_notices_what_only_later_turns_meet(own, monkeypatch):
             kwargs["position_ids"] = kwargs["position_ids"] + 3
         return kwargs
 
-    monkeypatch.setattr(sieve, "translate_decode_inputs", shifted)
+    monkeypatch.setattr(llm, "translate_decode_inputs", shifted)
     assert broken(own(Own)()).keys() == {"continuation"}
 
 
@@ -258,9 +259,9 @@ def test_conservation_notices_a_false_record(own):
 
 
 def test_cache_notices_columns_that_stayed(own, monkeypatch):
-    tokens = Sieve._tokens
-    fewer = lambda self, *args: [[[n - 1 for n in blocks] for blocks in row] for row in tokens(self, *args)]  # noqa: E731
-    monkeypatch.setattr(Sieve, "_tokens", fewer)
+    count = LlmSieve._count_tokens
+    fewer = lambda self, *args: [[[n - 1 for n in layers] for layers in row] for row in count(self, *args)]  # noqa: E731
+    monkeypatch.setattr(LlmSieve, "_count_tokens", fewer)
     assert "columns; " in broken(own(Own)())["cache"]
 
 

@@ -9,6 +9,8 @@ import pytest
 from calling import Outcome, run, run_many
 
 from tokensieve.cli import users_error
+from tokensieve.commands.loading import trained_spec
+from tokensieve.errors import Refusal
 
 QUESTION = "what colour is the cup?"
 
@@ -183,6 +185,14 @@ def test_a_missing_extra_is_named_before_the_work(model: str, folder: Path) -> N
     calls = {"compare": ["compare", "--model", model, "--output", folder / "out"]}
     hidden = "import sys; sys.modules['jinja2'] = None\n"
     assert 'pip install "tokensieve[report]"' in run_many(calls, before=hidden)["compare"].refused()
+
+
+def test_a_damaged_note_of_the_training_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "tokensieve.json").write_text(text)
+        with pytest.raises(Refusal, match=r"tokensieve\.json is not a file of `tokensieve train pumer`"):
+            trained_spec(str(tmp_path), None)
 
 
 def test_only_the_type_of_an_error_tells_a_mistake_from_a_bug() -> None:

@@ -25,7 +25,7 @@ class Flaky(Method):
 
     def reduce(self, image: VisualTokens) -> Reduction:
         order = torch.rand(image.features.shape[:2]).argsort(-1)
-        return image.keep(order[:, : image.count(self.keep)])
+        return image.keep(order[:, : image.budget])
 '''
 
 

@@ -66,12 +66,12 @@ def test_its_tests_pass_as_written_and_fail_when_the_method_is_wrong(
     broken.mkdir()
     (broken / "test_loudest.py").write_text((folder / "new" / "test_loudest.py").read_text("utf-8"))
     code = (folder / "new" / "loudest.py").read_text("utf-8")
-    across_the_batch = ".norm(dim=-1).mean(0, keepdim=True).expand(len(image.features), -1)"
+    across_the_batch = ".sum(-1).mean(0, keepdim=True).expand(len(image.features), -1)"
     one_short = """
     def reduce(self, image):
         return super().reduce(replace(image, budget=image.budget - 1))
 """
-    code = code.replace(".norm(dim=-1)", across_the_batch).replace("import dataclass", "import dataclass, replace")
+    code = code.replace(".sum(-1)", across_the_batch).replace("import dataclass", "import dataclass, replace")
     code += one_short
     (broken / "loudest.py").write_text(code)
     output = pytest_of(broken)

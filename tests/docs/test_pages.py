@@ -115,7 +115,7 @@ def test_new_rows_replace_those_of_the_same_method_and_budget(tmp_path, monkeypa
 
     def told(*rows):
         found = results(list(rows))
-        return replace(found, settings={**found.settings, "budget": "kept"})
+        return replace(found, settings={**found.settings, "keep_means": "final"})
 
     make_results.enter(told(row("full", None, 0.9), row("trsm", 36, 0.5), row("random", 36, 0.4)))
     make_results.enter(told(row("full", None, 0.9), row("trsm", 36, 0.6), row("trsm", 16, 0.3)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokensieve import attach
-from tokensieve.engine.encoder.hooks import RECORD
+from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.evaluate import decode, encode
 from tokensieve.evaluate.answer import batches, together
 from tokensieve.evaluate.prompt import generate_arguments, without_repetitions
@@ -95,8 +95,9 @@ def test_the_record_is_repeated_with_the_images(model, processor, samples):
     shared = without_repetitions(model, encode(processor, [samples[0], samples[4]]), [0, 0])
     with torch.inference_mode(), attach(model, "visionzip(keep=9)"):
         output = generate_arguments(model, shared)["mm_encoder_outputs"]["image"]
-    record = getattr(output, RECORD)
-    per_image = [record.shapes, record.patches, *(rows for layers in record.read.values() for rows in layers.values())]
+    record = EncoderOutputs.of(output)
+    by_layer = [rows for layers in record.by_layer.values() for rows in layers.values()]
+    per_image = [record.layouts, record.patches, *by_layer]
     assert len(per_image) > 3
     assert all(len(rows) == len(output.pooler_output) == 2 for rows in per_image)
 

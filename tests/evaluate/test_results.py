@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tokensieve import parse
+from tokensieve import Refusal, parse
 from tokensieve.evaluate import METRICS, Example, OutputError, Results, Row, Sample, TypeScore, VsRandom, environment
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Entry, Run
@@ -78,10 +78,10 @@ def test_a_full_disk_keeps_the_older_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "no json", '{"version": 2}'])
+@pytest.mark.parametrize("content", ["[]", "{}", "no json", "\udcff", '{"version": 2}'])
 def test_another_file_is_refused(tmp_path, content):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(ValueError, match=r"x\.json is not a results file"):
+    (tmp_path / "x.json").write_text(content, "utf-8", "surrogateescape")  # one of them is not UTF-8
+    with pytest.raises(Refusal, match=r"x\.json is not a results file"):
         Results.load(tmp_path / "x.json")
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
 from laws.tiny import FAMILIES, collate, scenario, subject
+
 from tokensieve import Method, Reduction, VisualTokens, register
 from tokensieve.measure import Cost, measure_costs
 from tokensieve.measure.costs import break_even

@@ -107,20 +107,13 @@ def _reasons(verdicts: Sequence[Sequence[Verdict]]) -> Mapping[str, str]:
 
 def prompts(processor: Any, model: Any) -> Callable[[Sequence[int]], Mapping[str, Any]]:
     """Return a function from prompt numbers to one left-padded batch about drawn pictures, on the model's device."""
-    from tokensieve.evaluate.prompt import to_model
+    from tokensieve.evaluate.prompt import left_padded_batch, to_model
 
-    return lambda numbers: to_model(model, _inputs(processor, numbers))
+    def batch(numbers: Sequence[int]) -> Mapping[str, Any]:
+        pictures = [[_picture(number + offset) for offset in range(QUESTIONS[number][1])] for number in numbers]
+        return to_model(model, left_padded_batch(processor, pictures, [QUESTIONS[number][0] for number in numbers]))
 
-
-def _inputs(processor: Any, numbers: Sequence[int]) -> Any:
-    from tokensieve.evaluate.prompt import KEYWORDS, chat_inputs
-
-    texts = [QUESTIONS[number][0] for number in numbers]
-    pictures = [[_picture(number + offset) for offset in range(QUESTIONS[number][1])] for number in numbers]
-    if getattr(processor, "chat_template", None):
-        return chat_inputs(processor, pictures, texts)
-    texts = [f"{processor.image_token * len(p)}\n{text}" for text, p in zip(texts, pictures, strict=True)]
-    return processor(images=pictures, text=texts, **KEYWORDS)
+    return batch
 
 
 def _picture(number: int) -> Any:

@@ -78,9 +78,13 @@ def trained_spec(name: str, model: Any) -> str:
     from tokensieve.engine import attach
 
     note = Path(find(name).path) / "tokensieve.json"
-    method = json.loads(note.read_text())["method"] if note.is_file() else None
-    if method is not None:
-        return str(method)
+    if note.is_file():
+        try:
+            method = json.loads(note.read_text("utf-8"))["method"]
+        except (ValueError, KeyError, TypeError):
+            raise Refusal(f"{note} is not a file of `tokensieve train pumer`") from None
+        if method is not None:
+            return str(method)
     try:
         attach(model, "pumer").detach()
     except Refusal as error:

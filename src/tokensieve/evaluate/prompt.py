@@ -15,7 +15,6 @@ from tokensieve.errors import Refusal
 from tokensieve.evaluate.data import Sample
 
 CLASSIFIER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
-KEYWORDS = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
 
 
 def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{question}") -> dict[str, Tensor]:
@@ -28,28 +27,35 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
 
     Raises:
         DataError: an image that cannot be decoded.
-        Refusal: a processor with neither a chat template nor an image token; a question that holds a placeholder.
+        Refusal: a question that holds a placeholder, or a processor that :func:`left_padded_batch` refuses.
     """
     images = _open_images(samples)
     check_texts(processor, samples, prompt)
     texts = [prompt.replace("{question}", sample.question) for sample in samples]
+    return left_padded_batch(processor, [[image] for image in images], texts)
+
+
+def left_padded_batch(
+    processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return one left-padded batch of prompts, each a user turn with its images before its text.
+
+    Raises:
+        Refusal: a processor with neither a chat template nor an image token.
+    """
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if getattr(processor, "chat_template", None):
-        return chat_inputs(processor, [[image] for image in images], texts)
+        contents = [
+            [*({"type": "image", "image": image} for image in pictures), {"type": "text", "text": text}]
+            for pictures, text in zip(images, texts, strict=True)
+        ]
+        turns = [[{"role": "user", "content": content}] for content in contents]
+        template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        return dict(processor.apply_chat_template(turns, **template, processor_kwargs=options))
     if getattr(processor, "image_token", None):
-        texts = [f"{processor.image_token}\n{text}" for text in texts]
-        return dict(processor(images=[[image] for image in images], text=texts, **KEYWORDS))
+        texts = [f"{processor.image_token * len(p)}\n{text}" for p, text in zip(images, texts, strict=True)]
+        return dict(processor(images=images, text=texts, **options))
     raise Refusal(f"{type(processor).__name__} has neither a chat template nor an image token")
-
-
-def chat_inputs(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> dict[str, Tensor]:
-    """Return one left-padded batch of single user turns, each with its images before its text."""
-    contents = [
-        [*({"type": "image", "image": image} for image in pictures), {"type": "text", "text": text}]
-        for pictures, text in zip(images, texts, strict=True)
-    ]
-    turns = [[{"role": "user", "content": content}] for content in contents]
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    return dict(processor.apply_chat_template(turns, **options, processor_kwargs=dict(KEYWORDS)))
 
 
 def encode_pairs(

@@ -166,7 +166,7 @@ class Results:
             differences = tuple((d[0], d[1], d[2]) for d in data.pop("differences"))
             chances = tuple(chance and VsRandom(**chance) for chance in data.pop("chances"))
             return cls(rows=rows, types=types, differences=differences, chances=chances, examples=examples, **data)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise Refusal(f"{path} is not a results file of Tokensieve") from error
 
 

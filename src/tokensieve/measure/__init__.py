@@ -2,9 +2,8 @@
 
 from tokensieve.check import LAWS, Laws, Verdict
 from tokensieve.measure.costs import Bench, Cost, measure_costs
-from tokensieve.measure.flops import count_flops
 from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
-from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
+from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 
 __all__ = [
     "LAWS",

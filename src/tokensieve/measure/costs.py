@@ -14,9 +14,8 @@ from torch import Tensor
 
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import attach
-from tokensieve.measure.flops import count_flops
 from tokensieve.measure.latency import Spread, decode_ms, interleave, paired_difference, paired_ratio
-from tokensieve.measure.memory import kv_bytes, peak_activation_bytes
+from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 from tokensieve.methods import Method, parse
 from tokensieve.reduction import Reduction
 

@@ -46,8 +46,7 @@ class Random(Method):
     seed: int = 0
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        # drawn on the CPU: the same positions on every device
-        order = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))  # drawn on the CPU
         kept = order[: image.budget].to(image.features.device)
         return image.keep(kept.expand(len(image.features), -1))
 
@@ -86,7 +85,6 @@ class Pool(Method):
     keep: Budget = 0.25
 
     def cells(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
-        """Return (height, width) of the pooled grid."""
         return pooled_grid(grid, budget)
 
     def reduce(self, image: VisualTokens) -> Reduction:
@@ -94,8 +92,7 @@ class Pool(Method):
             raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
         height, width = self.cells(image.grid, image.budget)
         batch, device = len(image.features), image.features.device
-        # the overlaps follow from the two grids alone: one matrix for all images
-        pooled = area_pool(image.grid, (height, width))
+        pooled = area_pool(image.grid, (height, width))  # from the two grids alone: one matrix for all images
         anchors, slot, source, weight = (part.to(device).expand(batch, -1) for part in pooled)
         note = f"{height}x{width} cells for a budget of {image.budget} tokens"
         return image.merge(anchors, slot, source, weight, note)

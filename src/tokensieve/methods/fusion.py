@@ -49,3 +49,13 @@ class FusionMethod(Method):
 
     def reduce(self, image: Any) -> Reduction:
         raise Refusal(f"{self.info.name} acts inside cross-modal encoders (ViLT, METER, BridgeTower), not on an LLM")
+
+
+@dataclass(frozen=True)
+class KeepEverything(FusionMethod):
+    """Keep every token of a cross-modal encoder: it stands for the method ``full`` there, and tokens are counted."""
+
+    layers: tuple[int, ...] = ()
+
+    def reduce_pair(self, layer: CrossModal) -> tuple[Merge | None, Merge | None]:
+        return None, None

@@ -15,6 +15,8 @@ from tokensieve.reference.packing import ALONE, IGNORE, LENGTH, SEEN, SLOTS, TOK
 from tokensieve.reference.vocabulary import COLOURS, FRAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from transformers import LlavaForConditionalGeneration
 
@@ -189,9 +191,19 @@ def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) 
     kept = Kept(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, count, dtype=torch.bool))
     if not ease:
         return kept
-    share, eased = (torch.from_numpy(rng.random((size, len(SLOTS), 1))) for _ in range(2))
-    share = torch.where(eased < ease, share**2, 1.0)
-    needed = (batch.asked.gather(1, indices).unsqueeze(1) >> torch.arange(len(SLOTS)).view(1, -1, 1)) & 1
-    visible = (needed > 0) | (torch.from_numpy(rng.random((size, len(SLOTS), count))) < share)
+    visible = visible_tokens(batch.asked.gather(1, indices), range(len(SLOTS)), ease, rng)
     # [B, questions, K] to [B, 92, K]: each text token takes the row of its question
     return replace(kept, visible=visible.gather(1, batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, count)))
+
+
+def visible_tokens(asked: Tensor, questions: Sequence[int], ease: float, rng: np.random.Generator) -> Tensor:
+    """Draw the tokens that each question attends to, `[B, Q, K]` bool, from the kept bits of `asked` `[B, K]`.
+
+    A question attends to all tokens that it depends on. With probability `ease`, it attends to a random share of the
+    others, often a small one; else to all of them.
+    """
+    size, count, number = *asked.shape, len(questions)
+    share, eased = (torch.from_numpy(rng.random((size, number, 1))) for _ in range(2))
+    share = torch.where(eased < ease, share**2, 1.0)
+    needed = (asked.unsqueeze(1) >> torch.tensor(questions).view(1, -1, 1)) & 1
+    return (needed > 0) | (torch.from_numpy(rng.random((size, number, count))) < share)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokensieve.reference import load
-from tokensieve.reference.learning import normalised
+from tokensieve.reference.learning import normalised, visible_tokens
 from tokensieve.reference.model import vocabulary
 from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, Packs, make_packs
 from tokensieve.reference.vilt import COPIED, LABELS, WORDS, build_model, build_processor, copy_tower, mark_places
@@ -240,10 +240,7 @@ class _Run:
         with torch.no_grad():
             indices = torch.cat([torch.zeros(size, 1, dtype=torch.long), kept + 1], 1).unsqueeze(-1)  # [CLS] is row 0
             states = [state.gather(1, indices.expand(-1, -1, state.shape[-1])) for state in self.look(images)]
-        needed = (asked.gather(1, kept).unsqueeze(1) >> torch.tensor(ASKED).view(1, -1, 1)) & 1
-        draw, eased = (torch.from_numpy(rng.random((size, len(ASKED), 1))) for _ in range(2))
-        share = torch.where(eased < ease, draw**2, 1.0)
-        visible = (needed > 0) | (torch.from_numpy(rng.random((size, len(ASKED), count))) < share)
+        visible = visible_tokens(asked.gather(1, kept), ASKED, ease, rng)
         visible = torch.cat([torch.ones(size, len(ASKED), 1, dtype=torch.bool), visible], 2)
         logits = self.read(states, tokens, visible, last)
         first, word = (F.cross_entropy(part.flatten(0, 1), answers.flatten()) for part in logits)

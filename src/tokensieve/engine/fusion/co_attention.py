@@ -55,21 +55,21 @@ class CoAttention(Host):
         current, image = self.current, args[1]
         if not current.image.mask.shape[1]:  # the first layer: only now is the image's length known; it has no padding
             current.image = self.stream(image.new_ones(image.shape[:2]), [image.shape[1]] * len(image))
-        self._local.steps, self._local.heads = (None, None), layer.attention.self.num_attention_heads
+        self._flight.steps, self._flight.heads = (None, None), layer.attention.self.num_attention_heads
         return args, self._masked(kwargs, "attention_mask", args[0], args[0].shape[1])
 
     def _reduce(self, attention: nn.Module, args: Any, output: Any) -> Any:
         """Reduce the text that enters the MLP, and store both decisions for the image layer."""
-        current, heads = self.current, self._local.heads
+        current, heads = self.current, self._flight.heads
         query, key, text_key = (self.recorded(name, heads) for name in ("query", "key", "text_key"))
         steps = current.reduce(CrossModal(current.text, current.image, query, key, None, text_key, key))
-        self._local.steps = steps
+        self._flight.steps = steps
         text = steps[0]
         return output if text is None else (text.apply(output[0]), *output[1:])
 
     def _image_inputs(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Reduce both inputs of the image layer."""
-        text, image = self._local.steps
+        text, image = self._flight.steps
         image_rows, text_rows = args
         image_rows = image_rows if image is None else image.apply(image_rows)
         text_rows = text_rows if text is None or self.new_text else text.apply(text_rows)

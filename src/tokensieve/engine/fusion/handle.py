@@ -11,6 +11,7 @@ from tokensieve.engine.handle import Sieve
 from tokensieve.engine.handoff import Decisions
 from tokensieve.errors import Refusal
 from tokensieve.methods import FusionMethod, Method, Positions
+from tokensieve.methods.fusion import KeepEverything
 
 
 class FusionSieve(Sieve):
@@ -26,9 +27,9 @@ class FusionSieve(Sieve):
         (method,) = methods
         self._passes: list[FusionPass] = []
         self._decisions: Decisions | None = None
-        host = host_of(model)
-        # the only other method that comes here keeps everything: it needs no hook
-        self._host = host(model, method, self._record) if isinstance(method, FusionMethod) else None
+        # the only other method that comes here keeps everything: its tokens are counted all the same
+        acting = method if isinstance(method, FusionMethod) else KeepEverything()
+        self._host = host_of(model)(model, acting, self._record)
 
     @property
     def last(self) -> Decisions:
@@ -38,11 +39,9 @@ class FusionSieve(Sieve):
 
     def _record(self, passes: list[FusionPass]) -> None:
         self._passes, self._decisions = passes, None
-        assert self._host is not None  # it has called this method
         depth = self._host.depth(self.model)
         by_image = [one_pass.tokens(depth) for one_pass in passes]
         self.tokens = [list(row) for row in zip(*by_image, strict=True)]
 
     def _remove(self) -> None:
-        if self._host is not None:
-            self._host.remove()
+        self._host.remove()

@@ -47,11 +47,11 @@ class Vilt(Host):
                 )
 
     def _before_embedding(self, embeddings: nn.Module, args: Any) -> None:
-        self._local.raster = _RasterOrder()
-        self._local.raster.__enter__()
+        self._flight.raster_order = _RasterOrder()
+        self._flight.raster_order.__enter__()
 
     def _after_embedding(self, embeddings: nn.Module, args: Any, output: Any) -> None:
-        self._local.raster.__exit__(None, None, None)
+        self._flight.raster_order.__exit__(None, None, None)
         if output is not None:  # None if the embedding raised
             text_length = args[1].shape[1]
             self.begin(output[1][:, :text_length], output[1][:, text_length:])
@@ -62,26 +62,27 @@ class Vilt(Host):
         current = self.current
         if current.texts or current.images or self.method.counts_padding:
             mask = current.bias((current.text, current.image), hidden, hidden.shape[1])
-        self._local.mask = mask
+        self._flight.mask = mask
         return (hidden, mask, *others)
 
     def _note_heads(self, attention: Any, args: Any) -> None:
-        self._local.heads = attention.num_attention_heads
+        self._flight.heads = attention.num_attention_heads
 
     def _authors_softmax(self, dropout: nn.Module, args: Any) -> Tensor:
         """Replace the attention probabilities by those that PuMer's code computes."""
         query, key = self._query_key()
-        return epsilon_attention(query, key, self._local.mask).to(args[0].dtype)
+        assert self._flight.mask is not None  # padding counts, so `_mask` has made one
+        return epsilon_attention(query, key, self._flight.mask).to(args[0].dtype)
 
     def _query_key(self) -> tuple[Tensor, Tensor]:
-        return self.recorded("query", self._local.heads), self.recorded("key", self._local.heads)
+        return self.recorded("query", self._flight.heads), self.recorded("key", self._flight.heads)
 
     def _reduce(self, norm: nn.Module, args: Any) -> Any:
         """Reduce both streams in the MLP's input `[B, N, D]`."""
         (hidden,), current = args, self.current
         text_length = current.text.mask.shape[1]
         query, key = self._query_key()
-        mask = self._local.mask
+        mask = self._flight.mask
         text, image = current.reduce(
             CrossModal(
                 text=current.text,
@@ -95,13 +96,12 @@ class Vilt(Host):
         )
         streams = zip(hidden.split([text_length, hidden.shape[1] - text_length], 1), (text, image), strict=True)
         reduced = [rows if step is None else step.apply(rows) for rows, step in streams]
-        self._local.residual = torch.cat(reduced, 1)
-        return (self._local.residual,)
+        self._flight.residual = torch.cat(reduced, 1)
+        return (self._flight.residual,)
 
     def _residual(self, output: nn.Module, args: Any) -> Any:
         """Replace the MLP's residual input by the reduced rows."""
-        residual: Tensor = self._local.residual
-        del self._local.residual
+        residual, self._flight.residual = self._flight.residual, None
         return args[0], residual
 
 

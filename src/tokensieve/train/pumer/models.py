@@ -63,13 +63,11 @@ def load_teacher(checkpoint: str, task: Task, labels: list[str]) -> Any:
     """
     config, kind = _config(checkpoint, task)
     if labels and labels_of(config) != labels:
+        raise Refusal(f"the teacher {checkpoint} names other classes than the student; use the same data and task")
+    expected = task.models[kind].__name__
+    if config.architectures and expected not in config.architectures:
         raise Refusal(
-            f"the teacher {checkpoint} names other classes than the student learns; use the same data and task"
-        )
-    architecture = task.models[kind].__name__
-    if config.architectures and architecture not in config.architectures:
-        raise Refusal(
-            f"the teacher {checkpoint} is a {', '.join(config.architectures)}; {task.name} needs a {architecture}"
+            f"the teacher {checkpoint} is a {', '.join(config.architectures)}; {task.name} needs a {expected}"
         )
     return _load(task.models[kind], checkpoint, config).eval().requires_grad_(False)
 

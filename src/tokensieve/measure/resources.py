@@ -1,4 +1,4 @@
-"""Peak activation memory of a call, and the bytes of a KV cache."""
+"""Exact FLOPs and peak activation memory of a call, tracked operator by operator; the bytes of a KV cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
+
+Shape = tuple[int, ...]
+
+
+def count_flops(call: Callable[[], Any]) -> int:
+    """Count the FLOPs of matrix products, convolutions and attention in ``call()`` (a multiply-add is two FLOPs).
+
+    Scaled dot-product attention counts as its two full matrix products, causal or not, as torch counts it on a GPU:
+    numbers of different machines agree. Element-wise operators (norms, activations, softmax) are not counted.
+    """
+    fused_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={fused_on_cpu: _sdpa}) as counter:
+        call()
+    return int(counter.get_total_flops())
 
 
 def peak_activation_bytes(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
@@ -70,3 +85,8 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
     leaves = [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
     dense = [part for leaf in leaves for part in ((leaf._indices(), leaf._values()) if leaf.is_sparse else (leaf,))]
     return [tensor.untyped_storage() for tensor in dense]
+
+
+def _sdpa(query: Shape, key: Shape, value: Shape, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Count the fused CPU kernel, which torch's registry lacks and would count as 0."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
