@@ -23,8 +23,8 @@ class Cli(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            again = "; resume with the same command" if ctx.invoked_subcommand in RESUMABLE else ""
-            typer.echo(f"tokensieve: interrupted{again}", err=True)
+            hint = "; resume with the same command" if ctx.invoked_subcommand in RESUMABLE else ""
+            typer.echo(f"tokensieve: interrupted{hint}", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             line = users_error(error)

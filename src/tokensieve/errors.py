@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class Refusal(ValueError):
-    """What was asked for cannot be done. The message says what, got and allowed; nothing has been changed.
+    """Refuse what cannot be done. The message names the value, got and allowed; nothing has been changed.
 
     Raise it wherever the user's input is at fault, in plug-ins too. The command line prints it as one line (exit code
     2), and ``tokensieve check`` reports it as "refused". Any other exception is a bug and keeps its traceback.

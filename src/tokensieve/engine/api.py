@@ -58,8 +58,8 @@ def attach(
     warn_if_untested()
     methods, replay = _read(method, parameters)
     check_scope(budget_scope, methods)
-    unreduced = all(each.keeps_everything for each in methods) and replay is None
-    if any(each.info.stage == "fusion" for each in methods) or (is_fusion(model) and unreduced):
+    unreduced = all(stage_method.keeps_everything for stage_method in methods) and replay is None
+    if any(stage_method.info.stage == "fusion" for stage_method in methods) or (unreduced and is_fusion(model)):
         return install(model, lambda: FusionSieve(model, methods, positions))
     return install(model, lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope))
 
@@ -83,7 +83,7 @@ def _read(
             "a method is a spec such as 'vtc-cls(keep=64)', a Method, a list of Methods, or decisions [sample][image]; "
             f"got {method!r}"
         )
-    stages = [each.info.stage for each in methods]
+    stages = [stage_method.info.stage for stage_method in methods]
     if len(set(stages)) < len(stages):
         raise Refusal(f"two methods of the same stage cannot be combined; got {', '.join(stages)}")
     if "fusion" in stages and len(stages) > 1:

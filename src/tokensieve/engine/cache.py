@@ -144,10 +144,10 @@ def prefix_of_cache(
 ) -> PrefixInfo:
     """Return everything that a filled cache holds, as one prefix; ``mask`` is the caller's, over all its columns."""
     length = cache.get_seq_length()
-    nothing = PrefixInfo(torch.ones(rows, 0, dtype=torch.long, device=device), False, 0)
-    known = nothing if info is None else info.entry
-    tail = known.mask.new_ones(rows, length - known.length) if mask is None else mask[:, known.length : length]
-    return PrefixInfo(tail.to(known.mask.dtype), mask is not None, tail.shape[1]).after(known)
+    empty = PrefixInfo(torch.ones(rows, 0, dtype=torch.long, device=device), False, 0)
+    recorded = empty if info is None else info.entry
+    tail = recorded.mask.new_ones(rows, length - recorded.length) if mask is None else mask[:, recorded.length : length]
+    return PrefixInfo(tail.to(recorded.mask.dtype), mask is not None, tail.shape[1]).after(recorded)
 
 
 def translate_decode_inputs(

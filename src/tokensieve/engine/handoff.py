@@ -29,7 +29,7 @@ class EncoderOutputs:
     It travels as an attribute of the model's own output, since ``generate`` encodes images before the first forward.
 
     Attributes:
-        layouts: how the visual tokens of each image lie.
+        layouts: the layout of the visual tokens of each image.
         by_layer: {evidence: {layer: `[M, ...]` per image}}, the readings of the probes.
         patches: `[M, C]` per image, the rows that entered the projector, if they were requested.
         cls_similarity: `[M]` per image, cosine to [CLS] in the vision encoder's output, if it was requested.
@@ -71,15 +71,15 @@ class EncoderOutputs:
 
         return self._map(pick, pick, pick)
 
-    def beside(self, other: EncoderOutputs) -> EncoderOutputs:
+    def beside(self, second: EncoderOutputs) -> EncoderOutputs:
         """Return the record of these images followed by those of another call."""
 
         def joined(name: str) -> Any:
-            first, second = getattr(self, name), getattr(other, name)
-            return first and second and [*first, *second]
+            own_rows, second_rows = getattr(self, name), getattr(second, name)
+            return own_rows and second_rows and [*own_rows, *second_rows]
 
         by_layer = {
-            name: {layer: [*rows, *other.by_layer[name][layer]] for layer, rows in layers.items()}
+            name: {layer: [*rows, *second.by_layer[name][layer]] for layer, rows in layers.items()}
             for name, layers in self.by_layer.items()
         }
         lists = {name: joined(name) for name in ("layouts", "patches", "cls_similarity", "reductions")}
@@ -122,7 +122,7 @@ class ImageReduction:
     encoder method had decided), and the rows that each decoder stage received.
 
     Attributes:
-        layout: how the original tokens lie.
+        layout: of the original tokens.
         decision: of the encoder and connector stages, on the original tokens.
         features: of the same stages, on the rows that the vision encoder made.
         inside: of each decoder stage, on the rows that it received.
@@ -161,7 +161,7 @@ class ImageReduction:
 
     @property
     def remaining(self) -> TokenLayout:
-        """How the tokens that are left lie."""
+        """The layout of the tokens that are left."""
         if self.layout.patch_index is None:
             return TokenLayout((self.inside[-1] if self.inside else self.decision).slots)
         return self.layout.left(self.anchors)

@@ -141,8 +141,8 @@ class _InterceptKernel(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            self.probe.observe(named["query"], named["key"], named.get("scale"), named.get("attn_mask"))
+            arguments = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            self.probe.observe(arguments["query"], arguments["key"], arguments.get("scale"), arguments.get("attn_mask"))
         return function(*args, **kwargs)
 
 

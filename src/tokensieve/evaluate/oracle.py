@@ -39,8 +39,8 @@ def oracle(
         turn = torch.where(overlap > 0, torch.minimum(turn, rank), turn)
     order = turn.argsort(stable=True)
     covered = order[: min(budget, int((turn < total).sum()))]
-    rest = order[len(covered) :].sort().values
-    fill = rest[uniform(len(rest), budget - len(covered))] if budget > len(covered) else rest[:0]
+    remaining = order[len(covered) :].sort().values
+    fill = remaining[uniform(len(remaining), budget - len(covered))] if budget > len(covered) else remaining[:0]
     return Reduction(total, torch.cat([covered, fill]).sort().values, grid=grid, notes=(NOTE,))
 
 

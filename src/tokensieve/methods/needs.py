@@ -23,7 +23,7 @@ HiddenState: TypeAlias = Literal["LLM input", "layer input", "MLP input"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """How one kind of evidence is obtained. At most one of ``read``, ``hidden`` and ``rope`` is set.
+    """The way to obtain one kind of evidence. At most one of ``read``, ``hidden`` and ``rope`` is set.
 
     Attributes:
         label: the name that users see; "" hides it.
@@ -42,9 +42,9 @@ class Evidence:
     merged: Literal["sum", "mean"] = "mean"
 
 
-def evidence(label: str = "", *, default: Any = False, **how: Any) -> Any:
-    """Declare one field of a needs class; ``how`` are the attributes of :class:`Evidence`."""
-    return field(default=default, metadata={"evidence": Evidence(label, **how)})
+def evidence(label: str = "", *, default: Any = False, **ways: Any) -> Any:
+    """Declare one field of a needs class; ``ways`` are the attributes of :class:`Evidence`."""
+    return field(default=default, metadata={"evidence": Evidence(label, **ways)})
 
 
 @dataclass(frozen=True)

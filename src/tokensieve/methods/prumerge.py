@@ -56,7 +56,9 @@ class PruMerge(Method):
         stays = self.chosen(image, scores)
         kept, valid = padded_nonzero(stays)
         slots, sources = kept.shape[1], torch.arange(image.total, device=kept.device).expand_as(scores)
-        near = nearest(rows_at(keys, kept), keys, min(self.neighbours, image.total - 1), own=kept)  # [B, K, neighbours]
+        near = nearest(
+            rows_at(keys, kept), keys, min(self.neighbours, image.total - 1), self_index=kept
+        )  # [B, K, neighbours]
         slot = torch.arange(slots, device=kept.device).expand_as(kept)
         # padded slots get entries like any other, with weight 0
         near_weight = (scores.gather(-1, near.flatten(1)).view_as(near) * valid[..., None]).flatten(1)

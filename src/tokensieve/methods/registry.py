@@ -134,6 +134,7 @@ def _load() -> None:
 
 
 def _from_file(file: str, class_name: str) -> type[Method]:
+    """Return a method class of a file. An error in the file is raised as it is: its author needs the line."""
     path = Path(file).expanduser().resolve()
     if not path.is_file():
         raise Refusal(f"no such method file: {file}")
@@ -146,9 +147,9 @@ def _from_file(file: str, class_name: str) -> type[Method]:
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except BaseException:  # a half-loaded module must not be found by the next call
             del sys.modules[module_name]
-            raise Refusal(f"{file} does not load: {type(error).__name__}: {error}") from error
+            raise
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         classes = [

@@ -52,8 +52,8 @@ def _pooled(head: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     # torch's MultiheadAttention stores the three projections as one: query, key, value
     weight, bias = head.attention.in_proj_weight.chunk(3), head.attention.in_proj_bias.chunk(3)
 
-    def heads(x: Tensor, which: int) -> Tensor:
-        projected = nn.functional.linear(x, weight[which], bias[which])
+    def heads(x: Tensor, part: int) -> Tensor:
+        projected = nn.functional.linear(x, weight[part], bias[part])
         return projected.view(*projected.shape[:2], head.attention.num_heads, -1).transpose(1, 2)
 
     return heads(head.probe, 0).expand(len(rows), -1, -1, -1), heads(rows, 1)

@@ -66,21 +66,21 @@ def area_pool(grid: Grid, cells: Grid) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return anchors.flatten(), slot[order], source[order], weight[order]
 
 
-def nearest(rows: Tensor, targets: Tensor, k: int = 1, own: Tensor | None = None) -> Tensor:
+def nearest(rows: Tensor, targets: Tensor, k: int = 1, self_index: Tensor | None = None) -> Tensor:
     """Find the ``k`` rows of ``targets`` with the largest cosine to each of ``rows``, best first, `[..., n, k]`.
 
     Args:
         rows: `[..., n, D]`.
         targets: `[..., N, D]`.
-        own: `[..., n]`, the index of each row itself in ``targets``, which is excluded.
+        self_index: `[..., n]`, the index of each row itself in ``targets``, which is excluded.
     """
     targets = normalise(targets).transpose(-1, -2)
     indices = torch.empty((*rows.shape[:-1], k), dtype=torch.int64, device=rows.device)
     for start in range(0, rows.shape[-2], CHUNK):
         part = slice(start, start + CHUNK)
         cosines = normalise(rows[..., part, :]) @ targets
-        if own is not None:
-            cosines = cosines.scatter(-1, own[..., part, None], -torch.inf)
+        if self_index is not None:
+            cosines = cosines.scatter(-1, self_index[..., part, None], -torch.inf)
         indices[..., part, :] = cosines.argmax(-1, keepdim=True) if k == 1 else cosines.topk(k, -1).indices
     return indices
 

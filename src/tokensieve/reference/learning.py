@@ -42,7 +42,7 @@ class Batch:
     targets: Tensor  # [B, 92]
     places: Tensor  # [B, 92]
     slots: Tensor  # [B, 92]
-    asked: Tensor  # [B, 144]
+    needed: Tensor  # [B, 144]
 
     @classmethod
     def of(cls, packs: Packs, rows: NDArray[np.int64], variants: NDArray[np.int64]) -> Batch:
@@ -62,7 +62,7 @@ class Batch:
             targets=pick(packs.targets, rows, variants),
             places=pick(packs.places, rows, variants),
             slots=pick(packs.slots, rows, variants),
-            asked=pick(packs.asked, rows, variants),
+            needed=pick(packs.needed, rows, variants),
         )
 
 
@@ -185,25 +185,25 @@ def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) 
     noise = torch.from_numpy(rng.random((size, TOKENS)))
     policy = torch.full((size, 1), 1) if ease else torch.from_numpy(rng.integers(0, 3, (size, 1)))
     question = torch.from_numpy(rng.integers(0, len(SLOTS), (size, 1)))
-    # noise is below 1: weights 0.9 and 2.0 put objects mostly, and asked tokens always, before the others
-    score = noise + (policy > 0) * 0.9 * (batch.shown != IGNORE) + (policy > 1) * 2.0 * ((batch.asked >> question) & 1)
+    # noise is below 1: weights 0.9 and 2.0 put objects mostly, and needed tokens always, before the others
+    score = noise + (policy > 0) * 0.9 * (batch.shown != IGNORE) + (policy > 1) * 2.0 * ((batch.needed >> question) & 1)
     indices = score.topk(count).indices.sort(-1).values
     kept = Kept(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, count, dtype=torch.bool))
     if not ease:
         return kept
-    visible = visible_tokens(batch.asked.gather(1, indices), range(len(SLOTS)), ease, rng)
+    visible = visible_tokens(batch.needed.gather(1, indices), range(len(SLOTS)), ease, rng)
     # [B, questions, K] to [B, 92, K]: each text token takes the row of its question
     return replace(kept, visible=visible.gather(1, batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, count)))
 
 
-def visible_tokens(asked: Tensor, questions: Sequence[int], ease: float, rng: np.random.Generator) -> Tensor:
-    """Draw the tokens that each question attends to, `[B, Q, K]` bool, from the kept bits of `asked` `[B, K]`.
+def visible_tokens(needed: Tensor, questions: Sequence[int], ease: float, rng: np.random.Generator) -> Tensor:
+    """Draw the tokens that each question attends to, `[B, Q, K]` bool, from the kept bits of `needed` `[B, K]`.
 
     A question attends to all tokens that it depends on. With probability `ease`, it attends to a random share of the
     others, often a small one; else to all of them.
     """
-    size, count, number = *asked.shape, len(questions)
+    size, count, number = *needed.shape, len(questions)
     share, eased = (torch.from_numpy(rng.random((size, number, 1))) for _ in range(2))
     share = torch.where(eased < ease, share**2, 1.0)
-    needed = (asked.unsqueeze(1) >> torch.tensor(questions).view(1, -1, 1)) & 1
+    needed = (needed.unsqueeze(1) >> torch.tensor(questions).view(1, -1, 1)) & 1
     return (needed > 0) | (torch.from_numpy(rng.random((size, number, count))) < share)

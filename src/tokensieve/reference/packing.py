@@ -48,7 +48,7 @@ class Packs:
         present: `[n, names + signs + colours]` bool.
         tokens, targets, places: `[n, v, 92]`; a place is a token's position within its question.
         slots: `[n, v, 92]`, number of the question; −1 on padding.
-        asked: `[n, v, 144]`, bit `q` is set on the patches that question `q` depends on.
+        needed: `[n, v, 144]`, bit `q` is set on the patches that question `q` depends on.
     """
 
     images: NDArray[np.uint8]
@@ -61,7 +61,7 @@ class Packs:
     targets: NDArray[np.int16]
     places: NDArray[np.int8]
     slots: NDArray[np.int8]
-    asked: NDArray[np.int16]
+    needed: NDArray[np.int16]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,10 +115,10 @@ def _row(drawn: Scene, variants: int, turned: float) -> tuple[NDArray[np.generic
 
 
 def _pack(questions: list[Question], turned: float, rng: np.random.Generator) -> tuple[NDArray[np.generic], ...]:
-    """Return tokens, targets, places, slots and asked patches of one pack."""
+    """Return tokens, targets, places, slots and needed patches of one pack."""
     tokens, targets = np.zeros(LENGTH, np.int16), np.full(LENGTH, IGNORE, np.int16)
     places, slots = np.zeros(LENGTH, np.int8), np.full(LENGTH, IGNORE, np.int8)
-    asked = np.zeros(TOKENS, np.int16)
+    needed = np.zeros(TOKENS, np.int16)
     end = 0
     for number, question in enumerate(questions):
         words = question.text.removesuffix("?").split()
@@ -128,8 +128,8 @@ def _pack(questions: list[Question], turned: float, rng: np.random.Generator) ->
         tokens[start:end], places[start:end], slots[start:end] = ids[:-1], range(end - start), number
         targets[end - 2 : end] = ids[-2:]  # the answer and `</s>`, each at the token before it
         for box in question.boxes:
-            asked[covered(box)] |= 1 << number
-    return tokens, targets, places, slots, asked
+            needed[covered(box)] |= 1 << number
+    return tokens, targets, places, slots, needed
 
 
 @lru_cache(maxsize=1)

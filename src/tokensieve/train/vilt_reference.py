@@ -47,13 +47,13 @@ class Questions:
         tokens: `[n, v, Q, L]`; 0 is padding.
         last: `[n, v, Q]`, position of the last word.
         answers: `[n, v, Q]`, labels.
-        asked: `[n, v, 144]`, bit `q` is set on the patches that question `q` depends on.
+        needed: `[n, v, 144]`, bit `q` is set on the patches that question `q` depends on.
     """
 
     tokens: Tensor
     last: Tensor
     answers: Tensor
-    asked: Tensor
+    needed: Tensor
 
     @classmethod
     def of(cls, packs: Packs) -> Questions:
@@ -76,7 +76,7 @@ class Questions:
             torch.from_numpy(tokens[..., : lengths.max()]),
             last,
             label[torch.from_numpy(answers)],
-            torch.from_numpy(packs.asked),
+            torch.from_numpy(packs.needed),
         )
 
 
@@ -229,9 +229,9 @@ class _Run:
         """Return the loss of the answers at [CLS] and at the last word."""
         stage, size = self.stages[self.stage], len(rows)
         variant = rng.integers(0, self.questions.tokens.shape[1], size)
-        tokens, last, answers, asked = (
+        tokens, last, answers, needed = (
             part[rows, variant]
-            for part in (self.questions.tokens, self.questions.last, self.questions.answers, self.questions.asked)
+            for part in (self.questions.tokens, self.questions.last, self.questions.answers, self.questions.needed)
         )
         ease = max(0.0, 1 - self.step / (EASED * stage.steps))
         count = EASY if rng.random() < (0.8 if ease else 0.3) else TOKENS
@@ -240,7 +240,7 @@ class _Run:
         with torch.no_grad():
             indices = torch.cat([torch.zeros(size, 1, dtype=torch.long), kept + 1], 1).unsqueeze(-1)  # [CLS] is row 0
             states = [state.gather(1, indices.expand(-1, -1, state.shape[-1])) for state in self.look(images)]
-        visible = visible_tokens(asked.gather(1, kept), ASKED, ease, rng)
+        visible = visible_tokens(needed.gather(1, kept), ASKED, ease, rng)
         visible = torch.cat([torch.ones(size, len(ASKED), 1, dtype=torch.bool), visible], 2)
         logits = self.read(states, tokens, visible, last)
         first, word = (F.cross_entropy(part.flatten(0, 1), answers.flatten()) for part in logits)

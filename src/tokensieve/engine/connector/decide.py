@@ -58,7 +58,7 @@ class ConnectorEvidence:
     """The rows of all images of a batch, and the evidence about them.
 
     Attributes:
-        layouts: per image, how its rows lie.
+        layouts: per image, the layout of its rows.
         features: per image `[M, D]`, the projector's rows of its patches.
         patches: per image `[M, C]`, the rows that entered the projector; empty if they were not requested.
         outputs: the record of the encode call; ``origins`` gives the number of each image in it.

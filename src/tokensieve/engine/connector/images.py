@@ -56,32 +56,32 @@ class PromptImages:
         origins, copies = _origins(placeholders.images, len(outputs.layouts))
         return cls(placeholders, outputs, features, origins, copies, {modality: list(range(len(features)))})
 
-    def beside(self, other: PromptImages) -> PromptImages:
+    def beside(self, second_set: PromptImages) -> PromptImages:
         """Return the images and the videos of the same batch, in their order in the prompts.
 
         Raises:
-            Refusal: if one begins before another has ended.
+            Refusal: if one begins before the previous one has ended.
         """
-        (first,), (second,) = self.by_modality, other.by_modality
-        sources = {first: self, second: other}
+        (first,), (second,) = self.by_modality, second_set.by_modality
+        sources = {first: self, second: second_set}
         numbers = {kind: iter(range(len(source.features))) for kind, source in sources.items()}
         rows = []  # per row, in prompt order: the modality of each image, and its number within its modality
-        for spans in zip(self.placeholders.spans(), other.placeholders.spans(), strict=True):
+        for spans in zip(self.placeholders.spans(), second_set.placeholders.spans(), strict=True):
             in_order = sorted((*span, kind) for kind, of_kind in zip(sources, spans, strict=True) for span in of_kind)
             if any(following[0] <= before[1] for before, following in pairwise(in_order)):
                 raise Refusal("an image stands between the frames of a video; that is not supported")
             rows.append([(kind, next(numbers[kind])) for *_, kind in in_order])
-        if self.copies != other.copies:
-            raise Refusal(f"the batch repeats its images {self.copies} times and its videos {other.copies} times")
+        if self.copies != second_set.copies:
+            raise Refusal(f"the batch repeats its images {self.copies} times and its videos {second_set.copies} times")
         flat = [entry for row in rows for entry in row]
         start = {first: 0, second: len(self.outputs.layouts)}  # where each modality begins in the joint record
         records = [start[kind] + sources[kind].origins[n] for row in rows[:: self.copies] for kind, n in row]
         sizes = [[len(sources[kind].features[n]) for kind, n in row] for row in rows]
-        visual = self.placeholders.visual | other.placeholders.visual
-        end = max(self.placeholders.end, other.placeholders.end)
+        visual = self.placeholders.visual | second_set.placeholders.visual
+        end = max(self.placeholders.end, second_set.placeholders.end)
         return PromptImages(
             replace(self.placeholders, visual=visual, images=sizes, end=end),
-            self.outputs.beside(other.outputs).select(records),
+            self.outputs.beside(second_set.outputs).select(records),
             [sources[kind].features[n] for kind, n in flat],
             *_origins(sizes, len(records)),
             {kind: [i for i, (of_kind, _) in enumerate(flat) if of_kind == kind] for kind in sources},

@@ -103,7 +103,7 @@ class Connector:
             positions = position_ids(self.family, self.base, kwargs)
             dropped = [sum(image.decision.total - image.decision.slots for image in row) for row in by_row]
             lengths = [length - n for length, n in zip(placeholders.lengths, dropped, strict=True)]
-            stay = placeholders.real.masked_scatter(placeholders.visual, kept_placeholders(images))
+            stay = placeholders.not_padding.masked_scatter(placeholders.visual, kept_placeholders(images))
             columns = ColumnSelection.of(stay, lengths)
             for kind, numbers in prompt.by_modality.items():
                 encoded[kind] = self._reduce_features(encoded[kind], prompt, images, numbers)
@@ -129,11 +129,11 @@ class Connector:
                     "(prefill_chunk_size): encode them with the method attached, in one piece"
                 )
         check_cache(kwargs.get("past_key_values"))
-        known = {"input_ids", "attention_mask", "position_ids", *PADDING_OF}
+        handled = {"input_ids", "attention_mask", "position_ids", *PADDING_OF}
         for kind in self.family.modalities:
-            known |= inspect.signature(getattr(self.base, f"get_{kind}_features")).parameters.keys()
+            handled |= inspect.signature(getattr(self.base, f"get_{kind}_features")).parameters.keys()
         for name, value in kwargs.items():
-            if name not in known and isinstance(value, Tensor) and value.shape[:2] == kwargs["input_ids"].shape:
+            if name not in handled and isinstance(value, Tensor) and value.shape[:2] == kwargs["input_ids"].shape:
                 raise Refusal(f"{name} has a value per token, and nothing is known about how to shorten it")
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim != 2:

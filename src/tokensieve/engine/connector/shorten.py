@@ -77,8 +77,8 @@ def kept_placeholders(images: Sequence[ImageReduction]) -> Tensor:
 def position_ids(family: Family, base: Any, kwargs: dict[str, Any]) -> Tensor:
     """Return the position ids of the whole prompt, as the model itself numbers it."""
     if kwargs.get("position_ids") is not None:
-        given: Tensor = kwargs["position_ids"]
-        return given
+        ids_of_caller: Tensor = kwargs["position_ids"]
+        return ids_of_caller
     ids = kwargs["input_ids"]
     plain = (torch.arange(ids.shape[1], device=ids.device) + family.first_position).expand(len(ids), -1)
     mrope = getattr(base, "compute_3d_position_ids", None)  # also remembers the model's rope_deltas

@@ -97,9 +97,9 @@ class DecoderEvidence:
         (reading,) = probe.take()
         state.evidence |= reading
 
-    def _copied(self, where: str) -> list[str]:
+    def _copied(self, hidden_state: str) -> list[str]:
         """Return the requested evidence that is a copy of these hidden states."""
-        return [name for name, kind in self.requested.items() if kind.hidden == where]
+        return [name for name, kind in self.requested.items() if kind.hidden == hidden_state]
 
     def _before_mlp(self, mlp: nn.Module, args: Any) -> None:
         if isinstance(self.flight.decoding, PrefillState):

@@ -335,8 +335,8 @@ class DecoderHooks:
 def _check_attention(config: Any, kinds: set[str], per_layer_masks: bool) -> None:
     """Refuse an LLM whose layers attend in a way that cannot be shortened, or not with the kernel that it runs."""
     if not kinds <= CREATE_MASK.keys():
-        other = ", ".join(sorted(kinds - CREATE_MASK.keys()))
-        raise Refusal(f"decoder methods need layers with {' or '.join(CREATE_MASK)}; this LLM has {other}")
+        unsupported = ", ".join(sorted(kinds - CREATE_MASK.keys()))
+        raise Refusal(f"decoder methods need layers with {' or '.join(CREATE_MASK)}; this LLM has {unsupported}")
     if per_layer_masks and config._attn_implementation not in EXPLICIT_MASK_KERNELS:
         raise Refusal(
             "the layers of this LLM do not share one causal mask: decoder methods need "

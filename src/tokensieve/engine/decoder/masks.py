@@ -52,8 +52,8 @@ def limit_to_window(mask: Tensor, prefix: PrefixInfo, cache: Cache, layer: int, 
     column = torch.arange(past + queries, device=mask.device)
     entered_at = column.repeat(len(prefix.mask), 1)
     entered_at[:, prefix.dropped : prefix.length] = prefix.original_columns
-    near = column[past:, None] - entered_at[:, None, first : first + keys] < window
-    return mask.masked_fill(~near[:, None], _hidden_value(mask))
+    in_window = column[past:, None] - entered_at[:, None, first : first + keys] < window
+    return mask.masked_fill(~in_window[:, None], _hidden_value(mask))
 
 
 def _hidden_value(mask: Tensor) -> float:

@@ -100,10 +100,10 @@ class EncoderHooks:
             probe.remove()
         if self.inside is not None:
             self.inside.remove()
-        for name, own in self._own_encode.items():
+        for name, attribute in self._own_encode.items():
             delattr(self.base, name)
-            if own is not None:
-                setattr(self.base, name, own)
+            if attribute is not None:
+                setattr(self.base, name, attribute)
 
     def _hook_modules(self) -> None:
         projector = self.family.projector(self.model) if self.needs.patches else None

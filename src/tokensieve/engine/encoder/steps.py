@@ -118,14 +118,16 @@ class TowerResult:
 
     def reductions(self) -> list[Reduction]:
         """Return per image the decisions of all layers as one decision about its patches."""
-        done, (slot, weight) = self.tower_pass, self._final_slots[0]
-        anchors, patch = done.latest.anchors.sort(-1).values, torch.arange(done.total, device=slot.device)
+        finished, (slot, weight) = self.tower_pass, self._final_slots[0]
+        anchors, patch = finished.latest.anchors.sort(-1).values, torch.arange(finished.total, device=slot.device)
         reductions = []
-        for image, length in enumerate(done.latest.lengths):
-            whole = length == done.total
-            mixing = Mixing(slot[image].clamp(min=0), patch, weight[image]) if done.merged and not whole else None
-            notes = tuple(dict.fromkeys((done.notes_if_whole if whole else done.notes)[image]))
-            reductions.append(Reduction(done.total, anchors[image, :length], mixing, grid=done.grid, notes=notes))
+        for image, length in enumerate(finished.latest.lengths):
+            whole = length == finished.total
+            mixing = Mixing(slot[image].clamp(min=0), patch, weight[image]) if finished.merged and not whole else None
+            notes = tuple(dict.fromkeys((finished.notes_if_whole if whole else finished.notes)[image]))
+            reductions.append(
+                Reduction(finished.total, anchors[image, :length], mixing, grid=finished.grid, notes=notes)
+            )
         return reductions
 
     def to_remaining(self, name: str, layer: int, rows: Tensor) -> list[Tensor]:

@@ -174,16 +174,16 @@ class Tower:
             parts = apply_decision(decision, patches, before.anchors, before.sizes)
             lengths = [decision.slots] * len(rows)
         else:
-            by_image = {image: one for images, batch in decisions for image, one in zip(images, batch, strict=True)}
+            by_image = {i: decision for images, batch in decisions for i, decision in zip(images, batch, strict=True)}
             lengths = [by_image[image].slots for image in range(len(rows))]
             if lengths == before.lengths:
                 return None
-            each = [
+            per_image = [
                 apply_decision(by_image[image], patches[image, :n], before.anchors[image, :n], before.sizes[image, :n])
                 for image, n in enumerate(before.lengths)
             ]
             # rows, slot, weight, anchors, sizes, each padded to the longest image with its own filler
-            columns = zip(zip(*each, strict=True), (0, -1, 0, tower_pass.total, 0), strict=True)
+            columns = zip(zip(*per_image, strict=True), (0, -1, 0, tower_pass.total, 0), strict=True)
             parts = [pad_sequence(list(column), batch_first=True, padding_value=filler) for column, filler in columns]
         kept, slot, weight, anchors, sizes = parts
         tower_pass.steps.append(TowerStep(number, slot, weight, anchors, sizes, lengths))

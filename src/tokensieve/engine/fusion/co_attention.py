@@ -86,11 +86,11 @@ class CoAttention(Host):
         """Return a hook for BridgeTower's links, which add all rows of a unimodal encoder: reduce them alike."""
 
         def reduce(tower: nn.Module, args: Any) -> Any:
-            rows, *others = args
+            rows, *remaining = args
             decisions: list[StreamStep] = getattr(self.current, steps)
             for step in decisions:
                 rows = step.apply(rows)
-            return (rows, *others)
+            return (rows, *remaining)
 
         return reduce
 

@@ -58,12 +58,12 @@ class Vilt(Host):
 
     def _mask(self, layer: nn.Module, args: Any) -> Any:
         """Replace the layer's mask by that of the tokens that are left."""
-        hidden, mask, *others = args
+        hidden, mask, *remaining = args
         current = self.current
         if current.texts or current.images or self.method.counts_padding:
             mask = current.bias((current.text, current.image), hidden, hidden.shape[1])
         self._flight.mask = mask
-        return (hidden, mask, *others)
+        return (hidden, mask, *remaining)
 
     def _note_heads(self, attention: Any, args: Any) -> None:
         self._flight.heads = attention.num_attention_heads
@@ -109,6 +109,6 @@ class _RasterOrder(TorchFunctionMode):
     """Sort draws without replacement: ViLT's random patch order becomes the raster order."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        drawn = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         replacement = (kwargs or {}).get("replacement", False)
-        return drawn.sort().values if func is torch.multinomial and not replacement else drawn
+        return result.sort().values if func is torch.multinomial and not replacement else result

@@ -21,14 +21,14 @@ class Placeholders:
     Attributes:
         visual: `[B, L]` bool, True on placeholders, on the batch's device.
         images: per row, the tokens of each of its images, in order.
-        real: `[B, L]` bool, False on padding.
+        not_padding: `[B, L]` bool, False on padding.
         lengths: per row, the columns that are not padding.
         end: columns up to and including the last placeholder of any row.
     """
 
     visual: Tensor
     images: list[list[int]]
-    real: Tensor
+    not_padding: Tensor
     lengths: list[int]
     end: int
 
@@ -44,12 +44,14 @@ class Placeholders:
             Refusal: if placeholders and image tokens do not match, or a row is padded on the right.
         """
         visual = ids == token
-        real = torch.ones_like(visual) if mask is None else mask.bool()
+        not_padding = torch.ones_like(visual) if mask is None else mask.bool()
         columns = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-        statistics = torch.cat([visual.sum(-1), real.sum(-1), real[:, -1], (visual * columns).amax()[None]])
+        statistics = torch.cat(
+            [visual.sum(-1), not_padding.sum(-1), not_padding[:, -1], (visual * columns).amax()[None]]
+        )
         *numbers, end = statistics.tolist()  # the only synchronisation with the device
-        per_row, lengths, last_is_real = (numbers[i * len(ids) : (i + 1) * len(ids)] for i in range(3))
-        if not all(last_is_real):
+        per_row, lengths, ends_unpadded = (numbers[i * len(ids) : (i + 1) * len(ids)] for i in range(3))
+        if not all(ends_unpadded):
             raise Refusal("right-padded prompts cannot be reduced; set processor.tokenizer.padding_side = 'left'")
         images: list[list[int]] = []
         remaining = list(sizes)
@@ -64,7 +66,7 @@ class Placeholders:
                 )
         if remaining:
             raise Refusal(f"the batch has {sum(per_row)} {kind} placeholders; its {kind}s have {sum(sizes)} tokens")
-        return cls(visual, images, real, lengths, end)
+        return cls(visual, images, not_padding, lengths, end)
 
     def spans(self) -> list[list[tuple[int, int]]]:
         """Return per row the first and the last column of each of its images."""
@@ -128,8 +130,8 @@ class ColumnSelection:
     def take(self, x: Tensor, filler: int | None = None) -> Tensor:
         """Return the selected columns of `[…, B or 1, L]`; padding gets ``filler`` if one is given."""
         lead = x.shape[:-2]
-        taken = x.expand(*lead, len(self.index), -1).gather(-1, self.index.expand(*lead, *self.index.shape))
-        return taken.masked_fill(~self.valid, filler) if filler is not None and self.padded else taken
+        selected = x.expand(*lead, len(self.index), -1).gather(-1, self.index.expand(*lead, *self.index.shape))
+        return selected.masked_fill(~self.valid, filler) if filler is not None and self.padded else selected
 
     def take_rows(self, x: Tensor) -> Tensor:
         """Return the selected rows of `[…, B or 1, L, D]`."""

@@ -116,9 +116,9 @@ class UserTextFinder:
             rows = [[c for c in row if not skip[c]] for row, skip in zip(rows, excluded.tolist(), strict=True)]
         for sample, (columns, row) in enumerate(zip(rows, prompts, strict=True)):
             if not columns and self.placeholders.intersection(row):
-                where = "" if before_image else " after its image (those before it have not seen it)"
+                qualifier = "" if before_image else " after its image (those before it have not seen it)"
                 raise Refusal(
-                    f"the prompt of sample {sample} has no words to go by{where}; this method needs the user's text"
+                    f"the prompt of sample {sample} has no words to go by{qualifier}; this method needs the user's text"
                 )
         width = max(map(len, rows), default=0)
         index = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int64)
