@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from calling import Outcome, run_many
 from PIL import Image
+
+from tests.cli.calling import Outcome, run_many
 
 QUESTION = "what colour is the cup?"
 
@@ -19,7 +20,7 @@ def outcomes(model: str, photo: Path, tmp_path_factory: pytest.TempPathFactory) 
     assert example is not None
     (folder / "own.py").write_text(example[1], "utf-8")
     (folder / "buggy.py").write_text(
-        example[1].replace("scores = ", "scores = {}['gone']  # ").replace('"loudest"', '"buggy"')
+        example[1].replace("return image", "return {}['gone']  # image").replace('"loudest"', '"buggy"')
     )
     once = ["--repeats", "1"]
     ask = ["ask", photo, QUESTION, "--model", model, "--max-new-tokens", "4"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from calling import Outcome, run, run_many
 
+from tests.cli.calling import Outcome, run, run_many
 from tokensieve.cli import users_error
 from tokensieve.commands.loading import trained_spec
 from tokensieve.errors import Refusal

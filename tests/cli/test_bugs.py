@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from calling import Outcome, run, run_many
 
+from tests.cli.calling import Outcome, run, run_many
 from tokensieve.check import LAWS
 
 METHOD = """

@@ -3,9 +3,8 @@
 import json
 import os
 
-from calling import run, run_many
-
 import tokensieve
+from tests.cli.calling import run, run_many
 
 
 def test_help_is_quick_and_lists_the_commands() -> None:

@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from calling import Outcome, run_many
 
+from tests.cli.calling import Outcome, run_many
 from tokensieve.check import LAWS
 
 FLAKY = '''

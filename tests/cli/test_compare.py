@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from calling import COMMAND, ENVIRONMENT, Outcome, run, run_many
 from PIL import Image
+
+from tests.cli.calling import COMMAND, ENVIRONMENT, Outcome, run, run_many
 
 PINNED = [
     "method", "keep", "tokens_before", "tokens_after", "tokens_average", "samples", "accuracy", "accuracy_low",

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from calling import ENVIRONMENT, Outcome, run_many
+
+from tests.cli.calling import ENVIRONMENT, Outcome, run_many
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from calling import ENVIRONMENT, run
 
 import tokensieve
+from tests.cli.calling import ENVIRONMENT, run
 
 
 def test_python_m_is_the_command() -> None:
@@ -29,7 +29,7 @@ def test_a_submodule_can_be_imported_under_another_name() -> None:
     assert d.__name__ == "tokensieve.engine.connector.decide"
 
 
-@pytest.mark.parametrize("name", ["tokensieve.engine.sieve", "tokensieve.check.laws", "tokensieve.evaluate.plan"])
+@pytest.mark.parametrize("name", ["tokensieve.engine.llm", "tokensieve.check.laws", "tokensieve.evaluate.plan"])
 def test_pydoc_finds_a_submodule(name: str) -> None:
     assert inspect.ismodule(pydoc.locate(name))
 

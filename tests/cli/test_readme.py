@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from calling import run_many
 
 import tokensieve
+from tests.cli.calling import run_many
 from tokensieve import reference
 
 ROOT = Path(__file__).parents[2]

@@ -111,7 +111,7 @@ def test_losses_and_ties_are_told_by_the_paired_interval():
 
 def test_new_rows_replace_those_of_the_same_method_and_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(make_results, "LEDGER", tmp_path / "ledger.jsonl")
-    from report.report_rows import results, row
+    from tests.report.report_rows import results, row
 
     def told(*rows):
         found = results(list(rows))

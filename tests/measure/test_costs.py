@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from laws.tiny import FAMILIES, collate, scenario, subject
 
+from tests.support.families import CORE
+from tests.support.models import tiny_model
+from tests.support.prompts import batch, collate
 from tokensieve import Method, Reduction, VisualTokens, register
 from tokensieve.measure import Cost, measure_costs
 from tokensieve.measure.costs import break_even
@@ -107,11 +109,11 @@ def test_json_round_trip(costs):
         assert Cost.from_json(cost.to_json()) == cost
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CORE)
 def test_every_family_can_be_measured(family):
-    samples = scenario(family, "ragged")
+    samples = batch(family, "ragged")
     prompts = collate(family, samples)
-    full, uniform = measure_costs(subject(family), prompts, ["uniform(keep=4)"], **QUICK)
+    full, uniform = measure_costs(tiny_model(family), prompts, ["uniform(keep=4)"], **QUICK)
     before = [[image.tokens for image in sample.images] for sample in samples]
     assert full.tokens_before == sum(map(sum, before)) / sum(map(len, before))
     assert uniform.tokens_after == 4

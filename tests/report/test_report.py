@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from report_rows import results, row
 
+from tests.report.report_rows import results, row
 from tokensieve.evaluate import OutputError
 from tokensieve.report.html import render, write_report
 from tokensieve.report.plots import curve
