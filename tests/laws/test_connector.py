@@ -161,3 +161,23 @@ def test_the_choice_does_not_depend_on_kernel_and_positions(cell):
     usual = generate(replace(cell, attention="sdpa", policy="original"), cell.samples)[2]
     kept = [[[r.kept.tolist() for r in row] for row in decisions] for decisions in (cell.decisions, usual)]
     assert kept[0] == kept[1]
+
+
+def test_a_new_method_is_in_the_laws(registry, deviation):
+    """No list in the tests names methods: one that is registered runs in the whole matrix."""
+    before = set(connector_specs())
+
+    @tokensieve.register("first-tokens", paper="none")
+    @dataclass(frozen=True)
+    class FirstTokens(tokensieve.Method):
+        """Keep the first tokens."""
+
+        keep: int | float = 4
+
+        def reduce(self, image):
+            return image.keep(torch.arange(image.budget).expand(len(image.features), -1))
+
+    assert set(connector_specs()) - before == {"first-tokens(keep=13)", "first-tokens(keep=0.3)"}
+    cell = ConnectorCell("first-tokens(keep=0.3)", "qwen2.5-vl", steps=2)
+    test_oracle(cell, deviation)
+    test_conservation(cell)

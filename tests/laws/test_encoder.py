@@ -18,6 +18,7 @@ from tests.support import encoder_oracle, families, models, oracle, prompts
 from tests.support.encoder_oracle import Rule
 from tests.support.methods import inside_specs, recorded
 from tests.support.oracle import NOISE
+from tokensieve.methods import EncoderMethod
 
 STEPS = 3
 FEATURES = 3  # state 3 of 0 … 4: what -2 means
@@ -253,3 +254,29 @@ def test_a_replay_averages_the_output_of_the_whole_encoder(family):
     flat = [decision for row in decisions for decision in row]
     expected = torch.cat([decision.matrix() @ rows for decision, rows in zip(flat, whole, strict=True)])
     torch.testing.assert_close(torch.cat([*seen[0]]).view_as(expected), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_new_method_is_in_the_laws(registry, deviation):
+    """No list in the tests names methods: one that is registered is replayed in every way."""
+    before = replayed_cells()
+
+    @tokensieve.register("drop-last", paper="none", stage="encoder")
+    @dataclass(frozen=True)
+    class DropLast(EncoderMethod):
+        """Merge the last token into the first."""
+
+        layers: tuple[int, ...] = (0,)
+
+        def reduce(self, image):
+            into = torch.arange(image.total).expand(len(image.features), -1).clone()
+            into[:, -1] = 0
+            weight = torch.ones_like(into, dtype=torch.float32)
+            weight[:, 0] = weight[:, -1] = 0.5
+            return image.merge_into(into, weight)
+
+    new = [cell for cell in replayed_cells() if cell not in before]
+    assert {cell.spec for cell in new} == {"drop-last(layers=(1, 2))"}
+    assert len(new) == len(FAMILIES) * 6
+    test_oracle(new[0], deviation)
+    test_conservation(new[0], deviation)
+    assert new[0].run[3][0] == [[23] * 3]

@@ -8,9 +8,9 @@ import torch
 
 import tokensieve
 from tokensieve import reference
-from tokensieve.evaluate.answer import Classifier
+from tokensieve.evaluate.answer import Classifier, attaching
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.plan import Settings, attaching
+from tokensieve.evaluate.plan import Settings
 from tokensieve.reference.benchmark import benchmark, shortcuts
 
 NAMES = ("vilt-reference", "pumer-reference")
