@@ -7,7 +7,7 @@ the vision encoder, and :class:`DecoderTokens` are inside the LLM.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -120,7 +120,7 @@ class VisualTokens:
     budget: int = 0
     notes: tuple[str, ...] = ()
 
-    rows_per_token: ClassVar[tuple[str, ...]] = ()  # evidence with one row per token, `[B, N, ...]`
+    other_shapes: ClassVar[tuple[str, ...]] = ()  # evidence that is not `[B, N, ...]`
 
     def __post_init__(self) -> None:
         if self.features.ndim != 3:
@@ -133,10 +133,10 @@ class VisualTokens:
         text: UserText | None = getattr(self, "user_text", None)
         if text is not None and len(text.features) != len(self.features):
             raise ValueError(f"user_text must be of {len(self.features)} images; got {len(text.features)}")
-        for name in self.rows_per_token:
+        for name in {field.name for field in fields(self)} - {*self.other_shapes}:
             evidence = getattr(self, name)
             for rows in evidence.values() if isinstance(evidence, ByLayer) else [evidence]:
-                if rows is not None and rows.shape[:2] != (len(self.features), n):
+                if isinstance(rows, Tensor) and rows.shape[:2] != (len(self.features), n):
                     raise ValueError(f"{name} must start with [{len(self.features)}, {n}]; got {list(rows.shape)}")
 
     @property
@@ -256,15 +256,6 @@ class ConnectorTokens(VisualTokens):
     user_text: UserText | None = None
     tiles: Tiles | None = None
 
-    rows_per_token: ClassVar = (
-        "cls_attention",
-        "cls_attention_single_head",
-        "attention_received",
-        "encoder_keys",
-        "cls_similarity",
-        "patches",
-    )
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncoderTokens(VisualTokens):
@@ -283,14 +274,6 @@ class EncoderTokens(VisualTokens):
     cls_attention_single_head: Tensor | None = None
     attention_received: Tensor | None = None
     encoder_keys: Tensor | None = None
-
-    rows_per_token: ClassVar = (
-        "sizes",
-        "cls_attention",
-        "cls_attention_single_head",
-        "attention_received",
-        "encoder_keys",
-    )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -321,7 +304,7 @@ class DecoderTokens(VisualTokens):
     connector_scores: Tensor | None = None
     user_text: DecoderUserText | None = None
 
-    rows_per_token: ClassVar = ("coordinates", "keys", "layer_input", "mlp_input", "rope_gain", "connector_scores")
+    other_shapes: ClassVar = ("attention", "input_embeddings")
 
 
 def given(evidence: T | None) -> T:

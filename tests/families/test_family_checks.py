@@ -1,4 +1,4 @@
-"""``measure.Laws`` (what ``tokensieve check`` runs) on every family: its oracle hides tokens and knows no model."""
+"""``check.Laws`` (what ``tokensieve check`` runs) on every family: its oracle hides tokens and knows no model."""
 
 import pytest
 import torch

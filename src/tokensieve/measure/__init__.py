@@ -1,17 +1,13 @@
 """Cost of a call: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
 
-from tokensieve.check import LAWS, Laws, Verdict
 from tokensieve.measure.costs import Bench, Cost, measure_costs
 from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 
 __all__ = [
-    "LAWS",
     "Bench",
     "Cost",
-    "Laws",
     "Spread",
-    "Verdict",
     "count_flops",
     "interleave",
     "kv_bytes",
