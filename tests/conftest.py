@@ -1,18 +1,12 @@
 """One thread, one seed, and the worst deviation of each law in the summary."""
 
 import os
-from functools import cache
 
 import pytest
 import torch
 import transformers
 
-from tokensieve.models import versions
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# every attach reads the metadata of installed packages, which do not change while the tests run
-for name in ("version", "requires", "Requirement"):
-    setattr(versions, name, cache(getattr(versions, name)))
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 

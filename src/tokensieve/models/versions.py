@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 
+@cache
 def tested_range() -> SpecifierSet | None:
     """Return the tested range of transformers releases; ``None`` in a checkout that is not installed."""
     try:

@@ -111,7 +111,8 @@ def _greedy_map(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     factors, taken = rows.new_zeros((len(rows), k, rows.shape[1])), torch.zeros_like(outside)
     chosen = []
     for step in range(k):
-        gain, best = torch.maximum(outside, least).add_(taken).max(-1, keepdim=True)
+        # dividing by a pivot that is only rounding can overflow: fmax ignores the NaN, which would win every maximum
+        gain, best = torch.fmax(outside, least).add_(taken).max(-1, keepdim=True)
         chosen.append(best)
         kernel = (rows @ rows_at(rows, best).transpose(-1, -2)).mT if table is None else rows_at(table, best)
         # the next Cholesky factor: the kernel's row, less its projection on the factors so far, over the pivot's root
