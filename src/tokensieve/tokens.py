@@ -133,7 +133,7 @@ class VisualTokens:
         text: UserText | None = getattr(self, "user_text", None)
         if text is not None and len(text.features) != len(self.features):
             raise ValueError(f"user_text must be of {len(self.features)} images; got {len(text.features)}")
-        for name in {field.name for field in fields(self)} - {*self.other_shapes}:
+        for name in {f.name for f in fields(self)} - {*self.other_shapes}:
             evidence = getattr(self, name)
             for rows in evidence.values() if isinstance(evidence, ByLayer) else [evidence]:
                 if isinstance(rows, Tensor) and rows.shape[:2] != (len(self.features), n):
