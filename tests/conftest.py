@@ -40,6 +40,14 @@ def deviation(record_property):
     return measure
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give every file to one worker: what a file's fixtures compute for all its tests is then computed once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 def pytest_terminal_summary(terminalreporter):
     worst: dict[str, float] = {}
     for report in (r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])):
