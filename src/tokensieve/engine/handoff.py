@@ -67,9 +67,9 @@ class EncoderOutputs:
         """Return the record of these images, in this order; an image may be repeated."""
 
         def pick(per_image: list[T]) -> list[T]:
-            return [per_image[image] for image in images] if per_image else per_image
+            return [per_image[image] for image in images]
 
-        return self._map(pick, pick, pick)
+        return self._map_rows(pick, layouts=pick(self.layouts), reductions=self.reductions and pick(self.reductions))
 
     def beside(self, second: EncoderOutputs) -> EncoderOutputs:
         """Return the record of these images followed by those of another call."""
@@ -89,28 +89,23 @@ class EncoderOutputs:
         """Return the record in which each group of entries is one image: its views, one after another."""
 
         def join(rows: list[Tensor]) -> list[Tensor]:
-            return [torch.cat([rows[entry] for entry in group]) for group in groups] if rows else rows
+            return [torch.cat([rows[entry] for entry in group]) for group in groups]
 
-        def join_layouts(layouts: list[TokenLayout]) -> list[TokenLayout]:
-            views = [[view for entry in group for view in layouts[entry].views] for group in groups]
-            return [TokenLayout(sum(map(prod, of_image)), tuple(of_image)) for of_image in views]
+        views = [[view for entry in group for view in self.layouts[entry].views] for group in groups]
+        return self._map_rows(join, layouts=[TokenLayout(sum(map(prod, image)), tuple(image)) for image in views])
 
-        return self._map(join_layouts, join, lambda reductions: reductions)
+    def _map_rows(self, change: Callable[[list[Tensor]], list[Tensor]], **replaced: Any) -> EncoderOutputs:
+        """Return the record with the evidence changed, list by list, and other attributes replaced."""
 
-    def _map(
-        self,
-        layouts: Callable[[list[TokenLayout]], list[TokenLayout]],
-        rows: Callable[[list[Tensor]], list[Tensor]],
-        reductions: Callable[[list[Reduction]], list[Reduction]],
-    ) -> EncoderOutputs:
-        """Return the record with every per-image list mapped."""
+        def changed(rows: list[Tensor]) -> list[Tensor]:
+            return change(rows) if rows else rows  # empty: not requested
+
         return replace(
             self,
-            layouts=layouts(self.layouts),
-            by_layer={name: {n: rows(read) for n, read in layers.items()} for name, layers in self.by_layer.items()},
-            patches=rows(self.patches),
-            cls_similarity=rows(self.cls_similarity),
-            reductions=self.reductions and reductions(self.reductions),
+            by_layer={name: {n: changed(read) for n, read in layers.items()} for name, layers in self.by_layer.items()},
+            patches=changed(self.patches),
+            cls_similarity=changed(self.cls_similarity),
+            **replaced,
         )
 
 
@@ -163,7 +158,7 @@ class ImageReduction:
     def remaining(self) -> TokenLayout:
         """The layout of the tokens that are left."""
         if self.layout.patch_index is None:
-            return TokenLayout((self.inside[-1] if self.inside else self.decision).slots)
+            return TokenLayout(len(self.anchors))
         return self.layout.left(self.anchors)
 
     @cached_property
@@ -174,7 +169,7 @@ class ImageReduction:
         return self.layout.left(self.decision.anchors).patches
 
     def reduce_inside(self, rows: Tensor) -> Tensor:
-        """Apply the decoder stages' decisions to rows of the tokens that entered the LLM."""
+        """Apply the decoder stages' decisions to rows `[N, D]` of the tokens that entered the LLM."""
         for stage in self.inside:
             rows = stage.apply(rows)
         return rows

@@ -47,6 +47,18 @@ def evidence(label: str = "", *, default: Any = False, **ways: Any) -> Any:
     return field(default=default, metadata={"evidence": Evidence(label, **ways)})
 
 
+CLS_ATTENTION: dict[str, Any] = {
+    "label": "[CLS] attention",
+    "read": ops.attention_from_cls,
+    "read_without_cls": ops.attention_received,
+    "merged": "sum",
+}
+CLS_ATTENTION_SINGLE_HEAD = CLS_ATTENTION | {
+    "read": ops.attention_from_cls_single_head,
+    "read_without_cls": ops.attention_received_single_head,
+}
+
+
 @dataclass(frozen=True)
 class StageNeeds:
     """Base of the needs of one stage; as it stands, nothing is requested."""
@@ -91,20 +103,8 @@ class Needs(StageNeeds):
         video: the tokens must be those of a video's frames; images stay whole.
     """
 
-    cls_attention: Layers | None = evidence(
-        "[CLS] attention",
-        default=None,
-        read=ops.attention_from_cls,
-        read_without_cls=ops.attention_received,
-        merged="sum",
-    )
-    cls_attention_single_head: Layers | None = evidence(
-        "[CLS] attention",
-        default=None,
-        read=ops.attention_from_cls_single_head,
-        read_without_cls=ops.attention_received_single_head,
-        merged="sum",
-    )
+    cls_attention: Layers | None = evidence(default=None, **CLS_ATTENTION)
+    cls_attention_single_head: Layers | None = evidence(default=None, **CLS_ATTENTION_SINGLE_HEAD)
     cls_similarity: bool = evidence("[CLS] similarity")
     attention_received: Layers | None = evidence(
         "attention received", default=None, read=ops.attention_received, merged="sum"
@@ -128,14 +128,8 @@ class EncoderNeeds(StageNeeds):
         grid: the tokens must form a grid.
     """
 
-    cls_attention: bool = evidence(
-        "[CLS] attention", read=ops.attention_from_cls, read_without_cls=ops.attention_received
-    )
-    cls_attention_single_head: bool = evidence(
-        "[CLS] attention",
-        read=ops.attention_from_cls_single_head,
-        read_without_cls=ops.attention_received_single_head,
-    )
+    cls_attention: bool = evidence(**CLS_ATTENTION)
+    cls_attention_single_head: bool = evidence(**CLS_ATTENTION_SINGLE_HEAD)
     attention_received: bool = evidence("attention received", read=ops.attention_received)
     encoder_keys: bool = evidence("encoder keys", read=ops.keys_by_head)
     grid: bool = evidence("grid")

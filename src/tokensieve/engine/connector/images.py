@@ -129,7 +129,7 @@ def _origins(images: Sequence[Sequence[int]], encoded: int) -> tuple[list[int], 
     total = sum(map(len, images))
     copies = total // encoded if encoded else 1
     if copies * encoded != total:
-        raise Refusal(f"the batch shows {total} images; the encoder saw {encoded}")
+        raise Refusal(f"the batch shows {total} images; {encoded} were encoded")
     origins, start = [], 0
     for row in images[::copies]:
         origins += list(range(start, start + len(row))) * copies

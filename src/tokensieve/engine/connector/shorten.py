@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokensieve.engine.cache import PrefixInfo
+from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.handoff import ImageReduction
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.models import Family
@@ -22,17 +23,17 @@ def reduce_features(
     family: Family,
     model: Any,
     encoded: Any,
-    features: Sequence[Tensor],
-    patches: Sequence[Tensor],
+    prompt: PromptImages,
     images: Sequence[ImageReduction],
+    numbers: Sequence[int],
 ) -> Any:
     """Return a copy of an encode call's output with every feature plane reduced. The original may be used again.
 
     Args:
-        features: per image `[N, D]`, the rows that the vision encoder made.
-        patches: per image `[M, C]`, the rows that entered the projector; read only where they are merged.
-        images: the decisions.
+        images: the decisions about all images of the prompt.
+        numbers: the numbers of the images that this call encoded.
     """
+    features, images = [prompt.features[n] for n in numbers], [images[n] for n in numbers]
     output, reductions = type(encoded)(**dict(encoded.items())), [image.features for image in images]
 
     def reduce_plane(plane: Any) -> list[Tensor]:
@@ -41,6 +42,7 @@ def reduce_features(
     if all(reduction.projected for reduction in reductions):
         reduced = reduce_plane(features)
     else:
+        patches = [prompt.outputs.patches[prompt.origins[n]] for n in numbers]
         reduced = _merge_before_projector(family, model, features, patches, images)
     # models that stack equal images read all rows in one line, so that any number of rows fits
     output.pooler_output = torch.cat(reduced)[None] if isinstance(encoded.pooler_output, Tensor) else reduced
@@ -52,7 +54,12 @@ def reduce_features(
 def _merge_before_projector(
     family: Family, model: Any, features: Sequence[Tensor], patches: Sequence[Tensor], images: Sequence[ImageReduction]
 ) -> list[Tensor]:
-    """Merge the rows that enter the projector, and project the merged rows of all images in one call."""
+    """Merge the rows that enter the projector, and project the merged rows of all images in one call.
+
+    Args:
+        features: per image `[N, D]`, the rows that the vision encoder made.
+        patches: per image `[M, C]`, the rows that entered the projector.
+    """
     entered = [image.layout.insert_separators(rows) for image, rows in zip(images, patches, strict=True)]
     mixed = [image.features.apply(rows) for image, rows in zip(images, entered, strict=True)]
     projected = torch.split(family.project(model, torch.cat(mixed)), [len(rows) for rows in mixed])
@@ -70,8 +77,8 @@ def _merge_before_projector(
 
 def kept_placeholders(images: Sequence[ImageReduction]) -> Tensor:
     """Return the placeholders that stay, bool, all images in order."""
-    kept = [image.decision.anchors.new_zeros(image.decision.total, dtype=torch.bool) for image in images]
-    return torch.cat([flags.index_fill(0, i.decision.anchors, True) for flags, i in zip(kept, images, strict=True)])
+    anchors = [(image.decision.anchors, image.decision.total) for image in images]
+    return torch.cat([kept.new_zeros(n, dtype=torch.bool).index_fill(0, kept, True) for kept, n in anchors])
 
 
 def position_ids(family: Family, base: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -129,7 +136,7 @@ def untouched_prefix(kwargs: dict[str, Any], end: int) -> PrefixInfo:
     """Return the bookkeeping of a prompt that enters the LLM whole."""
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     prefix_mask = torch.ones_like(ids[:, :end]) if mask is None else mask[:, :end].long()
-    return PrefixInfo(prefix_mask, False, end, None)
+    return PrefixInfo(prefix_mask, False, end)
 
 
 def padding_id(model: Any) -> int:

@@ -31,7 +31,7 @@ from tokensieve.engine.decoder.masks import (
     limit_to_window,
     shorten_mask,
 )
-from tokensieve.engine.decoder.sequence import Member, PrefillState
+from tokensieve.engine.decoder.sequence import PrefillState
 from tokensieve.engine.handoff import Prefill
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.prompt.placeholders import equal_groups
@@ -47,7 +47,7 @@ class DecodeStep:
 
     Attributes:
         prefixes: {layer: prefix} for the layers that received fewer tokens than the first.
-        mask: the caller's.
+        mask: `[B, L]`, the caller's, over all its columns; or ``None``.
         masks: the masks made so far, by prefix and kind of attention.
     """
 
@@ -182,7 +182,10 @@ class DecoderHooks:
         # images of equal size, now and at the start, are decided about in one call
         for group in equal_groups([(len(patches[member]), *state.batch_key(member)) for member in state.members]):
             members = [state.members[index] for index in group]
-            decisions = self._decide(state, number, hidden, inputs, members, patches)
+            columns, rope = torch.stack([patches[member] for member in members]), inputs["position_embeddings"]
+            method, entered = state.method(members[0]), state.image(members[0]).entered
+            budget = method.image_budget(entered, self.layers, self.depth, self.layers.index(number))
+            decisions = method(self.evidence.tokens(state, hidden, rope, members, columns, budget))
             for member, about_patches in zip(members, decisions, strict=True):
                 decision = layouts[member].merge_parts([about_patches])
                 (row, image), columns = member, state.columns(member)
@@ -195,21 +198,6 @@ class DecoderHooks:
             state.evidence.clear()  # nothing reads it any more: free the memory
         selection = state.drop(kept)
         return hidden if selection is None else selection.take_rows(hidden)
-
-    def _decide(
-        self,
-        state: PrefillState,
-        number: int,
-        hidden: Tensor,
-        inputs: dict[str, Any],
-        members: list[Member],
-        patches: dict[Member, Tensor],
-    ) -> Any:
-        """Return the method's decision about equal images."""
-        method, columns = state.method(members[0]), torch.stack([patches[member] for member in members])
-        budgets = method.stage_budgets(state.image(members[0]).entered, self.layers, self.depth)
-        budget = 0 if budgets is None else budgets[self.layers.index(number)]
-        return method(self.evidence.tokens(state, hidden, inputs["position_embeddings"], members, columns, budget))
 
     def _shorten(self, state: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give one layer the inputs of the shorter sequence, and record the bookkeeping for its cache."""

@@ -63,7 +63,9 @@ class SequenceLayout:
 
         The selection is ``None`` if all columns stay.
         """
-        dropped = [_tokens(before) - _tokens(after) for before, after in zip(self.images, images, strict=True)]
+        dropped = [
+            sum(map(len, before)) - sum(map(len, after)) for before, after in zip(self.images, images, strict=True)
+        ]
         if not any(dropped):
             return self, None
         stay = self.columns.valid & ~self.visual
@@ -166,7 +168,3 @@ class PrefillState:
         if selection is not None:
             self.layer_inputs, self.prefix = {}, None
         return selection
-
-
-def _tokens(images: list[Tensor]) -> int:
-    return sum(map(len, images))

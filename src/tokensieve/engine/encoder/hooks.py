@@ -1,7 +1,7 @@
 """The encode function of a model, wrapped, and hooks on its vision encoder: probes, and the encoder method.
 
-Nothing is dropped here, because ``generate`` insists on the usual number of features: the record of the call travels on
-its output, and the connector stage acts on it.
+The features keep their number, which ``generate`` checks. The record of the call travels on its output, and the
+connector stage acts on it.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class EncoderHooks:
         self._tower_arguments = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.pooling = None if has_cls else self.family.pooling_head(tower)
         self.pooled_layers = {} if self.pooling is None else _last_layer_only(self.needs, self.depth)
-        not_pooled: dict[str, Any] = dict.fromkeys(self.pooled_layers)
-        needs = replace(self.needs, **not_pooled)
+        from_pooling: dict[str, Any] = dict.fromkeys(self.pooled_layers)
+        needs = replace(self.needs, **from_pooling)  # None: the pooling head gives these, so no layer is read for them
         self.cls_replaced = not has_cls and (
             needs.cls_attention is not None or needs.cls_attention_single_head is not None
         )
@@ -192,9 +192,7 @@ class EncoderHooks:
         if self.resize is not None:
             self._resize(tower, call, self.resize)
         if self.inside is not None:
-            pixels = call.encoder_inputs["pixel_values"]
-            grids = [self.family.tile(self.model, call)] * len(pixels)
-            call.tower_pass = self.inside.start(call.encoder_inputs, grids, pixels.device)
+            call.tower_pass = self.inside.start(call.encoder_inputs, self.family.tile(self.model, call))
         for probe in probes.values():
             probe.arm()
         return (), call.encoder_inputs
@@ -211,8 +209,7 @@ class EncoderHooks:
         grids = [layout.grid or (1, layout.total) for layout in self.family.layouts(self.model, call)]
         call.reductions, cells = [], []
         for height, width in grids:
-            budgets = method.stage_budgets(height * width, (0,), 1)
-            budget = height * width if budgets is None else budgets[-1]
+            budget = method.image_budget(height * width) or height * width
             no_features = torch.empty(1, height * width, 0, device=device)
             reduction = method(VisualTokens(no_features, grid=(height, width), budget=budget))[0]
             call.reductions.append(reduction)
@@ -232,7 +229,7 @@ class EncoderHooks:
             call.cls_similarity.append(_cosine_to_cls(output.last_hidden_state))
         self._read_pooling_head(call, output)
         if self.inside is not None and call.tower_pass is not None:
-            call.tower_result = self.inside.finish(call.tower_pass)
+            call.tower_result = TowerResult(call.tower_pass, self.inside.layers_in_all, self.inside.specials)
             call.reductions = call.tower_result.reductions()
             self.inside.restore(call.tower_pass, output)
         elif call.reductions is not None and not all(reduction.whole for reduction in call.reductions):

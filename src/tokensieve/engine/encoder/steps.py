@@ -63,13 +63,13 @@ class TowerPass:
     mlp_output: Tensor | None = None
 
     @classmethod
-    def start(cls, grids: list[tuple[int, int]], device: torch.device) -> TowerPass:
+    def start(cls, grid: tuple[int, int], images: int, device: torch.device) -> TowerPass:
         """Start a pass of equal images."""
-        images, total = len(grids), grids[0][0] * grids[0][1]
+        total = grid[0] * grid[1]
         place = torch.arange(total, device=device).expand(images, -1)
         ones = torch.ones_like(place, dtype=torch.float32)
         entered = TowerStep(-1, place, ones, place, ones, [total] * images)
-        return cls(grids[0], [entered], [[] for _ in grids], [[] for _ in grids])
+        return cls(grid, [entered], [[] for _ in range(images)], [[] for _ in range(images)])
 
     @property
     def total(self) -> int:
@@ -146,7 +146,10 @@ class TowerResult:
 
 
 def apply_decision(decision: Reduction, rows: Tensor, anchors: Tensor, sizes: Tensor) -> list[Tensor]:
-    """Apply a decision to rows; returns new rows, and the slot, weight, anchors and sizes of a :class:`TowerStep`."""
+    """Apply a decision to rows `[…, n, D]`, and to their anchors and sizes `[…, n]`.
+
+    Returns the new rows, then the slot, weight, anchors and sizes of a :class:`TowerStep`.
+    """
     slot, mixing = decision.source, decision.mixing
     weight = (slot >= 0).float()
     if mixing is not None:  # a token merges into one slot only, so its one entry is its weight

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tokensieve.engine.encoder.steps import TowerPass, TowerResult, TowerStep, apply_decision
+from tokensieve.engine.encoder.steps import TowerPass, TowerStep, apply_decision
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.prompt.placeholders import equal_groups
 from tokensieve.errors import Refusal
@@ -68,8 +68,8 @@ class Tower:
 
     # -- around the vision encoder ------------------------------------------------------------------------------------
 
-    def start(self, inputs: dict[str, Any], grids: list[tuple[int, int]], device: torch.device) -> TowerPass:
-        """Start a call of the vision encoder.
+    def start(self, inputs: dict[str, Any], grid: tuple[int, int]) -> TowerPass:
+        """Start a call of the vision encoder; ``grid`` is (height, width) in patches of each of its images.
 
         Raises:
             Refusal: if the call cannot be reduced correctly; nothing has run then.
@@ -86,18 +86,16 @@ class Tower:
             raise Refusal(
                 "gradient checkpointing runs layers twice and would reduce twice; turn it off in the vision encoder"
             )
-        budgets = self.method.stage_budgets(grids[0][0] * grids[0][1], self.layers, self.depth)
-        if self.method.proportional or (budgets is None and len(grids) > 1):
+        pixels: Tensor = inputs["pixel_values"]
+        budgets = self.method.stage_budgets(grid[0] * grid[1], self.layers, self.depth)  # refuses one out of reach
+        # without a budget, images may keep different numbers of tokens: the padding must be masked
+        if self.method.proportional or (budgets is None and len(pixels) > 1):
             kernel = str(self.tower.config._attn_implementation)
             if "flash" in kernel:
                 raise Refusal(
                     f"{self.method} adds to attention scores, which {kernel} cannot: load the vision encoder with sdpa"
                 )
-        return TowerPass.start(grids, device)
-
-    def finish(self, tower_pass: TowerPass) -> TowerResult:
-        """End a call; :meth:`restore` gives its output the native shape."""
-        return TowerResult(tower_pass, self.layers_in_all, self.specials)
+        return TowerPass.start(grid, len(pixels), pixels.device)
 
     def restore(self, tower_pass: TowerPass, output: Any) -> None:
         """Give every state of the output its native shape, in place."""
@@ -198,7 +196,7 @@ class Tower:
         def select(rows: Tensor) -> Tensor:
             return rows if all_images else rows[images, :length]
 
-        budgets = self.method.stage_budgets(tower_pass.total, self.layers, self.depth)
+        stage = self.layers.index(number)
         evidence: dict[str, Any] = {
             name: select(rows[:, self.specials :]) for name, rows in tower_pass.evidence.items()
         }
@@ -206,7 +204,7 @@ class Tower:
             EncoderTokens(
                 select(patches),
                 grid=tower_pass.grid if length == tower_pass.total else None,
-                budget=0 if budgets is None else budgets[self.layers.index(number)],
+                budget=self.method.image_budget(tower_pass.total, self.layers, self.depth, stage),
                 sizes=select(tower_pass.latest.sizes),
                 specials=self.specials,
                 **evidence,

@@ -19,10 +19,9 @@ SAMPLE_TEXTS = ("one", "7 two")  # they have nothing in common: the tokens that 
 class UserTextFinder:
     """Finds the user's words in a batch of prompts.
 
-    With a processor that has a chat template, renderings of sample texts show the pieces of the template: between image
-    and words, after the words, and whole assistant turns. They also show where the user's first turn begins, so that
-    words before the first image count for methods that need no word to have attended to it. Without a template, every
-    text token after the first image or video that is not special counts.
+    With a chat template, renderings of sample texts show the pieces of the template: before the user's first turn,
+    between image and words, after the words, and whole assistant turns. Without one, the user's words are all text
+    tokens after the first image or video that are not special.
 
     Args:
         model: the top-level model; gives embeddings and special ids.
@@ -96,6 +95,7 @@ class UserTextFinder:
         Words before the first image are included.
 
         Args:
+            ids: `[B, L]`.
             excluded: `[B, L]` bool, True on columns without user text, such as timestamps between a video's frames.
 
         Raises:
@@ -116,7 +116,7 @@ class UserTextFinder:
             rows = [[c for c in row if not skip[c]] for row, skip in zip(rows, excluded.tolist(), strict=True)]
         for sample, (columns, row) in enumerate(zip(rows, prompts, strict=True)):
             if not columns and self.placeholders.intersection(row):
-                qualifier = "" if before_image else " after its image (those before it have not seen it)"
+                qualifier = "" if before_image else " after its image (those before it cannot attend to it)"
                 raise Refusal(
                     f"the prompt of sample {sample} has no words to go by{qualifier}; this method needs the user's text"
                 )
