@@ -132,10 +132,8 @@ class ImageReduction:
 
     def then_connector(self, following: Reduction) -> ImageReduction:
         """Add a connector method's decision about the rows that are left."""
-        if self.decision.whole and not self.decision.notes:
-            return ImageReduction(self.layout, following, following, connector_scores=following.ranking)
         decision, features = following.after(self.decision), following.after(self.features)
-        return ImageReduction(self.layout, decision, features, connector_scores=following.ranking)
+        return replace(self, decision=decision, features=features, connector_scores=following.ranking)
 
     def then_decoder(self, following: Reduction) -> ImageReduction:
         """Add a decoder stage's decision about the rows that are left."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.handoff import ImageReduction
-from tokensieve.engine.prompt.placeholders import ColumnSelection
+from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
 from tokensieve.models import Family
 
 PADDING_OF = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
@@ -90,6 +90,7 @@ def position_ids(family: Family, base: Any, kwargs: dict[str, Any]) -> Tensor:
     plain = (torch.arange(ids.shape[1], device=ids.device) + family.first_position).expand(len(ids), -1)
     mrope = getattr(base, "compute_3d_position_ids", None)  # also remembers the model's rope_deltas
     axes = mrope and mrope(**{name: kwargs.get(name) for name in inspect.signature(mrope).parameters})
+    # [1 + axes, B, L]: transformers reads the plain ids of an M-RoPE model from a first axis
     return plain if axes is None else torch.cat([plain[None], axes])
 
 
@@ -120,12 +121,12 @@ def shorten_inputs(
             kwargs[name] = columns.take(kwargs[name], filler)
     kept, shift = columns.take(positions), None
     if renumbered_rows is not None:
+        # a row counts on from its own first position; padding must not set it
         first = kept.masked_fill(~columns.valid, torch.iinfo(kept.dtype).max).amin(-1, keepdim=True)
         contiguous = first + (new_mask.long().cumsum(-1) - 1).clamp(min=0)
         if not all(renumbered_rows):  # a row that stayed whole keeps its ids, as it does in a batch of its own
-            rows = torch.tensor(renumbered_rows, device=ids.device)[:, None]
-            contiguous = contiguous.where(rows, kept)
-        shift, kept = kept[..., -1:] - contiguous[..., -1:], contiguous
+            contiguous = contiguous.where(on_device(renumbered_rows, ids.device)[:, None], kept)
+        shift, kept = kept[..., -1:] - contiguous[..., -1:], contiguous  # later tokens follow the last column
     kwargs["position_ids"] = kept
     after_images = ids.shape[1] - end
     prefix_mask = new_mask[:, : new_mask.shape[1] - after_images]

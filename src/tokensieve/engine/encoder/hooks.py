@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.engine.encoder.steps import TowerPass, TowerResult
-from tokensieve.engine.encoder.tower import Tower
+from tokensieve.engine.encoder.tower import TowerHooks
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.probe import Probe, Read, probe_of
@@ -72,7 +72,7 @@ class EncoderHooks:
     def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None, flight: InFlight) -> None:
         self.family, self.model, self.base, self.flight = family, model, model.base_model, flight
         self.method = method
-        self.inside = Tower(family, model, method, flight) if isinstance(method, EncoderMethod) else None
+        self.tower_hooks = TowerHooks(family, model, method, flight) if isinstance(method, EncoderMethod) else None
         self.resize = method if isinstance(method, ResizeMethod) else None
         self.needs = needs
         self.depth, self.cls_replaced = 0, False
@@ -98,8 +98,8 @@ class EncoderHooks:
             handle.remove()
         for probe in self._probes:
             probe.remove()
-        if self.inside is not None:
-            self.inside.remove()
+        if self.tower_hooks is not None:
+            self.tower_hooks.remove()
         for name, attribute in self._own_encode.items():
             delattr(self.base, name)
             if attribute is not None:
@@ -121,7 +121,7 @@ class EncoderHooks:
             raise Refusal(f"{type(tower).__name__} has no attention over all patches that could be read")
         self._tower_arguments = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.pooling = None if has_cls else self.family.pooling_head(tower)
-        self.pooled_layers = {} if self.pooling is None else _last_layer_only(self.needs, self.depth)
+        self.pooled_layers = {} if self.pooling is None else _replaced_by_pooling(self.needs, self.depth)
         from_pooling: dict[str, Any] = dict.fromkeys(self.pooled_layers)
         needs = replace(self.needs, **from_pooling)  # None: the pooling head gives these, so no layer is read for them
         self.cls_replaced = not has_cls and (
@@ -129,8 +129,8 @@ class EncoderHooks:
         )
         for_connector = _reads_by_layer(needs, self.depth, has_cls)
         for_encoder: dict[int, Reads] = {}
-        if self.inside is not None and self.inside.method.needs.reads_attention:
-            for_encoder = dict.fromkeys(self.inside.layers, _reads(self.inside.method.needs, has_cls))
+        if self.tower_hooks is not None and self.tower_hooks.method.needs.reads_attention:
+            for_encoder = dict.fromkeys(self.tower_hooks.layers, _reads(self.tower_hooks.method.needs, has_cls))
         probes = {
             layer: probe_of(
                 attentions[layer],
@@ -140,8 +140,8 @@ class EncoderHooks:
             for layer in sorted(for_connector.keys() | for_encoder.keys())
         }
         self._probes += probes.values()
-        if self.inside is not None:
-            self.inside.install()
+        if self.tower_hooks is not None:
+            self.tower_hooks.install()
         self._handles += [
             tower.register_forward_pre_hook(partial(self._before_tower, probes), with_kwargs=True),
             tower.register_forward_hook(partial(self._after_tower, probes)),
@@ -191,8 +191,8 @@ class EncoderHooks:
         call.encoder_inputs = dict(zip(self._tower_arguments, args, strict=False)) | kwargs
         if self.resize is not None:
             self._resize(tower, call, self.resize)
-        if self.inside is not None:
-            call.tower_pass = self.inside.start(call.encoder_inputs, self.family.tile(self.model, call))
+        if self.tower_hooks is not None:
+            call.tower_pass = self.tower_hooks.start(call.encoder_inputs, self.family.tile(self.model, call))
         for probe in probes.values():
             probe.arm()
         return (), call.encoder_inputs
@@ -228,10 +228,10 @@ class EncoderHooks:
         if self.needs.cls_similarity:
             call.cls_similarity.append(_cosine_to_cls(output.last_hidden_state))
         self._read_pooling_head(call, output)
-        if self.inside is not None and call.tower_pass is not None:
-            call.tower_result = TowerResult(call.tower_pass, self.inside.layers_in_all, self.inside.specials)
+        if self.tower_hooks is not None and call.tower_pass is not None:
+            call.tower_result = TowerResult(call.tower_pass, self.tower_hooks.layers_in_all, self.tower_hooks.specials)
             call.reductions = call.tower_result.reductions()
-            self.inside.restore(call.tower_pass, output)
+            self.tower_hooks.restore(call.tower_pass, output)
         elif call.reductions is not None and not all(reduction.whole for reduction in call.reductions):
             self.family.restore(tower, output, call.reductions)
 
@@ -297,11 +297,8 @@ def _per_image(units: Tensor, layouts: list[TokenLayout]) -> list[Tensor]:
     return [units[to_device(layout.units, units.device)] for layout in layouts if layout.units is not None]
 
 
-def _last_layer_only(needs: Needs, depth: int) -> dict[str, int]:
-    """Return the [CLS] evidence that is requested from exactly one layer, the last or second to last, and that layer.
-
-    A pooling head can replace it.
-    """
+def _replaced_by_pooling(needs: Needs, depth: int) -> dict[str, int]:
+    """Return {[CLS] evidence: its layer} that a pooling head can replace: requested from one layer, of the last two."""
     layer_of = {}
     for name in ("cls_attention", "cls_attention_single_head"):
         layers = getattr(needs, name)

@@ -30,7 +30,7 @@ from tokensieve.reduction import Reduction
 from tokensieve.tokens import EncoderTokens
 
 
-class Tower:
+class TowerHooks:
     """Hooks on the layers of one vision encoder, for one encoder method.
 
     Raises:
