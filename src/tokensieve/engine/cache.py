@@ -43,7 +43,7 @@ class PrefixInfo:
 
     @property
     def matters(self) -> bool:
-        """Whether a later step must know: a batch may keep its width, and still have new padding or positions."""
+        """Whether decode steps need it: a batch may keep its width, and still have new padding or positions."""
         return self.dropped > 0 or self.padded or self.shift is not None
 
     def after(self, earlier: PrefixInfo) -> PrefixInfo:
@@ -142,7 +142,7 @@ def remember(cache: Cache, info: CacheInfo) -> None:
 def prefix_of_cache(
     cache: Cache, info: CacheInfo | None, mask: Tensor | None, rows: int, device: torch.device
 ) -> PrefixInfo:
-    """Return everything that a filled cache holds, as one prefix; ``mask`` is the caller's, over all its columns."""
+    """Return everything that a filled cache holds, as one prefix; ``mask`` `[B, L]`: the caller's, of all columns."""
     length = cache.get_seq_length()
     empty = PrefixInfo(torch.ones(rows, 0, dtype=torch.long, device=device), False, 0)
     recorded = empty if info is None else info.entry
@@ -175,7 +175,7 @@ def decode_mask(prefix: PrefixInfo, mask: Tensor | None, width: int) -> Tensor |
     """Return the 2-D mask of a decode step, `[B, width]`, in the columns that a reduced layer reports.
 
     Args:
-        mask: the caller's, over all its columns.
+        mask: `[B, L]`, the caller's, over all its columns.
         width: columns of the sequence after this step, as the caller counts.
 
     Returns:

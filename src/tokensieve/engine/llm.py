@@ -40,7 +40,6 @@ class LlmSieve(Sieve):
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
         self._family, self._flight = family, InFlight()
         self._images: list[list[ImageReduction]] = []
-        self._decisions: Decisions | None = None
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
         finders = {
             stage: UserTextFinder(model, processor)
@@ -64,11 +63,8 @@ class LlmSieve(Sieve):
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
-    @property
-    def last(self) -> Decisions:
-        if self._decisions is None:  # composed when it is read, not in the prefill
-            self._decisions = [[image.final() for image in images] for images in self._images]
-        return self._decisions
+    def _compose(self) -> Decisions:
+        return [[image.final() for image in images] for images in self._images]
 
     def _remove(self) -> None:
         for handle in self._handles:

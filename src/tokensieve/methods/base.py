@@ -75,7 +75,7 @@ class Method(ABC):
 
     @property
     def budget(self) -> Budget | None:
-        """The field ``keep``; ``None`` for a method without one, or one that adapts to the image."""
+        """The field ``keep``; ``None`` for a method without one, or that adapts to the image."""
         keep: Budget | None = getattr(self, "keep", None)
         return keep
 

@@ -95,7 +95,7 @@ class Needs(StageNeeds):
         cls_attention: layers in which the attention of the [CLS] token is read: one, several or a slice.
         cls_attention_single_head: the same with all heads joined into one.
         attention_received: layers in which the attention that each token receives is read.
-        encoder_keys: layers of which the keys are read.
+        encoder_keys: layers whose keys are read.
         cls_similarity: cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: the rows that enter the projector.
         user_text: the embeddings of the user's words.

@@ -32,7 +32,7 @@ class DecisionUnit:
         grid: (height, width) of the patches, if they form a grid.
         frames: T, if the patches are a video.
         method: the method with the unit's budget.
-        tiled_layout: the layout of the image, if the unit is a whole image that is seen in tiles.
+        tiled_layout: the layout of the image, if the unit is a whole image that the vision encoder received in tiles.
     """
 
     image: int

@@ -119,7 +119,7 @@ def _check_copies(family: Family, visual: Tensor, features: list[Tensor], copies
         if not all(a is b or torch.equal(a, b) for a, b in pairs):
             raise Refusal(
                 f"transformers hands the {copies} beams (or returns) of sample {sample} its {per_copy} {kind}s in "
-                f"another order in {family.title}, and the model sees the wrong ones: take one {kind} per sample, or "
+                f"another order in {family.title}, so the model gets wrong ones: take one {kind} per sample, or "
                 "num_beams=1 and num_return_sequences=1"
             )
 

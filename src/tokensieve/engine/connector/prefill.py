@@ -208,7 +208,7 @@ class Connector:
             return [ImageReduction(layout, decision, decision) for layout, decision in by_image]
         if outputs.reductions is None:
             images = [_whole(layout, rows.device) for layout, rows in zip(layouts, prompt.features, strict=True)]
-        else:  # the vision encoder itself merged the rows: the decision says which, the features are only picked
+        else:  # the vision encoder has merged the rows already: the features need only be picked
             in_encoder = [outputs.reductions[origin] for origin in origins]
             images = [ImageReduction(TokenLayout(r.total), r, Reduction(r.total, r.anchors)) for r in in_encoder]
             layouts = [_fitting(outputs.layouts[i], r.slots) for i, r in zip(origins, in_encoder, strict=True)]

@@ -76,13 +76,13 @@ def _merge_before_projector(
 
 
 def kept_placeholders(images: Sequence[ImageReduction]) -> Tensor:
-    """Return the placeholders that stay, bool, all images in order."""
+    """Return `[V]` bool, True on those of the batch's V placeholders that stay; all images in order."""
     anchors = [(image.decision.anchors, image.decision.total) for image in images]
     return torch.cat([kept.new_zeros(n, dtype=torch.bool).index_fill(0, kept, True) for kept, n in anchors])
 
 
 def position_ids(family: Family, base: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Return the position ids of the whole prompt, as the model itself numbers it."""
+    """Return the position ids of the whole prompt, `[B, L]` or `[axes, B, L]`, as the model itself numbers it."""
     if kwargs.get("position_ids") is not None:
         ids_of_caller: Tensor = kwargs["position_ids"]
         return ids_of_caller

@@ -62,7 +62,6 @@ class DecoderEvidence:
         return self.layers[0] - bool(self._copied("layer input") or self._copied("MLP input"))
 
     def remove(self) -> None:
-        """Remove probes and hooks."""
         for probe in self.probes.values():
             probe.remove()
         for handle in self._handles:

@@ -97,7 +97,6 @@ class DecoderHooks:
             self.decoder._deepstack_process = partial(self._deepstack, self.decoder._deepstack_process)
 
     def remove(self) -> None:
-        """Remove the hooks and the wrapper."""
         for handle in self._handles:
             handle.remove()
         self.evidence.remove()
@@ -138,7 +137,7 @@ class DecoderHooks:
         self.evidence.arm()
 
     def start_decoding(self, prefixes: dict[int, PrefixInfo], mask: Tensor | None) -> None:
-        """Start a step on a reduced cache; ``mask`` is the caller's."""
+        """Start a step on a reduced cache; ``mask`` `[B, L]` is the caller's."""
         self.flight.decoding = DecodeStep(prefixes, mask)
 
     # -- a prefill ----------------------------------------------------------------------------------------------------

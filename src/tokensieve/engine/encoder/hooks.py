@@ -93,7 +93,6 @@ class EncoderHooks:
             setattr(self.base, name, self._recorded(getattr(self.base, name), modality))
 
     def remove(self) -> None:
-        """Remove every hook, probe and wrapper."""
         for handle in self._handles:
             handle.remove()
         for probe in self._probes:

@@ -51,7 +51,6 @@ class TowerHooks:
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        """Hook the layers."""
         for number, vit in enumerate(self._vit_layers):
             self._handles.append(vit.attention.register_forward_pre_hook(self._add_bias, with_kwargs=True))
             if number not in self.layers:
@@ -62,7 +61,6 @@ class TowerHooks:
             self._handles.append(vit.layer.register_forward_hook(partial(self._after_layer, number), prepend=True))
 
     def remove(self) -> None:
-        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -98,7 +96,7 @@ class TowerHooks:
         return TowerPass.start(grid, len(pixels), pixels.device)
 
     def restore(self, tower_pass: TowerPass, output: Any) -> None:
-        """Give every state of the output its native shape, in place."""
+        """Give every state of the output its native shape, `[B, specials + N, D]`, in place."""
         output.last_hidden_state = self._native(tower_pass, output.last_hidden_state, self.layers_in_all - 1)
         if getattr(output, "hidden_states", None) is not None:
             states = enumerate(output.hidden_states, start=-1)
@@ -193,7 +191,7 @@ class TowerHooks:
         """Return the method's decision about images of equal size."""
         length, all_images = tower_pass.latest.lengths[images[0]], len(images) == len(patches)
 
-        def select(rows: Tensor) -> Tensor:
+        def select(rows: Tensor) -> Tensor:  # without a copy if all images are equal
             return rows if all_images else rows[images, :length]
 
         stage = self.layers.index(number)

@@ -108,6 +108,7 @@ class UserTextFinder:
         """Return the columns of each row's words, `[B, M]`, and `[B, M]` bool, False on padding; raises as above.
 
         Args:
+            ids, excluded: `[B, L]`, as in :meth:`embedded`.
             before_image: include words before the first image, which cannot attend to it.
         """
         prompts = ids.tolist()
