@@ -119,7 +119,6 @@ REDUCED: dict[type, Any] = {
     DynamicSlidingWindowLayer: ReducedSlidingLayer,
     ReducedSlidingLayer: ReducedSlidingLayer,
 }
-ALLOWED = (*REDUCED, LinearAttentionLayer)
 
 
 def info_of(cache: Cache | None) -> CacheInfo | None:
@@ -196,5 +195,5 @@ def check_cache(cache: Cache | None) -> None:
     if cache.is_compileable:
         raise Refusal("a static cache cannot hold a reduced prompt; use the default dynamic cache")
     for layer in cache.layers:
-        if type(layer) not in ALLOWED:
+        if type(layer) not in (*REDUCED, LinearAttentionLayer):
             raise Refusal(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

@@ -54,11 +54,6 @@ class EncoderOutputs:
         outputs: EncoderOutputs = getattr(encoded, cls.ATTRIBUTE)
         return outputs
 
-    @classmethod
-    def on(cls, encoded: Any) -> bool:
-        """Return whether an output has a record: it was made with the method attached, in one piece."""
-        return hasattr(encoded, cls.ATTRIBUTE)
-
     def attach_to(self, encoded: Any) -> None:
         """Put the record on the output of an encode call."""
         setattr(encoded, self.ATTRIBUTE, self)
@@ -75,7 +70,7 @@ class EncoderOutputs:
         """Return the record of these images followed by those of another call."""
 
         def joined(name: str) -> Any:
-            own_rows, second_rows = getattr(self, name), getattr(second, name)
+            own_rows, second_rows = getattr(self, name), getattr(second, name)  # empty or None: not requested
             return own_rows and second_rows and [*own_rows, *second_rows]
 
         by_layer = {
@@ -138,11 +133,6 @@ class ImageReduction:
     def then_decoder(self, following: Reduction) -> ImageReduction:
         """Add a decoder stage's decision about the rows that are left."""
         return replace(self, inside=(*self.inside, following))
-
-    @property
-    def reduced_inside(self) -> bool:
-        """Whether any token left inside the LLM."""
-        return any(stage.slots < stage.total for stage in self.inside)
 
     @property
     def anchors(self) -> Tensor:

@@ -75,6 +75,7 @@ class PromptImages:
             raise Refusal(f"the batch repeats its images {self.copies} times and its videos {second_set.copies} times")
         flat = [entry for row in rows for entry in row]
         start = {first: 0, second: len(self.outputs.layouts)}  # where each modality begins in the joint record
+        # the joint record has each image once, in prompt order: only every first copy of a row counts
         records = [start[kind] + sources[kind].origins[n] for row in rows[:: self.copies] for kind, n in row]
         sizes = [[len(sources[kind].features[n]) for kind, n in row] for row in rows]
         visual = self.placeholders.visual | second_set.placeholders.visual

@@ -123,7 +123,7 @@ class Connector:
             raise Refusal("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
         for kind in self.family.modalities:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(kind)
-            if encoded is not None and not EncoderOutputs.on(encoded):
+            if encoded is not None and not hasattr(encoded, EncoderOutputs.ATTRIBUTE):
                 raise Refusal(
                     f"these {kind} features were encoded before the method was attached, or in prefill chunks "
                     "(prefill_chunk_size): encode them with the method attached, in one piece"

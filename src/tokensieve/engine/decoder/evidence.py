@@ -59,6 +59,7 @@ class DecoderEvidence:
         """The first layer whose input must be passed to :meth:`copy_input`."""
         if self._copied("LLM input"):
             return 0
+        # layer and MLP inputs are those of the layer before
         return self.layers[0] - bool(self._copied("layer input") or self._copied("MLP input"))
 
     def remove(self) -> None:

@@ -86,7 +86,7 @@ class DecoderHooks:
         method.check_average(self.layers, self.depth)
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
-        self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()
+        self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
         self.evidence = DecoderEvidence(self.decoder, method, self.layers, self.kinds, flight)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
@@ -271,17 +271,14 @@ class DecoderHooks:
         """Return the bookkeeping of the running sequence, up to and including its last visual token."""
         sequence, entry = state.sequence, state.prefill.prefix
         after_images = state.prefill.visual.shape[1] - entry.mask.shape[1]
+        end = sequence.visual.shape[1] - after_images
         mask = torch.ones_like(sequence.visual, dtype=torch.long) if sequence.mask is None else sequence.mask
-        renumbered_rows = state.renumbered_rows() if self.positions == "contiguous" else None
-        end, original_columns = sequence.width - after_images, None
-        if self.window:
-            original_columns = sequence.columns.index[:, :end] + entry.dropped
         return PrefixInfo(
             mask[:, :end],
             sequence.columns.padded,
             entry.length,
-            renumbered_rows=renumbered_rows,
-            original_columns=original_columns,
+            renumbered_rows=state.renumbered_rows() if self.positions == "contiguous" else None,
+            original_columns=sequence.columns.index[:, :end] + entry.dropped if self.window else None,
         )
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:

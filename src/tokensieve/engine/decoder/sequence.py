@@ -54,10 +54,6 @@ class SequenceLayout:
         columns = ColumnSelection(all_columns, valid, min(prefill.lengths) < width)
         return cls(columns, visual, None if mask is None else mask.long(), prefill.lengths, images, text)
 
-    @property
-    def width(self) -> int:
-        return self.visual.shape[1]
-
     def keep(self, images: list[list[Tensor]]) -> tuple[SequenceLayout, ColumnSelection | None]:
         """Return the sequences in which only the given columns of each image stay, and the selection that leads there.
 
@@ -159,7 +155,8 @@ class PrefillState:
 
         ``None``: all rows did.
         """
-        reduced = [any(image.reduced_inside for image in images) for images in self.images]
+        dropped = [[stage.slots < stage.total for image in row for stage in image.inside] for row in self.images]
+        reduced = list(map(any, dropped))
         return None if all(reduced) else on_device(reduced, self.sequence.visual.device)[:, None]
 
     def drop(self, images: list[list[Tensor]]) -> ColumnSelection | None:

@@ -81,7 +81,11 @@ class EncoderHooks:
         self._probes: list[Probe] = []
         self._handles: list[Any] = []
         if not family.encoder_unreadable:
-            self._hook_modules()
+            projector = family.projector(model) if needs.patches else None
+            for tower in family.towers(model):
+                self._hook_tower(tower)
+            if projector is not None:
+                self._handles.append(projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
         elif needs.patches or needs.cls_similarity or needs.reads_attention:
             raise Refusal(
                 f"the evidence of this method in the encoder is unknown in {family.title}: {family.encoder_unreadable}"
@@ -103,13 +107,6 @@ class EncoderHooks:
             delattr(self.base, name)
             if attribute is not None:
                 setattr(self.base, name, attribute)
-
-    def _hook_modules(self) -> None:
-        projector = self.family.projector(self.model) if self.needs.patches else None
-        for tower in self.family.towers(self.model):
-            self._hook_tower(tower)
-        if projector is not None:
-            self._handles.append(projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
 
     def _hook_tower(self, tower: nn.Module) -> None:
         attentions, has_cls = self.family.attentions(tower), self.family.has_cls(tower)

@@ -133,11 +133,11 @@ class TowerResult:
     def to_remaining(self, name: str, layer: int, rows: Tensor) -> list[Tensor]:
         """Convert evidence about the tokens of ``layer``, `[B, specials + n, …]`, to those left, `[K, …]` per image.
 
-        A merged token gets the sum or the weighted mean of its members' evidence, as the table of evidence says.
+        A merged token gets the sum or the weighted mean of its members' evidence, as ``Evidence.merged`` states.
         """
         (slot, weight), latest = self._final_slots[layer], self.tower_pass.latest
         values = rows[:, self.specials :]
-        flat = values.reshape(*values.shape[:2], -1).float()
+        flat = values.reshape(*values.shape[:2], -1).float()  # [B, n, E]: evidence of any shape sums alike
         if Needs.table()[name].merged == "mean":
             flat = flat * weight[..., None]
         slots = latest.anchors.shape[1]

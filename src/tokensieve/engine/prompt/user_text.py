@@ -131,7 +131,8 @@ class UserTextFinder:
         first = next((column for column, token in enumerate(row) if token in self.placeholders), None)
         if first is None:
             return []
-        first = (_end_of(row[:first], self.opening) if before_image else None) or first
+        if before_image:
+            first = _end_of(row[:first], self.opening) or first
         template = [False] * len(row)
         for start in range(first, len(row)):
             image_here, image_before = row[start] in self.placeholders, row[start - 1] in self.placeholders
