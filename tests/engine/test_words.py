@@ -221,7 +221,7 @@ def test_words_before_the_image_through_attach():
     text = live.get_input_embeddings()(said)
     scores = torch.nn.functional.cosine_similarity(features[:, None], text[None], dim=-1).amax(-1)
     torch.testing.assert_close(sieve.last[0][0].scores, scores, atol=1e-5, rtol=1e-5)
-    message = r"sample 0 has no words to go by after its image \(those before it have not seen it\)"
+    message = r"sample 0 has no words to go by after its image \(those before it cannot attend to it\)"
     with (
         tokensieve.attach(live, "text-correlation(layer=1, keep=5)", processor=given),
         pytest.raises(ValueError, match=message),

@@ -1,6 +1,6 @@
 """The only package that hooks a live model.
 
-One fact explains its shape: ``generate()`` encodes all images before the first forward, and insists on the usual
+One fact explains its shape: ``generate()`` encodes all images before the first forward, and requires the usual
 number of features. Tokens can therefore not be dropped where the evidence about them is read. The stages hand over:
 
 1. ``encoder``: records each encode call. The record (``handoff.EncoderOutputs``) travels on the call's output.

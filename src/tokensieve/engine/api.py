@@ -42,7 +42,7 @@ def attach(
             methods inside the LLM or the vision encoder this is a different computation with the same tokens.
         positions: "original" keeps the position ids of the remaining tokens; "contiguous" renumbers them, as most
             official codes do, at the cost of grounding.
-        processor: the model's processor; it tells the user's words from the chat template, for text-informed methods.
+        processor: the model's processor; its chat template separates the user's words, for text-informed methods.
         budget_scope: what ``keep`` counts. "image" (or "clip"): each image or video. "sample": all images of a sample
             together, shared out by size. "sample-score": the same, shared out by the number of the best tokens that
             each image holds. "tile": each tile of an image that the vision encoder receives in tiles. "frame": each

@@ -43,7 +43,7 @@ class PrefixInfo:
 
     @property
     def matters(self) -> bool:
-        """Whether a later step must know: a batch may keep its width, and still have new padding or positions."""
+        """Whether decode steps need it: a batch may keep its width, and still have new padding or positions."""
         return self.dropped > 0 or self.padded or self.shift is not None
 
     def after(self, earlier: PrefixInfo) -> PrefixInfo:
@@ -119,7 +119,6 @@ REDUCED: dict[type, Any] = {
     DynamicSlidingWindowLayer: ReducedSlidingLayer,
     ReducedSlidingLayer: ReducedSlidingLayer,
 }
-ALLOWED = (*REDUCED, LinearAttentionLayer)
 
 
 def info_of(cache: Cache | None) -> CacheInfo | None:
@@ -142,7 +141,7 @@ def remember(cache: Cache, info: CacheInfo) -> None:
 def prefix_of_cache(
     cache: Cache, info: CacheInfo | None, mask: Tensor | None, rows: int, device: torch.device
 ) -> PrefixInfo:
-    """Return everything that a filled cache holds, as one prefix; ``mask`` is the caller's, over all its columns."""
+    """Return everything that a filled cache holds, as one prefix; ``mask`` `[B, L]`: the caller's, of all columns."""
     length = cache.get_seq_length()
     empty = PrefixInfo(torch.ones(rows, 0, dtype=torch.long, device=device), False, 0)
     recorded = empty if info is None else info.entry
@@ -175,7 +174,7 @@ def decode_mask(prefix: PrefixInfo, mask: Tensor | None, width: int) -> Tensor |
     """Return the 2-D mask of a decode step, `[B, width]`, in the columns that a reduced layer reports.
 
     Args:
-        mask: the caller's, over all its columns.
+        mask: `[B, L]`, the caller's, over all its columns.
         width: columns of the sequence after this step, as the caller counts.
 
     Returns:
@@ -196,5 +195,5 @@ def check_cache(cache: Cache | None) -> None:
     if cache.is_compileable:
         raise Refusal("a static cache cannot hold a reduced prompt; use the default dynamic cache")
     for layer in cache.layers:
-        if type(layer) not in ALLOWED:
+        if type(layer) not in (*REDUCED, LinearAttentionLayer):
             raise Refusal(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

@@ -30,15 +30,20 @@ class Sieve(ABC):
     def __init__(self, model: Any, methods: Sequence[Method]) -> None:
         self.model, self.methods = model, list(methods)
         self.tokens: list[list[list[int]]] = []
+        self._decisions: Decisions | None = None  # None: not composed since the latest prefill
 
     @property
-    @abstractmethod
     def last(self) -> Decisions:
         """`[sample][image]`, the Reduction of each image or video in the latest prefill, all stages as one."""
+        if self._decisions is None:  # composed when it is read, not in the prefill
+            self._decisions = self._compose()
+        return self._decisions
 
     @abstractmethod
-    def _remove(self) -> None:
-        """Remove every hook and wrapper."""
+    def _compose(self) -> Decisions: ...
+
+    @abstractmethod
+    def _remove(self) -> None: ...
 
     def detach(self) -> None:
         """Remove every hook: the model is bit-identical to before. A second call does nothing."""

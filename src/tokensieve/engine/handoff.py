@@ -54,11 +54,6 @@ class EncoderOutputs:
         outputs: EncoderOutputs = getattr(encoded, cls.ATTRIBUTE)
         return outputs
 
-    @classmethod
-    def on(cls, encoded: Any) -> bool:
-        """Return whether an output has a record: it was made with the method attached, in one piece."""
-        return hasattr(encoded, cls.ATTRIBUTE)
-
     def attach_to(self, encoded: Any) -> None:
         """Put the record on the output of an encode call."""
         setattr(encoded, self.ATTRIBUTE, self)
@@ -67,15 +62,15 @@ class EncoderOutputs:
         """Return the record of these images, in this order; an image may be repeated."""
 
         def pick(per_image: list[T]) -> list[T]:
-            return [per_image[image] for image in images] if per_image else per_image
+            return [per_image[image] for image in images]
 
-        return self._map(pick, pick, pick)
+        return self._map_rows(pick, layouts=pick(self.layouts), reductions=self.reductions and pick(self.reductions))
 
     def beside(self, second: EncoderOutputs) -> EncoderOutputs:
         """Return the record of these images followed by those of another call."""
 
         def joined(name: str) -> Any:
-            own_rows, second_rows = getattr(self, name), getattr(second, name)
+            own_rows, second_rows = getattr(self, name), getattr(second, name)  # empty or None: not requested
             return own_rows and second_rows and [*own_rows, *second_rows]
 
         by_layer = {
@@ -89,28 +84,23 @@ class EncoderOutputs:
         """Return the record in which each group of entries is one image: its views, one after another."""
 
         def join(rows: list[Tensor]) -> list[Tensor]:
-            return [torch.cat([rows[entry] for entry in group]) for group in groups] if rows else rows
+            return [torch.cat([rows[entry] for entry in group]) for group in groups]
 
-        def join_layouts(layouts: list[TokenLayout]) -> list[TokenLayout]:
-            views = [[view for entry in group for view in layouts[entry].views] for group in groups]
-            return [TokenLayout(sum(map(prod, of_image)), tuple(of_image)) for of_image in views]
+        views = [[view for entry in group for view in self.layouts[entry].views] for group in groups]
+        return self._map_rows(join, layouts=[TokenLayout(sum(map(prod, image)), tuple(image)) for image in views])
 
-        return self._map(join_layouts, join, lambda reductions: reductions)
+    def _map_rows(self, change: Callable[[list[Tensor]], list[Tensor]], **replaced: Any) -> EncoderOutputs:
+        """Return the record with the evidence changed, list by list, and other attributes replaced."""
 
-    def _map(
-        self,
-        layouts: Callable[[list[TokenLayout]], list[TokenLayout]],
-        rows: Callable[[list[Tensor]], list[Tensor]],
-        reductions: Callable[[list[Reduction]], list[Reduction]],
-    ) -> EncoderOutputs:
-        """Return the record with every per-image list mapped."""
+        def changed(rows: list[Tensor]) -> list[Tensor]:
+            return change(rows) if rows else rows  # empty: not requested
+
         return replace(
             self,
-            layouts=layouts(self.layouts),
-            by_layer={name: {n: rows(read) for n, read in layers.items()} for name, layers in self.by_layer.items()},
-            patches=rows(self.patches),
-            cls_similarity=rows(self.cls_similarity),
-            reductions=self.reductions and reductions(self.reductions),
+            by_layer={name: {n: changed(read) for n, read in layers.items()} for name, layers in self.by_layer.items()},
+            patches=changed(self.patches),
+            cls_similarity=changed(self.cls_similarity),
+            **replaced,
         )
 
 
@@ -137,19 +127,12 @@ class ImageReduction:
 
     def then_connector(self, following: Reduction) -> ImageReduction:
         """Add a connector method's decision about the rows that are left."""
-        if self.decision.whole and not self.decision.notes:
-            return ImageReduction(self.layout, following, following, connector_scores=following.ranking)
         decision, features = following.after(self.decision), following.after(self.features)
-        return ImageReduction(self.layout, decision, features, connector_scores=following.ranking)
+        return replace(self, decision=decision, features=features, connector_scores=following.ranking)
 
     def then_decoder(self, following: Reduction) -> ImageReduction:
         """Add a decoder stage's decision about the rows that are left."""
         return replace(self, inside=(*self.inside, following))
-
-    @property
-    def reduced_inside(self) -> bool:
-        """Whether any token left inside the LLM."""
-        return any(stage.slots < stage.total for stage in self.inside)
 
     @property
     def anchors(self) -> Tensor:
@@ -163,7 +146,7 @@ class ImageReduction:
     def remaining(self) -> TokenLayout:
         """The layout of the tokens that are left."""
         if self.layout.patch_index is None:
-            return TokenLayout((self.inside[-1] if self.inside else self.decision).slots)
+            return TokenLayout(len(self.anchors))
         return self.layout.left(self.anchors)
 
     @cached_property
@@ -174,7 +157,7 @@ class ImageReduction:
         return self.layout.left(self.decision.anchors).patches
 
     def reduce_inside(self, rows: Tensor) -> Tensor:
-        """Apply the decoder stages' decisions to rows of the tokens that entered the LLM."""
+        """Apply the decoder stages' decisions to rows `[N, D]` of the tokens that entered the LLM."""
         for stage in self.inside:
             rows = stage.apply(rows)
         return rows

@@ -20,10 +20,6 @@ from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions
 from tokensieve.models import Family, family_of
 
-DROPPED_INSIDE = (
-    "tokens left this cache inside the LLM: continue with the decoder method attached, and without new images"
-)
-
 
 class LlmSieve(Sieve):
     """One method per stage, or decisions to replay, attached to an LLM with a vision encoder."""
@@ -44,7 +40,6 @@ class LlmSieve(Sieve):
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
         self._family, self._flight = family, InFlight()
         self._images: list[list[ImageReduction]] = []
-        self._decisions: Decisions | None = None
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
         finders = {
             stage: UserTextFinder(model, processor)
@@ -68,11 +63,8 @@ class LlmSieve(Sieve):
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
-    @property
-    def last(self) -> Decisions:
-        if self._decisions is None:  # composed when it is read, not in the prefill
-            self._decisions = [[image.final() for image in images] for images in self._images]
-        return self._decisions
+    def _compose(self) -> Decisions:
+        return [[image.final() for image in images] for images in self._images]
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -91,6 +83,11 @@ class LlmSieve(Sieve):
         earlier = info_of(cache)
         if self._encoder.method is not None and shows(kwargs, "video"):
             raise Refusal(f"{self._encoder.method} acts on images in the encoder; videos are not supported")
+        if earlier is not None and earlier.layers and self._decoder is None:
+            raise Refusal(
+                "tokens left this cache inside the LLM: continue with the decoder method attached, and without new "
+                "images"
+            )
         if any(shows(kwargs, modality) for modality in self._family.modalities):
             return (), self._start_prefill(kwargs, earlier)
         if cache is None or cache.get_seq_length() == 0:
@@ -99,15 +96,11 @@ class LlmSieve(Sieve):
             return None
         if self._decoder is not None:
             self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
-        elif earlier.layers:
-            raise Refusal(DROPPED_INSIDE)
         return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
 
     def _start_prefill(self, kwargs: dict[str, Any], earlier: CacheInfo | None) -> dict[str, Any]:
         if self._decoder is not None:
             self._decoder.check(kwargs)
-        elif earlier is not None and earlier.layers:
-            raise Refusal(DROPPED_INSIDE)
         prefill = self._flight.prefill = self._connector.prefill(kwargs, earlier)
         if self._decoder is not None:
             self._decoder.start_prefill(prefill)

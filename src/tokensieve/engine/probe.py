@@ -77,7 +77,7 @@ class Probe:
             self.flight.stop_after_reading = None
 
     def observe(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
-        """Read, if armed."""
+        """Read queries and keys `[B, H, N, d]`, if armed."""
         if not self.armed:
             return
         scaling = scaling or query.shape[-1] ** -0.5

@@ -75,7 +75,7 @@ class Method(ABC):
 
     @property
     def budget(self) -> Budget | None:
-        """The field ``keep``; ``None`` for a method without one, or one that adapts to the image."""
+        """The field ``keep``; ``None`` for a method without one, or that adapts to the image."""
         keep: Budget | None = getattr(self, "keep", None)
         return keep
 
@@ -99,6 +99,11 @@ class Method(ABC):
         """
         return None if self.budget is None else [count(self.budget, total)]
 
+    def image_budget(self, total: int, layers: Sequence[int] = (0,), depth: int = 1, stage: int = -1) -> int:
+        """Return the tokens that stay after one stage of :meth:`stage_budgets`; 0 for a method without a budget."""
+        budgets = self.stage_budgets(total, layers, depth)
+        return 0 if budgets is None else budgets[stage]
+
     @abstractmethod
     def reduce(self, image: Any) -> Reduction:
         """Decide for B images of equal size at once. ``image.budget`` is the number of tokens to keep of each image."""
@@ -106,16 +111,13 @@ class Method(ABC):
     def __call__(self, image: Any) -> Reduction:
         """Call :meth:`reduce`, unless the image is kept whole: then return the identity and a note with the reason."""
         batch, total, _ = image.features.shape
-        budget = image.budget or None
-        if budget is None:  # a method without one, or a call outside of a model
-            alone = self.stage_budgets(total, (0,), 1)
-            budget = None if alone is None else alone[-1]
+        budget = image.budget or self.image_budget(total)  # outside of a model the engine has worked out none
         if self.needs.requests("video") and image.frames is None:
             note = f"kept whole: {self.info.name} reduces videos, and this is an image"
-        elif budget is not None and budget >= total:
-            note = f"kept whole: the budget of {self} does not ask for fewer than its {total} tokens"
+        elif budget and budget >= total:
+            note = f"kept whole: the budget of {self} covers all of its {total} tokens"
         else:
-            return self.reduce(replace(image, budget=total if budget is None else budget))
+            return self.reduce(replace(image, budget=budget or total))
         return Reduction.identity(total, batch, image.features.device, grid=image.grid, notes=(note,))
 
     def __str__(self) -> str:

@@ -47,6 +47,18 @@ def evidence(label: str = "", *, default: Any = False, **ways: Any) -> Any:
     return field(default=default, metadata={"evidence": Evidence(label, **ways)})
 
 
+CLS_ATTENTION: dict[str, Any] = {
+    "label": "[CLS] attention",
+    "read": ops.attention_from_cls,
+    "read_without_cls": ops.attention_received,
+    "merged": "sum",
+}
+CLS_ATTENTION_SINGLE_HEAD = CLS_ATTENTION | {
+    "read": ops.attention_from_cls_single_head,
+    "read_without_cls": ops.attention_received_single_head,
+}
+
+
 @dataclass(frozen=True)
 class StageNeeds:
     """Base of the needs of one stage; as it stands, nothing is requested."""
@@ -83,7 +95,7 @@ class Needs(StageNeeds):
         cls_attention: layers in which the attention of the [CLS] token is read: one, several or a slice.
         cls_attention_single_head: the same with all heads joined into one.
         attention_received: layers in which the attention that each token receives is read.
-        encoder_keys: layers of which the keys are read.
+        encoder_keys: layers whose keys are read.
         cls_similarity: cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: the rows that enter the projector.
         user_text: the embeddings of the user's words.
@@ -91,20 +103,8 @@ class Needs(StageNeeds):
         video: the tokens must be those of a video's frames; images stay whole.
     """
 
-    cls_attention: Layers | None = evidence(
-        "[CLS] attention",
-        default=None,
-        read=ops.attention_from_cls,
-        read_without_cls=ops.attention_received,
-        merged="sum",
-    )
-    cls_attention_single_head: Layers | None = evidence(
-        "[CLS] attention",
-        default=None,
-        read=ops.attention_from_cls_single_head,
-        read_without_cls=ops.attention_received_single_head,
-        merged="sum",
-    )
+    cls_attention: Layers | None = evidence(default=None, **CLS_ATTENTION)
+    cls_attention_single_head: Layers | None = evidence(default=None, **CLS_ATTENTION_SINGLE_HEAD)
     cls_similarity: bool = evidence("[CLS] similarity")
     attention_received: Layers | None = evidence(
         "attention received", default=None, read=ops.attention_received, merged="sum"
@@ -128,14 +128,8 @@ class EncoderNeeds(StageNeeds):
         grid: the tokens must form a grid.
     """
 
-    cls_attention: bool = evidence(
-        "[CLS] attention", read=ops.attention_from_cls, read_without_cls=ops.attention_received
-    )
-    cls_attention_single_head: bool = evidence(
-        "[CLS] attention",
-        read=ops.attention_from_cls_single_head,
-        read_without_cls=ops.attention_received_single_head,
-    )
+    cls_attention: bool = evidence(**CLS_ATTENTION)
+    cls_attention_single_head: bool = evidence(**CLS_ATTENTION_SINGLE_HEAD)
     attention_received: bool = evidence("attention received", read=ops.attention_received)
     encoder_keys: bool = evidence("encoder keys", read=ops.keys_by_head)
     grid: bool = evidence("grid")

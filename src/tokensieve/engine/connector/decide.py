@@ -32,7 +32,7 @@ class DecisionUnit:
         grid: (height, width) of the patches, if they form a grid.
         frames: T, if the patches are a video.
         method: the method with the unit's budget.
-        tiled_layout: the layout of the image, if the unit is a whole image that is seen in tiles.
+        tiled_layout: the layout of the image, if the unit is a whole image that the vision encoder received in tiles.
     """
 
     image: int
@@ -76,7 +76,6 @@ class ConnectorEvidence:
     def tokens(self, units: Sequence[DecisionUnit]) -> ConnectorTokens:
         """Return the tokens of equal units, `[B, N, D]`."""
         first, outputs = units[0], self.outputs
-        budgets = first.method.stage_budgets(first.size, (0,), 1)
         origins = [(self.origins[unit.image], unit.rows) for unit in units]
         by_layer: dict[str, Any] = {
             name: ByLayer(
@@ -90,10 +89,10 @@ class ConnectorEvidence:
             torch.stack([self.features[unit.image][unit.rows] for unit in units]),
             grid=first.grid,
             frames=first.frames,
-            budget=0 if budgets is None else budgets[-1],
+            budget=first.method.image_budget(first.size),
             notes=outputs.notes,
-            cls_similarity=torch.stack([similarity[i][part] for i, part in origins]) if similarity else None,
-            patches=torch.stack([self.patches[u.image][u.rows] for u in units]) if self.patches else None,
+            cls_similarity=torch.stack([similarity[image][part] for image, part in origins]) if similarity else None,
+            patches=torch.stack([self.patches[unit.image][unit.rows] for unit in units]) if self.patches else None,
             user_text=self._text_of(units),
             tiles=_tiles_of(units),
             **by_layer,

@@ -75,6 +75,7 @@ class PromptImages:
             raise Refusal(f"the batch repeats its images {self.copies} times and its videos {second_set.copies} times")
         flat = [entry for row in rows for entry in row]
         start = {first: 0, second: len(self.outputs.layouts)}  # where each modality begins in the joint record
+        # the joint record has each image once, in prompt order: only every first copy of a row counts
         records = [start[kind] + sources[kind].origins[n] for row in rows[:: self.copies] for kind, n in row]
         sizes = [[len(sources[kind].features[n]) for kind, n in row] for row in rows]
         visual = self.placeholders.visual | second_set.placeholders.visual
@@ -119,7 +120,7 @@ def _check_copies(family: Family, visual: Tensor, features: list[Tensor], copies
         if not all(a is b or torch.equal(a, b) for a, b in pairs):
             raise Refusal(
                 f"transformers hands the {copies} beams (or returns) of sample {sample} its {per_copy} {kind}s in "
-                f"another order in {family.title}, and the model sees the wrong ones: take one {kind} per sample, or "
+                f"another order in {family.title}, so the model gets wrong ones: take one {kind} per sample, or "
                 "num_beams=1 and num_return_sequences=1"
             )
 
@@ -129,7 +130,7 @@ def _origins(images: Sequence[Sequence[int]], encoded: int) -> tuple[list[int], 
     total = sum(map(len, images))
     copies = total // encoded if encoded else 1
     if copies * encoded != total:
-        raise Refusal(f"the batch shows {total} images; the encoder saw {encoded}")
+        raise Refusal(f"the batch shows {total} images; {encoded} were encoded")
     origins, start = [], 0
     for row in images[::copies]:
         origins += list(range(start, start + len(row))) * copies

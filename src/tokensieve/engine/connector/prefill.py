@@ -106,7 +106,7 @@ class Connector:
             stay = placeholders.not_padding.masked_scatter(placeholders.visual, kept_placeholders(images))
             columns = ColumnSelection.of(stay, lengths)
             for kind, numbers in prompt.by_modality.items():
-                encoded[kind] = self._reduce_features(encoded[kind], prompt, images, numbers)
+                encoded[kind] = reduce_features(self.family, self.model, encoded[kind], prompt, images, numbers)
             renumbered_rows = [n > 0 for n in dropped] if self.positions == "contiguous" else None
             end, padding = placeholders.end, padding_id(self.model)
             prefix = shorten_inputs(kwargs, columns, positions, end, renumbered_rows, padding)
@@ -123,7 +123,7 @@ class Connector:
             raise Refusal("a reduced prompt needs input_ids: inputs_embeds do not show where the images stand")
         for kind in self.family.modalities:
             encoded = (kwargs.get("mm_encoder_outputs") or {}).get(kind)
-            if encoded is not None and not EncoderOutputs.on(encoded):
+            if encoded is not None and not hasattr(encoded, EncoderOutputs.ATTRIBUTE):
                 raise Refusal(
                     f"these {kind} features were encoded before the method was attached, or in prefill chunks "
                     "(prefill_chunk_size): encode them with the method attached, in one piece"
@@ -199,17 +199,19 @@ class Connector:
     def _decide(self, kwargs: dict[str, Any], prompt: PromptImages) -> list[ImageReduction]:
         """Return the decision about each image of the (possibly expanded) batch."""
         outputs, origins = prompt.outputs, prompt.origins
-        layouts = [_fitting(outputs.layouts[o], len(f)) for f, o in zip(prompt.features, origins, strict=True)]
+        sizes = map(len, prompt.features)
+        layouts = [_fitting(outputs.layouts[origin], n) for n, origin in zip(sizes, origins, strict=True)]
         if self.replay is not None:
-            sizes, device = prompt.placeholders.images[:: prompt.copies], prompt.placeholders.visual.device
-            decisions = _replayed(self.replay, sizes, device)
-            return [ImageReduction(n, decisions[o], decisions[o]) for n, o in zip(layouts, origins, strict=True)]
+            placeholders = prompt.placeholders
+            replayed = _replayed(self.replay, placeholders.images[:: prompt.copies], placeholders.visual.device)
+            by_image = zip(layouts, (replayed[origin] for origin in origins), strict=True)
+            return [ImageReduction(layout, decision, decision) for layout, decision in by_image]
         if outputs.reductions is None:
             images = [_whole(layout, rows.device) for layout, rows in zip(layouts, prompt.features, strict=True)]
-        else:  # the vision encoder itself merged the rows: the decision says which, the features are only picked
+        else:  # the vision encoder has merged the rows already: the features need only be picked
             in_encoder = [outputs.reductions[origin] for origin in origins]
             images = [ImageReduction(TokenLayout(r.total), r, Reduction(r.total, r.anchors)) for r in in_encoder]
-            layouts = [_fitting(outputs.layouts[o], r.slots) for o, r in zip(origins, in_encoder, strict=True)]
+            layouts = [_fitting(outputs.layouts[i], r.slots) for i, r in zip(origins, in_encoder, strict=True)]
         if self.method is None:
             return images
         if self.method.needs.requests("video") and not any(layout.video for layout in layouts):
@@ -233,19 +235,10 @@ class Connector:
             rows = image.features.apply(rows)
             features.append(rows if layout.patch_index is None else rows[layout.patch_index])
         patches = [outputs.patches[origin] for origin in prompt.origins] if outputs.patches else []
-        if outputs.reductions is not None:
+        if outputs.reductions is not None:  # not strict: there are no patches if they were not requested
             patches = [image.features.apply(rows) for image, rows in zip(images, patches, strict=False)]
         row_of = [row for row, sizes in enumerate(placeholders.images) for _ in sizes]
         return ConnectorEvidence(layouts, features, patches, outputs, prompt.origins, text, row_of)
-
-    def _reduce_features(
-        self, encoded: Any, prompt: PromptImages, images: list[ImageReduction], numbers: list[int]
-    ) -> Any:
-        """Reduce the output of the encode call that made these images."""
-        records = [prompt.origins[n] for n in numbers]
-        patches = [prompt.outputs.patches[o] for o in records] if prompt.outputs.patches else []
-        features = [prompt.features[n] for n in numbers]
-        return reduce_features(self.family, self.model, encoded, features, patches, [images[n] for n in numbers])
 
 
 def _fitting(layout: TokenLayout, total: int) -> TokenLayout:

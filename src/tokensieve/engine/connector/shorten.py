@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tokensieve.engine.cache import PrefixInfo
+from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.handoff import ImageReduction
-from tokensieve.engine.prompt.placeholders import ColumnSelection
+from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
 from tokensieve.models import Family
 
 PADDING_OF = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
@@ -22,17 +23,17 @@ def reduce_features(
     family: Family,
     model: Any,
     encoded: Any,
-    features: Sequence[Tensor],
-    patches: Sequence[Tensor],
+    prompt: PromptImages,
     images: Sequence[ImageReduction],
+    numbers: Sequence[int],
 ) -> Any:
     """Return a copy of an encode call's output with every feature plane reduced. The original may be used again.
 
     Args:
-        features: per image `[N, D]`, the rows that the vision encoder made.
-        patches: per image `[M, C]`, the rows that entered the projector; read only where they are merged.
-        images: the decisions.
+        images: the decisions about all images of the prompt.
+        numbers: the numbers of the images that this call encoded.
     """
+    features, images = [prompt.features[n] for n in numbers], [images[n] for n in numbers]
     output, reductions = type(encoded)(**dict(encoded.items())), [image.features for image in images]
 
     def reduce_plane(plane: Any) -> list[Tensor]:
@@ -41,6 +42,7 @@ def reduce_features(
     if all(reduction.projected for reduction in reductions):
         reduced = reduce_plane(features)
     else:
+        patches = [prompt.outputs.patches[prompt.origins[n]] for n in numbers]
         reduced = _merge_before_projector(family, model, features, patches, images)
     # models that stack equal images read all rows in one line, so that any number of rows fits
     output.pooler_output = torch.cat(reduced)[None] if isinstance(encoded.pooler_output, Tensor) else reduced
@@ -52,7 +54,12 @@ def reduce_features(
 def _merge_before_projector(
     family: Family, model: Any, features: Sequence[Tensor], patches: Sequence[Tensor], images: Sequence[ImageReduction]
 ) -> list[Tensor]:
-    """Merge the rows that enter the projector, and project the merged rows of all images in one call."""
+    """Merge the rows that enter the projector, and project the merged rows of all images in one call.
+
+    Args:
+        features: per image `[N, D]`, the rows that the vision encoder made.
+        patches: per image `[M, C]`, the rows that entered the projector.
+    """
     entered = [image.layout.insert_separators(rows) for image, rows in zip(images, patches, strict=True)]
     mixed = [image.features.apply(rows) for image, rows in zip(images, entered, strict=True)]
     projected = torch.split(family.project(model, torch.cat(mixed)), [len(rows) for rows in mixed])
@@ -69,13 +76,13 @@ def _merge_before_projector(
 
 
 def kept_placeholders(images: Sequence[ImageReduction]) -> Tensor:
-    """Return the placeholders that stay, bool, all images in order."""
-    kept = [image.decision.anchors.new_zeros(image.decision.total, dtype=torch.bool) for image in images]
-    return torch.cat([flags.index_fill(0, i.decision.anchors, True) for flags, i in zip(kept, images, strict=True)])
+    """Return `[V]` bool, True on those of the batch's V placeholders that stay; all images in order."""
+    anchors = [(image.decision.anchors, image.decision.total) for image in images]
+    return torch.cat([kept.new_zeros(n, dtype=torch.bool).index_fill(0, kept, True) for kept, n in anchors])
 
 
 def position_ids(family: Family, base: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Return the position ids of the whole prompt, as the model itself numbers it."""
+    """Return the position ids of the whole prompt, `[B, L]` or `[axes, B, L]`, as the model itself numbers it."""
     if kwargs.get("position_ids") is not None:
         ids_of_caller: Tensor = kwargs["position_ids"]
         return ids_of_caller
@@ -83,6 +90,7 @@ def position_ids(family: Family, base: Any, kwargs: dict[str, Any]) -> Tensor:
     plain = (torch.arange(ids.shape[1], device=ids.device) + family.first_position).expand(len(ids), -1)
     mrope = getattr(base, "compute_3d_position_ids", None)  # also remembers the model's rope_deltas
     axes = mrope and mrope(**{name: kwargs.get(name) for name in inspect.signature(mrope).parameters})
+    # [1 + axes, B, L]: transformers reads the plain ids of an M-RoPE model from a first axis
     return plain if axes is None else torch.cat([plain[None], axes])
 
 
@@ -113,12 +121,12 @@ def shorten_inputs(
             kwargs[name] = columns.take(kwargs[name], filler)
     kept, shift = columns.take(positions), None
     if renumbered_rows is not None:
+        # a row counts on from its own first position; padding must not set it
         first = kept.masked_fill(~columns.valid, torch.iinfo(kept.dtype).max).amin(-1, keepdim=True)
         contiguous = first + (new_mask.long().cumsum(-1) - 1).clamp(min=0)
         if not all(renumbered_rows):  # a row that stayed whole keeps its ids, as it does in a batch of its own
-            rows = torch.tensor(renumbered_rows, device=ids.device)[:, None]
-            contiguous = contiguous.where(rows, kept)
-        shift, kept = kept[..., -1:] - contiguous[..., -1:], contiguous
+            contiguous = contiguous.where(on_device(renumbered_rows, ids.device)[:, None], kept)
+        shift, kept = kept[..., -1:] - contiguous[..., -1:], contiguous  # later tokens follow the last column
     kwargs["position_ids"] = kept
     after_images = ids.shape[1] - end
     prefix_mask = new_mask[:, : new_mask.shape[1] - after_images]
@@ -129,7 +137,7 @@ def untouched_prefix(kwargs: dict[str, Any], end: int) -> PrefixInfo:
     """Return the bookkeeping of a prompt that enters the LLM whole."""
     ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
     prefix_mask = torch.ones_like(ids[:, :end]) if mask is None else mask[:, :end].long()
-    return PrefixInfo(prefix_mask, False, end, None)
+    return PrefixInfo(prefix_mask, False, end)
 
 
 def padding_id(model: Any) -> int:

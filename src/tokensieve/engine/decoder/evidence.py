@@ -59,10 +59,10 @@ class DecoderEvidence:
         """The first layer whose input must be passed to :meth:`copy_input`."""
         if self._copied("LLM input"):
             return 0
+        # layer and MLP inputs are those of the layer before
         return self.layers[0] - bool(self._copied("layer input") or self._copied("MLP input"))
 
     def remove(self) -> None:
-        """Remove probes and hooks."""
         for probe in self.probes.values():
             probe.remove()
         for handle in self._handles:
@@ -76,7 +76,7 @@ class DecoderEvidence:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def copy_input(self, state: PrefillState, layer: int, hidden: Tensor) -> None:
-        """Keep the hidden states that enter a layer, where they are evidence."""
+        """Keep the hidden states `[B, n, D]` that enter a layer, where they are evidence."""
         if layer == 0:
             state.evidence |= dict.fromkeys(self._copied("LLM input"), hidden)
         if layer + 1 in self.layers:
@@ -86,7 +86,7 @@ class DecoderEvidence:
         """Take the reading of the previous layer, or run this layer up to its queries and keys to get one.
 
         Args:
-            hidden, kwargs: the input of ``layer``, before which tokens leave.
+            hidden, kwargs: the input `[B, n, D]` of ``layer``, before which tokens leave, and its other arguments.
         """
         if layer not in self.probes:
             return
@@ -137,8 +137,8 @@ class DecoderEvidence:
         """Return the tokens of G equal images, `[G, N]`.
 
         Args:
-            hidden: the input of the layer, before tokens leave.
-            rope: (cos, sin) of that sequence.
+            hidden: `[B, n, D]`, the input of the layer, before tokens leave.
+            rope: (cos, sin) `[B, n, d]` of that sequence.
             members: the images.
             columns: `[G, N]`, the columns of their patches in the sequence.
             budget: tokens to keep of each image.
@@ -170,13 +170,12 @@ class DecoderEvidence:
             about_image["connector_scores"] = _connector_scores(state, members)
         images = [state.image(member) for member in members]
         decision = images[0].decision
-        remaining = images[0].inside[-1].slots if images[0].inside else decision.slots
         if self.needs.grid and decision.grid is not None:
             anchors, width = torch.stack([image.anchors for image in images]), decision.grid[1]
             about_image["coordinates"] = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
         return DecoderTokens(
             take(features, columns),
-            grid=decision.grid if remaining == decision.total else None,
+            grid=decision.grid if len(images[0].anchors) == decision.total else None,
             budget=budget,
             entered=images[0].entered,
             user_text=DecoderUserText(**about_text) if about_text else None,

@@ -31,7 +31,7 @@ from tokensieve.engine.decoder.masks import (
     limit_to_window,
     shorten_mask,
 )
-from tokensieve.engine.decoder.sequence import Member, PrefillState
+from tokensieve.engine.decoder.sequence import PrefillState
 from tokensieve.engine.handoff import Prefill
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.prompt.placeholders import equal_groups
@@ -47,7 +47,7 @@ class DecodeStep:
 
     Attributes:
         prefixes: {layer: prefix} for the layers that received fewer tokens than the first.
-        mask: the caller's.
+        mask: `[B, L]`, the caller's, over all its columns; or ``None``.
         masks: the masks made so far, by prefix and kind of attention.
     """
 
@@ -86,7 +86,7 @@ class DecoderHooks:
         method.check_average(self.layers, self.depth)
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
-        self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()
+        self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
         self.evidence = DecoderEvidence(self.decoder, method, self.layers, self.kinds, flight)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
@@ -97,7 +97,6 @@ class DecoderHooks:
             self.decoder._deepstack_process = partial(self._deepstack, self.decoder._deepstack_process)
 
     def remove(self) -> None:
-        """Remove the hooks and the wrapper."""
         for handle in self._handles:
             handle.remove()
         self.evidence.remove()
@@ -138,7 +137,7 @@ class DecoderHooks:
         self.evidence.arm()
 
     def start_decoding(self, prefixes: dict[int, PrefixInfo], mask: Tensor | None) -> None:
-        """Start a step on a reduced cache; ``mask`` is the caller's."""
+        """Start a step on a reduced cache; ``mask`` `[B, L]` is the caller's."""
         self.flight.decoding = DecodeStep(prefixes, mask)
 
     # -- a prefill ----------------------------------------------------------------------------------------------------
@@ -182,7 +181,10 @@ class DecoderHooks:
         # images of equal size, now and at the start, are decided about in one call
         for group in equal_groups([(len(patches[member]), *state.batch_key(member)) for member in state.members]):
             members = [state.members[index] for index in group]
-            decisions = self._decide(state, number, hidden, inputs, members, patches)
+            columns, rope = torch.stack([patches[member] for member in members]), inputs["position_embeddings"]
+            method, entered = state.method(members[0]), state.image(members[0]).entered
+            budget = method.image_budget(entered, self.layers, self.depth, self.layers.index(number))
+            decisions = method(self.evidence.tokens(state, hidden, rope, members, columns, budget))
             for member, about_patches in zip(members, decisions, strict=True):
                 decision = layouts[member].merge_parts([about_patches])
                 (row, image), columns = member, state.columns(member)
@@ -195,21 +197,6 @@ class DecoderHooks:
             state.evidence.clear()  # nothing reads it any more: free the memory
         selection = state.drop(kept)
         return hidden if selection is None else selection.take_rows(hidden)
-
-    def _decide(
-        self,
-        state: PrefillState,
-        number: int,
-        hidden: Tensor,
-        inputs: dict[str, Any],
-        members: list[Member],
-        patches: dict[Member, Tensor],
-    ) -> Any:
-        """Return the method's decision about equal images."""
-        method, columns = state.method(members[0]), torch.stack([patches[member] for member in members])
-        budgets = method.stage_budgets(state.image(members[0]).entered, self.layers, self.depth)
-        budget = 0 if budgets is None else budgets[self.layers.index(number)]
-        return method(self.evidence.tokens(state, hidden, inputs["position_embeddings"], members, columns, budget))
 
     def _shorten(self, state: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give one layer the inputs of the shorter sequence, and record the bookkeeping for its cache."""
@@ -284,17 +271,14 @@ class DecoderHooks:
         """Return the bookkeeping of the running sequence, up to and including its last visual token."""
         sequence, entry = state.sequence, state.prefill.prefix
         after_images = state.prefill.visual.shape[1] - entry.mask.shape[1]
+        end = sequence.visual.shape[1] - after_images
         mask = torch.ones_like(sequence.visual, dtype=torch.long) if sequence.mask is None else sequence.mask
-        renumbered_rows = state.renumbered_rows() if self.positions == "contiguous" else None
-        end, original_columns = sequence.width - after_images, None
-        if self.window:
-            original_columns = sequence.columns.index[:, :end] + entry.dropped
         return PrefixInfo(
             mask[:, :end],
             sequence.columns.padded,
             entry.length,
-            renumbered_rows=renumbered_rows,
-            original_columns=original_columns,
+            renumbered_rows=state.renumbered_rows() if self.positions == "contiguous" else None,
+            original_columns=sequence.columns.index[:, :end] + entry.dropped if self.window else None,
         )
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def limit_to_window(mask: Tensor, prefix: PrefixInfo, cache: Cache, layer: int, 
     queries, past = mask.shape[-2], cache.get_seq_length(layer)
     keys, first = cache.get_mask_sizes(queries, layer)
     column = torch.arange(past + queries, device=mask.device)
-    entered_at = column.repeat(len(prefix.mask), 1)
+    entered_at = column.repeat(len(prefix.mask), 1)  # [B, columns as the caller counts]: only the prefix has moved
     entered_at[:, prefix.dropped : prefix.length] = prefix.original_columns
     in_window = column[past:, None] - entered_at[:, None, first : first + keys] < window
     return mask.masked_fill(~in_window[:, None], _hidden_value(mask))

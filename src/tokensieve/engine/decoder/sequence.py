@@ -54,16 +54,14 @@ class SequenceLayout:
         columns = ColumnSelection(all_columns, valid, min(prefill.lengths) < width)
         return cls(columns, visual, None if mask is None else mask.long(), prefill.lengths, images, text)
 
-    @property
-    def width(self) -> int:
-        return self.visual.shape[1]
-
     def keep(self, images: list[list[Tensor]]) -> tuple[SequenceLayout, ColumnSelection | None]:
         """Return the sequences in which only the given columns of each image stay, and the selection that leads there.
 
         The selection is ``None`` if all columns stay.
         """
-        dropped = [_tokens(before) - _tokens(after) for before, after in zip(self.images, images, strict=True)]
+        dropped = [
+            sum(map(len, before)) - sum(map(len, after)) for before, after in zip(self.images, images, strict=True)
+        ]
         if not any(dropped):
             return self, None
         stay = self.columns.valid & ~self.visual
@@ -157,7 +155,8 @@ class PrefillState:
 
         ``None``: all rows did.
         """
-        reduced = [any(image.reduced_inside for image in images) for images in self.images]
+        dropped = [[stage.slots < stage.total for image in row for stage in image.inside] for row in self.images]
+        reduced = list(map(any, dropped))
         return None if all(reduced) else on_device(reduced, self.sequence.visual.device)[:, None]
 
     def drop(self, images: list[list[Tensor]]) -> ColumnSelection | None:
@@ -166,7 +165,3 @@ class PrefillState:
         if selection is not None:
             self.layer_inputs, self.prefix = {}, None
         return selection
-
-
-def _tokens(images: list[Tensor]) -> int:
-    return sum(map(len, images))

@@ -1,7 +1,7 @@
 """The encode function of a model, wrapped, and hooks on its vision encoder: probes, and the encoder method.
 
-Nothing is dropped here, because ``generate`` insists on the usual number of features: the record of the call travels on
-its output, and the connector stage acts on it.
+The features keep their number, which ``generate`` checks. The record of the call travels on its output, and the
+connector stage acts on it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.engine.encoder.steps import TowerPass, TowerResult
-from tokensieve.engine.encoder.tower import Tower
+from tokensieve.engine.encoder.tower import TowerHooks
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.probe import Probe, Read, probe_of
@@ -72,7 +72,7 @@ class EncoderHooks:
     def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None, flight: InFlight) -> None:
         self.family, self.model, self.base, self.flight = family, model, model.base_model, flight
         self.method = method
-        self.inside = Tower(family, model, method, flight) if isinstance(method, EncoderMethod) else None
+        self.tower_hooks = TowerHooks(family, model, method, flight) if isinstance(method, EncoderMethod) else None
         self.resize = method if isinstance(method, ResizeMethod) else None
         self.needs = needs
         self.depth, self.cls_replaced = 0, False
@@ -81,7 +81,11 @@ class EncoderHooks:
         self._probes: list[Probe] = []
         self._handles: list[Any] = []
         if not family.encoder_unreadable:
-            self._hook_modules()
+            projector = family.projector(model) if needs.patches else None
+            for tower in family.towers(model):
+                self._hook_tower(tower)
+            if projector is not None:
+                self._handles.append(projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
         elif needs.patches or needs.cls_similarity or needs.reads_attention:
             raise Refusal(
                 f"the evidence of this method in the encoder is unknown in {family.title}: {family.encoder_unreadable}"
@@ -93,24 +97,16 @@ class EncoderHooks:
             setattr(self.base, name, self._recorded(getattr(self.base, name), modality))
 
     def remove(self) -> None:
-        """Remove every hook, probe and wrapper."""
         for handle in self._handles:
             handle.remove()
         for probe in self._probes:
             probe.remove()
-        if self.inside is not None:
-            self.inside.remove()
+        if self.tower_hooks is not None:
+            self.tower_hooks.remove()
         for name, attribute in self._own_encode.items():
             delattr(self.base, name)
             if attribute is not None:
                 setattr(self.base, name, attribute)
-
-    def _hook_modules(self) -> None:
-        projector = self.family.projector(self.model) if self.needs.patches else None
-        for tower in self.family.towers(self.model):
-            self._hook_tower(tower)
-        if projector is not None:
-            self._handles.append(projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
 
     def _hook_tower(self, tower: nn.Module) -> None:
         attentions, has_cls = self.family.attentions(tower), self.family.has_cls(tower)
@@ -121,16 +117,16 @@ class EncoderHooks:
             raise Refusal(f"{type(tower).__name__} has no attention over all patches that could be read")
         self._tower_arguments = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.pooling = None if has_cls else self.family.pooling_head(tower)
-        self.pooled_layers = {} if self.pooling is None else _last_layer_only(self.needs, self.depth)
-        not_pooled: dict[str, Any] = dict.fromkeys(self.pooled_layers)
-        needs = replace(self.needs, **not_pooled)
+        self.pooled_layers = {} if self.pooling is None else _replaced_by_pooling(self.needs, self.depth)
+        from_pooling: dict[str, Any] = dict.fromkeys(self.pooled_layers)
+        needs = replace(self.needs, **from_pooling)  # None: the pooling head gives these, so no layer is read for them
         self.cls_replaced = not has_cls and (
             needs.cls_attention is not None or needs.cls_attention_single_head is not None
         )
         for_connector = _reads_by_layer(needs, self.depth, has_cls)
         for_encoder: dict[int, Reads] = {}
-        if self.inside is not None and self.inside.method.needs.reads_attention:
-            for_encoder = dict.fromkeys(self.inside.layers, _reads(self.inside.method.needs, has_cls))
+        if self.tower_hooks is not None and self.tower_hooks.method.needs.reads_attention:
+            for_encoder = dict.fromkeys(self.tower_hooks.layers, _reads(self.tower_hooks.method.needs, has_cls))
         probes = {
             layer: probe_of(
                 attentions[layer],
@@ -140,8 +136,8 @@ class EncoderHooks:
             for layer in sorted(for_connector.keys() | for_encoder.keys())
         }
         self._probes += probes.values()
-        if self.inside is not None:
-            self.inside.install()
+        if self.tower_hooks is not None:
+            self.tower_hooks.install()
         self._handles += [
             tower.register_forward_pre_hook(partial(self._before_tower, probes), with_kwargs=True),
             tower.register_forward_hook(partial(self._after_tower, probes)),
@@ -191,10 +187,8 @@ class EncoderHooks:
         call.encoder_inputs = dict(zip(self._tower_arguments, args, strict=False)) | kwargs
         if self.resize is not None:
             self._resize(tower, call, self.resize)
-        if self.inside is not None:
-            pixels = call.encoder_inputs["pixel_values"]
-            grids = [self.family.tile(self.model, call)] * len(pixels)
-            call.tower_pass = self.inside.start(call.encoder_inputs, grids, pixels.device)
+        if self.tower_hooks is not None:
+            call.tower_pass = self.tower_hooks.start(call.encoder_inputs, self.family.tile(self.model, call))
         for probe in probes.values():
             probe.arm()
         return (), call.encoder_inputs
@@ -211,8 +205,7 @@ class EncoderHooks:
         grids = [layout.grid or (1, layout.total) for layout in self.family.layouts(self.model, call)]
         call.reductions, cells = [], []
         for height, width in grids:
-            budgets = method.stage_budgets(height * width, (0,), 1)
-            budget = height * width if budgets is None else budgets[-1]
+            budget = method.image_budget(height * width) or height * width
             no_features = torch.empty(1, height * width, 0, device=device)
             reduction = method(VisualTokens(no_features, grid=(height, width), budget=budget))[0]
             call.reductions.append(reduction)
@@ -231,10 +224,10 @@ class EncoderHooks:
         if self.needs.cls_similarity:
             call.cls_similarity.append(_cosine_to_cls(output.last_hidden_state))
         self._read_pooling_head(call, output)
-        if self.inside is not None and call.tower_pass is not None:
-            call.tower_result = self.inside.finish(call.tower_pass)
+        if self.tower_hooks is not None and call.tower_pass is not None:
+            call.tower_result = TowerResult(call.tower_pass, self.tower_hooks.layers_in_all, self.tower_hooks.specials)
             call.reductions = call.tower_result.reductions()
-            self.inside.restore(call.tower_pass, output)
+            self.tower_hooks.restore(call.tower_pass, output)
         elif call.reductions is not None and not all(reduction.whole for reduction in call.reductions):
             self.family.restore(tower, output, call.reductions)
 
@@ -300,11 +293,8 @@ def _per_image(units: Tensor, layouts: list[TokenLayout]) -> list[Tensor]:
     return [units[to_device(layout.units, units.device)] for layout in layouts if layout.units is not None]
 
 
-def _last_layer_only(needs: Needs, depth: int) -> dict[str, int]:
-    """Return the [CLS] evidence that is requested from exactly one layer, the last or second to last, and that layer.
-
-    A pooling head can replace it.
-    """
+def _replaced_by_pooling(needs: Needs, depth: int) -> dict[str, int]:
+    """Return {[CLS] evidence: its layer} that a pooling head can replace: requested from one layer, of the last two."""
     layer_of = {}
     for name in ("cls_attention", "cls_attention_single_head"):
         layers = getattr(needs, name)

@@ -63,13 +63,13 @@ class TowerPass:
     mlp_output: Tensor | None = None
 
     @classmethod
-    def start(cls, grids: list[tuple[int, int]], device: torch.device) -> TowerPass:
+    def start(cls, grid: tuple[int, int], images: int, device: torch.device) -> TowerPass:
         """Start a pass of equal images."""
-        images, total = len(grids), grids[0][0] * grids[0][1]
+        total = grid[0] * grid[1]
         place = torch.arange(total, device=device).expand(images, -1)
         ones = torch.ones_like(place, dtype=torch.float32)
         entered = TowerStep(-1, place, ones, place, ones, [total] * images)
-        return cls(grids[0], [entered], [[] for _ in grids], [[] for _ in grids])
+        return cls(grid, [entered], [[] for _ in range(images)], [[] for _ in range(images)])
 
     @property
     def total(self) -> int:
@@ -133,11 +133,11 @@ class TowerResult:
     def to_remaining(self, name: str, layer: int, rows: Tensor) -> list[Tensor]:
         """Convert evidence about the tokens of ``layer``, `[B, specials + n, …]`, to those left, `[K, …]` per image.
 
-        A merged token gets the sum or the weighted mean of its members' evidence, as the table of evidence says.
+        A merged token gets the sum or the weighted mean of its members' evidence, as ``Evidence.merged`` states.
         """
         (slot, weight), latest = self._final_slots[layer], self.tower_pass.latest
         values = rows[:, self.specials :]
-        flat = values.reshape(*values.shape[:2], -1).float()
+        flat = values.reshape(*values.shape[:2], -1).float()  # [B, n, E]: evidence of any shape sums alike
         if Needs.table()[name].merged == "mean":
             flat = flat * weight[..., None]
         slots = latest.anchors.shape[1]
@@ -146,7 +146,10 @@ class TowerResult:
 
 
 def apply_decision(decision: Reduction, rows: Tensor, anchors: Tensor, sizes: Tensor) -> list[Tensor]:
-    """Apply a decision to rows; returns new rows, and the slot, weight, anchors and sizes of a :class:`TowerStep`."""
+    """Apply a decision to rows `[…, n, D]`, and to their anchors and sizes `[…, n]`.
+
+    Returns the new rows, then the slot, weight, anchors and sizes of a :class:`TowerStep`.
+    """
     slot, mixing = decision.source, decision.mixing
     weight = (slot >= 0).float()
     if mixing is not None:  # a token merges into one slot only, so its one entry is its weight

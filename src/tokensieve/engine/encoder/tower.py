@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tokensieve.engine.encoder.steps import TowerPass, TowerResult, TowerStep, apply_decision
+from tokensieve.engine.encoder.steps import TowerPass, TowerStep, apply_decision
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.prompt.placeholders import equal_groups
 from tokensieve.errors import Refusal
@@ -30,7 +30,7 @@ from tokensieve.reduction import Reduction
 from tokensieve.tokens import EncoderTokens
 
 
-class Tower:
+class TowerHooks:
     """Hooks on the layers of one vision encoder, for one encoder method.
 
     Raises:
@@ -51,7 +51,6 @@ class Tower:
         self._handles: list[Any] = []
 
     def install(self) -> None:
-        """Hook the layers."""
         for number, vit in enumerate(self._vit_layers):
             self._handles.append(vit.attention.register_forward_pre_hook(self._add_bias, with_kwargs=True))
             if number not in self.layers:
@@ -62,14 +61,13 @@ class Tower:
             self._handles.append(vit.layer.register_forward_hook(partial(self._after_layer, number), prepend=True))
 
     def remove(self) -> None:
-        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     # -- around the vision encoder ------------------------------------------------------------------------------------
 
-    def start(self, inputs: dict[str, Any], grids: list[tuple[int, int]], device: torch.device) -> TowerPass:
-        """Start a call of the vision encoder.
+    def start(self, inputs: dict[str, Any], grid: tuple[int, int]) -> TowerPass:
+        """Start a call of the vision encoder; ``grid`` is (height, width) in patches of each of its images.
 
         Raises:
             Refusal: if the call cannot be reduced correctly; nothing has run then.
@@ -86,21 +84,19 @@ class Tower:
             raise Refusal(
                 "gradient checkpointing runs layers twice and would reduce twice; turn it off in the vision encoder"
             )
-        budgets = self.method.stage_budgets(grids[0][0] * grids[0][1], self.layers, self.depth)
-        if self.method.proportional or (budgets is None and len(grids) > 1):
+        pixels: Tensor = inputs["pixel_values"]
+        budgets = self.method.stage_budgets(grid[0] * grid[1], self.layers, self.depth)  # refuses one out of reach
+        # without a budget, images may keep different numbers of tokens: the padding must be masked
+        if self.method.proportional or (budgets is None and len(pixels) > 1):
             kernel = str(self.tower.config._attn_implementation)
             if "flash" in kernel:
                 raise Refusal(
                     f"{self.method} adds to attention scores, which {kernel} cannot: load the vision encoder with sdpa"
                 )
-        return TowerPass.start(grids, device)
-
-    def finish(self, tower_pass: TowerPass) -> TowerResult:
-        """End a call; :meth:`restore` gives its output the native shape."""
-        return TowerResult(tower_pass, self.layers_in_all, self.specials)
+        return TowerPass.start(grid, len(pixels), pixels.device)
 
     def restore(self, tower_pass: TowerPass, output: Any) -> None:
-        """Give every state of the output its native shape, in place."""
+        """Give every state of the output its native shape, `[B, specials + N, D]`, in place."""
         output.last_hidden_state = self._native(tower_pass, output.last_hidden_state, self.layers_in_all - 1)
         if getattr(output, "hidden_states", None) is not None:
             states = enumerate(output.hidden_states, start=-1)
@@ -195,10 +191,10 @@ class Tower:
         """Return the method's decision about images of equal size."""
         length, all_images = tower_pass.latest.lengths[images[0]], len(images) == len(patches)
 
-        def select(rows: Tensor) -> Tensor:
+        def select(rows: Tensor) -> Tensor:  # without a copy if all images are equal
             return rows if all_images else rows[images, :length]
 
-        budgets = self.method.stage_budgets(tower_pass.total, self.layers, self.depth)
+        stage = self.layers.index(number)
         evidence: dict[str, Any] = {
             name: select(rows[:, self.specials :]) for name, rows in tower_pass.evidence.items()
         }
@@ -206,7 +202,7 @@ class Tower:
             EncoderTokens(
                 select(patches),
                 grid=tower_pass.grid if length == tower_pass.total else None,
-                budget=0 if budgets is None else budgets[self.layers.index(number)],
+                budget=self.method.image_budget(tower_pass.total, self.layers, self.depth, stage),
                 sizes=select(tower_pass.latest.sizes),
                 specials=self.specials,
                 **evidence,

@@ -26,16 +26,12 @@ class FusionSieve(Sieve):
             raise Refusal("a cross-modal encoder has no positions to renumber; leave positions='original'")
         (method,) = methods
         self._passes: list[FusionPass] = []
-        self._decisions: Decisions | None = None
         # the only other method that comes here keeps everything: its tokens are counted all the same
         acting = method if isinstance(method, FusionMethod) else KeepEverything()
         self._host = host_of(model)(model, acting, self._record)
 
-    @property
-    def last(self) -> Decisions:
-        if self._decisions is None:  # composed when it is read, not in the call of the model
-            self._decisions = [list(row) for row in zip(*(p.decisions() for p in self._passes), strict=True)]
-        return self._decisions
+    def _compose(self) -> Decisions:
+        return [list(row) for row in zip(*(one_pass.decisions() for one_pass in self._passes), strict=True)]
 
     def _record(self, passes: list[FusionPass]) -> None:
         self._passes, self._decisions = passes, None

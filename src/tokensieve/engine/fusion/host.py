@@ -72,7 +72,6 @@ class Host(ABC):
         """Return the number of layers, or of pairs of layers, in which a method could act."""
 
     def remove(self) -> None:
-        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -83,26 +83,20 @@ class Placeholders:
         """
         if not images:
             return None
-        inside, number = torch.zeros_like(self.visual), -1
-        for row, spans in enumerate(self.spans()):
-            for first, last in spans:
-                number += 1
-                if number in images:
-                    inside[row, first : last + 1] = True
+        inside = torch.zeros_like(self.visual)
+        spans = [(row, *span) for row, of_row in enumerate(self.spans()) for span in of_row]
+        for row, first, last in (spans[image] for image in images):
+            inside[row, first : last + 1] = True
         return inside
 
     def side_by_side(self) -> list[list[list[int]]]:
         """Group the images of each row, by their numbers in it: those of one group have adjacent placeholders."""
         groups: list[list[list[int]]] = []
-        visual = self.visual.cpu()
-        for row, sizes in enumerate(self.images):
-            columns = visual[row].nonzero().squeeze(-1).tolist()
+        for spans in self.spans():
             groups.append([])
-            first = 0
-            for image, size in enumerate(sizes):
-                adjacent = image > 0 and columns[first] == columns[first - 1] + 1
+            for image, (first, _) in enumerate(spans):
+                adjacent = image > 0 and first == spans[image - 1][1] + 1
                 groups[-1][-1].append(image) if adjacent else groups[-1].append([image])
-                first += size
         return groups
 
 

@@ -19,10 +19,9 @@ SAMPLE_TEXTS = ("one", "7 two")  # they have nothing in common: the tokens that 
 class UserTextFinder:
     """Finds the user's words in a batch of prompts.
 
-    With a processor that has a chat template, renderings of sample texts show the pieces of the template: between image
-    and words, after the words, and whole assistant turns. They also show where the user's first turn begins, so that
-    words before the first image count for methods that need no word to have attended to it. Without a template, every
-    text token after the first image or video that is not special counts.
+    With a chat template, renderings of sample texts show the pieces of the template: before the user's first turn,
+    between image and words, after the words, and whole assistant turns. Without one, the user's words are all text
+    tokens after the first image or video that are not special.
 
     Args:
         model: the top-level model; gives embeddings and special ids.
@@ -96,6 +95,7 @@ class UserTextFinder:
         Words before the first image are included.
 
         Args:
+            ids: `[B, L]`.
             excluded: `[B, L]` bool, True on columns without user text, such as timestamps between a video's frames.
 
         Raises:
@@ -108,6 +108,7 @@ class UserTextFinder:
         """Return the columns of each row's words, `[B, M]`, and `[B, M]` bool, False on padding; raises as above.
 
         Args:
+            ids, excluded: `[B, L]`, as in :meth:`embedded`.
             before_image: include words before the first image, which cannot attend to it.
         """
         prompts = ids.tolist()
@@ -116,7 +117,7 @@ class UserTextFinder:
             rows = [[c for c in row if not skip[c]] for row, skip in zip(rows, excluded.tolist(), strict=True)]
         for sample, (columns, row) in enumerate(zip(rows, prompts, strict=True)):
             if not columns and self.placeholders.intersection(row):
-                qualifier = "" if before_image else " after its image (those before it have not seen it)"
+                qualifier = "" if before_image else " after its image (those before it cannot attend to it)"
                 raise Refusal(
                     f"the prompt of sample {sample} has no words to go by{qualifier}; this method needs the user's text"
                 )
@@ -130,7 +131,8 @@ class UserTextFinder:
         first = next((column for column, token in enumerate(row) if token in self.placeholders), None)
         if first is None:
             return []
-        first = (_end_of(row[:first], self.opening) if before_image else None) or first
+        if before_image:
+            first = _end_of(row[:first], self.opening) or first
         template = [False] * len(row)
         for start in range(first, len(row)):
             image_here, image_before = row[start] in self.placeholders, row[start - 1] in self.placeholders
