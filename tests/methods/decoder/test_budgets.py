@@ -1,5 +1,6 @@
 """Both conventions of a budget, turned into counts per stage."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 
 import tokensieve
 from tests.support import families, models, prompts
-from tokensieve import parse
+from tokensieve import Reduction, parse
 from tokensieve.budget import stage_counts
 from tokensieve.measure import count_flops
+from tokensieve.methods import DecoderMethod
+from tokensieve.tokens import DecoderTokens
 
 
 def per_stage(method, entered, depth):
@@ -67,6 +70,27 @@ def test_averages_are_the_mean_over_the_layers(family):
     assert abs(sum(seen) / families.DEPTH - total / 2) <= 0.5
     text = inputs["input_ids"].shape[1] - total
     assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == [text + n for n in seen]
+
+
+def test_a_decoder_method_written_like_a_connector_method_meets_its_average(registry):
+    @dataclass(frozen=True)
+    class First(DecoderMethod):
+        keep: float = 0.25
+        average: float | None = None
+        layers: tuple[int, ...] = (2, 4)
+
+        def reduce(self, image: DecoderTokens) -> Reduction:
+            return image.keep(torch.arange(image.budget).expand(len(image.features), -1))
+
+    registry.register("first", paper="none", stage="decoder")(First)
+    name = families.DEEP[0]
+    model, inputs = models.tiny_model(name), prompts.collate(name, [prompts.sample(name, (3, 6), (0,), 1)])
+    for spec in ("first(average=0.5)", "pyramiddrop(layers=(2, 4), average=0.5)"):
+        with torch.no_grad(), tokensieve.attach(model, spec) as sieve:
+            model(**inputs)
+        ((tokens,),) = sieve.tokens
+        assert sum(tokens) / len(tokens) == pytest.approx(tokens[0] / 2, abs=0.5), spec
+        assert tokens[0] > tokens[2] > tokens[4], spec
 
 
 def test_no_attention_matrix_is_made():
