@@ -274,7 +274,8 @@ def test_a_crash_fails_every_law(own, error, reason):
         def reduce(self, image: VisualTokens) -> Reduction:
             raise error
 
-    assert broken(own(Crashing)()) == dict.fromkeys(LAWS, reason)
+    line = Crashing.reduce.__code__.co_firstlineno + 1
+    assert broken(own(Crashing)()) == dict.fromkeys(LAWS, f"{reason} ({__file__}, line {line})")
 
 
 def test_a_refusal_inside_a_method_is_a_refusal(own):

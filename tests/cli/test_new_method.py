@@ -47,7 +47,7 @@ def test_it_prints_the_next_commands(outcomes: dict[str, Outcome], folder: Path)
     outcome = outcomes["connector"]
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.splitlines()[2:] == [
-        f"  python -m pytest {folder}/new/test_loudest.py",
+        f"  tokensieve check reference --method {folder}/new/loudest.py:Loudest",
         f'  tokensieve compare --methods "{folder}/new/loudest.py:Loudest, random" --keep 25% --limit 200',
     ]
 

@@ -38,7 +38,7 @@ class Mute(Loudest):
 
 @pytest.fixture
 def loudest(registry):
-    return registry.register("loudest", paper="none")(Loudest)
+    return registry.register("loudest-by-norm", paper="none")(Loudest)
 
 
 def best_of(scores, keep):

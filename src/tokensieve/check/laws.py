@@ -15,6 +15,7 @@ rounding. The noise floor is measured: the unmodified model's prompts in a batch
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -352,6 +353,8 @@ def _conserve(image: Reduction) -> None:
 
 
 def _failed(name: str, law: str, error: Exception) -> Verdict:
-    first_line = next(iter(str(error).splitlines()), "")
-    reason = first_line if isinstance(error, LawViolated) else f"{type(error).__name__}: {first_line}"
+    reason = next(iter(str(error).splitlines()), "")
+    if not isinstance(error, LawViolated):  # a bug: its author needs the line
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {reason} ({frame.filename}, line {frame.lineno})"
     return Verdict(name, law, "FAIL", reason=reason)

@@ -47,8 +47,8 @@ def new_method(
         for placeholder, value in (("my-method", name), ("my_method", module), ("MyMethod", title)):
             text = text.replace(placeholder, value)
         path.write_text(text, "utf-8")
-    typer.echo(f"{method} works, and {test} says so. Next:\n")
-    typer.echo(f"  python -m pytest {test}")
+    typer.echo(f"Wrote {method}, a method that works, and {test}. Next:\n")
+    typer.echo(f"  tokensieve check reference --method {method}:{title}")
     typer.echo(f'  tokensieve compare --methods "{method}:{title}, random" --keep 25% --limit 200')
 
 

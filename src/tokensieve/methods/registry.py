@@ -153,7 +153,7 @@ def _from_file(file: str, class_name: str) -> type[Method]:
     cls = getattr(module, class_name, None)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         classes = [
-            n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and c is not Method
+            n for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, Method) and "info" in vars(c)
         ]
         raise Refusal(f"{file} has no method class {class_name!r}; {nearest(class_name, classes)}")
     if "info" not in vars(cls):  # an inherited record belongs to the base class

@@ -67,8 +67,12 @@ class DecoderMethod(InsideMethod):
 
     def check_average(self, layers: Sequence[int], depth: int) -> None:
         """Refuse, before there is an image, an average that no image can reach."""
-        if isinstance(getattr(self, "average", None), float):
-            self.stage_budgets(10**6, layers, depth)
+        average, lowest = getattr(self, "average", None), layers[0] / depth  # all tokens pass the first layers
+        if getattr(self, "counts", None) is None and isinstance(average, float) and average <= lowest:
+            raise Refusal(
+                f"{self}: an average of {average:.4g} of the tokens is out of reach if they leave at layers "
+                f"{list(layers)} of {depth}; reachable: above {lowest:.4g}, up to 1"
+            )
 
     @abstractmethod
     def reduce(self, image: DecoderTokens) -> Reduction: ...

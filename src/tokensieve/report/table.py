@@ -77,7 +77,7 @@ def _number(key: str, form: str) -> Callable[[Row], str]:
 COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
     ("method", "method spec", lambda row: str(row["method"])),
     ("keep", "budget: tokens per image, or a share of them", budget),
-    ("tokens", "visual tokens per image that enter the LLM, mean", _number("tokens_after", "{:.4g}")),
+    ("tokens", "visual tokens per image that stay after the last stage, mean", _number("tokens_after", "{:.4g}")),
     ("accuracy %", "with its 95 % interval", _accuracy),
     (
         "to full",
