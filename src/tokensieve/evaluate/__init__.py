@@ -3,11 +3,11 @@
 from tokensieve.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.compare import compare
 from tokensieve.evaluate.data import Sample, load_data
-from tokensieve.evaluate.images import open_image
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.provenance import environment
 from tokensieve.evaluate.results import Example, Results, Row, TypeScore, VsRandom
 from tokensieve.evaluate.scoring import METRICS, bootstrap, wilson
+from tokensieve.images import open_image
 
 __all__ = [
     "METRICS",
