@@ -21,9 +21,7 @@ Model: TypeAlias = Annotated[
 ]
 Data: TypeAlias = Annotated[
     str,
-    typer.Option(
-        help="'reference', a .jsonl, .json, .csv, .tsv or .parquet file, a folder of datasets, or a hub name."
-    ),
+    typer.Option(help="'reference'; a .jsonl, .json, .csv, .tsv or .parquet file; a folder of datasets; a hub name."),
 ]
 Split: TypeAlias = Annotated[
     str | None, typer.Option(help="Split of --data, if it has several.", show_default="the only one")

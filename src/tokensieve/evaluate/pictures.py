@@ -70,7 +70,7 @@ def picture_of(value: Any, folder: Path, read: Callable[[], Any], *, fetch_image
     """Return the image that a cell names or holds, checked without decoding it.
 
     Args:
-        value: a file name, a ``data:`` URI, base64 text, a URL, bytes, or the datasets library's dict of bytes and path.
+        value: a file name, a ``data:`` URI, base64 text, a URL, bytes, or a dict of bytes and path (datasets).
         folder: folder that file names are relative to.
         read: returns ``value`` again, so that a table's bytes need not be kept twice.
         fetch_images: allow URLs.

@@ -174,15 +174,14 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
         import datasets
     except ImportError as error:
         raise MissingExtra('reading a folder or a name needs datasets: pip install "tokensieve[data]"') from error
-    path = Path(source).expanduser()
-    on_disk = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    path, name = Path(source).expanduser(), str(source)
+    on_disk = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+    if not path.is_dir() and not datasets.config.HF_HUB_OFFLINE:
+        _check_hub(name)
     try:
         data = datasets.load_from_disk(str(path)) if on_disk else datasets.load_dataset(str(path))
     except Exception as error:  # many types from several libraries
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        place = f"{path}" if path.is_dir() else f"{source}: no such folder; as a data set on the hub, it"
-        raise DataError(f"{place} does not load ({reason})") from error
-    name = str(source)
+        raise DataError(f"the data set {name} does not load: {_first_line(error)}") from error
     if isinstance(data, datasets.DatasetDict):
         if split is None and len(data) == 1:
             split = next(iter(data))
@@ -190,8 +189,9 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
             given = "choose one with --split" if split is None else f"got {split!r}"
             raise DataError(f"{source}: the splits are {', '.join(data)}; {given}")
         name, data = f"{source}, {split}", data[split]
-    elif split is not None and str(data.split) != split:
-        raise DataError(f"{source}: the only split is {data.split}; got {split!r}")
+    elif split is not None and split != data.split:
+        splits = f"the only split is {data.split}" if data.split else "this is one table without splits"
+        raise DataError(f"{source}: {splits}; got {split!r}")
     # the stored values: decoding an image here would read its pixels, and lose the name of its file
     stored = data.with_format("arrow")
     classes = {column: kind.names for column, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)}
@@ -204,3 +204,20 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
         return row
 
     yield from _table(name, path, len(stored), read)
+
+
+def _check_hub(name: str) -> None:
+    """Refuse a name that the hub does not give, after one quick request: loading would retry for half a minute."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except Exception as error:  # no network, no such data set, no permission: many types from several libraries
+        raise DataError(
+            f"no data set {name}: it is no folder, and the hub does not give it ({_first_line(error)}); "
+            "HF_HUB_OFFLINE=1 takes a copy from the local cache"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
