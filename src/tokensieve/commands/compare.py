@@ -15,6 +15,7 @@ from tokensieve.commands.arguments import (
     METHODS,
     BudgetScope,
     Data,
+    FetchImages,
     ImageColumn,
     Json,
     Keeps,
@@ -22,6 +23,7 @@ from tokensieve.commands.arguments import (
     Model,
     Prompt,
     QuestionColumn,
+    Split,
     check_scopes,
     split_budgets,
     split_specs,
@@ -37,6 +39,8 @@ def compare(
         typer.Option(help="The unreduced fine-tune that --model, fine-tuned with PuMer, is compared with."),
     ] = None,
     data: Data = "reference",
+    split: Split = None,
+    fetch_images: FetchImages = False,
     methods: Methods = METHODS,
     keep: Keeps = KEEPS,
     keep_means: Annotated[
@@ -51,19 +55,25 @@ def compare(
         Path, typer.Option(help="Folder of the results; the same command continues from the files in it.")
     ] = Path("runs/compare"),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 16,
-    metric: Annotated[str, typer.Option(help="Score of an answer: exact, contains or vqa.")] = "exact",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="Score of an answer: exact (equal), contains (occurs in it), vqa (several annotators), anls (DocVQA), "
+            "relaxed (5 % for numbers, ChartQA), choice (letter of an option) or yes_no (POPE, with F1)."
+        ),
+    ] = "exact",
     image_column: ImageColumn = "image",
     question_column: QuestionColumn = "question",
     answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
     prompt: Prompt = "{question}",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 5,
     measure: Annotated[bool, typer.Option(help="Measure FLOPs, latency and memory, too.")] = True,
     report: Annotated[bool, typer.Option(help="Write report.html (needs the 'report' extra).")] = True,
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
-    from tokensieve.evaluate import Results, load_data
+    from tokensieve.evaluate import load_data
     from tokensieve.evaluate.compare import RESULTS, Comparison
     from tokensieve.evaluate.plan import Settings
 
@@ -83,8 +93,15 @@ def compare(
         from tokensieve.report.extra import check_report_extra
 
         check_report_extra()
-    columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
-    samples = load_data(data, **columns, limit=limit)
+    samples = load_data(
+        data,
+        image_column=image_column,
+        question_column=question_column,
+        answer_column=answer_column,
+        split=split,
+        fetch_images=fetch_images,
+        limit=limit,
+    )
     vlm, processor = load_model(model, classifiers=True)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
@@ -92,10 +109,9 @@ def compare(
     if unreduced := unreduced or COMPARED_WITH.get(model):
         trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
     with progress() as bar:
-        rows = Comparison(vlm, processor, samples, settings, trained).run(specs, keeps, output, bar)
-    results = Results.load(output / RESULTS)
+        results = Comparison(vlm, processor, samples, settings, trained).run(specs, keeps, output, bar)
     if json:
-        print_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in results.rows])
     else:
         _print_rows(results)
     note(f"results: {output / RESULTS}")

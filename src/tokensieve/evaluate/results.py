@@ -2,16 +2,108 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
-from tokensieve.errors import OutputError, Refusal
+import numpy as np
+from numpy.typing import NDArray
 
-VERSION = 2
+from tokensieve.errors import MissingExtra, OutputError, Refusal
+from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, paired_difference, ratio
+
+VERSION = 3
+Table: TypeAlias = Literal["rows", "types", "questions"]
+"""One line per row of the table; per row and question type; or per row, seed and question."""
 FULL, ORACLE = "full", "oracle"  # names of the two rows that are not a method's: the unhooked model and the headroom
+
+
+@dataclass(frozen=True)
+class TypeScore:
+    """Accuracy on the questions of one type, with its 95 % interval.
+
+    Attributes:
+        samples: questions of the type.
+        difference, difference_low, difference_high, difference_p: as in :class:`Row`, on these questions.
+    """
+
+    type: str
+    samples: int
+    accuracy: float
+    low: float
+    high: float
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    difference_p: float | None = None
+
+
+@dataclass(frozen=True)
+class VsRandom:
+    """A row compared with random selection, paired by question.
+
+    Attributes:
+        tokens: average of random's tokens over the layers, at most a fifth more or fewer than the row's.
+        accuracy: of random.
+        difference, low, high: the row's accuracy minus random's, with its 95 % interval.
+    """
+
+    tokens: float
+    accuracy: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def lost(self) -> bool:
+        """Whether the whole interval is below zero."""
+        return self.high < 0
+
+    @property
+    def won(self) -> bool:
+        """Whether the whole interval is above zero."""
+        return self.low > 0
+
+
+@dataclass(frozen=True)
+class YesNo:
+    """Scores of yes/no questions beside the accuracy, as POPE defines them; "yes" is the positive answer.
+
+    Attributes:
+        f1, f1_low, f1_high: 2 · precision · recall / (precision + recall), with its 95 % interval.
+        precision: share of right answers among the answers "yes"; 0 without such answers.
+        recall: share of right answers among the questions whose answer is "yes".
+        yes_ratio: share of answers "yes".
+    """
+
+    f1: float
+    f1_low: float
+    f1_high: float
+    precision: float
+    recall: float
+    yes_ratio: float
+
+    @classmethod
+    def of(cls, scores: Scores, positive: NDArray[np.bool_], clusters: Clusters) -> YesNo:
+        """Compute them from the scores of the metric ``yes_no``.
+
+        Args:
+            scores: `[seeds, questions]`, 1 where the answer is right.
+            positive: `[questions]`, whether "yes" is right.
+        """
+        expected = np.broadcast_to(positive.astype(float), scores.shape)
+        answered_yes = np.where(positive, scores, 1 - scores)
+        hits = answered_yes * expected
+        return cls(
+            *ratio(2 * hits, answered_yes + expected, clusters),
+            precision=ratio(hits, answered_yes, clusters)[0],
+            recall=ratio(hits, expected, clusters)[0],
+            yes_ratio=float(answered_yes.mean()),
+        )
 
 
 @dataclass(frozen=True)
@@ -27,12 +119,23 @@ class Row:
         tokens_average: tokens per image averaged over the LLM's layers (equal to tokens_after for methods that act
             before the LLM).
         samples: questions.
-        accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval: Wilson for one run scored 0 or 1,
-            bootstrap over questions (and seeds, for a method run with several) otherwise.
-        flops_ratio: prefill FLOPs / those of full. This field and the following are ``None`` without a measurement.
-        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token: medians for one prompt, see
-            :class:`tokensieve.measure.Cost`.
+        accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval (see
+            :mod:`tokensieve.evaluate.intervals`).
+        flops_ratio: prefill FLOPs / those of full. This field and all measured ones are ``None`` without a measurement.
+        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, decode_speedup: medians for one prompt, see
+            :class:`tokensieve.measure.Cost`. Each ``_low`` and ``_high`` is a quartile of the paired rounds.
         peak_activation_mb, kv_mb: MB (10^6 bytes) for one prompt's prefill.
+        break_even_tokens: generated tokens after which the time saved exceeds the extra prefill time; ``None`` where
+            no number does.
+        break_even: "at once", "after", "never" or "not told apart".
+        timing_note: a reason to distrust the times, such as a busy machine.
+        difference, difference_low, difference_high: accuracy minus full's, paired by question, with its 95 % interval;
+            ``None`` for full.
+        difference_p: see :class:`PairedDifference`.
+        random: the comparison with random; ``None`` for full and random themselves, and where random was not run with
+            a similar number of tokens.
+        types: accuracy by question type; empty when the data has no types.
+        yes_no: F1 and its parts, for the metric ``yes_no``.
     """
 
     method: str
@@ -51,48 +154,69 @@ class Row:
     decode_ms_per_token: float | None
     peak_activation_mb: float | None
     kv_mb: float | None
+    prefill_ms_low: float | None = None
+    prefill_ms_high: float | None = None
+    prefill_speedup_low: float | None = None
+    prefill_speedup_high: float | None = None
+    method_ms_low: float | None = None
+    method_ms_high: float | None = None
+    decode_ms_per_token_low: float | None = None
+    decode_ms_per_token_high: float | None = None
+    decode_speedup: float | None = None
+    decode_speedup_low: float | None = None
+    decode_speedup_high: float | None = None
+    break_even_tokens: float | None = None
+    break_even_low: float | None = None
+    break_even_high: float | None = None
+    break_even: str | None = None
+    timing_note: str | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    difference_p: float | None = None
+    random: VsRandom | None = None
+    types: tuple[TypeScore, ...] = ()
+    yes_no: YesNo | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the pinned fields, in order."""
-        return asdict(self)
+        """Return the fields in order, for JSON."""
+        return {**asdict(self), "types": [asdict(score) for score in self.types]}
+
+    def __repr__(self) -> str:
+        tokens = f"{self.tokens_after:.4g} of {self.tokens_before:.4g} tokens"
+        accuracy = f"accuracy {_points(self.accuracy, self.accuracy_low, self.accuracy_high)} %"
+        return f"Row({_label(self)}: {accuracy}{_to_full(self)}, {tokens}, {self.samples} questions)"
 
 
 @dataclass(frozen=True)
-class TypeScore:
-    """Accuracy on the questions of one type, with its 95 % interval."""
-
-    type: str
-    samples: int
-    accuracy: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class VsRandom:
-    """A row compared with random selection, paired by question.
+class Question:
+    """One question of the data.
 
     Attributes:
-        tokens: average of random's tokens over the layers, at most a fifth more or fewer than the row's.
-        accuracy: of random.
-        difference, low, high: the row's accuracy minus random's, with its 95 % bootstrap interval.
+        type: kind of question; "" when the data has none.
+        cluster: number of its image, in order of appearance. Questions about one image are not independent; questions
+            with an image in common share a number.
+        positive: for the metric ``yes_no``, whether the accepted answer is yes.
     """
 
-    tokens: float
-    accuracy: float
-    difference: float
-    low: float
-    high: float
+    id: str
+    type: str
+    cluster: int
+    positive: bool | None = None
 
-    @property
-    def lost(self) -> bool:
-        """Whether the whole interval is below zero."""
-        return self.high < 0
 
-    @property
-    def won(self) -> bool:
-        """Whether the whole interval is above zero."""
-        return self.low > 0
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that could not be read and is in no row.
+
+    Attributes:
+        where: file and line.
+        reason: one line.
+    """
+
+    id: str
+    where: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -121,11 +245,9 @@ class Results:
         environment: versions, hardware, date (see :func:`tokensieve.evaluate.environment`).
         settings: model, samples, metric, seeds, batch size and the like.
         rows: full first.
-        types: for each row, its accuracy by question type (empty when the data has no types).
-        differences: for each row, (difference, low, high): accuracy minus full's, paired by question, with its 95 %
-            bootstrap interval.
-        chances: for each row, its comparison with random; ``None`` for full and random themselves, and where random
-            was not run with a similar number of tokens.
+        questions: the scored questions.
+        scores: for each row, its scores by seed and question, 0 … 1.
+        skipped: samples that could not be read.
         examples: the same images for every row.
     """
 
@@ -133,17 +255,166 @@ class Results:
     environment: dict[str, Any]
     settings: dict[str, Any]
     rows: tuple[Row, ...]
-    types: tuple[tuple[TypeScore, ...], ...]
-    differences: tuple[tuple[float, float, float], ...]
-    chances: tuple[VsRandom | None, ...]
-    examples: tuple[Example, ...]
+    questions: tuple[Question, ...] = ()
+    scores: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+    examples: tuple[Example, ...] = ()
 
-    def save(self, path: Path) -> None:
+    def row(self, method: str, keep: float | None = None) -> Row:
+        """Return the row of a method at a budget; without ``keep``, its first row.
+
+        Raises:
+            Refusal: there is no such row.
+        """
+        for row in self.rows:
+            if row.method == method and keep in (None, row.keep):
+                return row
+        names = ", ".join(_label(row) for row in self.rows)
+        raise Refusal(f"no row {method!r}{'' if keep is None else f' at {keep}'}; the rows are {names}")
+
+    def __repr__(self) -> str:
+        images = len({question.cluster for question in self.questions})
+        missing = "" if self.complete else ", not complete"
+        size = f"{len(self.rows)} rows, {len(self.questions)} questions, {images} images{missing}"
+        return "\n  ".join([f"Results({size}):", *map(repr, self.rows)])
+
+    def paired(self, row: Row, other: Row, type: str | None = None) -> PairedDifference:
+        """Return the mean score of a row minus that of another, paired by question.
+
+        Args:
+            row, other: two of :attr:`rows`.
+            type: compare on the questions of this type only.
+
+        Raises:
+            Refusal: no question of this type.
+        """
+        chosen, clusters = self._chosen(type)
+        return paired_difference(self._scores(row)[:, chosen], self._scores(other)[:, chosen], clusters)
+
+    def yes_no(self, row: Row, type: str | None = None) -> YesNo:
+        """Return F1 and its parts for a row, all questions or those of one type.
+
+        Raises:
+            Refusal: another metric than ``yes_no``, or no question of this type.
+        """
+        chosen, clusters = self._chosen(type)
+        positive = [self.questions[i].positive for i in chosen]
+        if None in positive:
+            raise Refusal(f"F1 is for the metric yes_no; this comparison has {self.settings.get('metric')}")
+        return YesNo.of(self._scores(row)[:, chosen], np.array(positive, dtype=bool), clusters)
+
+    def _chosen(self, type: str | None) -> tuple[list[int], Clusters]:
+        """Return the numbers of the questions of a type, and the numbers of their images."""
+        chosen = [i for i, question in enumerate(self.questions) if type in (None, question.type)]
+        if not chosen:
+            types = dict.fromkeys(question.type for question in self.questions)
+            raise Refusal(f"no question of type {type!r}; the types are {', '.join(map(repr, types))}")
+        return chosen, np.array([self.questions[i].cluster for i in chosen])
+
+    def _scores(self, row: Row) -> Scores:
+        if row not in self.rows:
+            raise Refusal(f"{_label(row)} is not a row of these results")
+        return np.array(self.scores[self.rows.index(row)])
+
+    def records(self, table: Table = "rows") -> list[dict[str, Any]]:
+        """Return one of the three tables as flat records with equal keys.
+
+        Args:
+            table: "rows"; "types": accuracy by question type; "questions": the score of each question in each run.
+        """
+        if table not in get_args(Table):
+            raise Refusal(f"the tables are {', '.join(get_args(Table))}; got {table!r}")
+        return list({"rows": self._row_records, "types": self._type_records, "questions": self._scored}[table]())
+
+    def _row_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the fields of the rows; those of a nested object are prefixed, and left out if no row has it."""
+        nested = {"random": VsRandom, "yes_no": YesNo}
+        columns = {
+            name: [field.name for field in fields(kind)]
+            for name, kind in nested.items()
+            if any(getattr(row, name) is not None for row in self.rows)
+        }
+        plain = [field.name for field in fields(Row) if field.name not in (*nested, "types")]
+        for row in self.rows:
+            record = {name: getattr(row, name) for name in plain}
+            for name, inner in columns.items():
+                record |= {f"{name}_{part}": getattr(getattr(row, name), part, None) for part in inner}
+            yield record
+
+    def _type_records(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            for score in row.types:
+                yield {"method": row.method, "keep": row.keep, **asdict(score)}
+
+    def _scored(self) -> Iterator[dict[str, Any]]:
+        for row, seeds in zip(self.rows, self.scores, strict=True):
+            for seed, scores in enumerate(seeds):
+                for question, score in zip(self.questions, scores, strict=True):
+                    place = {"id": question.id, "type": question.type, "image": question.cluster}
+                    yield {"method": row.method, "keep": row.keep, "seed": seed, **place, "score": score}
+
+    def to_pandas(self, table: Table = "rows") -> Any:
+        """Return one of the tables of :meth:`records` as a ``pandas.DataFrame``.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise MissingExtra('to_pandas() needs pandas: pip install "tokensieve[data]"') from None
+        return DataFrame(self.records(table))
+
+    def to_csv(self, path: str | Path, table: Table = "rows") -> None:
+        """Write one of the tables of :meth:`records` as CSV; ``None`` is an empty cell.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        records = self.records(table)
+        try:
+            with Path(path).open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, list(records[0]) if records else [])
+                writer.writeheader()
+                writer.writerows(records)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def plot(self, cost: str = "tokens_average") -> Any:
+        """Return a ``matplotlib`` figure of accuracy, with its intervals, against a field of the rows.
+
+        Args:
+            cost: a numeric field, such as "tokens_average" or "flops_ratio". Rows without it are left out.
+
+        Raises:
+            Refusal: no row has this field.
+            MissingExtra: matplotlib is not installed.
+        """
+        points = [row for row in self.rows if isinstance(getattr(row, cost, None), int | float)]
+        if not points:
+            raise Refusal(f"no row has a number {cost!r} to plot against")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise MissingExtra('plot() needs matplotlib: pip install "tokensieve[report]"') from None
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot(xlabel=cost, ylabel="accuracy, %")
+        for method in dict.fromkeys(row.method for row in points):
+            rows = sorted((row for row in points if row.method == method), key=lambda row: getattr(row, cost))
+            x, y = [getattr(row, cost) for row in rows], [100 * row.accuracy for row in rows]
+            below = [100 * (row.accuracy - row.accuracy_low) for row in rows]
+            above = [100 * (row.accuracy_high - row.accuracy) for row in rows]
+            axes.errorbar(x, y, [below, above], label=method, marker="o", capsize=2)
+        axes.legend()
+        return figure
+
+    def save(self, path: str | Path) -> None:
         """Write the file atomically: a reader finds the old file or the new one, never a part.
 
         Raises:
             OutputError: the file cannot be written (a full disk). An older file stays as it was.
         """
+        path = Path(path)
         part = path.with_suffix(".part")
         try:
             part.write_text(json.dumps({"version": VERSION} | asdict(self), ensure_ascii=False), "utf-8")
@@ -154,21 +425,55 @@ class Results:
             raise OutputError(f"cannot write {path}: {error.strerror or error}; the predictions are kept") from error
 
     @classmethod
-    def load(cls, path: Path) -> Results:
+    def load(cls, path: str | Path) -> Results:
         """Read a file of :meth:`save`; raise :class:`Refusal` if it is another file."""
+        path = Path(path)
         try:
             data = json.loads(path.read_text("utf-8"))
-            if data.pop("version") != VERSION:
-                raise Refusal(f"{path} was written by another version of Tokensieve")
-            rows = tuple(Row(**row) for row in data.pop("rows"))
-            types = tuple(tuple(TypeScore(**score) for score in scores) for scores in data.pop("types"))
-            examples = tuple(_example(example) for example in data.pop("examples"))
-            differences = tuple((d[0], d[1], d[2]) for d in data.pop("differences"))
-            chances = tuple(chance and VsRandom(**chance) for chance in data.pop("chances"))
-            return cls(rows=rows, types=types, differences=differences, chances=chances, examples=examples, **data)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise Refusal(f"{path} is not a results file of Tokensieve") from error
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise Refusal(f"{path} is not a results file of Tokensieve: not JSON") from None
+        except OSError as error:
+            raise Refusal(f"{path} cannot be read ({error.strerror or error})") from None
+        if not isinstance(data, dict) or "version" not in data:
+            raise Refusal(f"{path} is not a results file of Tokensieve")
+        if (version := data.pop("version")) != VERSION:
+            raise Refusal(
+                f"{path} was written by another version of Tokensieve: its format is {version}, and {VERSION} is read; "
+                "the same comparison into the same folder writes it anew"
+            )
+        return cls(
+            **{
+                **data,
+                "rows": tuple(map(_row, data["rows"])),
+                "questions": tuple(Question(**question) for question in data["questions"]),
+                "scores": tuple(tuple(map(tuple, seeds)) for seeds in data["scores"]),
+                "skipped": tuple(Skipped(**sample) for sample in data["skipped"]),
+                "examples": tuple(map(_example, data["examples"])),
+            }
+        )
 
 
-def _example(data: dict[str, Any]) -> Example:
+def _label(row: Row) -> str:
+    return row.method if row.keep is None else f"{row.method} at {row.keep:.4g}"
+
+
+def _points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _to_full(row: Row) -> str:
+    if row.difference is None or row.difference_low is None or row.difference_high is None:
+        return ""
+    return (
+        f", {100 * row.difference:+.1f} ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}) to full"
+    )
+
+
+def _row(data: Mapping[str, Any]) -> Row:
+    random, yes_no = (data[name] and kind(**data[name]) for name, kind in (("random", VsRandom), ("yes_no", YesNo)))
+    types = tuple(TypeScore(**score) for score in data["types"])
+    return Row(**{**data, "random": random, "types": types, "yes_no": yes_no})
+
+
+def _example(data: Mapping[str, Any]) -> Example:
     return Example(**{**data, "answers": tuple(data["answers"]), "kept": tuple(data["kept"])})
