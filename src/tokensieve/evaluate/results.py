@@ -30,9 +30,15 @@ class Row:
         accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval: Wilson for one run scored 0 or 1,
             bootstrap over questions (and seeds, for a method run with several) otherwise.
         flops_ratio: prefill FLOPs / those of full. This field and the following are ``None`` without a measurement.
-        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token: medians for one prompt, see
-            :class:`tokensieve.measure.Cost`.
+        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, decode_speedup: medians for one prompt, from rounds
+            that all rows share, with their quartiles ``…_low`` and ``…_high``; see :class:`tokensieve.measure.Cost`.
+            A row's prefill_ms times its prefill_speedup is the prefill_ms of full; the same holds for decoding.
         peak_activation_mb, kv_mb: MB (10^6 bytes) for one prompt's prefill.
+        break_even: "at once", "after" so many tokens, "never" or "not told apart"; ``None`` for full and for models
+            that do not generate.
+        break_even_tokens, break_even_low, break_even_high: generated tokens after which the method has paid for
+            itself; ``None`` for no finite number.
+        timing_note: the reason why the times are uncertain, such as a busy machine.
     """
 
     method: str
@@ -44,13 +50,29 @@ class Row:
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    flops_ratio: float | None
-    prefill_ms: float | None
-    prefill_speedup: float | None
-    method_ms: float | None
-    decode_ms_per_token: float | None
-    peak_activation_mb: float | None
-    kv_mb: float | None
+    flops_ratio: float | None = None
+    prefill_ms: float | None = None
+    prefill_speedup: float | None = None
+    method_ms: float | None = None
+    decode_ms_per_token: float | None = None
+    peak_activation_mb: float | None = None
+    kv_mb: float | None = None
+    prefill_ms_low: float | None = None
+    prefill_ms_high: float | None = None
+    prefill_speedup_low: float | None = None
+    prefill_speedup_high: float | None = None
+    method_ms_low: float | None = None
+    method_ms_high: float | None = None
+    decode_ms_per_token_low: float | None = None
+    decode_ms_per_token_high: float | None = None
+    decode_speedup: float | None = None
+    decode_speedup_low: float | None = None
+    decode_speedup_high: float | None = None
+    break_even_tokens: float | None = None
+    break_even_low: float | None = None
+    break_even_high: float | None = None
+    break_even: str | None = None
+    timing_note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the pinned fields, in order."""
