@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.support.clocks import Clock
-from tokensieve.measure import Spread, interleave, paired_ratio, two_digits
+from tokensieve.measure import Spread, interleave, paired_ratio, ratio_digits, two_digits
 
 
 @pytest.fixture
@@ -66,6 +66,17 @@ def test_ratios_are_paired():
 )  # fmt: skip
 def test_noisy_figures_have_two_digits(value, text):
     assert two_digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.183, "1.2"), (0.854, "0.85"), (12.3, "12"), (1.06, "1.1"), (1.04, "1.04"), (0.996, "0.996"),
+        (1.004, "1.004"), (0.9996, "0.9996"), (1.0, "1.0"), (1.00001, "1.0"),
+    ],
+)  # fmt: skip
+def test_a_ratio_shows_its_side_of_one(value, text):
+    assert ratio_digits(value) == text
 
 
 def test_a_spread_reads_as_a_median_with_its_quartiles():

@@ -98,6 +98,8 @@ def compare(
         print_json([row.to_json() for row in rows])
     else:
         _print_rows(results)
+    if rows[0].timing_note:
+        note(f"note: {rows[0].timing_note}")
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")

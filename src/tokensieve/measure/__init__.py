@@ -2,7 +2,7 @@
 
 from tokensieve.measure.busy import CpuReading, read_cpu, timing_note
 from tokensieve.measure.costs import Candidate, Cost, measure_costs
-from tokensieve.measure.latency import Spread, interleave, paired_ratio, two_digits
+from tokensieve.measure.latency import Spread, interleave, paired_ratio, ratio_digits, two_digits
 from tokensieve.measure.paired import BreakEven, Rounds, Timing, break_even
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 
@@ -21,6 +21,7 @@ __all__ = [
     "measure_costs",
     "paired_ratio",
     "peak_activation_bytes",
+    "ratio_digits",
     "read_cpu",
     "timing_note",
     "two_digits",

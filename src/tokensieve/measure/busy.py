@@ -103,8 +103,8 @@ def timing_note(
         advice.append("with OMP_NUM_THREADS=1")
     if len(reasons) > (rounds < FEW_ROUNDS):
         advice.append("on a free machine")
-    again = f"; measure again {' or '.join(advice)}" if advice else ""
-    return f"the times are uncertain: {'; '.join(reasons)}{again}"
+    remedy = f"; measure again {' or '.join(advice)}" if advice else ""
+    return f"the times are uncertain: {'; '.join(reasons)}{remedy}"
 
 
 def _count(number: int, noun: str) -> str:

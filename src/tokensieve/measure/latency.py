@@ -46,6 +46,15 @@ def two_digits(value: float) -> str:
     return f"{rounded:.{decimals}f}"
 
 
+def ratio_digits(value: float) -> str:
+    """Return a ratio with two significant digits, or with up to four where two would hide its side of 1."""
+    for digits in (2, 3, 4):
+        text = f"{value:#.{digits}g}"
+        if abs(value - 1) >= 0.1 or float(text) != 1:
+            return two_digits(value) if digits == 2 else text
+    return "1.0"
+
+
 def interleave(
     calls: Sequence[Callable[[], Any]],
     *,
