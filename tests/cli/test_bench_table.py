@@ -85,8 +85,13 @@ def test_requests_follow_from_the_printed_times(session, answer_tokens):
     by_hand = row.prefill_ms.median + answer_tokens * row.decode_ms_per_token.median
     assert rates["seconds_per_1000_requests"]["median"] == pytest.approx(by_hand)
     assert rates["prompts_per_second"] * row.prefill_ms.median == pytest.approx(1000)
-    share = by_hand / (full.prefill_ms.median + answer_tokens * full.decode_ms_per_token.median)
-    assert numbers(_sizes(row, full, answer_tokens)[-1])[0] == pytest.approx(100 * share, rel=0.06)
+    whole = full.prefill_ms.median + answer_tokens * full.decode_ms_per_token.median
+    requests, share = row.request_seconds(answer_tokens), _sizes(row, full, answer_tokens)[-1]
+    if requests.low < whole < requests.high:
+        assert share == "within noise"
+    else:
+        assert numbers(share)[0] == pytest.approx(100 * by_hand / whole, rel=0.06)
+    assert _sizes(full, full, answer_tokens)[-1] == "100%"
 
 
 def test_a_cost_that_noise_hides_is_not_a_number():

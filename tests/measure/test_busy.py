@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tokensieve.measure import CpuReading, Spread, read_cpu, timing_note
+from tokensieve.measure import CpuReading, Spread, cpu_quota, crowd_note, read_cpu, timing_note
 from tokensieve.measure.busy import cpu_seconds
 
 START = CpuReading(wall=100.0, process=20.0, system=5000.0)
@@ -60,6 +60,23 @@ def test_more_threads_than_cores_are_named():
     assert "torch uses 2 threads on 1 core;" in note(after(), threads=2, cores=1)
 
 
+def test_a_container_with_fewer_cores_than_threads_is_named():
+    assert note(after(process=2.0), threads=8, cores=64, quota=2.0) == (
+        "the times are uncertain: torch uses 8 threads in a container limited to 2 of 64 cores; "
+        "measure again with OMP_NUM_THREADS=1 or on a free machine"
+    )
+    assert note(after(), threads=1, cores=64, quota=0.9) is None
+    assert note(after(), threads=2, cores=64, quota=2.0) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "quota"), [("200000 100000\n", 2.0), ("50000 100000\n", 0.5), ("max 100000\n", None), ("?\n", None)]
+)
+def test_the_limit_of_a_container_is_read(monkeypatch, text, quota):
+    monkeypatch.setattr(Path, "read_text", lambda *args: text)
+    assert cpu_quota() == quota
+
+
 def test_a_process_that_gets_no_core_is_named():
     assert "this process got only 40% of a core" in note(after(process=0.4))
     assert "this process got only 40% of a core" in note(CpuReading(110.0, 24.0, None))
@@ -72,6 +89,27 @@ def test_times_that_vary_are_named():
 def test_few_rounds_are_named():
     assert note(after(), rounds=1) == "the times are uncertain: 1 round cannot show a spread, 5 or more can"
     assert note(after(), rounds=4).startswith("the times are uncertain: 4 rounds cannot")
+
+
+def test_threads_that_share_cores_are_named_before_the_work():
+    """Two threads of torch beside a busy process once made a run 80 times slower, without a word."""
+
+    def look(threads, cores, others):
+        readings = iter([START, after(0.25, process=0.1, others=others)])
+        return crowd_note(threads, cores, read=lambda: next(readings), sleep=slept.append)
+
+    slept = []
+    text = look(2, 2, others=1.0)
+    assert text == (
+        "other processes used 1.0 of 2 cores beside 2 threads of torch: "
+        "all work may take many times longer than with OMP_NUM_THREADS=1 in the environment"
+    )
+    assert look(8, 2, others=0.0).startswith("torch uses 8 threads on 2 cores: all work")
+    assert look(2, 2, others=0.1) is None
+    assert look(2, 4, others=1.5) is None, "there is a core for each"
+    assert slept == [0.25] * 4
+    assert look(1, 2, others=2.0) is None
+    assert len(slept) == 4, "one thread waits for nothing: there is nothing to look for"
 
 
 def test_only_the_cores_of_this_process_count():

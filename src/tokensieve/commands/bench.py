@@ -21,6 +21,7 @@ from tokensieve.commands.arguments import (
 )
 from tokensieve.commands.console import note, print_json, print_table
 from tokensieve.commands.loading import inputs_of, load_model, trained_spec
+from tokensieve.commands.machine import note_crowd
 
 if TYPE_CHECKING:
     from tokensieve.measure import Cost, Spread
@@ -55,6 +56,7 @@ def bench(
     check_scopes(budget_scope, plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
     vlm, processor = load_model(model, classifiers=True)
+    note_crowd(vlm)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     entries = plan(specs, keeps, seeds=1, oracle=False)
@@ -119,8 +121,17 @@ def _sizes(cost: Cost, full: Cost, answer_tokens: int) -> list[str]:
         two_digits(cost.prompts_per_second),
         "–" if cost.tokens_per_second is None else two_digits(cost.tokens_per_second),
         str(requests),
-        f"{two_digits(100 * requests.median / of_full.median)}%",
+        "100%" if cost is full else _share(requests, of_full.median),
     ]
+
+
+def _share(part: Spread, whole: float) -> str:
+    """Return the share in per cent, if the quartiles lie on one side of 100 %."""
+    from tokensieve.measure import two_digits
+
+    if part.low < whole < part.high:
+        return "within noise"
+    return f"{two_digits(100 * part.median / whole)}%"
 
 
 def _ratio(spread: Spread) -> str:

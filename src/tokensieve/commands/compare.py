@@ -28,6 +28,7 @@ from tokensieve.commands.arguments import (
 )
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
+from tokensieve.commands.machine import note_crowd
 
 
 def compare(
@@ -86,6 +87,7 @@ def compare(
     columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
     samples = load_data(data, **columns, limit=limit)
     vlm, processor = load_model(model, classifiers=True)
+    note_crowd(vlm)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     trained = None

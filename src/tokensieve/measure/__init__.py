@@ -1,6 +1,6 @@
 """Cost of a call: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
 
-from tokensieve.measure.busy import CpuReading, read_cpu, timing_note
+from tokensieve.measure.busy import CpuReading, cpu_quota, crowd_note, read_cpu, timing_note, usable_cores
 from tokensieve.measure.costs import Candidate, Cost, measure_costs
 from tokensieve.measure.latency import Spread, interleave, paired_ratio, ratio_digits, two_digits
 from tokensieve.measure.paired import BreakEven, Rounds, Timing, break_even
@@ -16,6 +16,8 @@ __all__ = [
     "Timing",
     "break_even",
     "count_flops",
+    "cpu_quota",
+    "crowd_note",
     "interleave",
     "kv_bytes",
     "measure_costs",
@@ -25,4 +27,5 @@ __all__ = [
     "read_cpu",
     "timing_note",
     "two_digits",
+    "usable_cores",
 ]

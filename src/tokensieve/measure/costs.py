@@ -16,7 +16,7 @@ from torch import Tensor
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal
-from tokensieve.measure.busy import CpuReading, read_cpu, timing_note, usable_cores
+from tokensieve.measure.busy import CpuReading, cpu_quota, read_cpu, timing_note, usable_cores
 from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch, in_rounds, stopwatch
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
@@ -165,6 +165,7 @@ def measure_costs(
         rounds=repeats,
         threads=torch.get_num_threads() if on_cpu else 1,
         cores=len(usable_cores()),
+        quota=cpu_quota(),
         on_cpu=on_cpu,
     )
     timings = [Timing.of_full(rounds[0]), *(Timing.of_method(rounds[0], own_rounds) for own_rounds in rounds[1:])]
@@ -225,7 +226,7 @@ class _Contender:
         with attach(prompts.model, "full") as sieve:
             prompts.prefill()
             tokens = _tokens(sieve.last)
-        return cls("full", prompts, nullcontext, None, tokens, *_count(prompts))
+        return cls("full", prompts, nullcontext, None, tokens, *_count(prompts, prompts.prefill()))
 
     @classmethod
     def of(cls, method: Candidate, prompts: _Prompts, options: dict[str, Any]) -> _Contender:
@@ -233,9 +234,9 @@ class _Contender:
         stages: Any = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else method
         attached = partial(attach, prompts.model, stages, **options)
         with attached() as sieve:
-            prompts.prefill()
+            output = prompts.prefill()
             decisions = sieve.last
-            counts = _count(prompts)
+            counts = _count(prompts, output)
         replay = partial(attach, prompts.model, decisions) if _replayable(stages) else None
         name = method if isinstance(method, str) else _name(stages)
         return cls(name, prompts, attached, replay, _tokens(decisions), *counts)
@@ -257,9 +258,9 @@ class _Contender:
         )
 
 
-def _count(prompts: _Prompts) -> tuple[int, int, int | None]:
-    """Return FLOPs, peak bytes and cache bytes of a prefill with what is attached now."""
-    cache_bytes = kv_bytes(prompts.prefill().past_key_values) if prompts.generates else None
+def _count(prompts: _Prompts, output: Any) -> tuple[int, int, int | None]:
+    """Return FLOPs, peak bytes and cache bytes of a prefill with what is attached now; ``output`` is that of one."""
+    cache_bytes = kv_bytes(output.past_key_values) if prompts.generates else None
     return count_flops(prompts.prefill), peak_activation_bytes(prompts.prefill, prompts.model.device), cache_bytes
 
 
