@@ -2,12 +2,14 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokensieve.commands.bench import _rates, _sizes, _times, print_tables
+from tokensieve.commands.machine import note_crowd
 from tokensieve.measure import Cost, Rounds, Spread, Timing
 from tokensieve.measure.paired import FEW_ROUNDS
 
@@ -151,3 +153,10 @@ def test_the_tables_fit_120_columns(capsys, monkeypatch):
     for cell in [*_times(full)[1:], *_times(row)[1:], *_sizes(full, full, 64)[1:], *_sizes(row, full, 64)[1:]]:
         assert cell in out
     assert "64 tokens after the first" in out
+
+
+@pytest.mark.parametrize(("device", "noted"), [("cpu", "note: crowded\n"), ("cuda", "")])
+def test_shared_cores_are_noted_on_stderr_before_the_work(capsys, monkeypatch, device, noted):
+    monkeypatch.setattr("tokensieve.measure.crowd_note", lambda threads, cores, quota: "crowded")
+    note_crowd(SimpleNamespace(device=device))
+    assert capsys.readouterr() == ("", noted)
