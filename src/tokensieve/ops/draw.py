@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # splitmix64 (Steele, Lea and Flood, 2014), its constants as signed 64-bit integers: torch has no unsigned arithmetic
 STEP = -7046029254386353131
@@ -15,7 +16,8 @@ def pixel_hash(pixels: Tensor) -> Tensor:
 
     An image has the same hash when a batch pads it with zeros at the end of an axis.
     """
-    return hash_of(pixels.detach().float().contiguous().view(torch.int32).long())
+    rows = pad(pixels.detach().float(), (0, pixels.shape[-1] % 2))
+    return hash_of(rows.contiguous().view(torch.int64))  # two float32 in one integer: no copy, half the products
 
 
 def hash_of(numbers: Tensor) -> Tensor:
