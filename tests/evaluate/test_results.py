@@ -62,7 +62,7 @@ def test_a_row_is_compared_with_random_of_a_similar_number_of_tokens():
             {s.id: Answer(s.id, "a" if i < n else "b", 144, tokens, tokens) for i, s in enumerate(samples)}
             for n in right
         ]
-        table.add(Entry(spec, None, tuple(Run(spec, tuple(parse(spec))) for _ in right)), runs, None)
+        table.add(Entry(spec, None, tuple(Run(spec, tuple(parse(spec))) for _ in right)), runs)
 
     add("full", 144, 40)
     for tokens in (30, 72):
@@ -132,7 +132,7 @@ def yes_no_results():
             {s.id: Answer(s.id, {"Y": "Yes", "N": "No"}[c], 144, 9, 9) for s, c in zip(samples, text, strict=True)}
             for text in texts
         ]
-        table.add(Entry(method, None, tuple(Run(method, tuple(parse(method))) for _ in texts)), answers, None)
+        table.add(Entry(method, None, tuple(Run(method, tuple(parse(method))) for _ in texts)), answers)
     return table.results(complete=True, environment={}, settings={"metric": "yes_no"})
 
 
