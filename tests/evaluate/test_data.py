@@ -99,6 +99,12 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         (GOOD | {"choices": "a"}, "line 2: choices are a list of texts; got 'a'"),
         (GOOD | {"choices": ["a", " "]}, "line 2: choices are at most 26 texts, none empty"),
         (GOOD | {"choices": list(range(27))}, "line 2: choices are at most 26 texts"),
+        (
+            GOOD | {"choices": ["tea", "x"]},
+            "line 2: an answer is the text of a choice or its letter, A to B; got 'a cup'",
+        ),
+        (GOOD | {"choices": ["tea", "x"], "answer": 1}, "line 2: an answer is the text of a choice .* got '1'"),
+        (GOOD | {"choices": ["tea", "x"], "answer": "C"}, "line 2: an answer is the text of a choice .* got 'C'"),
         (GOOD | {"image": []}, "line 2: the list of images is empty"),
         (GOOD | {"image": ["0.png", "9.png"]}, "line 2: .*9.png: no such image file"),
         (GOOD | {"image": ["0.png", None]}, "line 2: the image is a file name; got None"),
@@ -286,6 +292,8 @@ def test_choices(write, tmp_path):
     (sample,) = load_data(write([GOOD | {"choices": ["a cup", 2, "tea"], "answer": "A"}]))
     assert sample.choices == ("a cup", "2", "tea")
     assert sample.text == "what is it?\nA. a cup\nB. 2\nC. tea"
+    for answer in ("Tea", "b", "(C)", ["none of them", "2"]):
+        load_data(write([GOOD | {"choices": ["a cup", 2, "tea"], "answer": answer}]))
     text = 'image,question,answer,choices\n0.png,what?,A,"[""x"", ""y""]"\n1.png,what?,B,\n'
     (tmp_path / "data.csv").write_text(text)
     assert [sample.choices for sample in load_data(tmp_path / "data.csv")] == [("x", "y"), ()]
