@@ -142,7 +142,8 @@ def _read(source: str | Path, records: Any, columns: tuple[str, str, str], fetch
         try:
             sample = _sample(record, str(number), columns, files, fetch_images)
         except Refusal as error:
-            raise DataError(f"{record.where}: {error}") from None
+            line = " ".join(str(error).splitlines())  # a file name may hold a line break
+            raise DataError(f"{record.where}: {line}") from None
         if sample.id in samples:
             raise DataError(f"{record.where}: the id {sample.id!r} is used twice")
         samples[sample.id] = sample
