@@ -311,7 +311,13 @@ ANY_VALUE = st.recursive(
 COLUMNS = ("image", "question", "answer", "id", "type", "choices", "conversations")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.dictionaries(st.sampled_from(COLUMNS), ANY_VALUE))
 def test_any_json_is_a_sample_or_one_line_with_file_and_line(write, row):
     path = write([GOOD, row, GOOD | row])
