@@ -21,7 +21,7 @@ from tokensieve.evaluate import (
     load_data,
     wilson,
 )
-from tokensieve.evaluate.provenance import model_identity, model_name, sample_key
+from tokensieve.evaluate.provenance import model_identity, model_name, sample_keys
 
 PINNED = (
     "method, keep, tokens_before, tokens_after, tokens_average, samples, accuracy, accuracy_low, accuracy_high, "
@@ -210,7 +210,7 @@ def test_measured_rows_are_full_of_numbers_and_measured_once(run, tmp_path):
         ({"methods": ["vtc-clss"]}, "did you mean vtc-cls"),
         ({"metric": "exactly"}, "unknown metric 'exactly'; did you mean exact"),
         ({"samples": []}, "no samples"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be 'auto' or a number of at least 1; got 0"),
         ({"prompt": "what?"}, "the prompt must contain {question}"),
         ({"keeps": [0]}, "keep must be"),
         ({"methods": ["vtc-cls(first_layer=7)"]}, "no encoder layer"),
@@ -257,9 +257,10 @@ def test_a_model_in_training_mode_is_refused(run, model):
 def test_identities(model, samples, write, tmp_path):
     same = model_identity(model)
     assert same == model_identity(model)
-    assert sample_key(samples[0]) != sample_key(replace(samples[0], question="is it red?"))
-    (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
-    assert sample_key(samples[0]) not in {sample_key(s) for s in samples[1:]}
+    keys = sample_keys(samples)
+    assert len(set(keys.values())) == len(samples)
+    changed = replace(samples[0], question="is it red?")
+    assert sample_keys([changed])[changed.id] != keys[changed.id]
     assert model_name(model) == "LlavaForConditionalGeneration"
     model.config.name_or_path = str(tmp_path)
     assert model_name(model) == tmp_path.name

@@ -38,7 +38,7 @@ def test_an_incomplete_line_is_cut_off_and_the_others_kept(tmp_path, cut):
 def test_an_incomplete_header_starts_anew(tmp_path):
     Journal(tmp_path, SETUP).path.write_bytes(b'{"setup": {"mo')
     assert Journal(tmp_path, SETUP).answers == {}
-    assert Journal(tmp_path, SETUP).setup == SETUP
+    assert Journal(tmp_path, SETUP).setup == {"format": 2} | SETUP
 
 
 def test_another_setup_is_refused_and_named(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,29 @@ def model_identity(model: Any) -> dict[str, str]:
     }
 
 
-def sample_key(sample: Sample) -> str:
-    """Return the sample's id and a digest of its question and, for a file, its image's name and size in bytes."""
-    image = [sample.image.name, sample.image.stat().st_size] if isinstance(sample.image, Path) else []
-    digest = hashlib.sha256(json.dumps([sample.question, *image]).encode()).hexdigest()[:8]
-    return f"{sample.id} {digest}"
+def sample_keys(samples: Sequence[Sample]) -> dict[str, str]:
+    """Return {sample id: the id and a digest of its question and the bytes of its image}.
+
+    A changed image thus gets new answers. An image made by a function of the user is not part of the digest.
+    """
+    images = list(dict.fromkeys(sample.image for sample in samples))
+    with ThreadPoolExecutor() as pool:  # a network file system answers many requests at once
+        digests = dict(zip(images, pool.map(_image_digest, images), strict=True))
+    return {sample.id: f"{sample.id} {_digest([sample.question, *digests[sample.image]])}" for sample in samples}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+
+
+def _image_digest(image: Any) -> list[str]:
+    if isinstance(image, Path):
+        try:
+            return [hashlib.sha256(image.read_bytes()).hexdigest()]
+        except OSError:  # it cannot be opened either: the sample will be skipped under this key
+            return [image.name]
+    parts = [part for part in getattr(image, "args", ()) if isinstance(part, bytes)]
+    return [hashlib.sha256(part).hexdigest() for part in parts]
 
 
 def environment(model: Any) -> dict[str, Any]:
