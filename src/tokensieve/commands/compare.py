@@ -61,14 +61,14 @@ def compare(
     answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
     prompt: Prompt = "{question}",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 5,
     measure: Annotated[bool, typer.Option(help="Measure FLOPs, latency and memory, too.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="End at the first image that cannot be read.")] = False,
     report: Annotated[bool, typer.Option(help="Write report.html (needs the 'report' extra).")] = True,
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
-    from tokensieve.evaluate import Results, load_data
+    from tokensieve.evaluate import load_data
     from tokensieve.evaluate.compare import RESULTS, Comparison, skipped_note
     from tokensieve.evaluate.plan import Settings
     from tokensieve.evaluate.processes import Processes
@@ -101,14 +101,13 @@ def compare(
     processes = Processes.launched()
     comparison = Comparison(vlm, processor, samples, settings, trained, processes=processes)
     with progress() as bar:
-        rows = comparison.run(specs, keeps, output, bar)
+        results = comparison.run(specs, keeps, output, bar)
     if not processes.first:
         return
-    if comparison.skipped:
-        note(skipped_note(comparison.skipped, len(samples)))
-    results = Results.load(output / RESULTS)
+    if results.skipped:
+        note(skipped_note(results))
     if json:
-        print_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in results.rows])
     else:
         _print_rows(results)
     note(f"results: {output / RESULTS}")

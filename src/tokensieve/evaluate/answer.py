@@ -18,7 +18,7 @@ from tokensieve.engine import Sieve, attach
 from tokensieve.engine.fusion.families import longest_text
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.journal import Answer, Skipped
+from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Settings
 from tokensieve.evaluate.prompt import (
     Inputs,
@@ -29,6 +29,7 @@ from tokensieve.evaluate.prompt import (
     to_model,
     without_repetitions,
 )
+from tokensieve.evaluate.results import Skipped
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 

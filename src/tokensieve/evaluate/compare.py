@@ -16,15 +16,15 @@ from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying, unreadable
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.journal import Journal, Skipped
+from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.lock import locked
+from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import check_texts
 from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_keys
-from tokensieve.evaluate.results import FULL, Example, Row
-from tokensieve.evaluate.scoring import METRICS
+from tokensieve.evaluate.results import FULL, Example, Results, Skipped
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.measure import Bench, Cost
 from tokensieve.reduction import Reduction
@@ -42,11 +42,11 @@ def compare(
     methods: Sequence[str],
     keeps: Sequence[Budget],
     *,
-    output: Path,
+    output: str | Path,
     batch_size: int | Literal["auto"] = 16,
     max_new_tokens: int = 16,
     metric: str = "exact",
-    seeds: int = 3,
+    seeds: int = 5,
     keep_means: KeepMeans = "final",
     budget_scope: BudgetScope = "image",
     prompt: str = "{question}",
@@ -57,7 +57,7 @@ def compare(
     strict: bool = False,
     progress: Progress | None = None,
     processes: Processes | None = None,
-) -> list[Row]:
+) -> Results:
     """Answer every sample with every method at every budget, greedily, and score the answers.
 
     The unhooked model ("full") always runs, and first. A method with an open ``seed`` runs with ``seeds`` of them. A
@@ -105,22 +105,22 @@ def compare(
         strict=strict,
     )
     comparison = Comparison(model, processor, samples, settings, trained, processes or Processes())
-    rows = comparison.run(methods, keeps, output, progress)
-    if comparison.skipped and comparison.processes.first:
-        warnings.warn(skipped_note(comparison.skipped, len(samples)), stacklevel=2)
-    return rows
+    results = comparison.run(methods, keeps, Path(output), progress)
+    if results.skipped and comparison.processes.first:
+        warnings.warn(skipped_note(results), stacklevel=2)
+    return results
 
 
-def skipped_note(skipped: Sequence[Skipped], total: int) -> str:
+def skipped_note(results: Results) -> str:
     """Return one line that names the first questions that were skipped, and the reason of the first."""
-    lines: dict[str, list[str]] = {}
+    skipped, lines = results.skipped, dict[str, list[str]]()
     for entry in skipped[:NAMED]:
         file, _, line = entry.where.rpartition(", ")
         lines.setdefault(file, []).append(line.removeprefix("line ") or entry.id)
     places = [f"{file}, line{'s' * (len(n) > 1)} {', '.join(n)}" if file else ", ".join(n) for file, n in lines.items()]
     more = [f"{len(skipped) - NAMED} more in {RESULTS}"] if len(skipped) > NAMED else []
-    places_text = "; ".join([*places, *more])
-    return f"{len(skipped)} of {total} questions skipped: images cannot be read ({places_text}: {skipped[0].reason})"
+    text, total = "; ".join([*places, *more]), len(skipped) + len(results.questions)
+    return f"{len(skipped)} of {total} questions skipped: images cannot be read ({text}: {skipped[0].reason})"
 
 
 class Comparison:
@@ -160,8 +160,8 @@ class Comparison:
 
     def run(
         self, methods: Sequence[str], keeps: Sequence[Budget], output: Path, progress: Progress | None = None
-    ) -> list[Row]:
-        """Fill the table row by row and save it after each.
+    ) -> Results:
+        """Fill the table row by row and save it after each; return the results.
 
         Of several processes, each answers a part of every run; the first one alone scores, measures and writes.
         """
@@ -170,7 +170,7 @@ class Comparison:
             with locked(output) if self.processes.first else nullcontext():
                 return self._run(entries, output, progress)
 
-    def _run(self, entries: Sequence[Entry], output: Path, progress: Progress | None) -> list[Row]:
+    def _run(self, entries: Sequence[Entry], output: Path, progress: Progress | None) -> Results:
         journal, keys, examples = self._start(output)
         machine = environment(self.model)
         runners = [
@@ -181,6 +181,7 @@ class Comparison:
         report = _Progress(progress, len(self.all_samples) * sum(len(entry.runs) for entry in entries))
         stored = store(examples, output) if self.processes.first else []
         table, added = self._table(stored), list[tuple[Entry, Cost | None]]()
+        results: Any = None  # of the first process only
         for entry in entries:
             runner = runners[entry.trained]
             for run in entry.runs:
@@ -194,9 +195,13 @@ class Comparison:
             for row, cost in new:
                 runs = [journal.answers[run.key] for run in row.runs]
                 table.add(row, [{s.id: answers[keys[s.id]] for s in self.samples} for answers in runs], cost)
-            results = table.results(complete=entry is entries[-1], environment=machine, settings=self._facts())
+            complete = entry is entries[-1]
+            results = table.results(
+                complete=complete, environment=machine, settings=self._facts(), skipped=self.skipped
+            )
             results.save(output / RESULTS)
-        return self.processes.exchange(table.rows)[0]
+        all_results: list[Results] = self.processes.exchange(results)
+        return all_results[0]
 
     def _start(self, output: Path) -> tuple[Journal, dict[str, str], list[Sample]]:
         """Return the journal, the samples' keys in it and the examples: read by the first process, sent to all."""
@@ -314,7 +319,8 @@ class _Runner:
                 if part.skipped:
                     comparison.leave_out(journal, self.keys, part.skipped)
             if failures := [part.failure for part in parts if part.failure]:
-                raise Refusal(f"{run.key}: {failures[0]}; the answers so far are kept in {journal.path}")
+                method = run.key.partition(" #")[0]  # without the digest of its code
+                raise Refusal(f"{method}: {failures[0]}; the answers so far are kept in {journal.path}")
 
     def cost(self, entry: Entry) -> Cost:
         """Return the cost of a row, measured once per machine on its first run and the first sample."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokensieve.errors import OutputError, ResumeError
+from tokensieve.evaluate.results import Skipped
 
 NAME = "predictions.jsonl"
 FORMAT = 2  # of the lines and of the samples' keys; a file of another format cannot be continued
@@ -34,15 +35,6 @@ class Answer:
     average: float
     grid: tuple[int, int] | None = None
     reduction: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One sample that could not be read."""
-
-    id: str
-    where: str
-    reason: str
 
 
 class Journal:
@@ -138,7 +130,8 @@ class Journal:
         try:
             row = json.loads(line)
             if "skipped" in row:
-                self.skipped[row.pop("skipped")] = Skipped(**row)
+                key = row.pop("skipped")
+                self.skipped[key] = Skipped(**row)
                 return
             run = row.pop("run")
             if "cost" in row:

@@ -56,7 +56,7 @@ class Processes:
             from accelerate import PartialState
         except ImportError as error:
             raise MissingExtra('several processes need accelerate: pip install "tokensieve[train]"') from error
-        # it also selects the GPU of this process; gloo on GPUs, too: answers are few bytes, and it notices a dead process
+        # it also selects the GPU; gloo there, too: answers are few bytes, and it notices the end of a process at once
         state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo", timeout=WAIT)
         return cls(state.process_index, state.num_processes)
 

@@ -16,15 +16,14 @@ Kind: TypeAlias = Literal["full", "oracle", "random", "baseline", "method"]
 
 
 def as_rows(results: Results) -> list[Row]:
-    """Return the pinned fields of every row, its :data:`Kind`, ``by_type`` {question type: accuracy}, ``difference`` to
-    full and ``chance``, its comparison with random."""
+    """Return the pinned fields of every row, its :data:`Kind`, ``by_type`` {question type: accuracy} and
+    ``chance``, its comparison with random."""
     baselines = baseline_methods()
-    parts = zip(results.rows, results.types, results.differences, results.chances, strict=True)
     return [
         asdict(row)
-        | {"kind": _kind(row.method, baselines), "by_type": {score.type: score.accuracy for score in types}}
-        | {"difference": difference, "chance": chance}
-        for row, types, difference, chance in parts
+        | {"kind": _kind(row.method, baselines), "by_type": {score.type: score.accuracy for score in row.types}}
+        | {"chance": row.random}
+        for row in results.rows
     ]
 
 
@@ -65,7 +64,7 @@ def _accuracy(row: Row) -> str:
 def _difference(row: Row) -> str:
     if row["kind"] == "full":
         return "–"
-    value, low, high = (100 * part for part in row["difference"])
+    value, low, high = (100 * row[f"difference{part}"] for part in ("", "_low", "_high"))
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
