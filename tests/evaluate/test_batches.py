@@ -56,7 +56,7 @@ def answers(folder):
 def test_a_batch_that_does_not_fit_is_answered_in_parts(run, memory, tmp_path, error):
     whole = run(output=tmp_path / "whole")
     sizes = memory(3, error)
-    with pytest.warns(UserWarning) as notes:
+    with pytest.warns(UserWarning, match="memory") as notes:
         results = run()
     assert [str(note.message) for note in notes] == [
         "a batch of 8 questions does not fit into memory; continuing with 2"
@@ -139,9 +139,7 @@ def test_other_batches_do_not_grow(answerer):
         assert fixed.size == size
 
 
-def test_a_method_that_refuses_one_image_names_it_and_loses_nothing(
-    run, registry, model, processor, samples, tmp_path
-):
+def test_a_method_that_refuses_one_image_names_it_and_loses_nothing(run, registry, model, processor, samples, tmp_path):
     pixels = encode(processor, samples[2:3])["pixel_values"]
     with torch.no_grad():
         refused = torch.stack(list(model.base_model.get_image_features(pixel_values=pixels).pooler_output))[0]

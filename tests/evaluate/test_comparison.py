@@ -17,7 +17,6 @@ from tokensieve.evaluate import (
     compare,
     decode,
     encode,
-    load_data,
     wilson,
 )
 from tokensieve.evaluate.provenance import model_identity, model_name, sample_keys

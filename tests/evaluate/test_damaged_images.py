@@ -62,7 +62,7 @@ def test_the_others_are_scored_as_without_the_damaged_ones(run, data, tmp_path, 
 
 
 def test_the_note_names_file_lines_and_a_reason(run, data):
-    with pytest.warns(UserWarning) as notes:
+    with pytest.warns(UserWarning, match="skipped") as notes:
         run(data(1))
     assert str(notes[0].message) == (
         "2 of 8 questions skipped: images cannot be read (data.jsonl, lines 2, 6: "

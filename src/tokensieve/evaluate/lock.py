@@ -38,8 +38,12 @@ def locked(folder: Path) -> Iterator[None]:
             f"another comparison writes to {folder} ({_read(holder)}){stale}; wait for it, or choose another "
             "output folder"
         ) from None
-    except OSError as error:
-        raise OutputError(f"cannot use the output folder {folder}: {error.strerror or error}") from error
+    except (
+        OSError,
+        NotImplementedError,
+    ) as error:  # NotImplementedError: older filelock on a file system without locks
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot use the output folder {folder}: {reason}") from error
     try:
         _write(holder)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ class Processes:
             raise MissingExtra('several processes need accelerate: pip install "tokensieve[train]"') from error
         # it also selects the GPU; gloo there, too: answers are few bytes, and it notices the end of a process at once
         state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo", timeout=WAIT)
+        atexit.register(state.destroy_process_group)  # its threads would abort the exit
         return cls(state.process_index, state.num_processes)
 
     def exchange(self, item: T) -> list[T]:
