@@ -138,6 +138,6 @@ class Journal:
                 self.costs[run] = row["cost"]
                 return
             answer = Answer(**{**row, "grid": tuple(row["grid"]) if "grid" in row else None})
-        except (ValueError, KeyError, TypeError):
+            self.answers.setdefault(run, {})[answer.sample] = answer
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ResumeError(f"{self.path}, line {number}: cannot be read; delete the line or the file") from None
-        self.answers.setdefault(run, {})[answer.sample] = answer
