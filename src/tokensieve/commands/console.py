@@ -108,7 +108,7 @@ def in_all_processes(command: Callable[P, None]) -> Callable[P, None]:
 def _silent() -> Iterator[None]:
     """Print nothing. A user's error becomes its exit code; the traceback of a bug is printed outside."""
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        with open(os.devnull, "w", encoding="utf-8") as sink, redirect_stdout(sink), redirect_stderr(sink):
             yield
     except Refusal:
         raise typer.Exit(2) from None
