@@ -26,6 +26,7 @@ from tokensieve.evaluate.prompt import (
     encode,
     encode_pairs,
     generate_arguments,
+    image_numbers,
     to_model,
     without_repetitions,
 )
@@ -170,8 +171,8 @@ class Answerer:
                 answers += self._answer(part, attached)
                 remaining = remaining[len(part) :]
                 continue
-            except (Refusal, OSError) as error:
-                damaged = unreadable(part) if isinstance(error, DataError | OSError) else {}
+            except Refusal as error:
+                damaged = unreadable(part) if isinstance(error, DataError) else {}
                 reason, memory = str(error), False
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -183,7 +184,8 @@ class Answerer:
             if memory:
                 self._free()
             if not damaged and len(part) == 1:
-                failure = f"{part[0].where or f'question {part[0].id}'}: {reason}"
+                place = part[0].where or f"question {part[0].id}"
+                failure = f"{place}: {reason.removeprefix(f'{place}: ')}"
             elif memory:
                 fitting = part_size = len(part) // 2
             elif not damaged:
@@ -214,8 +216,7 @@ class Answerer:
         name = tuple(sample.id for sample in batch)
         if name in self._inputs:
             return self._inputs[name]
-        image_numbers = {image: i for i, image in enumerate(dict.fromkeys(sample.image for sample in batch))}
-        inputs = self._shared(self.inputs(batch), [image_numbers[sample.image] for sample in batch])
+        inputs = self._shared(self.inputs(batch), image_numbers(batch))
         if self._cached_bytes + inputs.nbytes <= CACHE_BYTES:
             self._inputs[name] = inputs
             self._cached_bytes += inputs.nbytes
@@ -241,7 +242,7 @@ class Classifier(Answerer):
 
 
 def together(images: Sequence[Reduction]) -> Reduction:
-    """Join the decisions about one sample: a model that cuts a picture into tiles takes each tile for an image."""
+    """Join the decisions about one sample: it has several images, or the model takes each tile of one for an image."""
     return TokenLayout(sum(reduction.total for reduction in images)).merge_parts(images)
 
 
@@ -251,19 +252,20 @@ def in_order(samples: Sequence[Sample]) -> list[Sample]:
     for sample in samples:
         longest[sample.image] = max(longest.get(sample.image, 0), len(sample.question))
     # equal lengths need little padding; the image's number keeps its questions together where lengths tie
-    image_numbers = {image: i for i, image in enumerate(longest)}
-    return sorted(samples, key=lambda sample: (longest[sample.image], image_numbers[sample.image]))
+    numbers = {image: i for i, image in enumerate(longest)}
+    return sorted(samples, key=lambda sample: (longest[sample.image], numbers[sample.image]))
 
 
 def unreadable(samples: Sequence[Sample]) -> dict[str, Skipped]:
-    """Return the samples whose image cannot be read, by id. Folders of the machine are left out of their errors."""
+    """Return the samples with an image that cannot be read, by id; their errors name no folder of the machine."""
     skipped = {}
     for sample in samples:
         try:
-            sample.open()
-        except (DataError, OSError) as error:  # an OSError: from a function of the user that opens a file
+            sample.open_all()
+        except DataError as error:
             file, comma, line = sample.where.rpartition(", ")
-            reason = str(error).replace(f"{Path(file).parent}{os.sep}", "") if file else str(error)
+            reason = str(error).removeprefix(f"{sample.where}: ")
+            reason = reason.replace(f"{Path(file).parent}{os.sep}", "") if file else reason
             skipped[sample.id] = Skipped(sample.id, f"{Path(file).name}{comma}{line}", reason)
     return skipped
 

@@ -23,7 +23,7 @@ from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import check_texts
-from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_keys
+from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_key
 from tokensieve.evaluate.results import FULL, Example, Results, Skipped
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.measure import Bench, Cost
@@ -210,7 +210,7 @@ class Comparison:
         digest = hashlib.sha256(json.dumps([setup, texts], default=str).encode()).hexdigest()
         start: Any = None
         if self.processes.first:
-            journal, keys = Journal(output, setup), sample_keys(self.all_samples)
+            journal, keys = Journal(output, setup), {sample.id: sample_key(sample) for sample in self.all_samples}
             self.leave_out(journal, keys, {})
             start = journal, keys, {sample.id for sample in self._examples(journal, keys)}
         starts = self.processes.exchange((digest, start))
@@ -252,7 +252,9 @@ class Comparison:
 
     def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""
-        oracle = self.model.can_generate() and any(sample.boxes for sample in self.samples)
+        # boxes are places in one image
+        one_image = all(len(sample.images) == 1 for sample in self.samples)
+        oracle = self.model.can_generate() and one_image and any(sample.boxes for sample in self.samples)
         full, *others = self.settings.plan(methods, keeps, oracle=oracle)
         for run in (run for entry in (full, *others) for run in entry.runs if run.stages):
             self.attached(self.model, run)(self.samples[:1]).detach()

@@ -20,7 +20,7 @@ class Answer:
     """The model's answer to one sample in one run.
 
     Attributes:
-        sample: key of the sample (see :func:`tokensieve.evaluate.provenance.sample_keys`).
+        sample: key of the sample (see :func:`tokensieve.evaluate.provenance.sample_key`).
         text: the answer.
         before, after: visual tokens of the sample's image.
         average: its visual tokens averaged over the layers of the LLM.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 import transformers
 
 from tokensieve.evaluate.data import Sample
+from tokensieve.evaluate.pictures import content_key
 from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
@@ -48,29 +47,11 @@ def model_identity(model: Any) -> dict[str, str]:
     }
 
 
-def sample_keys(samples: Sequence[Sample]) -> dict[str, str]:
-    """Return {sample id: the id and a digest of its question and the bytes of its image}.
-
-    A changed image thus gets new answers. An image made by a function of the user is not part of the digest.
-    """
-    images = list(dict.fromkeys(sample.image for sample in samples))
-    with ThreadPoolExecutor() as pool:  # a network file system answers many requests at once
-        digests = dict(zip(images, pool.map(_image_digest, images), strict=True))
-    return {sample.id: f"{sample.id} {_digest([sample.question, *digests[sample.image]])}" for sample in samples}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
-
-
-def _image_digest(image: Any) -> list[str]:
-    if isinstance(image, Path):
-        try:
-            return [hashlib.sha256(image.read_bytes()).hexdigest()]
-        except OSError:  # it cannot be opened either: the sample will be skipped under this key
-            return [image.name]
-    parts = [part for part in getattr(image, "args", ()) if isinstance(part, bytes)]
-    return [hashlib.sha256(part).hexdigest() for part in parts]
+def sample_key(sample: Sample) -> str:
+    """Return the sample's id and a digest of its text and of the content of its images, whatever their names."""
+    contents = [key for key in map(content_key, sample.images) if key is not None]
+    digest = hashlib.sha256(json.dumps([sample.text, *contents]).encode()).hexdigest()[:8]
+    return f"{sample.id} {digest}"
 
 
 def environment(model: Any) -> dict[str, Any]:
