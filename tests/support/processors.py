@@ -11,25 +11,8 @@ TEMPLATE = (
     "{% endfor %}{% endfor %}"
 )
 WORDS = [
-    "what",
-    "is",
-    "the",
-    "this",
-    "a",
-    "in",
-    "of",
-    "first",
-    "second",
-    "image",
-    "picture",
-    "which",
-    "one",
-    "red",
-    "blue",
-    "left",
-    "right",
-    "?",
-]
+    "what", "is", "the", "this", "of", "first", "image", "picture", "which", "one", "red", "blue", "A", "B", ".", "?",
+]  # fmt: skip
 
 
 @cache

@@ -22,7 +22,7 @@ from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
-from tokensieve.evaluate.prompt import check_texts
+from tokensieve.evaluate.prompt import check_one_image, check_texts
 from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_key
 from tokensieve.evaluate.results import FULL, Example, Results, Skipped
 from tokensieve.evaluate.table import Table, choose, store
@@ -153,6 +153,8 @@ class Comparison:
         if trained is not None and type(trained) is not type(model):
             raise Refusal(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
         check_texts(processor, samples, settings.prompt)
+        if not model.can_generate():
+            check_one_image(samples)
         self.model, self.trained, self.processor = model, trained, processor
         self.all_samples, self.settings, self.processes = samples, settings, processes or Processes()
         self.samples, self.skipped = list(samples), list[Skipped]()
