@@ -59,7 +59,13 @@ def compare(
     batch_size: Annotated[
         str, typer.Option(help="Most questions per forward, or 'auto'. Halved where they do not fit into memory.")
     ] = "16",
-    metric: Annotated[str, typer.Option(help="Score of an answer: exact, contains or vqa.")] = "exact",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="Score of an answer: exact (equal), contains (occurs in it), vqa (several annotators), anls (DocVQA), "
+            "relaxed (5 % for numbers, ChartQA), choice (letter of an option) or yes_no (POPE, with F1)."
+        ),
+    ] = "exact",
     image_column: ImageColumn = "image",
     question_column: QuestionColumn = "question",
     answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from tokensieve.errors import OutputError
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.intervals import Scores, interval, paired_difference
+from tokensieve.evaluate.intervals import Clusters, Scores, interval, paired_difference
 from tokensieve.evaluate.journal import Answer
-from tokensieve.evaluate.metrics import Metric
+from tokensieve.evaluate.metrics import Metric, accepted_answers, choice, says_yes, yes_no
 from tokensieve.evaluate.plan import Entry, is_random_baseline
-from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom
+from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom, YesNo
 from tokensieve.measure import Cost
 
 MB = 1e6
@@ -38,11 +38,16 @@ class Table:
     """
 
     def __init__(self, samples: Sequence[Sample], metric: Metric, examples: Sequence[Example]) -> None:
-        self.samples, self.metric, self.examples = samples, metric, tuple(examples)
+        self.samples, self.metric = samples, metric
         self.rows: list[Row] = []
-        images = {image: number for number, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
-        self.questions = tuple(Question(sample.id, sample.type, images[sample.image]) for sample in samples)
-        self._clusters = np.array([question.cluster for question in self.questions])
+        self._answers = {s.id: accepted_answers(s) if metric is choice else s.answers for s in samples}
+        self.examples = tuple(replace(example, answers=self._answers[example.id]) for example in examples)
+        self._clusters = clusters(samples)
+        self._positive = np.array([says_yes(s.answers[0]) for s in samples]) if metric is yes_no else None
+        self.questions = tuple(
+            Question(s.id, s.type, cluster, None if self._positive is None else bool(self._positive[i]))
+            for i, (s, cluster) in enumerate(zip(samples, self._clusters.tolist(), strict=True))
+        )
         self._scores: list[Scores] = []
         self._random_rows: list[int] = []
         self._vs_random: dict[tuple[int, int], VsRandom] = {}
@@ -52,7 +57,10 @@ class Table:
         answers = [[run[sample.id] for sample in self.samples] for run in runs]
         texts = [[answer.text for answer in run] for run in answers]
         scores = np.array(
-            [[self.metric(text, s.answers) for text, s in zip(run, self.samples, strict=True)] for run in texts]
+            [
+                [self.metric(text, self._answers[s.id]) for text, s in zip(run, self.samples, strict=True)]
+                for run in texts
+            ]
         )
         stages = entry.runs[0].stages
         if len(stages) == 1 and is_random_baseline(stages[0].info):
@@ -74,6 +82,7 @@ class Table:
                 **_measured(cost),
                 **self._to_full(scores, np.full(len(self.samples), True)),
                 types=self._by_type(scores),
+                yes_no=None if self._positive is None else YesNo.of(scores, self._positive, self._clusters),
             )
         )
         self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
@@ -142,6 +151,26 @@ class Table:
                 random.tokens_average, random.accuracy, paired.difference, paired.low, paired.high
             )
         return self._vs_random[number, nearest]
+
+
+def clusters(samples: Sequence[Sample]) -> Clusters:
+    """Number the images in order of appearance and return the number of each sample's image, `[samples]`.
+
+    Images that a sample shows together share a number, directly or through further samples.
+    """
+    images = {image: i for i, image in enumerate(dict.fromkeys(image for sample in samples for image in sample.images))}
+    parents = list(range(len(images)))
+
+    def first(number: int) -> int:
+        while parents[number] != number:
+            number = parents[number]
+        return number
+
+    for sample in samples:
+        numbers = [first(images[image]) for image in sample.images]
+        for number in numbers:
+            parents[number] = min(numbers)
+    return np.unique([first(images[sample.images[0]]) for sample in samples], return_inverse=True)[1]
 
 
 def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
