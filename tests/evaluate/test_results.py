@@ -62,7 +62,7 @@ def test_a_row_is_compared_with_random_of_a_similar_number_of_tokens():
             {s.id: Answer(s.id, "a" if i < n else "b", 144, tokens, tokens) for i, s in enumerate(samples)}
             for n in right
         ]
-        table.add(Entry(spec, None, tuple(Run(spec, tuple(parse(spec))) for _ in right)), runs, None)
+        table.add(Entry(spec, None, tuple(Run(spec, tuple(parse(spec))) for _ in right)), runs)
 
     add("full", 144, 40)
     for tokens in (30, 72):

@@ -30,6 +30,7 @@ from tokensieve.commands.arguments import (
 )
 from tokensieve.commands.console import in_all_processes, note, print_json, print_table, progress
 from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
+from tokensieve.commands.machine import note_crowd
 from tokensieve.errors import Refusal
 
 
@@ -110,6 +111,7 @@ def compare(
         limit=limit,
     )
     vlm, processor = load_model(model, classifiers=True)
+    note_crowd(vlm)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     trained = None
@@ -127,6 +129,8 @@ def compare(
         print_json([row.to_json() for row in results.rows])
     else:
         _print_rows(results)
+    if results.rows[0].timing_note:
+        note(f"note: {results.rows[0].timing_note}")
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")

@@ -8,13 +8,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying, unreadable
+from tokensieve.evaluate.costs import session_costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.lock import locked
@@ -26,7 +27,7 @@ from tokensieve.evaluate.prompt import check_one_image, check_texts
 from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_key
 from tokensieve.evaluate.results import FULL, Example, Results, Skipped
 from tokensieve.evaluate.table import Table, choose, store
-from tokensieve.measure import Bench, Cost
+from tokensieve.measure import Candidate, Cost, measure_costs
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
 
@@ -66,7 +67,8 @@ def compare(
     A question whose image cannot be read is skipped in every row, listed in ``Results.skipped`` and named in a warning.
 
     Each prediction is appended to ``output/predictions.jsonl`` at once, and ``output/results.json``
-    (:class:`~tokensieve.evaluate.Results`) is replaced after each row. The same call again continues from there.
+    (:class:`~tokensieve.evaluate.Results`) is replaced after each row. The same call again continues from there. Costs
+    are measured once all answers are there, for all rows together; until then they are ``None``.
 
     Args:
         model: a vision-language model with nothing attached, in eval mode on its device; or a cross-modal encoder that
@@ -176,13 +178,13 @@ class Comparison:
         journal, keys, examples = self._start(output)
         machine = environment(self.model)
         runners = [
-            _Runner(self, model, keys, {sample.id for sample in examples}, journal, machine)
+            _Runner(self, model, keys, {sample.id for sample in examples}, journal)
             for model in (self.model, self.trained)
             if model is not None
         ]
         report = _Progress(progress, len(self.all_samples) * sum(len(entry.runs) for entry in entries))
         stored = store(examples, output) if self.processes.first else []
-        table, added = self._table(stored), list[tuple[Entry, Cost | None]]()
+        table, added = self._table(stored), list[Entry]()
         results: Any = None  # of the first process only
         for entry in entries:
             runner = runners[entry.trained]
@@ -190,20 +192,26 @@ class Comparison:
                 runner.complete(run, entry.keep, report)
             if not self.processes.first:
                 continue
-            added.append((entry, runner.cost(entry) if self.settings.measure else None))
-            new = added[-1:]
+            added.append(entry)
+            new = [entry]
             if len(table.samples) > len(self.samples):  # every row is scored on the same samples, the earlier ones, too
                 table, new = self._table(stored), added
-            for row, cost in new:
+            for row in new:
                 runs = [journal.answers[run.key] for run in row.runs]
-                table.add(row, [{s.id: answers[keys[s.id]] for s in self.samples} for answers in runs], cost)
-            complete = entry is entries[-1]
-            results = table.results(
-                complete=complete, environment=machine, settings=self._facts(), skipped=self.skipped
-            )
-            results.save(output / RESULTS)
+                table.add(row, [{s.id: answers[keys[s.id]] for s in self.samples} for answers in runs])
+            complete = entry is entries[-1] and not self.settings.measure
+            results = self._save(table, output, machine, complete=complete)
+        if self.processes.first and self.settings.measure:
+            report("timing", 0)
+            table.add_costs(self._costs(entries, runners, journal, machine))
+            results = self._save(table, output, machine, complete=True)
         all_results: list[Results] = self.processes.exchange(results)
         return all_results[0]
+
+    def _save(self, table: Table, output: Path, machine: dict[str, Any], *, complete: bool) -> Results:
+        results = table.results(complete=complete, environment=machine, settings=self._facts(), skipped=self.skipped)
+        results.save(output / RESULTS)
+        return results
 
     def _start(self, output: Path) -> tuple[Journal, dict[str, str], list[Sample]]:
         """Return the journal, the samples' keys in it and the examples: read by the first process, sent to all."""
@@ -252,6 +260,28 @@ class Comparison:
             count = "" if self.settings.strict else f"none of the {len(self.all_samples)} images can be read; "
             raise DataError(f"{count}{first.where or first.id}: {first.reason}")
 
+    def _costs(
+        self, entries: Sequence[Entry], runners: Sequence[_Runner], journal: Journal, machine: dict[str, Any]
+    ) -> list[Cost]:
+        """Return the cost of every row, from one session of rounds that all rows share, on the first sample.
+
+        Rows of the fine-tuned model are paired with the compared model, too.
+        """
+        sample, others = self.samples[0], entries[1:]
+
+        def measure() -> list[Cost]:
+            return measure_costs(
+                self.model,
+                runners[0].answerer.inputs([sample]),
+                [runners[entry.trained].candidate(entry, sample) for entry in others],
+                models=[runners[entry.trained].answerer.model for entry in others],
+                processor=self.text_processor,
+                budget_scope=self.settings.budget_scope,
+            )
+
+        keys = [entry.runs[0].key for entry in entries]
+        return session_costs(journal, {**machine, "sample": sample_key(sample)}, keys, measure)
+
     def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""
         # boxes are places in one image
@@ -282,25 +312,16 @@ class Comparison:
 
 
 class _Runner:
-    """Answers and costs of the runs on one of the models, read from the journal or produced and appended to it."""
+    """Answers of the runs on one of the models, read from the journal or produced and appended to it."""
 
     def __init__(
-        self,
-        comparison: Comparison,
-        model: Any,
-        keys: Mapping[str, str],
-        examples: set[str],
-        journal: Journal,
-        machine: dict[str, Any],
+        self, comparison: Comparison, model: Any, keys: Mapping[str, str], examples: set[str], journal: Journal
     ) -> None:
         answering = Answerer if model.can_generate() else Classifier
         self.comparison, self.journal, self.keys = comparison, journal, keys
         self.answerer = answering(
             model, comparison.processor, comparison.all_samples, comparison.settings, keys, examples
         )
-        # costs are reused on an equal machine only, whatever the date
-        text = json.dumps({**machine, "date": ""}, sort_keys=True)
-        self.machine_digest = hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def complete(self, run: Run, keep: Budget | None, report: _Progress) -> None:
         """Answer the questions that have no answer in the journal for this run."""
@@ -326,23 +347,9 @@ class _Runner:
                 method = run.key.partition(" #")[0]  # without the digest of its code
                 raise Refusal(f"{method}: {failures[0]}; the answers so far are kept in {journal.path}")
 
-    def cost(self, entry: Entry) -> Cost:
-        """Return the cost of a row, measured once per machine on its first run and the first sample."""
-        run, sample = entry.runs[0], self.comparison.samples[0]
-        name = f"{run.key} @{self.machine_digest}"
-        if name not in self.journal.costs:
-            if run.key == FULL:
-                cost = self._bench.full
-            else:
-                cost = self._bench.cost(run.stages or [[self._oracle_decision(entry.keep, sample)]])
-            self.journal.add_cost(name, cost.to_json())
-        return Cost.from_json(self.journal.costs[name])
-
-    @cached_property
-    def _bench(self) -> Bench:
-        comparison, inputs = self.comparison, self.answerer.inputs(self.comparison.samples[:1])
-        scope = comparison.settings.budget_scope
-        return Bench(self.answerer.model, inputs, processor=comparison.text_processor, budget_scope=scope)
+    def candidate(self, entry: Entry, sample: Sample) -> Candidate:
+        """Return the method of a row's first run, or the oracle's decision for the sample."""
+        return entry.runs[0].stages or [[self._oracle_decision(entry.keep, sample)]]
 
     def _oracle_decision(self, keep: Budget | None, sample: Sample) -> Reduction:
         """Return the oracle's decision for a sample, on the token grid that an earlier run recorded."""

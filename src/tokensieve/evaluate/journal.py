@@ -47,7 +47,7 @@ class Journal:
     Attributes:
         answers: {run: {sample: answer}}.
         skipped: {sample: why it is skipped in every run}.
-        costs: {run: cost as JSON}.
+        costs: {session: costs of its rows as JSON}.
         writes: whether additions go to the file; set it to ``False`` in copies for other processes.
 
     Raises:
@@ -84,7 +84,7 @@ class Journal:
         self._append([{"skipped": key} | asdict(skipped) for key, skipped in samples.items()])
 
     def add_cost(self, run: str, cost: dict[str, Any]) -> None:
-        """Append the cost of a run."""
+        """Append the costs of a session."""
         self.costs[run] = cost
         self._append([{"run": run, "cost": cost}])
 

@@ -122,13 +122,15 @@ class Row:
         accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval (see
             :mod:`tokensieve.evaluate.intervals`).
         flops_ratio: prefill FLOPs / those of full. This field and all measured ones are ``None`` without a measurement.
-        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, decode_speedup: medians for one prompt, see
-            :class:`tokensieve.measure.Cost`. Each ``_low`` and ``_high`` is a quartile of the paired rounds.
+        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, decode_speedup: medians for one prompt, from rounds
+            that all rows share, with their quartiles ``…_low`` and ``…_high``; see :class:`tokensieve.measure.Cost`.
+            A row's prefill_ms times its prefill_speedup is the prefill_ms of full; the same holds for decoding.
         peak_activation_mb, kv_mb: MB (10^6 bytes) for one prompt's prefill.
-        break_even_tokens: generated tokens after which the time saved exceeds the extra prefill time; ``None`` where
-            no number does.
-        break_even: "at once", "after", "never" or "not told apart".
-        timing_note: a reason to distrust the times, such as a busy machine.
+        break_even: "at once", "after" so many tokens, "never" or "not told apart"; ``None`` for full and for models
+            that do not generate.
+        break_even_tokens, break_even_low, break_even_high: generated tokens after which the method has paid for
+            itself; ``None`` for no finite number.
+        timing_note: the reason why the times are uncertain, such as a busy machine.
         difference, difference_low, difference_high: accuracy minus full's, paired by question, with its 95 % interval;
             ``None`` for full.
         difference_p: see :class:`PairedDifference`.
@@ -147,13 +149,13 @@ class Row:
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    flops_ratio: float | None
-    prefill_ms: float | None
-    prefill_speedup: float | None
-    method_ms: float | None
-    decode_ms_per_token: float | None
-    peak_activation_mb: float | None
-    kv_mb: float | None
+    flops_ratio: float | None = None
+    prefill_ms: float | None = None
+    prefill_speedup: float | None = None
+    method_ms: float | None = None
+    decode_ms_per_token: float | None = None
+    peak_activation_mb: float | None = None
+    kv_mb: float | None = None
     prefill_ms_low: float | None = None
     prefill_ms_high: float | None = None
     prefill_speedup_low: float | None = None

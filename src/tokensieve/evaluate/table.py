@@ -21,9 +21,7 @@ from tokensieve.measure import Cost
 
 MB = 1e6
 SIMILAR = 1.2  # a row is compared with random runs that have at most so many times its tokens, or as many times fewer
-MEASURED = (
-    "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "peak_activation_mb", "kv_mb"
-)  # fmt: skip
+SPREADS = ("prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "decode_speedup")
 FOLDER = "examples"
 LARGEST = 512  # px, longer side of a stored image
 
@@ -52,8 +50,8 @@ class Table:
         self._random_rows: list[int] = []
         self._vs_random: dict[tuple[int, int], VsRandom] = {}
 
-    def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]], cost: Cost | None) -> None:
-        """Add a row: ``runs`` hold the answers by sample id, one mapping per seed."""
+    def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]]) -> None:
+        """Add a row, not measured yet: ``runs`` hold the answers by sample id, one mapping per seed."""
         answers = [[run[sample.id] for sample in self.samples] for run in runs]
         texts = [[answer.text for answer in run] for run in answers]
         scores = np.array(
@@ -79,13 +77,16 @@ class Table:
                 accuracy=float(scores.mean()),
                 accuracy_low=low,
                 accuracy_high=high,
-                **_measured(cost),
                 **self._to_full(scores, np.full(len(self.samples), True)),
                 types=self._by_type(scores),
                 yes_no=None if self._positive is None else YesNo.of(scores, self._positive, self._clusters),
             )
         )
         self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
+
+    def add_costs(self, costs: Sequence[Cost]) -> None:
+        """Complete all rows with their costs, which come from one session."""
+        self.rows = [replace(row, **_measured(cost)) for row, cost in zip(self.rows, costs, strict=True)]
 
     def results(
         self,
@@ -204,19 +205,20 @@ def store(samples: Sequence[Sample], output: Path) -> list[Example]:
     return examples
 
 
-def _measured(cost: Cost | None) -> dict[str, Any]:
-    """Return the measured fields of a row, all ``None`` without a cost."""
-    if cost is None:
-        return dict.fromkeys(MEASURED)
-    return {
+def _measured(cost: Cost) -> dict[str, Any]:
+    """Return the measured fields of a row."""
+    fields: dict[str, Any] = {
         "flops_ratio": cost.flops_ratio,
-        "prefill_ms": cost.prefill_ms.median,
-        "prefill_speedup": cost.prefill_speedup.median,
-        "method_ms": cost.method_ms.median if cost.method_ms else None,
-        "decode_ms_per_token": cost.decode_ms_per_token.median if cost.decode_ms_per_token else None,
         "peak_activation_mb": cost.peak_activation_bytes / MB,
         "kv_mb": None if cost.kv_bytes is None else cost.kv_bytes / MB,
     }
+    for name in SPREADS:
+        spread = getattr(cost, name)
+        median, low, high = (spread.median, spread.low, spread.high) if spread else (None, None, None)
+        fields |= {name: median, f"{name}_low": low, f"{name}_high": high}
+    for name in ("break_even", "break_even_tokens", "break_even_low", "break_even_high", "timing_note"):
+        fields[name] = getattr(cost, name)
+    return fields
 
 
 def _with_row(example: Example, entry: Entry, answer: Answer) -> Example:
