@@ -132,7 +132,7 @@ def yes_no_results():
             {s.id: Answer(s.id, {"Y": "Yes", "N": "No"}[c], 144, 9, 9) for s, c in zip(samples, text, strict=True)}
             for text in texts
         ]
-        table.add(Entry(method, None, tuple(Run(method, tuple(parse(method))) for _ in texts)), answers, None)
+        table.add(Entry(method, None, tuple(Run(method, tuple(parse(method))) for _ in texts)), answers)
     return table.results(complete=True, environment={}, settings={"metric": "yes_no"})
 
 
@@ -267,7 +267,7 @@ def test_a_bug_while_loading_keeps_its_type(tmp_path, monkeypatch):
 
 def test_the_example_on_the_page_runs(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    (code,) = re.findall(r"## From Python\n.*?```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "comparing.md", "exec"), {})
     printed = capsys.readouterr().out
