@@ -7,6 +7,7 @@ import pytest
 
 from tokensieve.evaluate import OutputError, ResumeError
 from tokensieve.evaluate.journal import Answer, Journal
+from tokensieve.evaluate.results import Skipped
 
 SETUP = {"model": "m", "prompt": "{question}"}
 FIRST = Answer("1 aa", "red", 144, 16, 16.0, (12, 12), {"total": 144, "anchors": [3]})
@@ -38,7 +39,7 @@ def test_an_incomplete_line_is_cut_off_and_the_others_kept(tmp_path, cut):
 def test_an_incomplete_header_starts_anew(tmp_path):
     Journal(tmp_path, SETUP).path.write_bytes(b'{"setup": {"mo')
     assert Journal(tmp_path, SETUP).answers == {}
-    assert Journal(tmp_path, SETUP).setup == SETUP
+    assert Journal(tmp_path, SETUP).setup == {"format": 2} | SETUP
 
 
 def test_another_setup_is_refused_and_named(tmp_path):
@@ -85,3 +86,46 @@ def test_a_full_disk_keeps_the_lines_before(tmp_path):
     assert again.answers == {"uniform": {"1 aa": FIRST}}
     again.add("uniform", [SECOND])
     assert len(Journal(tmp_path, SETUP).answers["uniform"]) == 2
+
+
+def test_skipped_samples_are_read_back(tmp_path):
+    journal = Journal(tmp_path, SETUP)
+    journal.skip({"3 cc": Skipped("3", "data.jsonl, line 3", "3.png: grün")})
+    journal.skip({})
+    assert Journal(tmp_path, SETUP).skipped == {"3 cc": Skipped("3", "data.jsonl, line 3", "3.png: grün")}
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    (tmp_path / "predictions.jsonl").write_text(json.dumps({"setup": SETUP}) + "\n")
+    with pytest.raises(ResumeError, match=r"another set-up \(format differ\)"):
+        Journal(tmp_path, SETUP)
+
+
+def test_a_copy_of_another_process_writes_nothing(tmp_path):
+    journal = Journal(tmp_path, SETUP)
+    journal.writes = False
+    journal.add("uniform", [FIRST])
+    journal.skip({"3 cc": Skipped("3", "", "")})
+    assert "uniform" in journal.answers
+    assert Journal(tmp_path, SETUP).answers == Journal(tmp_path, SETUP).skipped == {}
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 40, b"\xff\xfe\x00{", b'{"run": "uniform", "sample": "\xc3'])
+def test_garbage_at_the_end_is_cut_off(tmp_path, garbage):
+    journal = Journal(tmp_path, SETUP)
+    journal.add("uniform", [FIRST])
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole + garbage)
+    assert Journal(tmp_path, SETUP).answers == {"uniform": {"1 aa": FIRST}}
+    assert journal.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 40, b"\xff\xfe\x00{", b"[" * 100_000, b"3", b"[]", b'{"skipped": []}'])
+def test_garbage_in_the_middle_is_named(tmp_path, garbage):
+    journal = Journal(tmp_path, SETUP)
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole + garbage + b"\n")
+    before = journal.path.read_bytes()
+    with pytest.raises(ResumeError, match=r"predictions\.jsonl, line 2: cannot be read; delete the line or the file"):
+        Journal(tmp_path, SETUP)
+    assert journal.path.read_bytes() == before

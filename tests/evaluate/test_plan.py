@@ -80,7 +80,7 @@ def test_mistakes_are_named(methods, keeps, seeds, message):
     ("options", "message"),
     [
         ({"metric": "exactly"}, "unknown metric 'exactly'; did you mean exact"),
-        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"batch_size": 0}, "batch_size must be 'auto' or a number of at least 1; got 0"),
         ({"seeds": 0}, "seeds must be at least 1; got 0"),
         ({"keep_means": "mean"}, "keep_means must be 'final' or 'average'; got 'mean'"),
         ({"prompt": "what?"}, "the prompt must contain {question}"),

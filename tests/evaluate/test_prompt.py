@@ -10,7 +10,7 @@ from tokensieve import attach
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.errors import Refusal
 from tokensieve.evaluate import decode, encode
-from tokensieve.evaluate.answer import batches, together
+from tokensieve.evaluate.answer import in_order, together
 from tokensieve.evaluate.prompt import check_texts, generate_arguments, without_repetitions
 from tokensieve.reduction import Reduction
 
@@ -66,10 +66,10 @@ def test_decode_leaves_out_the_prompt_and_special_tokens(processor):
     assert decode(processor, generated, len(ids)) == ["red anchor"]
 
 
-def test_batches_hold_every_sample_once_and_an_image_together(samples):
-    batched = batches(samples, 3)
-    assert sorted(s.id for batch in batched for s in batch) == sorted(s.id for s in samples)
-    order = [s.image for batch in batched for s in batch]
+def test_the_order_holds_every_sample_once_and_an_image_together(samples):
+    ordered = in_order(samples)
+    assert sorted(s.id for s in ordered) == sorted(s.id for s in samples)
+    order = [s.image for s in ordered]
     assert len([1 for a, b in pairwise(order) if a != b]) == 3
 
 

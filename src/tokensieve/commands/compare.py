@@ -28,11 +28,13 @@ from tokensieve.commands.arguments import (
     split_budgets,
     split_specs,
 )
-from tokensieve.commands.console import note, print_json, print_table, progress
+from tokensieve.commands.console import in_all_processes, note, print_json, print_table, progress
 from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
 from tokensieve.commands.machine import note_crowd
+from tokensieve.errors import Refusal
 
 
+@in_all_processes
 def compare(
     model: Model = "reference",
     unreduced: Annotated[
@@ -55,7 +57,9 @@ def compare(
     output: Annotated[
         Path, typer.Option(help="Folder of the results; the same command continues from the files in it.")
     ] = Path("runs/compare"),
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 16,
+    batch_size: Annotated[
+        str, typer.Option(help="Most questions per forward, or 'auto'. Halved where they do not fit into memory.")
+    ] = "16",
     metric: Annotated[
         str,
         typer.Option(
@@ -70,17 +74,19 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 5,
     measure: Annotated[bool, typer.Option(help="Measure FLOPs, latency and memory, too.")] = True,
+    strict: Annotated[bool, typer.Option("--strict", help="End at the first image that cannot be read.")] = False,
     report: Annotated[bool, typer.Option(help="Write report.html (needs the 'report' extra).")] = True,
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
     from tokensieve.evaluate import load_data
-    from tokensieve.evaluate.compare import RESULTS, Comparison
+    from tokensieve.evaluate.compare import RESULTS, Comparison, skipped_note
     from tokensieve.evaluate.plan import Settings
+    from tokensieve.evaluate.processes import Processes
 
     specs, keeps = split_specs(methods), split_budgets(keep)
     settings = Settings(
-        batch_size=batch_size,
+        batch_size=_batch_size(batch_size),
         max_new_tokens=max_new_tokens,
         metric=metric,
         seeds=seeds,
@@ -88,6 +94,7 @@ def compare(
         budget_scope=budget_scope,
         prompt=prompt,
         measure=measure,
+        strict=strict,
     )
     check_scopes(budget_scope, settings.plan(specs, keeps))  # a bad spec is refused before a model is loaded
     if report:
@@ -110,8 +117,14 @@ def compare(
     trained = None
     if unreduced := unreduced or COMPARED_WITH.get(model):
         trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
+    processes = Processes.launched()
+    comparison = Comparison(vlm, processor, samples, settings, trained, processes=processes)
     with progress() as bar:
-        results = Comparison(vlm, processor, samples, settings, trained).run(specs, keeps, output, bar)
+        results = comparison.run(specs, keeps, output, bar)
+    if not processes.first:
+        return
+    if results.skipped:
+        note(skipped_note(results))
     if json:
         print_json([row.to_json() for row in results.rows])
     else:
@@ -121,6 +134,12 @@ def compare(
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")
+
+
+def _batch_size(text: str) -> int | Literal["auto"]:
+    if text != "auto" and not text.isdecimal():
+        raise Refusal(f"--batch-size is 'auto' or a number; got {text!r}")
+    return "auto" if text == "auto" else int(text)
 
 
 def _print_rows(results: Any) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ import torch
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.fusion.families import longest_text
+from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Settings
@@ -24,14 +30,32 @@ from tokensieve.evaluate.prompt import (
     to_model,
     without_repetitions,
 )
-from tokensieve.evaluate.provenance import sample_key
+from tokensieve.evaluate.results import Skipped
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 
 CACHE_BYTES = 2**30  # processed batches that are kept for the next method
+AUTO, LARGEST = 16, 256  # batch_size="auto": the first batch, and the largest that is tried
 
 Attached = Callable[[Sequence[Sample]], Sieve]
 """Attaches a method for one batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Outcome of one batch.
+
+    Attributes:
+        size: the largest batch that fits into memory, as far as it is known.
+        answers: of its samples, in their order.
+        skipped: samples whose image cannot be read, by key.
+        failure: why its other samples have no answer; they are given up.
+    """
+
+    size: int
+    answers: Sequence[Answer] = ()
+    skipped: Mapping[str, Skipped] = field(default_factory=dict)
+    failure: str = ""
 
 
 class Answerer:
@@ -40,10 +64,11 @@ class Answerer:
     Args:
         model, processor, samples: as for :func:`tokensieve.evaluate.compare`.
         settings: the prompt, the batch size and the length of an answer are used.
+        keys: {sample id: key in the journal}.
         examples: ids of the samples whose decisions are recorded.
 
     Attributes:
-        keys: {sample id: key in the journal}.
+        size: questions in the next batch.
     """
 
     def __init__(
@@ -52,12 +77,16 @@ class Answerer:
         processor: Any,
         samples: Sequence[Sample],
         settings: Settings,
+        keys: Mapping[str, str],
         examples: AbstractSet[str] = frozenset(),
     ) -> None:
         self.model, self.processor, self.settings, self.examples = model, processor, settings, examples
-        self.keys = {sample.id: sample_key(sample) for sample in samples}
-        self.batches = batches(samples, settings.batch_size)
-        self._inputs: dict[int, Inputs] = {}
+        self.samples, self.keys = in_order(samples), keys
+        automatic = settings.batch_size == "auto"
+        self.size = AUTO if settings.batch_size == "auto" else settings.batch_size
+        # on a CPU larger batches are not faster, and the system ends a process that takes too much memory
+        self._grows = automatic and model.device.type != "cpu"
+        self._inputs: dict[tuple[str, ...], Inputs] = {}
         self._cached_bytes = 0
 
     def finished(self, answers: Mapping[str, Answer]) -> set[str]:
@@ -69,15 +98,48 @@ class Answerer:
             if key in answers and (key not in example_keys or answers[key].reduction is not None)
         }
 
-    def by_id(self, answers: Mapping[str, Answer]) -> dict[str, Answer]:
-        """Return the answers of a run by sample id instead of by journal key."""
-        return {name: answers[key] for name, key in self.keys.items()}
+    def run(
+        self,
+        attached: Attached,
+        done: AbstractSet[str],
+        skipped: Mapping[str, Skipped],
+        rank: int = 0,
+        count: int = 1,
+    ) -> Iterator[Batch]:
+        """Answer the samples whose keys are not in ``done`` or ``skipped``, and yield the outcome of each batch.
 
-    def run(self, attached: Attached, done: AbstractSet[str]) -> Iterator[list[Answer]]:
-        """Yield the answers of each batch that holds a sample whose key is not in ``done``."""
-        for number, batch in enumerate(self.batches):
-            if any(self.keys[sample.id] not in done for sample in batch):
-                yield self._answer(number, batch, attached)
+        Args:
+            attached: attaches the method.
+            done, skipped: keys. Samples of damaged images may be added to ``skipped`` on the way.
+            rank, count: of ``count`` processes with equal arguments, each answers every ``count``-th batch. All yield
+                equally often, and call :meth:`adapt` with the sizes of all before the next batch.
+        """
+
+        def unanswered(samples: Sequence[Sample]) -> bool:
+            return any(self.keys[sample.id] not in done | skipped.keys() for sample in samples)
+
+        start = 0
+        while start < len(self.samples):
+            size, stop = self.size, start + count * self.size
+            if unanswered(self.samples[start:stop]):
+                first = start + rank * size
+                batch = self.samples[first : first + size]
+                # a batch is answered whole, also where some of its answers are known: a run that was interrupted
+                # then forms the same batches as one that was not
+                readable = [sample for sample in batch if self.keys[sample.id] not in skipped]
+                yield self._batch(readable, attached) if unanswered(batch) else Batch(size)
+            start = stop
+
+    def adapt(self, sizes: Sequence[int]) -> None:
+        """Choose the size of the next batch from the sizes that fitted in all processes."""
+        fitting = min(sizes)
+        if fitting < self.size:
+            warnings.warn(
+                f"a batch of {self.size} questions does not fit into memory; continuing with {fitting}", stacklevel=1
+            )
+            self.size, self._grows = fitting, False
+        elif self._grows:
+            self.size = min(2 * self.size, LARGEST)
 
     def inputs(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """Return the processor's tensors for some samples, on the model's device and in its dtype."""
@@ -97,8 +159,48 @@ class Answerer:
         )
         return decode(self.processor, generated, inputs.tensors["input_ids"].shape[1])
 
-    def _answer(self, number: int, batch: Sequence[Sample], attached: Attached) -> list[Answer]:
-        inputs = self._batch_inputs(number, batch)
+    def _batch(self, batch: Sequence[Sample], attached: Attached) -> Batch:
+        """Answer a batch, without samples that cannot be read, and in parts where it does not fit into memory."""
+        answers: list[Answer] = []
+        skipped: dict[str, Skipped] = {}
+        fitting = part_size = self.size
+        remaining, failure = list(batch), ""
+        while remaining and not failure:
+            part = remaining[:part_size]
+            try:
+                answers += self._answer(part, attached)
+                remaining = remaining[len(part) :]
+                continue
+            except Refusal as error:
+                damaged = unreadable(part) if isinstance(error, DataError) else {}
+                reason, memory = str(error), False
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                damaged, reason, memory = {}, f"one question alone does not fit into memory ({first_line(error)})", True
+            # outside the handlers: their tracebacks hold the tensors of the batch
+            skipped |= {self.keys[name]: entry for name, entry in damaged.items()}
+            remaining = [sample for sample in remaining if sample.id not in damaged]
+            if memory:
+                self._free()
+            if not damaged and len(part) == 1:
+                place = part[0].where or f"question {part[0].id}"
+                failure = f"{place}: {reason.removeprefix(f'{place}: ')}"
+            elif memory:
+                fitting = part_size = len(part) // 2
+            elif not damaged:
+                part_size = 1  # to find the sample, and to keep the answers of the others
+        return Batch(fitting, answers, skipped, failure)
+
+    def _free(self) -> None:
+        self._inputs.clear()
+        self._cached_bytes = 0
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _answer(self, batch: Sequence[Sample], attached: Attached) -> list[Answer]:
+        inputs = self._batch_inputs(batch)
         with attached(batch) as sieve, torch.inference_mode():
             texts = self.texts(inputs)
         return [self._record(*row) for row in zip(batch, texts, sieve.last, sieve.tokens, strict=True)]
@@ -110,12 +212,13 @@ class Answerer:
         recorded = reduction.to_json() if sample.id in self.examples else None
         return Answer(self.keys[sample.id], text, reduction.total, reduction.slots, average, reduction.grid, recorded)
 
-    def _batch_inputs(self, number: int, batch: Sequence[Sample]) -> Inputs:
-        if number in self._inputs:
-            return self._inputs[number]
+    def _batch_inputs(self, batch: Sequence[Sample]) -> Inputs:
+        name = tuple(sample.id for sample in batch)
+        if name in self._inputs:
+            return self._inputs[name]
         inputs = self._shared(self.inputs(batch), image_numbers(batch))
         if self._cached_bytes + inputs.nbytes <= CACHE_BYTES:
-            self._inputs[number] = inputs
+            self._inputs[name] = inputs
             self._cached_bytes += inputs.nbytes
         return inputs
 
@@ -143,15 +246,40 @@ def together(images: Sequence[Reduction]) -> Reduction:
     return TokenLayout(sum(reduction.total for reduction in images)).merge_parts(images)
 
 
-def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Batch the samples: questions about one image side by side, images sorted by their longest question."""
+def in_order(samples: Sequence[Sample]) -> list[Sample]:
+    """Order samples for batches: questions about one image side by side, images sorted by their longest question."""
     longest: dict[Any, int] = {}
     for sample in samples:
         longest[sample.image] = max(longest.get(sample.image, 0), len(sample.question))
     # equal lengths need little padding; the image's number keeps its questions together where lengths tie
     numbers = {image: i for i, image in enumerate(longest)}
-    ordered = sorted(samples, key=lambda sample: (longest[sample.image], numbers[sample.image]))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    return sorted(samples, key=lambda sample: (longest[sample.image], numbers[sample.image]))
+
+
+def unreadable(samples: Sequence[Sample]) -> dict[str, Skipped]:
+    """Return the samples with an image that cannot be read, by id; their errors name no folder of the machine."""
+    skipped = {}
+    for sample in samples:
+        try:
+            sample.open_all()
+        except DataError as error:
+            file, comma, line = sample.where.rpartition(", ")
+            reason = str(error).removeprefix(f"{sample.where}: ")
+            reason = reason.replace(f"{Path(file).parent}{os.sep}", "") if file else reason
+            skipped[sample.id] = Skipped(sample.id, f"{Path(file).name}{comma}{line}", reason)
+    return skipped
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, on a GPU or a CPU. Only its text tells torch's error on a CPU from others."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def attaching(model: Any, stages: Sequence[Any], processor: Any, scope: BudgetScope = "image") -> Attached:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tokensieve.errors import OutputError, ResumeError
+from tokensieve.evaluate.results import Skipped
 
 NAME = "predictions.jsonl"
+FORMAT = 2  # of the lines and of the samples' keys; a file of another format cannot be continued
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Answer:
 
 
 class Journal:
-    """``predictions.jsonl``: a header with the set-up, then one line per answer or cost.
+    """``predictions.jsonl``: a header with the set-up, then one line per answer, skipped sample or cost.
 
     Args:
         folder: the file's folder, created if it is missing.
@@ -44,7 +46,9 @@ class Journal:
 
     Attributes:
         answers: {run: {sample: answer}}.
+        skipped: {sample: why it is skipped in every run}.
         costs: {session: costs of its rows as JSON}.
+        writes: whether additions go to the file; set it to ``False`` in copies for other processes.
 
     Raises:
         ResumeError: the file was written under another set-up, or is not a file of predictions.
@@ -52,8 +56,9 @@ class Journal:
     """
 
     def __init__(self, folder: Path, setup: dict[str, Any]) -> None:
-        self.path, self.setup = folder / NAME, setup
+        self.path, self.setup, self.writes = folder / NAME, {"format": FORMAT} | setup, True
         self.answers: dict[str, dict[str, Answer]] = {}
+        self.skipped: dict[str, Skipped] = {}
         self.costs: dict[str, dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,7 @@ class Journal:
             for number, line in enumerate(lines[1:], 2):
                 self._read(number, line)
         else:
-            self._append([{"setup": setup}])
+            self._append([{"setup": self.setup}])
 
     def add(self, run: str, answers: Sequence[Answer]) -> None:
         """Append answers of a run."""
@@ -73,12 +78,19 @@ class Journal:
         lines = [{"run": run} | {k: v for k, v in asdict(answer).items() if v is not None} for answer in answers]
         self._append(lines)
 
+    def skip(self, samples: Mapping[str, Skipped]) -> None:
+        """Append samples that no run can answer, by their keys."""
+        self.skipped.update(samples)
+        self._append([{"skipped": key} | asdict(skipped) for key, skipped in samples.items()])
+
     def add_cost(self, run: str, cost: dict[str, Any]) -> None:
         """Append the costs of a session."""
         self.costs[run] = cost
         self._append([{"run": run, "cost": cost}])
 
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
+        if not self.writes or not lines:
+            return
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
             with self.path.open("ab") as file:
@@ -117,11 +129,15 @@ class Journal:
     def _read(self, number: int, line: bytes) -> None:
         try:
             row = json.loads(line)
+            if "skipped" in row:
+                key = row.pop("skipped")
+                self.skipped[key] = Skipped(**row)
+                return
             run = row.pop("run")
             if "cost" in row:
                 self.costs[run] = row["cost"]
                 return
             answer = Answer(**{**row, "grid": tuple(row["grid"]) if "grid" in row else None})
-        except (ValueError, KeyError, TypeError):
+            self.answers.setdefault(run, {})[answer.sample] = answer
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ResumeError(f"{self.path}, line {number}: cannot be read; delete the line or the file") from None
-        self.answers.setdefault(run, {})[answer.sample] = answer

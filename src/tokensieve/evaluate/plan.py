@@ -27,7 +27,8 @@ class Settings:
     """Options of a comparison, validated on creation.
 
     Attributes:
-        batch_size: questions per forward.
+        batch_size: largest number of questions per forward. "auto" is 16, and on a GPU twice as many after each batch
+            as long as they fit into memory. A batch that does not fit is answered in halves.
         max_new_tokens: longest answer.
         metric: a name in :data:`~tokensieve.evaluate.METRICS`.
         seeds: runs of a method whose ``seed`` is open.
@@ -38,12 +39,13 @@ class Settings:
         processor_for_text: pass the processor to ``attach``, so that text-informed methods use the user's words only.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
         examples: number of images whose decisions are recorded for the report.
+        strict: end at the first image that cannot be read, instead of skipping its questions.
 
     Raises:
         Refusal: naming the option, the value and the allowed ones.
     """
 
-    batch_size: int = 16
+    batch_size: int | Literal["auto"] = 16
     max_new_tokens: int = 16
     metric: str = "exact"
     seeds: int = 5
@@ -53,12 +55,13 @@ class Settings:
     processor_for_text: bool = True
     measure: bool = True
     examples: int = 4
+    strict: bool = False
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise Refusal(f"unknown metric {self.metric!r}; {nearest(self.metric, list(METRICS))}")
-        if self.batch_size < 1:
-            raise Refusal(f"batch_size must be at least 1; got {self.batch_size}")
+        if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
+            raise Refusal(f"batch_size must be 'auto' or a number of at least 1; got {self.batch_size!r}")
         if "{question}" not in self.prompt:
             raise Refusal(f"the prompt must contain {{question}}; got {self.prompt!r}")
         _check(self.seeds, self.keep_means)
