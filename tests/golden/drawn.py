@@ -1,0 +1,40 @@
+"""Inputs of vectors at published sizes, drawn by integer arithmetic: every release of torch draws the same numbers."""
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    """Draw numbers in [−1, 1), multiples of 2⁻²³, float32."""
+    number = torch.Size(shape).numel()
+    x = torch.arange(number, dtype=torch.int64) + seed * 0x9E3779B1 & WORD
+    for _ in range(2):  # a hash of 32 bits: no product reaches 2⁶³
+        x = ((x >> 16) ^ x) * 0x45D9F3B & WORD
+    return ((((x >> 16) ^ x) >> 8).float() / 2**23 - 1).view(shape)
+
+
+def bells(seed: int, *shape: int) -> Tensor:
+    """Draw numbers of a bell-shaped distribution: sums of four, in [−4, 4), of standard deviation 1.15."""
+    return sum(drawn(4 * seed + part, *shape) for part in range(4))
+
+
+def positive(seed: int, *shape: int) -> Tensor:
+    """Draw attention-like numbers in [2⁻²⁴, 1], of which a few are much larger than the others."""
+    return ((drawn(seed, *shape) + 1) / 2).pow(4).clamp(min=2.0**-24)
+
+
+def words_mask(words: int, lengths: list[int]) -> Tensor:
+    """Return a mask `[B, words]`, 1 on the first ``lengths[b]`` words."""
+    return (torch.arange(words) < torch.tensor(lengths)[:, None]).long()
+
+
+def weights(seed: int, shapes: dict[str, tuple[int, ...]], scale: dict[str, float]) -> dict[str, Tensor]:
+    """Draw the weights of a layer; ``scale`` multiplies those whose names hold its key, and norms stay near 1."""
+    out = {}
+    for number, (name, shape) in enumerate(sorted(shapes.items())):
+        factor = next((f for part, f in scale.items() if part in name), 0.25)
+        rows = drawn(seed * 100 + number, *shape) * factor
+        out[name] = rows + 1 if "norm" in name.lower() and name.endswith("weight") else rows
+    return out
