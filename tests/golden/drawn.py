@@ -22,7 +22,21 @@ def bells(seed: int, *shape: int) -> Tensor:
 
 def positive(seed: int, *shape: int) -> Tensor:
     """Draw attention-like numbers in [2⁻²⁴, 1], of which a few are much larger than the others."""
-    return ((drawn(seed, *shape) + 1) / 2).pow(4).clamp(min=2.0**-24)
+    return ((drawn(seed, *shape) + 1) / 2).square().square().clamp(min=2.0**-24)
+
+
+def attention_rows(seed: int, batch: int, heads: int, total: int, levels: int = 0) -> Tensor:
+    """Draw attention to N tokens, `[B, H, N]`; few ``levels`` make ties."""
+    rows = positive(seed, batch, heads, total)
+    return rows if not levels else (rows * levels).round() / levels
+
+
+def rows_with_copies(seed: int, total: int, width: int, copies: int = 0, zeros: int = 0) -> Tensor:
+    """Draw rows `[N, D]`, of which the last ``copies`` repeat the first ones and ``zeros`` more are zero."""
+    rows = bells(seed, total, width)
+    rows[total - copies :] = rows[:copies]
+    rows[copies : copies + zeros] = 0
+    return rows
 
 
 def words_mask(words: int, lengths: list[int]) -> Tensor:
@@ -30,11 +44,11 @@ def words_mask(words: int, lengths: list[int]) -> Tensor:
     return (torch.arange(words) < torch.tensor(lengths)[:, None]).long()
 
 
-def weights(seed: int, shapes: dict[str, tuple[int, ...]], scale: dict[str, float]) -> dict[str, Tensor]:
-    """Draw the weights of a layer; ``scale`` multiplies those whose names hold its key, and norms stay near 1."""
+def weights(seed: int, shapes: dict[str, tuple[int, ...]], sharp: float) -> dict[str, Tensor]:
+    """Draw the weights of a layer by name: norms near 1, queries and keys up to ``sharp``, others up to 0.25."""
     out = {}
     for number, (name, shape) in enumerate(sorted(shapes.items())):
-        factor = next((f for part, f in scale.items() if part in name), 0.25)
-        rows = drawn(seed * 100 + number, *shape) * factor
+        scale = sharp if any(part in name for part in ("qkv", "self.query", "self.key")) else 0.25
+        rows = drawn(seed * 100 + number, *shape) * scale
         out[name] = rows + 1 if "norm" in name.lower() and name.endswith("weight") else rows
     return out

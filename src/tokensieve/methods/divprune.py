@@ -22,7 +22,8 @@ class DivPrune(Method):
     Official code: gathers distances anew at every step, O(K²·N), and renumbers positions (``positions="contiguous"``).
     In float32, without equal distances, it chooses the same tokens. It computes distances in the model's precision: in
     float16 and bfloat16 many of them are equal, and most of its choices can differ from those of the float32 distances
-    here. Where rows are zero or equal it can select a token twice; here all tokens are distinct.
+    here. Where rows are zero or equal it can select a token twice; here all tokens are distinct. It fails on a
+    single token.
     """
 
     keep: Budget = 0.098
