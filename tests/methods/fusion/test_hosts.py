@@ -11,6 +11,7 @@ from tests.support.crossmodal import (
     HOSTS,
     MODELS,
     SPEC,
+    WORDS,
     alone,
     batch,
     bridgetower,
@@ -23,6 +24,7 @@ from tests.support.crossmodal import (
     vilt_retrieval,
 )
 from tests.support.models import hooks
+from tokensieve.ops import attention, epsilon_attention, mask_bias
 
 RELEVANCES = ("mean_head", "first_head", "key_key", "query_key")
 
@@ -121,6 +123,25 @@ def test_shares_of_no_token():
             with tokensieve.attach(model, spec) as sieve:
                 logits(model, inputs)
             assert [decision.slots for (decision,) in sieve.last] == [count, count], (host, prune, merge, official)
+
+
+@pytest.mark.parametrize("host", ["meter", "bridgetower"])
+def test_co_attention_has_the_authors_softmax(host):
+    """With a sharp padded key the ε matters; ViLT and METER also run against the authors' own numbers."""
+    model, inputs, outputs = MODELS[host](), batch(rows=2), {}
+    heads = getattr(model, host).cross_modal_text_layers[0].attention.self
+    with tokensieve.attach(model, SPEC[host], official_padding=True), torch.no_grad():
+        heads.query.weight *= 20
+        for name in ("query", "key", "value", ""):
+            module = heads.get_submodule(name)
+            module.register_forward_hook(lambda module, args, output, name=name: outputs.update({name: output}))
+        logits(model, inputs)
+    query, key, value = (outputs[n].unflatten(-1, (4, -1)).transpose(1, 2) for n in ("query", "key", "value"))
+    bias = mask_bias(inputs["attention_mask"], torch.float32, queries=WORDS)
+    output = outputs[""] if host == "meter" else outputs[""][0]
+    expected, plain = (softmax(query, key, bias) @ value for softmax in (epsilon_attention, attention))
+    assert torch.allclose(output, expected.transpose(1, 2).flatten(2), atol=1e-5)
+    assert not torch.allclose(expected, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("host", HOSTS)
