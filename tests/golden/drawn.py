@@ -1,7 +1,7 @@
 """Inputs of vectors at published sizes, drawn by integer arithmetic: every release of torch draws the same numbers."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WORD = 0xFFFFFFFF
 
@@ -48,7 +48,14 @@ def weights(seed: int, shapes: dict[str, tuple[int, ...]], sharp: float) -> dict
     """Draw the weights of a layer by name: norms near 1, queries and keys up to ``sharp``, others up to 0.25."""
     out = {}
     for number, (name, shape) in enumerate(sorted(shapes.items())):
-        scale = sharp if any(part in name for part in ("qkv", "self.query", "self.key")) else 0.25
+        scale = sharp if any(part in name for part in ("qkv", "self.query", "self.key", "q_proj", "k_proj")) else 0.25
         rows = drawn(seed * 100 + number, *shape) * scale
         out[name] = rows + 1 if "norm" in name.lower() and name.endswith("weight") else rows
     return out
+
+
+def fill(encoder: nn.Module, seed: int, sharp: float) -> None:
+    """Draw the weights of a CLIP vision encoder; its module may be wrapped as ``vision_model``."""
+    own = {name.removeprefix("vision_model."): weight for name, weight in encoder.named_parameters()}
+    for name, rows in weights(seed, {name: tuple(weight.shape) for name, weight in own.items()}, sharp).items():
+        own[name].data.copy_(rows)
