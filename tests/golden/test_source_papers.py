@@ -1,44 +1,17 @@
 """VTC-CLS, FasterVLM and DivPrune against inputs and outputs of their authors' code."""
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokensieve
 from tests.golden.drawn import bells, fill
+from tests.golden.small_llava import llava_around
 from tests.golden.vectors import CLOSE, cases, load
-from tests.support.families import BOS, IMAGE, VOCABULARY
+from tests.support.families import BOS, IMAGE
 from tokensieve.methods.divprune import DivPrune
 from tokensieve.methods.fastervlm import FasterVlm
 from tokensieve.methods.vtc_cls import VtcCls
 from tokensieve.ops import max_min
 from tokensieve.tokens import ByLayer, ConnectorTokens
-
-
-def llava_around(config):
-    """Return a LLaVA model with this CLIP encoder, and a projector that changes nothing."""
-    width = config["hidden_size"]
-    text = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=VOCABULARY,
-        pad_token_id=0,
-    )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**config),
-            text_config=text,
-            image_token_id=IMAGE,
-            projector_hidden_act="linear",
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-        )
-    ).eval()
-    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-        torch.nn.init.eye_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
-    return model
 
 
 def recorded(model, state):
