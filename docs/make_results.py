@@ -73,10 +73,10 @@ def enter(results: Results) -> None:
     """Put the rows of these results into the ledger, in place of those of the same method and budget."""
     known = ledger() if LEDGER.exists() else []
     names = {field.name for field in fields(Entry)} & {field.name for field in fields(Row)}
-    for row, chance in zip(results.rows, results.chances, strict=True):
+    for row in results.rows:
         shown = {name: value for name, value in asdict(row).items() if name in names}
         budget = {"final": "kept"}.get(results.settings["keep_means"], "average")  # the words of the page's comments
-        entry = Entry(budget, **shown, chance=chance)
+        entry = Entry(budget, **shown, chance=row.random)
         place = next((number for number, old in enumerate(known) if old.same(entry)), len(known))
         known[place : place + 1] = [entry]
     LEDGER.write_text("".join(json.dumps(_short(asdict(entry))) + "\n" for entry in known), "utf-8")
@@ -147,12 +147,12 @@ def _names(entries: Sequence[Entry]) -> str:
 
 def by_type(results: Results) -> Iterator[str]:
     """One row per method and budget, with question types."""
-    types = [score.type for score in results.types[0]]
+    types = [score.type for score in results.rows[0].types]
     yield f"| method | tokens | accuracy (95 %) | FLOPs | {' | '.join(types)} |"
     yield "|---|---|---|---|" + "---|" * len(types)
-    for row, scores in zip(results.rows, results.types, strict=True):
+    for row in results.rows:
         flops = "–" if row.flops_ratio is None else f"{row.flops_ratio:.0%}"
-        cells = " | ".join(f"{100 * score.accuracy:.0f}" for score in scores)
+        cells = " | ".join(f"{100 * score.accuracy:.0f}" for score in row.types)
         yield f"| `{row.method}` | {row.tokens_after:.4g} | {interval(row)} | {flops} | {cells} |"
 
 

@@ -6,23 +6,38 @@ import resource
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from tokensieve import Refusal, parse
-from tokensieve.evaluate import METRICS, Example, OutputError, Results, Row, Sample, TypeScore, VsRandom, environment
+from tokensieve.evaluate import (
+    METRICS,
+    Example,
+    OutputError,
+    Question,
+    Results,
+    Row,
+    Sample,
+    Skipped,
+    TypeScore,
+    VsRandom,
+    environment,
+)
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Entry, Run
 from tokensieve.evaluate.table import Table
 
-ROW = Row("pool", 9, 144.0, 9.0, 9.0, 2, 0.5, 0.1, 0.9, None, None, None, None, None, None, None)
+ROW = Row(
+    "pool", 9, 144.0, 9.0, 9.0, 2, 0.5, 0.1, 0.9, None, None, None, None, None, None, None,
+    types=(TypeScore("colour", 2, 0.5, 0.1, 0.9, 0.0, -0.1, 0.1),),
+    random=VsRandom(9.0, 0.6, -0.1, -0.2, 0.0),
+)  # fmt: skip
 RESULTS = Results(
     complete=True,
     environment={"torch": "2"},
     settings={"model": "m"},
     rows=(ROW,),
-    types=((TypeScore("colour", 2, 0.5, 0.1, 0.9),),),
-    differences=((0.0, -0.1, 0.1),),
-    chances=(VsRandom(9.0, 0.6, -0.1, -0.2, 0.0),),
+    questions=(Question("1", "colour", 0), Question("2", "colour", 0)),
+    scores=(((1.0, 0.0),),),
+    skipped=(Skipped("3", "data.jsonl, line 3", "no such image file"),),
     examples=(Example("1", "examples/0.png", "what?", ("cup", "mug"), ({"method": "pool", "keep": 9},)),),
 )
 
@@ -34,7 +49,7 @@ def test_round_trip(tmp_path):
 
 
 def test_a_row_is_compared_with_random_of_a_similar_number_of_tokens():
-    samples = [Sample(str(i), Image.new, "what?", ("a",)) for i in range(40)]
+    samples = [Sample(str(i), Path(f"{i}.png"), "what?", ("a",)) for i in range(40)]
     table = Table(samples, METRICS["exact"], ())
 
     def add(spec, tokens, *right):
@@ -52,8 +67,8 @@ def test_a_row_is_compared_with_random_of_a_similar_number_of_tokens():
     add("uniform", 80, 38)
     add("trsm", 29, 22)
     add("prumerge", 50, 1)
-    chances = table.results(complete=True, environment={}, settings={}).chances
-    assert chances[:3] == (None, None, None)
+    chances = [row.random for row in table.results(complete=True, environment={}, settings={}).rows]
+    assert chances[:3] == [None, None, None]
     assert [chance and chance.tokens for chance in chances[3:]] == [30, 72, 30, None]
     below, above, same, _ = chances[3:]
     assert (below.lost, below.won) == (True, False)
@@ -78,7 +93,7 @@ def test_a_full_disk_keeps_the_older_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "no json", "\udcff", '{"version": 2}'])
+@pytest.mark.parametrize("content", ["[]", "{}", "no json", "\udcff", '{"rows": []}'])
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content, "utf-8", "surrogateescape")  # one of them is not UTF-8
     with pytest.raises(Refusal, match=r"x\.json is not a results file"):
@@ -86,8 +101,8 @@ def test_another_file_is_refused(tmp_path, content):
 
 
 def test_another_version_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text('{"version": 0}')
-    with pytest.raises(ValueError, match="another version"):
+    (tmp_path / "x.json").write_text('{"version": 2, "rows": []}')
+    with pytest.raises(Refusal, match="another version of Tokensieve: its format is 2, and 3 is read"):
         Results.load(tmp_path / "x.json")
 
 

@@ -1,5 +1,6 @@
 """Results written by hand, in the form of ``compare``."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,11 +27,17 @@ def row(method: str, keep: int | float | None, accuracy: float, samples: int = 4
 def results(rows: list[Row], by_type: list[tuple[float, ...]] | None = None, folder: Path | None = None) -> Results:
     """Return results of these rows; with a folder, write one example image there."""
     scores = by_type or [(r.accuracy,) * len(KINDS) for r in rows]
-    types = tuple(
-        tuple(TypeScore(k, 200, a, a - 0.05, a + 0.05) for k, a in zip(KINDS, line, strict=True)) for line in scores
-    )
-    differences = tuple((r.accuracy - rows[0].accuracy, -0.1, 0.1) for r in rows)
-    chances = tuple(_chance(r, rows) for r in rows)
+    rows = [
+        replace(
+            r,
+            types=tuple(TypeScore(k, 200, a, a - 0.05, a + 0.05) for k, a in zip(KINDS, line, strict=True)),
+            difference=r.accuracy - rows[0].accuracy,
+            difference_low=-0.1,
+            difference_high=0.1,
+            random=_chance(r, rows),
+        )
+        for r, line in zip(rows, scores, strict=True)
+    ]
     examples: tuple[Example, ...] = ()
     if folder is not None:
         Image.radial_gradient("L").convert("RGB").save(folder / "example.png")
@@ -45,7 +52,7 @@ def results(rows: list[Row], by_type: list[tuple[float, ...]] | None = None, fol
         )
         examples = (Example("0", "example.png", "what colour is <b>it</b>?", ("red",), kept),)
     environment, settings = {"torch": "2.13.0", "threads": 2}, {"model": "reference", "metric": "exact"}
-    return Results(True, environment, settings, tuple(rows), types, differences, chances, examples)
+    return Results(True, environment, settings, tuple(rows), examples=examples)
 
 
 def _chance(row: Row, rows: list[Row]) -> VsRandom | None:

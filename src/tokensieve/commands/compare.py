@@ -57,13 +57,13 @@ def compare(
     answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
     prompt: Prompt = "{question}",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 5,
     measure: Annotated[bool, typer.Option(help="Measure FLOPs, latency and memory, too.")] = True,
     report: Annotated[bool, typer.Option(help="Write report.html (needs the 'report' extra).")] = True,
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
-    from tokensieve.evaluate import Results, load_data
+    from tokensieve.evaluate import load_data
     from tokensieve.evaluate.compare import RESULTS, Comparison
     from tokensieve.evaluate.plan import Settings
 
@@ -92,10 +92,9 @@ def compare(
     if unreduced := unreduced or COMPARED_WITH.get(model):
         trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
     with progress() as bar:
-        rows = Comparison(vlm, processor, samples, settings, trained).run(specs, keeps, output, bar)
-    results = Results.load(output / RESULTS)
+        results = Comparison(vlm, processor, samples, settings, trained).run(specs, keeps, output, bar)
     if json:
-        print_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in results.rows])
     else:
         _print_rows(results)
     note(f"results: {output / RESULTS}")

@@ -4,23 +4,26 @@ from tokensieve.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.compare import compare
 from tokensieve.evaluate.data import Sample, load_data
 from tokensieve.evaluate.images import open_image
+from tokensieve.evaluate.intervals import PairedDifference, tango, wilson
+from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.provenance import environment
-from tokensieve.evaluate.results import Example, Results, Row, TypeScore, VsRandom
-from tokensieve.evaluate.scoring import METRICS, bootstrap, wilson
+from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom
 
 __all__ = [
     "METRICS",
     "DataError",
     "Example",
     "OutputError",
+    "PairedDifference",
+    "Question",
     "Results",
     "ResumeError",
     "Row",
     "Sample",
+    "Skipped",
     "TypeScore",
     "VsRandom",
-    "bootstrap",
     "compare",
     "decode",
     "encode",
@@ -28,5 +31,6 @@ __all__ = [
     "environment",
     "load_data",
     "open_image",
+    "tango",
     "wilson",
 ]

@@ -14,12 +14,12 @@ from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer, Journal
+from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.prompt import check_texts
 from tokensieve.evaluate.provenance import environment, model_identity, model_name
-from tokensieve.evaluate.results import FULL, Row
-from tokensieve.evaluate.scoring import METRICS
+from tokensieve.evaluate.results import FULL, Results
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.measure import Bench, Cost
 from tokensieve.reduction import Reduction
@@ -36,11 +36,11 @@ def compare(
     methods: Sequence[str],
     keeps: Sequence[Budget],
     *,
-    output: Path,
+    output: str | Path,
     batch_size: int = 16,
     max_new_tokens: int = 16,
     metric: str = "exact",
-    seeds: int = 3,
+    seeds: int = 5,
     keep_means: KeepMeans = "final",
     budget_scope: BudgetScope = "image",
     prompt: str = "{question}",
@@ -49,7 +49,7 @@ def compare(
     measure: bool = True,
     examples: int = 4,
     progress: Progress | None = None,
-) -> list[Row]:
+) -> Results:
     """Answer every sample with every method at every budget, greedily, and score the answers.
 
     The unhooked model ("full") always runs, and first. A method with an open ``seed`` runs with ``seeds`` of them. A
@@ -89,7 +89,7 @@ def compare(
         measure=measure,
         examples=examples,
     )
-    return Comparison(model, processor, samples, settings, trained).run(methods, keeps, output, progress)
+    return Comparison(model, processor, samples, settings, trained).run(methods, keeps, Path(output), progress)
 
 
 class Comparison:
@@ -115,8 +115,8 @@ class Comparison:
 
     def run(
         self, methods: Sequence[str], keeps: Sequence[Budget], output: Path, progress: Progress | None = None
-    ) -> list[Row]:
-        """Fill the table row by row and save it after each."""
+    ) -> Results:
+        """Fill the table row by row and save it after each; return the results."""
         entries = self._entries(methods, keeps)
         journal = Journal(output, self._journal_setup())
         example_samples = choose(self.samples, self.settings.examples)
@@ -134,7 +134,7 @@ class Comparison:
             table.add(entry, answers, runner.cost(entry) if self.settings.measure else None)
             results = table.results(complete=entry is entries[-1], environment=machine, settings=self._facts())
             results.save(output / RESULTS)
-        return table.rows
+        return results
 
     def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""

@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import Refusal
+from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.results import FULL, ORACLE
-from tokensieve.evaluate.scoring import METRICS
 from tokensieve.methods import Method, MethodInfo, parse
 from tokensieve.methods.registry import nearest
 
@@ -46,7 +46,7 @@ class Settings:
     batch_size: int = 16
     max_new_tokens: int = 16
     metric: str = "exact"
-    seeds: int = 3
+    seeds: int = 5
     keep_means: KeepMeans = "final"
     budget_scope: BudgetScope = "image"
     prompt: str = "{question}"

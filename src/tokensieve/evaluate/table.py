@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tokensieve.errors import OutputError
 from tokensieve.evaluate.data import Sample
+from tokensieve.evaluate.intervals import Scores, interval, paired_difference
 from tokensieve.evaluate.journal import Answer
+from tokensieve.evaluate.metrics import Metric
 from tokensieve.evaluate.plan import Entry, is_random_baseline
-from tokensieve.evaluate.results import Example, Results, Row, TypeScore, VsRandom
-from tokensieve.evaluate.scoring import Metric, Scores, by_type, difference, interval, score
+from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom
 from tokensieve.measure import Cost
 
 MB = 1e6
@@ -36,8 +40,9 @@ class Table:
     def __init__(self, samples: Sequence[Sample], metric: Metric, examples: Sequence[Example]) -> None:
         self.samples, self.metric, self.examples = samples, metric, tuple(examples)
         self.rows: list[Row] = []
-        self._types: list[tuple[TypeScore, ...]] = []
-        self._differences: list[tuple[float, float, float]] = []
+        images = {image: number for number, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
+        self.questions = tuple(Question(sample.id, sample.type, images[sample.image]) for sample in samples)
+        self._clusters = np.array([question.cluster for question in self.questions])
         self._scores: list[Scores] = []
         self._random_rows: list[int] = []
         self._vs_random: dict[tuple[int, int], VsRandom] = {}
@@ -45,12 +50,15 @@ class Table:
     def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]], cost: Cost | None) -> None:
         """Add a row: ``runs`` hold the answers by sample id, one mapping per seed."""
         answers = [[run[sample.id] for sample in self.samples] for run in runs]
-        scores = score(self.metric, self.samples, [[answer.text for answer in run] for run in answers])
+        texts = [[answer.text for answer in run] for run in answers]
+        scores = np.array(
+            [[self.metric(text, s.answers) for text, s in zip(run, self.samples, strict=True)] for run in texts]
+        )
         stages = entry.runs[0].stages
         if len(stages) == 1 and is_random_baseline(stages[0].info):
             self._random_rows.append(len(self.rows))
         self._scores.append(scores)
-        low, high = interval(scores)
+        low, high = interval(scores, self._clusters)
         all_answers = [answer for run in answers for answer in run]
         self.rows.append(
             Row(
@@ -64,24 +72,55 @@ class Table:
                 accuracy_low=low,
                 accuracy_high=high,
                 **_measured(cost),
+                **self._to_full(scores, np.full(len(self.samples), True)),
+                types=self._by_type(scores),
             )
         )
-        self._types.append(by_type(self.samples, scores))
-        self._differences.append(difference(scores, self._scores[0]))
         self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
 
-    def results(self, *, complete: bool, environment: dict[str, Any], settings: dict[str, Any]) -> Results:
+    def results(
+        self,
+        *,
+        complete: bool,
+        environment: dict[str, Any],
+        settings: dict[str, Any],
+        skipped: Sequence[Skipped] = (),
+    ) -> Results:
         """Return everything so far."""
         return Results(
             complete=complete,
             environment=environment,
             settings=settings,
-            rows=tuple(self.rows),
-            types=tuple(self._types),
-            differences=tuple(self._differences),
-            chances=tuple(self._compared_with_random(number) for number in range(len(self.rows))),
+            rows=tuple(replace(row, random=self._compared_with_random(i)) for i, row in enumerate(self.rows)),
+            questions=self.questions,
+            scores=tuple(tuple(map(tuple, scores.tolist())) for scores in self._scores),
+            skipped=tuple(skipped),
             examples=self.examples,
         )
+
+    def _to_full(self, scores: Scores, chosen: NDArray[np.bool_]) -> dict[str, Any]:
+        """Return the fields of a comparison with full on the chosen questions; ``None`` for full itself."""
+        if len(self._scores) == 1:
+            return {}
+        paired = paired_difference(scores[:, chosen], self._scores[0][:, chosen], self._clusters[chosen])
+        return {
+            "difference": paired.difference,
+            "difference_low": paired.low,
+            "difference_high": paired.high,
+            "difference_p": paired.p,
+        }
+
+    def _by_type(self, scores: Scores) -> tuple[TypeScore, ...]:
+        """Return the accuracy per question type, in order of appearance; empty if the data has no types."""
+        types = np.array([question.type for question in self.questions])
+        type_scores = []
+        for name in filter(None, dict.fromkeys(types.tolist())):
+            chosen = types == name
+            part = scores[:, chosen]
+            low, high = interval(part, self._clusters[chosen])
+            to_full = self._to_full(scores, chosen)
+            type_scores.append(TypeScore(name, part.shape[1], float(part.mean()), low, high, **to_full))
+        return tuple(type_scores)
 
     def _compared_with_random(self, number: int) -> VsRandom | None:
         """Compare a row with the random row that has the most similar number of tokens."""
@@ -95,11 +134,13 @@ class Table:
         nearest = min(self._random_rows, key=token_ratio)
         if token_ratio(nearest) > SIMILAR:
             return None
-        # results are saved after every row; a bootstrap of earlier rows need not run again
+        # results are saved after every row; the comparisons of earlier rows need not run again
         if (number, nearest) not in self._vs_random:
             random = self.rows[nearest]
-            paired = difference(self._scores[number], self._scores[nearest])
-            self._vs_random[number, nearest] = VsRandom(random.tokens_average, random.accuracy, *paired)
+            paired = paired_difference(self._scores[number], self._scores[nearest], self._clusters)
+            self._vs_random[number, nearest] = VsRandom(
+                random.tokens_average, random.accuracy, paired.difference, paired.low, paired.high
+            )
         return self._vs_random[number, nearest]
 
 
@@ -132,7 +173,7 @@ def store(samples: Sequence[Sample], output: Path) -> list[Example]:
     return examples
 
 
-def _measured(cost: Cost | None) -> dict[str, float | None]:
+def _measured(cost: Cost | None) -> dict[str, Any]:
     """Return the measured fields of a row, all ``None`` without a cost."""
     if cost is None:
         return dict.fromkeys(MEASURED)
