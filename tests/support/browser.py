@@ -1,4 +1,4 @@
-"""A headless Chromium at any width, driven over the DevTools protocol (its pipe: JSON messages that end in a zero byte)."""
+"""A headless Chromium at any width, driven over the pipe of the DevTools protocol (JSON that ends in a zero byte)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,9 @@ class Browser:
         """Send one command and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
-        os.write(self._write, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0")
+        os.write(
+            self._write, json.dumps(message | ({"sessionId": self._session} if self._session else {})).encode() + b"\0"
+        )
         while True:
             answer = self._next()
             if answer.get("id") == self._number:

@@ -26,7 +26,7 @@ from tokensieve.commands.arguments import (
     split_budgets,
     split_specs,
 )
-from tokensieve.commands.console import note, print_json, print_table, progress
+from tokensieve.commands.console import note, print_json, print_lines, print_table, progress
 from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
 
 
@@ -103,10 +103,18 @@ def compare(
 
 
 def _print_rows(results: Any) -> None:
-    from tokensieve.report.table import COLUMNS, as_rows
+    """Print the decision, then two tables that fit 100 columns: accuracy, and costs if they were measured."""
+    from tokensieve.report.decision import Decision
+    from tokensieve.report.remarks import warnings
+    from tokensieve.report.table import ACCURACY, COSTS, KEEP, METHOD
 
-    headers = [header for header, _, _ in COLUMNS]
-    print_table(headers, [[cell(row) for *_, cell in COLUMNS] for row in as_rows(results)])
+    decision = Decision(results)
+    print_lines([*warnings(decision), *decision.sentences()])
+    for columns in (ACCURACY, COSTS) if decision.measured else (ACCURACY,):
+        shown = (METHOD, KEEP, *columns)
+        # a header of two words stands on two lines, which keeps its column narrow
+        headers = [column.header.replace(" ", "\n") for column in shown]
+        print_table(headers, [[column.text(line) for column in shown] for line in decision.lines])
 
 
 def _write_report(results: Any, folder: Path, processor: Any) -> Path:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any, TypeAlias
 
 from tokensieve.evaluate import Row
-from tokensieve.report.decision import Decision
+from tokensieve.report.decision import Decision, pareto
 from tokensieve.report.extra import needs_report_extra
-from tokensieve.report.table import Cost, Line, baseline_methods, named, plain_name
+from tokensieve.report.table import Cost, baseline_methods, named, plain_name
 
 # Colour-blind safe on light and on dark: Okabe and Ito's, the palest darkened. Shape and dash repeat the distinction.
 COLOURS = ("#0084c6", "#d55e00", "#00976d", "#c9649a", "#b98500", "#7a6ff0", "#5f9ea8", "#9a6a3a")
@@ -24,9 +26,10 @@ LABELS: dict[Cost, str] = {
     "prefill_ms": "prefill time, ms",
     "tokens_average": "visual tokens per image, averaged over the LLM's layers",
 }
-LEGEND_COLUMNS = 3
-TEXT, GREY = "#010203", "#898989"
-DODGE = 3.0  # points by which curves stand beside each other, so that equal ones do not cover each other
+LEGEND = 60  # characters that fit side by side in a legend
+WIDTH, HEIGHT = 5.6, 3.8  # inches, the height without its legend
+TEXT, GREY, FRONT = "#010203", "#898989", "#e6b800"
+DODGE = 1.5  # points by which curves stand beside each other, so that equal ones do not cover each other
 CUT = 0.4  # accuracy: where the lowest value is above it, the axis does not start at 0, and says so
 Style: TypeAlias = dict[str, Any]
 
@@ -47,13 +50,13 @@ def curve(decision: Decision, cost: Cost) -> str:
         for line in lines:
             if line.kind == "full":
                 _draw_full(axes, line.row, cost)
-        _draw_front(axes, [line.row for line in lines if cost in line.front], cost)
+        _draw_front(axes, pareto([line.row for line in lines if line.kind != "oracle"], cost), cost)
         for number, method in enumerate(series):
             rows = sorted((line.row for line in lines if line.row.method == method), key=lambda row: getattr(row, cost))
             shift = (number - (len(series) - 1) / 2) * DODGE / 72
             beside = axes.transData + ScaledTranslation(shift, 0, axes.figure.dpi_scale_trans)
             _draw_curve(axes, method, rows, cost, {**styles[method], "transform": beside})
-        lowest = min((row.accuracy_low for row in (line.row for line in lines)), default=0.0)
+        lowest = min((line.row.accuracy_low for line in lines), default=0.0)
         bottom = 0.0 if lowest < CUT else 10 * int(10 * lowest - 0.5)
         axes.set_ylim(bottom, 101)
         axes.set_ylabel("accuracy, %" + (f" (axis starts at {bottom:.0f})" if bottom else ""), color=TEXT)
@@ -62,7 +65,7 @@ def curve(decision: Decision, cost: Cost) -> str:
         if cost == "flops_ratio":
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
-    return _figure(draw, f"Accuracy against {LABELS[cost]}", legend_entries=len(series) + 2)
+    return _figure(draw, f"Accuracy against {LABELS[cost]}")
 
 
 def time_saved(decision: Decision) -> str:
@@ -91,13 +94,15 @@ def time_saved(decision: Decision) -> str:
         axes.set_xlabel("generated tokens", color=TEXT)
         axes.set_ylabel("ms saved per answer (below 0: slower)", color=TEXT)
 
-    return _figure(draw, "Time saved against the length of the answer", legend_entries=len(rows) + 1)
+    return _figure(draw, "Time saved against the length of the answer")
 
 
 def _saved(row: Row, tokens: float, end: str) -> float | None:
     """Return the ms that an answer of so many tokens saves, by the medians (``end`` "") or a quartile ("_low")."""
     prefill, decode = getattr(row, f"prefill_speedup{end}"), getattr(row, f"decode_speedup{end}")
-    if not (prefill and decode and row.prefill_ms and row.decode_ms_per_token and row.prefill_speedup and row.decode_speedup):
+    if not (
+        prefill and decode and row.prefill_ms and row.decode_ms_per_token and row.prefill_speedup and row.decode_speedup
+    ):
         return None
     # a row's median × its speedup is the full model's median
     full_prefill, full_decode = row.prefill_ms * row.prefill_speedup, row.decode_ms_per_token * row.decode_speedup
@@ -108,7 +113,7 @@ def _styles(decision: Decision) -> dict[str, Style]:
     """Return {method: style}, the same in every plot."""
     methods = dict.fromkeys(line.row.method for line in decision.lines if line.kind == "method")
     styles: dict[str, Style] = {
-        method: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "lw": 1.8, "ms": 6}
+        method: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "lw": 1.5, "ms": 6}
         for i, method in enumerate(sorted(methods))
     }
     dashes = dict(zip(baseline_methods(), cycle(DASHES), strict=False))
@@ -128,19 +133,20 @@ def _draw_front(axes: Any, rows: Sequence[Row], cost: Cost) -> None:
     """Draw the best accuracy that each cost buys, as steps."""
     front = sorted(rows, key=lambda row: (getattr(row, cost), row.accuracy))
     values, accuracies = [getattr(row, cost) for row in front], [100 * row.accuracy for row in front]
-    axes.step(values, accuracies, where="post", color=GREY, alpha=0.45, lw=6, solid_capstyle="round", label="Pareto front")
+    axes.step(
+        values, accuracies, where="post", color=FRONT, alpha=0.5, lw=7, solid_capstyle="round", label="Pareto front"
+    )
 
 
 def _draw_curve(axes: Any, name: str, rows: Sequence[Row], cost: Cost, style: Style) -> None:
-    values = [100 * row.accuracy for row in rows]
+    costs, values = [getattr(row, cost) for row in rows], [100 * row.accuracy for row in rows]
     bars = [
         [max(0.0, 100 * (row.accuracy - row.accuracy_low)) for row in rows],
         [max(0.0, 100 * (row.accuracy_high - row.accuracy)) for row in rows],
     ]
-    axes.errorbar(
-        [getattr(row, cost) for row in rows], values, bars, _quartiles(rows, cost),
-        label=name, capsize=2, elinewidth=0.8, markerfacecolor="none", markeredgewidth=1.6, **style,
-    )  # fmt: skip
+    faint = {"color": style["color"], "transform": style["transform"], "alpha": 0.45}
+    axes.errorbar(costs, values, bars, _quartiles(rows, cost), fmt="none", elinewidth=0.9, **faint)
+    axes.plot(costs, values, label=name, markerfacecolor="none", markeredgewidth=1.6, **style)
 
 
 def _quartiles(rows: Sequence[Row], cost: Cost) -> list[list[float]] | None:
@@ -154,7 +160,7 @@ def _quartiles(rows: Sequence[Row], cost: Cost) -> list[list[float]] | None:
     ]
 
 
-def _figure(draw: Callable[[Any], None], title: str, legend_entries: int) -> str:
+def _figure(draw: Callable[[Any], None], title: str) -> str:
     with needs_report_extra():
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -162,7 +168,7 @@ def _figure(draw: Callable[[Any], None], title: str, legend_entries: int) -> str
 
     style = {"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.6, 3.8 + 0.2 * -(-legend_entries // LEGEND_COLUMNS)), layout="constrained")
+        figure = Figure(layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         draw(axes)
@@ -170,7 +176,13 @@ def _figure(draw: Callable[[Any], None], title: str, legend_entries: int) -> str
         axes.grid(color=GREY, alpha=0.25, lw=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
-        figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, frameon=False, fontsize=9, labelcolor=TEXT)
+        handles, labels = axes.get_legend_handles_labels()
+        labels = [textwrap.fill(text, LEGEND) for text in labels]  # a spec can be long
+        columns = max(1, min(3, LEGEND // max(map(len, labels), default=1)))
+        lines = sum(text.count("\n") for text in labels) + math.ceil(len(labels) / columns)
+        figure.set_size_inches(WIDTH, HEIGHT + 0.2 * lines)
+        place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+        figure.legend(handles, labels, fontsize=9, labelcolor=TEXT, **place)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(out.getvalue(), title)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tokensieve.evaluate import Results, Row, TypeScore
-from tokensieve.report.decision import BudgetRows, Decision, faster
+from tokensieve.report.decision import Decision, faster
 from tokensieve.report.table import Line, named, percent, points, points_interval, to_full
 
 FEW = 200  # questions
@@ -13,12 +13,15 @@ FLOOR = 0.2  # below this accuracy of the full model, methods have little to los
 LISTED = 5  # skipped samples that a remark names
 
 
+def warnings(decision: Decision) -> list[str]:
+    """Return the reasons to distrust the whole run, to be read before any result."""
+    results = decision.results
+    return [*_floor(decision), *_samples(results), *_skipped(results), *decision.timing_notes()]
+
+
 def remarks(decision: Decision) -> list[str]:
-    """Return plain sentences, each computed from the results."""
+    """Return plain sentences about rows, each computed from the results."""
     return [
-        *_floor(decision),
-        *_samples(decision.results),
-        *_skipped(decision.results),
         *_unranked(decision),
         *_against_random(decision),
         *_losses_by_type(decision),
@@ -57,8 +60,8 @@ def _unranked(decision: Decision) -> Iterator[str]:
         if group.unranked:
             rows = ", ".join(f"{row.method} ({row.tokens_average:.4g})" for row in group.unranked)
             yield (
-                f"Not ranked at {group.name}, as their tokens averaged over the LLM's layers differ by more than a fifth "
-                f"from the {group.tokens:.4g} of the other methods: {rows}."
+                f"Not ranked at {group.name}, as their tokens averaged over the LLM's layers differ by more than a "
+                f"fifth from the {group.tokens:.4g} of the other methods: {rows}."
             )
 
 
@@ -146,17 +149,21 @@ def explanations(decision: Decision) -> list[tuple[str, str]]:
     average = decision.results.settings.get("keep_means") == "average"
     terms = [("full", "the model without a method.")] if "full" in kinds else []
     if "oracle" in kinds:
-        terms.append((
-            "oracle",
-            "no method: keeps the tokens of the asked object first, whose place it is given. It is no upper bound: methods "
-            "can beat it, for example where a question needs more than this object.",
-        ))
+        terms.append(
+            (
+                "oracle",
+                "no method: keeps the tokens of the asked object first, whose place it is given. It is no upper bound: "
+                "methods can beat it, for example where a question needs more than this object.",
+            )
+        )
     if "random" in kinds:
         mean = f"the mean of {seeds} seeds" if seeds > 1 else "one seed"
-        terms.append(("random", f"keeps tokens drawn at random, places drawn per image; {mean}. A method should beat it."))
+        terms.append(
+            ("random", f"keeps tokens drawn at random, places drawn per image; {mean}. A method should beat it.")
+        )
     if "baseline" in kinds:
         names = dict.fromkeys(line.row.method for line in decision.lines if line.kind == "baseline")
-        terms.append((", ".join(names), "simple baselines that do not look at what the image shows."))
+        terms.append((", ".join(names), "simple baselines, which do not choose by content."))
     terms += [
         (
             "budget",
@@ -166,21 +173,25 @@ def explanations(decision: Decision) -> list[tuple[str, str]]:
         ),
         (
             "not told apart",
-            "the 95 % interval of the paired difference holds zero. This does not mean equal. The best of many methods is "
-            "chosen on the same questions, so its accuracy is a little flattered; and of 20 intervals one is wrong by chance.",
+            "the 95 % interval of the paired difference holds zero, which does not mean equal. About one interval in "
+            "20 misses the truth. The best of many methods is chosen on these questions, which flatters it a little.",
         ),
     ]
     if any(line.row.prefill_speedup is not None for line in decision.lines):
-        terms.append((
-            "faster, slower",
-            "said only where the quartiles of the paired rounds exclude 1. Times are for one prompt on this machine.",
-        ))
+        terms.append(
+            (
+                "faster, slower",
+                "used only where the quartiles of the paired rounds exclude 1. Times are for one prompt here.",
+            )
+        )
     if decision.full is not None:
-        terms.append((
-            "Pareto",
-            "no other row is as accurate at a lower cost, or more accurate at no higher cost, by the values shown; "
-            "their intervals can overlap. The oracle does not take part.",
-        ))
+        terms.append(
+            (
+                "Pareto",
+                "no other row is as accurate at a lower cost, or more accurate at no higher cost, by the values shown; "
+                "their intervals can overlap. The oracle does not take part.",
+            )
+        )
     return terms
 
 
@@ -191,8 +202,3 @@ def _seeds(decision: Decision) -> int:
         if any(line.row is row and line.kind == "random" for line in decision.lines)
     ]
     return max(seeds, default=1)
-
-
-def groups_with_types(decision: Decision) -> list[BudgetRows]:
-    """Return the budgets whose rows have question types."""
-    return [group for group in decision.budgets if any(line.row.types for line in group.lines)]

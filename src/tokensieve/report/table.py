@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from tokensieve.evaluate import Row, TypeScore
 from tokensieve.evaluate.plan import is_random_baseline
@@ -108,8 +108,19 @@ def spread(low: float | None, high: float | None, form: str = ".3g") -> str:
 
 # -- columns --------------------------------------------------------------------------------------------------------
 
-Cell: TypeAlias = tuple[str, str]
-"""(value, its interval or another detail; may be empty)."""
+
+class Cell(NamedTuple):
+    """The text of one cell.
+
+    Attributes:
+        value: the number.
+        detail: its interval; may be empty.
+        lost: whether the whole interval of a difference lies below zero.
+    """
+
+    value: str
+    detail: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,34 +131,44 @@ class Column:
         header: its name, short.
         meaning: one line that explains it.
         cell: returns the text of a line.
+        brief: leave the details out in the terminal.
     """
 
     header: str
     meaning: str
     cell: Callable[[Line], Cell]
+    brief: bool = False
+
+    def text(self, line: Line) -> str:
+        """Return the cell for the terminal: ``92.2 (89.8–94.1)``."""
+        value, detail, _ = self.cell(line)
+        return f"{value} ({detail})" if detail and not self.brief else value
 
 
 def _plain(text: Callable[[Row], str]) -> Callable[[Line], Cell]:
-    return lambda line: (text(line.row), "")
+    return lambda line: Cell(text(line.row))
 
 
 def _accuracy(line: Line) -> Cell:
     row = line.row
-    return percent(row.accuracy), f"{percent(row.accuracy_low)}–{percent(row.accuracy_high)}"
+    return Cell(percent(row.accuracy), f"{percent(row.accuracy_low)}–{percent(row.accuracy_high)}")
 
 
 def _to_full(line: Line) -> Cell:
     gap = to_full(line.row)
-    return (NONE, "") if gap is None or line.kind == "full" else (points(gap[0]), points_interval(*gap[1:]))
+    if gap is None or line.kind == "full":
+        return Cell(NONE)
+    return Cell(points(gap[0]), points_interval(*gap[1:]), lost=gap[2] < 0)
 
 
 def _p(line: Line) -> Cell:
-    return (NONE if line.kind == "full" or line.row.difference_p is None else p_value(line.row.difference_p)), ""
+    p = line.row.difference_p
+    return Cell(NONE if line.kind == "full" or p is None else p_value(p))
 
 
 def _pareto(line: Line) -> Cell:
     words: dict[Cost, str] = {"flops_ratio": "FLOPs", "prefill_ms": "time", "tokens_average": "tokens"}
-    return " ".join(words[cost] for cost in line.front), ""
+    return Cell("both" if len(line.front) > 1 else "".join(words[cost] for cost in line.front))
 
 
 def _timed(name: str, form: str, unit: str = "") -> Callable[[Line], Cell]:
@@ -156,19 +177,28 @@ def _timed(name: str, form: str, unit: str = "") -> Callable[[Line], Cell]:
     def cell(line: Line) -> Cell:
         value = getattr(line.row, name)
         low, high = getattr(line.row, f"{name}_low"), getattr(line.row, f"{name}_high")
-        return number(value, form) + unit * (value is not None), spread(low, high, form)
+        if line.kind == "full" and name.endswith("speedup"):
+            low = high = None  # 1 by definition
+        return Cell(number(value, form) + unit * (value is not None), spread(low, high, form))
 
     return cell
+
+
+def _method_ms(line: Line) -> Cell:
+    """Return the method's time; a time whose quartiles reach 0 or less is not told apart from none."""
+    low = line.row.method_ms_low
+    return Cell("noise") if low is not None and low <= 0 else _timed("method_ms", ".2g")(line)
 
 
 def _break_even(line: Line) -> Cell:
     row = line.row
     if line.kind == "full" or row.break_even is None:
-        return NONE, ""
+        return Cell(NONE)
     if row.break_even != "after" or row.break_even_tokens is None:
-        return row.break_even, ""
+        return Cell(row.break_even)
     low, high = row.break_even_low, row.break_even_high
-    return f"{row.break_even_tokens:.2g}", f"{number(low, '.2g')}–{'never' if high is None else format(high, '.2g')}"
+    last = "never" if high is None else f"{high:.2g}"
+    return Cell(f"{row.break_even_tokens:.2g}", "" if low is None else f"{low:.2g}–{last}")
 
 
 METHOD = Column("method", "method spec", _plain(lambda row: row.method))
@@ -202,16 +232,36 @@ ACCURACY: tuple[Column, ...] = (
     Column("accuracy %", "with its 95 % interval", _accuracy),
     Column("to full", "points to the full model, paired by question, with the 95 % interval", _to_full),
     Column("p", "McNemar's exact test against the full model; none for several seeds or graded scores", _p),
-    Column("Pareto", "no other row is as accurate at a lower cost of this kind, by the values shown", _pareto),
+    Column("Pareto", "no other row is as accurate at a lower cost: prefill FLOPs, prefill time, or both", _pareto),
 )
 COSTS: tuple[Column, ...] = (
     FLOPS,
-    Column("prefill ms", "median time to the first token", _timed("prefill_ms", ".3g")),
+    Column("prefill ms", "median time to the first token", _timed("prefill_ms", ".3g"), brief=True),
     SPEEDUP,
-    Column("method ms", "time of the method alone", _timed("method_ms", ".2g")),
+    Column("method ms", "time of the method alone; noise: not told apart from none", _method_ms, brief=True),
     BREAK_EVEN,
-    Column("ms/token", "time of one decoding step", _timed("decode_ms_per_token", ".3g")),
-    Column("decode speedup", "full model's time per decoding step ÷ this one's", _timed("decode_speedup", ".2f", "×")),
+    Column("ms/token", "time of one decoding step", _timed("decode_ms_per_token", ".3g"), brief=True),
+    Column(
+        "decode speedup",
+        "full model's time per decoding step ÷ this one's",
+        _timed("decode_speedup", ".2f", "×"),
+        brief=True,
+    ),
     Column("peak MB", "peak of activations in prefill", _plain(lambda row: number(row.peak_activation_mb))),
     Column("KV MB", "KV cache after prefill", _plain(lambda row: number(row.kv_mb))),
 )
+
+
+def type_column(kind: str, samples: int) -> Column:
+    """Return the column of a question type: accuracy, and below it the paired gap to the full model."""
+
+    def cell(line: Line) -> Cell:
+        score = next((score for score in line.row.types if score.type == kind), None)
+        if score is None:
+            return Cell(NONE)
+        gap = to_full(score)
+        if gap is None or line.kind == "full":
+            return Cell(percent(score.accuracy), f"{percent(score.low)}–{percent(score.high)}")
+        return Cell(percent(score.accuracy), f"{points(gap[0])}\n{points_interval(*gap[1:])}", lost=gap[2] < 0)
+
+    return Column(f"{kind} (n={samples})", f"{samples} questions of type {kind}", cell)
