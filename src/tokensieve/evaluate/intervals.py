@@ -2,7 +2,11 @@
 
 One rule serves every case. A score interval (Wilson's for a mean, Tango's for a paired difference) is computed at the
 effective number of questions: the number of independent questions with a right or wrong answer that would give the
-variance seen between images. Score intervals keep a width where nothing was seen to differ; a bootstrap has none there.
+variance seen between images. Score intervals keep a width where no question differs; a bootstrap has none there.
+
+Tango's was chosen over Newcombe's (1998, method 10) by exact coverage: at 30 … 1000 questions of which 0.5 … 10 % are
+lost, a nominal 95 % of Tango's is at least 93.3 %, of Newcombe's at least 91.2 %. ``tests/evaluate/test_intervals.py``
+measures it, with repeated images and graded scores too.
 """
 
 from __future__ import annotations
@@ -104,14 +108,14 @@ def interval(scores: Scores, clusters: Clusters) -> tuple[float, float]:
     values = scores.mean(0)
     share, total = float(values.mean()), values.size
     # a right-or-wrong answer with this mean has variance share (1 - share)
-    effect = float(_design_effect(values, clusters, total * share * (1 - share), _between_seeds(scores)))
+    effect = float(_design_effect(values, clusters, total * share * (1 - share), between_seeds(scores)))
     return wilson(share * total / effect, total / effect)
 
 
 def paired_difference(scores: Scores, others: Scores, clusters: Clusters) -> PairedDifference:
     """Return the mean of ``scores`` minus ``others``, paired by question; each may have several seeds."""
     paired = scores.mean(0) - others.mean(0)
-    counts = effective_counts(paired, clusters, _between_seeds(scores) + _between_seeds(others))
+    counts = effective_counts(paired, clusters, between_seeds(scores) + between_seeds(others))
     low, high = tango(*counts)
     single = len(scores) == len(others) == 1
     right_or_wrong = bool(np.isin(scores, (0, 1)).all() and np.isin(others, (0, 1)).all())
@@ -128,20 +132,21 @@ def paired_difference(scores: Scores, others: Scores, clusters: Clusters) -> Pai
     )
 
 
-def effective_counts(paired: Floats, clusters: Clusters, between_seeds: float = 0.0) -> tuple[Any, Any, Any]:
+def effective_counts(paired: Floats, clusters: Clusters, seeds: Any = 0.0) -> tuple[Any, Any, Any]:
     """Return the gained, lost and total questions that :func:`tango` needs, divided by the design effect.
 
     Args:
         paired: differences by question, `[..., questions]`.
+        seeds: further variance of their mean, see :func:`between_seeds`, `[...]`.
     """
     gained, lost = np.maximum(paired, 0).sum(-1), np.maximum(-paired, 0).sum(-1)
     total = paired.shape[-1]
     # differences of right-or-wrong answers with these sums have this variance
-    effect = _design_effect(paired, clusters, gained + lost - (gained - lost) ** 2 / total, between_seeds)
+    effect = _design_effect(paired, clusters, gained + lost - (gained - lost) ** 2 / total, seeds)
     return gained / effect, lost / effect, total / effect
 
 
-def _design_effect(values: Floats, clusters: Clusters, binary: Any, between_seeds: float) -> Any:
+def _design_effect(values: Floats, clusters: Clusters, binary: Any, seeds: Any) -> Any:
     """Return the variance of the mean of ``values`` / its variance with independent right-or-wrong answers.
 
     Questions about one image vary together, so the variance is that of the images' sums (Kish 1965). Few questions that
@@ -153,22 +158,26 @@ def _design_effect(values: Floats, clusters: Clusters, binary: Any, between_seed
     residuals = values - values.mean(-1, keepdims=True)
     sums = np.add.reduceat(residuals[..., order], starts, axis=-1)
     whole_image = (sizes**2).sum() / len(order)
-    observed = (sums**2).sum(-1) + between_seeds * len(order) ** 2
+    observed = (sums**2).sum(-1) + seeds * len(order) ** 2
     return (observed + whole_image) / (binary + 1)
 
 
-def _between_seeds(scores: Scores) -> float:
-    """Return the variance of the mean that comes from seeds whose draws are shared by all questions.
+def between_seeds(scores: Floats) -> Any:
+    """Return the variance of the mean that comes from draws shared by all questions of a seed.
 
-    The seeds' means vary by their shared draws and by each question's own draw. The second part also varies between
-    images, where it is counted already.
+    The means of the seeds vary by shared draws and by the draws for each question. Only the first part is returned: the
+    second varies between images, too, and is counted there. Few seeds show little of it: with five seeds whose shared
+    draws cause most of the variance, a nominal 95 % is about 90 %.
+
+    Args:
+        scores: `[..., seeds, questions]`.
     """
-    seeds, questions = scores.shape
+    seeds, questions = scores.shape[-2:]
     if seeds == 1:
         return 0.0
-    means = scores.mean(1).var(ddof=1) / seeds
-    separate = scores.var(0, ddof=1).mean() / (seeds * questions)
-    return max(0.0, float(means - separate))
+    means = scores.mean(-1).var(-1, ddof=1) / seeds
+    separate = scores.var(-2, ddof=1).mean(-1) / (seeds * questions)
+    return np.maximum(means - separate, 0)
 
 
 def sign_flip_p(paired: NDArray[np.int64], clusters: Clusters) -> float:
