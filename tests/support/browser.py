@@ -7,11 +7,22 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+# Chromium reads commands from descriptor 3 and writes answers to descriptor 4. Both pipes are copied to high numbers
+# first, as one of them can have the other's place.
+LAUNCH = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 20) for number in sys.argv[1:3]]
+for place, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, place)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 # Returns a list of faults: the page scrolls sideways, or a text is outside of the window, of its table cell, or of an
 # ancestor that clips it. Texts are measured by their own boxes, as an element's box does not show what flows over it.
@@ -47,10 +58,9 @@ class Browser:
         self._read, answers = os.pipe()
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
         program = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-        # Chromium reads commands from descriptor 3 and writes answers to descriptor 4
-        shell = ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "sh", *program]
+        launcher = [sys.executable, "-c", LAUNCH, str(commands), str(answers), *program]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(shell, pass_fds=(commands, answers), **quiet)
+        self._process = subprocess.Popen(launcher, pass_fds=(commands, answers), **quiet)
         os.close(commands)
         os.close(answers)
         self._buffer, self._number, self._session = b"", 0, ""

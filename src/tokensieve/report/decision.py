@@ -16,6 +16,7 @@ from tokensieve.report.table import (
     budget,
     kind_of,
     named,
+    number,
     percent,
     points,
     points_interval,
@@ -83,8 +84,9 @@ class BudgetRows:
 
     @property
     def title(self) -> str:
-        """Return the budget with its tokens: ``25% (36 tokens)``."""
-        return f"{self.name} ({self.tokens:.4g} tokens)"
+        """Return the budget with its tokens: ``25% (36 tokens)``, ``36 tokens``."""
+        tokens = f"{self.tokens:.4g}"
+        return f"{tokens} tokens" if self.name == tokens else f"{self.name} ({tokens} tokens)"
 
     @property
     def unranked(self) -> tuple[Row, ...]:
@@ -177,9 +179,9 @@ class Decision:
             yield self.cheapest_sentence
 
     def timing_notes(self) -> list[str]:
-        """Return the distinct notes about the timing, each with the number of its rows."""
-        notes = [row.timing_note for row in self.results.rows if row.timing_note]
-        return [f"{note} ({notes.count(note)} of {len(self.results.rows)} rows)" for note in dict.fromkeys(notes)]
+        """Return the distinct notes about the timing, as sentences."""
+        notes = dict.fromkeys(row.timing_note for row in self.results.rows if row.timing_note)
+        return [f"{note[0].upper()}{note[1:].rstrip('.')}." for note in notes]
 
 
 def pareto(rows: Sequence[Row], cost: Cost) -> list[Row]:
@@ -238,13 +240,13 @@ def prefill(row: Row) -> str:
 def break_even(row: Row) -> str:
     """Return the break-even in words."""
     if row.break_even == "after" and row.break_even_tokens is not None:
-        high = "never" if row.break_even_high is None else f"{row.break_even_high:.2g}"
-        low = "" if row.break_even_low is None else f" ({row.break_even_low:.2g} to {high})"
-        return f"saves time after {row.break_even_tokens:.2g} generated tokens{low}"
+        high = "never" if row.break_even_high is None else number(row.break_even_high, ".2g")
+        low = "" if row.break_even_low is None else f" ({number(row.break_even_low, '.2g')} to {high})"
+        return f"saves time after {number(row.break_even_tokens, '.2g')} generated tokens{low}"
     words = {
         "at once": "saves time from the first token",
         "never": "never saves time",
-        "not told apart": "break-even not told apart from never",
+        "not told apart": "not told apart whether it saves time",
     }
     return words.get(row.break_even or "", "")
 

@@ -76,7 +76,7 @@ def time_saved(decision: Decision) -> str:
     """
     chosen = [group.choice.best.row for group in decision.budgets if group.choice is not None]
     chosen += [decision.cheapest] if decision.cheapest is not None and decision.cheapest not in chosen else []
-    rows = [row for row in chosen if _saved(row, 0, "") is not None]
+    rows = [row for row in chosen if saved_ms(row, 0) is not None]
     if not rows:
         return ""
     longest = max(32.0, *(2 * (row.break_even_tokens or 0) for row in rows))
@@ -86,7 +86,7 @@ def time_saved(decision: Decision) -> str:
         axes.axhline(0, color=TEXT, lw=1.4, label="as long as the full model")
         for number, row in enumerate(rows):
             style = {name: styles[row.method][name] for name in ("color",)}
-            low, middle, high = ([_saved(row, n, end) for n in (0, longest)] for end in ("_low", "", "_high"))
+            low, middle, high = ([saved_ms(row, n, end) for n in (0, longest)] for end in ("_low", "", "_high"))
             axes.fill_between([0, longest], low, high, alpha=0.15, lw=0, **style)
             dash = ("-", "--", ":", "-.")[number % 4]  # two budgets of one method share a colour
             axes.plot([0, longest], middle, lw=2, ls=dash, label=named(row), **style)
@@ -97,7 +97,7 @@ def time_saved(decision: Decision) -> str:
     return _figure(draw, "Time saved against the length of the answer")
 
 
-def _saved(row: Row, tokens: float, end: str) -> float | None:
+def saved_ms(row: Row, tokens: float, end: str = "") -> float | None:
     """Return the ms that an answer of so many tokens saves, by the medians (``end`` "") or a quartile ("_low")."""
     prefill, decode = getattr(row, f"prefill_speedup{end}"), getattr(row, f"decode_speedup{end}")
     if not (

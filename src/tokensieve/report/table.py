@@ -75,9 +75,8 @@ def percent(share: float) -> str:
 
 
 def points(difference: float) -> str:
-    """Return a difference of shares in signed points: ``−3.2``; a rounded zero has no sign."""
-    text = f"{100 * difference:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+    """Return a difference of shares in signed points: ``−3.2``; only an exact zero has no sign."""
+    return "0.0" if abs(difference) < 1e-9 else f"{100 * difference:+.1f}".replace("-", "−")
 
 
 def points_interval(low: float, high: float) -> str:
@@ -97,13 +96,16 @@ def p_value(p: float) -> str:
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """Return a number, or a dash if it was not measured."""
-    return NONE if value is None else format(value, form)
+    """Return a number, or a dash if it was not measured. Large numbers have no exponent: ``12300``."""
+    if value is None:
+        return NONE
+    text = format(value, form)
+    return f"{float(text):.0f}" if "e+" in text else text
 
 
 def spread(low: float | None, high: float | None, form: str = ".3g") -> str:
     """Return the quartiles ``1.10–1.25``; nothing if they were not measured."""
-    return "" if low is None or high is None else f"{format(low, form)}–{format(high, form)}".replace("--", "–−")
+    return "" if low is None or high is None else f"{number(low, form)}–{number(high, form)}"
 
 
 # -- columns --------------------------------------------------------------------------------------------------------
@@ -197,8 +199,8 @@ def _break_even(line: Line) -> Cell:
     if row.break_even != "after" or row.break_even_tokens is None:
         return Cell(row.break_even)
     low, high = row.break_even_low, row.break_even_high
-    last = "never" if high is None else f"{high:.2g}"
-    return Cell(f"{row.break_even_tokens:.2g}", "" if low is None else f"{low:.2g}–{last}")
+    last = "never" if high is None else number(high, ".2g")
+    return Cell(number(row.break_even_tokens, ".2g"), "" if low is None else f"{number(low, '.2g')}–{last}")
 
 
 METHOD = Column("method", "method spec", _plain(lambda row: row.method))
