@@ -111,10 +111,13 @@ def _print_rows(results: Any) -> None:
     decision = Decision(results)
     print_lines([*warnings(decision), *decision.sentences()])
     for columns in (ACCURACY, COSTS) if decision.measured else (ACCURACY,):
-        shown = (METHOD, KEEP, *columns)
-        # a header of two words stands on two lines, which keeps its column narrow
-        headers = [column.header.replace(" ", "\n") for column in shown]
-        print_table(headers, [[column.text(line) for column in shown] for line in decision.lines])
+        shown = (METHOD, KEEP, *(column for column in columns if not column.page_only))
+        rows = [[column.text(line) for column in shown] for line in decision.lines]
+        headers = [column.header for column in shown]
+        for i, header in enumerate(headers):
+            if len(header) > max(len(row[i]) for row in rows):
+                headers[i] = header.replace(" ", "\n")  # the words on two lines keep the column narrow
+        print_table(headers, rows)
 
 
 def _write_report(results: Any, folder: Path, processor: Any) -> Path:

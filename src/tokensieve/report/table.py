@@ -134,12 +134,14 @@ class Column:
         meaning: one line that explains it.
         cell: returns the text of a line.
         brief: leave the details out in the terminal.
+        page_only: leave the column out in the terminal.
     """
 
     header: str
     meaning: str
     cell: Callable[[Line], Cell]
     brief: bool = False
+    page_only: bool = False
 
     def text(self, line: Line) -> str:
         """Return the cell for the terminal: ``92.2 (89.8–94.1)``."""
@@ -197,7 +199,7 @@ def _break_even(line: Line) -> Cell:
     if line.kind == "full" or row.break_even is None:
         return Cell(NONE)
     if row.break_even != "after" or row.break_even_tokens is None:
-        return Cell(row.break_even)
+        return Cell({"not told apart": "unclear"}.get(row.break_even, row.break_even))
     low, high = row.break_even_low, row.break_even_high
     last = "never" if high is None else number(high, ".2g")
     return Cell(number(row.break_even_tokens, ".2g"), "" if low is None else f"{number(low, '.2g')}–{last}")
@@ -217,7 +219,7 @@ SPEEDUP = Column(
 )
 BREAK_EVEN = Column(
     "break-even",
-    "generated tokens after which an answer takes less time than with the full model; at once: from the first one",
+    "generated tokens after which an answer takes less time than with full; unclear: the quartiles do not decide",
     _break_even,
 )
 ACCURACY: tuple[Column, ...] = (
@@ -242,12 +244,12 @@ COSTS: tuple[Column, ...] = (
     SPEEDUP,
     Column("method ms", "time of the method alone; noise: not told apart from none", _method_ms, brief=True),
     BREAK_EVEN,
-    Column("ms/token", "time of one decoding step", _timed("decode_ms_per_token", ".3g"), brief=True),
+    Column("token ms", "time of one decoding step", _timed("decode_ms_per_token", ".3g"), brief=True),
     Column(
         "decode speedup",
         "full model's time per decoding step ÷ this one's",
         _timed("decode_speedup", ".2f", "×"),
-        brief=True,
+        page_only=True,
     ),
     Column("peak MB", "peak of activations in prefill", _plain(lambda row: number(row.peak_activation_mb))),
     Column("KV MB", "KV cache after prefill", _plain(lambda row: number(row.kv_mb))),
