@@ -97,12 +97,19 @@ def test_a_bad_row_is_named(write, tmp_path, row, message):
     [
         ("data.jsonl", json.dumps(GOOD) + '\n\n{"image": "0.png",\n', "line 3: not valid JSON"),
         ("data.jsonl", "", "data.jsonl: no rows"),
-        ("data.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+        ("data.jsonl", json.dumps(GOOD).encode("utf-16"), "this is UTF-16 text; save it as UTF-8"),
+        ("data.jsonl", json.dumps(GOOD).encode("utf-16-le"), "this is UTF-16 text"),
+        (
+            "data.jsonl",
+            json.dumps(GOOD).encode() + b'\n{"a": "\xe9"}',
+            r"line 2: not UTF-8 text \(byte 0xe9 at column 8\)",
+        ),
+        ("data.csv", "image,question,answer\n0.png,what?,café\n".encode("latin-1"), "line 2: not UTF-8 text"),
         ("data.csv", "image,question,answer\n0.png,what?\n", "line 2: 2 cells, but the header has 3"),
         ("data.csv", "image,question,answer\n0.png,what?,a,b\n", "line 2: 4 cells, but the header has 3"),
         ("data.csv", 'image,question,answer\n0.png,"what"?,a\n', "line 2: not valid CSV"),
         ("data.parquet", "not parquet", "data.parquet: not a parquet file"),
-        ("data.xml", "", "ending in .jsonl, .csv, .parquet"),
+        ("data.xml", "", "ending in .jsonl, .json, .csv, .tsv, .parquet, or a folder"),
     ],
 )
 def test_a_bad_file_is_named(write, tmp_path, name, content, message):

@@ -20,9 +20,16 @@ Model: TypeAlias = Annotated[
     str, typer.Option(help="Folder or hub name of a vision-language model; 'reference' is the bundled one.")
 ]
 Data: TypeAlias = Annotated[
-    str, typer.Option(help="'reference' for the bundled benchmark, or a .jsonl, .csv or .parquet file.")
+    str,
+    typer.Option(help="'reference'; a .jsonl, .json, .csv, .tsv or .parquet file; a folder of datasets; a hub name."),
 ]
-ImageColumn: TypeAlias = Annotated[str, typer.Option(help="Column of image files, relative to the data file.")]
+Split: TypeAlias = Annotated[
+    str | None, typer.Option(help="Split of --data, if it has several.", show_default="the only one")
+]
+FetchImages: TypeAlias = Annotated[
+    bool, typer.Option("--fetch-images", help="Fetch images given as URLs, from any host that the data name.")
+]
+ImageColumn: TypeAlias = Annotated[str, typer.Option(help="Column of images: files relative to the data, or lists.")]
 QuestionColumn: TypeAlias = Annotated[str, typer.Option(help="Column of questions.")]
 Prompt: TypeAlias = Annotated[str, typer.Option(help="Text of the user turn; {question} is replaced.")]
 Methods: TypeAlias = Annotated[str, typer.Option(help="Method specs with commas between: 'vtc-cls, random(seed=1)'.")]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.commands.arguments import Data, ImageColumn, Json, Model, Prompt, QuestionColumn
+from tokensieve.commands.arguments import Data, FetchImages, ImageColumn, Json, Model, Prompt, QuestionColumn, Split
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.commands.loading import load_model
 
@@ -24,6 +24,8 @@ def calibrate() -> None:
 def vtw(
     model: Model = "reference",
     data: Data = "reference",
+    split: Split = None,
+    fetch_images: FetchImages = False,
     limit: Annotated[int, typer.Option(min=1, help="Largest number of questions, spread over the data.")] = 20,
     threshold: Annotated[float, typer.Option(min=0, help="Largest accepted mean KL divergence.")] = 0.003,
     first_layer: Annotated[int | None, typer.Option(min=1, help="First candidate.", show_default="5 of 32")] = None,
@@ -38,8 +40,15 @@ def vtw(
     from tokensieve.evaluate import load_data
     from tokensieve.evaluate.calibrate import calibrate_vtw
 
-    columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
-    samples = load_data(data, **columns, limit=limit)
+    samples = load_data(
+        data,
+        image_column=image_column,
+        question_column=question_column,
+        answer_column=answer_column,
+        split=split,
+        fetch_images=fetch_images,
+        limit=limit,
+    )
     vlm, processor = load_model(model)
     with progress() as bar:
         result = calibrate_vtw(

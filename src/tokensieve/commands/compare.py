@@ -15,6 +15,7 @@ from tokensieve.commands.arguments import (
     METHODS,
     BudgetScope,
     Data,
+    FetchImages,
     ImageColumn,
     Json,
     Keeps,
@@ -22,6 +23,7 @@ from tokensieve.commands.arguments import (
     Model,
     Prompt,
     QuestionColumn,
+    Split,
     check_scopes,
     split_budgets,
     split_specs,
@@ -37,6 +39,8 @@ def compare(
         typer.Option(help="The unreduced fine-tune that --model, fine-tuned with PuMer, is compared with."),
     ] = None,
     data: Data = "reference",
+    split: Split = None,
+    fetch_images: FetchImages = False,
     methods: Methods = METHODS,
     keep: Keeps = KEEPS,
     keep_means: Annotated[
@@ -83,8 +87,15 @@ def compare(
         from tokensieve.report.extra import check_report_extra
 
         check_report_extra()
-    columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
-    samples = load_data(data, **columns, limit=limit)
+    samples = load_data(
+        data,
+        image_column=image_column,
+        question_column=question_column,
+        answer_column=answer_column,
+        split=split,
+        fetch_images=fetch_images,
+        limit=limit,
+    )
     vlm, processor = load_model(model, classifiers=True)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]

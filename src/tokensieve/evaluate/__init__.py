@@ -3,12 +3,12 @@
 from tokensieve.errors import DataError, OutputError, ResumeError
 from tokensieve.evaluate.compare import compare
 from tokensieve.evaluate.data import Sample, load_data
-from tokensieve.evaluate.images import open_image
 from tokensieve.evaluate.intervals import PairedDifference, tango, wilson
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.provenance import environment
 from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom
+from tokensieve.images import open_image
 
 __all__ = [
     "METRICS",

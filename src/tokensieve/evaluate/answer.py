@@ -20,6 +20,7 @@ from tokensieve.evaluate.prompt import (
     encode,
     encode_pairs,
     generate_arguments,
+    image_numbers,
     to_model,
     without_repetitions,
 )
@@ -112,8 +113,7 @@ class Answerer:
     def _batch_inputs(self, number: int, batch: Sequence[Sample]) -> Inputs:
         if number in self._inputs:
             return self._inputs[number]
-        image_numbers = {image: i for i, image in enumerate(dict.fromkeys(sample.image for sample in batch))}
-        inputs = self._shared(self.inputs(batch), [image_numbers[sample.image] for sample in batch])
+        inputs = self._shared(self.inputs(batch), image_numbers(batch))
         if self._cached_bytes + inputs.nbytes <= CACHE_BYTES:
             self._inputs[number] = inputs
             self._cached_bytes += inputs.nbytes
@@ -139,7 +139,7 @@ class Classifier(Answerer):
 
 
 def together(images: Sequence[Reduction]) -> Reduction:
-    """Join the decisions about one sample: a model that cuts a picture into tiles takes each tile for an image."""
+    """Join the decisions about one sample: it has several images, or the model takes each tile of one for an image."""
     return TokenLayout(sum(reduction.total for reduction in images)).merge_parts(images)
 
 
@@ -149,8 +149,8 @@ def batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
     for sample in samples:
         longest[sample.image] = max(longest.get(sample.image, 0), len(sample.question))
     # equal lengths need little padding; the image's number keeps its questions together where lengths tie
-    image_numbers = {image: i for i, image in enumerate(longest)}
-    ordered = sorted(samples, key=lambda sample: (longest[sample.image], image_numbers[sample.image]))
+    numbers = {image: i for i, image in enumerate(longest)}
+    ordered = sorted(samples, key=lambda sample: (longest[sample.image], numbers[sample.image]))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 

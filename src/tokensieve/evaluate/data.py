@@ -1,12 +1,13 @@
-"""Questions about images, from the bundled benchmark or from a JSONL, CSV or parquet file."""
+"""Questions about images, from the bundled benchmark or from a data set of the user."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import json
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,40 +16,61 @@ from typing import Any
 
 from PIL import Image
 
-from tokensieve.errors import DataError, MissingExtra
-from tokensieve.evaluate.images import check_image, decode_image, open_image
+from tokensieve.errors import DataError, Refusal
+from tokensieve.evaluate.pictures import Picture, open_picture, picture_of
+from tokensieve.evaluate.records import Record, read_records
 
 Box = tuple[float, float, float, float]
-Record = tuple[str, dict[str, Any]]
-"""Place of the row ("data.jsonl, line 3") and its values."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image.
+    """One question about one image, or about several.
 
     Attributes:
         id: unique in its data set.
-        image: a file, or a function that returns the image; opened by :meth:`open` only. Samples about the same image
-            have equal values here.
+        image: a file, or a function that returns the image; a tuple of them for a question about several images. Read
+            by :meth:`open` only. Samples about the same image have equal values here.
         question: never empty.
         answers: accepted answers, or those of several annotators.
         type: kind of question; "" when the data has none.
-        boxes: (left, top, right, bottom) px of the objects that answer the question, if known.
+        boxes: (left, top, right, bottom) px of the objects that answer the question, if known; of one image only.
         where: file and line of the sample, for errors.
+        choices: the options of a multiple-choice question; the prompt lists them with the letters A, B, C…
     """
 
     id: str
-    image: Path | Callable[[], Image.Image]
+    image: Picture | tuple[Picture, ...]
     question: str
     answers: tuple[str, ...]
     type: str = ""
     boxes: tuple[Box, ...] = ()
     where: str = ""
+    choices: tuple[str, ...] = ()
 
-    def open(self) -> Image.Image:
-        """Return the image, RGB; raise :class:`DataError` if it cannot be read."""
-        return open_image(self.image) if isinstance(self.image, Path) else self.image().convert("RGB")
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        """The images in their order, mostly one."""
+        return self.image if isinstance(self.image, tuple) else (self.image,)
+
+    @property
+    def text(self) -> str:
+        """The question, with its choices on lines of their own: "A. red"."""
+        options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
+        return "\n".join([self.question, *options])
+
+    def open(self, number: int = 0) -> Image.Image:
+        """Return one of the images, 8-bit RGB; raise :class:`DataError` with file and line if it cannot be read."""
+        try:
+            return open_picture(self.images[number])
+        except DataError as error:
+            place = self.where and f"{self.where}: "
+            raise DataError(f"{place}{error}") from error
+
+    def open_all(self) -> list[Image.Image]:
+        """Return all images, 8-bit RGB; raise :class:`DataError` with file and line if one cannot be read."""
+        return [self.open(number) for number in range(len(self.images))]
 
 
 def load_data(
@@ -57,18 +79,23 @@ def load_data(
     image_column: str = "image",
     question_column: str = "question",
     answer_column: str = "answer",
+    split: str | None = None,
+    fetch_images: bool = False,
     limit: int | None = None,
 ) -> list[Sample]:
     """Read a data set and validate all of it except the pixels of the images.
 
     Args:
-        source: "reference" for the bundled benchmark's test split, or a ``.jsonl``, ``.csv`` or ``.parquet`` file.
-        image_column: image files, relative to the data file; in parquet also the files' bytes.
+        source: "reference" for the bundled benchmark's test split; a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or
+            ``.parquet`` file; a folder of the datasets library; or a data set's name on the hub.
+        image_column: an image or a list of them: file names relative to the data, ``data:`` URIs, or in tables bytes.
         question_column, answer_column: text; an answer may be a list (several annotators).
+        split: a split of a folder or of a data set of the hub, needed if it has several.
+        fetch_images: allow images given as http(s) URLs, each fetched when it is opened first.
         limit: largest number of samples: a fixed random choice of images with all their questions. A larger limit
             includes the samples of a smaller one.
 
-    The columns ``id`` and ``type`` are used if they exist.
+    The columns ``id``, ``type`` and ``choices`` are used if they exist.
 
     Raises:
         DataError: one line naming the file, the line and the mistake.
@@ -77,10 +104,26 @@ def load_data(
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1; got {limit}")
     if str(source) == "reference":
+        if split is not None:
+            raise DataError(f"the bundled benchmark is its test split; got split {split!r}")
         samples = _reference()
     else:
-        samples = _from_file(Path(source), image_column, question_column, answer_column)
+        columns = image_column, question_column, answer_column
+        samples = _read(source, read_records(source, split), columns, fetch_images)
     return samples if limit is None else _limited(samples, limit)
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse a text that no tokenizer accepts: one with lone surrogates, or with a NUL character.
+
+    Raises:
+        Refusal: naming the text.
+    """
+    if wrong := re.search("[\ud800-\udfff]", text):
+        kind = "a byte that is not UTF-8" if "\udc80" <= wrong[0] <= "\udcff" else "half of a character"
+        raise Refusal(f"{name} is not valid text: {kind} ({wrong[0]!a}) in {text[:100]!a}")
+    if "\0" in text:
+        raise Refusal(f"{name} is not valid text: a NUL character in {text[:100]!a}")
 
 
 def _reference() -> list[Sample]:
@@ -91,58 +134,128 @@ def _reference() -> list[Sample]:
     return [Sample(r.id, images[r.scene], r.question, (r.answer,), r.type, r.boxes) for r in rows]
 
 
-def _from_file(path: Path, image_column: str, question_column: str, answer_column: str) -> list[Sample]:
+def _read(source: str | Path, records: Any, columns: tuple[str, str, str], fetch_images: bool) -> list[Sample]:
     samples: dict[str, Sample] = {}
-    checked: set[Path] = set()
-    for number, (where, row) in enumerate(read_records(path), 1):
-        image = _image(_cell(where, row, image_column), path.parent, where)
-        question, answers = _cell(where, row, question_column), _answers(_cell(where, row, answer_column), where)
-        if not isinstance(question, str | None):
-            raise DataError(f"{where}: a question is text; got {question!r}")
-        if not question or not question.strip():
-            raise DataError(f"{where}: the question is empty")
-        if isinstance(image, Path) and image not in checked:
-            try:
-                check_image(image)
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
-            checked.add(image)
-        name = str(number if row.get("id") in (None, "") else row["id"])
-        if name in samples:
-            raise DataError(f"{where}: the id {name!r} is used twice")
-        samples[name] = Sample(name, image, question.strip(), answers, str(row.get("type") or ""), where=where)
+    files: dict[str, Picture] = {}  # by file name: a file that many questions share is checked once
+    for number, record in enumerate(records, 1):
+        try:
+            sample = _sample(record, str(number), columns, files, fetch_images)
+        except Refusal as error:
+            raise DataError(f"{record.where}: {error}") from None
+        if sample.id in samples:
+            raise DataError(f"{record.where}: the id {sample.id!r} is used twice")
+        samples[sample.id] = sample
     if not samples:
-        raise DataError(f"{path}: no rows")
+        raise DataError(f"{source}: no rows")
     return list(samples.values())
 
 
-def _cell(where: str, row: dict[str, Any], column: str) -> Any:
+def _sample(
+    record: Record, number: str, columns: tuple[str, str, str], files: dict[str, Picture], fetch_images: bool
+) -> Sample:
+    image_column, question_column, answer_column = columns
+    row = record.values
+    if "conversations" in row and question_column not in row:
+        row = row | _first_turns(row["conversations"], question_column, answer_column)
+    values = _listed(_cell(row, image_column))
+    several = isinstance(values, list)
+
+    def picture(place: int, value: Any) -> Picture:
+        if isinstance(value, str) and value in files:
+            return files[value]
+
+        def again() -> Any:
+            cell = _listed(record.again()[image_column])
+            return cell[place] if several else cell
+
+        found = picture_of(value, record.folder, again, fetch_images=fetch_images)
+        if isinstance(value, str):
+            files[value] = found
+        return found
+
+    pictures = tuple(picture(place, value) for place, value in enumerate(values if several else [values]))
+    if not pictures:
+        raise DataError("the list of images is empty")
+    question = _cell(row, question_column)
+    if not isinstance(question, str | None):
+        raise DataError(f"a question is text; got {question!r}")
+    if not question or not question.strip():
+        raise DataError("the question is empty")
+    check_text(question, "the question")
+    return Sample(
+        id=_text(row.get("id"), "an id") or number,
+        image=pictures if len(pictures) > 1 else pictures[0],
+        question=question.strip(),
+        answers=_answers(_cell(row, answer_column)),
+        type=_text(row.get("type"), "a type"),
+        where=record.where,
+        choices=_choices(row.get("choices")),
+    )
+
+
+def _cell(row: dict[str, Any], column: str) -> Any:
     if column not in row:
         near = difflib.get_close_matches(column, row, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DataError(f"{where}: no column {column!r} among {', '.join(map(repr, row))}{hint}")
+        raise DataError(f"no column {column!r} among {', '.join(map(repr, row))}{hint}")
     return row[column]
 
 
-def _image(value: Any, folder: Path, where: str) -> Path | Callable[[], Image.Image]:
-    if isinstance(value, dict):  # the datasets library stores images in parquet so
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return partial(decode_image, value, f"the image of {where}")
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: the image is a file name; got {value!r}")
-    return folder / value
+def _listed(value: Any) -> Any:
+    """Return a JSON list in a text cell (of a CSV file) as a list; any other value as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(json.JSONDecodeError):  # a text may merely start with a bracket
+            return json.loads(value)
+    return value
 
 
-def _answers(value: Any, where: str) -> tuple[str, ...]:
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a list in a CSV cell
-        with suppress(json.JSONDecodeError):  # an answer may merely start with a bracket
-            value = json.loads(value)
-    values = value if isinstance(value, list) else [value]
+def _text(value: Any, kind: str) -> str:
+    """Return a text or a number as stripped text, and a missing value as ""."""
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # tables with missing values store whole numbers as 3.0
+    # JSON's NaN marks a missing value, and no model answers "True" where a person would write "yes"
+    unusable = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+    if unusable or not isinstance(value, str | int | float):
+        raise DataError(f"{kind} is text or a number; got {value!r:.100}")
+    text = str(value).strip()
+    check_text(text, kind)
+    return text
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    values = _listed(value)
+    values = values if isinstance(values, list) else [values]
     values = [v.get("answer") if isinstance(v, dict) else v for v in values]  # VQAv2 lists {"answer": …}
-    if not values or not all(isinstance(v, str | int | float) and str(v).strip() for v in values):
-        raise DataError(f"{where}: an answer is text or a list of texts, none empty; got {value!r}")
-    return tuple(str(v).strip() for v in values)
+    answers = tuple(_text(v, "an answer") for v in values)
+    if not answers or not all(answers):
+        raise DataError(f"an answer is text or a list of texts, none empty; got {value!r:.100}")
+    return answers
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    values = _listed(value)
+    if values in (None, "", []):
+        return ()
+    if not isinstance(values, list):
+        raise DataError(f"choices are a list of texts; got {value!r:.100}")
+    choices = tuple(_text(v, "a choice") for v in values)
+    if len(choices) > len(LETTERS) or not all(choices):
+        raise DataError(f"choices are at most {len(LETTERS)} texts, none empty; got {value!r:.100}")
+    return choices
+
+
+def _first_turns(turns: Any, question_column: str, answer_column: str) -> dict[str, Any]:
+    """Return the first question and answer of a LLaVA-style conversation, without the places of its images."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError("conversations are a list of {'from': …, 'value': …}")
+    by_speaker = {turn.get("from"): turn.get("value") for turn in reversed(turns)}
+    if not isinstance(by_speaker.get("human"), str) or "gpt" not in by_speaker:
+        raise DataError("a conversation has a 'human' and a 'gpt' turn")
+    # images stand before the text anyway; a place inside the text is refused later, with the other placeholders
+    question = re.sub(r"^(\s*<image>\s*)+|(\s*<image>\s*)+$", "", by_speaker["human"])
+    return {question_column: question, answer_column: by_speaker["gpt"]}
 
 
 def _limited(samples: Sequence[Sample], limit: int) -> list[Sample]:
@@ -152,70 +265,3 @@ def _limited(samples: Sequence[Sample], limit: int) -> list[Sample]:
     # whole images in shuffled order up to the limit, then the data's own order again
     chosen = sorted(range(len(samples)), key=lambda i: (rank[samples[i].image], i))[:limit]
     return [samples[i] for i in sorted(chosen)]
-
-
-# -- files of named values -------------------------------------------------------------------------------------------
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the rows of a file, read as its ending says.
-
-    Raises:
-        DataError: no such file, an unknown ending, or a row that cannot be read.
-        MissingExtra: parquet without the ``data`` extra.
-    """
-    readers = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
-    if path.suffix.lower() not in readers:
-        raise DataError(f"{path}: a data set is 'reference' or a file ending in {', '.join(readers)}")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    try:
-        yield from readers[path.suffix.lower()](path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: a JSON object is expected, like {{'image': …, 'question': …, 'answer': …}}")
-            yield where, row
-
-
-def _csv(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            for row in rows:
-                where = f"{path}, line {rows.line_num}"
-                if None in row or None in row.values():
-                    raise DataError(f"{where}: {_cells(row)} cells, but the header has {len(rows.fieldnames or ())}")
-                yield where, row
-        except csv.Error as error:
-            raise DataError(f"{path}, line {rows.reader.line_num}: not valid CSV ({error})") from None
-
-
-def _cells(row: dict[Any, Any]) -> int:
-    return sum(value is not None for key, value in row.items() if key is not None) + len(row.get(None) or ())
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise MissingExtra('reading parquet needs pyarrow: pip install "tokensieve[data]"') from error
-    try:
-        for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
-            yield f"{path}, row {number}", row
-    except ArrowException as error:
-        raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None

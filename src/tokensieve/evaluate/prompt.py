@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.errors import Refusal
-from tokensieve.evaluate.data import Sample
+from tokensieve.evaluate.data import Sample, check_text
 
 CLASSIFIER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
 
@@ -22,17 +22,16 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
 
     Args:
         processor: the model's processor; its own padding side is not changed.
-        samples: one image and one question each.
+        samples: one question each, about one image or several; the images stand before the text.
         prompt: text of the user turn; ``{question}`` is replaced.
 
     Raises:
         DataError: an image that cannot be decoded.
         Refusal: a question that holds a placeholder, or a processor that :func:`left_padded_batch` refuses.
     """
-    images = _open_images(samples)
     check_texts(processor, samples, prompt)
-    texts = [prompt.replace("{question}", sample.question) for sample in samples]
-    return left_padded_batch(processor, [[image] for image in images], texts)
+    texts = [prompt.replace("{question}", sample.text) for sample in samples]
+    return left_padded_batch(processor, _open_images(samples), texts)
 
 
 def left_padded_batch(
@@ -63,10 +62,18 @@ def encode_pairs(
 ) -> dict[str, Tensor]:
     """Return a batch for an encoder that classifies answers: texts right-padded, cut to ``longest`` tokens.
 
+    Such an encoder knows its answers, so choices are not listed in the text.
+
     Raises:
         DataError: an image that cannot be decoded.
+        Refusal: a question about several images.
     """
-    images = _open_images(samples)
+    for sample in samples:
+        if len(sample.images) > 1:
+            place = sample.where and f"{sample.where}: "
+            raise Refusal(f"{place}this model answers questions about one image; got {len(sample.images)}")
+    check_texts(processor, samples, prompt)
+    images = [image for images in _open_images(samples) for image in images]
     texts = [prompt.replace("{question}", sample.question) for sample in samples]
     options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": longest}
     text_inputs = processor.tokenizer(texts, **options, return_tensors="pt")
@@ -87,11 +94,14 @@ def to_model(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{question}") -> None:
-    """Refuse texts with a placeholder, which the processor would take for another image or video.
+    """Refuse texts that no tokenizer accepts, or with a placeholder, which would stand for another image or video.
 
     The error names file and line.
     """
-    texts = [("the prompt", prompt), *((sample.where, sample.question) for sample in samples)]
+    check_text(prompt, "the prompt")
+    texts = [("the prompt", prompt), *((sample.where, sample.text) for sample in samples)]
+    for where, text in texts:
+        check_text(text, where or "the question")
     for kind in ("image", "video"):
         placeholder = getattr(processor, f"{kind}_token", None)
         for where, text in texts:
@@ -100,13 +110,21 @@ def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{quest
                 raise Refusal(f"{place}leave {placeholder} out, the {kind} is put there by itself; got {text!r}")
 
 
-def _open_images(samples: Sequence[Sample]) -> list[Image.Image]:
-    """Open the image of each sample; samples about the same image share one."""
+def _open_images(samples: Sequence[Sample]) -> list[list[Image.Image]]:
+    """Open the images of each sample; samples about the same image share one."""
     opened: dict[Any, Image.Image] = {}
     for sample in samples:
-        if sample.image not in opened:
-            opened[sample.image] = sample.open()
-    return [opened[sample.image] for sample in samples]
+        for number, picture in enumerate(sample.images):
+            if picture not in opened:
+                opened[picture] = sample.open(number)
+    return [[opened[picture] for picture in sample.images] for sample in samples]
+
+
+def image_numbers(samples: Sequence[Sample]) -> list[int]:
+    """Return a number for each image of each sample, in the order of the prompts; equal images have equal numbers."""
+    pictures = [picture for sample in samples for picture in sample.images]
+    numbers = {picture: number for number, picture in enumerate(dict.fromkeys(pictures))}
+    return [numbers[picture] for picture in pictures]
 
 
 # -- questions about one image run the vision encoder once ----------------------------------------------------------
@@ -118,7 +136,8 @@ class Inputs:
 
     Attributes:
         tensors: the processor's tensors; if ``images`` is set, ``pixel_values`` holds each image once.
-        images: for each prompt the index of its image; ``None`` where ``tensors`` are as the processor made them.
+        images: for each image of the prompts, in order, its index; ``None`` where ``tensors`` are as the processor made
+            them.
     """
 
     tensors: dict[str, Tensor]
@@ -135,8 +154,9 @@ def without_repetitions(model: Any, tensors: dict[str, Tensor], images: Sequence
 
     Args:
         model: the top-level model.
-        tensors: the processor's tensors, one image per prompt.
-        images: for each prompt the number of its image, counted from 0 in order of first appearance.
+        tensors: the processor's tensors.
+        images: for each image of the prompts, in order, its number, counted from 0 in order of first appearance (see
+            :func:`image_numbers`).
     """
     arguments = set(inspect.signature(model.base_model.get_image_features).parameters) & set(tensors)
     pixels = tensors.get("pixel_values")
@@ -144,8 +164,8 @@ def without_repetitions(model: Any, tensors: dict[str, Tensor], images: Sequence
     plain = arguments == {"pixel_values"} and pixels is not None and pixels.ndim == 4 and len(pixels) == len(images)
     if not plain or len(set(images)) == len(images):
         return Inputs(tensors, None)
-    first_prompts = [list(images).index(image) for image in range(max(images) + 1)]
-    return Inputs({**tensors, "pixel_values": tensors["pixel_values"][first_prompts]}, tuple(images))
+    first_places = [list(images).index(image) for image in range(max(images) + 1)]
+    return Inputs({**tensors, "pixel_values": tensors["pixel_values"][first_places]}, tuple(images))
 
 
 def generate_arguments(model: Any, inputs: Inputs) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from tokensieve.evaluate.data import Sample
+from tokensieve.evaluate.pictures import content_key
 from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
@@ -47,9 +48,9 @@ def model_identity(model: Any) -> dict[str, str]:
 
 
 def sample_key(sample: Sample) -> str:
-    """Return the sample's id and a digest of its question and, for a file, its image's name and size in bytes."""
-    image = [sample.image.name, sample.image.stat().st_size] if isinstance(sample.image, Path) else []
-    digest = hashlib.sha256(json.dumps([sample.question, *image]).encode()).hexdigest()[:8]
+    """Return the sample's id and a digest of its text and of the content of its images, whatever their names."""
+    contents = [key for key in map(content_key, sample.images) if key is not None]
+    digest = hashlib.sha256(json.dumps([sample.text, *contents]).encode()).hexdigest()[:8]
     return f"{sample.id} {digest}"
 
 

@@ -169,7 +169,9 @@ def store(samples: Sequence[Sample], output: Path) -> list[Example]:
             image.save(output / name)
         except OSError as error:
             raise OutputError(f"cannot write {output / name}: {error.strerror or error}") from error
-        examples.append(Example(sample.id, name, sample.question, sample.answers, ()))
+        count = len(sample.images)
+        question = sample.text if count == 1 else f"{sample.text} (the first of {count} images is shown)"
+        examples.append(Example(sample.id, name, question, sample.answers, ()))
     return examples
 
 
