@@ -284,12 +284,12 @@ def _by_budget(rows: Sequence[Row]) -> list[_Group]:
     A row belongs to the budget that the user asked for. A method that chooses its number of tokens belongs to the
     budget with about as many, or to a group of such methods.
     """
-    asked: dict[str, list[Row]] = {}
+    by_name: dict[str, list[Row]] = {}
     for row in rows:
         if row.keep is not None:
-            asked.setdefault(budget(row.keep), []).append(row)
+            by_name.setdefault(budget(row.keep), []).append(row)
     groups: list[_Group] = []
-    for name, members in asked.items():
+    for name, members in by_name.items():
         tokens = _tokens(members)
         twin = next((group for group in groups if _similar(group.tokens, tokens, EQUAL)), None)
         if twin is None:
