@@ -240,11 +240,13 @@ def prefill(row: Row) -> str:
 def break_even(row: Row) -> str:
     """Return the break-even in words."""
     if row.break_even == "after" and row.break_even_tokens is not None:
-        high = "never" if row.break_even_high is None else number(row.break_even_high, ".2g")
-        low = "" if row.break_even_low is None else f" ({number(row.break_even_low, '.2g')} to {high})"
-        return f"saves time after {number(row.break_even_tokens, '.2g')} generated tokens{low}"
+        last = "never" if row.break_even_high is None else number(row.break_even_high, ".2g")
+        quartiles = "" if row.break_even_low is None else f" ({number(row.break_even_low, '.2g')} to {last})"
+        return f"saves time after {number(row.break_even_tokens, '.2g')} generated tokens{quartiles}"
+    low, high = row.decode_speedup_low, row.decode_speedup_high
+    unclear = low is not None and high is not None and low < 1 < high
     words = {
-        "at once": "saves time from the first token",
+        "at once": "saves time from the first token" + ("; decoding speed not told apart from full's" * unclear),
         "never": "never saves time",
         "not told apart": "not told apart whether it saves time",
     }

@@ -16,7 +16,8 @@ LISTED = 5  # skipped samples that a remark names
 def warnings(decision: Decision) -> list[str]:
     """Return the reasons to distrust the whole run, to be read before any result."""
     results = decision.results
-    return [*_floor(decision), *_samples(results), *_skipped(results), *decision.timing_notes()]
+    unfinished = [] if results.complete else ["This run is not complete: rows or costs are still to come."]
+    return [*unfinished, *_floor(decision), *_samples(results), *_skipped(results), *decision.timing_notes()]
 
 
 def remarks(decision: Decision) -> list[str]:
@@ -56,13 +57,16 @@ def _skipped(results: Results) -> Iterator[str]:
 
 
 def _unranked(decision: Decision) -> Iterator[str]:
-    for group in decision.budgets:
-        if group.unranked:
-            rows = ", ".join(f"{row.method} ({row.tokens_average:.4g})" for row in group.unranked)
-            yield (
-                f"Not ranked at {group.name}, as their tokens averaged over the LLM's layers differ by more than a "
-                f"fifth from the {group.tokens:.4g} of the other methods: {rows}."
-            )
+    rows = [
+        f"{named(row)} ({row.tokens_average:.4g} against {group.tokens:.4g})"
+        for group in decision.budgets
+        for row in group.unranked
+    ]
+    if rows:
+        yield (
+            "Not ranked, as their tokens averaged over the LLM's layers differ by more than a fifth from those of the "
+            f"other methods: {', '.join(rows)}."
+        )
 
 
 def _against_random(decision: Decision) -> Iterator[str]:

@@ -240,7 +240,12 @@ ACCURACY: tuple[Column, ...] = (
 )
 COSTS: tuple[Column, ...] = (
     FLOPS,
-    Column("prefill ms", "median time to the first token", _timed("prefill_ms", ".3g"), brief=True),
+    Column(
+        "prefill ms",
+        "time to the first token: the median of full ÷ the median speedup",
+        _timed("prefill_ms", ".3g"),
+        brief=True,
+    ),
     SPEEDUP,
     Column("method ms", "time of the method alone; noise: not told apart from none", _method_ms, brief=True),
     BREAK_EVEN,
