@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,6 +67,17 @@ class Reduction:
         """Keep all ``total`` tokens of one image or of ``batch`` images."""
         anchors = torch.arange(total, device=device)
         return cls(total, anchors if batch is None else anchors.expand(batch, -1), **fields)
+
+    def __repr__(self) -> str:
+        images = f"{self.anchors.shape[0]} images of " if self.anchors.ndim > 1 else ""
+        kind = "all kept" if self.whole else "pruned" if self.mixing is None else "merged"
+        kept = (
+            f"{self.slots} of {self.total} tokens"
+            if self.valid is None
+            else f"up to {self.slots} of {self.total} tokens"
+        )
+        grid = f", grid {self.grid[0]} × {self.grid[1]}" if self.grid else ""
+        return f"Reduction({images}{kept}, {kind}{grid})"
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -265,9 +276,16 @@ class Reduction:
 
     @classmethod
     def load(cls, path: str | Path) -> Reduction:
-        """Read a file that :meth:`save` wrote."""
-        with safe_open(path, framework="pt") as f:
-            tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
+        """Read a file that :meth:`save` wrote; raise :class:`Refusal` if it is another file."""
+        try:
+            with safe_open(path, framework="pt") as f:
+                tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a dict)
+        except OSError as error:
+            raise Refusal(f"{path} cannot be read ({error.strerror or error})") from None
+        except SafetensorError:
+            raise Refusal(f"{path} is not a file of Reduction.save: not in the safetensors format") from None
+        if "anchors" not in tensors or "total" not in meta:
+            raise Refusal(f"{path} is not a file of Reduction.save: it holds other tensors")
         grid = json.loads(meta["grid"])
         return cls(
             total=int(meta["total"]),

@@ -31,7 +31,8 @@ def outcomes(model: str, photo: Path, tmp_path_factory: pytest.TempPathFactory) 
         "contiguous": [*ask, "--method", "uniform", "--keep", "9", "--positions", "contiguous", "--json"],
         "own": [*ask, "--method", f"{folder}/own.py:Loudest", "--keep", "16", "--json"],
         "buggy": [*ask, "--method", f"{folder}/buggy.py:Loudest"],
-        "bench": ["bench", "--model", model, "--methods", "vtc-cls, pool(keep=9)", "--keep", "36, 11%", *once],
+        "bench": ["bench", "--model", model, "--methods", "vtc-cls, pool(keep=9)", "--keep", "36, 11%",
+                  "--answer-tokens", "7", *once],
         "bench classifier": ["bench", "--model", "pumer-reference", *once, "--json"],
         "bench classifier table": ["bench", "--model", "vilt-reference", "--methods", "pumer(layers=(2, 4))", *once],
         "bench json": ["bench", "--model", model, "--methods", "vtc-cls", "--keep", "36", *once, "--json"],
@@ -78,8 +79,19 @@ def test_a_bug_keeps_its_traceback(outcomes: dict[str, Outcome]) -> None:
 def test_bench_prints_a_row_per_method_and_budget(outcomes: dict[str, Outcome]) -> None:
     lines = outcomes["bench"].out.splitlines()
     for name in ("full", "vtc-cls(keep=36)", "vtc-cls(keep=0.11)", "pool(keep=9)"):
-        assert sum(line.strip().startswith(name) for line in lines) == 1
+        assert sum(line.strip().startswith(name) for line in lines) == 2  # times; sizes and throughput
+    assert "the prefill and 7 tokens after the first" in outcomes["bench"].out
+    assert re.fullmatch(
+        r"note: the times are uncertain: .*1 round cannot show a spread.*", outcomes["bench"].err.strip()
+    )
     full, reduced = json.loads(outcomes["bench json"].out)
+    assert (full["break_even"], reduced["break_even"]) == (None, "not told apart")
+    assert "1 round" in reduced["timing_note"]
+    requests = reduced["prefill_ms"]["median"] + 64 * reduced["decode_ms_per_token"]["median"]
+    assert reduced["seconds_per_1000_requests"]["median"] == pytest.approx(requests)
+    for key in ("prefill_ms", "decode_ms_per_token"):
+        speedup = reduced[key.replace("_ms_per_token", "_speedup").replace("_ms", "_speedup")]["median"]
+        assert reduced[key]["median"] * speedup == pytest.approx(full[key]["median"])
     assert (full["method"], reduced["method"]) == ("full", "vtc-cls(keep=36)")
     assert reduced["tokens_after"] == 36
     assert reduced["flops"] < full["flops"]

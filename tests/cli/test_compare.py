@@ -18,7 +18,10 @@ from tests.support.browser import CHROMIUM, Browser
 PINNED = [
     "method", "keep", "tokens_before", "tokens_after", "tokens_average", "samples", "accuracy", "accuracy_low",
     "accuracy_high", "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token",
-    "peak_activation_mb", "kv_mb",
+    "peak_activation_mb", "kv_mb", "prefill_ms_low", "prefill_ms_high", "prefill_speedup_low", "prefill_speedup_high",
+    "method_ms_low", "method_ms_high", "decode_ms_per_token_low", "decode_ms_per_token_high", "decode_speedup",
+    "decode_speedup_low", "decode_speedup_high", "break_even_tokens", "break_even_low", "break_even_high", "break_even",
+    "timing_note",
 ]  # fmt: skip
 SAMPLES, RUNS = 48, 5  # full, vtc-cls and pool at one budget, an oracle and one seed of random
 METHODS = "vtc-cls(first_layer=0), pool, random"
@@ -109,10 +112,18 @@ def test_json_is_only_the_rows_with_the_pinned_fields_first(finished: Outcome) -
     assert (rows[1]["keep"], rows[1]["tokens_after"]) == (0.11, 16)
     assert rows[1]["flops_ratio"] < 1
     assert rows[1]["kv_mb"] < rows[0]["kv_mb"]
+    for row in rows:
+        assert row["prefill_ms"] * row["prefill_speedup"] == pytest.approx(rows[0]["prefill_ms"])
+        assert row["decode_ms_per_token"] * row["decode_speedup"] == pytest.approx(rows[0]["decode_ms_per_token"])
+        assert row["prefill_ms_low"] <= row["prefill_ms"] <= row["prefill_ms_high"]
+    assert [row["break_even"] is None for row in rows] == [True, False, False, False, False]
 
 
 def test_the_paths_are_printed_apart_from_the_rows(finished: Outcome, output: Path) -> None:
-    assert finished.err.splitlines() == [
+    lines = finished.err.splitlines()
+    notes = [line for line in lines if line.startswith("note: the times are uncertain: ")]  # other tests run beside
+    assert notes == [f"note: {note}" for note in {row["timing_note"] for row in json.loads(finished.out)} if note]
+    assert [line for line in lines if line not in notes] == [
         f"results: {output / 'results.json'}",
         f"report:  {output / 'report.html'}",
     ]

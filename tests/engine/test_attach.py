@@ -184,6 +184,8 @@ def test_a_method_from_a_file(tmp_path, registry):
         model.generate(**inputs, max_new_tokens=1)
         assert [r.kept.tolist() for row in sieve.last for r in row] == [[0, 1, 2]] * 3
         assert str(sieve) == "first-tokens(keep=3)"
+        assert repr(sieve) == "<Sieve first-tokens(keep=3) on LlavaForConditionalGeneration, attached>"
+    assert repr(sieve) == "<Sieve first-tokens(keep=3) on LlavaForConditionalGeneration, detached>"
 
 
 @pytest.mark.parametrize("name", ["pixel_values", "input_ids"])

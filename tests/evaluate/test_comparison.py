@@ -1,12 +1,14 @@
 """The comparison from end to end: rows, resuming, and what goes wrong on the way."""
 
 import json
+import sys
 from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
 from PIL import Image
 
+from tests.support.clocks import Cpu, Ticking
 from tokensieve import Method, attach
 from tokensieve.evaluate import (
     METRICS,
@@ -22,12 +24,19 @@ from tokensieve.evaluate import (
     wilson,
 )
 from tokensieve.evaluate.provenance import model_identity, model_name, sample_key
+from tokensieve.measure import measure_costs
 
 PINNED = (
     "method, keep, tokens_before, tokens_after, tokens_average, samples, accuracy, accuracy_low, accuracy_high, "
     "flops_ratio, prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, peak_activation_mb, kv_mb"
 )
+TIMING = (
+    "prefill_ms_low, prefill_ms_high, prefill_speedup_low, prefill_speedup_high, method_ms_low, method_ms_high, "
+    "decode_ms_per_token_low, decode_ms_per_token_high, decode_speedup, decode_speedup_low, decode_speedup_high, "
+    "break_even_tokens, break_even_low, break_even_high, break_even, timing_note"
+)
 METHODS = ["vtc-cls", "random", "pool"]
+MODULE = sys.modules["tokensieve.evaluate.compare"]  # the attribute of the package is the function
 
 
 @pytest.fixture
@@ -47,6 +56,19 @@ def run(model, processor, samples, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def sessions(monkeypatch):
+    """The methods of each session of measurements, on a clock that ticks; no call is timed for real."""
+    sessions = []
+
+    def measured(model, inputs, methods, **options):
+        sessions.append([str(method) for method in methods])
+        return measure_costs(model, inputs, methods, **options, repeats=5, warmup=0, clock=Ticking(), read=Cpu())
+
+    monkeypatch.setattr(MODULE, "measure_costs", measured)
+    return sessions
+
+
 def alone(model, processor, sample, spec, tokens=2):
     """Answer one question by itself, with only ``attach`` of Tokensieve."""
     inputs = encode(processor, [sample])
@@ -55,8 +77,9 @@ def alone(model, processor, sample, spec, tokens=2):
     return decode(processor, ids, inputs["input_ids"].shape[1])[0]
 
 
-def test_the_first_fields_of_a_row_are_the_pinned_ones():
-    assert [field.name for field in fields(Row)][:16] == PINNED.split(", ")
+def test_the_fields_of_a_row_are_the_pinned_ones():
+    expected = f"{PINNED}, {TIMING}".split(", ")
+    assert [field.name for field in fields(Row)][: len(expected)] == expected
 
 
 def test_rows_score_the_answers_to_each_question_alone(run, model, processor, samples):
@@ -196,18 +219,66 @@ def test_the_oracle_keeps_the_tokens_in_the_boxes(run, samples, tmp_path):
     assert "oracle" in kept[3]["reductions"][0]["notes"][0]
 
 
-def test_measured_rows_are_full_of_numbers_and_measured_once(run, tmp_path):
+def test_measured_rows_are_full_of_numbers_and_measured_once(run, sessions):
     rows, _ = run(methods=["uniform", "downsample"], measure=True)
     full, uniform, downsample = rows
-    assert full.flops_ratio == full.prefill_speedup == 1
-    assert full.method_ms is None
+    assert full.flops_ratio == full.prefill_speedup == full.decode_speedup == 1
+    assert full.method_ms is full.break_even is None
     assert uniform.kv_mb < full.kv_mb
     assert 0 < downsample.flops_ratio < uniform.flops_ratio < 1
     assert uniform.method_ms is not None
-    assert downsample.method_ms is None
+    assert uniform.method_ms_low <= uniform.method_ms <= uniform.method_ms_high
+    assert downsample.method_ms is downsample.method_ms_low is None
     for row in rows:
         assert min(row.prefill_ms, row.prefill_speedup, row.decode_ms_per_token, row.peak_activation_mb) > 0
+        assert row.prefill_ms * row.prefill_speedup == pytest.approx(full.prefill_ms)
+        assert row.decode_ms_per_token * row.decode_speedup == pytest.approx(full.decode_ms_per_token)
+        assert row.prefill_speedup_low <= row.prefill_speedup <= row.prefill_speedup_high
+    assert uniform.break_even == "not told apart"  # every call takes one tick
     assert run(methods=["uniform", "downsample"], measure=True) == (rows, 0)
+    assert len(sessions) == 1
+
+
+def test_rows_of_two_sessions_are_never_mixed(run, sessions, samples, tmp_path):
+    few = {"samples": samples[:4], "measure": True}
+    run(methods=["uniform"], **few)
+    more, _ = run(methods=["uniform", "pool"], **few)
+    assert [len(session) for session in sessions] == [1, 2], "a new row is measured together with the old ones"
+    fewer, batches = run(methods=["pool"], **few)
+    assert (fewer, batches, len(sessions)) == ([more[0], more[2]], 0, 2)
+    run(methods=["pool"], samples=samples[1:4], measure=True)
+    assert len(sessions) == 3, "another prompt is measured anew"
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert sum('"cost"' in line for line in lines) == 3
+
+
+def test_costs_come_after_the_answers_and_an_interruption_keeps_those(run, sessions, tmp_path, monkeypatch):
+    with monkeypatch.context() as interrupted:
+
+        def interrupt(*args, **options):
+            raise KeyboardInterrupt
+
+        interrupted.setattr(MODULE, "measure_costs", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(methods=["uniform"], measure=True)
+    early = Results.load(tmp_path / "out" / "results.json")
+    assert not early.complete
+    assert [(row.method, row.prefill_ms) for row in early.rows] == [("full", None), ("uniform", None)]
+    labels = []
+    rows, _ = run(methods=["uniform"], measure=True, progress=lambda done, total, label: labels.append(label))
+    assert labels[-1] == "timing"
+    assert rows[1].prefill_ms is not None
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert (results.complete, list(results.rows)) == (True, rows)
+
+
+def test_the_oracle_is_measured_as_a_replay(run, sessions, samples):
+    rows, _ = run(samples=[replace(samples[0], boxes=((0, 0, 8, 5),))], methods=["pool"], keeps=[16], measure=True)
+    full, pool, oracle = rows
+    assert oracle.method == "oracle"
+    assert oracle.kv_mb == pool.kv_mb < full.kv_mb
+    assert oracle.prefill_ms * oracle.prefill_speedup == pytest.approx(full.prefill_ms)
+    assert oracle.method_ms is None
 
 
 @pytest.mark.parametrize(

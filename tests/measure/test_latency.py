@@ -4,20 +4,12 @@ from contextlib import contextmanager
 
 import pytest
 
-from tokensieve.measure import Spread, interleave, paired_difference, paired_ratio
+from tests.support.clocks import Clock
+from tokensieve.measure import Spread, interleave, paired_ratio, ratio_digits, two_digits
 
 
 @pytest.fixture
 def clock():
-    class Clock:
-        now = 0.0
-
-        def __call__(self) -> float:
-            return self.now
-
-        def spend(self, seconds: float) -> None:
-            self.now += seconds
-
     return Clock()
 
 
@@ -60,7 +52,32 @@ def test_the_context_is_entered_each_time_and_not_timed(clock):
     assert not inside
 
 
-def test_ratios_and_differences_are_paired():
+def test_ratios_are_paired():
     slow, fast = [10.0, 100.0, 20.0], [5.0, 50.0, 5.0]  # round two hit a busy machine
     assert paired_ratio(slow, fast) == Spread(median=2.0, low=2.0, high=3.0)
-    assert paired_difference(slow, fast) == Spread(median=15.0, low=10.0, high=32.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (804.3, "800"), (13.82, "14"), (9.96, "10"), (0.996, "1.0"), (1.18, "1.2"), (0.0456, "0.046"), (0, "0"),
+        (-8.34, "-8.3"), (12345, "12000"), (99.6, "100"), (1e-7, "0.00000010"),
+    ],
+)  # fmt: skip
+def test_noisy_figures_have_two_digits(value, text):
+    assert two_digits(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.183, "1.2"), (0.854, "0.85"), (12.3, "12"), (1.06, "1.1"), (1.04, "1.04"), (0.996, "0.996"),
+        (1.004, "1.004"), (0.9996, "0.9996"), (1.0, "1.0"), (1.00001, "1.0"),
+    ],
+)  # fmt: skip
+def test_a_ratio_shows_its_side_of_one(value, text):
+    assert ratio_digits(value) == text
+
+
+def test_a_spread_reads_as_a_median_with_its_quartiles():
+    assert str(Spread(1.183, 1.1, 1.26)) == "1.2 (1.1–1.3)"

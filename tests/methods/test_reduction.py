@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from tokensieve import Reduction, VisualTokens
+from tokensieve import Reduction, Refusal, VisualTokens
 from tokensieve.reduction import Mixing
 from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
 from tokensieve.tokens import given as evidence_of
@@ -108,6 +109,30 @@ def test_safetensors_and_back(tmp_path_factory, reduction):
     same(back, reduction)
     assert (back.scores is None) == (reduction.scores is None)
     assert back.scores is None or torch.equal(back.scores, reduction.scores)
+
+
+def test_another_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no tensors at all")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    refusals = {
+        "text": "text.safetensors is not a file of Reduction.save: not in the safetensors format",
+        "other": "other.safetensors is not a file of Reduction.save: it holds other tensors",
+        "none": r"none.safetensors cannot be read \(No such file",
+    }
+    for name, message in refusals.items():
+        with pytest.raises(Refusal, match=message) as caught:
+            Reduction.load(tmp_path / f"{name}.safetensors")
+        assert "\n" not in str(caught.value)
+
+
+def test_the_representation_counts_tokens():
+    anchors = torch.tensor([0, 2])
+    mixing = Mixing(torch.tensor([0, 1, 1]), torch.tensor([0, 2, 1]), torch.tensor([1.0, 0.5, 0.5]))
+    assert repr(Reduction.identity(4)) == "Reduction(4 of 4 tokens, all kept)"
+    assert repr(Reduction(6, anchors, grid=(2, 3))) == "Reduction(2 of 6 tokens, pruned, grid 2 × 3)"
+    assert repr(Reduction(6, anchors, mixing)) == "Reduction(2 of 6 tokens, merged)"
+    ragged = Reduction(6, anchors.expand(3, 2), valid=torch.ones(3, 2, dtype=torch.bool))
+    assert repr(ragged) == "Reduction(3 images of up to 2 of 6 tokens, pruned)"
 
 
 def test_a_batch_is_its_images():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,16 +19,16 @@ from tokensieve.commands.arguments import (
     split_budgets,
     split_specs,
 )
-from tokensieve.commands.console import print_json, print_table
+from tokensieve.commands.console import note, print_json, print_table
 from tokensieve.commands.loading import inputs_of, load_model, trained_spec
+from tokensieve.commands.machine import note_crowd
 
 if TYPE_CHECKING:
-    from tokensieve.measure import Cost
+    from tokensieve.measure import Cost, Spread
 
-HEADERS = (
-    "method", "tokens", "prefill ms", "quartiles", "speedup", "method ms", "ms/token", "FLOPs", "peak MB", "KV MB",
-    "break-even",
-)  # fmt: skip
+REQUESTS = 1000
+TIMES = ("method", "tokens", "prefill ms", "speedup", "ms/token", "speedup", "break-even")
+SIZES = ("method", "method ms", "FLOPs", "peak MB", "KV MB", "prompts/s", "tokens/s", "s/1,000 requests", "of full")
 
 
 def bench(
@@ -39,7 +39,10 @@ def bench(
     keep: Keeps = KEEPS,
     budget_scope: BudgetScope = "image",
     batch_size: Annotated[int, typer.Option(min=1, help="Equal prompts per forward.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; methods take turns in each.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; each runs every method once.")] = 10,
+    answer_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of an answer after its first, for the cost of 1,000 requests.")
+    ] = 64,
     json: Json = False,
 ) -> None:
     """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved."""
@@ -53,6 +56,7 @@ def bench(
     check_scopes(budget_scope, plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
     vlm, processor = load_model(model, classifiers=True)
+    note_crowd(vlm)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     entries = plan(specs, keeps, seeds=1, oracle=False)
@@ -60,32 +64,95 @@ def bench(
     inputs = inputs_of(vlm, processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
     costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope)
     if json:
-        print_json([cost.to_json() for cost in costs])
+        print_json([cost.to_json() | _rates(cost, answer_tokens) for cost in costs])
     else:
-        print_table(HEADERS, [_cells(cost) for cost in costs])
-        if vlm.can_generate():
-            typer.echo(
-                "break-even: generated tokens after which a method has paid for itself; 0: its prefill is as fast"
-            )
+        print_tables(costs, answer_tokens)
+    if costs[0].timing_note:
+        note(f"note: {costs[0].timing_note}")
 
 
-def _cells(cost: Cost) -> list[str]:
+def print_tables(costs: list[Cost], answer_tokens: int) -> None:
+    """Print the times and the verdict in one table, work, memory and throughput in another."""
+    print_table(TIMES, [_times(cost) for cost in costs])
+    print_table(SIZES, [_sizes(cost, costs[0], answer_tokens) for cost in costs])
+    generates = costs[0].decode_ms_per_token is not None
+    typer.echo(f"in parentheses: quartiles of the paired rounds; batches of {costs[0].prompts}")
+    if generates:
+        typer.echo(f"a request: the prefill and {answer_tokens} tokens after the first")
+        typer.echo("break-even: generated tokens after the first, from which on every longer answer is faster")
+
+
+def _rates(cost: Cost, answer_tokens: int) -> dict[str, Any]:
+    requests = cost.request_seconds(answer_tokens, REQUESTS)
+    return {
+        "prompts_per_second": cost.prompts_per_second,
+        "tokens_per_second": cost.tokens_per_second,
+        "answer_tokens": answer_tokens,
+        "seconds_per_1000_requests": {"median": requests.median, "low": requests.low, "high": requests.high},
+    }
+
+
+def _times(cost: Cost) -> list[str]:
+    from tokensieve.measure import two_digits
+
+    full = cost.method == "full"  # its speedups are 1 by definition, and its own times have quartiles
+    decode, faster = cost.decode_ms_per_token, cost.decode_speedup
     return [
         cost.method,
         f"{cost.tokens_after:.4g}",
-        f"{cost.prefill_ms.median:.3g}",
-        f"{cost.prefill_ms.low:.3g}–{cost.prefill_ms.high:.3g}",
-        f"{cost.prefill_speedup.median:.2f}×",
-        "–" if cost.method_ms is None else f"{cost.method_ms.median:.2g}",
-        "–" if cost.decode_ms_per_token is None else f"{cost.decode_ms_per_token.median:.3g}",
-        f"{cost.flops_ratio:.0%}",
-        f"{cost.peak_activation_bytes / 1e6:.3g}",
-        "–" if cost.kv_bytes is None else f"{cost.kv_bytes / 1e6:.3g}",
+        str(cost.prefill_ms) if full else two_digits(cost.prefill_ms.median),
+        "–" if full else _ratio(cost.prefill_speedup),
+        "–" if decode is None else str(decode) if full else two_digits(decode.median),
+        "–" if full or faster is None else _ratio(faster),
         _break_even(cost),
     ]
 
 
-def _break_even(cost: Cost) -> str:
-    if cost.decode_ms_per_token is None:  # a classifier generates nothing
+def _sizes(cost: Cost, full: Cost, answer_tokens: int) -> list[str]:
+    from tokensieve.measure import two_digits
+
+    requests, of_full = cost.request_seconds(answer_tokens, REQUESTS), full.request_seconds(answer_tokens, REQUESTS)
+    return [
+        cost.method,
+        _method_ms(cost),
+        f"{cost.flops_ratio:.0%}",
+        f"{cost.peak_activation_bytes / 1e6:.3g}",
+        "–" if cost.kv_bytes is None else f"{cost.kv_bytes / 1e6:.3g}",
+        two_digits(cost.prompts_per_second),
+        "–" if cost.tokens_per_second is None else two_digits(cost.tokens_per_second),
+        str(requests),
+        "100%" if cost is full else _share(requests, of_full.median),
+    ]
+
+
+def _share(part: Spread, whole: float) -> str:
+    """Return the share in per cent, if the quartiles lie on one side of 100 %."""
+    from tokensieve.measure import two_digits
+
+    if part.low < whole < part.high:
+        return "within noise"
+    return f"{two_digits(100 * part.median / whole)}%"
+
+
+def _ratio(spread: Spread) -> str:
+    from tokensieve.measure import ratio_digits
+
+    median, low, high = map(ratio_digits, (spread.median, spread.low, spread.high))
+    return f"{median}× ({low}–{high})"
+
+
+def _method_ms(cost: Cost) -> str:
+    if cost.method_ms is None:
         return "–"
-    return "never" if cost.break_even_tokens is None else f"{cost.break_even_tokens:.4g}"
+    return str(cost.method_ms) if cost.method_ms.low > 0 else "within noise"
+
+
+def _break_even(cost: Cost) -> str:
+    from tokensieve.measure import two_digits
+
+    if cost.break_even is None:  # the full model, or a classifier, which generates nothing
+        return "–"
+    if cost.break_even_tokens is None or cost.break_even != "after":
+        return cost.break_even
+    low, high = ("∞" if end is None else two_digits(end) for end in (cost.break_even_low, cost.break_even_high))
+    return f"{two_digits(cost.break_even_tokens)} ({low}–{high})"

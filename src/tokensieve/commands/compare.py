@@ -30,6 +30,7 @@ from tokensieve.commands.arguments import (
 )
 from tokensieve.commands.console import note, print_json, print_lines, print_table, progress
 from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
+from tokensieve.commands.machine import note_crowd
 
 
 def compare(
@@ -55,7 +56,13 @@ def compare(
         Path, typer.Option(help="Folder of the results; the same command continues from the files in it.")
     ] = Path("runs/compare"),
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per forward.")] = 16,
-    metric: Annotated[str, typer.Option(help="Score of an answer: exact, contains or vqa.")] = "exact",
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="Score of an answer: exact (equal), contains (occurs in it), vqa (several annotators), anls (DocVQA), "
+            "relaxed (5 % for numbers, ChartQA), choice (letter of an option) or yes_no (POPE, with F1)."
+        ),
+    ] = "exact",
     image_column: ImageColumn = "image",
     question_column: QuestionColumn = "question",
     answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
@@ -97,6 +104,7 @@ def compare(
         limit=limit,
     )
     vlm, processor = load_model(model, classifiers=True)
+    note_crowd(vlm)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     trained = None
@@ -108,6 +116,8 @@ def compare(
         print_json([row.to_json() for row in results.rows])
     else:
         _print_rows(results)
+    if results.rows[0].timing_note:
+        note(f"note: {results.rows[0].timing_note}")
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")

@@ -64,6 +64,10 @@ class Sieve(ABC):
     def __str__(self) -> str:
         return " + ".join(map(str, self.methods)) or "a replay"
 
+    def __repr__(self) -> str:
+        state = "attached" if _attached.get(id(self.model)) is self else "detached"
+        return f"<Sieve {self} on {type(self.model).__name__}, {state}>"
+
     def __reduce__(self) -> Any:
         """Refuse to copy or pickle an attached model, because hooks belong to one model."""
         raise Refusal(f"{self} is attached to this model; detach() it first: hooks cannot be copied")

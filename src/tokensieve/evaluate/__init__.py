@@ -7,7 +7,7 @@ from tokensieve.evaluate.intervals import PairedDifference, tango, wilson
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.provenance import environment
-from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom
+from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom, YesNo
 from tokensieve.images import open_image
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Skipped",
     "TypeScore",
     "VsRandom",
+    "YesNo",
     "compare",
     "decode",
     "encode",

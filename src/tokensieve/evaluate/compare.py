@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying
+from tokensieve.evaluate.costs import session_costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer, Journal
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.prompt import check_texts
-from tokensieve.evaluate.provenance import environment, model_identity, model_name
+from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_key
 from tokensieve.evaluate.results import FULL, Results
 from tokensieve.evaluate.table import Table, choose, store
-from tokensieve.measure import Bench, Cost
+from tokensieve.measure import Candidate, Cost, measure_costs
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
 
@@ -56,7 +55,8 @@ def compare(
     spec that gives its own ``keep`` runs once, at that budget. Data with boxes adds an "oracle" row per budget.
 
     Each prediction is appended to ``output/predictions.jsonl`` at once, and ``output/results.json``
-    (:class:`~tokensieve.evaluate.Results`) is replaced after each row. The same call again continues from there.
+    (:class:`~tokensieve.evaluate.Results`) is replaced after each row. The same call again continues from there. Costs
+    are measured once all answers are there, for all rows together; until then they are ``None``.
 
     Args:
         model: a vision-language model with nothing attached, in eval mode on its device; or a cross-modal encoder that
@@ -123,7 +123,7 @@ class Comparison:
         table = Table(self.samples, METRICS[self.settings.metric], store(example_samples, output))
         machine = environment(self.model)
         runners = [
-            _Runner(self, model, {sample.id for sample in example_samples}, journal, machine)
+            _Runner(self, model, {sample.id for sample in example_samples}, journal)
             for model in (self.model, self.trained)
             if model is not None
         ]
@@ -131,10 +131,38 @@ class Comparison:
         for entry in entries:
             runner = runners[entry.trained]
             answers = [runner.answers(run, entry.keep, report) for run in entry.runs]
-            table.add(entry, answers, runner.cost(entry) if self.settings.measure else None)
-            results = table.results(complete=entry is entries[-1], environment=machine, settings=self._facts())
+            table.add(entry, answers)
+            complete = entry is entries[-1] and not self.settings.measure
+            results = table.results(complete=complete, environment=machine, settings=self._facts())
+            results.save(output / RESULTS)
+        if self.settings.measure:
+            report("timing", 0)
+            table.add_costs(self._costs(entries, runners, journal, machine))
+            results = table.results(complete=True, environment=machine, settings=self._facts())
             results.save(output / RESULTS)
         return results
+
+    def _costs(
+        self, entries: Sequence[Entry], runners: Sequence[_Runner], journal: Journal, machine: dict[str, Any]
+    ) -> list[Cost]:
+        """Return the cost of every row, from one session of rounds that all rows share, on the first sample.
+
+        Rows of the fine-tuned model are paired with the compared model, too.
+        """
+        sample, others = self.samples[0], entries[1:]
+
+        def measure() -> list[Cost]:
+            return measure_costs(
+                self.model,
+                runners[0].answerer.inputs([sample]),
+                [runners[entry.trained].candidate(entry, sample) for entry in others],
+                models=[runners[entry.trained].answerer.model for entry in others],
+                processor=self.text_processor,
+                budget_scope=self.settings.budget_scope,
+            )
+
+        keys = [entry.runs[0].key for entry in entries]
+        return session_costs(journal, {**machine, "sample": sample_key(sample)}, keys, measure)
 
     def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""
@@ -166,18 +194,13 @@ class Comparison:
 
 
 class _Runner:
-    """Answers and costs of the runs on one of the models, read from the journal or produced and appended to it."""
+    """Answers of the runs on one of the models, read from the journal or produced and appended to it."""
 
-    def __init__(
-        self, comparison: Comparison, model: Any, examples: set[str], journal: Journal, machine: dict[str, Any]
-    ) -> None:
+    def __init__(self, comparison: Comparison, model: Any, examples: set[str], journal: Journal) -> None:
         samples, settings = comparison.samples, comparison.settings
         answering = Answerer if model.can_generate() else Classifier
         self.comparison, self.journal = comparison, journal
         self.answerer = answering(model, comparison.processor, samples, settings, examples)
-        # costs are reused on an equal machine only, whatever the date
-        text = json.dumps({**machine, "date": ""}, sort_keys=True)
-        self.machine_digest = hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def answers(self, run: Run, keep: Budget | None, report: _Progress) -> dict[str, Answer]:
         """Complete one run in the journal and return its answers by sample id."""
@@ -198,23 +221,9 @@ class _Runner:
             raise DataError(f"{error}; the answers so far are kept in {journal.path}") from error
         return answerer.by_id(journal.answers[run.key])
 
-    def cost(self, entry: Entry) -> Cost:
-        """Return the cost of a row, measured once per machine on its first run and the first sample."""
-        run, sample = entry.runs[0], self.comparison.samples[0]
-        name = f"{run.key} @{self.machine_digest}"
-        if name not in self.journal.costs:
-            if run.key == FULL:
-                cost = self._bench.full
-            else:
-                cost = self._bench.cost(run.stages or [[self._oracle_decision(entry.keep, sample)]])
-            self.journal.add_cost(name, cost.to_json())
-        return Cost.from_json(self.journal.costs[name])
-
-    @cached_property
-    def _bench(self) -> Bench:
-        comparison, inputs = self.comparison, self.answerer.inputs(self.comparison.samples[:1])
-        scope = comparison.settings.budget_scope
-        return Bench(self.answerer.model, inputs, processor=comparison.text_processor, budget_scope=scope)
+    def candidate(self, entry: Entry, sample: Sample) -> Candidate:
+        """Return the method of a row's first run, or the oracle's decision for the sample."""
+        return entry.runs[0].stages or [[self._oracle_decision(entry.keep, sample)]]
 
     def _oracle_decision(self, keep: Budget | None, sample: Sample) -> Reduction:
         """Return the oracle's decision for a sample, on the token grid that an earlier run recorded."""

@@ -56,6 +56,10 @@ class PairedDifference:
         """Return the difference in points: "-3.2 (-5.5 to -1.2)"."""
         return f"{100 * self.difference:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
+    def __repr__(self) -> str:
+        p = "" if self.p is None else f", p = {self.p:.2g}"
+        return f"PairedDifference({self} points{p}, {self.samples} questions, {self.clusters} images)"
+
 
 def wilson(successes: float, total: float) -> tuple[float, float]:
     """Return the 95 % score interval of a proportion (Wilson 1927). The counts may be fractions."""
@@ -105,11 +109,27 @@ def tango(gained: ArrayLike, lost: ArrayLike, total: ArrayLike) -> tuple[Floats,
 
 def interval(scores: Scores, clusters: Clusters) -> tuple[float, float]:
     """Return the 95 % interval of the mean of scores: Wilson's, at the effective number of questions."""
-    values = scores.mean(0)
-    share, total = float(values.mean()), values.size
-    # a right-or-wrong answer with this mean has variance share (1 - share)
-    effect = float(_design_effect(values, clusters, total * share * (1 - share), between_seeds(scores)))
-    return wilson(share * total / effect, total / effect)
+    return ratio(scores, np.ones_like(scores), clusters)[1:]
+
+
+def ratio(parts: Floats, wholes: Floats, clusters: Clusters) -> tuple[float, float, float]:
+    """Return the sum of ``parts`` / the sum of ``wholes``, in 0 … 1, and its 95 % interval.
+
+    The interval is Wilson's, at the effective number of wholes; the variance is that of ``part - ratio · whole`` (the
+    linearised ratio). A ratio of nothing is 0, and its interval is 0 … 1.
+
+    Args:
+        parts, wholes: `[seeds, questions]`.
+    """
+    total = float(wholes.mean(0).sum())
+    if total == 0:
+        return 0.0, 0.0, 1.0
+    value = float(parts.mean(0).sum()) / total
+    residuals = parts - value * wholes
+    # independent right-or-wrong answers with this mean have variance value (1 - value) each
+    binary = total * value * (1 - value)
+    effect = float(_design_effect(residuals.mean(0), clusters, binary, between_seeds(residuals)))
+    return value, *wilson(value * total / effect, total / effect)
 
 
 def paired_difference(scores: Scores, others: Scores, clusters: Clusters) -> PairedDifference:
@@ -142,20 +162,24 @@ def effective_counts(paired: Floats, clusters: Clusters, seeds: Any = 0.0) -> tu
     gained, lost = np.maximum(paired, 0).sum(-1), np.maximum(-paired, 0).sum(-1)
     total = paired.shape[-1]
     # differences of right-or-wrong answers with these sums have this variance
-    effect = _design_effect(paired, clusters, gained + lost - (gained - lost) ** 2 / total, seeds)
+    residuals = paired - paired.mean(-1, keepdims=True)
+    effect = _design_effect(residuals, clusters, gained + lost - (gained - lost) ** 2 / total, seeds)
     return gained / effect, lost / effect, total / effect
 
 
-def _design_effect(values: Floats, clusters: Clusters, binary: Any, seeds: Any) -> Any:
-    """Return the variance of the mean of ``values`` / its variance with independent right-or-wrong answers.
+def _design_effect(residuals: Floats, clusters: Clusters, binary: Any, seeds: Any) -> Any:
+    """Return the variance of a sum over questions / ``binary``, its variance with independent right-or-wrong answers.
 
     Questions about one image vary together, so the variance is that of the images' sums (Kish 1965). Few questions that
     differ say little about how they cluster: the estimate includes one more, whose whole image differs with it.
+
+    Args:
+        residuals: deviations of the questions from the mean, `[..., questions]`.
+        seeds: further variance of the mean over questions, `[...]`.
     """
     order = np.argsort(clusters, kind="stable")
     starts = np.flatnonzero(np.diff(clusters[order], prepend=-1))
     sizes = np.diff(starts, append=len(order))
-    residuals = values - values.mean(-1, keepdims=True)
     sums = np.add.reduceat(residuals[..., order], starts, axis=-1)
     whole_image = (sizes**2).sum() / len(order)
     observed = (sums**2).sum(-1) + seeds * len(order) ** 2

@@ -44,7 +44,7 @@ class Journal:
 
     Attributes:
         answers: {run: {sample: answer}}.
-        costs: {run: cost as JSON}.
+        costs: {session: costs of its rows as JSON}.
 
     Raises:
         ResumeError: the file was written under another set-up, or is not a file of predictions.
@@ -74,7 +74,7 @@ class Journal:
         self._append(lines)
 
     def add_cost(self, run: str, cost: dict[str, Any]) -> None:
-        """Append the cost of a run."""
+        """Append the costs of a session."""
         self.costs[run] = cost
         self._append([{"run": run, "cost": cost}])
 

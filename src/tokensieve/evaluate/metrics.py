@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
+
+from tokensieve.evaluate.data import LETTERS, Sample
 
 Metric = Callable[[str, Sequence[str]], float]
 """(prediction, accepted answers) -> 0 … 1."""
@@ -13,18 +16,8 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 
-def normalise(text: str) -> str:
-    """Return lower case, single spaces, no articles, no punctuation around words, number words up to ten as digits.
-
-    A text of articles only stays as it is: "A" may name a choice.
-    """
-    words = [word.strip(".,;:!?\"'`()[]{}") for word in text.lower().split()]
-    kept = [word for word in words if word not in _ARTICLES] if set(words) - _ARTICLES else words
-    return " ".join(_DIGITS.get(word, word) for word in kept if word)
-
-
 def exact(prediction: str, answers: Sequence[str]) -> float:
-    """Return 1 if the prediction equals an answer after :func:`normalise`."""
+    """Return 1 if the prediction equals an answer, after :func:`normalise`."""
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
 
 
@@ -47,4 +40,134 @@ def vqa(prediction: str, answers: Sequence[str]) -> float:
     return sum(min(1.0, (sum(agrees) - left_out) / needed) for left_out in agrees) / len(agrees)
 
 
-METRICS: dict[str, Metric] = {"exact": exact, "contains": contains, "vqa": vqa}
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """Return the normalised Levenshtein similarity to the nearest answer, or 0 if it is below 0.5.
+
+    The similarity of two texts is 1 - edits / length of the longer one, with small letters and single spaces. This is
+    ANLS of DocVQA and ST-VQA (Biten et al. 2019, arXiv:1907.00490); as in the official script, 0.5 itself counts.
+    """
+    similarity = max(_similarity(_plain(prediction), _plain(answer)) for answer in answers)
+    return similarity if similarity >= 0.5 else 0.0
+
+
+def relaxed(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 if the prediction is a number within 5 % of an answer, or the same text.
+
+    This is relaxed accuracy of ChartQA (Masry et al. 2022, arXiv:2203.10244), with the reading of numbers of its
+    public scripts: "12%" is 0.12, and an answer of 0 must be met as text. Case and a final full stop are ignored.
+    """
+    return float(any(_within(_plain(prediction).rstrip("."), _plain(answer).rstrip(".")) for answer in answers))
+
+
+def choice(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 if the prediction names the letter of the right option, or is its text.
+
+    The letter is read from "B", "(b)", "B. a red ball", "Answer: B" or "The answer is (B)", or where only one letter
+    stands in brackets or alone as a capital. A prediction without a letter is compared as text. The answers are the
+    letter, the text, or both; for data with choices, :func:`accepted_answers` returns both.
+    """
+    letters = {answer.strip("().: ").upper() for answer in answers if len(answer.strip("().: ")) == 1}
+    letter, text = read_choice(prediction)
+    if letter and letters and _plain(prediction) not in map(_plain, answers):  # "Vitamin C" may be a text
+        return float(letter in letters)
+    return max(exact(prediction, answers), exact(text, answers))
+
+
+def yes_no(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 if the prediction says yes or no as the answer does.
+
+    As in the official evaluation of POPE (Li et al. 2023, arXiv:2305.10355), the first sentence decides: with "no" or
+    "not" among its words it is a no, without them a yes, whatever else it says. Precision, recall, F1 and the share of
+    yes are in :class:`~tokensieve.evaluate.YesNo`.
+    """
+    return float(any(says_yes(prediction) == says_yes(answer) for answer in answers))
+
+
+METRICS: dict[str, Metric] = {
+    function.__name__: function for function in (exact, contains, vqa, anls, relaxed, choice, yes_no)
+}
+
+
+# -- parts of the metrics -------------------------------------------------------------------------------------------
+
+
+def normalise(text: str) -> str:
+    """Return lower case, single spaces, no articles, no punctuation around words, number words up to ten as digits.
+
+    A text of articles only stays as it is: "A" may name a choice.
+    """
+    words = [word.strip(".,;:!?\"'`()[]{}") for word in text.lower().split()]
+    kept = [word for word in words if word not in _ARTICLES] if set(words) - _ARTICLES else words
+    return " ".join(_DIGITS.get(word, word) for word in kept if word)
+
+
+def accepted_answers(sample: Sample) -> tuple[str, ...]:
+    """Return the answers of a sample; with choices, the letter and the text of each right option."""
+    answers = list(sample.answers)
+    for letter, option in zip(LETTERS, sample.choices, strict=False):
+        # an option's text decides before its letter: "A" may be the text of option C
+        if option in sample.answers or (letter in sample.answers and letter not in sample.choices):
+            answers += [letter, option]
+    return tuple(dict.fromkeys(answers))
+
+
+def says_yes(text: str) -> bool:
+    """Return False if the first sentence contains "no" or "not"."""
+    return not {"no", "not"} & set(re.findall(r"[\w']+", text.split(".")[0].lower()))
+
+
+def read_choice(prediction: str) -> tuple[str, str]:
+    """Return the letter that a prediction names, a capital or "", and the text after it."""
+    for pattern in _CHOICES:
+        if match := pattern.match(prediction):
+            return next(filter(None, match.groups())).upper(), prediction[match.end() :]
+    for single in (r"\(([A-Za-z])\)", r"(?<![\w'])([B-HJ-Z])(?![\w'])"):  # "A" and "I" alone are words
+        if len(letters := set(re.findall(single, prediction))) == 1:
+            return letters.pop().upper(), ""
+    return "", prediction
+
+
+_CHOICES = [
+    re.compile(pattern)
+    for pattern in (
+        r"\s*[(\[]?([A-Za-z])[)\].:,]*\s*$",  # B    (b)    B.
+        r"\s*[(\[]([A-Za-z])[)\]]",  # (B) a red ball
+        r"\s*([A-Za-z])[).:]\s",  # B. a red ball
+        # Answer: B    The answer is (B).    Option b    but not: the answer is a ball
+        r"(?:.*\W)?(?i:answer|option|choice)(?:\s+is)?\s*:?\s*[(\[]?(?:([A-Z])(?![\w'])|([a-z])(?=[)\].]|\s*$))",
+    )
+]
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _similarity(text: str, other: str) -> float:
+    longer = max(len(text), len(other))
+    return 1 - _edits(text, other) / longer if longer else 1.0
+
+
+def _edits(text: str, other: str) -> int:
+    """Return the Levenshtein distance: insertions, deletions and replacements of characters."""
+    row = list(range(len(other) + 1))  # edits from the part of `text` before `i` to each beginning of `other`
+    for i, character in enumerate(text, 1):
+        diagonal, row[0] = row[0], i
+        for j, target in enumerate(other, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (character != target))
+    return row[-1]
+
+
+def _within(text: str, answer: str) -> bool:
+    number, target = _number(text), _number(answer)
+    if number is None or not target:
+        return text == answer
+    return abs(number - target) <= 0.05 * abs(target)
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tokensieve.errors import OutputError, Refusal
-from tokensieve.evaluate.intervals import PairedDifference, paired_difference
+from tokensieve.errors import MissingExtra, OutputError, Refusal
+from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, paired_difference, ratio
 
 VERSION = 3
+Table: TypeAlias = Literal["rows", "types", "questions"]
+"""One line per row of the table; per row and question type; or per row, seed and question."""
 FULL, ORACLE = "full", "oracle"  # names of the two rows that are no method's
 
 
@@ -66,6 +70,43 @@ class VsRandom:
 
 
 @dataclass(frozen=True)
+class YesNo:
+    """Scores of yes/no questions beside the accuracy, as POPE defines them; "yes" is the positive answer.
+
+    Attributes:
+        f1, f1_low, f1_high: 2 · precision · recall / (precision + recall), with its 95 % interval.
+        precision: share of right answers among the answers "yes"; 0 without such answers.
+        recall: share of right answers among the questions whose answer is "yes".
+        yes_ratio: share of answers "yes".
+    """
+
+    f1: float
+    f1_low: float
+    f1_high: float
+    precision: float
+    recall: float
+    yes_ratio: float
+
+    @classmethod
+    def of(cls, scores: Scores, positive: NDArray[np.bool_], clusters: Clusters) -> YesNo:
+        """Compute them from the scores of the metric ``yes_no``.
+
+        Args:
+            scores: `[seeds, questions]`, 1 where the answer is right.
+            positive: `[questions]`, whether "yes" is right.
+        """
+        expected = np.broadcast_to(positive.astype(float), scores.shape)
+        answered_yes = np.where(positive, scores, 1 - scores)
+        hits = answered_yes * expected
+        return cls(
+            *ratio(2 * hits, answered_yes + expected, clusters),
+            precision=ratio(hits, answered_yes, clusters)[0],
+            recall=ratio(hits, expected, clusters)[0],
+            yes_ratio=float(answered_yes.mean()),
+        )
+
+
+@dataclass(frozen=True)
 class Row:
     """One method at one budget; the fields and their order are those of ``compare --json``.
 
@@ -81,19 +122,22 @@ class Row:
         accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval (see
             :mod:`tokensieve.evaluate.intervals`).
         flops_ratio: prefill FLOPs / those of full. This field and all measured ones are ``None`` without a measurement.
-        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, decode_speedup: medians for one prompt, see
-            :class:`tokensieve.measure.Cost`. Each ``_low`` and ``_high`` is a quartile of the paired rounds.
+        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, decode_speedup: medians for one prompt, from rounds
+            that all rows share, with their quartiles ``…_low`` and ``…_high``; see :class:`tokensieve.measure.Cost`.
+            A row's prefill_ms times its prefill_speedup is the prefill_ms of full; the same holds for decoding.
         peak_activation_mb, kv_mb: MB (10^6 bytes) for one prompt's prefill.
-        break_even_tokens: generated tokens after which the time saved exceeds the extra prefill time; ``None`` where
-            no number does.
-        break_even: "at once", "after", "never" or "not told apart".
-        timing_note: a reason to distrust the times, such as a busy machine.
+        break_even: "at once", "after" so many tokens, "never" or "not told apart"; ``None`` for full and for models
+            that do not generate.
+        break_even_tokens, break_even_low, break_even_high: generated tokens after which the method has paid for
+            itself; ``None`` for no finite number.
+        timing_note: the reason why the times are uncertain, such as a busy machine.
         difference, difference_low, difference_high: accuracy minus full's, paired by question, with its 95 % interval;
             ``None`` for full.
         difference_p: see :class:`PairedDifference`.
         random: the comparison with random; ``None`` for full and random themselves, and where random was not run with
             a similar number of tokens.
         types: accuracy by question type; empty when the data has no types.
+        yes_no: F1 and its parts, for the metric ``yes_no``.
     """
 
     method: str
@@ -105,13 +149,13 @@ class Row:
     accuracy: float
     accuracy_low: float
     accuracy_high: float
-    flops_ratio: float | None
-    prefill_ms: float | None
-    prefill_speedup: float | None
-    method_ms: float | None
-    decode_ms_per_token: float | None
-    peak_activation_mb: float | None
-    kv_mb: float | None
+    flops_ratio: float | None = None
+    prefill_ms: float | None = None
+    prefill_speedup: float | None = None
+    method_ms: float | None = None
+    decode_ms_per_token: float | None = None
+    peak_activation_mb: float | None = None
+    kv_mb: float | None = None
     prefill_ms_low: float | None = None
     prefill_ms_high: float | None = None
     prefill_speedup_low: float | None = None
@@ -134,10 +178,16 @@ class Row:
     difference_p: float | None = None
     random: VsRandom | None = None
     types: tuple[TypeScore, ...] = ()
+    yes_no: YesNo | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields in order, for JSON."""
         return {**asdict(self), "types": [asdict(score) for score in self.types]}
+
+    def __repr__(self) -> str:
+        tokens = f"{self.tokens_after:.4g} of {self.tokens_before:.4g} tokens"
+        accuracy = f"accuracy {_points(self.accuracy, self.accuracy_low, self.accuracy_high)} %"
+        return f"Row({_label(self)}: {accuracy}{_to_full(self)}, {tokens}, {self.samples} questions)"
 
 
 @dataclass(frozen=True)
@@ -146,12 +196,15 @@ class Question:
 
     Attributes:
         type: kind of question; "" when the data has none.
-        cluster: number of its image, in order of appearance. Questions about one image are not independent.
+        cluster: number of its image, in order of appearance. Questions about one image are not independent; questions
+            with an image in common share a number.
+        positive: for the metric ``yes_no``, whether the accepted answer is yes.
     """
 
     id: str
     type: str
     cluster: int
+    positive: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +274,12 @@ class Results:
         names = ", ".join(_label(row) for row in self.rows)
         raise Refusal(f"no row {method!r}{'' if keep is None else f' at {keep}'}; the rows are {names}")
 
+    def __repr__(self) -> str:
+        images = len({question.cluster for question in self.questions})
+        missing = "" if self.complete else ", not complete"
+        size = f"{len(self.rows)} rows, {len(self.questions)} questions, {images} images{missing}"
+        return "\n  ".join([f"Results({size}):", *map(repr, self.rows)])
+
     def paired(self, row: Row, other: Row, type: str | None = None) -> PairedDifference:
         """Return the mean score of a row minus that of another, paired by question.
 
@@ -231,13 +290,125 @@ class Results:
         Raises:
             Refusal: no question of this type.
         """
+        chosen, clusters = self._chosen(type)
+        return paired_difference(self._scores(row)[:, chosen], self._scores(other)[:, chosen], clusters)
+
+    def yes_no(self, row: Row, type: str | None = None) -> YesNo:
+        """Return F1 and its parts for a row, all questions or those of one type.
+
+        Raises:
+            Refusal: another metric than ``yes_no``, or no question of this type.
+        """
+        chosen, clusters = self._chosen(type)
+        positive = [self.questions[i].positive for i in chosen]
+        if None in positive:
+            raise Refusal(f"F1 is for the metric yes_no; this comparison has {self.settings.get('metric')}")
+        return YesNo.of(self._scores(row)[:, chosen], np.array(positive, dtype=bool), clusters)
+
+    def _chosen(self, type: str | None) -> tuple[list[int], Clusters]:
+        """Return the numbers of the questions of a type, and the numbers of their images."""
         chosen = [i for i, question in enumerate(self.questions) if type in (None, question.type)]
         if not chosen:
             types = dict.fromkeys(question.type for question in self.questions)
             raise Refusal(f"no question of type {type!r}; the types are {', '.join(map(repr, types))}")
-        clusters = np.array([self.questions[i].cluster for i in chosen])
-        first, second = (np.array(self.scores[self.rows.index(row)])[:, chosen] for row in (row, other))
-        return paired_difference(first, second, clusters)
+        return chosen, np.array([self.questions[i].cluster for i in chosen])
+
+    def _scores(self, row: Row) -> Scores:
+        if row not in self.rows:
+            raise Refusal(f"{_label(row)} is not a row of these results")
+        return np.array(self.scores[self.rows.index(row)])
+
+    def records(self, table: Table = "rows") -> list[dict[str, Any]]:
+        """Return one of the three tables as flat records with equal keys.
+
+        Args:
+            table: "rows"; "types": accuracy by question type; "questions": the score of each question in each run.
+        """
+        if table not in get_args(Table):
+            raise Refusal(f"the tables are {', '.join(get_args(Table))}; got {table!r}")
+        return list({"rows": self._row_records, "types": self._type_records, "questions": self._scored}[table]())
+
+    def _row_records(self) -> Iterator[dict[str, Any]]:
+        """Yield the fields of the rows; those of a nested object are prefixed, and left out if no row has it."""
+        nested = {"random": VsRandom, "yes_no": YesNo}
+        columns = {
+            name: [field.name for field in fields(kind)]
+            for name, kind in nested.items()
+            if any(getattr(row, name) is not None for row in self.rows)
+        }
+        plain = [field.name for field in fields(Row) if field.name not in (*nested, "types")]
+        for row in self.rows:
+            record = {name: getattr(row, name) for name in plain}
+            for name, inner in columns.items():
+                record |= {f"{name}_{part}": getattr(getattr(row, name), part, None) for part in inner}
+            yield record
+
+    def _type_records(self) -> Iterator[dict[str, Any]]:
+        for row in self.rows:
+            for score in row.types:
+                yield {"method": row.method, "keep": row.keep, **asdict(score)}
+
+    def _scored(self) -> Iterator[dict[str, Any]]:
+        for row, seeds in zip(self.rows, self.scores, strict=True):
+            for seed, scores in enumerate(seeds):
+                for question, score in zip(self.questions, scores, strict=True):
+                    place = {"id": question.id, "type": question.type, "image": question.cluster}
+                    yield {"method": row.method, "keep": row.keep, "seed": seed, **place, "score": score}
+
+    def to_pandas(self, table: Table = "rows") -> Any:
+        """Return one of the tables of :meth:`records` as a ``pandas.DataFrame``.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise MissingExtra('to_pandas() needs pandas: pip install "tokensieve[data]"') from None
+        return DataFrame(self.records(table))
+
+    def to_csv(self, path: str | Path, table: Table = "rows") -> None:
+        """Write one of the tables of :meth:`records` as CSV; ``None`` is an empty cell.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        records = self.records(table)
+        try:
+            with Path(path).open("w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, list(records[0]) if records else [])
+                writer.writeheader()
+                writer.writerows(records)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def plot(self, cost: str = "tokens_average") -> Any:
+        """Return a ``matplotlib`` figure of accuracy, with its intervals, against a field of the rows.
+
+        Args:
+            cost: a numeric field, such as "tokens_average" or "flops_ratio". Rows without it are left out.
+
+        Raises:
+            Refusal: no row has this field.
+            MissingExtra: matplotlib is not installed.
+        """
+        points = [row for row in self.rows if isinstance(getattr(row, cost, None), int | float)]
+        if not points:
+            raise Refusal(f"no row has a number {cost!r} to plot against")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise MissingExtra('plot() needs matplotlib: pip install "tokensieve[report]"') from None
+        figure = Figure(layout="constrained")
+        axes = figure.add_subplot(xlabel=cost, ylabel="accuracy, %")
+        for method in dict.fromkeys(row.method for row in points):
+            rows = sorted((row for row in points if row.method == method), key=lambda row: getattr(row, cost))
+            x, y = [getattr(row, cost) for row in rows], [100 * row.accuracy for row in rows]
+            below = [100 * (row.accuracy - row.accuracy_low) for row in rows]
+            above = [100 * (row.accuracy_high - row.accuracy) for row in rows]
+            axes.errorbar(x, y, [below, above], label=method, marker="o", capsize=2)
+        axes.legend()
+        return figure
 
     def save(self, path: str | Path) -> None:
         """Write the file atomically: a reader finds the old file or the new one, never a part.
@@ -285,12 +456,25 @@ class Results:
 
 
 def _label(row: Row) -> str:
-    return row.method if row.keep is None else f"{row.method} at {row.keep}"
+    return row.method if row.keep is None else f"{row.method} at {row.keep:.4g}"
+
+
+def _points(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _to_full(row: Row) -> str:
+    if row.difference is None or row.difference_low is None or row.difference_high is None:
+        return ""
+    return (
+        f", {100 * row.difference:+.1f} ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}) to full"
+    )
 
 
 def _row(data: Mapping[str, Any]) -> Row:
-    random = data["random"] and VsRandom(**data["random"])
-    return Row(**{**data, "random": random, "types": tuple(TypeScore(**score) for score in data["types"])})
+    random, yes_no = (data[name] and kind(**data[name]) for name, kind in (("random", VsRandom), ("yes_no", YesNo)))
+    types = tuple(TypeScore(**score) for score in data["types"])
+    return Row(**{**data, "random": random, "types": types, "yes_no": yes_no})
 
 
 def _example(data: Mapping[str, Any]) -> Example:

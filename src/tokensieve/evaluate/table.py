@@ -12,18 +12,16 @@ from numpy.typing import NDArray
 
 from tokensieve.errors import OutputError
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.intervals import Scores, interval, paired_difference
+from tokensieve.evaluate.intervals import Clusters, Scores, interval, paired_difference
 from tokensieve.evaluate.journal import Answer
-from tokensieve.evaluate.metrics import Metric
+from tokensieve.evaluate.metrics import Metric, accepted_answers, choice, says_yes, yes_no
 from tokensieve.evaluate.plan import Entry, is_random_baseline
-from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom
+from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom, YesNo
 from tokensieve.measure import Cost
 
 MB = 1e6
 SIMILAR = 1.2  # a row is compared with random runs that have at most so many times its tokens, or as many times fewer
-MEASURED = (
-    "flops_ratio", "prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "peak_activation_mb", "kv_mb"
-)  # fmt: skip
+SPREADS = ("prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "decode_speedup")
 FOLDER = "examples"
 LARGEST = 512  # px, longer side of a stored image
 
@@ -38,21 +36,29 @@ class Table:
     """
 
     def __init__(self, samples: Sequence[Sample], metric: Metric, examples: Sequence[Example]) -> None:
-        self.samples, self.metric, self.examples = samples, metric, tuple(examples)
+        self.samples, self.metric = samples, metric
         self.rows: list[Row] = []
-        images = {image: number for number, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
-        self.questions = tuple(Question(sample.id, sample.type, images[sample.image]) for sample in samples)
-        self._clusters = np.array([question.cluster for question in self.questions])
+        self._answers = {s.id: accepted_answers(s) if metric is choice else s.answers for s in samples}
+        self.examples = tuple(replace(example, answers=self._answers[example.id]) for example in examples)
+        self._clusters = clusters(samples)
+        self._positive = np.array([says_yes(s.answers[0]) for s in samples]) if metric is yes_no else None
+        self.questions = tuple(
+            Question(s.id, s.type, cluster, None if self._positive is None else bool(self._positive[i]))
+            for i, (s, cluster) in enumerate(zip(samples, self._clusters.tolist(), strict=True))
+        )
         self._scores: list[Scores] = []
         self._random_rows: list[int] = []
         self._vs_random: dict[tuple[int, int], VsRandom] = {}
 
-    def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]], cost: Cost | None) -> None:
-        """Add a row: ``runs`` hold the answers by sample id, one mapping per seed."""
+    def add(self, entry: Entry, runs: Sequence[Mapping[str, Answer]]) -> None:
+        """Add a row, not measured yet: ``runs`` hold the answers by sample id, one mapping per seed."""
         answers = [[run[sample.id] for sample in self.samples] for run in runs]
         texts = [[answer.text for answer in run] for run in answers]
         scores = np.array(
-            [[self.metric(text, s.answers) for text, s in zip(run, self.samples, strict=True)] for run in texts]
+            [
+                [self.metric(text, self._answers[s.id]) for text, s in zip(run, self.samples, strict=True)]
+                for run in texts
+            ]
         )
         stages = entry.runs[0].stages
         if len(stages) == 1 and is_random_baseline(stages[0].info):
@@ -71,12 +77,16 @@ class Table:
                 accuracy=float(scores.mean()),
                 accuracy_low=low,
                 accuracy_high=high,
-                **_measured(cost),
                 **self._to_full(scores, np.full(len(self.samples), True)),
                 types=self._by_type(scores),
+                yes_no=None if self._positive is None else YesNo.of(scores, self._positive, self._clusters),
             )
         )
         self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
+
+    def add_costs(self, costs: Sequence[Cost]) -> None:
+        """Complete all rows with their costs, which come from one session."""
+        self.rows = [replace(row, **_measured(cost)) for row, cost in zip(self.rows, costs, strict=True)]
 
     def results(
         self,
@@ -144,6 +154,26 @@ class Table:
         return self._vs_random[number, nearest]
 
 
+def clusters(samples: Sequence[Sample]) -> Clusters:
+    """Number the images in order of appearance and return the number of each sample's image, `[samples]`.
+
+    Images that a sample shows together share a number, directly or through further samples.
+    """
+    images = {image: i for i, image in enumerate(dict.fromkeys(image for sample in samples for image in sample.images))}
+    parents = list(range(len(images)))
+
+    def first(number: int) -> int:
+        while parents[number] != number:
+            number = parents[number]
+        return number
+
+    for sample in samples:
+        numbers = [first(images[image]) for image in sample.images]
+        for number in numbers:
+            parents[number] = min(numbers)
+    return np.unique([first(images[sample.images[0]]) for sample in samples], return_inverse=True)[1]
+
+
 def choose(samples: Sequence[Sample], count: int) -> list[Sample]:
     """Return one question about each of the first ``count`` images, with the question's number varied."""
     by_image: dict[Any, list[Sample]] = {}
@@ -175,19 +205,20 @@ def store(samples: Sequence[Sample], output: Path) -> list[Example]:
     return examples
 
 
-def _measured(cost: Cost | None) -> dict[str, Any]:
-    """Return the measured fields of a row, all ``None`` without a cost."""
-    if cost is None:
-        return dict.fromkeys(MEASURED)
-    return {
+def _measured(cost: Cost) -> dict[str, Any]:
+    """Return the measured fields of a row."""
+    fields: dict[str, Any] = {
         "flops_ratio": cost.flops_ratio,
-        "prefill_ms": cost.prefill_ms.median,
-        "prefill_speedup": cost.prefill_speedup.median,
-        "method_ms": cost.method_ms.median if cost.method_ms else None,
-        "decode_ms_per_token": cost.decode_ms_per_token.median if cost.decode_ms_per_token else None,
         "peak_activation_mb": cost.peak_activation_bytes / MB,
         "kv_mb": None if cost.kv_bytes is None else cost.kv_bytes / MB,
     }
+    for name in SPREADS:
+        spread = getattr(cost, name)
+        median, low, high = (spread.median, spread.low, spread.high) if spread else (None, None, None)
+        fields |= {name: median, f"{name}_low": low, f"{name}_high": high}
+    for name in ("break_even", "break_even_tokens", "break_even_low", "break_even_high", "timing_note"):
+        fields[name] = getattr(cost, name)
+    return fields
 
 
 def _with_row(example: Example, entry: Entry, answer: Answer) -> Example:

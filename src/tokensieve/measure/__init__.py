@@ -1,18 +1,31 @@
 """Cost of a call: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
 
-from tokensieve.measure.costs import Bench, Cost, measure_costs
-from tokensieve.measure.latency import Spread, interleave, paired_difference, paired_ratio
+from tokensieve.measure.busy import CpuReading, cpu_quota, crowd_note, read_cpu, timing_note, usable_cores
+from tokensieve.measure.costs import Candidate, Cost, measure_costs
+from tokensieve.measure.latency import Spread, interleave, paired_ratio, ratio_digits, two_digits
+from tokensieve.measure.paired import BreakEven, Rounds, Timing, break_even
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 
 __all__ = [
-    "Bench",
+    "BreakEven",
+    "Candidate",
     "Cost",
+    "CpuReading",
+    "Rounds",
     "Spread",
+    "Timing",
+    "break_even",
     "count_flops",
+    "cpu_quota",
+    "crowd_note",
     "interleave",
     "kv_bytes",
     "measure_costs",
-    "paired_difference",
     "paired_ratio",
     "peak_activation_bytes",
+    "ratio_digits",
+    "read_cpu",
+    "timing_note",
+    "two_digits",
+    "usable_cores",
 ]

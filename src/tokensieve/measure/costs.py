@@ -1,10 +1,11 @@
-"""Cost and savings of each method on one batch of prompts, beside the unhooked model in the same process."""
+"""Cost and savings of each method on one batch of prompts, beside the unhooked model in the same rounds."""
 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,49 +15,100 @@ from torch import Tensor
 
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import attach
-from tokensieve.measure.latency import Spread, decode_ms, interleave, paired_difference, paired_ratio
+from tokensieve.errors import Refusal
+from tokensieve.measure.busy import CpuReading, cpu_quota, read_cpu, timing_note, usable_cores
+from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch, in_rounds, stopwatch
+from tokensieve.measure.paired import BreakEven, Rounds, Timing
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 from tokensieve.methods import Method, parse
 from tokensieve.reduction import Reduction
 
 Decisions: TypeAlias = Sequence[Sequence[Reduction]]
 Candidate: TypeAlias = str | Method | Sequence[Method] | Decisions
-Contexts: TypeAlias = Sequence[Callable[[], AbstractContextManager[Any]]]
 
 
 @dataclass(frozen=True)
 class Cost:
     """Measurements of one method on one batch of prompts.
 
+    All times of a session come from the same rounds, in which every candidate ran once. A method's time is the unhooked
+    model's median time divided by the paired speedup, so that the figures of all rows agree with each other.
+
     Attributes:
         method: the spec, or "replay" for decisions given as they are, or "full" for the unhooked model.
         tokens_before, tokens_after: visual tokens per image, mean over the batch.
+        prompts: size of the batch.
         prefill_ms: one forward of the prompts, vision encoder and method included, to the logits of the last token.
-        prefill_speedup: unhooked time / time with the method, pair by pair.
-        method_ms: time with the method - time with a replay of its decisions. ``None`` where no replay does the same
-            work (a method that acts in the vision encoder or the LLM, a replay itself) and for the unhooked model.
-        decode_ms_per_token: time of each further token of greedy generation, for the whole batch. ``None`` for a
-            model that does not generate.
+            The quartiles of a method are those of its speedup, those of the unhooked model are those of its rounds.
+        prefill_speedup: unhooked time / time with the method, round by round.
+        method_ms: the part of ``prefill_ms`` that a replay of the method's decisions does not need, from their ratio
+            round by round. ``None`` where no replay does the same work (a method that acts in the vision encoder or the
+            LLM, a replay itself) and for the unhooked model.
+        decode_ms_per_token: time of each token of greedy generation after the first, for the whole batch. ``None`` for
+            a model that does not generate.
+        decode_speedup: unhooked time / time with the method, round by round.
+        break_even: "at once", "after" some tokens, "never", or "not told apart", where quartiles lie on both sides of a
+            speedup of 1, or where the answer's length decides. ``None`` for the unhooked model, and for a model that
+            does not generate.
+        break_even_tokens: tokens after the first from which on every longer answer is faster with the method: 0 where
+            ``break_even`` is "at once", a number where it is "after", otherwise ``None``.
+        break_even_low, break_even_high: the same at the better and at the worse quartiles of both speedups; ``None``
+            where no number is large enough.
         flops: FLOPs of the prefill.
         flops_ratio: flops / flops of the unhooked prefill.
         peak_activation_bytes: peak during the prefill, the KV cache included.
         kv_bytes: bytes of the cache after the prefill; ``None`` for a model that does not generate.
-        break_even_tokens: generated tokens after which the saved time exceeds the extra prefill time: 0 where the
-            prefill is as fast as the unhooked one, ``None`` where it never does.
+        timing_note: the reason why the times of this session are uncertain, such as a busy machine.
     """
 
     method: str
     tokens_before: float
     tokens_after: float
+    prompts: int
     prefill_ms: Spread
     prefill_speedup: Spread
     method_ms: Spread | None
     decode_ms_per_token: Spread | None
+    decode_speedup: Spread | None
+    break_even: BreakEven | None
+    break_even_tokens: float | None
+    break_even_low: float | None
+    break_even_high: float | None
     flops: int
     flops_ratio: float
     peak_activation_bytes: int
     kv_bytes: int | None
-    break_even_tokens: float | None
+    timing_note: str | None = None
+
+    @property
+    def prompts_per_second(self) -> float:
+        """Prompts that are prefilled in a second, in batches of this size."""
+        return 1e3 * self.prompts / self.prefill_ms.median
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens that are generated in a second after the first ones, over the whole batch."""
+        return None if self.decode_ms_per_token is None else 1e3 * self.prompts / self.decode_ms_per_token.median
+
+    def request_seconds(self, answer_tokens: int, requests: int = 1000) -> Spread:
+        """Return the time of some requests, in batches of this size, with so many tokens after the first.
+
+        The median follows from the medians of ``prefill_ms`` and ``decode_ms_per_token``; low and high follow from both
+        lower and both upper quartiles, and are therefore rather too far apart than too close.
+        """
+        prefill, decode = self.prefill_ms, self.decode_ms_per_token or Spread(0.0, 0.0, 0.0)
+        sums = (
+            prefill.median + answer_tokens * decode.median,
+            prefill.low + answer_tokens * decode.low,
+            prefill.high + answer_tokens * decode.high,
+        )
+        return Spread(*(milliseconds * requests / self.prompts / 1e3 for milliseconds in sums))
+
+    def __repr__(self) -> str:
+        tokens = f"{self.tokens_after:.4g} of {self.tokens_before:.4g} tokens"
+        decode = "" if self.decode_ms_per_token is None else f", {self.decode_ms_per_token} ms per token"
+        speedup = f"prefill {self.prefill_ms} ms, {self.prefill_speedup}× as fast as full"
+        return f"Cost({self.method}: {tokens}, {self.flops_ratio:.0%} of the FLOPs, {speedup}{decode})"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers; a :class:`Spread` becomes ``{"median", "low", "high"}``."""
@@ -74,123 +126,170 @@ def measure_costs(
     inputs: Mapping[str, Tensor],
     methods: Sequence[Candidate],
     *,
+    models: Sequence[Any] | None = None,
     processor: Any = None,
     repeats: int = 10,
     warmup: int = 2,
     decode_tokens: int = 8,
     budget_scope: BudgetScope = "image",
+    clock: Clock = time.perf_counter,
+    read: Callable[[], CpuReading] = read_cpu,
 ) -> list[Cost]:
-    """Measure the unhooked model (first in the list, as "full") and then each method, paired with it.
+    """Measure the unhooked model (first in the list, as "full") and each method, all in the same rounds.
+
+    A round times every candidate once: the unhooked model, each method, and a replay of its decisions. Prefill and
+    decoding have their own rounds, and every second round runs backwards.
 
     Args:
         model: a vision-language model with nothing attached.
         inputs: the processor's tensors for one batch of left-padded prompts, on the model's device.
         methods: specs, methods, lists of methods (stages in order), or decisions to replay, as for ``attach``.
+        models: for each method the model that it runs on, such as ``model`` fine-tuned; by default ``model``. All rows
+            are paired with ``model``.
         processor, budget_scope: as for ``attach``.
-        repeats, warmup: timed rounds, and untimed rounds before them, of full, method and replay in turn.
-        decode_tokens: tokens generated to time decoding.
+        repeats, warmup: timed rounds, and untimed rounds before them.
+        decode_tokens: tokens generated to time decoding, after the first.
+        clock, read: the clock of the rounds, and the CPU time that shows a busy machine.
 
     Raises:
-        Refusal: unknown method or parameter, or a method that this model cannot run.
+        Refusal: unknown method or parameter, a method that this model cannot run, or no round to time.
     """
-    options = {"repeats": repeats, "warmup": warmup, "decode_tokens": decode_tokens}
-    bench = Bench(model, inputs, processor=processor, budget_scope=budget_scope, **options)
-    return [bench.full, *(bench.cost(method) for method in methods)]
+    if repeats < 1 or decode_tokens < 1:
+        raise Refusal(f"repeats and decode_tokens must be at least 1; got {repeats} and {decode_tokens}")
+    prompts = {id(host): _Prompts(host, inputs) for host in (model, *(models or ()))}
+    hosts = [prompts[id(host)] for host in models or [model] * len(methods)]
+    options = {"processor": processor, "budget_scope": budget_scope}
+    full = _Contender.unhooked(prompts[id(model)])
+    contenders = [full, *(_Contender.of(m, host, options) for m, host in zip(methods, hosts, strict=True))]
+    start = read()
+    rounds = _time(contenders, repeats, warmup, decode_tokens, clock)
+    on_cpu = torch.device(model.device).type == "cpu"
+    note = timing_note(
+        start,
+        read(),
+        Spread.of(rounds[0].prefill),
+        rounds=repeats,
+        threads=torch.get_num_threads() if on_cpu else 1,
+        cores=len(usable_cores()),
+        quota=cpu_quota(),
+        on_cpu=on_cpu,
+    )
+    timings = [Timing.of_full(rounds[0]), *(Timing.of_method(rounds[0], own_rounds) for own_rounds in rounds[1:])]
+    return [contender.cost(timing, full.flops, note) for contender, timing in zip(contenders, timings, strict=True)]
 
 
-class Bench:
-    """One batch of prompts on one model. Arguments as for :func:`measure_costs`.
+class _Prompts:
+    """One batch of prompts on one model.
 
     Attributes:
-        full: the cost of the unhooked model, measured on creation.
+        inputs: tensors for ``generate``, on the model's device and in its dtype.
+        generates: whether the model generates text; otherwise it chooses among answers.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        inputs: Mapping[str, Tensor],
-        *,
-        processor: Any = None,
-        repeats: int = 10,
-        warmup: int = 2,
-        decode_tokens: int = 8,
-        budget_scope: BudgetScope = "image",
-    ) -> None:
-        self.model, self.inputs, self.processor, self.scope = model, inputs, processor, budget_scope
-        self.repeats, self.warmup, self.decode_tokens = repeats, warmup, decode_tokens
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.inputs = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in inputs.items()
+        }
+        self.generates = model.can_generate()
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._generates = model.can_generate()
-        cached = {"use_cache": True} if self._generates else {}
-        self._prompt = {**inputs, **cached, **({"logits_to_keep": 1} if last_only else {})}
-        self.full = self._full()
+        cached = {"use_cache": True} if self.generates else {}
+        self._options: dict[str, Any] = {**cached, **({"logits_to_keep": 1} if last_only else {})}
 
-    def _full(self) -> Cost:
-        with attach(self.model, "full") as sieve:
-            self._prefill()
-            tokens, _ = _tokens(sieve.last)
-        (times,), (gap,) = self._times([nullcontext]), self._gaps([nullcontext])
-        return Cost(
-            method="full",
-            tokens_before=tokens,
-            tokens_after=tokens,
-            prefill_ms=Spread.of(times),
-            prefill_speedup=Spread(1.0, 1.0, 1.0),
-            method_ms=None,
-            decode_ms_per_token=gap,
-            flops=count_flops(self._prefill),
-            flops_ratio=1.0,
-            peak_activation_bytes=peak_activation_bytes(self._prefill, self.model.device),
-            kv_bytes=self._kv_bytes(self._prefill()),
-            break_even_tokens=0.0,
-        )
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
 
-    def cost(self, method: Candidate) -> Cost:
-        """Measure the unhooked model, the method and a replay of its decisions, interleaved."""
+    def prefill(self) -> Any:
+        """Run one forward to the logits of the last token."""
+        with torch.inference_mode():
+            return self.model(**self.inputs, **self._options)
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """One row: a method on a batch of prompts, counted; its times are still to be measured.
+
+    Attributes:
+        attached: attaches the method; nothing for the unhooked model.
+        replay: attaches the method's decisions, which leaves out the cost of the selection alone.
+        tokens: visual tokens per image before and after.
+        flops, peak_bytes, cache_bytes: of the prefill.
+    """
+
+    method: str
+    prompts: _Prompts
+    attached: Context
+    replay: Context | None
+    tokens: tuple[float, float]
+    flops: int
+    peak_bytes: int
+    cache_bytes: int | None
+
+    @classmethod
+    def unhooked(cls, prompts: _Prompts) -> _Contender:
+        """Count the unhooked model."""
+        with attach(prompts.model, "full") as sieve:
+            prompts.prefill()
+            tokens = _tokens(sieve.last)
+        return cls("full", prompts, nullcontext, None, tokens, *_count(prompts, prompts.prefill()))
+
+    @classmethod
+    def of(cls, method: Candidate, prompts: _Prompts, options: dict[str, Any]) -> _Contender:
+        """Count a method."""
         stages: Any = parse(method) if isinstance(method, str) else [method] if isinstance(method, Method) else method
-        attached = partial(attach, self.model, stages, processor=self.processor, budget_scope=self.scope)
+        attached = partial(attach, prompts.model, stages, **options)
         with attached() as sieve:
-            kv = self._kv_bytes(self._prefill())
+            output = prompts.prefill()
             decisions = sieve.last
-            flops = count_flops(self._prefill)
-            peak = peak_activation_bytes(self._prefill, self.model.device)
-        runs: Contexts = [nullcontext, attached]
-        if _replayable(stages):  # the difference to a replay is the cost of the selection alone
-            runs = [*runs, partial(attach, self.model, decisions)]
-        full, times, *replay = self._times(runs)
-        full_gap, gap = self._gaps(runs[:2])
-        before, after = _tokens(decisions)
-        saved_per_token = full_gap.median - gap.median if full_gap and gap else 0.0
+            counts = _count(prompts, output)
+        replay = partial(attach, prompts.model, decisions) if _replayable(stages) else None
+        name = method if isinstance(method, str) else _name(stages)
+        return cls(name, prompts, attached, replay, _tokens(decisions), *counts)
+
+    def cost(self, timing: Timing, full_flops: int, note: str | None) -> Cost:
+        """Join the counts with the times."""
+        before, after = self.tokens
         return Cost(
-            method=method if isinstance(method, str) else _name(stages),
+            method=self.method,
             tokens_before=before,
             tokens_after=after,
-            prefill_ms=Spread.of(times),
-            prefill_speedup=paired_ratio(full, times),
-            method_ms=paired_difference(times, replay[0]) if replay else None,
-            decode_ms_per_token=gap,
-            flops=flops,
-            flops_ratio=flops / self.full.flops,
-            peak_activation_bytes=peak,
-            kv_bytes=kv,
-            break_even_tokens=break_even(paired_difference(times, full).median, saved_per_token),
+            prompts=len(self.prompts),
+            **vars(timing),
+            flops=self.flops,
+            flops_ratio=self.flops / full_flops,
+            peak_activation_bytes=self.peak_bytes,
+            kv_bytes=self.cache_bytes,
+            timing_note=note,
         )
 
-    def _prefill(self) -> Any:
-        with torch.inference_mode():
-            return self.model(**self._prompt)
 
-    def _times(self, around: Contexts) -> list[list[float]]:
-        calls = [self._prefill] * len(around)
-        return interleave(calls, around=around, repeats=self.repeats, warmup=self.warmup, device=self.model.device)
+def _count(prompts: _Prompts, output: Any) -> tuple[int, int, int | None]:
+    """Return FLOPs, peak bytes and cache bytes of a prefill with what is attached now; ``output`` is that of one."""
+    cache_bytes = kv_bytes(output.past_key_values) if prompts.generates else None
+    return count_flops(prompts.prefill), peak_activation_bytes(prompts.prefill, prompts.model.device), cache_bytes
 
-    def _gaps(self, around: Contexts) -> list[Spread | None]:
-        """Return the time per generated token, ``None`` for a model that does not generate."""
-        if not self._generates:
-            return [None] * len(around)
-        return [Spread.of(gaps) for gaps in decode_ms(self.model, self.inputs, around, self.decode_tokens)]
 
-    def _kv_bytes(self, output: Any) -> int | None:
-        return kv_bytes(output.past_key_values) if self._generates else None
+def _time(
+    contenders: Sequence[_Contender], repeats: int, warmup: int, decode_tokens: int, clock: Clock
+) -> list[Rounds]:
+    """Time the prefill and the decoding of all contenders, each in rounds that all of them share."""
+    calls = [(c.prompts, context) for c in contenders for context in (c.attached, c.replay) if context is not None]
+    stopwatches = [
+        stopwatch(prompts.prefill, context, device=prompts.model.device, clock=clock) for prompts, context in calls
+    ]
+    prefills = iter(in_rounds(stopwatches, repeats=repeats, warmup=warmup))
+    decodes: list[list[float]] | list[None] = [None] * len(contenders)
+    if contenders[0].prompts.generates:
+        stopwatches = [
+            decode_stopwatch(c.prompts.model, c.prompts.inputs, c.attached, tokens=decode_tokens, clock=clock)
+            for c in contenders
+        ]
+        decodes = in_rounds(stopwatches, repeats=repeats, warmup=min(1, warmup))
+    return [
+        Rounds(next(prefills), decode, replay=next(prefills) if contender.replay else None)
+        for contender, decode in zip(contenders, decodes, strict=True)
+    ]
 
 
 def _name(stages: Sequence[Any]) -> str:
@@ -206,10 +305,3 @@ def _tokens(decisions: Decisions) -> tuple[float, float]:
     """Return the mean visual tokens per image before and after the reduction."""
     images = [image for sample in decisions for image in sample]
     return sum(i.total for i in images) / len(images), sum(i.slots for i in images) / len(images)
-
-
-def break_even(extra_prefill_ms: float, saved_ms_per_token: float) -> float | None:
-    """Return the generated tokens that save the extra prefill time: 0 if there is none, ``None`` if no number does."""
-    if extra_prefill_ms <= 0:
-        return 0.0
-    return extra_prefill_ms / saved_ms_per_token if saved_ms_per_token > 0 else None

@@ -1,24 +1,29 @@
-"""Interleaved timing: A B A B in one process, so that drift of the machine affects every candidate equally."""
+"""Interleaved timing: A B B A in one process, so that drift of the machine affects every candidate equally."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-ROUNDS = 3
+Clock: TypeAlias = Callable[[], float]
+"""Returns seconds."""
+
+Context: TypeAlias = Callable[[], AbstractContextManager[Any]]
+"""Returns the context of a call, such as a method that is attached for it."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of the repeats."""
+    """Median and quartiles of the rounds."""
 
     median: float
     low: float
@@ -30,20 +35,38 @@ class Spread:
         low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75]).tolist()
         return cls(median, low, high)
 
+    def __str__(self) -> str:
+        return f"{two_digits(self.median)} ({two_digits(self.low)}–{two_digits(self.high)})"
+
+
+def two_digits(value: float) -> str:
+    """Return a number with two significant digits and without an exponent: 804 as "800", 0.0456 as "0.046"."""
+    rounded = float(f"{value:.1e}")
+    decimals = 0 if rounded == 0 else max(0, 1 - math.floor(math.log10(abs(rounded))))
+    return f"{rounded:.{decimals}f}"
+
+
+def ratio_digits(value: float) -> str:
+    """Return a ratio with two significant digits, or with up to four where two would hide its side of 1."""
+    for digits in (2, 3, 4):
+        text = f"{value:#.{digits}g}"
+        if abs(value - 1) >= 0.1 or float(text) != 1:
+            return two_digits(value) if digits == 2 else text
+    return "1.0"
+
 
 def interleave(
     calls: Sequence[Callable[[], Any]],
     *,
-    around: Sequence[Callable[[], AbstractContextManager[Any]]] | None = None,
+    around: Sequence[Context] | None = None,
     repeats: int = 10,
     warmup: int = 2,
     device: torch.device | str = "cpu",
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> list[list[float]]:
     """Time each call in milliseconds, round by round; return one list of ``repeats`` times per call.
 
-    Every second round runs backwards, so that no call always follows the same neighbour. The device is synchronised
-    before and after each call.
+    The device is synchronised before and after each call. The order is that of :func:`in_rounds`.
 
     Args:
         calls: the calls to time.
@@ -53,30 +76,80 @@ def interleave(
         clock: seconds; ``time.process_time`` excludes other processes on a busy CPU.
     """
     contexts = around or [nullcontext] * len(calls)
-    wait = synchroniser(device)
-    times: list[list[float]] = [[] for _ in calls]
+    stopwatches = [stopwatch(call, c, device=device, clock=clock) for call, c in zip(calls, contexts, strict=True)]
+    return in_rounds(stopwatches, repeats=repeats, warmup=warmup)
+
+
+def in_rounds(stopwatches: Sequence[Callable[[], float]], *, repeats: int, warmup: int) -> list[list[float]]:
+    """Take each time once per round; return one list of ``repeats`` times per stopwatch.
+
+    Every second round runs backwards: no candidate always follows the same neighbour, and a steady drift of the machine
+    favours no place in the order.
+    """
+    times: list[list[float]] = [[] for _ in stopwatches]
     for round_ in range(-warmup, repeats):
-        order = range(len(calls))
+        order = range(len(stopwatches))
         for index in reversed(order) if round_ % 2 else order:
-            with contexts[index]():
-                wait()
-                start = clock()
-                calls[index]()
-                wait()
-                spent = clock() - start
+            spent = stopwatches[index]()
             if round_ >= 0:
-                times[index].append(spent * 1e3)
+                times[index].append(spent)
     return times
+
+
+def stopwatch(
+    call: Callable[[], Any],
+    around: Context = nullcontext,
+    *,
+    device: torch.device | str = "cpu",
+    clock: Clock = time.perf_counter,
+) -> Callable[[], float]:
+    """Return a function that makes the call inside its context and returns the milliseconds of the call alone."""
+    wait = synchroniser(device)
+
+    def measure() -> float:
+        with around():
+            wait()
+            start = clock()
+            call()
+            wait()
+            return (clock() - start) * 1e3
+
+    return measure
+
+
+def decode_stopwatch(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    around: Context = nullcontext,
+    *,
+    tokens: int,
+    clock: Clock = time.perf_counter,
+) -> Callable[[], float]:
+    """Return a function that generates greedily and returns the milliseconds per token after the first one.
+
+    Its time is the mean over ``tokens`` steps, for the whole batch.
+    """
+    wait = synchroniser(model.device)
+
+    def measure() -> float:
+        ticks = _Ticks(wait, clock)
+        with around():
+            model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                min_new_tokens=tokens + 1,
+                max_new_tokens=tokens + 1,
+                logits_processor=LogitsProcessorList([ticks]),
+            )
+        return (ticks.seconds[-1] - ticks.seconds[0]) / tokens * 1e3
+
+    return measure
 
 
 def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     """Return ``over / under`` round by round: for times, the speedup of the second over the first."""
     return Spread.of([a / b for a, b in zip(over, under, strict=True)])
-
-
-def paired_difference(first: Sequence[float], second: Sequence[float]) -> Spread:
-    """Return ``first - second`` round by round."""
-    return Spread.of([a - b for a, b in zip(first, second, strict=True)])
 
 
 def synchroniser(device: torch.device | str) -> Callable[[], None]:
@@ -86,39 +159,14 @@ def synchroniser(device: torch.device | str) -> Callable[[], None]:
     return lambda: None
 
 
-def decode_ms(
-    model: Any, inputs: Mapping[str, Tensor], around: Sequence[Callable[[], AbstractContextManager[Any]]], tokens: int
-) -> list[list[float]]:
-    """Time the gaps between greedily generated tokens in milliseconds, for the whole batch.
-
-    Return one list per context in ``around``. The contexts alternate, :data:`ROUNDS` generations of ``tokens`` gaps
-    each.
-    """
-    gaps: list[list[float]] = [[] for _ in around]
-    for _ in range(ROUNDS):
-        for context, context_gaps in zip(around, gaps, strict=True):
-            clock = _Clock(synchroniser(model.device))
-            with context():
-                model.generate(
-                    **inputs,
-                    do_sample=False,
-                    num_beams=1,
-                    min_new_tokens=tokens + 1,
-                    max_new_tokens=tokens + 1,
-                    logits_processor=LogitsProcessorList([clock]),
-                )
-            context_gaps += [(b - a) * 1e3 for a, b in zip(clock.ticks, clock.ticks[1:], strict=False)]
-    return gaps
-
-
-class _Clock(LogitsProcessor):  # type: ignore[misc]
+class _Ticks(LogitsProcessor):  # type: ignore[misc]
     """Records the time of every step's logits, which stay unchanged."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
-        self.ticks: list[float] = []
-        self._wait = wait
+    def __init__(self, wait: Callable[[], None], clock: Clock) -> None:
+        self.seconds: list[float] = []
+        self._wait, self._clock = wait, clock
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._wait()
-        self.ticks.append(time.perf_counter())
+        self.seconds.append(self._clock())
         return scores

@@ -36,6 +36,9 @@ def test_compare(folder, tmp_path):
     for row in (untrained, tuned):
         assert (row["tokens_before"], row["tokens_after"]) == (145, 52)
         assert row["flops_ratio"] < 0.75
+        # both models are paired with the unreduced one
+        assert row["prefill_ms"] * row["prefill_speedup"] == pytest.approx(full["prefill_ms"])
+        assert row["break_even"] is row["decode_speedup"] is None
         assert row["tokens_average"] == pytest.approx((145 * 2 + 87 * 3 + 52 * 3) / 8)
     assert full["decode_ms_per_token"] is None
     assert full["kv_mb"] is None
