@@ -114,10 +114,10 @@ def compare(
         results = Comparison(vlm, processor, samples, settings, trained).run(specs, keeps, output, bar)
     if json:
         print_json([row.to_json() for row in results.rows])
+        if results.rows[0].timing_note:
+            note(f"note: {results.rows[0].timing_note}")
     else:
         _print_rows(results)
-    if results.rows[0].timing_note:
-        note(f"note: {results.rows[0].timing_note}")
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")
