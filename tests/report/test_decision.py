@@ -7,8 +7,9 @@ import pytest
 from tests.report.report_rows import Draft, results, row, unmeasured
 from tokensieve.evaluate import Skipped
 from tokensieve.report.decision import Decision, break_even, prefill
+from tokensieve.report.plots import curve
 from tokensieve.report.remarks import explanations, remarks, warnings
-from tokensieve.report.table import label, number
+from tokensieve.report.table import KEEP, label, number
 
 FULL = row("full", None, 0.93)
 
@@ -90,6 +91,8 @@ def test_a_method_that_chooses_its_tokens_competes_where_it_has_as_many() -> Non
         ["cls-knee"],
         ["prumerge", "vtc-cls"],
     ]
+    assert [group.title for group in decision.budgets] == ["80 tokens", "36 tokens"]
+    assert [KEEP.cell(line).value for line in decision.lines] == ["all", "–", "–", "36"]
 
 
 # -- worth the cost -------------------------------------------------------------------------------------------------
@@ -135,6 +138,14 @@ def test_the_pareto_front_by_each_cost() -> None:
         "pool": (),
         "oracle": (),
     }
+
+
+def test_uncertain_times_make_no_front() -> None:
+    decision = decide(row("trsm", 36, 0.85, timing_note="the times are uncertain"))
+    assert [line.front for line in decision.lines] == [("flops_ratio",), ("flops_ratio",)]
+    assert "mark no row" in dict(explanations(decision))["Pareto"]
+    assert "Pareto front" not in curve(decision, "prefill_ms")
+    assert "Pareto front" in curve(decision, "flops_ratio")
 
 
 def test_without_measurements_tokens_are_the_cost() -> None:
@@ -194,6 +205,14 @@ def test_break_even_in_words(changes: dict[str, object], words: str) -> None:
 
 def test_large_numbers_have_no_exponent() -> None:
     assert [number(value, ".2g") for value in (0.123, 12.3, 1234.5, None)] == ["0.12", "12", "1200", "–"]
+
+
+def test_an_undecided_time_is_stated_once() -> None:
+    undecided = {"prefill_speedup_low": 0.9, "prefill_speedup": 1.0, "prefill_speedup_high": 1.1}
+    text = sentences(row("trsm", 36, 0.9, **undecided, break_even="not told apart"))
+    assert "prefill time not told apart from full's" in text
+    assert "whether it saves time" not in text
+    assert "whether it saves time" in sentences(row("trsm", 36, 0.9, break_even="not told apart"))
 
 
 def test_a_busy_machine_is_noted_once() -> None:

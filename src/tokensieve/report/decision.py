@@ -64,7 +64,10 @@ class Choice:
     def facts(self) -> list[str]:
         """Return the gaps and the costs in words, one fact each."""
         row = self.best.row
-        return list(filter(None, (against_full(row), self.against_others, flops(row), prefill(row), break_even(row))))
+        # a prefill that is not told apart from full's has said what an undecided break-even would say again
+        undecided = faster(row) is None and row.break_even == "not told apart"
+        costs = (flops(row), prefill(row), "" if undecided else break_even(row))
+        return list(filter(None, (against_full(row), self.against_others, *costs)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class BudgetRows:
     """The rows of one budget, by falling accuracy.
 
     Attributes:
-        name: the budget as the user wrote it.
+        name: the budget as the user wrote it; the tokens of methods that choose their number.
         tokens: visual tokens per image, averaged over the LLM's layers, that the ranked rows have (nearly).
         choice: the best row; ``None`` if no row is ranked.
     """
@@ -110,8 +113,9 @@ class Decision:
         kinds = {id(row): kind_of(row.method, baselines) for row in rows}
         measured = tuple(cost for cost in MEASURED if any(getattr(row, cost) is not None for row in rows))
         self.costs: tuple[Cost, ...] = measured or ("tokens_average",)
-        # the oracle is given the answer's place, so it is on no front
-        fronts = {cost: pareto([row for row in rows if kinds[id(row)] != "oracle"], cost) for cost in self.costs}
+        # the oracle is given the answer's place, so it is on no front; uncertain times make no front
+        self._candidates = [row for row in rows if kinds[id(row)] != "oracle"]
+        fronts = {cost: self.front(cost) for cost in self.costs}
 
         def line(row: Row, ranked: bool) -> Line:
             on = tuple(cost for cost in self.costs if any(row is member for member in fronts[cost]))
@@ -137,6 +141,10 @@ class Decision:
         """Return all lines in the order of the table: full, then the budgets."""
         full = (self.full,) if self.full else ()
         return (*full, *(line for group in self.budgets for line in group.lines))
+
+    def front(self, cost: Cost) -> list[Row]:
+        """Return the Pareto front by a cost; empty for times that a note calls uncertain."""
+        return [] if cost == "prefill_ms" and self.timing_notes() else pareto(self._candidates, cost)
 
     @property
     def measured(self) -> bool:
@@ -307,7 +315,7 @@ def _by_budget(rows: Sequence[Row]) -> list[_Group]:
         if near:
             groups[min(near)[1]].members.append(row)
         else:
-            groups.append(_Group("a number of tokens chosen by the method", row.tokens_average, [row]))
+            groups.append(_Group(f"{row.tokens_average:.4g}", row.tokens_average, [row]))
     return sorted(groups, key=lambda group: -group.tokens)
 
 

@@ -11,7 +11,7 @@ from itertools import cycle
 from typing import Any, TypeAlias
 
 from tokensieve.evaluate import Row
-from tokensieve.report.decision import Decision, pareto
+from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra
 from tokensieve.report.table import Cost, baseline_methods, named, plain_name
 
@@ -50,7 +50,8 @@ def curve(decision: Decision, cost: Cost) -> str:
         for line in lines:
             if line.kind == "full":
                 _draw_full(axes, line.row, cost)
-        _draw_front(axes, pareto([line.row for line in lines if line.kind != "oracle"], cost), cost)
+        if front := decision.front(cost):
+            _draw_front(axes, front, cost)
         for number, method in enumerate(series):
             rows = sorted((line.row for line in lines if line.row.method == method), key=lambda row: getattr(row, cost))
             shift = (number - (len(series) - 1) / 2) * DODGE / 72

@@ -193,7 +193,8 @@ def explanations(decision: Decision) -> list[tuple[str, str]]:
             (
                 "Pareto",
                 "no other row is as accurate at a lower cost, or more accurate at no higher cost, by the values shown; "
-                "their intervals can overlap. The oracle does not take part.",
+                "their intervals can overlap. The oracle does not take part."
+                + (" Times are uncertain in this run and mark no row." if decision.timing_notes() else ""),
             )
         )
     return terms

@@ -153,6 +153,11 @@ def _plain(text: Callable[[Row], str]) -> Callable[[Line], Cell]:
     return lambda line: Cell(text(line.row))
 
 
+def _keep(line: Line) -> Cell:
+    chosen_by_method = line.row.keep is None and line.kind != "full"
+    return Cell(NONE if chosen_by_method else budget(line.row.keep))
+
+
 def _accuracy(line: Line) -> Cell:
     row = line.row
     return Cell(percent(row.accuracy), f"{percent(row.accuracy_low)}–{percent(row.accuracy_high)}")
@@ -206,7 +211,7 @@ def _break_even(line: Line) -> Cell:
 
 
 METHOD = Column("method", "method spec", _plain(lambda row: row.method))
-KEEP = Column("keep", "budget: tokens per image, or a share of them", _plain(lambda row: budget(row.keep)))
+KEEP = Column("keep", "budget: tokens per image, or a share of them", _keep)
 FLOPS = Column(
     "FLOPs",
     "prefill FLOPs relative to the full model, those of the method included",
