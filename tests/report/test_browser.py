@@ -153,3 +153,9 @@ def test_print_unfolds_the_details(browser: Browser, page: Path) -> None:
     browser.open(page, 1280, media="print")
     assert browser.evaluate(visible)
     assert browser.evaluate(height) > 100
+
+
+def test_print_keeps_the_tables_and_cuts_nothing_off(browser: Browser, page: Path) -> None:
+    browser.open(page, 720, media="print")  # A4 without its margins
+    assert browser.faults([720]) == {}
+    assert browser.evaluate("getComputedStyle(document.querySelector('.cards thead')).display") != "none"

@@ -314,7 +314,7 @@ def test_the_rows_that_are_no_methods_are_explained() -> None:
     assert "keeps the tokens of the asked object first" in terms["oracle"]
     assert "no upper bound" in terms["oracle"]
     assert "the mean of 3 seeds" in terms["random"]
-    assert "baselines" in terms["pool"]
+    assert "a simple baseline" in terms["pool"]
     assert "oracle" not in dict(explanations(decide(RANDOM)))
 
 

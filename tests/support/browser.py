@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 240  # seconds to wait for an answer: other tests may keep the machine busy
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 # Chromium reads commands from descriptor 3 and writes answers to descriptor 4. Both pipes are copied to high numbers
@@ -95,6 +97,8 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._read], [], [], PATIENCE)
+            assert ready, "Chromium does not answer"
             part = os.read(self._read, 1 << 20)
             assert part, "Chromium has ended"
             self._buffer += part

@@ -167,7 +167,12 @@ def explanations(decision: Decision) -> list[tuple[str, str]]:
         )
     if "baseline" in kinds:
         names = dict.fromkeys(line.row.method for line in decision.lines if line.kind == "baseline")
-        terms.append((", ".join(names), "simple baselines, which do not choose by content."))
+        terms.append(
+            (
+                ", ".join(names),
+                ("a simple baseline" if len(names) == 1 else "simple baselines") + ", without a choice by content.",
+            )
+        )
     terms += [
         (
             "budget",
