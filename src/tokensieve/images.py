@@ -122,7 +122,8 @@ def image_errors(name: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{name}: no such image file") from None
+        hint = "; images on the web are not fetched" if re.match("https?:/", name) else ""
+        raise DataError(f"{name}: no such image file{hint}") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image, or of a kind that Pillow cannot read") from None
     except Image.DecompressionBombError as error:

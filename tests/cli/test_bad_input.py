@@ -38,11 +38,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photo: Path) -> Path:
     (folder / "cut.jsonl").write_text(good.replace("photo", "cut"))
     (folder / "placeholder.jsonl").write_text(good + good.replace("what is", "<image> what is"))
     (folder / "empty.jsonl").write_text("")
+    (folder / "surrogate.jsonl").write_text(good + good.replace("what", "\\ud83c"))
+    (folder / "latin.csv").write_bytes("image,question,answer\nphoto.jpg,what?,café\n".encode("latin-1"))
+    (folder / "utf16.jsonl").write_bytes(good.encode("utf-16"))
+    (folder / "nan.jsonl").write_text(good + good.replace('"red"', "NaN"))
+    (folder / "true.json").write_text(f"[{good}, {good.replace(chr(34) + 'red' + chr(34), 'true')}]")
+    (folder / "web.jsonl").write_text(good + good.replace("photo.jpg", "https://example.org/cat.jpg"))
+    (folder / "uri.jsonl").write_text(good + good.replace("photo.jpg", "data:image/png;base64,xxx"))
+    (folder / "several.jsonl").write_text(good.replace('"photo.jpg"', '["photo.jpg", "photo.jpg"]'))
+    (folder / "list.jsonl").write_text(good + good.replace('"photo.jpg"', '["photo.jpg", "gone.jpg"]'))
     for name, config in (("bert", '{"model_type": "bert"}'), ("strange", '{"model_type": "strange"}'), ("broken", "{")):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(config)
     (folder / "nothing").mkdir()
     return folder
+
+
+def with_data(name: str, *more: str) -> Callable[[Path, str], list[str]]:
+    """Return the arguments that compare on a file of the folder."""
+    return lambda f, m: ["compare", "--model", m, "--data", f"{f}/{name}", "--output", f"{f}/out", *more]
 
 
 CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
@@ -134,8 +148,47 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     "no data": (lambda f, m: ["compare", "--model", m, "--data", f"{f}/gone.jsonl"], ["gone.jsonl"]),
     "damaged image in data": (
         lambda f, m: ["compare", "--model", m, "--data", f"{f}/cut.jsonl", "--output", f"{f}/out"],
-        ["cut.jpg"],
+        ["cut.jsonl, line 1: ", "cut.jpg"],
     ),
+    "question that is no text": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", "caf\udce9?", "--model", m],
+        ["the question is not valid text: a byte that is not UTF-8 ('\\udce9')"],
+    ),
+    "bench of no text": (
+        lambda f, m: ["bench", "--question", "caf\udce9?", "--model", m],
+        ["the question is not valid text"],
+    ),
+    "prompt that is no text": (
+        lambda f, m: ["compare", "--model", m, "--limit", "1", "--prompt", "{question} \udcff", "--output", f"{f}/out"],
+        ["the prompt is not valid text"],
+    ),
+    "half of a character in data": (
+        with_data("surrogate.jsonl"),
+        ["surrogate.jsonl, line 2: the question is not valid text: half of a character ('\\ud83c')"],
+    ),
+    "latin-1": (with_data("latin.csv"), ["latin.csv, line 2: not UTF-8 text (byte 0xe9 at column 20)"]),
+    "utf-16": (with_data("utf16.jsonl"), ["utf16.jsonl: this is UTF-16 text; save it as UTF-8"]),
+    "NaN as answer": (with_data("nan.jsonl"), ["nan.jsonl, line 2: an answer is text or a number; got nan"]),
+    "true as answer": (with_data("true.json"), ["true.json, item 2: an answer is text or a number; got True"]),
+    "image on the web": (
+        with_data("web.jsonl"),
+        ["web.jsonl, line 2: https://example.org/cat.jpg: images on the web are not fetched; --fetch-images"],
+    ),
+    "ask about an image on the web": (
+        lambda f, m: ["ask", "https://example.org/cat.jpg", QUESTION, "--model", m],
+        ["no such image file; images on the web are not fetched"],
+    ),
+    "no data: URI": (with_data("uri.jsonl"), ["uri.jsonl, line 2: the image: not valid base64"]),
+    "one of several images": (with_data("list.jsonl"), ["list.jsonl, line 2: ", "gone.jpg: no such image file"]),
+    "several images for a classifier": (
+        with_data("several.jsonl", "--model", "pumer-reference"),
+        ["several.jsonl, line 1: this model answers questions about one image; got 2"],
+    ),
+    "splits of a file": (
+        with_data("several.jsonl", "--split", "test"),
+        ["several.jsonl: a file has no splits; got split 'test'"],
+    ),
+    "folder that is no data": (with_data("nothing"), ["nothing does not load"]),
     "unknown metric": (
         lambda f, m: ["compare", "--model", m, "--limit", "1", "--metric", "exacte", "--output", f"{f}/out"],
         ["exacte", "did you mean exact"],

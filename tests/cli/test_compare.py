@@ -1,5 +1,6 @@
 """``compare``, the main job: killed, interrupted, resumed, and read in a browser."""
 
+import base64
 import json
 import re
 import signal
@@ -198,3 +199,30 @@ def test_a_full_disk_keeps_the_answers(model: str, tmp_path: Path) -> None:
         assert all(_is_json(line) for line in kept.splitlines()[:-1])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_data_of_every_kind(model: str, photo: Path, tmp_path: Path) -> None:
+    """Several images, a transparent one, a data: URI, choices, and a table of the datasets library with splits."""
+    datasets = pytest.importorskip("datasets")
+    Image.new("LA", (60, 40), (0, 0)).save(tmp_path / "clear.png")
+    content = base64.b64encode((tmp_path / "clear.png").read_bytes()).decode()
+    rows = [
+        {"image": [str(photo), "clear.png"], "question": "is there a cup?", "answer": "no"},
+        {"image": f"data:image/png;base64,{content}", "question": "is there a cup?", "answer": "no"},
+        {"image": "clear.png", "question": "is it red?", "answer": "B", "choices": ["yes", "no"]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps({"data": rows}))
+    table = datasets.Dataset.from_dict({"image": [str(photo)], "question": ["is it red?"], "answer": ["no"]})
+    table = table.cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "saved")
+    options = ["--model", model, "--methods", "pool", "--keep", "25%", "--no-measure", "--json"]
+    calls = {
+        "file": ["compare", "--data", tmp_path / "data.json", "--output", tmp_path / "a", *options],
+        "folder": ["compare", "--data", tmp_path / "saved", "--split", "test", "--output", tmp_path / "b", *options],
+        "no split": ["compare", "--data", tmp_path / "saved", "--output", tmp_path / "c", *options],
+    }
+    outcomes = run_many(calls)
+    full, pool = json.loads(outcomes["file"].out)
+    assert (full["tokens_before"], pool["tokens_after"]) == (144 * 4 / 3, 36 * 4 / 3)
+    assert [row["samples"] for row in json.loads(outcomes["folder"].out)] == [1, 1]
+    assert "the splits are train, test; choose one with --split" in outcomes["no split"].err.splitlines()[-1]

@@ -337,6 +337,14 @@ def test_identities(model, samples, write, tmp_path):
     assert sample_key(samples[0]) != sample_key(replace(samples[0], question="is it red?"))
     (tmp_path / "0.png").write_bytes((tmp_path / "1.png").read_bytes())
     assert sample_key(samples[0]) not in {sample_key(s) for s in samples[1:]}
+    # another image of the same name, size in bytes and time of change is noticed
+    pixels, before = tmp_path / "2.bmp", []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (9, 9), colour).save(pixels)
+        before.append(sample_key(replace(samples[0], image=pixels)))
+    assert before[0] != before[1]
+    pixels.unlink()
+    assert sample_key(replace(samples[0], image=pixels)) not in before  # opening it gives the error
     assert model_name(model) == "LlavaForConditionalGeneration"
     model.config.name_or_path = str(tmp_path)
     assert model_name(model) == tmp_path.name

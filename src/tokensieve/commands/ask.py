@@ -37,10 +37,12 @@ def ask(
     from tokensieve.engine.budget_scope import check_scope
     from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.answer import together
+    from tokensieve.evaluate.data import check_text
     from tokensieve.methods import parse
 
     if not question.strip():
         raise Refusal("the question is empty; ask something about the image")
+    check_text(question, "the question")
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before a model is loaded
     if overlay is not None:

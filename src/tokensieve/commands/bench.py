@@ -49,11 +49,13 @@ def bench(
     from PIL import Image
 
     from tokensieve.evaluate import Sample, open_image
+    from tokensieve.evaluate.data import check_text
     from tokensieve.evaluate.plan import plan
     from tokensieve.measure import measure_costs
 
     specs, keeps = split_specs(methods), split_budgets(keep)
     check_scopes(budget_scope, plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
+    check_text(question, "the question")
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
     vlm, processor = load_model(model, classifiers=True)
     note_crowd(vlm)

@@ -16,7 +16,7 @@ from tokensieve.evaluate.journal import Answer, Journal
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
-from tokensieve.evaluate.prompt import check_texts
+from tokensieve.evaluate.prompt import check_one_image, check_texts
 from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_key
 from tokensieve.evaluate.results import FULL, Results
 from tokensieve.evaluate.table import Table, choose, store
@@ -109,6 +109,8 @@ class Comparison:
         if trained is not None and type(trained) is not type(model):
             raise Refusal(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
         check_texts(processor, samples, settings.prompt)
+        if not model.can_generate():
+            check_one_image(samples)
         self.model, self.trained, self.processor = model, trained, processor
         self.samples, self.settings = samples, settings
         self.text_processor = processor if settings.processor_for_text else None

@@ -168,10 +168,10 @@ def _sample(
             cell = _listed(record.again()[image_column])
             return cell[place] if several else cell
 
-        found = picture_of(value, record.folder, again, fetch_images=fetch_images)
+        image = picture_of(value, record.folder, again, fetch_images=fetch_images)
         if isinstance(value, str):
-            files[value] = found
-        return found
+            files[value] = image
+        return image
 
     pictures = tuple(picture(place, value) for place, value in enumerate(values if several else [values]))
     if not pictures:

@@ -13,6 +13,7 @@ from tempfile import NamedTemporaryFile
 from urllib.error import HTTPError
 
 from tokensieve.errors import DataError
+from tokensieve.images import check_image
 from tokensieve.version import __version__
 
 MAX_BYTES = 50_000_000
@@ -47,6 +48,7 @@ def fetch(url: str) -> Path:
     if path.is_file():
         return path
     content = _download(url)
+    check_image(content, url)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # a reader in another process finds the whole file or none
@@ -79,9 +81,10 @@ def _download(url: str) -> bytes:
                     raise DataError(f"{url}: not complete after {TIMEOUT:.0f} seconds")
             missing = response.length  # bytes that were announced but not sent
     except HTTPError as error:
+        reason = next(iter(str(error.reason).splitlines()), "")  # that of a circle of redirects has several lines
         with suppress(OSError):
             error.close()
-        raise DataError(f"{url}: the server answers {error.code} {error.reason}") from None
+        raise DataError(f"{url}: the server answers {error.code} ({reason})") from None
     except (OSError, HTTPException, ValueError) as error:
         raise DataError(f"{url}: cannot be fetched ({getattr(error, 'reason', None) or error})") from None
     if missing:

@@ -68,10 +68,7 @@ def encode_pairs(
         DataError: an image that cannot be decoded.
         Refusal: a question about several images.
     """
-    for sample in samples:
-        if len(sample.images) > 1:
-            place = sample.where and f"{sample.where}: "
-            raise Refusal(f"{place}this model answers questions about one image; got {len(sample.images)}")
+    check_one_image(samples)
     check_texts(processor, samples, prompt)
     images = [image for images in _open_images(samples) for image in images]
     texts = [prompt.replace("{question}", sample.question) for sample in samples]
@@ -108,6 +105,14 @@ def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{quest
             if placeholder and placeholder in text:
                 place = where and f"{where}: "
                 raise Refusal(f"{place}leave {placeholder} out, the {kind} is put there by itself; got {text!r}")
+
+
+def check_one_image(samples: Sequence[Sample]) -> None:
+    """Refuse questions about several images."""
+    for sample in samples:
+        if len(sample.images) > 1:
+            place = sample.where and f"{sample.where}: "
+            raise Refusal(f"{place}this model answers questions about one image; got {len(sample.images)}")
 
 
 def _open_images(samples: Sequence[Sample]) -> list[list[Image.Image]]:

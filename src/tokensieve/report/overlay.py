@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from tokensieve.errors import Refusal
+from tokensieve.images import as_rgb
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,14 +37,14 @@ def overlay(image: Image.Image, reduction: Reduction, side: int = 480) -> Image.
     """
     if reduction.whole:
         width, height = (max(1, round(full * side / max(image.size))) for full in image.size)
-        return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        return as_rgb(image).resize((width, height), Image.Resampling.LANCZOS)
     if reduction.grid is None:
         raise Refusal(f"no overlay: these {reduction.total} tokens form no grid")
     if reduction.anchors.ndim != 1:
         raise Refusal("overlay draws one image: index the batched Reduction first")
     rows, columns = reduction.grid
     cell = max(4, side // max(rows, columns))
-    pixels = np.asarray(image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), float)
+    pixels = np.asarray(as_rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), float)
 
     source = reduction.source.reshape(rows, columns).cpu().numpy()
     counts = np.append(reduction.counts.cpu().numpy(), 0)  # slot −1 of a dropped token indexes this last 0

@@ -161,6 +161,16 @@ def test_no_damage_to_an_image_stops_a_run(kind, tmp_path):
     assert found.skipped > 0
 
 
+def test_records_are_converted_as_everywhere_and_half_characters_are_skipped(tmp_path):
+    Image.new("LA", (8, 8), (0, 0)).save(tmp_path / "clear.png")
+    record = {"image": tmp_path / "clear.png", "question": "what?", "answer": "red"}
+    stored = {**record, "image": {"bytes": (tmp_path / "clear.png").read_bytes(), "path": None}}
+    drawn = {**record, "image": Image.new("I;16", (8, 8), 65_535)}
+    found = Records([record, stored, drawn, {**record, "question": "\ud83c?"}], task_named("vqa"), {"red": 0})
+    assert [found[number]["images"][0].getpixel((0, 0)) for number in range(4)] == [(255, 255, 255)] * 4
+    assert found.skipped == 1
+
+
 def test_the_bundled_questions_as_records():
     records = read_records("reference:train[:9]", task_named("vqa"))
     assert len(records) == 9

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tokensieve import images
 from tokensieve.errors import MissingExtra, Refusal
 from tokensieve.train.pumer.tasks import Task
 
@@ -128,8 +129,8 @@ class Records(Dataset[dict[str, Any]]):
             if not self._bad[number]:
                 record = self.records[number]
                 try:
-                    images = [open_image(record[column]) for column in self.task.images]
-                    return {"images": images, "texts": self._texts(number), "target": self._target(record)}
+                    opened = [open_image(record[column]) for column in self.task.images]
+                    return {"images": opened, "texts": self._texts(number), "target": self._target(record)}
                 except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                     self._bad[number] = True
                     log.warning("record %d skipped (%d so far): %s", number + 1, self.skipped, error)
@@ -141,6 +142,7 @@ class Records(Dataset[dict[str, Any]]):
         texts = [str(self.records[n][self.task.text]).strip() for n in numbers]
         if not texts[0]:
             raise Refusal("the text is empty")
+        "".join(texts).encode()  # fails at half a character (a lone surrogate), which no tokenizer accepts
         return [text or "." for text in texts]
 
     def _target(self, record: Mapping[str, Any]) -> Tensor:
@@ -154,13 +156,10 @@ def open_image(value: Any) -> Image.Image:
     if callable(value):
         value = value()
     if isinstance(value, dict):
-        from io import BytesIO
-
-        value = BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
+        value = value.get("bytes") or value.get("path")
     if isinstance(value, Image.Image):
-        return value.convert("RGB")
-    with Image.open(value) as image:
-        return image.convert("RGB")
+        return images.as_rgb(value)
+    return images.decode_image(value, "the image") if isinstance(value, bytes) else images.open_image(value)
 
 
 class Collator:
@@ -173,8 +172,8 @@ class Collator:
         texts = [text for record in records for text in record["texts"]]
         options = {"padding": True, "truncation": True, "max_length": self.longest, "return_tensors": "pt"}
         inputs = dict(self.tokenizer(texts, **options))
-        images = [image for record in records for _ in record["texts"] for image in record["images"]]
-        pixels = dict(self.image_processor(images, return_tensors="pt"))
+        repeated = [image for record in records for _ in record["texts"] for image in record["images"]]
+        pixels = dict(self.image_processor(repeated, return_tensors="pt"))
         per_text = len(records[0]["images"])
         if per_text > 1:
             pixels = {name: values.unflatten(0, (-1, per_text)) for name, values in pixels.items()}
