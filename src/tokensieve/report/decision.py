@@ -256,7 +256,7 @@ def break_even(row: Row) -> str:
     words = {
         "at once": "saves time from the first token" + ("; decoding speed not told apart from full's" * unclear),
         "never": "never saves time",
-        "not told apart": "not told apart whether it saves time",
+        "not told apart": "time saved over a whole answer: not told apart from none",
     }
     return words.get(row.break_even or "", "")
 
