@@ -106,7 +106,7 @@ class Laws:
         self.processor, self.scope = processor, budget_scope
         self.batch, self.singles = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.unreduced = self.generate(self.batch)
-        self.precision = torch.finfo(next(model.parameters()).dtype).eps
+        self.precision = torch.finfo(model.dtype).eps
         rounding = [_deviation(_row(self.unreduced, i), self.generate(inputs)) for i, inputs in enumerate(self.singles)]
         self.floor = max(self.precision * float(self.unreduced.logits.abs().max()), *rounding)
         self.allowed = MARGIN * self.floor

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.commands.arguments import Data, ImageColumn, Json, Model, Prompt, QuestionColumn
+from tokensieve.commands.arguments import Data, ImageColumn, Json, Model, Prompt, QuestionColumn, with_load_options
 from tokensieve.commands.console import note, print_json, print_table, progress
-from tokensieve.commands.loading import load_model
+from tokensieve.commands.loading import note_foreign_images
+from tokensieve.loading import LoadOptions, load_model
 
 app = typer.Typer(no_args_is_help=True, help="Find a method's parameters on data.")
 
@@ -21,7 +22,9 @@ def calibrate() -> None:
 
 
 @app.command()
+@with_load_options()
 def vtw(
+    loading: LoadOptions,
     model: Model = "reference",
     data: Data = "reference",
     limit: Annotated[int, typer.Option(min=1, help="Largest number of questions, spread over the data.")] = 20,
@@ -40,7 +43,9 @@ def vtw(
 
     columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
     samples = load_data(data, **columns, limit=limit)
-    vlm, processor = load_model(model)
+    vlm, processor = load_model(model, loading)
+    if data != "reference":
+        note_foreign_images(model)
     with progress() as bar:
         result = calibrate_vtw(
             vlm, processor, samples, threshold=threshold, first=first_layer, prompt=prompt, progress=bar

@@ -25,12 +25,16 @@ from tokensieve.commands.arguments import (
     check_scopes,
     split_budgets,
     split_specs,
+    with_load_options,
 )
 from tokensieve.commands.console import note, print_json, print_table, progress
-from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
+from tokensieve.commands.loading import COMPARED_WITH, note_foreign_images, trained_spec
+from tokensieve.loading import LoadOptions, load_model
 
 
+@with_load_options()
 def compare(
+    loading: LoadOptions,
     model: Model = "reference",
     unreduced: Annotated[
         str | None,
@@ -85,14 +89,17 @@ def compare(
         check_report_extra()
     columns = {"image_column": image_column, "question_column": question_column, "answer_column": answer_column}
     samples = load_data(data, **columns, limit=limit)
-    vlm, processor = load_model(model, classifiers=True)
+    vlm, processor = load_model(model, loading, classifiers=True)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     trained = None
     if unreduced := unreduced or COMPARED_WITH.get(model):
-        trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
+        trained, (vlm, processor) = vlm, load_model(unreduced, loading, classifiers=True)
+    comparison = Comparison(vlm, processor, samples, settings, trained, loading)
+    if data != "reference":
+        note_foreign_images(model)
     with progress() as bar:
-        rows = Comparison(vlm, processor, samples, settings, trained).run(specs, keeps, output, bar)
+        rows = comparison.run(specs, keeps, output, bar)
     results = Results.load(output / RESULTS)
     if json:
         print_json([row.to_json() for row in rows])

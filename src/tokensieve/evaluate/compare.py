@@ -17,10 +17,11 @@ from tokensieve.evaluate.journal import Answer, Journal
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.prompt import check_texts
-from tokensieve.evaluate.provenance import environment, model_identity, model_name
+from tokensieve.evaluate.provenance import environment, loading_facts, model_identity, model_name, processor_identity
 from tokensieve.evaluate.results import FULL, Row
 from tokensieve.evaluate.scoring import METRICS
 from tokensieve.evaluate.table import Table, choose, store
+from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.measure import Bench, Cost
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
@@ -46,6 +47,7 @@ def compare(
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,
+    loading: LoadOptions = DEFAULTS,
     measure: bool = True,
     examples: int = 4,
     progress: Progress | None = None,
@@ -67,6 +69,7 @@ def compare(
         keeps: budgets: an int is tokens per image, a float in (0, 1] a share of them.
         output: folder of the results, created if it is missing.
         trained: the same model fine-tuned with reduction. Each method then has a second row, "… fine-tuned", on it.
+        loading: the options that model and processor were loaded with; they are recorded in the results.
         progress: called with (questions done, questions in all, current run).
         batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, prompt, processor_for_text, measure,
             examples: see :class:`~tokensieve.evaluate.plan.Settings`.
@@ -89,7 +92,7 @@ def compare(
         measure=measure,
         examples=examples,
     )
-    return Comparison(model, processor, samples, settings, trained).run(methods, keeps, output, progress)
+    return Comparison(model, processor, samples, settings, trained, loading).run(methods, keeps, output, progress)
 
 
 class Comparison:
@@ -100,7 +103,13 @@ class Comparison:
     """
 
     def __init__(
-        self, model: Any, processor: Any, samples: Sequence[Sample], settings: Settings, trained: Any = None
+        self,
+        model: Any,
+        processor: Any,
+        samples: Sequence[Sample],
+        settings: Settings,
+        trained: Any = None,
+        loading: LoadOptions = DEFAULTS,
     ) -> None:
         if not samples:
             raise Refusal("no samples to compare on")
@@ -110,7 +119,7 @@ class Comparison:
             raise Refusal(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
         check_texts(processor, samples, settings.prompt)
         self.model, self.trained, self.processor = model, trained, processor
-        self.samples, self.settings = samples, settings
+        self.samples, self.settings, self.loading = samples, settings, loading
         self.text_processor = processor if settings.processor_for_text else None
 
     def run(
@@ -153,13 +162,15 @@ class Comparison:
     def _journal_setup(self) -> dict[str, Any]:
         """Return all that two calls must have in common to share predictions."""
         trained = {} if self.trained is None else {"trained": model_identity(self.trained)}
-        versions = {"tokensieve": __version__}
+        versions = {"tokensieve": __version__, "processor": processor_identity(self.processor)}
         return versions | self.settings.prediction_setup() | model_identity(self.model) | trained
 
     def _facts(self) -> dict[str, Any]:
         """Return the settings as the report shows them."""
         names = ("metric", "seeds", "keep_means", "budget_scope", "batch_size")
-        about = {"model": model_name(self.model), "samples": len(self.samples)}
+        about: dict[str, Any] = {"model": model_name(self.model), "samples": len(self.samples)}
+        if loaded := loading_facts(self.model, self.loading):
+            about["loading"] = loaded
         return self.settings.prediction_setup() | about | {name: getattr(self.settings, name) for name in names}
 
 

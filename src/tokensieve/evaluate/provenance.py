@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from tokensieve.evaluate.data import Sample
+from tokensieve.loading import LoadOptions, device_of
 from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
@@ -46,6 +47,18 @@ def model_identity(model: Any) -> dict[str, str]:
     }
 
 
+def processor_identity(processor: Any) -> str:
+    """Return a digest of the processor's settings and of its chat template: both decide the tokens of a prompt."""
+    text = f"{processor.to_json_string()}{getattr(processor, 'chat_template', None)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def loading_facts(model: Any, options: LoadOptions) -> dict[str, Any]:
+    """Return how the model was loaded: the options set by the user, and the commit of a model from the hub."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return options.to_json() | ({} if commit is None else {"commit": commit})
+
+
 def sample_key(sample: Sample) -> str:
     """Return the sample's id and a digest of its question and, for a file, its image's name and size in bytes."""
     image = [sample.image.name, sample.image.stat().st_size] if isinstance(sample.image, Path) else []
@@ -55,7 +68,7 @@ def sample_key(sample: Sample) -> str:
 
 def environment(model: Any) -> dict[str, Any]:
     """Return versions, hardware, threads, dtype, attention implementation and the date (UTC); no host and no path."""
-    device = torch.device(model.device)
+    device = device_of(model)
     gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
     return {
         "tokensieve": __version__,
