@@ -22,9 +22,7 @@ def unwrapped(model: Any) -> Any:
         return model
     if any(config.is_prompt_learning for config in model.peft_config.values()):
         kinds = ", ".join(str(config.peft_type.value) for config in model.peft_config.values())
-        raise Refusal(
-            f"{kinds} puts virtual tokens in front of the prompt, which is not supported; LoRA and its kin are"
-        )
+        raise Refusal(f"{kinds} puts virtual tokens in front of the prompt, which is not supported; LoRA is")
     if Version(_installed()) < Version(PEFT):
         raise Refusal(f"peft {_installed()} runs a model past its hooks; install peft>={PEFT}")
     return model.get_base_model()
