@@ -49,10 +49,10 @@ class Outcome:
         return line
 
 
-def run(*arguments: str | Path, **environment: str) -> Outcome:
+def run(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> Outcome:
     """Call the installed command once."""
     program = [COMMAND, *map(str, arguments)]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT | environment)
+    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT | environment, cwd=cwd)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def load_model(
         model = _random(config, options, arguments).to(device, torch.float32 if dtype == "auto" else dtype)
     else:
         arguments |= {"dtype": dtype, **_placement(options, device, config)}
-        model = from_pretrained(loader, place, options, **arguments)
+        model, outcome = from_pretrained(loader, place, options, output_loading_info=True, **arguments)
+        _check_complete(name, outcome["missing_keys"])
         if options.adapter is not None:
             _load_adapter(model, options.adapter)
         if "device_map" not in arguments:  # accelerate's hooks place a mapped model; `.to` would tear it from them
@@ -86,6 +88,13 @@ def _loader(name: str, config: Any, classifiers: bool) -> Any:
             f"supported: {', '.join(loaders)}"
         )
     return loaders[config.model_type]
+
+
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    """Refuse a checkpoint without some of the model's weights: transformers would draw them at random."""
+    if missing:
+        examples = ", ".join(sorted(missing)[:2])
+        raise Refusal(f"the checkpoint {name} lacks {len(missing)} of the model's weights, such as {examples}")
 
 
 def _placement(options: LoadOptions, device: Any, config: Any) -> dict[str, Any]:
