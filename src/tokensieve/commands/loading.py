@@ -1,4 +1,4 @@
-"""What the commands do with a loaded model: the method it was trained with, its inputs, and a note about pictures."""
+"""Steps of the commands on a loaded model: the spec of its training, its inputs, and a note about foreign pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models inside a wrapper of PEFT."""
+"""Find the model inside a wrapper of PEFT."""
 
 from __future__ import annotations
 

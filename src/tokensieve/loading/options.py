@@ -25,7 +25,7 @@ def check_choice(option: str, value: object, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model and its processor are loaded. The defaults load a checkpoint as its authors saved it.
+    """Set how a model and its processor are loaded. The defaults load a checkpoint as its authors saved it.
 
     Attributes:
         dtype: precision of the weights; "auto" is the checkpoint's on a GPU, float32 elsewhere.
@@ -83,12 +83,12 @@ def check_environment(options: LoadOptions) -> None:
     """Refuse, before anything is read, options whose packages are not installed and attention that is unknown."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    wanted = {
+    packages = {
         "quantize": ("bitsandbytes", "quantising", "quantize"),
         "device_map": ("accelerate", "a device map", "train"),
         "adapter": ("peft", "an adapter", "peft"),
     }
-    for option, (package, purpose, extra) in wanted.items():
+    for option, (package, purpose, extra) in packages.items():
         if getattr(options, option) is not None and find_spec(package) is None:
             raise MissingExtra(f'{purpose} needs {package}: pip install "tokensieve[{extra}]"')
     if options.attn is not None and "/" not in options.attn:  # with a slash it is a kernel of the hub
