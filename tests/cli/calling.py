@@ -41,10 +41,10 @@ class Outcome:
     err: str
 
     def refused(self) -> str:
-        """Return the one line on stderr of a user's error."""
+        """Return the one line on stderr of a user's error, apart from notes."""
         assert self.code == 2, self.err
         assert self.out == ""
-        (line,) = self.err.splitlines()
+        (line,) = [line for line in self.err.splitlines() if not line.startswith("note: ")]
         assert "Traceback" not in line
         return line
 

@@ -40,9 +40,9 @@ def outcomes(folder: Path, photo: Path) -> dict[str, Outcome]:
     llava, idefics = folder / "llava", folder / "idefics3"
     two = ["--method", "vtc-cls(keep=36)", "--method", "fastv(keep=36)", "--json"]
     once = ["--methods", "uniform", "--keep", "36"]
-    comparison = ["compare", "--model", llava, *once, "--limit", "2", "--max-new-tokens", "2", "--no-measure",
-                  "--no-report", "--output", folder / "out", "--dtype", "bfloat16", "--attn", "eager",
-                  "--adapter", folder / "adapter"]  # fmt: skip
+    small = ["compare", "--model", llava, *once, "--limit", "3", "--max-new-tokens", "2", "--no-measure", "--no-report"]
+    options = ["--dtype", "bfloat16", "--attn", "eager", "--adapter", folder / "adapter"]
+    comparison = [*small, "--output", folder / "out", *options]
     environment = f"import os; os.environ.update(HF_HUB_CACHE={str(folder / 'hub')!r}, HF_HUB_OFFLINE='1', "
     environment += f"HF_MODULES_CACHE={str(folder / 'modules')!r})\n"
     return run_many({
@@ -61,6 +61,9 @@ def outcomes(folder: Path, photo: Path) -> dict[str, Outcome]:
         "half": ["check", llava, "--dtype", "float16", "--method", "fastv(keep=36)", "--json"],
         "bench": ["bench", "--model", llava, *once, "--repeats", "1", "--json", "--device-map", json.dumps(OFFLOADED)],
         "compare": comparison,
+        "compare 4bit": [*small, "--output", folder / "4bit", "--quantize", "4bit"],
+        "compare offloaded": [*small, "--output", folder / "offloaded", "--device-map", json.dumps(OFFLOADED)],
+        "compare as it is": [*small, "--output", folder / "as it is"],
         "other system prompt": [*comparison, "--system", "be brief"],
         "calibrate": ["calibrate", "vtw", "--model", llava, "--limit", "1", "--threshold", "100", "--attn", "eager",
                       "--output", folder / "vtw.json"],
@@ -140,6 +143,19 @@ def test_results_name_how_the_model_was_loaded_and_no_folder(outcomes: dict[str,
     assert results.settings["loading"] == expected
     assert (results.environment["dtype"], results.environment["attention"]) == ("bfloat16", "eager")
     assert str(folder) not in (folder / "out" / "results.json").read_text("utf-8")
+
+
+def predictions(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_an_offloaded_or_quantised_model_can_be_compared(outcomes: dict[str, Outcome], folder: Path) -> None:
+    for name in ("compare 4bit", "compare offloaded", "compare as it is"):
+        assert outcomes[name].code == 0, outcomes[name].err
+    (first, *offloaded), (second, *plain) = predictions(folder / "offloaded"), predictions(folder / "as it is")
+    assert offloaded == plain
+    assert first["setup"] == second["setup"], "the weights on disk are read, too"
+    assert predictions(folder / "4bit")[0]["setup"]["weights"] != second["setup"]["weights"]
 
 
 def test_answers_to_another_prompt_are_not_reused(outcomes: dict[str, Outcome]) -> None:
@@ -244,6 +260,14 @@ def test_text_informed_methods_do_not_take_the_system_prompt_for_the_users_words
     ids = processor.tokenizer(rendered(folder, LoadOptions(system="be brief on the table")))["input_ids"]
     columns = UserTextFinder(model, processor).columns(ids, before_image=True)
     assert processor.tokenizer.decode([ids[column] for column in columns]) == QUESTION
+
+
+def test_training_takes_processor_options() -> None:
+    from tokensieve import reference
+    from tokensieve.train.pumer.models import load_processors
+
+    _, images = load_processors(str(reference.path("vilt-reference")), options={"size": {"shortest_edge": 64}})
+    assert images.size["shortest_edge"] == 64
 
 
 def test_a_template_without_a_system_turn_is_refused(folder: Path) -> None:

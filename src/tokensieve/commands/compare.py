@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -94,7 +95,9 @@ def compare(
         specs = [trained_spec(model, vlm)]
     trained = None
     if unreduced := unreduced or COMPARED_WITH.get(model):
-        trained, (vlm, processor) = vlm, load_model(unreduced, loading, classifiers=True)
+        # the unreduced fine-tune is another checkpoint: the revision and the adapter are those of --model
+        shared = replace(loading, revision=None, adapter=None)
+        trained, (vlm, processor) = vlm, load_model(unreduced, shared, classifiers=True)
     comparison = Comparison(vlm, processor, samples, settings, trained, loading)
     if data != "reference":
         note_foreign_images(model)

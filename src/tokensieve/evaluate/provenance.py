@@ -35,8 +35,9 @@ def model_identity(model: Any) -> dict[str, str]:
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {list(tensor.shape)}".encode())
-        if not tensor.is_meta:
-            flat = tensor.detach().flatten()
+        stored = _offloaded(model, name) if tensor.is_meta else tensor
+        if stored is not None:
+            flat = stored.detach().flatten()
             weights.update(flat[:: max(1, flat.numel() // PROBES)].to("cpu", torch.float32).numpy().tobytes())
     return {
         "architecture": type(model).__name__,
@@ -45,6 +46,14 @@ def model_identity(model: Any) -> dict[str, str]:
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
     }
+
+
+def _offloaded(model: Any, name: str) -> torch.Tensor | None:
+    """Return a weight that accelerate keeps outside the module, on the CPU or on disk; ``None`` if there is none."""
+    module, _, attribute = name.rpartition(".")
+    hook = getattr(model.get_submodule(module), "_hf_hook", None)
+    stored = getattr(hook, "weights_map", None)
+    return None if stored is None else stored[attribute]
 
 
 def processor_identity(processor: Any) -> str:
