@@ -205,7 +205,7 @@ def test_coverage_with_several_questions_per_image(total, lost, gained, together
 @pytest.mark.parametrize(("lost", "gained"), [(0.2, 0.2), (0.4, 0.1)])
 @pytest.mark.parametrize(("images", "total"), [(1, 30), (2, 30), (3, 30), (5, 100), (10, 100)])
 def test_coverage_with_many_questions_about_few_images(images, total, lost, gained, together):
-    # 87 % for two images without Student's quantile; above 97 % with it, where the interval is that of independent images
+    # 87 % for two images without Student's quantile, above 97 % with it: the intervals are those of independent images
     paired, clusters = answers(np.random.default_rng(0), total, images, lost, gained, together)
     low, high = tango(*effective_counts(paired, clusters))
     check_coverage(low, high, gained - lost, 1 / DRAWS, conservative=True)
