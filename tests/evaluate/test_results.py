@@ -218,7 +218,7 @@ def test_a_pandas_table(monkeypatch):
     assert frame.groupby("method").score.mean().to_dict() == {"full": 1.0, "random": 10 / 16}
     assert list(results.to_pandas().accuracy) == [row.accuracy for row in results.rows]
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(MissingExtra, match=r'to_pandas\(\) needs pandas: pip install "tokensieve\[data\]"'):
+    with pytest.raises(MissingExtra, match=r'to_pandas\(\) needs pandas: in the checkout, pip install -e "\.\[data\]"'):
         results.to_pandas()
 
 
@@ -232,7 +232,9 @@ def test_a_plot_shows_accuracy_against_a_field(monkeypatch):
         with pytest.raises(Refusal, match=f"no row has a number '{field}'"):
             results.plot(field)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match=r'plot\(\) needs matplotlib: pip install "tokensieve\[report\]"'):
+    with pytest.raises(
+        MissingExtra, match=r'plot\(\) needs matplotlib: in the checkout, pip install -e "\.\[report\]"'
+    ):
         results.plot()
 
 
