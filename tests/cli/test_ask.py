@@ -82,7 +82,7 @@ def test_the_bundled_model_says_that_it_does_not_know_a_photo(outcomes: dict[str
     for name in ("text", "json", "bench of a photo", "own data"):
         assert outcomes[name].code == 0
         assert outcomes[name].err.count("'reference' knows only its own drawn scenes") == 1
-    assert outcomes["bench"].err == ""
+    assert "drawn scenes" not in outcomes["bench"].err
 
 
 def test_without_arguments_a_scene_is_asked_about(model: str, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_a_pandas_table(monkeypatch):
     assert frame.groupby("method").score.mean().to_dict() == {"full": 1.0, "random": 10 / 16}
     assert list(results.to_pandas().accuracy) == [row.accuracy for row in results.rows]
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(MissingExtra, match=r'to_pandas\(\) needs pandas: pip install "tokensieve\[data\]"'):
+    with pytest.raises(MissingExtra, match=r'to_pandas\(\) needs pandas: in the checkout, pip install -e "\.\[data\]"'):
         results.to_pandas()
 
 
@@ -232,7 +232,9 @@ def test_a_plot_shows_accuracy_against_a_field(monkeypatch):
         with pytest.raises(Refusal, match=f"no row has a number '{field}'"):
             results.plot(field)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match=r'plot\(\) needs matplotlib: pip install "tokensieve\[report\]"'):
+    with pytest.raises(
+        MissingExtra, match=r'plot\(\) needs matplotlib: in the checkout, pip install -e "\.\[report\]"'
+    ):
         results.plot()
 
 
@@ -274,3 +276,13 @@ def test_the_example_on_the_page_runs(tmp_path, monkeypatch, capsys):
     assert "Results(4 rows, 40 questions" in printed
     assert re.search(r"^[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)$", printed, re.M)
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "rows.csv", "accuracy.png"}
+
+
+def test_the_choices_of_the_data_reach_the_metric():
+    sample = Sample("1", Path("1.png"), "which?", ("a cup",), choices=("a star", "a cup"))
+    example = Example("1", "examples/0.png", "which?", ("a cup",), ())
+    for metric, accuracy, answers in (("choice", 1, ("a cup", "B")), ("exact", 0, ("a cup",))):
+        table = Table([sample], METRICS[metric], [example])
+        table.add(Entry("full", None, (Run("full", ()),)), [{"1": Answer("1", "Answer: B", 144, 9, 9)}])
+        assert table.rows[0].accuracy == accuracy
+        assert table.examples[0].answers == answers

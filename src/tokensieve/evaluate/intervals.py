@@ -184,8 +184,9 @@ def _design_effect(residuals: Floats, clusters: Clusters, binary: Any, seeds: An
     whole_image = (sizes**2).sum() / len(order)
     effect = ((sums**2).sum(-1) + whole_image) / (binary + 1)
     if whole_image > 1:
-        # few images say little about their variance, but it is at most that of images whose questions are one question
-        effect = np.minimum(effect * (_student95(len(sizes) - 1) / Z95) ** 2, whole_image)
+        # few images say little about their variance; assume at most that of images whose questions are one question
+        wider = np.minimum(effect * (_student95(len(sizes) - 1) / Z95) ** 2, whole_image)
+        effect = np.maximum(effect, wider)
     return effect + seeds * len(order) ** 2 / (binary + 1)
 
 
