@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photo: Path) -> Path:
     (folder / "column.jsonl").write_text(good + '{"image": "photo.jpg", "query": "what is it?", "answer": "red"}\n')
     (folder / "line.jsonl").write_text(good + good + '{"image": "photo.jpg", \n')
     (folder / "cut.jsonl").write_text(good.replace("photo", "cut"))
+    (folder / "partly.jsonl").write_text(good + good.replace("photo", "cut"))
     (folder / "placeholder.jsonl").write_text(good + good.replace("what is", "<image> what is"))
     (folder / "empty.jsonl").write_text("")
     (folder / "surrogate.jsonl").write_text(good + good.replace("what", "\\ud83c"))
