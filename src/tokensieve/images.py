@@ -119,7 +119,7 @@ def image_errors(name: str) -> Iterator[None]:
     """Turn the exceptions of reading an image into one line."""
     try:
         yield
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except FileNotFoundError:
         hint = "; images on the web are not fetched" if re.match("https?:/", name) else ""

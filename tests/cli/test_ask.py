@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -108,3 +109,23 @@ def test_bench_of_a_classifier_measures_the_method_of_its_training(outcomes: dic
     assert table.code == 0, table.err
     assert "pumer(layers=(2, 4))" in table.out
     assert "break-even:" not in table.out
+
+
+def test_the_same_picture_in_other_pixels_is_the_same_picture(model: str, photo: Path, tmp_path: Path) -> None:
+    """Ask about one picture in 8-bit grey, in 16-bit grey, and behind a transparent white: the overlays are equal."""
+    grey = Image.open(photo).convert("L")
+    Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257).save(tmp_path / "wide.png")
+    grey.save(tmp_path / "grey.png")
+    clear = Image.merge("LA", [Image.new("L", grey.size), grey.point(lambda value: 255 - value)])
+    clear.save(tmp_path / "clear.png")  # black, so that only the white behind it makes it lighter
+    names = ("grey", "wide", "clear")
+    calls = {
+        name: ["ask", tmp_path / f"{name}.png", QUESTION, "--model", model, "--overlay", tmp_path / f"kept-{name}.png"]
+        for name in names
+    }
+    outcomes = run_many(calls)
+    assert [outcomes[name].code for name in names] == [0, 0, 0]
+    kept = [np.asarray(Image.open(tmp_path / f"kept-{name}.png")) for name in names]
+    assert np.array_equal(kept[0], kept[1])
+    assert np.array_equal(kept[0], kept[2])
+    assert len({outcomes[name].out for name in names}) == 1

@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -249,3 +251,29 @@ def test_data_of_every_kind(model: str, photo: Path, tmp_path: Path) -> None:
     assert (full["tokens_before"], pool["tokens_after"]) == (144 * 4 / 3, 36 * 4 / 3)
     assert [row["samples"] for row in json.loads(outcomes["folder"].out)] == [1, 1]
     assert "the splits are train, test; choose one with --split" in outcomes["no split"].err.splitlines()[-1]
+
+
+def test_images_on_the_web(model: str, photo: Path, tmp_path: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(photo.parent))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    row = {"image": f"http://127.0.0.1:{server.server_port}/{photo.name}", "question": "is it red?", "answer": "no"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    options = [
+        "--model",
+        model,
+        "--methods",
+        "pool",
+        "--no-measure",
+        "--no-report",
+        "--output",
+        tmp_path / "out",
+        "--json",
+    ]
+    call = ["compare", "--data", tmp_path / "data.jsonl", *options]
+    outcome = run(*call, "--fetch-images", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    server.shutdown()
+    assert [row["samples"] for row in json.loads(outcome.out)] == [1, 1, 1], outcome.err
+    (fetched,) = (tmp_path / "cache" / "tokensieve" / "images").iterdir()
+    assert fetched.read_bytes() == photo.read_bytes()
+    assert "images on the web are not fetched" in run(*call).refused()

@@ -9,6 +9,8 @@ import zlib
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tokensieve.evaluate import DataError, load_data, open_image
@@ -99,6 +101,13 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
         (GOOD | {"choices": "a"}, "line 2: choices are a list of texts; got 'a'"),
         (GOOD | {"choices": ["a", " "]}, "line 2: choices are at most 26 texts, none empty"),
         (GOOD | {"choices": list(range(27))}, "line 2: choices are at most 26 texts"),
+        (
+            GOOD | {"choices": ["tea", "x"]},
+            "line 2: an answer is the text of a choice or its letter, A to B; got 'a cup'",
+        ),
+        (GOOD | {"choices": ["tea", "x"], "answer": 1}, "line 2: an answer is the text of a choice .* got '1'"),
+        (GOOD | {"choices": ["tea", "x"], "answer": "C"}, "line 2: an answer is the text of a choice .* got 'C'"),
+        (GOOD | {"image": "a\nb.png"}, "line 2: .*a b.png: no such image file"),
         (GOOD | {"image": []}, "line 2: the list of images is empty"),
         (GOOD | {"image": ["0.png", "9.png"]}, "line 2: .*9.png: no such image file"),
         (GOOD | {"image": ["0.png", None]}, "line 2: the image is a file name; got None"),
@@ -286,9 +295,44 @@ def test_choices(write, tmp_path):
     (sample,) = load_data(write([GOOD | {"choices": ["a cup", 2, "tea"], "answer": "A"}]))
     assert sample.choices == ("a cup", "2", "tea")
     assert sample.text == "what is it?\nA. a cup\nB. 2\nC. tea"
+    for answer in ("Tea", "b", "(C)", ["none of them", "2"]):
+        load_data(write([GOOD | {"choices": ["a cup", 2, "tea"], "answer": answer}]))
     text = 'image,question,answer,choices\n0.png,what?,A,"[""x"", ""y""]"\n1.png,what?,B,\n'
     (tmp_path / "data.csv").write_text(text)
     assert [sample.choices for sample in load_data(tmp_path / "data.csv")] == [("x", "y"), ()]
+
+
+ANY_TEXT = st.text(st.characters(), max_size=8)  # surrogates and NUL included
+ANY_VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT | st.just("0.png"),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(["answer", "path", "bytes"]), values),
+    max_leaves=4,
+)
+COLUMNS = ("image", "question", "answer", "id", "type", "choices", "conversations")
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.dictionaries(st.sampled_from(COLUMNS), ANY_VALUE))
+def test_any_json_is_a_sample_or_one_line_with_file_and_line(write, row):
+    path = write([GOOD, row, GOOD | row])
+    try:
+        samples = load_data(path)
+    except DataError as error:
+        message = str(error)
+    else:
+        message = ""
+        for sample in samples:
+            "".join((sample.id, sample.type, sample.text, *sample.answers)).encode()
+            assert sample.question
+            assert all(sample.answers)
+            assert len(sample.open_all()) == len(sample.images)
+    assert not message or (f"{path}, line " in message and "\n" not in message)
 
 
 # -- the datasets library ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Prompts: left-padded, through the template, with an unchanged processor; repeated images are encoded once."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from tokensieve import attach
 from tokensieve.engine.handoff import EncoderOutputs
+from tokensieve.errors import Refusal
 from tokensieve.evaluate import decode, encode
 from tokensieve.evaluate.answer import in_order, together
-from tokensieve.evaluate.prompt import generate_arguments, without_repetitions
+from tokensieve.evaluate.prompt import check_texts, generate_arguments, without_repetitions
 from tokensieve.reduction import Reduction
 
 
@@ -46,6 +48,15 @@ def test_a_processor_without_template_gets_its_image_token(processor, samples, m
 def test_a_question_that_holds_a_placeholder_is_refused(processor, samples):
     with pytest.raises(ValueError, match="leave <image> out, the image is put there by itself"):
         encode(processor, samples[:1], prompt="<image> {question}")
+
+
+@pytest.mark.parametrize("field", ["question", "answers", "id", "type", "choices"])
+def test_texts_that_no_tokenizer_or_file_accepts_are_refused(processor, samples, field):
+    value = ("red", "\ud83c") if field in ("answers", "choices") else "\ud83c?"
+    with pytest.raises(Refusal, match=r"data\.jsonl, line 1: .* is not valid text: half of a character"):
+        check_texts(processor, [replace(samples[0], **{field: value})])
+    with pytest.raises(Refusal, match="the prompt is not valid text"):
+        check_texts(processor, samples, "{question} \udcff")
 
 
 def test_decode_leaves_out_the_prompt_and_special_tokens(processor):

@@ -15,7 +15,7 @@ from tokensieve.evaluate.provenance import sample_key
 
 ROWS = [
     {"image": ["0.png", "1.png"], "question": "what is the first image ?", "answer": "red"},
-    {"image": "2.png", "question": "is this red ?", "answer": "yes", "choices": ["red", "blue"]},
+    {"image": "2.png", "question": "is this red ?", "answer": "A", "choices": ["red", "blue"]},
     {"image": ["1.png", "3.png", "1.png"], "question": "which one of the picture", "answer": "left"},
     {"image": ["0.png"], "question": "what is the image", "answer": "left"},
 ]

@@ -37,7 +37,8 @@ class Sample:
         type: kind of question; "" when the data has none.
         boxes: (left, top, right, bottom) px of the objects that answer the question, if known; of one image only.
         where: file and line of the sample, for errors.
-        choices: the options of a multiple-choice question; the prompt lists them with the letters A, B, C…
+        choices: the options of a multiple-choice question; the prompt lists them with the letters A, B, C… The answer
+            is the text of a choice or its letter.
     """
 
     id: str
@@ -141,7 +142,8 @@ def _read(source: str | Path, records: Any, columns: tuple[str, str, str], fetch
         try:
             sample = _sample(record, str(number), columns, files, fetch_images)
         except Refusal as error:
-            raise DataError(f"{record.where}: {error}") from None
+            line = " ".join(str(error).splitlines())  # a file name may hold a line break
+            raise DataError(f"{record.where}: {line}") from None
         if sample.id in samples:
             raise DataError(f"{record.where}: the id {sample.id!r} is used twice")
         samples[sample.id] = sample
@@ -182,14 +184,16 @@ def _sample(
     if not question or not question.strip():
         raise DataError("the question is empty")
     check_text(question, "the question")
+    answers, choices = _answers(_cell(row, answer_column)), _choices(row.get("choices"))
+    _check_choice(answers, choices)
     return Sample(
         id=_text(row.get("id"), "an id") or number,
         image=pictures if len(pictures) > 1 else pictures[0],
         question=question.strip(),
-        answers=_answers(_cell(row, answer_column)),
+        answers=answers,
         type=_text(row.get("type"), "a type"),
         where=record.where,
-        choices=_choices(row.get("choices")),
+        choices=choices,
     )
 
 
@@ -244,6 +248,15 @@ def _choices(value: Any) -> tuple[str, ...]:
     if len(choices) > len(LETTERS) or not all(choices):
         raise DataError(f"choices are at most {len(LETTERS)} texts, none empty; got {value!r:.100}")
     return choices
+
+
+def _check_choice(answers: tuple[str, ...], choices: tuple[str, ...]) -> None:
+    """Refuse answers that name no choice: a number, for example, may count from 0 or from 1."""
+    letters, texts = LETTERS[: len(choices)], {choice.casefold() for choice in choices}
+    names = [answer.casefold() in texts or answer.strip("().: ").upper() in set(letters) for answer in answers]
+    if choices and not any(names):
+        got = ", ".join(map(repr, answers))
+        raise DataError(f"an answer is the text of a choice or its letter, A to {letters[-1]}; got {got:.100}")
 
 
 def _first_turns(turns: Any, question_column: str, answer_column: str) -> dict[str, Any]:

@@ -97,8 +97,12 @@ def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{quest
     """
     check_text(prompt, "the prompt")
     texts = [("the prompt", prompt), *((sample.where, sample.text) for sample in samples)]
-    for where, text in texts:
-        check_text(text, where or "the question")
+    for sample in samples:
+        place = f"{sample.where}: " if sample.where else ""
+        check_text(sample.text, f"{place}the question")
+        # these are written to the results in the end
+        for text in (sample.id, sample.type, *sample.answers):
+            check_text(text, f"{place}an id, type or answer")
     for kind in ("image", "video"):
         placeholder = getattr(processor, f"{kind}_token", None)
         for where, text in texts:
