@@ -222,3 +222,12 @@ def test_every_family_can_be_measured(family):
     assert uniform.kv_bytes * columns == full.kv_bytes * width
     linear = 3 * 2 * (2 * 64 * 64 + 3 * 64 * 128)  # of a row in three layers, without keys, values and attention
     assert full.flops - uniform.flops > (columns - width) * len(samples) * linear
+
+
+def test_the_representation_is_one_line_of_numbers(costs):
+    cost = costs["random(keep=16)"]
+    assert repr(cost) == (
+        f"Cost(random(keep=16): 16 of {TOTAL} tokens, {cost.flops_ratio:.0%} of the FLOPs, "
+        f"prefill {cost.prefill_ms} ms, {cost.prefill_speedup}× as fast as full, "
+        f"{cost.decode_ms_per_token} ms per token)"
+    )

@@ -104,6 +104,12 @@ class Cost:
         )
         return Spread(*(milliseconds * requests / self.prompts / 1e3 for milliseconds in sums))
 
+    def __repr__(self) -> str:
+        tokens = f"{self.tokens_after:.4g} of {self.tokens_before:.4g} tokens"
+        decode = "" if self.decode_ms_per_token is None else f", {self.decode_ms_per_token} ms per token"
+        speedup = f"prefill {self.prefill_ms} ms, {self.prefill_speedup}× as fast as full"
+        return f"Cost({self.method}: {tokens}, {self.flops_ratio:.0%} of the FLOPs, {speedup}{decode})"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain numbers; a :class:`Spread` becomes ``{"median", "low", "high"}``."""
         return asdict(self)
