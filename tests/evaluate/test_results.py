@@ -274,3 +274,13 @@ def test_the_example_on_the_page_runs(tmp_path, monkeypatch, capsys):
     assert "Results(4 rows, 40 questions" in printed
     assert re.search(r"^[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)$", printed, re.M)
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "rows.csv", "accuracy.png"}
+
+
+def test_the_choices_of_the_data_reach_the_metric():
+    sample = Sample("1", Path("1.png"), "which?", ("a cup",), choices=("a star", "a cup"))
+    example = Example("1", "examples/0.png", "which?", ("a cup",), ())
+    for metric, accuracy, answers in (("choice", 1, ("a cup", "B")), ("exact", 0, ("a cup",))):
+        table = Table([sample], METRICS[metric], [example])
+        table.add(Entry("full", None, (Run("full", ()),)), [{"1": Answer("1", "Answer: B", 144, 9, 9)}])
+        assert table.rows[0].accuracy == accuracy
+        assert table.examples[0].answers == answers

@@ -182,8 +182,21 @@ def _design_effect(residuals: Floats, clusters: Clusters, binary: Any, seeds: An
     sizes = np.diff(starts, append=len(order))
     sums = np.add.reduceat(residuals[..., order], starts, axis=-1)
     whole_image = (sizes**2).sum() / len(order)
-    observed = (sums**2).sum(-1) + seeds * len(order) ** 2
-    return (observed + whole_image) / (binary + 1)
+    effect = ((sums**2).sum(-1) + whole_image) / (binary + 1)
+    if whole_image > 1:
+        # few images say little about their variance; assume at most that of images whose questions are one question
+        wider = np.minimum(effect * (_student95(len(sizes) - 1) / Z95) ** 2, whole_image)
+        effect = np.maximum(effect, wider)
+    return effect + seeds * len(order) ** 2 / (binary + 1)
+
+
+def _student95(freedom: int) -> float:
+    """Return the two-sided 95 % quantile of Student's t (Cornish-Fisher expansion, right to 0.003)."""
+    if freedom < 5:
+        return (math.inf, 12.7062, 4.3027, 3.1824, 2.7764)[freedom]
+    z = Z95
+    terms = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return float(sum(term / freedom**power for power, term in enumerate(terms)))
 
 
 def between_seeds(scores: Floats) -> Any:
