@@ -87,7 +87,7 @@ class Answerer:
         automatic = settings.batch_size == "auto"
         self.size = AUTO if settings.batch_size == "auto" else settings.batch_size
         # on a CPU larger batches are not faster, and the system ends a process that takes too much memory
-        self._grows = automatic and model.device.type != "cpu"
+        self._grows = automatic and model.device.type not in ("cpu", "meta")
         self._inputs: dict[tuple[str, ...], Inputs] = {}
         self._cached_bytes = 0
 
@@ -200,8 +200,7 @@ class Answerer:
         self._inputs.clear()
         self._cached_bytes = 0
         gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _answer(self, batch: Sequence[Sample], attached: Attached) -> list[Answer]:
         inputs = self._batch_inputs(batch)
