@@ -28,7 +28,7 @@ from tokensieve.commands.arguments import (
     split_budgets,
     split_specs,
 )
-from tokensieve.commands.console import in_all_processes, note, print_json, print_table, progress
+from tokensieve.commands.console import in_all_processes, note, print_json, print_lines, print_table, progress
 from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
 from tokensieve.commands.machine import note_crowd
 from tokensieve.errors import Refusal
@@ -127,10 +127,10 @@ def compare(
         note(skipped_note(results))
     if json:
         print_json([row.to_json() for row in results.rows])
+        if results.rows[0].timing_note:
+            note(f"note: {results.rows[0].timing_note}")
     else:
         _print_rows(results)
-    if results.rows[0].timing_note:
-        note(f"note: {results.rows[0].timing_note}")
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")
@@ -143,10 +143,21 @@ def _batch_size(text: str) -> int | Literal["auto"]:
 
 
 def _print_rows(results: Any) -> None:
-    from tokensieve.report.table import COLUMNS, as_rows
+    """Print the decision, then two tables that fit 100 columns: accuracy, and costs if they were measured."""
+    from tokensieve.report.decision import Decision
+    from tokensieve.report.remarks import warnings
+    from tokensieve.report.table import ACCURACY, COSTS, KEEP, METHOD
 
-    headers = [header for header, _, _ in COLUMNS]
-    print_table(headers, [[cell(row) for *_, cell in COLUMNS] for row in as_rows(results)])
+    decision = Decision(results)
+    print_lines([*warnings(decision), *decision.sentences()])
+    for columns in (ACCURACY, COSTS) if decision.measured else (ACCURACY,):
+        shown = (METHOD, KEEP, *(column for column in columns if not column.page_only))
+        rows = [[column.text(line) for column in shown] for line in decision.lines]
+        headers = [column.header for column in shown]
+        for i, header in enumerate(headers):
+            if len(header) > max(len(row[i]) for row in rows):
+                headers[i] = header.replace(" ", "\n")  # the words on two lines keep the column narrow
+        print_table(headers, rows)
 
 
 def _write_report(results: Any, folder: Path, processor: Any) -> Path:

@@ -15,6 +15,10 @@ import typer
 
 from tokensieve.errors import Refusal
 
+P = ParamSpec("P")
+Update: TypeAlias = Callable[[int, int, str], None]
+"""Called with (done, total, label)."""
+
 
 def print_json(data: Any) -> None:
     """Print JSON on stdout."""
@@ -27,7 +31,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
     for index, header in enumerate(headers):
         table.add_column(header, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
     for row in rows:
@@ -35,9 +39,13 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
     Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
 
 
-P = ParamSpec("P")
-Update: TypeAlias = Callable[[int, int, str], None]
-"""Called with (done, total, label)."""
+def print_lines(lines: Sequence[str]) -> None:
+    """Print paragraphs on stdout, wrapped between words at the width of :func:`print_table`."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
+    for line in lines:
+        console.print(f"\n{line}")
 
 
 @contextmanager

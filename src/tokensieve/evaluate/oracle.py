@@ -1,4 +1,4 @@
-"""The headroom of a budget: keep the tokens of the asked object, whose place is known. Not a method."""
+"""The oracle: keep the tokens of the asked object first, whose place is known. No method, and no upper bound."""
 
 from __future__ import annotations
 

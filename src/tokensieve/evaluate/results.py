@@ -19,7 +19,7 @@ from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, pa
 VERSION = 3
 Table: TypeAlias = Literal["rows", "types", "questions"]
 """One line per row of the table; per row and question type; or per row, seed and question."""
-FULL, ORACLE = "full", "oracle"  # names of the two rows that are not a method's: the unhooked model and the headroom
+FULL, ORACLE = "full", "oracle"  # names of the two rows that are no method's
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Row:
     """One method at one budget; the fields and their order are those of ``compare --json``.
 
     Attributes:
-        method: the spec as the user wrote it. "full" is the unhooked model. "oracle" is the headroom, which keeps the
+        method: the spec as the user wrote it. "full" is the unhooked model. "oracle" is no method: it keeps the
             tokens of the asked object first (data with boxes only).
         keep: the budget; ``None`` for full and for methods without one. Under ``keep_means="average"`` it is the
             requested average for methods inside the LLM.

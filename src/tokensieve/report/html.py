@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from tokensieve.evaluate import METRICS, Example, OutputError, Results
+from tokensieve.evaluate.results import FULL
 from tokensieve.reduction import Reduction
+from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra
 from tokensieve.report.overlay import overlay
-from tokensieve.report.plots import curve
-from tokensieve.report.remarks import remarks
-from tokensieve.report.table import COLUMNS, Row, as_rows, label
+from tokensieve.report.plots import curve, time_saved
+from tokensieve.report.remarks import explanations, remarks, warnings
+from tokensieve.report.table import (
+    ACCURACY,
+    BREAK_EVEN,
+    COSTS,
+    FLOPS,
+    SPEEDUP,
+    Column,
+    Cost,
+    label,
+    percent,
+    type_column,
+)
 
 LIMIT = 2_000_000  # bytes of pictures on a page
+TYPES = 7  # question types side by side
+LISTED = 6  # rows that the summary of an example names
 Crop = Callable[[Image.Image], Image.Image]
 
 
@@ -32,6 +47,22 @@ class Picture:
     image: Image.Image
     answer: str
     right: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example of the page.
+
+    Attributes:
+        summary: whether the full model and the methods are right, in words.
+        order: examples with a lower number come first.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+    summary: str
+    order: int
 
 
 def write_report(results: Results, folder: Path, *, crop: Crop | None = None, command: str = "") -> Path:
@@ -64,45 +95,87 @@ def render(results: Results, folder: Path, *, crop: Crop | None = None, command:
         from jinja2 import Environment
         from markupsafe import Markup
 
-    rows = as_rows(results)
-    examples = [(example, _pictures(example, results, folder, crop)) for example in results.examples]
+    decision = Decision(results)
+    examples = [_shown(example, results, folder, crop, decision) for example in results.examples]
+    examples.sort(key=lambda shown: shown.order)
+    accuracy = (*ACCURACY[:-1], *((FLOPS, SPEEDUP, BREAK_EVEN) if decision.measured else ()), ACCURACY[-1])
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["id"] = id
     template = page.from_string(files("tokensieve.report").joinpath("report.html.j2").read_text("utf-8"))
     return template.render(
         title=f"Visual-token reduction on {results.settings.get('model', 'this model')}",
         results=results,
-        rows=rows,
-        full=next((row for row in rows if row["kind"] == "full"), None),
-        columns=COLUMNS,
-        types=list(dict.fromkeys(kind for row in rows for kind in row["by_type"])),
-        curves=[Markup(curve(rows, cost)) for cost in _costs(rows)],
-        remarks=remarks(rows),
+        decision=decision,
+        best=[group.choice.best for group in decision.budgets if group.choice],
+        warnings=warnings(decision),
+        remarks=remarks(decision),
+        explanations=explanations(decision),
+        accuracy=accuracy,
+        costs=COSTS,
+        columns=dict.fromkeys((*accuracy[:-1], *(COSTS if decision.measured else ()))),
+        measured=decision.measured,
+        types=_type_tables(decision),
+        curves=[Markup(svg) for svg in _plots(decision)],
         examples=examples,
-        uris=_data_uris([picture for _, pictures in examples for picture in pictures]),
+        uris=_data_uris([picture for shown in examples for picture in shown.pictures]),
+        skipped=results.skipped,
+        percent=percent,
         command=command,
     )
 
 
-def _costs(rows: Sequence[Row]) -> list[Any]:
-    measured = any(row["flops_ratio"] is not None for row in rows)
-    return ["flops_ratio", "tokens_after"] if measured else ["tokens_after"]
+def _plots(decision: Decision) -> list[str]:
+    """Return accuracy against each cost, against the tokens, and the time saved by answer length."""
+    tokens: Cost = "tokens_average"
+    costs = dict.fromkeys([*decision.costs, tokens])
+    return list(filter(None, [*(curve(decision, cost) for cost in costs), time_saved(decision)]))
 
 
-def _pictures(example: Example, results: Results, folder: Path, crop: Crop | None) -> list[Picture]:
-    """Draw the example for every row, except where the tokens form no grid."""
+def _type_tables(decision: Decision) -> list[list[Column]]:
+    """Return the columns of the question types in tables of equal width that fit a screen."""
+    counts = {score.type: score.samples for line in decision.lines for score in line.row.types}
+    columns = [type_column(kind, samples) for kind, samples in counts.items()]
+    tables = math.ceil(len(columns) / TYPES)
+    width = math.ceil(len(columns) / tables) if tables else 1
+    return [columns[start : start + width] for start in range(0, len(columns), width)]
+
+
+def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, decision: Decision) -> Shown:
+    """Draw the example for every row in the order of the table, except where the tokens form no grid."""
     with Image.open(folder / example.image) as opened:
         image = opened.convert("RGB")
     image = crop(image) if crop else image
-    score = METRICS[results.settings["metric"]]
+    metric = METRICS[results.settings["metric"]]
+    place = {(line.row.method, line.row.keep): number for number, line in enumerate(decision.lines)}
+    kept = sorted(example.kept, key=lambda entry: place.get((entry["method"], entry["keep"]), len(place)))
+    right: dict[str, bool] = {}
     pictures = []
-    for kept in example.kept:
-        reduction = Reduction.from_json(kept["reductions"][0])
+    for entry in kept:
+        reduction, caption = Reduction.from_json(entry["reductions"][0]), label(entry["method"], entry["keep"])
+        answer = str(entry["prediction"])
+        right[caption] = metric(answer, example.answers) > 0
         if reduction.grid is not None or reduction.whole:
-            answer = str(kept["prediction"])
-            picture = overlay(image, reduction, side=384)
-            pictures.append(Picture(label(kept), picture, answer, score(answer, example.answers) > 0))
-    return pictures
+            pictures.append(Picture(caption, overlay(image, reduction, side=384), answer, right[caption]))
+    answers = tuple(dict.fromkeys(example.answers))
+    return Shown(example.question, answers, tuple(pictures), *_summary(right, right.pop(FULL, True)))
+
+
+def _summary(right: dict[str, bool], full: bool) -> tuple[str, int]:
+    """Return an example's summary in words, and its place: questions on which the methods disagree come first.
+
+    Args:
+        right: {method and budget: whether its answer is right}, without the full model.
+        full: whether the full model's answer is right.
+    """
+    count = sum(right.values())
+    start = f"full model {'right' if full else 'wrong'}; "
+    if count == len(right):
+        return start + "all methods right", 1 if not full else 2
+    wrong = [caption for caption, is_right in right.items() if not is_right]
+    if count == 0:
+        return start + "all methods wrong", 1 if full else 3
+    listed = ", ".join(wrong) if len(wrong) <= LISTED else f"{len(wrong)} of {len(right)} rows"
+    return start + f"wrong: {listed}", 0 if full else 1
 
 
 def _data_uris(pictures: Sequence[Picture]) -> dict[int, str]:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
 
-from tokensieve.evaluate import Results
+from tokensieve.evaluate import Row, TypeScore
 from tokensieve.evaluate.plan import is_random_baseline
 from tokensieve.evaluate.results import FULL, ORACLE
 from tokensieve.methods import MethodInfo, list_methods
 
-Row: TypeAlias = Mapping[str, Any]
 Kind: TypeAlias = Literal["full", "oracle", "random", "baseline", "method"]
+Cost: TypeAlias = Literal["flops_ratio", "prefill_ms", "tokens_average"]
+NONE = "–"
 
 
-def as_rows(results: Results) -> list[Row]:
-    """Return the pinned fields of every row, its :data:`Kind`, ``by_type`` {question type: accuracy} and
-    ``chance``, its comparison with random."""
-    baselines = baseline_methods()
-    return [
-        asdict(row)
-        | {"kind": _kind(row.method, baselines), "by_type": {score.type: score.accuracy for score in row.types}}
-        | {"chance": row.random}
-        for row in results.rows
-    ]
+@dataclass(frozen=True)
+class Line:
+    """One row of the results, with its place in the comparison.
+
+    Attributes:
+        row: the row.
+        kind: full, oracle, a baseline or a method.
+        ranked: whether it can be the best of its budget: no full model, no oracle, and about as many tokens as the
+            other rows of the budget.
+        front: the costs by which the row is on the Pareto front.
+    """
+
+    row: Row
+    kind: Kind
+    ranked: bool
+    front: tuple[Cost, ...]
 
 
 def baseline_methods() -> dict[str, MethodInfo]:
@@ -37,57 +44,238 @@ def plain_name(spec: str) -> str:
     return spec.partition("(")[0].strip()
 
 
-def _kind(spec: str, baselines: Mapping[str, MethodInfo]) -> Kind:
+def kind_of(spec: str, baselines: Mapping[str, MethodInfo]) -> Kind:
+    """Return the kind of a row from its method spec."""
     name = plain_name(spec)
     if name in baselines:
         return "random" if is_random_baseline(baselines[name]) else "baseline"
     return "full" if name == FULL else "oracle" if name == ORACLE else "method"
 
 
-def budget(row: Row) -> str:
+def budget(keep: float | None) -> str:
     """Return the budget as a user writes it: tokens, or a share in percent."""
-    keep = row["keep"]
     if keep is None:
         return "all"
     return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
 
 
-def label(row: Row) -> str:
-    """Return the method and its budget: ``vtc-cls, 25%``."""
-    return row["method"] if row["keep"] is None else f"{row['method']}, {budget(row)}"
+def label(method: str, keep: float | None) -> str:
+    """Return the method and its budget: ``vtc-cls at 25%``."""
+    return method if keep is None else f"{method} at {budget(keep)}"
 
 
-def _accuracy(row: Row) -> str:
-    return f"{100 * row['accuracy']:.1f} ({100 * row['accuracy_low']:.1f}–{100 * row['accuracy_high']:.1f})"
+def named(row: Row) -> str:
+    """Return the label of a row."""
+    return label(row.method, row.keep)
 
 
-def _difference(row: Row) -> str:
-    if row["kind"] == "full":
-        return "–"
-    value, low, high = (100 * row[f"difference{part}"] for part in ("", "_low", "_high"))
-    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+def percent(share: float) -> str:
+    """Return a share in percent: ``92.2``."""
+    return f"{100 * share:.1f}"
 
 
-def _number(key: str, form: str) -> Callable[[Row], str]:
-    return lambda row: "–" if row[key] is None else form.format(row[key])
+def points(difference: float) -> str:
+    """Return a difference of shares in signed points: ``−3.2``; only an exact zero has no sign."""
+    return "0.0" if abs(difference) < 1e-9 else f"{100 * difference:+.1f}".replace("-", "−")
 
 
-# header, its meaning, cell
-COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
-    ("method", "method spec", lambda row: str(row["method"])),
-    ("keep", "budget: tokens per image, or a share of them", budget),
-    ("tokens", "visual tokens per image that stay after the last stage, mean", _number("tokens_after", "{:.4g}")),
-    ("accuracy %", "with its 95 % interval", _accuracy),
-    (
-        "to full",
-        "points lost or won against the full model, paired by question, with the 95 % interval",
-        _difference,
-    ),
-    ("FLOPs", "prefill FLOPs relative to the full model, the method's own included", _number("flops_ratio", "{:.0%}")),
-    ("prefill ms", "median time to the first token", _number("prefill_ms", "{:.3g}")),
-    ("speedup", "full model's prefill ÷ this, measured in pairs", _number("prefill_speedup", "{:.2f}×")),
-    ("method ms", "time of the method alone", _number("method_ms", "{:.2g}")),
-    ("ms/token", "time of one decoding step", _number("decode_ms_per_token", "{:.3g}")),
-    ("peak MB", "peak of activations in prefill", _number("peak_activation_mb", "{:.3g}")),
-    ("KV MB", "KV cache after prefill", _number("kv_mb", "{:.3g}")),
+def points_interval(low: float, high: float) -> str:
+    """Return the interval of a difference: ``−5.5 to −1.2``."""
+    return f"{points(low)} to {points(high)}"
+
+
+def to_full(scored: Row | TypeScore) -> tuple[float, float, float] | None:
+    """Return (difference, low, high) to the full model; ``None`` for the full model itself."""
+    difference, low, high = scored.difference, scored.difference_low, scored.difference_high
+    return None if difference is None or low is None or high is None else (difference, low, high)
+
+
+def p_value(p: float) -> str:
+    """Return a p value with two digits; very small ones as a bound."""
+    return "<.001" if p < 0.001 else f"{p:.2g}"
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    """Return a number, or a dash if it was not measured. Large numbers have no exponent: ``12300``."""
+    if value is None:
+        return NONE
+    text = format(value, form)
+    return f"{float(text):.0f}" if "e+" in text else text
+
+
+def spread(low: float | None, high: float | None, form: str = ".3g") -> str:
+    """Return the quartiles ``1.10–1.25``; nothing if they were not measured."""
+    return "" if low is None or high is None else f"{number(low, form)}–{number(high, form)}"
+
+
+# -- columns --------------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """The text of one cell.
+
+    Attributes:
+        value: the number.
+        detail: its interval; may be empty.
+        lost: whether the whole interval of a difference lies below zero.
+    """
+
+    value: str
+    detail: str = ""
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        header: its name, short.
+        meaning: one line that explains it.
+        cell: returns the text of a line.
+        brief: leave the details out in the terminal.
+        page_only: leave the column out in the terminal.
+    """
+
+    header: str
+    meaning: str
+    cell: Callable[[Line], Cell]
+    brief: bool = False
+    page_only: bool = False
+
+    def text(self, line: Line) -> str:
+        """Return the cell for the terminal: ``92.2 (89.8–94.1)``."""
+        value, detail, _ = self.cell(line)
+        return f"{value} ({detail})" if detail and not self.brief else value
+
+
+def _plain(text: Callable[[Row], str]) -> Callable[[Line], Cell]:
+    return lambda line: Cell(text(line.row))
+
+
+def _keep(line: Line) -> Cell:
+    chosen_by_method = line.row.keep is None and line.kind != "full"
+    return Cell(NONE if chosen_by_method else budget(line.row.keep))
+
+
+def _accuracy(line: Line) -> Cell:
+    row = line.row
+    return Cell(percent(row.accuracy), f"{percent(row.accuracy_low)}–{percent(row.accuracy_high)}")
+
+
+def _to_full(line: Line) -> Cell:
+    gap = to_full(line.row)
+    if gap is None or line.kind == "full":
+        return Cell(NONE)
+    return Cell(points(gap[0]), points_interval(*gap[1:]), lost=gap[2] < 0)
+
+
+def _p(line: Line) -> Cell:
+    p = line.row.difference_p
+    return Cell(NONE if line.kind == "full" or p is None else p_value(p))
+
+
+def _pareto(line: Line) -> Cell:
+    words: dict[Cost, str] = {"flops_ratio": "FLOPs", "prefill_ms": "time", "tokens_average": "tokens"}
+    return Cell("both" if len(line.front) > 1 else "".join(words[cost] for cost in line.front))
+
+
+def _timed(name: str, form: str, unit: str = "") -> Callable[[Line], Cell]:
+    """Return the cell of a measured median with its quartiles."""
+
+    def cell(line: Line) -> Cell:
+        value = getattr(line.row, name)
+        low, high = getattr(line.row, f"{name}_low"), getattr(line.row, f"{name}_high")
+        if line.kind == "full" and name.endswith("speedup"):
+            low = high = None  # 1 by definition
+        return Cell(number(value, form) + unit * (value is not None), spread(low, high, form))
+
+    return cell
+
+
+def _method_ms(line: Line) -> Cell:
+    """Return the method's time; a time whose quartiles reach 0 or less is not told apart from none."""
+    low = line.row.method_ms_low
+    return Cell("noise") if low is not None and low <= 0 else _timed("method_ms", ".2g")(line)
+
+
+def _break_even(line: Line) -> Cell:
+    row = line.row
+    if line.kind == "full" or row.break_even is None:
+        return Cell(NONE)
+    if row.break_even != "after" or row.break_even_tokens is None:
+        return Cell({"not told apart": "unclear"}.get(row.break_even, row.break_even))
+    low, high = row.break_even_low, row.break_even_high
+    last = "never" if high is None else number(high, ".2g")
+    return Cell(number(row.break_even_tokens, ".2g"), "" if low is None else f"{number(low, '.2g')}–{last}")
+
+
+METHOD = Column("method", "method spec", _plain(lambda row: row.method))
+KEEP = Column("keep", "budget: tokens per image, or a share of them", _keep)
+FLOPS = Column(
+    "FLOPs",
+    "prefill FLOPs relative to the full model, those of the method included",
+    _plain(lambda row: number(row.flops_ratio, ".0%")),
 )
+SPEEDUP = Column(
+    "prefill speedup",
+    "full model's prefill time ÷ this one's, with the quartiles of the paired rounds",
+    _timed("prefill_speedup", ".2f", "×"),
+)
+BREAK_EVEN = Column(
+    "break-even",
+    "generated tokens after which an answer takes less time than with full; unclear: the quartiles do not decide",
+    _break_even,
+)
+ACCURACY: tuple[Column, ...] = (
+    Column(
+        "tokens",
+        "visual tokens per image that stay after the last stage, mean",
+        _plain(lambda row: number(row.tokens_after, ".4g")),
+    ),
+    Column(
+        "on average",
+        "visual tokens per image averaged over the LLM's layers: larger for methods inside the LLM",
+        _plain(lambda row: number(row.tokens_average, ".4g")),
+    ),
+    Column("accuracy %", "with its 95 % interval", _accuracy),
+    Column("to full", "points to the full model, paired by question, with the 95 % interval", _to_full),
+    Column("p", "McNemar's exact test against the full model; none for several seeds or graded scores", _p),
+    Column("Pareto", "no other row is as accurate at a lower cost: prefill FLOPs, prefill time, or both", _pareto),
+)
+COSTS: tuple[Column, ...] = (
+    FLOPS,
+    Column(
+        "prefill ms",
+        "time to the first token: the median of full ÷ the median speedup",
+        _timed("prefill_ms", ".3g"),
+        brief=True,
+    ),
+    SPEEDUP,
+    Column("method ms", "time of the method alone; noise: not told apart from none", _method_ms, brief=True),
+    BREAK_EVEN,
+    Column("token ms", "time of one decoding step", _timed("decode_ms_per_token", ".3g"), brief=True),
+    Column(
+        "decode speedup",
+        "full model's time per decoding step ÷ this one's",
+        _timed("decode_speedup", ".2f", "×"),
+        page_only=True,
+    ),
+    Column("peak MB", "peak of activations in prefill", _plain(lambda row: number(row.peak_activation_mb))),
+    Column("KV MB", "KV cache after prefill", _plain(lambda row: number(row.kv_mb))),
+)
+
+
+def type_column(kind: str, samples: int) -> Column:
+    """Return the column of a question type: accuracy, and below it the paired gap to the full model."""
+
+    def cell(line: Line) -> Cell:
+        score = next((score for score in line.row.types if score.type == kind), None)
+        if score is None:
+            return Cell(NONE)
+        gap = to_full(score)
+        if gap is None or line.kind == "full":
+            return Cell(percent(score.accuracy), f"{percent(score.low)}–{percent(score.high)}")
+        return Cell(percent(score.accuracy), f"{points(gap[0])}\n{points_interval(*gap[1:])}", lost=gap[2] < 0)
+
+    return Column(f"{kind} (n={samples})", f"{samples} questions of type {kind}", cell)
