@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photo: Path) -> Path:
     (folder / "column.jsonl").write_text(good + '{"image": "photo.jpg", "query": "what is it?", "answer": "red"}\n')
     (folder / "line.jsonl").write_text(good + good + '{"image": "photo.jpg", \n')
     (folder / "cut.jsonl").write_text(good.replace("photo", "cut"))
+    (folder / "partly.jsonl").write_text(good + good.replace("photo", "cut"))
     (folder / "placeholder.jsonl").write_text(good + good.replace("what is", "<image> what is"))
     (folder / "empty.jsonl").write_text("")
     (folder / "surrogate.jsonl").write_text(good + good.replace("what", "\\ud83c"))
@@ -149,8 +150,17 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     "no data": (lambda f, m: ["compare", "--model", m, "--data", f"{f}/gone.jsonl"], ["gone.jsonl"]),
     "damaged image in data": (
         lambda f, m: ["compare", "--model", m, "--data", f"{f}/cut.jsonl", "--output", f"{f}/out"],
-        ["cut.jsonl, line 1: ", "cut.jpg"],
+        ["none of the 1 images can be read; cut.jsonl, line 1: cut.jpg: the image cannot be read"],
     ),
+    "damaged image under --strict": (
+        lambda f, m: ["compare", "--model", m, "--data", f"{f}/partly.jsonl", "--output", f"{f}/strict", "--strict"],
+        ["tokensieve: partly.jsonl, line 2: cut.jpg: the image cannot be read"],
+    ),
+    "batch size no number": (
+        lambda f, m: ["compare", "--model", m, "--batch-size", "many"],
+        ["--batch-size is 'auto' or a number; got 'many'"],
+    ),
+    "batch size 0": (lambda f, m: ["compare", "--model", m, "--batch-size", "0"], ["batch_size must be", "got 0"]),
     "question that is no text": (
         lambda f, m: ["ask", f"{f}/photo.jpg", "caf\udce9?", "--model", m],
         ["the question is not valid text: a byte that is not UTF-8 ('\\udce9')"],

@@ -1,9 +1,11 @@
 """``compare`` in two processes of a launcher: the rows of one process, one output, and no silent end."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,14 @@ QUESTIONS = 21
 
 def start(*program: str | Path) -> subprocess.Popen[str]:
     command = [*LAUNCH, *map(str, program)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores Ctrl-C by default
+    )
 
 
 def end(launcher: subprocess.Popen[str]) -> Outcome:
@@ -98,9 +107,9 @@ def test_two_processes_give_the_rows_of_one(call: list[str], alone: tuple[Outcom
     assert results[0]["skipped"] == results[1]["skipped"]
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_killed_process_is_noticed_and_one_process_continues(
-    call: list[str], alone: tuple[Outcome, Path], tmp_path: Path, rank: str
+@pytest.mark.parametrize(("rank", "with_signal"), [("0", signal.SIGKILL), ("1", signal.SIGKILL), ("1", signal.SIGINT)])
+def test_the_end_of_one_process_is_noticed_and_one_process_continues(
+    call: list[str], alone: tuple[Outcome, Path], tmp_path: Path, rank: str, with_signal: signal.Signals
 ) -> None:
     output = tmp_path / "out"
     launcher = start(*TOKENSIEVE, *call, "--output", output)
@@ -108,7 +117,7 @@ def test_a_killed_process_is_noticed_and_one_process_continues(
     while launcher.poll() is None and time.monotonic() < deadline:
         if predictions.exists() and predictions.read_bytes().count(b"\n") >= 6:
             (victim,) = (p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == rank)
-            victim.kill()
+            victim.send_signal(with_signal)
             break
         time.sleep(0.01)
     ended = end(launcher)

@@ -1,6 +1,7 @@
 """Images that cannot be read: their questions are skipped in every row, counted, listed and remembered."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -166,3 +167,46 @@ def test_a_changed_image_of_equal_name_and_size_gets_new_answers(run, data, tmp_
     run(load_data(tmp_path / "data.jsonl"), [])
     changed = [json.loads(line) for line in journal.read_text().splitlines()[answers:]]
     assert sorted(line["sample"].split()[0] for line in changed) == ["2", "6"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_an_image_that_the_processor_refuses_is_skipped(run, data, processor, monkeypatch, tmp_path, batch_size):
+    samples = data()
+    expected = run(without(samples, 2), output=tmp_path / "readable")
+    narrow = Image.open(tmp_path / "2.png").size
+    call = type(processor.image_processor).__call__
+
+    def strict(self, images, *args, **options):
+        flat = [image for group in images for image in (group if isinstance(group, list) else [group])]
+        if any(image.size == narrow for image in flat):
+            raise ValueError("absolute aspect ratio must be smaller than 200, got 500")
+        return call(self, images, *args, **options)
+
+    monkeypatch.setattr(type(processor.image_processor), "__call__", strict)
+    with pytest.warns(UserWarning, match=r"lines 3, 7: the processor refuses the image \(absolute aspect ratio"):
+        results = run(samples, batch_size=batch_size)
+    assert (results.rows, results.scores) == (expected.rows, expected.scores)
+
+
+def test_a_bug_of_the_processor_is_no_damaged_image(run, data, processor, monkeypatch):
+    def broken(*args, **options):
+        raise ValueError("broken")
+
+    monkeypatch.setattr(type(processor), "__call__", broken)
+    with pytest.raises(ValueError, match=r"^broken$"):
+        run(data())
+
+
+@pytest.mark.filterwarnings("ignore:.*questions skipped")
+def test_the_oracle_skips_an_image_damaged_in_mid_run(run, data, tmp_path):
+    samples = [replace(sample, boxes=((0, 0, 9, 9),)) for sample in data()]
+    expected = run(without(samples, 3), ["pool"], output=tmp_path / "readable")
+
+    def damage(done, total, label):
+        if label.startswith("pool") and done == 16:
+            cut(tmp_path / "3.png")
+
+    results = run(samples, ["pool"], progress=damage)  # the processed images are in memory, the oracle asks for a size
+    assert [row.method for row in results.rows] == ["full", "pool", "oracle"]
+    assert results.rows == expected.rows
+    assert [entry.id for entry in results.skipped] == ["4", "8"]

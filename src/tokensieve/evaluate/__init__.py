@@ -5,6 +5,7 @@ from tokensieve.evaluate.compare import compare
 from tokensieve.evaluate.data import Sample, load_data
 from tokensieve.evaluate.intervals import PairedDifference, tango, wilson
 from tokensieve.evaluate.metrics import METRICS
+from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.provenance import environment
 from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom, YesNo
@@ -16,6 +17,7 @@ __all__ = [
     "Example",
     "OutputError",
     "PairedDifference",
+    "Processes",
     "Question",
     "Results",
     "ResumeError",

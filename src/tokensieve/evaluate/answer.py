@@ -7,11 +7,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import Sieve, attach
@@ -85,7 +87,7 @@ class Answerer:
         automatic = settings.batch_size == "auto"
         self.size = AUTO if settings.batch_size == "auto" else settings.batch_size
         # on a CPU larger batches are not faster, and the system ends a process that takes too much memory
-        self._grows = automatic and model.device.type != "cpu"
+        self._grows = automatic and model.device.type not in ("cpu", "meta")
         self._inputs: dict[tuple[str, ...], Inputs] = {}
         self._cached_bytes = 0
 
@@ -116,7 +118,8 @@ class Answerer:
         """
 
         def unanswered(samples: Sequence[Sample]) -> bool:
-            return any(self.keys[sample.id] not in done | skipped.keys() for sample in samples)
+            keys = (self.keys[sample.id] for sample in samples)
+            return any(key not in done and key not in skipped for key in keys)
 
         start = 0
         while start < len(self.samples):
@@ -172,23 +175,24 @@ class Answerer:
                 remaining = remaining[len(part) :]
                 continue
             except Refusal as error:
-                damaged = unreadable(part) if isinstance(error, DataError) else {}
+                damaged = self._damaged(part) if isinstance(error, DataError) else {}
                 reason, memory = str(error), False
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 damaged, reason, memory = {}, f"one question alone does not fit into memory ({first_line(error)})", True
             # outside the handlers: their tracebacks hold the tensors of the batch
-            skipped |= {self.keys[name]: entry for name, entry in damaged.items()}
-            remaining = [sample for sample in remaining if sample.id not in damaged]
             if memory:
                 self._free()
-            if not damaged and len(part) == 1:
+            if damaged:
+                skipped |= {self.keys[name]: entry for name, entry in damaged.items()}
+                remaining = [sample for sample in remaining if sample.id not in damaged]
+            elif len(part) == 1:
                 place = part[0].where or f"question {part[0].id}"
                 failure = f"{place}: {reason.removeprefix(f'{place}: ')}"
             elif memory:
                 fitting = part_size = len(part) // 2
-            elif not damaged:
+            else:
                 part_size = 1  # to find the sample, and to keep the answers of the others
         return Batch(fitting, answers, skipped, failure)
 
@@ -196,8 +200,7 @@ class Answerer:
         self._inputs.clear()
         self._cached_bytes = 0
         gc.collect()
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _answer(self, batch: Sequence[Sample], attached: Attached) -> list[Answer]:
         inputs = self._batch_inputs(batch)
@@ -216,11 +219,32 @@ class Answerer:
         name = tuple(sample.id for sample in batch)
         if name in self._inputs:
             return self._inputs[name]
-        inputs = self._shared(self.inputs(batch), image_numbers(batch))
+        try:
+            inputs = self._shared(self.inputs(batch), image_numbers(batch))
+        except Exception as error:  # processors raise many types at images of a shape that they do not expect
+            if isinstance(error, Refusal) or is_out_of_memory(error) or not self._damaged(batch):
+                raise
+            raise DataError(first_line(error)) from error
         if self._cached_bytes + inputs.nbytes <= CACHE_BYTES:
             self._inputs[name] = inputs
             self._cached_bytes += inputs.nbytes
         return inputs
+
+    def _damaged(self, batch: Sequence[Sample]) -> dict[str, Skipped]:
+        """Return the samples with an image that cannot be read, or that the processor takes with another image only."""
+        damaged = unreadable(batch)
+        plain = partial(Image.new, "RGB", (224, 224))
+        for sample in batch:
+            if sample.id not in damaged:
+                try:
+                    self.encode([sample])
+                except Exception as error:
+                    try:
+                        self.encode([replace(sample, image=(plain,) * len(sample.images))])
+                    except Exception:  # the image is not the cause
+                        continue
+                    damaged[sample.id] = _skipped(sample, f"the processor refuses the image ({first_line(error)})")
+        return damaged
 
     def _shared(self, tensors: dict[str, torch.Tensor], images: list[int]) -> Inputs:
         return without_repetitions(self.model, tensors, images)
@@ -263,11 +287,14 @@ def unreadable(samples: Sequence[Sample]) -> dict[str, Skipped]:
         try:
             sample.open_all()
         except DataError as error:
-            file, comma, line = sample.where.rpartition(", ")
-            reason = str(error).removeprefix(f"{sample.where}: ")
-            reason = reason.replace(f"{Path(file).parent}{os.sep}", "") if file else reason
-            skipped[sample.id] = Skipped(sample.id, f"{Path(file).name}{comma}{line}", reason)
+            skipped[sample.id] = _skipped(sample, str(error).removeprefix(f"{sample.where}: "))
     return skipped
+
+
+def _skipped(sample: Sample, reason: str) -> Skipped:
+    file, comma, line = sample.where.rpartition(", ")
+    reason = reason.replace(f"{Path(file).parent}{os.sep}", "") if file else reason
+    return Skipped(sample.id, f"{Path(file).name}{comma}{line}", reason)
 
 
 def is_out_of_memory(error: Exception) -> bool:

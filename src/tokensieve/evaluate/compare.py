@@ -91,7 +91,7 @@ def compare(
         loading: the options that model and processor were loaded with; they are recorded in the results.
         progress: called with (questions done, questions in all, current run).
         processes: share the work with other processes of a launcher, each of which makes this call:
-            ``Processes.launched()`` of :mod:`tokensieve.evaluate.processes`.
+            ``Processes.launched()``.
         batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, prompt, processor_for_text, measure,
             examples, strict: see :class:`~tokensieve.evaluate.plan.Settings`.
 
