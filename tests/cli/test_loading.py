@@ -194,6 +194,7 @@ def refusals(folder: Path, photo: Path) -> dict[str, Outcome]:
     calls = {
         name: [*ask, *(o.replace("{folder}", str(folder)) for o in options)] for name, (options, _) in REFUSED.items()
     }
+    calls["adapter on disk"] = [*ask, "--adapter", folder / "adapter", "--device-map", json.dumps(OFFLOADED)]
     calls["random and quantised"] = ["check", folder / "llava", "--random", "--quantize", "4bit"]
     calls["train"] = ["train", "pumer", "--task", "vqa", "--model", "vilt-reference", "--data", "reference:train",
                       "--processor", "pixels=3", "--output", folder / "train"]  # fmt: skip
@@ -208,6 +209,7 @@ def test_a_wrong_value_is_one_line(refusals: dict[str, Outcome], name: str) -> N
 
 def test_options_that_do_not_go_together_are_one_line(refusals: dict[str, Outcome]) -> None:
     assert "leave quantize out" in refusals["random and quantised"].refused()
+    assert "cannot be put on offloaded weights" in refusals["adapter on disk"].refused()
     assert "has no option 'pixels'" in refusals["train"].refused()
 
 

@@ -118,6 +118,9 @@ def _load_adapter(model: Any, adapter: str) -> None:
         raise Refusal(f"no adapter at {adapter}: it does not exist")
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise Refusal(f"no adapter at {adapter}: it has no adapter_config.json")
+    if any(weight.is_meta for weight in model.parameters()):
+        # transformers would put the adapter's weights on the meta device, too, and answers would be NaN
+        raise Refusal(f"the adapter {adapter} cannot be put on offloaded weights; merge it first, or offload nothing")
     try:
         outcome = model.load_adapter(str(folder) if folder.exists() else adapter)
     except Exception as error:  # another shape, another kind of adapter, a broken file, no network: many types
