@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokensieve.errors import Refusal
@@ -256,6 +254,8 @@ class Reduction:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, including the scores."""
+        from safetensors.torch import save_file  # here: torch alone suffices for everything else
+
         tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores}
         if self.mixing is not None:
             tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
@@ -266,6 +266,8 @@ class Reduction:
     @classmethod
     def load(cls, path: str | Path) -> Reduction:
         """Read a file that :meth:`save` wrote."""
+        from safetensors import safe_open
+
         with safe_open(path, framework="pt") as f:
             tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118 (not a dict)
         grid = json.loads(meta["grid"])

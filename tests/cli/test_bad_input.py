@@ -184,7 +184,7 @@ def test_a_hub_name_offline_is_refused_at_once(photo: Path) -> None:
 def test_a_missing_extra_is_named_before_the_work(model: str, folder: Path) -> None:
     calls = {"compare": ["compare", "--model", model, "--output", folder / "out"]}
     hidden = "import sys; sys.modules['jinja2'] = None\n"
-    assert 'pip install "tokensieve[report]"' in run_many(calls, before=hidden)["compare"].refused()
+    assert 'pip install -e ".[report]"' in run_many(calls, before=hidden)["compare"].refused()
 
 
 def test_a_damaged_note_of_the_training_is_refused(tmp_path: Path) -> None:

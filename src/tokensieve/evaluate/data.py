@@ -213,7 +213,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise MissingExtra('reading parquet needs pyarrow: pip install "tokensieve[data]"') from error
+        raise MissingExtra('reading parquet needs pyarrow: in the checkout, pip install -e ".[data]"') from error
     try:
         for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
             yield f"{path}, row {number}", row
