@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     "share above 1": (lambda f, m: ["bench", "--methods", "fastvid(context=5.0)"], ["context must be a share"]),
     "no method to reduce a classifier with": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", "vilt-reference"],
-        ["vilt-reference was not fine-tuned with a method", "layers 0 to 7", "name one"],
+        ["vilt-reference was not fine-tuned with a method", "layers 0 to 7", "layers=(2, 4, 6) fit", "name one"],
     ),
     "check of a classifier": (
         lambda f, m: ["check", "pumer-reference"],

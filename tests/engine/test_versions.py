@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import tokensieve
-from tests.support import families, models
+from tests.support import families, models, prompts
 from tokensieve.models import versions
 from tokensieve.version import TESTED
 
@@ -36,14 +36,13 @@ def installed(monkeypatch):
 
 @pytest.mark.parametrize(
     ("library", "release"),
-    [("transformers", "5.17.0"), ("transformers", "5.99.1"), ("transformers", "6.0.0"), ("torch", "2.99.0+cu130")],
+    [("transformers", "5.18.0"), ("transformers", "5.99.1"), ("transformers", "6.0.0"), ("torch", "2.99.0+cu130")],
 )
 def test_an_untested_release_is_named_once(library, release, installed):
     installed(**{library: release})
     line = rf"not tested with {library} {re.escape(release)} \(tested: [\d.]+( to [\d.]+)?\); `tokensieve check`"
     with pytest.warns(UserWarning, match=line) as found:
-        attach()
-        attach()
+        [attach() for _ in range(2)]
     assert len(found) == 1
     assert found[0].filename == __file__
 
@@ -83,7 +82,7 @@ def test_the_constraints_are_the_highest_tested_releases():
 
 def test_a_prompt_whose_images_are_lost_in_chunks_is_refused(monkeypatch):
     """Before 5.23 the chunks of a prompt arrive without their images; simulated on newer releases."""
-    monkeypatch.setattr("tokensieve.engine.llm.chunks_lose_images", lambda: True)
+    monkeypatch.setattr("tokensieve.engine.llm.before_5_23", lambda: True)
     model, text = models.tiny_model("llava-clip"), {"input_ids": torch.tensor([[families.BOS, 20, 21, 22]])}
     chunk = {"input_ids": text["input_ids"].clone()}
     chunk["input_ids"][0, 2] = families.IMAGE
@@ -93,12 +92,14 @@ def test_a_prompt_whose_images_are_lost_in_chunks_is_refused(monkeypatch):
             model(**chunk)
 
 
-@pytest.mark.parametrize(("release", "lose"), [("5.18.0", True), ("5.22.2", True), ("5.23.0", False), ("6.0.0", False)])
-def test_the_releases_that_lose_images_in_chunks(release, lose, installed):
-    versions.chunks_lose_images.cache_clear()
+@pytest.mark.parametrize(
+    ("release", "older"), [("5.19.0", True), ("5.22.2", True), ("5.23.0", False), ("6.0.0", False)]
+)
+def test_the_releases_before_5_23(release, older, installed):
+    versions.before_5_23.cache_clear()
     installed(transformers=release)
-    assert versions.chunks_lose_images() is lose
-    versions.chunks_lose_images.cache_clear()
+    assert versions.before_5_23() is older
+    versions.before_5_23.cache_clear()
 
 
 @pytest.mark.parametrize("flag", ["is_activation_checkpointing", "is_gradient_checkpointing"])
@@ -106,3 +107,15 @@ def test_gradient_checkpointing_is_found_under_both_names(flag):
     model = type("Model", (), {flag: True})()
     assert versions.checkpoints_activations(model)
     assert not versions.checkpoints_activations(object())
+
+
+def test_gradient_checkpointing_inside_the_llm_is_refused_before_5_23(monkeypatch):
+    monkeypatch.setattr("tokensieve.engine.decoder.hooks.before_5_23", lambda: True)
+    model = models.build("llava-clip").train()
+    model.gradient_checkpointing_enable()
+    inputs = prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
+    with tokensieve.attach(model, "fastv(layer=1, keep=5)"):
+        with pytest.raises(tokensieve.Refusal, match="transformers runs hooks twice"):
+            model(**inputs, use_cache=False)
+        model.eval()
+        assert model(**inputs).logits.isfinite().all()

@@ -21,7 +21,7 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions
 from tokensieve.models import Family, family_of
-from tokensieve.models.versions import chunks_lose_images
+from tokensieve.models.versions import before_5_23
 
 
 class LlmSieve(Sieve):
@@ -93,7 +93,7 @@ class LlmSieve(Sieve):
             )
         if any(shows(kwargs, modality) for modality in self._family.modalities):
             return (), self._start_prefill(kwargs, earlier)
-        if chunks_lose_images():
+        if before_5_23():
             self._refuse_lost_images(kwargs.get("input_ids"))
         if cache is None or cache.get_seq_length() == 0:
             self._record([], [])  # a prompt without images

@@ -24,7 +24,7 @@ def untested() -> list[str]:
 
 @cache
 def warn_if_untested() -> None:
-    """Warn in one line, once in a process, of untested releases of transformers and torch; they may work all the same."""
+    """Warn in one line, once in a process, of untested releases of transformers and torch; they may work as well."""
     if remarks := untested():
         warnings.warn(
             f"Tokensieve is not tested with {' and '.join(remarks)}; `tokensieve check` runs the equivalence checks "
@@ -33,16 +33,21 @@ def warn_if_untested() -> None:
         )
 
 
-# -- differences between releases of transformers -----------------------------------------------------------------------
+# -- differences between releases of transformers ----------------------------------------------------------------------
 
 
 @cache
-def chunks_lose_images() -> bool:
-    """Return whether chunked prefill (``prefill_chunk_size``) leaves out the images of a prompt: before 5.23 it does."""
+def before_5_23() -> bool:
+    """Return whether the installed transformers is older than 5.23.
+
+    In those releases, chunked prefill (``prefill_chunk_size``) leaves out the images of a prompt, and gradient
+    checkpointing runs the hooks of a layer again in the backward pass.
+    """
     return Version(version("transformers")).release < (5, 23)
 
 
 def checkpoints_activations(model: Any) -> bool:
     """Return whether gradient checkpointing is on in a model; releases before 5.23 have the older name."""
-    flag = "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
-    return bool(getattr(model, flag, False))
+    older = "is_gradient_checkpointing"
+    name = "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else older
+    return bool(getattr(model, name, False))
