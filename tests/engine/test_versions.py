@@ -36,7 +36,7 @@ def installed(monkeypatch):
 
 @pytest.mark.parametrize(
     ("library", "release"),
-    [("transformers", "5.18.0"), ("transformers", "5.99.1"), ("transformers", "6.0.0"), ("torch", "2.99.0+cu130")],
+    [("transformers", "5.20.2"), ("transformers", "5.99.1"), ("transformers", "6.0.0"), ("torch", "2.99.0+cu130")],
 )
 def test_an_untested_release_is_named_once(library, release, installed):
     installed(**{library: release})
@@ -93,7 +93,7 @@ def test_a_prompt_whose_images_are_lost_in_chunks_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("release", "older"), [("5.19.0", True), ("5.22.2", True), ("5.23.0", False), ("6.0.0", False)]
+    ("release", "older"), [("5.21.0", True), ("5.22.2", True), ("5.23.0", False), ("6.0.0", False)]
 )
 def test_the_releases_before_5_23(release, older, installed):
     versions.before_5_23.cache_clear()
