@@ -29,14 +29,14 @@ MODELS = ("llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
 
 def parts(toy: bool) -> dict[str, list[str]]:
     """Return {name: the benchmark and its arguments}. A toy run covers each benchmark, at tiny sizes and once."""
-    quick = ["--repeats", "1", "--batch", "1"]
+    quick, once = ["--repeats", "1", "--batch", "1"], ["--repeats", "1", "--pairs", "1"]
     if toy:
         return {
             "laws-float32": ["laws.py", "--kernels", "sdpa", "flash_attention_2", "--methods", "1"],
             "overhead": ["overhead.py", "--llm", "tiny", *quick],
             "decoder": ["decoder.py", "--llm", "tiny", *quick],
             "encoder": ["encoder.py", "--tiny", "--methods", "tome(keep=0.25)", *quick],
-            "selection": ["selection.py", *"--device cpu --tokens 576 --methods divprune --repeats 1 --pairs 1".split()],
+            "selection": ["selection.py", "--device", "cpu", "--tokens", "576", "--methods", "divprune", *once],
             "pumer-vilt": ["pumer.py", "--models", "vilt", "--tiny", *quick],
             "whole": ["whole.py", "--toy", "--model", *MODELS, "--keep", "5", "--tokens", "2", *quick],
             "graphs": ["whole.py", "--toy", "--graphs", "--keep", "5", "--repeats", "1"],
