@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Without a GPU, the tested releases are installed: the newest torch would bring gigabytes of CUDA libraries.
+CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
 .PHONY: demo test clean
 
@@ -11,10 +13,10 @@ demo: $(VENV)/.installed-all
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
 
-# one stamp per extra: the install is repeated only when pyproject.toml has changed
-$(VENV)/.installed-%: pyproject.toml
+# one stamp per extra: the install is repeated only when one of these files has changed
+$(VENV)/.installed-%: pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[$*]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[$*]"
 	touch $@
 
 clean:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tokensieve
-from overhead import LLM, PROMPT, build, prompt
+from shapes import LLM, PROMPT, build, prompt
 from tokensieve.evaluate import environment
 from tokensieve.measure import interleave, paired_ratio
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokensieve
-from overhead import TINY, TOWER
+from shapes import TINY, TOWER
 from tokensieve.evaluate import environment
 from tokensieve.measure import count_flops, interleave, paired_ratio
 

@@ -19,50 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokensieve
+from shapes import LLM, PROMPT, build, prompt
 from tokensieve.evaluate import environment
 from tokensieve.measure import interleave, paired_ratio
-
-IMAGE, VOCABULARY, PROMPT, ANSWER_CUE = 9, 1000, 35, 20
-LLM = {
-    "mid": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 8, "num_attention_heads": 16},
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-}
-TOWER = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-
-
-def build(llm: str, dtype: torch.dtype, device: str, attention: str = "sdpa") -> LlavaForConditionalGeneration:
-    """A randomly initialised LLaVA-1.5 of the given size ("tiny" only checks that this script runs)."""
-    tiny = llm == "tiny"
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**(TINY | {"image_size": 336, "patch_size": 14} if tiny else TOWER)),
-        text_config=LlamaConfig(**(TINY if tiny else LLM[llm]), vocab_size=VOCABULARY, max_position_embeddings=4096),
-        image_token_id=IMAGE,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
-    return model.eval()
-
-
-def prompt(batch: int, model: Any) -> dict[str, Tensor]:
-    """A batch of equal prompts: 35 tokens, one image of 576, 20 tokens (LLaVA-1.5's template and a short question)."""
-    generator = torch.Generator().manual_seed(1)
-    words = torch.randint(10, VOCABULARY, (batch, PROMPT + ANSWER_CUE), generator=generator)
-    image = torch.full((batch, 576), IMAGE)
-    pixels = torch.randn(batch, 3, 336, 336, generator=generator)
-    ids = torch.cat([words[:, :PROMPT], image, words[:, PROMPT:]], 1)
-    return {"input_ids": ids.to(model.device), "pixel_values": pixels.to(model.device, model.dtype)}
 
 
 def short_forward(model: Any, inputs: dict[str, Tensor], features: Tensor, kept: Tensor) -> Tensor:

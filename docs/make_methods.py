@@ -7,63 +7,20 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import Any, get_type_hints
 
 from make_results import DOCS, Entry, ledger, wished
 
+from tokensieve.commands.method_page import STAGES, Docstring, meaning_of, type_of
 from tokensieve.methods import Method, MethodInfo, list_methods
 from tokensieve.methods.registry import find
 
 FOLDER = DOCS / "methods"
-LABELS = re.compile(r"(Cost|Paper|Official code): +(.*)")
-STAGES = {
-    "encoder": "inside the vision encoder, or before it",
-    "connector": "between the vision encoder and the language model (LLM)",
-    "decoder": "before a layer of the LLM",
-    "fusion": "inside a cross-modal encoder",
-}
 MADE = "<!-- made by docs/make_methods.py -->"
-
-
-@dataclass(frozen=True)
-class Docstring:
-    """The parts of a docstring: paragraphs, the meaning of each argument, and labelled remarks."""
-
-    text: tuple[str, ...]
-    arguments: dict[str, str]
-    remarks: dict[str, str]
-
-    @classmethod
-    def of(cls, thing: type) -> Docstring:
-        paragraphs: list[str] = []
-        arguments: dict[str, str] = {}
-        remarks: dict[str, str] = {}
-        for block in re.split(r"\n\s*\n", inspect.getdoc(thing) or ""):
-            if re.match(r"(Args|Attributes):\n", block):
-                for names, meaning in re.findall(r"^    (\w[\w, ]*): ((?:.|\n {5,})*)", block, re.M):
-                    arguments |= {name.strip(): _joined(meaning) for name in names.split(",")}
-                continue
-            lines, label = [""], ""
-            for line in block.splitlines():
-                found = LABELS.match(line)
-                if found:
-                    label = found[1]
-                    remarks[label] = found[2]
-                elif label:
-                    remarks[label] += f" {line.strip()}"
-                else:
-                    lines.append(line)
-            paragraphs += [_joined("\n".join(lines))] if any(lines) else []
-        return cls(tuple(paragraphs), arguments, remarks)
-
-
-def _joined(text: str) -> str:
-    return " ".join(text.split())
 
 
 def pages() -> dict[str, str]:
@@ -141,21 +98,13 @@ def _parameters(method: type[Method], docstring: Docstring) -> Iterator[str]:
         return
     yield from ("| name | type | default | meaning |", "|---|---|---|---|")
     for field in fields(method):
-        meaning = _meaning(field.name, docstring).replace("|", "\\|")
-        yield f"| `{field.name}` | `{_type(hints[field.name])}` | `{field.default!r}` | {meaning} |"
+        meaning = escaped(meaning_of(field.name, docstring))
+        yield f"| `{field.name}` | `{escaped(type_of(hints[field.name]))}` | `{field.default!r}` | {meaning} |"
 
 
-def _meaning(name: str, docstring: Docstring) -> str:
-    """Return the meaning of a parameter; "as in" another method is looked up there."""
-    meaning = docstring.arguments.get(name, "")
-    other = re.fullmatch(r"as in ``([^`]+)``\.?", meaning)
-    return _meaning(name, Docstring.of(find(other[1]))) if other else meaning
-
-
-def _type(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return " \\| ".join(map(repr, get_args(hint)))
-    return (hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)).replace("|", "\\|")
+def escaped(text: str) -> str:
+    """Return a text for a cell of a table."""
+    return text.replace("|", "\\|")
 
 
 def _needs(info: MethodInfo) -> Iterator[str]:

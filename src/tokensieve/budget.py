@@ -14,10 +14,20 @@ def check_budget(keep: Budget) -> Budget:
     """Return ``keep`` unchanged if it is a budget; raise a :class:`Refusal` that names the allowed values otherwise."""
     allowed = "a whole number of tokens >= 1, or a share in (0, 1]"
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise Refusal(f"keep must be {allowed}; got {keep!r}")
+        raise Refusal(f"keep must be {allowed}; got {keep!r}{_hint(keep)}")
     if (keep < 1) if isinstance(keep, int) else not 0 < keep <= 1:
         raise Refusal(f"keep must be {allowed}; got {keep}")
     return keep
+
+
+def _hint(keep: object) -> str:
+    """Return the number that a budget in quotes probably means."""
+    if not isinstance(keep, str):
+        return ""
+    try:
+        return f"; write keep={parse_budget(keep.strip())!r}, without quotes"
+    except Refusal:
+        return ""
 
 
 def parse_budget(text: str) -> Budget:

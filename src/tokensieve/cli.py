@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import warnings
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from tokensieve.commands import ask, bench, calibrate, catalogue, check, compare, convert, new_method, train
 from tokensieve.errors import Refusal
+from tokensieve.version import TESTED, __version__, tested_range
 
 QUIET = ("accelerate", "bitsandbytes", "peft")  # libraries that log warnings in every call
 RESUMABLE = ("compare", "train")
@@ -58,8 +61,34 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Drop visual tokens from vision-language models: see what it saves and what it costs.",
 )
+
+
+def print_versions(wanted: bool) -> None:
+    """Print the versions that a report of a problem needs, and end."""
+    if not wanted:
+        return
+    typer.echo(f"tokensieve {__version__}")
+    typer.echo(f"python {platform.python_version()}")
+    for library in TESTED:
+        try:
+            installed = version(library)
+        except PackageNotFoundError:
+            installed = "is not installed"
+        typer.echo(f"{library} {installed} (tested: {tested_range(library)})")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    versions: Annotated[
+        bool,
+        typer.Option("--version", callback=print_versions, is_eager=True, help="Print the versions, and end."),
+    ] = False,
+) -> None:
+    """Drop visual tokens from vision-language models: see what it saves and what it costs."""
+
+
 app.command("methods")(catalogue.methods)
 app.command("models")(catalogue.models)
 app.command("ask")(ask.ask)

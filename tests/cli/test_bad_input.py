@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     "share above 1": (lambda f, m: ["bench", "--methods", "fastvid(context=5.0)"], ["context must be a share"]),
     "no method to reduce a classifier with": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--model", "vilt-reference"],
-        ["vilt-reference was not fine-tuned with a method", "layers 0 to 7", "name one"],
+        ["vilt-reference was not fine-tuned with a method", "layers 0 to 7", "layers=(2, 4, 6) fit", "name one"],
     ),
     "check of a classifier": (
         lambda f, m: ["check", "pumer-reference"],
@@ -248,7 +248,7 @@ def test_a_hub_name_offline_is_refused_at_once(photo: Path) -> None:
 def test_a_missing_extra_is_named_before_the_work(model: str, folder: Path) -> None:
     calls = {"compare": ["compare", "--model", model, "--output", folder / "out"]}
     hidden = "import sys; sys.modules['jinja2'] = None\n"
-    assert 'pip install "tokensieve[report]"' in run_many(calls, before=hidden)["compare"].refused()
+    assert 'pip install -e ".[report]"' in run_many(calls, before=hidden)["compare"].refused()
 
 
 def test_a_damaged_note_of_the_training_is_refused(tmp_path: Path) -> None:

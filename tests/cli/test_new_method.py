@@ -49,7 +49,9 @@ def test_it_prints_the_next_commands(outcomes: dict[str, Outcome], folder: Path)
     assert outcome.out.splitlines()[2:] == [
         f"  tokensieve check reference --method {folder}/new/loudest.py:Loudest",
         f'  tokensieve compare --methods "{folder}/new/loudest.py:Loudest, random" --keep 25% --limit 200',
+        f"  python -m pip install pytest && python -m pytest {folder}/new/test_loudest.py",
     ]
+    assert "Nothing has run yet" in outcome.out.splitlines()[0]
 
 
 def pytest_of(folder: Path) -> str:

@@ -1,13 +1,20 @@
-"""Attaching a method warns of an untested release of transformers."""
+"""Attaching a method warns once of untested releases; what the older releases lack is refused or read another way."""
 
-import importlib.metadata
+import re
 import warnings
+from pathlib import Path
 
 import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import tokensieve
-from tests.support import models
+from tests.support import families, models, prompts
 from tokensieve.models import versions
+from tokensieve.version import TESTED
+
+ROOT = Path(__file__).parents[2]
 
 
 def attach():
@@ -16,32 +23,99 @@ def attach():
 
 @pytest.fixture
 def installed(monkeypatch):
-    return lambda version: monkeypatch.setattr(versions, "version", lambda name: version)
+    """Return a function that sets the installed releases, as if no warning had been given yet."""
+    versions.warn_if_untested.cache_clear()
+    tested = {library: f"{highest}.0" for library, (_, highest) in TESTED.items()}
+
+    def install(**changed):
+        monkeypatch.setattr(versions, "version", lambda library: (tested | changed)[library])
+
+    yield install
+    versions.warn_if_untested.cache_clear()
 
 
-@pytest.mark.parametrize("version", ["5.22.0", "5.24.1", "6.0.0"])
-def test_a_version_outside_of_the_range_is_named(version, installed):
-    installed(version)
-    with pytest.warns(UserWarning, match=rf"transformers {version} is not .*5\.23.*tokensieve check") as found:
-        attach()
+@pytest.mark.parametrize(
+    ("library", "release"),
+    [("transformers", "5.20.2"), ("transformers", "5.99.1"), ("transformers", "6.0.0"), ("torch", "2.99.0+cu130")],
+)
+def test_an_untested_release_is_named_once(library, release, installed):
+    installed(**{library: release})
+    line = rf"not tested with {library} {re.escape(release)} \(tested: [\d.]+( to [\d.]+)?\); `tokensieve check`"
+    with pytest.warns(UserWarning, match=line) as found:
+        [attach() for _ in range(2)]
+    assert len(found) == 1
     assert found[0].filename == __file__
 
 
-@pytest.mark.parametrize("version", ["5.23.0", "5.23.4"])
-def test_one_inside_is_not(version, installed):
-    installed(version)
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("library", list(TESTED))
+def test_a_tested_release_is_not(library, end, installed):
+    installed(**{library: f"{TESTED[library][end]}.4+cpu"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attach()
 
 
-def test_a_checkout_that_is_not_installed_states_no_range(installed, monkeypatch):
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
+def test_the_requirements_exclude_no_newer_release():
+    """A user's torch or transformers is never replaced by an older one; the lowest tested one may be installed."""
+    required = {entry.name: entry.specifier for entry in map(Requirement, _requirements())}
+    for library, (lowest, _) in TESTED.items():
+        assert {part.operator for part in required[library]} == {">="}
+        assert required[library].contains(lowest)
+        assert required[library].contains("99.0")
+    assert Version(TESTED["transformers"][0]) == Version(str(required["transformers"]).removeprefix(">="))
 
-    installed("6.0.0")
-    monkeypatch.setattr(versions, "requires", missing)
-    monkeypatch.setattr(versions, "tested_range", versions.tested_range.__wrapped__)  # without its cache
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        attach()
+
+def _requirements():
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    block = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.S | re.M)
+    assert block is not None
+    return re.findall(r'"(.+?)"', block[1])
+
+
+def test_the_constraints_are_the_highest_tested_releases():
+    lines = (ROOT / "constraints-cpu.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for library, (_, highest) in TESTED.items():
+        assert Version(pinned[library].removesuffix(".*")).release[:2] == Version(highest).release, library
+
+
+def test_a_prompt_whose_images_are_lost_in_chunks_is_refused(monkeypatch):
+    """Before 5.23 the chunks of a prompt arrive without their images; simulated on newer releases."""
+    monkeypatch.setattr("tokensieve.engine.llm.before_5_23", lambda: True)
+    model, text = models.tiny_model("llava-clip"), {"input_ids": torch.tensor([[families.BOS, 20, 21, 22]])}
+    chunk = {"input_ids": text["input_ids"].clone()}
+    chunk["input_ids"][0, 2] = families.IMAGE
+    with tokensieve.attach(model, "uniform", keep=9):
+        model(**text)
+        with pytest.raises(tokensieve.Refusal, match=r"image tokens but no image.*prefill_chunk_size"):
+            model(**chunk)
+
+
+@pytest.mark.parametrize(
+    ("release", "older"), [("5.21.0", True), ("5.22.2", True), ("5.23.0", False), ("6.0.0", False)]
+)
+def test_the_releases_before_5_23(release, older, installed):
+    versions.before_5_23.cache_clear()
+    installed(transformers=release)
+    assert versions.before_5_23() is older
+    versions.before_5_23.cache_clear()
+
+
+@pytest.mark.parametrize("flag", ["is_activation_checkpointing", "is_gradient_checkpointing"])
+def test_gradient_checkpointing_is_found_under_both_names(flag):
+    model = type("Model", (), {flag: True})()
+    assert versions.checkpoints_activations(model)
+    assert not versions.checkpoints_activations(object())
+
+
+def test_gradient_checkpointing_inside_the_llm_is_refused_before_5_23(monkeypatch):
+    monkeypatch.setattr("tokensieve.engine.decoder.hooks.before_5_23", lambda: True)
+    model = models.build("llava-clip").train()
+    model.gradient_checkpointing_enable()
+    inputs = prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
+    with tokensieve.attach(model, "fastv(layer=1, keep=5)"):
+        with pytest.raises(tokensieve.Refusal, match="transformers runs hooks twice"):
+            model(**inputs, use_cache=False)
+        model.eval()
+        assert model(**inputs).logits.isfinite().all()

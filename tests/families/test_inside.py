@@ -18,6 +18,7 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.methods import DecoderMethod, DecoderNeeds
 from tokensieve.models import family_of
 from tokensieve.models.family import Family
+from tokensieve.models.versions import before_5_23
 
 NAMES = ("gemma3", "paligemma", "aya-vision", "cohere2-vision")
 WINDOWS = ("gemma3", "aya-vision", "cohere2-vision")
@@ -113,6 +114,7 @@ def test_other_calls(name, kind, deviation):
         assert deviation("of other calls", torch.cat(out.logits), by_hand) <= NOISE
 
 
+@pytest.mark.skipif(before_5_23(), reason="refused: transformers runs hooks twice")
 @each_name
 def test_gradient_checkpointing_changes_nothing(name):
     norms = []

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import VipLlavaConfig
 
 from tests.support.towers import TinyTowerConfig
 
@@ -255,6 +256,8 @@ GRIDS = ((4, 4), (3, 5), (2, 6))
 SIZES = (WIDE, TALL, LARGE)
 QWEN = {"shapes": GRIDS, "types": "mm_token_type_ids", "axes": 3}
 SEVERAL = {"several": (ALONE,), "counts": "batch_num_images"}
+# before transformers 5.23, the config of VipLLaVA has the plural
+VIP_LAYERS = "vision_feature_layer" if hasattr(VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
 PENULTIMATE = {"vision_feature_layer": -2}
 PIXTRAL = vision("pixtral", 16, head_dim=8)
 MISTRAL = text("mistral", head_dim=16, sliding_window=None)
@@ -288,7 +291,7 @@ FAMILIES = {
             "llava-siglip", "Llava", vision(SIGLIP), LLAMA, LLAVA,
             more={**PENULTIMATE, "vision_feature_select_strategy": "full"},
         ),
-        Family("vipllava", "VipLlava", vision(CLIP), LLAMA, LLAVA, more={"vision_feature_layer": [-2, 1, 3]}),
+        Family("vipllava", "VipLlava", vision(CLIP), LLAMA, LLAVA, more={VIP_LAYERS: [-2, 1, 3]}),
         Family("llava-next", "LlavaNext", vision(CLIP, 4), LLAMA, any_resolution, SIZES, PINPOINTS),
         Family(
             "llava-onevision", "LlavaOnevision", vision(SIGLIP, 4), QWEN2, any_resolution, SIZES, PINPOINTS, **SEVERAL

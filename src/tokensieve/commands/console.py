@@ -25,8 +25,8 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
-    """Print a table on stdout; the first ``left`` columns are text. Without a terminal it is 160 columns wide."""
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int = 160) -> None:
+    """Print a table on stdout; the first ``left`` columns are text. Without a terminal it has ``width`` characters."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +36,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: 
         table.add_column(header, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160, markup=False).print(table)
+    Console(width=None if sys.stdout.isatty() else width, markup=False).print(table)
 
 
 def print_lines(lines: Sequence[str]) -> None:

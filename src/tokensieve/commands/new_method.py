@@ -47,9 +47,10 @@ def new_method(
         for placeholder, value in (("my-method", name), ("my_method", module), ("MyMethod", title)):
             text = text.replace(placeholder, value)
         path.write_text(text, "utf-8")
-    typer.echo(f"Wrote {method}, a method that works, and {test}. Next:\n")
+    typer.echo(f"Wrote {method}, a complete method, and {test}, its test. Nothing has run yet. Next:\n")
     typer.echo(f"  tokensieve check reference --method {method}:{title}")
     typer.echo(f'  tokensieve compare --methods "{method}:{title}, random" --keep 25% --limit 200')
+    typer.echo(f"  python -m pip install pytest && python -m pytest {test}")
 
 
 def _template(name: str) -> str:

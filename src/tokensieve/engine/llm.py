@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from tokensieve.budget import BudgetScope
 from tokensieve.engine.cache import CacheInfo, info_of, remember, translate_decode_inputs
 from tokensieve.engine.connector.prefill import Connector, shows
@@ -19,6 +21,7 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions
 from tokensieve.models import Family, family_of
+from tokensieve.models.versions import before_5_23
 
 
 class LlmSieve(Sieve):
@@ -90,6 +93,8 @@ class LlmSieve(Sieve):
             )
         if any(shows(kwargs, modality) for modality in self._family.modalities):
             return (), self._start_prefill(kwargs, earlier)
+        if before_5_23():
+            self._refuse_lost_images(kwargs.get("input_ids"))
         if cache is None or cache.get_seq_length() == 0:
             self._record([], [])  # a prompt without images
         if earlier is None:
@@ -97,6 +102,19 @@ class LlmSieve(Sieve):
         if self._decoder is not None:
             self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
         return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
+
+    def _refuse_lost_images(self, ids: Tensor | None) -> None:
+        """Refuse a prompt with placeholders but without images: a chunk of a longer prompt, whose images are lost."""
+        if ids is None or ids.shape[1] == 1:  # a decode step
+            return
+        config = self.model.config
+        for modality in self._family.modalities:
+            placeholder = getattr(config, f"{modality}_token_id", None)
+            if placeholder is not None and bool((ids == placeholder).any()):
+                raise Refusal(
+                    f"this prompt has {modality} tokens but no {modality}: before 5.23, transformers loses them in "
+                    f"prefill chunks (prefill_chunk_size): encode them with the method attached, in one piece"
+                )
 
     def _start_prefill(self, kwargs: dict[str, Any], earlier: CacheInfo | None) -> dict[str, Any]:
         if self._decoder is not None:

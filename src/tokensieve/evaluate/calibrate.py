@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,9 +45,13 @@ class Calibration:
         """Write as JSON; raise :class:`OutputError` if that fails, :class:`Refusal` without a layer."""
         if self.layer is None:
             best = min(self.divergence)
+            # two digits, rounded up, so that the suggested threshold is never below the divergence
+            digit = 10.0 ** (math.floor(math.log10(best)) - 1)
+            enough = float(f"{math.ceil(best / digit) * digit:.3g}")
             raise Refusal(
                 f"no layer of {list(self.layers)} is good enough: the smallest divergence is {best:.2g}, the threshold "
-                f"{self.threshold:g}"
+                f"{self.threshold:g}. A threshold of {enough:g} would choose layer "
+                f"{first_below(self.layers, self.divergence, enough)}, at the cost of other answers"
             )
         try:
             Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,5 @@ from tokensieve.models.catalogue import families, family_of
 from tokensieve.models.family import EncodeCall, Family
 from tokensieve.models.generic import REFUSED
 from tokensieve.models.layout import TokenLayout
-from tokensieve.models.versions import TESTED
 
-__all__ = ["REFUSED", "TESTED", "EncodeCall", "Family", "TokenLayout", "families", "family_of"]
+__all__ = ["REFUSED", "EncodeCall", "Family", "TokenLayout", "families", "family_of"]

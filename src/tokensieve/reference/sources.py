@@ -33,7 +33,9 @@ PHOTOGRAPHS: tuple[str, ...] = (
 
 def missing(error: ImportError) -> ImportError:
     """Return a one-line error for a user without the optional data packages."""
-    return ImportError(f'{error.name} is needed to draw reference scenes: pip install "tokensieve[reference]"')
+    return ImportError(
+        f'{error.name} is needed to draw reference scenes: in the checkout, pip install -e ".[reference]"'
+    )
 
 
 def check_split(split: str) -> Split:

@@ -129,6 +129,16 @@ def test_invalid_budgets_are_refused(name, keep):
         tokensieve.parse(name, keep=keep)
 
 
+@pytest.mark.parametrize(
+    ("keep", "hint"),
+    [("25%", "; write keep=0.25, without quotes"), ("64", "; write keep=64, without quotes"), ("many", "")],
+)
+def test_a_budget_in_quotes_is_shown_as_a_number(keep, hint):
+    with pytest.raises(tokensieve.Refusal) as refused:
+        tokensieve.parse("vtc-cls", keep=keep)
+    assert str(refused.value).endswith(f"got {keep!r}{hint}")
+
+
 @pytest.mark.parametrize(("keep", "total", "left"), [(5, 9, 5), (9, 5, 5), (0.5, 9, 4), (0.001, 9, 1), (1.0, 9, 9)])
 def test_count(keep, total, left):
     assert count(keep, total) == left

@@ -1,6 +1,7 @@
 """VTW's calibration: the divergences are those of runs with VTW attached, and the result is used."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import tokensieve
 from tests.support import families, models, prompts
 from tokensieve.evaluate import Sample
 from tokensieve.evaluate import calibrate as module
-from tokensieve.evaluate.calibrate import Calibration, calibrate_vtw, withdrawal_kl
+from tokensieve.evaluate.calibrate import Calibration, calibrate_vtw, first_below, withdrawal_kl
 
 FAMILY = "llava-clip-deep"
 
@@ -58,8 +59,13 @@ def test_search(inputs_of, samples, tmp_path):
 def test_no_layer_is_good_enough(inputs_of, samples, tmp_path):
     result = calibrate_vtw(models.tiny_model(FAMILY), None, samples, threshold=0.0)
     assert result.layer is None
-    with pytest.raises(ValueError, match=r"no layer of .* is good enough"):
+    with pytest.raises(ValueError, match=r"no layer of .* is good enough: the smallest divergence is .*") as refused:
         result.save(tmp_path / "vtw.json")
+    suggested = re.search(r"A threshold of (\S+) would choose layer (\d+)", str(refused.value))
+    assert suggested is not None
+    accepted = first_below(result.layers, result.divergence, float(suggested[1]))
+    assert accepted == int(suggested[2])
+    assert min(result.divergence) <= float(suggested[1]) <= 1.11 * min(result.divergence)
     with pytest.raises(ValueError, match="at least one sample"):
         calibrate_vtw(models.tiny_model(FAMILY), None, [])
     with pytest.raises(ValueError, match="must be 1 to 5"):

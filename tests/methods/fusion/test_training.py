@@ -234,7 +234,7 @@ def test_soft_scores():
         ({"data": "nothing.jsonl"}, "no such data file"),
         ({"model": "nothing/here"}, "no model at"),
         ({"teacher": "model"}, "names other classes"),
-        ({"spec": "pumer(layers=(7,))"}, "layers 0 to 4"),
+        ({"spec": "pumer(layers=(7,))"}, r"layers 0 to 4; got layers=\(7,\); layers=\(2,\) fit"),
         ({"spec": "pumer(prune=2)"}, "prune must be a share"),
     ],
 )

@@ -145,7 +145,7 @@ class Connector:
             encode = getattr(self.base, f"get_{kind}_features")
             names = [n for n in inspect.signature(encode).parameters if n in kwargs and n != "kwargs"]
             outputs[kind] = encode(**{n: kwargs[n] for n in names}, return_dict=True)
-            consumed |= {*pixels, "vision_feature_layer", "vision_feature_select_strategy"}
+            consumed |= {*pixels, *(name for name in kwargs if name.startswith("vision_feature_"))}
         for name in consumed:
             kwargs.pop(name, None)
         return outputs

@@ -39,6 +39,7 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions
 from tokensieve.models import Family
+from tokensieve.models.versions import before_5_23, checkpoints_activations
 
 
 @dataclass
@@ -111,6 +112,11 @@ class DecoderHooks:
             raise Refusal("new images on a filled cache cannot be reduced inside the LLM; start a new sequence")
         if kwargs.get("labels") is not None:
             raise Refusal("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
+        if before_5_23() and self.decoder.training and checkpoints_activations(self.decoder):
+            raise Refusal(
+                "before 5.23, transformers runs hooks twice under gradient checkpointing, so tokens would leave "
+                "the LLM twice: turn it off, use a connector method, or install a newer release"
+            )
         logits = kwargs.get("logits_to_keep")
         reads_end = self.evidence.probes or self.method.needs.requests("user_text")
         if reads_end and isinstance(logits, int) and logits > 1:

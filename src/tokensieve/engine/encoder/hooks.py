@@ -189,7 +189,8 @@ class EncoderHooks:
         if self.resize is not None:
             self._resize(tower, call, self.resize)
         if self.tower_hooks is not None:
-            call.tower_pass = self.tower_hooks.start(call.encoder_inputs, self.family.tile(self.model, call))
+            grid, features = self.family.tile(self.model, call), call.inputs.get("vision_feature_layer")
+            call.tower_pass = self.tower_hooks.start(call.encoder_inputs, grid, features)
         for probe in probes.values():
             probe.arm()
         return (), call.encoder_inputs

@@ -24,6 +24,7 @@ from tokensieve.engine.prompt.placeholders import equal_groups
 from tokensieve.errors import Refusal
 from tokensieve.methods import EncoderMethod
 from tokensieve.models import Family
+from tokensieve.models.versions import checkpoints_activations
 from tokensieve.models.vit import layers_used
 from tokensieve.ops import mask_bias
 from tokensieve.reduction import Reduction
@@ -46,7 +47,8 @@ class TowerHooks:
                 f"{method} drops tokens between the layers of the vision encoder; not supported in {family.title}: "
                 "its patches run packed, in windows"
             )
-        self.layers_in_all, self.depth = len(self._vit_layers), family.layers_used(model)
+        self._used_by_config = partial(family.layers_used, model)
+        self.layers_in_all, self.depth = len(self._vit_layers), self._used_by_config()
         self.layers = method.layer_numbers(self.depth)
         self._handles: list[Any] = []
 
@@ -66,21 +68,26 @@ class TowerHooks:
 
     # -- around the vision encoder ------------------------------------------------------------------------------------
 
-    def start(self, inputs: dict[str, Any], grid: tuple[int, int]) -> TowerPass:
-        """Start a call of the vision encoder; ``grid`` is (height, width) in patches of each of its images.
+    def start(
+        self, inputs: dict[str, Any], grid: tuple[int, int], features: int | list[int] | None = None
+    ) -> TowerPass:
+        """Start a call of the vision encoder.
+
+        Args:
+            inputs: the arguments of the vision encoder.
+            grid: (height, width) in patches of each image.
+            features: the hidden states that this call takes as features; ``None``: those of the config.
 
         Raises:
             Refusal: if the call cannot be reduced correctly; nothing has run then.
         """
-        selected = inputs.get("output_hidden_states")
-        if isinstance(selected, list | tuple) or (isinstance(selected, int) and not isinstance(selected, bool)):
-            used = layers_used(self.tower, selected if isinstance(selected, int) else list(selected))
-            if used != self.depth:
-                raise Refusal(
-                    f"{self.method} was attached to {self.depth} layers of the vision encoder; this call takes its "
-                    f"features from layer {used - 1}: set vision_feature_layer in the model's config before attaching"
-                )
-        if self.tower.training and self.tower.is_activation_checkpointing:
+        used = self._used_by_config() if features is None else layers_used(self.tower, features)
+        if used != self.depth:
+            raise Refusal(
+                f"{self.method} was attached to {self.depth} layers of the vision encoder; this call takes its "
+                f"features from layer {used - 1}: set vision_feature_layer in the model's config before attaching"
+            )
+        if self.tower.training and checkpoints_activations(self.tower):
             raise Refusal(
                 "gradient checkpointing runs layers twice and would reduce twice; turn it off in the vision encoder"
             )

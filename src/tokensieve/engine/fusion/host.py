@@ -15,6 +15,7 @@ from tokensieve.crossmodal import ModalityStream
 from tokensieve.engine.fusion.passes import FusionPass, StreamStep
 from tokensieve.errors import Refusal
 from tokensieve.methods import FusionMethod
+from tokensieve.models.versions import checkpoints_activations
 
 READS_ALL_TEXT = ("MaskedLM", "TokenClassification")  # class names of heads that read a row per text token end so
 
@@ -119,13 +120,18 @@ class Host(ABC):
         name, depth = type(model).__name__, self.depth(model)
         for layer in self.method.layers:
             if layer >= depth:
-                raise Refusal(f"{name} has {self.layer_kind} 0 to {depth - 1}; got layers={self.method.layers}")
+                stages = len(self.method.layers)
+                fitting = tuple(sorted({depth * (stage + 1) // (stages + 1) for stage in range(stages)}))
+                raise Refusal(
+                    f"{name} has {self.layer_kind} 0 to {depth - 1}; got layers={self.method.layers}; "
+                    f"layers={fitting} fit"
+                )
         if self.method.merges_text and name.endswith(READS_ALL_TEXT):
             raise Refusal(f"{name} reads every text token, so text must not merge: give merge_text=0")
 
     def _start(self, model: Any, args: Any) -> None:
         self._flight.passes, self._flight.outputs = [], {}
-        if model.training and getattr(model, "is_activation_checkpointing", False):
+        if model.training and checkpoints_activations(model):
             raise Refusal("gradient checkpointing runs layers twice and would reduce twice; turn it off")
 
     def _finish(self, model: Any, args: Any, output: Any) -> None:

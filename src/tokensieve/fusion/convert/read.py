@@ -32,9 +32,14 @@ def read_weights(source: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = load_file(file)
             return tensors
         stored = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"the checkpoint {file} cannot be read: {reason}") from error
+    except OSError as error:
+        raise Refusal(f"the checkpoint {file} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # torch's own words advise to load the file in a way that runs code from it
+        raise Refusal(
+            f"the checkpoint {file} cannot be read: it is no safetensors file and no state dict of tensors alone, "
+            "saved by torch.save; other objects are not loaded, because that would run code from the file"
+        ) from error
     weights = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
     if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
         raise Refusal(f"{file} holds no state dict: names and tensors are expected")
