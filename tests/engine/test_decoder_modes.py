@@ -67,7 +67,7 @@ def test_calibrate_on_the_command_line(monkeypatch, tmp_path):
     family = "llava-clip-deep"
     inputs = prompts.collate(family, prompts.batch(family, "single"))
     samples = [Sample("one", lambda: None, "what?", ("it",))]
-    monkeypatch.setattr("tokensieve.commands.calibrate.load_model", lambda name: (models.tiny_model(family), None))
+    monkeypatch.setattr("tokensieve.commands.calibrate.load_model", lambda *_: (models.tiny_model(family), None))
     monkeypatch.setattr("tokensieve.evaluate.load_data", lambda *args, **more: samples)
     monkeypatch.setattr(calibrate, "encode", lambda *args, **more: inputs)
     file = tmp_path / "vtw.json"
