@@ -3,9 +3,13 @@
 from contextlib import contextmanager
 
 import pytest
+import torch
+from torch import nn
 
 from tests.support.clocks import Clock
+from tokensieve.loading import devices_of
 from tokensieve.measure import Spread, interleave, paired_ratio, ratio_digits, two_digits
+from tokensieve.measure.latency import stopwatch
 
 
 @pytest.fixture
@@ -81,3 +85,21 @@ def test_a_ratio_shows_its_side_of_one(value, text):
 
 def test_a_spread_reads_as_a_median_with_its_quartiles():
     assert str(Spread(1.183, 1.1, 1.26)) == "1.2 (1.1–1.3)"
+
+
+def test_every_gpu_that_a_model_lies_on_is_waited_for(clock, monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    stopwatch(lambda: clock.spend(1), devices=["cuda:1", "cpu", "cuda:0"], clock=clock)()
+    assert waited == ["cuda:1", "cuda:0"] * 2
+
+
+def test_the_devices_of_a_model_are_those_of_its_weights_but_not_meta():
+    class Model(nn.Sequential):
+        device = torch.device("cpu")
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self[0]
+
+    model = Model(nn.Embedding(2, 2), nn.Linear(2, 2, device="meta"))
+    assert devices_of(model) == [torch.device("cpu")]

@@ -33,6 +33,7 @@ from tokensieve.evaluate.prompt import (
     without_repetitions,
 )
 from tokensieve.evaluate.results import Skipped
+from tokensieve.loading import device_of
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 
@@ -87,7 +88,7 @@ class Answerer:
         automatic = settings.batch_size == "auto"
         self.size = AUTO if settings.batch_size == "auto" else settings.batch_size
         # on a CPU larger batches are not faster, and the system ends a process that takes too much memory
-        self._grows = automatic and model.device.type not in ("cpu", "meta")
+        self._grows = automatic and device_of(model).type != "cpu"
         self._inputs: dict[tuple[str, ...], Inputs] = {}
         self._cached_bytes = 0
 

@@ -1,6 +1,6 @@
 """Load a model and its processor by name, with the options that real checkpoints need."""
 
-from tokensieve.loading.model import device_of, load_model
+from tokensieve.loading.model import device_of, devices_of, load_model
 from tokensieve.loading.options import DEFAULTS, Dtype, LoadOptions, Quantize
 from tokensieve.loading.place import Place, find
 from tokensieve.loading.processor import check_processor, load_processor
@@ -13,6 +13,7 @@ __all__ = [
     "Quantize",
     "check_processor",
     "device_of",
+    "devices_of",
     "find",
     "load_model",
     "load_processor",

@@ -63,6 +63,13 @@ def device_of(model: Any) -> Any:
     return model.device if device is None else torch.device(device)
 
 
+def devices_of(model: Any) -> list[Any]:
+    """Return the devices that a model works on: its inputs' first, then those of weights that other devices hold."""
+    first = device_of(model)
+    others = {weight.device for weight in model.parameters() if not weight.is_meta} - {first}
+    return [first, *sorted(others, key=str)]
+
+
 def _loader(name: str, config: Any, classifiers: bool) -> Any:
     """Return the class that loads a model of this config; refuse a model of no supported family."""
     from transformers import AutoModelForImageTextToText

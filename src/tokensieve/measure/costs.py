@@ -16,6 +16,7 @@ from torch import Tensor
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal
+from tokensieve.loading import device_of, devices_of
 from tokensieve.measure.busy import CpuReading, cpu_quota, read_cpu, timing_note, usable_cores
 from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch, in_rounds, stopwatch
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
@@ -163,7 +164,7 @@ def measure_costs(
     contenders = [full, *(_Contender.of(m, host, options) for m, host in zip(methods, hosts, strict=True))]
     start = read()
     rounds = _time(contenders, repeats, warmup, decode_tokens, clock)
-    on_cpu = torch.device(model.device).type == "cpu"
+    on_cpu = device_of(model).type == "cpu"
     note = timing_note(
         start,
         read(),
@@ -188,8 +189,9 @@ class _Prompts:
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor]) -> None:
         self.model = model
+        device = device_of(model)
         self.inputs = {
-            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+            name: tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in inputs.items()
         }
         self.generates = model.can_generate()
@@ -267,7 +269,7 @@ class _Contender:
 def _count(prompts: _Prompts, output: Any) -> tuple[int, int, int | None]:
     """Return FLOPs, peak bytes and cache bytes of a prefill with what is attached now; ``output`` is that of one."""
     cache_bytes = kv_bytes(output.past_key_values) if prompts.generates else None
-    return count_flops(prompts.prefill), peak_activation_bytes(prompts.prefill, prompts.model.device), cache_bytes
+    return count_flops(prompts.prefill), peak_activation_bytes(prompts.prefill, device_of(prompts.model)), cache_bytes
 
 
 def _time(
@@ -276,7 +278,8 @@ def _time(
     """Time the prefill and the decoding of all contenders, each in rounds that all of them share."""
     calls = [(c.prompts, context) for c in contenders for context in (c.attached, c.replay) if context is not None]
     stopwatches = [
-        stopwatch(prompts.prefill, context, device=prompts.model.device, clock=clock) for prompts, context in calls
+        stopwatch(prompts.prefill, context, devices=devices_of(prompts.model), clock=clock)
+        for prompts, context in calls
     ]
     prefills = iter(in_rounds(stopwatches, repeats=repeats, warmup=warmup))
     decodes: list[list[float]] | list[None] = [None] * len(contenders)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from tokensieve.loading import devices_of
+
 Clock: TypeAlias = Callable[[], float]
 """Returns seconds."""
 
@@ -76,7 +78,7 @@ def interleave(
         clock: seconds; ``time.process_time`` excludes other processes on a busy CPU.
     """
     contexts = around or [nullcontext] * len(calls)
-    stopwatches = [stopwatch(call, c, device=device, clock=clock) for call, c in zip(calls, contexts, strict=True)]
+    stopwatches = [stopwatch(call, c, devices=[device], clock=clock) for call, c in zip(calls, contexts, strict=True)]
     return in_rounds(stopwatches, repeats=repeats, warmup=warmup)
 
 
@@ -100,11 +102,11 @@ def stopwatch(
     call: Callable[[], Any],
     around: Context = nullcontext,
     *,
-    device: torch.device | str = "cpu",
+    devices: Sequence[torch.device | str] = (),
     clock: Clock = time.perf_counter,
 ) -> Callable[[], float]:
     """Return a function that makes the call inside its context and returns the milliseconds of the call alone."""
-    wait = synchroniser(device)
+    wait = synchroniser(devices)
 
     def measure() -> float:
         with around():
@@ -129,7 +131,7 @@ def decode_stopwatch(
 
     Its time is the mean over ``tokens`` steps, for the whole batch.
     """
-    wait = synchroniser(model.device)
+    wait = synchroniser(devices_of(model))
 
     def measure() -> float:
         ticks = _Ticks(wait, clock)
@@ -152,11 +154,15 @@ def paired_ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(over, under, strict=True)])
 
 
-def synchroniser(device: torch.device | str) -> Callable[[], None]:
-    """Return a function that waits for the device's queue; on a CPU it does nothing."""
-    if torch.device(device).type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
+def synchroniser(devices: Sequence[torch.device | str]) -> Callable[[], None]:
+    """Return a function that waits for the queues of the devices; a CPU has none."""
+    queues = [device for device in devices if torch.device(device).type == "cuda"]
+
+    def wait() -> None:
+        for device in queues:
+            torch.cuda.synchronize(device)
+
+    return wait
 
 
 class _Ticks(LogitsProcessor):  # type: ignore[misc]
