@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,5 +159,5 @@ def test_the_tables_fit_120_columns(capsys, monkeypatch):
 @pytest.mark.parametrize(("device", "noted"), [("cpu", "note: crowded\n"), ("cuda", "")])
 def test_shared_cores_are_noted_on_stderr_before_the_work(capsys, monkeypatch, device, noted):
     monkeypatch.setattr("tokensieve.measure.crowd_note", lambda threads, cores, quota: "crowded")
-    note_crowd(SimpleNamespace(device=device))
+    note_crowd(SimpleNamespace(device=torch.device(device), get_input_embeddings=lambda: None))
     assert capsys.readouterr() == ("", noted)
