@@ -33,6 +33,7 @@ CONTENTS = {
     "check": "the equivalence checks (laws)",
     "measure": "FLOPs, latency, memory",
     "train": "PuMer, reference models",
+    "loading": "checkpoints, with options",
     "reference": "bundled models and benchmark",
     "engine": "the hooks on a live model",
     "fusion": "METER, checkpoint conversion",

@@ -170,8 +170,8 @@ def _needs(info: MethodInfo) -> Iterator[str]:
 
 
 def _published(name: str, published: dict[str, Any]) -> list[str]:
-    """Return the tables of papers that hold this method, as printed there."""
-    lines = []
+    """Return the claims of papers about this method, and the tables that hold it, as printed there."""
+    lines, claims = [], [entry for entry in published["claims"] if entry["method"] == name]
     for table in published["tables"]:
         rows = [
             [tokens if spec == name else f"{tokens} (`{spec}`)", *cells]
@@ -185,15 +185,12 @@ def _published(name: str, published: dict[str, Any]) -> list[str]:
             lines += [
                 "| " + " | ".join("–" if cell is None else str(cell) for cell in row) + " |" for row in full + rows
             ]
-    if not lines:
+    if not lines and not claims:
         return []
-    return [
-        "",
-        "## Published results",
-        "",
-        f"{published['model']}; read from the papers named, not measured here.",
-        *lines,
-    ]
+    origin = "read from the papers named, not measured here."
+    head = f"{published['model']}; {origin}" if lines else origin.capitalize()
+    shown = [f"- {entry['claim']} Source: {entry['source']}" for entry in claims]
+    return ["", "## Published results", "", head, *([""] if shown else []), *shown, *lines]
 
 
 def _bundled(name: str, measured: list[Entry]) -> list[str]:

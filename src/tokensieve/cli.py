@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typer.core import TyperGroup
 from tokensieve.commands import ask, bench, calibrate, catalogue, check, compare, convert, new_method, train
 from tokensieve.errors import Refusal
 
+QUIET = ("accelerate", "bitsandbytes", "peft")  # libraries that log warnings in every call
 RESUMABLE = ("compare", "train")
 
 
@@ -79,4 +81,6 @@ def main() -> None:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="tokensieve")
         warnings.showwarning = lambda message, *_: typer.echo(f"note: {message}", err=True)
+        for library in QUIET:
+            logging.getLogger(library).setLevel(logging.ERROR)
     app()

@@ -58,6 +58,11 @@ class CrossModal:
     text_key: Tensor
     image_key: Tensor
 
+    @property
+    def one_stream(self) -> bool:
+        """Return whether text and image are one sequence (ViLT); else two streams with co-attention."""
+        return self.key.shape[2] > self.image_key.shape[2]
+
 
 @dataclass(frozen=True, eq=False)
 class Merge:

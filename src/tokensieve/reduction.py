@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tokensieve.errors import Refusal
@@ -267,6 +265,8 @@ class Reduction:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, including the scores."""
+        from safetensors.torch import save_file  # here: torch alone suffices for everything else
+
         tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores}
         if self.mixing is not None:
             tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
@@ -277,6 +277,8 @@ class Reduction:
     @classmethod
     def load(cls, path: str | Path) -> Reduction:
         """Read a file that :meth:`save` wrote; raise :class:`Refusal` if it is another file."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(path, framework="pt") as f:
                 tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a dict)

@@ -243,6 +243,7 @@ class ConnectorTokens(VisualTokens):
         encoder_keys: by encoder layer `[B, N, H, E]`, the keys.
         cls_similarity: `[B, N]`, cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: `[B, N, C]`, the rows that enter the projector.
+        pixel_hash: `[B]` int64, a number that depends on the image's pixels alone.
         user_text: the user's words, as the LLM's input embeddings.
         tiles: where the vision encoder received the image in tiles; else ``None``.
     """
@@ -253,8 +254,11 @@ class ConnectorTokens(VisualTokens):
     encoder_keys: ByLayer = field(default_factory=ByLayer)
     cls_similarity: Tensor | None = None
     patches: Tensor | None = None
+    pixel_hash: Tensor | None = None
     user_text: UserText | None = None
     tiles: Tiles | None = None
+
+    other_shapes: ClassVar = ("pixel_hash",)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -41,18 +41,18 @@ class Outcome:
     err: str
 
     def refused(self) -> str:
-        """Return the one line on stderr of a user's error."""
+        """Return the one line on stderr of a user's error, apart from notes."""
         assert self.code == 2, self.err
         assert self.out == ""
-        (line,) = self.err.splitlines()
+        (line,) = [line for line in self.err.splitlines() if not line.startswith("note: ")]
         assert "Traceback" not in line
         return line
 
 
-def run(*arguments: str | Path, **environment: str) -> Outcome:
+def run(*arguments: str | Path, cwd: Path | None = None, **environment: str) -> Outcome:
     """Call the installed command once."""
     program = [COMMAND, *map(str, arguments)]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT | environment)
+    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT | environment, cwd=cwd)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.calling import Outcome, run_many
+from tests.cli.calling import Outcome, run, run_many
 
 QUESTION = "what colour is the cup?"
 
@@ -23,6 +23,8 @@ def outcomes(model: str, photo: Path, tmp_path_factory: pytest.TempPathFactory) 
     (folder / "buggy.py").write_text(
         example[1].replace("return image", "return {}['gone']  # image").replace('"loudest"', '"buggy"')
     )
+    record = {"image": str(photo), "question": QUESTION, "answer": "red"}
+    (folder / "own.jsonl").write_text(json.dumps(record), "utf-8")
     once = ["--repeats", "1"]
     ask = ["ask", photo, QUESTION, "--model", model, "--max-new-tokens", "4"]
     return run_many({
@@ -34,6 +36,9 @@ def outcomes(model: str, photo: Path, tmp_path_factory: pytest.TempPathFactory) 
         "buggy": [*ask, "--method", f"{folder}/buggy.py:Loudest"],
         "bench": ["bench", "--model", model, "--methods", "vtc-cls, pool(keep=9)", "--keep", "36, 11%",
                   "--answer-tokens", "7", *once],
+        "own data": ["compare", "--model", model, "--data", folder / "own.jsonl", "--methods", "uniform", "--keep", "9",
+                     "--no-measure", "--no-report", "--max-new-tokens", "2", "--output", folder / "out"],
+        "bench of a photo": ["bench", "--model", model, "--image", photo, "--methods", "uniform", "--keep", "9", *once],
         "bench classifier": ["bench", "--model", "pumer-reference", *once, "--json"],
         "bench classifier table": ["bench", "--model", "vilt-reference", "--methods", "pumer(layers=(2, 4))", *once],
         "bench json": ["bench", "--model", model, "--methods", "vtc-cls", "--keep", "36", *once, "--json"],
@@ -54,7 +59,8 @@ def test_text_shows_both_answers_and_saves_the_overlay(outcomes: dict[str, Outco
 def test_stdout_holds_only_the_json(outcomes: dict[str, Outcome]) -> None:
     answered = json.loads(outcomes["json"].out)
     assert list(answered) == [
-        "question", "method", "answer_full", "answer", "tokens_before", "tokens_after", "notes", "overlay"
+        "question", "right_answer", "method", "answer_full", "answer", "tokens_before", "tokens_after", "notes",
+        "image", "overlay",
     ]  # fmt: skip
     assert answered["question"] == QUESTION
     assert answered["method"] == "trsm(keep=0.25, query='prompt')"
@@ -68,6 +74,42 @@ def test_stages_positions_and_own_methods(outcomes: dict[str, Outcome]) -> None:
     assert contiguous["tokens_after"] == 9
     assert own["method"] == "loudest(keep=16)"
     assert own["tokens_after"] == 16
+
+
+def test_the_bundled_model_says_that_it_does_not_know_a_photo(outcomes: dict[str, Outcome], model: str) -> None:
+    if model != "reference":
+        pytest.skip("no trained weights")
+    for name in ("text", "json", "bench of a photo", "own data"):
+        assert outcomes[name].code == 0
+        assert outcomes[name].err.count("'reference' knows only its own drawn scenes") == 1
+    assert "drawn scenes" not in outcomes["bench"].err
+
+
+def test_without_arguments_a_scene_is_asked_about(model: str, tmp_path: Path) -> None:
+    """The first command that a user tries: a question with a known answer, and where the pictures are."""
+    outcome = run("ask", "--model", model, cwd=tmp_path)
+    assert outcome.code == 0, outcome.err
+    question, right, full, reduced = outcome.out.splitlines()
+    assert question.startswith("question")
+    assert question.endswith("?")
+    answer = right.split()[-1]
+    assert reduced.startswith("vtc-cls(keep=64)")
+    if model == "reference":
+        assert (full.split()[-1], reduced.split()[-1]) == (answer, answer)
+    paths = {name: Path(path) for name, path in re.findall(r"^(scene|overlay): +(.+)$", outcome.err, re.M)}
+    assert paths == {"scene": Path("runs/ask/scene.png"), "overlay": Path("runs/ask/kept.png")}
+    with Image.open(tmp_path / paths["scene"]) as scene, Image.open(tmp_path / paths["overlay"]) as overlay:
+        assert scene.size == (120, 120)
+        assert overlay.size == (480, 480)
+    (tmp_path / "runs" / "ask" / "scene.png").unlink()
+    (tmp_path / "runs" / "ask" / "scene.png").mkdir()
+    assert "cannot save a picture as runs/ask/scene.png" in run("ask", "--model", model, cwd=tmp_path).err
+
+
+def test_a_scene_is_shown_to_any_model(tmp_path: Path) -> None:
+    outcome = run("ask", "--model", "vilt-reference", "--method", "pumer(layers=(2, 4))", "--json", cwd=tmp_path)
+    assert json.loads(outcome.out)["right_answer"] == "green"
+    assert outcome.err == ""
 
 
 def test_a_bug_keeps_its_traceback(outcomes: dict[str, Outcome]) -> None:

@@ -140,6 +140,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
         ["huge.png", "900,000,000 pixels are too many", "100,000,000 pixels"],
     ),
     "empty question": (lambda f, m: ["ask", f"{f}/photo.jpg", "  ", "--model", m], ["the question is empty"]),
+    "no question": (lambda f, m: ["ask", f"{f}/photo.jpg", "--model", m], ["the question is empty; ask something"]),
     "missing column": (
         lambda f, m: ["compare", "--model", m, "--data", f"{f}/column.jsonl"],
         ["column.jsonl", "line 2", "question"],

@@ -66,7 +66,7 @@ def test_a_printed_verdict_stands_beside_figures_that_show_it(session):
     *_, break_even = _times(row)
     _, prefill_low, prefill_high = numbers(_times(row)[3])
     decode, decode_low, decode_high = numbers(_times(row)[5])
-    exact = 1e-4  # a speedup of 1.00001 is printed as 1.0
+    exact = 6e-4  # a speedup of 1.0004 is printed as 1.0
     if break_even == "at once":
         assert prefill_low > 1 or row.prefill_speedup.low < 1 + exact
         assert decode >= 1

@@ -20,7 +20,8 @@ def test_the_catalogue_is_the_registry() -> None:
 
 
 def test_commands_exist_with_their_options() -> None:
-    lines = re.findall(r"^(?:\.venv/bin/)?tokensieve (.+?)(?: +#.*)?$", README, re.M)
+    pages = README + (ROOT / "docs" / "models.md").read_text("utf-8")
+    lines = re.findall(r"^(?:\.venv/bin/)?tokensieve (.+?)(?: +#.*)?$", pages, re.M)
     commands = {line.split()[0] for line in lines}
     helped = run_many({name: [name, "--help"] for name in commands})
     for line in lines:

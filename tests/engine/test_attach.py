@@ -92,7 +92,7 @@ def test_gradient_checkpointing_changes_nothing(family, spec):
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("spec", ["vtc-cls(keep=5)", "downsample(keep=5)"])
+@pytest.mark.parametrize("spec", ["vtc-cls(keep=5)", "downsample(keep=5)", "fastv(layer=1, keep=5)"])
 @pytest.mark.parametrize("family", ["llava-clip", "qwen2.5-vl"])
 def test_two_threads_on_one_attached_model(family, spec):
     """Evidence, decisions and states of concurrent calls do not mix."""

@@ -329,3 +329,22 @@ def test_a_vision_encoder_that_fails_disarms_the_probes():
             tower(inputs["pixel_values"])  # a direct call: nothing may be read, or kept in memory
         assert not sieve._flight.readings
         works(model, inputs)
+
+
+def test_masks_in_blocks_cannot_be_read():
+    """Flex attention gives its kernel a BlockMask; this method reads attention, and says what to load instead."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from tokensieve.engine.inflight import InFlight
+    from tokensieve.engine.probe import probe_of
+
+    model = models.tiny_model("llava-clip")
+    attention = model.model.vision_tower.encoder.layers[0].self_attn
+    probe = probe_of(attention, lambda *inputs: inputs, InFlight())
+    try:
+        probe.arm()
+        rows, mask = torch.zeros(1, 1, 128, 8), create_block_mask(lambda b, h, q, k: q >= k, 1, None, 128, 128, "cpu")
+        with pytest.raises(ValueError, match=r"attention cannot be read under a BlockMask .*sdpa, eager"):
+            probe.observe(rows, rows, None, mask)
+    finally:
+        probe.remove()

@@ -218,7 +218,7 @@ def test_a_pandas_table(monkeypatch):
     assert frame.groupby("method").score.mean().to_dict() == {"full": 1.0, "random": 10 / 16}
     assert list(results.to_pandas().accuracy) == [row.accuracy for row in results.rows]
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(MissingExtra, match=r'to_pandas\(\) needs pandas: pip install "tokensieve\[data\]"'):
+    with pytest.raises(MissingExtra, match=r'to_pandas\(\) needs pandas: in the checkout, pip install -e "\.\[data\]"'):
         results.to_pandas()
 
 
@@ -232,7 +232,9 @@ def test_a_plot_shows_accuracy_against_a_field(monkeypatch):
         with pytest.raises(Refusal, match=f"no row has a number '{field}'"):
             results.plot(field)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtra, match=r'plot\(\) needs matplotlib: pip install "tokensieve\[report\]"'):
+    with pytest.raises(
+        MissingExtra, match=r'plot\(\) needs matplotlib: in the checkout, pip install -e "\.\[report\]"'
+    ):
         results.plot()
 
 
@@ -267,7 +269,7 @@ def test_a_bug_while_loading_keeps_its_type(tmp_path, monkeypatch):
 
 def test_the_example_on_the_page_runs(tmp_path, monkeypatch, capsys):
     page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text("utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "compare(" in block)
+    (code,) = re.findall(r"## From Python\n.*?```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "comparing.md", "exec"), {})
     printed = capsys.readouterr().out

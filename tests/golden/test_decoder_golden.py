@@ -2,7 +2,11 @@
 
 import torch
 
+import tokensieve
+from tests.golden.drawn import bells, fill
+from tests.golden.small_llava import llava_around
 from tests.golden.vectors import CLOSE, cases, load
+from tests.support.families import BOS, IMAGE
 from tokensieve import parse
 from tokensieve.evaluate.calibrate import first_below, withdrawal_kl
 from tokensieve.methods.dart import Dart, least_alike
@@ -134,12 +138,7 @@ def test_density_peaks(name):
     _, cluster = density_peaks(x, clusters, clusters, 1e-6 * expected["density_noise"])
     of = torch.nn.functional.one_hot(cluster, clusters).float()
     merged = (of / of.sum(1, keepdim=True)).transpose(1, 2) @ x
-
-    def ordered(rows):
-        """Clusters in a fixed order: the official one is that of the scores."""
-        return torch.stack([row[row[:, 0].argsort()] for row in rows])
-
-    torch.testing.assert_close(ordered(merged), ordered(expected["merged"]), **CLOSE)
+    torch.testing.assert_close(merged, expected["merged"], **CLOSE)  # in the official order as well
 
 
 @cases("sparsevlm_plus")
@@ -258,3 +257,43 @@ def test_pool_decoder(name):
         rows, numbers = [*rows, given["hidden"][row, at:]], [*numbers, positions[at:]]
         torch.testing.assert_close(torch.cat(rows), expected["output"][row], **CLOSE)
         assert torch.equal(torch.cat(numbers), expected["output_position_ids"][row])
+
+
+# -- attached to a model ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def enters_layer(h, spec):
+    """Attach ``spec`` to a small LLaVA with 576 visual tokens; return its decision, and the rows that enter a layer."""
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model, entered = llava_around({**config, "image_size": 48, "patch_size": 2}, layers=4), []
+    fill(model.model.vision_tower, h["seed"], h["sharp"])
+    fill(model.model.language_model, h["seed"] + 2, h["sharp"])
+    ids = torch.tensor([[BOS, *[IMAGE] * h["tokens"], *range(7, 19)]])
+    with tokensieve.attach(model, spec) as sieve:
+        model.model.language_model.layers[h["layer"]].register_forward_pre_hook(
+            lambda layer, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        model(input_ids=ids, pixel_values=bells(h["seed"] + 1, 1, 3, 48, 48))
+    ((decision,),) = sieve.last
+    return decision, entered[0][0]
+
+
+@cases("sparsevlm_model_published")
+def test_sparsevlm_attached(name):
+    _, expected, h = load("sparsevlm_model_published", name)
+    spec = f"sparsevlm(keep={h['keep']}, layers=({h['layer']},), appended=True, noise_seed={h['noise_seed']})"
+    decision, rows = enters_layer(h, spec)
+    kept = expected["kept_indices"].tolist()
+    assert ((decision.source >= 0) & (decision.source < len(kept))).nonzero().flatten().tolist() == kept
+    # behind [begin] and the kept tokens: the recycled ones in the official order, then the words
+    torch.testing.assert_close(rows[1 + len(kept) :], expected["rows"], **CLOSE)
+
+
+@cases("fastv_model_published")
+def test_fastv_attached(name):
+    _, expected, h = load("fastv_model_published", name)
+    decision, rows = enters_layer(h, f"fastv(keep={h['keep']}, layer={h['layer']})")
+    assert decision.kept.tolist() == expected["kept_indices"].tolist()
+    assert len(rows) == 1 + h["keep"] + 12
+    torch.testing.assert_close(rows[-12:], expected["rows"], **CLOSE)

@@ -1,11 +1,12 @@
 """VTC-CLS, FasterVLM and DivPrune against inputs and outputs of their authors' code."""
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokensieve
+from tests.golden.drawn import bells, fill
+from tests.golden.small_llava import llava_around
 from tests.golden.vectors import CLOSE, cases, load
-from tests.support.families import BOS, IMAGE, VOCABULARY
+from tests.support.families import BOS, IMAGE
 from tokensieve.methods.divprune import DivPrune
 from tokensieve.methods.fastervlm import FasterVlm
 from tokensieve.methods.vtc_cls import VtcCls
@@ -13,56 +14,54 @@ from tokensieve.ops import max_min
 from tokensieve.tokens import ByLayer, ConnectorTokens
 
 
-def llava_around(config, state):
-    """A LLaVA model whose tower is the recorded CLIP and whose projector changes nothing."""
-    width = config["hidden_size"]
-    text = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=VOCABULARY,
-        pad_token_id=0,
-    )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=CLIPVisionConfig(**config),
-            text_config=text,
-            image_token_id=IMAGE,
-            projector_hidden_act="linear",
-            vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-        )
-    ).eval()
+def recorded(model, state):
+    """Load the recorded CLIP encoder into a LLaVA model."""
     state = {k.removeprefix("sd.vision_model."): v for k, v in state.items() if k.startswith("sd.")}
     state = {k: v for k, v in state.items() if not k.endswith("position_ids")}
     missing, unexpected = model.model.vision_tower.load_state_dict(state, strict=False)
     assert not unexpected
     assert not [k for k in missing if "position_ids" not in k]
-    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-        torch.nn.init.eye_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
     return model
+
+
+def enters_the_llm(model, pixels, tokens, **parameters):
+    """Attach ``vtc-cls`` as a user does; return its decision, and the visual rows that enter the LLM."""
+    entered = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(kwargs["inputs_embeds"][0, 1:-1]), with_kwargs=True
+    )
+    ids = torch.tensor([[BOS, *[IMAGE] * tokens, 7]])
+    with tokensieve.attach(model, "vtc-cls", **parameters) as sieve:
+        model(input_ids=ids, pixel_values=pixels)
+    ((reduction,),) = sieve.last
+    return reduction, entered[0]
 
 
 @cases("vtc_cls")
 @torch.no_grad()
 def test_vtc_cls_end_to_end(name):
-    """The recorded tower inside LLaVA, attached as a user does: what entered the LLM is what the authors kept."""
+    """The rows that enter the LLM are those that the authors keep."""
     given, expected, hyper = load("vtc_cls", name)
-    model = llava_around(hyper["config"], given)
-    tokens = len(expected["score"])
-    entered = []
-    model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: entered.append(kwargs["inputs_embeds"][0]), with_kwargs=True
-    )
-    ids = torch.tensor([[BOS, *[IMAGE] * tokens, 7]])
-    with tokensieve.attach(model, "vtc-cls", keep=hyper["token_num"], first_layer=hyper["start_layer"]) as sieve:
-        model(input_ids=ids, pixel_values=given["pixel_values"])
-    ((reduction,),) = sieve.last
+    model = recorded(llava_around(hyper["config"]), given)
+    parameters = {"keep": hyper["token_num"], "first_layer": hyper["start_layer"]}
+    reduction, rows = enters_the_llm(model, given["pixel_values"], len(expected["score"]), **parameters)
     assert reduction.kept.tolist() == expected["kept_indices"].tolist()
     torch.testing.assert_close(reduction.scores, expected["score"], **CLOSE)
-    torch.testing.assert_close(entered[0][1:-1], expected["kept_features"][0], **CLOSE)
+    torch.testing.assert_close(rows, expected["kept_features"][0], **CLOSE)
+
+
+@cases("vtc_cls_model_published")
+@torch.no_grad()
+def test_vtc_cls_end_to_end_on_576_patches(name):
+    _, expected, h = load("vtc_cls_model_published", name)
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+    model = llava_around({**config, "image_size": 48, "patch_size": 2})
+    fill(model.model.vision_tower, h["seed"], h["sharp"])
+    pixels = bells(h["seed"] + 1, 1, 3, 48, 48)
+    reduction, rows = enters_the_llm(model, pixels, h["tokens"], keep=h["keep"], first_layer=h["first_layer"])
+    assert reduction.kept.tolist() == expected["kept_indices"].tolist()
+    torch.testing.assert_close(reduction.scores, expected["score"], **CLOSE)
+    assert rows.shape == (h["keep"], 16)
 
 
 @cases("vtc_cls")

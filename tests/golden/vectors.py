@@ -1,6 +1,7 @@
-"""The authors' own numbers: inputs and outputs of the official codes on small random inputs.
+"""The authors' own numbers: inputs and outputs of the official codes on small random inputs, and at published sizes.
 
-The manifests beside this file name the repository, the commit and the law of every case.
+The manifests beside this file name the repository, the commit and the law of every case. The inputs at published sizes
+are drawn by ``drawn.py``; only the outputs are stored.
 """
 
 import json

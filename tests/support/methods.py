@@ -49,6 +49,7 @@ TUNED = (
     "mmtok(keep=6)",
     "holov(keep=6, windows=4)",
     "holov(keep=6, windows=4, rank='holistic')",
+    "holov(keep=0.8, windows=4, overflow='truncate')",
     "par(keep=6, threshold=0.3)",
     "setok-cluster(threshold=9, fallback=3)",
     "setok-cluster(threshold=0.9)",

@@ -106,7 +106,9 @@ class Laws:
         self.processor, self.scope = processor, budget_scope
         self.batch, self.singles = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.unreduced = self.generate(self.batch)
-        self.precision = torch.finfo(next(model.parameters()).dtype).eps
+        # kernels of quantised layers round activations to half precision or 8 bits, whatever the dtype around them
+        quantised = getattr(model, "is_quantized", False)
+        self.precision = max(torch.finfo(model.dtype).eps, torch.finfo(torch.bfloat16).eps * quantised)
         rounding = [_deviation(_row(self.unreduced, i), self.generate(inputs)) for i, inputs in enumerate(self.singles)]
         self.floor = max(self.precision * float(self.unreduced.logits.abs().max()), *rounding)
         self.allowed = MARGIN * self.floor

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, ImageFile, Json, Model
+from tokensieve.commands.arguments import BudgetScope, Json, Model, with_load_options
 from tokensieve.commands.console import note, print_json
-from tokensieve.commands.loading import inputs_of, load_model, trained_spec
-from tokensieve.errors import Refusal
+from tokensieve.commands.loading import inputs_of, note_foreign_images, trained_spec
+from tokensieve.errors import OutputError, Refusal
+from tokensieve.loading import LoadOptions, load_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tokensieve.evaluate import Sample
 
 METHOD = "vtc-cls"
+FOLDER = Path("runs/ask")  # pictures of a bundled scene
 
 
+@with_load_options()
 def ask(
-    image: ImageFile,
-    question: Annotated[str, typer.Argument(help="Question about it.", show_default=False)],
+    loading: LoadOptions,
+    image: Annotated[Path | None, typer.Argument(help="Image file.", show_default="a bundled scene")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="Question about it.", show_default="a question about the scene")
+    ] = None,
     method: Annotated[str, typer.Option(help="Method spec, e.g. 'vtc-cls(first_layer=-2)'.")] = METHOD,
     keep: Annotated[
         str | None, typer.Option(help="Budget: tokens (36) or a share (0.25, 25%).", show_default="the method's own")
@@ -31,61 +42,103 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
     json: Json = False,
 ) -> None:
-    """Answer a question about an image, without and with a method."""
+    """Answer a question about an image, without and with a method.
+
+    Without arguments: a question about a scene of the bundled benchmark, whose right answer is known. The scene and its
+    kept tokens are saved in runs/ask.
+    """
     from tokensieve.budget import parse_budget
     from tokensieve.engine import attach
     from tokensieve.engine.budget_scope import check_scope
-    from tokensieve.evaluate import Sample, open_image
     from tokensieve.evaluate.answer import together
-    from tokensieve.evaluate.data import check_text
     from tokensieve.methods import parse
 
-    if not question.strip():
-        raise Refusal("the question is empty; ask something about the image")
-    check_text(question, "the question")
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before a model is loaded
     if overlay is not None:
         _check_overlay_path(overlay)
-    picture = open_image(image)
-    vlm, processor = load_model(model, classifiers=True)
+    sample = _scene() if image is None else _users_sample(image, question)
+    vlm, processor = load_model(model, loading, classifiers=True)
     if method == METHOD and not vlm.can_generate():
         method = trained_spec(model, vlm)
     stages = parse(method, **budget)
-    inputs = inputs_of(vlm, processor, [Sample("ask", lambda: picture, question, ())])
+    inputs = inputs_of(vlm, processor, [sample])
     before = _answer(vlm, processor, inputs, max_new_tokens)
     with attach(vlm, stages, positions=positions, processor=processor, budget_scope=budget_scope) as sieve:
         after = _answer(vlm, processor, inputs, max_new_tokens)
     reduction = together(sieve.last[0])
+    picture = sample.open()
+    if image is None:
+        image = _save(picture, FOLDER / "scene.png")
+        overlay = overlay or (FOLDER / "kept.png" if reduction.grid else None)
     if overlay is not None:
         from tokensieve.report.overlay import as_seen
         from tokensieve.report.overlay import overlay as draw
 
-        draw(as_seen(picture, processor), reduction).save(overlay)
-    name = " + ".join(map(str, stages))
+        _save(draw(as_seen(picture, processor), reduction), overlay)
+    name, right = " + ".join(map(str, stages)), next(iter(sample.answers), None)
     if json:
-        answers = {"method": name, "answer_full": before, "answer": after}
+        answers = {"right_answer": right, "method": name, "answer_full": before, "answer": after}
         tokens = {"tokens_before": reduction.total, "tokens_after": reduction.slots, "notes": reduction.notes}
-        print_json({"question": question, **answers, **tokens, "overlay": overlay and str(overlay)})
-        return
-    width = max(len(name), len("full model"))
-    typer.echo(f"{'full model':{width}}  {reduction.total:5} tokens  {before}")
-    typer.echo(f"{name:{width}}  {reduction.slots:5} tokens  {after}")
-    for remark in reduction.notes:
-        note(f"note: {remark}")
-    if overlay is not None:
-        note(f"overlay: {overlay}")
+        pictures = {"image": str(image), "overlay": overlay and str(overlay)}
+        print_json({"question": sample.question, **answers, **tokens, **pictures})
+    else:
+        width = max(len(name), len("right answer"))
+        if right is not None:
+            typer.echo(f"{'question':{width}}                {sample.question}")
+            typer.echo(f"{'right answer':{width}}                {right}")
+        typer.echo(f"{'full model':{width}}  {reduction.total:5} tokens  {before}")
+        typer.echo(f"{name:{width}}  {reduction.slots:5} tokens  {after}")
+        for remark in reduction.notes:
+            note(f"note: {remark}")
+        if right is not None:
+            note(f"scene:   {image}")
+        if overlay is not None:
+            note(f"overlay: {overlay}")
+    if right is None:
+        note_foreign_images(model)
+
+
+def _scene() -> Sample:
+    """Return a question about a scene of the bundled benchmark."""
+    from tokensieve.evaluate import Sample
+    from tokensieve.reference.benchmark import benchmark
+
+    row = benchmark(scenes=1)[0]
+    return Sample("ask", lambda: row.image, row.question, (row.answer,))
+
+
+def _users_sample(image: Path, question: str | None) -> Sample:
+    """Return the user's question about the user's image."""
+    from tokensieve.evaluate import Sample, open_image
+    from tokensieve.evaluate.data import check_text
+
+    if question is None or not question.strip():
+        raise Refusal("the question is empty; ask something about the image")
+    check_text(question, "the question")
+    picture = open_image(image)
+    return Sample("ask", lambda: picture, question, ())
 
 
 def _check_overlay_path(path: Path) -> None:
     """Refuse, before a model is loaded, a path that no picture can be saved at."""
-    from PIL import Image
+    from PIL import Image as pil
 
-    formats = Image.registered_extensions()
-    if formats.get(path.suffix.lower()) not in Image.SAVE:
+    formats = pil.registered_extensions()
+    if formats.get(path.suffix.lower()) not in pil.SAVE:
         raise Refusal(f"cannot save a picture as {path}: name it .png, .jpg or .webp")
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() and path.parent != FOLDER:
         raise Refusal(f"cannot save a picture as {path}: there is no folder {path.parent}")
+
+
+def _save(picture: Image, path: Path) -> Path:
+    try:
+        if path.is_relative_to(FOLDER):
+            FOLDER.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except OSError as error:
+        raise OutputError(f"cannot save a picture as {path}: {error.strerror or error}") from error
+    return path
 
 
 def _answer(model: Any, processor: Any, inputs: dict[str, Any], max_new_tokens: int) -> str:

@@ -18,10 +18,12 @@ from tokensieve.commands.arguments import (
     check_scopes,
     split_budgets,
     split_specs,
+    with_load_options,
 )
 from tokensieve.commands.console import note, print_json, print_table
-from tokensieve.commands.loading import inputs_of, load_model, trained_spec
+from tokensieve.commands.loading import inputs_of, note_foreign_images, trained_spec
 from tokensieve.commands.machine import note_crowd
+from tokensieve.loading import LoadOptions, load_model
 
 if TYPE_CHECKING:
     from tokensieve.measure import Cost, Spread
@@ -31,7 +33,9 @@ TIMES = ("method", "tokens", "prefill ms", "speedup", "ms/token", "speedup", "br
 SIZES = ("method", "method ms", "FLOPs", "peak MB", "KV MB", "prompts/s", "tokens/s", "s/1,000 requests", "of full")
 
 
+@with_load_options()
 def bench(
+    loading: LoadOptions,
     model: Model = "reference",
     image: Annotated[Path | None, typer.Option(help="Image file.", show_default="a synthetic one")] = None,
     question: Annotated[str, typer.Option(help="Question about it.")] = "what is in the image?",
@@ -57,13 +61,15 @@ def bench(
     check_scopes(budget_scope, plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
     check_text(question, "the question")
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
-    vlm, processor = load_model(model, classifiers=True)
+    vlm, processor = load_model(model, loading, classifiers=True)
     note_crowd(vlm)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     entries = plan(specs, keeps, seeds=1, oracle=False)
     stages = [run.stages for entry in entries[1:] for run in entry.runs]  # the first entry is the unhooked model
     inputs = inputs_of(vlm, processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
+    if image is not None:
+        note_foreign_images(model)
     costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope)
     if json:
         print_json([cost.to_json() | _rates(cost, answer_tokens) for cost in costs])

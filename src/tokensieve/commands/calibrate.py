@@ -8,9 +8,20 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.commands.arguments import Data, FetchImages, ImageColumn, Json, Model, Prompt, QuestionColumn, Split
+from tokensieve.commands.arguments import (
+    Data,
+    FetchImages,
+    ImageColumn,
+    Json,
+    Model,
+    Prompt,
+    QuestionColumn,
+    Split,
+    with_load_options,
+)
 from tokensieve.commands.console import note, print_json, print_table, progress
-from tokensieve.commands.loading import load_model
+from tokensieve.commands.loading import note_foreign_images
+from tokensieve.loading import LoadOptions, load_model
 
 app = typer.Typer(no_args_is_help=True, help="Find a method's parameters on data.")
 
@@ -21,7 +32,9 @@ def calibrate() -> None:
 
 
 @app.command()
+@with_load_options()
 def vtw(
+    loading: LoadOptions,
     model: Model = "reference",
     data: Data = "reference",
     split: Split = None,
@@ -49,7 +62,9 @@ def vtw(
         fetch_images=fetch_images,
         limit=limit,
     )
-    vlm, processor = load_model(model)
+    vlm, processor = load_model(model, loading)
+    if data != "reference":
+        note_foreign_images(model)
     with progress() as bar:
         result = calibrate_vtw(
             vlm, processor, samples, threshold=threshold, first=first_layer, prompt=prompt, progress=bar

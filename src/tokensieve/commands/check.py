@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, Json
+from tokensieve.commands.arguments import BudgetScope, Json, with_load_options
 from tokensieve.commands.console import note, print_json, print_table, progress
-from tokensieve.commands.loading import load_model
 from tokensieve.errors import Refusal
+from tokensieve.loading import LoadOptions, load_model
 
 if TYPE_CHECKING:
     from tokensieve.check import Verdict
@@ -26,7 +26,9 @@ QUESTIONS = (
 SIZES = ((448, 336), (336, 480), (400, 400), (512, 256))
 
 
+@with_load_options()
 def check(
+    loading: LoadOptions,
     model: Annotated[str, typer.Argument(help="Folder or hub name; 'reference' is the bundled one.")] = "reference",
     method: Annotated[
         list[str] | None,
@@ -37,10 +39,6 @@ def check(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights and few layers: only the config is used.")
     ] = False,
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Precision.", show_default="float32, on a GPU the checkpoint's"),
-    ] = None,
     json: Json = False,
 ) -> None:
     """Prove on your model that a method drops tokens and changes nothing else.
@@ -57,7 +55,7 @@ def check(
     entries = plan(list(method or METHODS), [parse_budget(keep)], seeds=1, oracle=False)
     # the first entry is the unhooked model
     candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]
-    vlm, processor = load_model(model, dtype, random)
+    vlm, processor = load_model(model, loading, random=random)
     torch.manual_seed(0)
     with progress() as report:
         report(0, len(candidates), "the unmodified model")
@@ -66,9 +64,10 @@ def check(
         for done, stages in enumerate(candidates):
             report(done, len(candidates), " + ".join(map(str, stages)))
             verdicts.append(list(laws.check(stages)))
-    precision = str(next(vlm.parameters()).dtype).removeprefix("torch.")
+    precision = str(vlm.dtype).removeprefix("torch.")
     if json:
         about = {"model": model, "model_type": vlm.config.model_type, "dtype": precision, "random_weights": random}
+        about["loading"] = loading.to_json()
         about["budget_scope"] = budget_scope
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         noise = {"noise_floor": laws.floor, "allowed": laws.allowed}

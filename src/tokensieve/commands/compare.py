@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,15 +28,19 @@ from tokensieve.commands.arguments import (
     check_scopes,
     split_budgets,
     split_specs,
+    with_load_options,
 )
 from tokensieve.commands.console import in_all_processes, note, print_json, print_lines, print_table, progress
-from tokensieve.commands.loading import COMPARED_WITH, load_model, trained_spec
+from tokensieve.commands.loading import COMPARED_WITH, note_foreign_images, trained_spec
 from tokensieve.commands.machine import note_crowd
 from tokensieve.errors import Refusal
+from tokensieve.loading import LoadOptions, load_model
 
 
+@with_load_options()
 @in_all_processes
 def compare(
+    loading: LoadOptions,
     model: Model = "reference",
     unreduced: Annotated[
         str | None,
@@ -110,15 +115,19 @@ def compare(
         fetch_images=fetch_images,
         limit=limit,
     )
-    vlm, processor = load_model(model, classifiers=True)
+    vlm, processor = load_model(model, loading, classifiers=True)
     note_crowd(vlm)
     if methods == METHODS and not vlm.can_generate():
         specs = [trained_spec(model, vlm)]
     trained = None
     if unreduced := unreduced or COMPARED_WITH.get(model):
-        trained, (vlm, processor) = vlm, load_model(unreduced, classifiers=True)
+        # the unreduced fine-tune is another checkpoint: the revision and the adapter are those of --model
+        shared = replace(loading, revision=None, adapter=None)
+        trained, (vlm, processor) = vlm, load_model(unreduced, shared, classifiers=True)
     processes = Processes.launched()
-    comparison = Comparison(vlm, processor, samples, settings, trained, processes=processes)
+    comparison = Comparison(vlm, processor, samples, settings, trained, loading, processes)
+    if data != "reference":
+        note_foreign_images(model)
     with progress() as bar:
         results = comparison.run(specs, keeps, output, bar)
     if not processes.first:

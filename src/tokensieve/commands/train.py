@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from tokensieve.commands.arguments import Json
+from tokensieve.commands.arguments import Json, with_load_options
 from tokensieve.commands.console import note, print_json
+from tokensieve.loading import LoadOptions, find
 
 app = typer.Typer(no_args_is_help=True, help="Train the bundled model from nothing, or PuMer on your data.")
 
@@ -56,7 +57,9 @@ def vilt_reference(
 
 
 @app.command()
+@with_load_options("revision", "processor")
 def pumer(
+    loading: LoadOptions,
     task: Annotated[str, typer.Option(help="vqa, nlvr2, ve or retrieval.")],
     model: Annotated[str, typer.Option(help="Pretrained ViLT, METER or BridgeTower to start from.")],
     data: Annotated[
@@ -86,7 +89,6 @@ def pumer(
     json: Json = False,
 ) -> None:
     """Fine-tune a cross-modal encoder with PuMer attached, distilling from the unreduced model."""
-    from tokensieve.commands.loading import find
     from tokensieve.train.pumer import Recipe, train_pumer
     from tokensieve.train.pumer.models import load_config
 
@@ -100,11 +102,20 @@ def pumer(
         "distillation": distillation,
         "patience": patience,
     }
-    model, teacher = find(model).path, teacher and find(teacher).path
-    recipe = Recipe.for_model(load_config(model).model_type, **options, precision=precision, workers=workers, seed=seed)
+    place, teacher = find(model, loading.revision), teacher and find(teacher).path
+    config = load_config(place.path, place.revision)
+    recipe = Recipe.for_model(config.model_type, **options, precision=precision, workers=workers, seed=seed)
     spec = None if method == "full" else method
-    training = {"teacher": teacher, "evaluation": evaluation, "spec": spec, "recipe": recipe, "resume": resume}
-    outcome = train_pumer(task, model, data, output, **training)  # type: ignore[arg-type]
+    training = {
+        "revision": place.revision,
+        "processor": loading.processor,
+        "teacher": teacher,
+        "evaluation": evaluation,
+        "spec": spec,
+        "recipe": recipe,
+        "resume": resume,
+    }
+    outcome = train_pumer(task, place.path, data, output, **training)  # type: ignore[arg-type]
     if json:
         print_json(outcome)
     elif "eval_accuracy" in outcome:

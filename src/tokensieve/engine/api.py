@@ -12,6 +12,7 @@ from tokensieve.engine.fusion.handle import FusionSieve
 from tokensieve.engine.handle import Sieve, install
 from tokensieve.engine.handoff import Decisions
 from tokensieve.engine.llm import LlmSieve
+from tokensieve.engine.wrapped import unwrapped
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions, parse
 from tokensieve.models.versions import warn_if_untested
@@ -36,7 +37,8 @@ def attach(
 
     Args:
         model: a Hugging Face vision-language model of a family in ``tokensieve.models``; for a fusion method such as
-            ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens.
+            ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens. A
+            PEFT model may stand around it.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
             stage), or decisions `[sample][image]` as in ``sieve.last``. Decisions are replayed at the connector: for
             methods inside the LLM or the vision encoder this is a different computation with the same tokens.
@@ -56,6 +58,7 @@ def attach(
     if positions not in ("original", "contiguous"):
         raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     warn_if_untested()
+    model = unwrapped(model)
     methods, replay = _read(method, parameters)
     check_scope(budget_scope, methods)
     unreduced = all(stage_method.keeps_everything for stage_method in methods) and replay is None

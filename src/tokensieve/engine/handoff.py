@@ -33,6 +33,7 @@ class EncoderOutputs:
         by_layer: {evidence: {layer: `[M, ...]` per image}}, the readings of the probes.
         patches: `[M, C]` per image, the rows that entered the projector, if they were requested.
         cls_similarity: `[M]` per image, cosine to [CLS] in the vision encoder's output, if it was requested.
+        pixel_hashes: `[1]` per image, if they were requested; one per view where views were joined.
         depth: number of layers of the vision encoder that can be read.
         notes: remarks on the evidence.
         reductions: per image, the decision of an encoder method (``None``: no method); dropped tokens have zero rows.
@@ -42,6 +43,7 @@ class EncoderOutputs:
     by_layer: dict[str, dict[int, list[Tensor]]]
     patches: list[Tensor]
     cls_similarity: list[Tensor]
+    pixel_hashes: list[Tensor]
     depth: int
     notes: tuple[str, ...]
     reductions: list[Reduction] | None
@@ -77,7 +79,7 @@ class EncoderOutputs:
             name: {layer: [*rows, *second.by_layer[name][layer]] for layer, rows in layers.items()}
             for name, layers in self.by_layer.items()
         }
-        lists = {name: joined(name) for name in ("layouts", "patches", "cls_similarity", "reductions")}
+        lists = {name: joined(name) for name in ("layouts", "patches", "cls_similarity", "pixel_hashes", "reductions")}
         return replace(self, by_layer=by_layer, **lists)
 
     def join_views(self, groups: Sequence[Sequence[int]]) -> EncoderOutputs:
@@ -100,6 +102,7 @@ class EncoderOutputs:
             by_layer={name: {n: changed(read) for n, read in layers.items()} for name, layers in self.by_layer.items()},
             patches=changed(self.patches),
             cls_similarity=changed(self.cls_similarity),
+            pixel_hashes=changed(self.pixel_hashes),
             **replaced,
         )
 

@@ -77,9 +77,18 @@ class Probe:
             self.flight.stop_after_reading = None
 
     def observe(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
-        """Read queries and keys `[B, H, N, d]`, if armed."""
+        """Read queries and keys `[B, H, N, d]`, if armed.
+
+        Raises:
+            Refusal: the kernel takes a mask that cannot be read, such as the blocks of flex attention.
+        """
         if not self.armed:
             return
+        if mask is not None and not isinstance(mask, Tensor):
+            raise Refusal(
+                f"attention cannot be read under a {type(mask).__name__} ({self._config._attn_implementation}); load "
+                "the model with sdpa, eager or a flash kernel, or use a method that reads features only"
+            )
         scaling = scaling or query.shape[-1] ** -0.5
         self.flight.readings[self].append(self.read(query.detach(), key.detach(), scaling, mask))
         if self.flight.stop_after_reading is self:

@@ -24,9 +24,17 @@ from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import check_one_image, check_texts
-from tokensieve.evaluate.provenance import environment, model_identity, model_name, sample_key
+from tokensieve.evaluate.provenance import (
+    environment,
+    loading_facts,
+    model_identity,
+    model_name,
+    processor_identity,
+    sample_key,
+)
 from tokensieve.evaluate.results import FULL, Example, Results, Skipped
 from tokensieve.evaluate.table import Table, choose, store
+from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.measure import Candidate, Cost, measure_costs
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
@@ -53,6 +61,7 @@ def compare(
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,
+    loading: LoadOptions = DEFAULTS,
     measure: bool = True,
     examples: int = 4,
     strict: bool = False,
@@ -79,6 +88,7 @@ def compare(
         keeps: budgets: an int is tokens per image, a float in (0, 1] a share of them.
         output: folder of the results, created if it is missing.
         trained: the same model fine-tuned with reduction. Each method then has a second row, "… fine-tuned", on it.
+        loading: the options that model and processor were loaded with; they are recorded in the results.
         progress: called with (questions done, questions in all, current run).
         processes: share the work with other processes of a launcher, each of which makes this call:
             ``Processes.launched()``.
@@ -106,7 +116,7 @@ def compare(
         examples=examples,
         strict=strict,
     )
-    comparison = Comparison(model, processor, samples, settings, trained, processes or Processes())
+    comparison = Comparison(model, processor, samples, settings, trained, loading, processes)
     results = comparison.run(methods, keeps, Path(output), progress)
     if results.skipped and comparison.processes.first:
         warnings.warn(skipped_note(results), stacklevel=2)
@@ -143,6 +153,7 @@ class Comparison:
         samples: Sequence[Sample],
         settings: Settings,
         trained: Any = None,
+        loading: LoadOptions = DEFAULTS,
         processes: Processes | None = None,
     ) -> None:
         if not samples:
@@ -160,6 +171,7 @@ class Comparison:
         self.model, self.trained, self.processor = model, trained, processor
         self.all_samples, self.settings, self.processes = samples, settings, processes or Processes()
         self.samples, self.skipped = list(samples), list[Skipped]()
+        self.loading = loading
         self.text_processor = processor if settings.processor_for_text else None
 
     def run(
@@ -301,13 +313,15 @@ class Comparison:
     def _journal_setup(self) -> dict[str, Any]:
         """Return all that two calls must have in common to share predictions."""
         trained = {} if self.trained is None else {"trained": model_identity(self.trained)}
-        versions = {"tokensieve": __version__}
+        versions = {"tokensieve": __version__, "processor": processor_identity(self.processor)}
         return versions | self.settings.prediction_setup() | model_identity(self.model) | trained
 
     def _facts(self) -> dict[str, Any]:
         """Return the settings as the report shows them."""
         names = ("metric", "seeds", "keep_means", "budget_scope", "batch_size")
-        about = {"model": model_name(self.model), "samples": len(self.samples)}
+        about: dict[str, Any] = {"model": model_name(self.model), "samples": len(self.samples)}
+        if loaded := loading_facts(self.model, self.loading):
+            about["loading"] = loaded
         return self.settings.prediction_setup() | about | {name: getattr(self.settings, name) for name in names}
 
 

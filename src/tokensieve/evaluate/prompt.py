@@ -13,6 +13,7 @@ from torch import Tensor
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.data import Sample, check_text
+from tokensieve.loading import device_of
 
 CLASSIFIER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
 
@@ -86,7 +87,8 @@ def decode(processor: Any, generated: Tensor, prompt_length: int) -> list[str]:
 
 def to_model(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Move tensors to the model's device, and the floating-point ones to its dtype."""
-    moved = {name: tensor.to(model.device) for name, tensor in tensors.items()}
+    device = device_of(model)
+    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}
 
 

@@ -14,6 +14,7 @@ import transformers
 
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.pictures import content_key
+from tokensieve.loading import LoadOptions, device_of
 from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
@@ -35,8 +36,9 @@ def model_identity(model: Any) -> dict[str, str]:
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         weights.update(f"{name} {list(tensor.shape)}".encode())
-        if not tensor.is_meta:
-            flat = tensor.detach().flatten()
+        stored = _offloaded(model, name) if tensor.is_meta else tensor
+        if stored is not None:
+            flat = stored.detach().flatten()
             weights.update(flat[:: max(1, flat.numel() // PROBES)].to("cpu", torch.float32).numpy().tobytes())
     return {
         "architecture": type(model).__name__,
@@ -45,6 +47,26 @@ def model_identity(model: Any) -> dict[str, str]:
         "config": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
     }
+
+
+def _offloaded(model: Any, name: str) -> torch.Tensor | None:
+    """Return a weight that accelerate keeps outside the module, on the CPU or on disk; ``None`` if there is none."""
+    module, _, attribute = name.rpartition(".")
+    hook = getattr(model.get_submodule(module), "_hf_hook", None)
+    stored = getattr(hook, "weights_map", None)
+    return None if stored is None else stored[attribute]
+
+
+def processor_identity(processor: Any) -> str:
+    """Return a digest of the processor's settings and of its chat template: both decide the tokens of a prompt."""
+    text = f"{processor.to_json_string()}{getattr(processor, 'chat_template', None)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def loading_facts(model: Any, options: LoadOptions) -> dict[str, Any]:
+    """Return how the model was loaded: the options set by the user, and the commit of a model from the hub."""
+    commit = getattr(model.config, "_commit_hash", None)
+    return options.to_json() | ({} if commit is None else {"commit": commit})
 
 
 def sample_key(sample: Sample) -> str:
@@ -56,7 +78,7 @@ def sample_key(sample: Sample) -> str:
 
 def environment(model: Any) -> dict[str, Any]:
     """Return versions, hardware, threads, dtype, attention implementation and the date (UTC); no host and no path."""
-    device = torch.device(model.device)
+    device = device_of(model)
     gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
     return {
         "tokensieve": __version__,

@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
-from tokensieve.methods import EncoderNeeds, Method, Needs, ResizeMethod, register
-from tokensieve.ops import area_pool, pooled_grid, uniform
+from tokensieve.methods import ConnectorMethod, EncoderNeeds, Method, Needs, ResizeMethod, register
+from tokensieve.ops import area_pool, pooled_grid, random_scores, top_k, uniform
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens
+from tokensieve.tokens import ConnectorTokens, VisualTokens, given
 
 
 @register("full", paper="baseline")
@@ -28,27 +26,27 @@ class Full(Method):
         return Reduction.identity(total, batch, image.features.device, grid=image.grid)
 
 
-@register("random", paper="baseline")
+@register("random", paper="baseline", needs=Needs(pixel_hash=True))
 @dataclass(frozen=True)
-class Random(Method):
-    """Keep tokens at random positions, the same positions for every image of equal size.
+class Random(ConnectorMethod):
+    """Keep tokens at random positions, different for every image and seed.
 
-    The choice depends on the seed and the number of tokens only, so a batch row keeps the tokens that it keeps alone.
+    The choice depends on the seed, the image's pixels and the number of tokens only, so a batch row keeps the tokens
+    that it keeps alone, and every question about an image meets the same tokens.
 
     Args:
         keep: tokens per image, or a share of them.
         seed: of the random positions.
 
-    Cost: O(N) time and memory; no evidence is read.
+    Cost: O(N log N) time and O(N) memory, and one pass over the pixels; nothing is read in the encoder.
     """
 
     keep: Budget = 0.25
     seed: int = 0
 
-    def reduce(self, image: VisualTokens) -> Reduction:
-        order = torch.randperm(image.total, generator=torch.Generator().manual_seed(self.seed))  # drawn on the CPU
-        kept = order[: image.budget].to(image.features.device)
-        return image.keep(kept.expand(len(image.features), -1))
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        scores = random_scores(given(image.pixel_hash), image.total, self.seed)
+        return image.keep(top_k(scores, image.budget))
 
 
 @register("uniform", paper="baseline")

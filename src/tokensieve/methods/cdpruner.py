@@ -28,7 +28,9 @@ class CdPruner(Method):
     Cost: O(K·N·(D + K)) time, by incremental Cholesky; O(K·N) extra memory, and the `[N, N]` kernel up to 1,024 tokens.
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", NeurIPS 2025.
     Official code: scales relevance over the whole batch (``over_batch=True``) and renumbers positions
-    (``positions="contiguous"``).
+    (``positions="contiguous"``). It selects tokens twice if more are kept than the features have dimensions (the root
+    of a negative rest is no number), or if all relevances are equal; here all tokens are distinct, and equal
+    relevances count as 1. It normalises features in the model's precision: in halves single tokens can differ.
     """
 
     keep: Budget = 64

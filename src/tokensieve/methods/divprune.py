@@ -19,8 +19,11 @@ class DivPrune(Method):
 
     Cost: O(N²·D) time to find the first token, O(K·N·D) for the others; extra memory O(N·min(N, 1,024)).
     Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models", CVPR 2025.
-    Official code: chooses the same tokens by gathering distances anew at every step, O(K²·N), and renumbers
-    positions (``positions="contiguous"``).
+    Official code: gathers distances anew at every step, O(K²·N), and renumbers positions (``positions="contiguous"``).
+    In float32, without equal distances, it chooses the same tokens. It computes distances in the model's precision: in
+    float16 and bfloat16 many of them are equal, and most of its choices can differ from those of the float32 distances
+    here. Where rows are zero or equal it can select a token twice; here all tokens are distinct. It fails on a
+    single token.
     """
 
     keep: Budget = 0.098

@@ -21,7 +21,10 @@ class FastV(ScoreMethod, DecoderMethod):
 
     Cost: O(L·D) time and O(L) extra memory per head for one row of attention over the L positions of the prompt.
     Paper: "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024.
-    Official code: without a KV cache prunes again at every generated token; with one it prunes once, as here.
+    Official code: without a KV cache prunes again at every generated token; with one it prunes once, as here. In a
+    batch, the choice of the first sample applies to all; here each sample has its own. It averages heads in the model's
+    precision: in bfloat16 single tokens can differ from those of the float32 mean here. Among equal scores its choice
+    is not defined; here the first token stays.
     """
 
     keep: Budget = 0.5

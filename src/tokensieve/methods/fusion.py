@@ -35,7 +35,10 @@ class FusionMethod(Method):
 
     @property
     def counts_padding(self) -> bool:
-        """Whether padding is reduced like tokens; then masks are averaged, and every query attends to its own key."""
+        """Whether padding is reduced like tokens, as in PuMer's code.
+
+        Then masks are averaged, every query attends to its own key, and attention has their ε.
+        """
         return False
 
     @property

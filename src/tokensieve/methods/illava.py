@@ -25,6 +25,7 @@ class ILlavaEncoder(EncoderMethod):
 
     Cost: in each of its layers O(n²·D) time for all rows of attention, O(n·min(n, 1,024)) extra memory per head.
     Paper: as of ``illava-llm``; there layers 5 to 8 of 26, 92 of 729 tokens in each.
+    Official code: as of ``illava-llm``; it takes the number that leaves in each layer, not a budget.
     """
 
     keep: Budget = 0.5
@@ -52,7 +53,7 @@ class ILlavaLlm(DecoderMethod):
     Cost: as ``fastv``, and O(N·D) time to merge.
     Paper: "iLLaVA: An Image is Worth Fewer Than 1/3 Input Tokens in Large Multimodal Models", 2024.
     Official code: gives the less attended tokens the larger weight, as here; ``favour_attended=True`` is the paper's
-    text.
+    text. It rounds the merged token to float16 whatever the model's precision; here it has that of the model.
     """
 
     keep: Budget = 0.7

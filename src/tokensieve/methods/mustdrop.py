@@ -27,8 +27,9 @@ class MustDropEncoder(EncoderMethod):
         over_batch: every image merges as many windows as the one that has fewest, as in the official code.
 
     Cost: O(N·D) time and extra memory.
-    Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024. The official
-    code puts merged tokens first; here each stands in the middle of its window.
+    Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024.
+    Official code: puts merged tokens first, the most similar window before the others; here each stands in the middle
+    of its window. In a batch every image merges as many windows as the one with fewest (``over_batch=True``).
     """
 
     after_layer: ClassVar[bool] = True

@@ -18,6 +18,8 @@ class MustDropKeys(Method):
 
     Cost: one row of attention: O(N·D) time, O(N) extra memory per head.
     Paper: as of ``mustdrop-llm``.
+    Official code: protects the best 8 %, rounded up, of the tokens that remain after ``mustdrop-encoder``, as
+    ``mustdrop-llm`` does here.
     """
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
@@ -48,8 +50,11 @@ class MustDropLlm(DecoderMethod):
 
     Cost: per layer of ``layers``, O(M·L·D) time and O(M·L) extra memory per head for the rows of M words over L
     positions.
-    Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024. There every
-    token after the image is a word, template included. Its cache policy while decoding is not covered.
+    Paper: "Multi-Stage Vision Token Dropping: Towards Efficient Multimodal Large Language Model", 2024. Its policy for
+    the cache while decoding is not covered.
+    Official code: renumbers positions (``positions="contiguous"``). Every token after the image counts as a word there,
+    template included, and the first sample decides for the whole batch. Its thresholds are shares of all attention to
+    the image, set per benchmark; here their unit follows the number of tokens.
     """
 
     layers: tuple[int | float, ...] = (0.1, 0.22, 0.34, 0.47)

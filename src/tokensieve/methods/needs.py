@@ -98,6 +98,7 @@ class Needs(StageNeeds):
         encoder_keys: layers whose keys are read.
         cls_similarity: cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: the rows that enter the projector.
+        pixel_hash: a number that depends on the image's pixels alone.
         user_text: the embeddings of the user's words.
         grid: the tokens must form a grid.
         video: the tokens must be those of a video's frames; images stay whole.
@@ -111,6 +112,7 @@ class Needs(StageNeeds):
     )
     encoder_keys: Layers | None = evidence("encoder keys", default=None, read=ops.keys_by_head)
     patches: bool = evidence("patches")
+    pixel_hash: bool = evidence()
     user_text: bool = evidence("text")
     grid: bool = evidence("grid")
     video: bool = evidence("video")

@@ -32,8 +32,11 @@ class PruMerge(Method):
 
     Cost: O(K·N·D) time for the neighbours' key cosines; O(K·N) extra memory, and one layer's keys.
     Paper: "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models", ICCV 2025.
-    Official code: keeps tokens in order of attention, the extra one last, and fails where no patch stands out; here
-    tokens stand at their places, and one always stays. The weights are not normalised, there and here.
+    The paper takes neighbours among the pruned patches only, and averages by weight.
+    Official code: takes neighbours among all patches and adds them without normalising the weights, as here. It orders
+    kept tokens by attention and puts the extra one last, and fails where no patch stands out; here tokens stand at
+    their places, and one always stays. It counts outliers over the attention of the whole batch at once, and every
+    image keeps their mean number; here each image has its own quartiles and number.
     """
 
     keep: Budget | None = None

@@ -29,7 +29,8 @@ class PruMergePlus(PruMerge):
     Paper: as ``prumerge``.
     Official code: the fixed mode (1/8 by attention, 1/8 by grid) is ``top=72, stride=8, offset=4``, except that it
     passes on twice the patches that both choose; VTC-CLS's copy for budgets of 64, 128 and 256 is ``top=13,
-    stride=11``, ``top=40, stride=6`` and ``top=95, stride=3``. No grid reaches the last patch, there and here.
+    stride=11``, ``top=40, stride=6`` and ``top=95, stride=3``. No grid reaches the last patch, there and here. All else
+    as ``prumerge``.
     """
 
     top: int | None = None

@@ -1,5 +1,6 @@
 """PuMer: prune image tokens that receive little attention from the text, and merge similar ones of each modality."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from tokensieve.crossmodal import CrossModal, Merge
 from tokensieve.errors import Refusal
 from tokensieve.methods import FusionMethod, register
-from tokensieve.ops import attention, keep_best, text_relevance
+from tokensieve.ops import attention, epsilon_attention, keep_best, text_relevance
 
 
 @register("pumer", paper="arXiv:2305.17530", stage="fusion", trained=True)
@@ -32,13 +33,18 @@ class PuMer(FusionMethod):
         official_order: survivors stand best first, as in the authors' code, where the best one takes the place that is
             protected from merging. Else all stand in their own order, and the first one (the image's [CLS]) stays.
         official_padding: padding counts as tokens, as in the authors' code: it is scored, merged and weighed down by a
-            fractional mask, and attention has their ε. For comparisons, not for speed. Else padding takes no part, and
-            a row is reduced as if it were alone.
+            fractional mask, and the attention of layers and scores has their ε. For comparisons, not for speed. Else
+            padding takes no part, and a row is reduced as if it were alone.
+        official_rounding: shares of no token act as in the authors' code. ViLT: where round(prune·M) is 0, nothing
+            merges either. METER: with ``prune=0`` nothing merges either, and where round(merge·M) is 0, no image token
+            leaves. Else every share acts alone.
 
     Cost: per layer, O(T·L·D) time for the attention of T text tokens to L positions, O(I²·D) to match I image tokens;
     O(T·L) extra memory per head and O(I²).
     Paper: "PuMer: Pruning and Merging Tokens for Efficient Vision Language Models", 2023.
-    Official code: orders survivors and counts padding as ``official_order=True`` and ``official_padding=True`` do.
+    Official code: orders survivors, counts padding and treats shares of no token as ``official_order=True``,
+    ``official_padding=True`` and ``official_rounding=True`` do; patches enter ViLT in random order, here in raster
+    order. It fails where tokens should merge and at most two are left; here none merge.
     """
 
     layers: tuple[int, ...] = (2, 5, 8)
@@ -49,6 +55,7 @@ class PuMer(FusionMethod):
     weights: Literal["equal", "size"] = "equal"
     official_order: bool = False
     official_padding: bool = False
+    official_rounding: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,11 +81,19 @@ class PuMer(FusionMethod):
         return self.weights == "size"
 
     def reduce_pair(self, layer: CrossModal) -> tuple[Merge | None, Merge | None]:
-        return self._text(layer), self._image(layer)
+        prune, merge = ([round(share * n) for n in layer.image.counts] for share in (self.prune, self.merge))
+        merge_text = [round(self.merge_text * n) for n in layer.text.counts]
+        if self.official_rounding:
+            merging = [n > 0 if layer.one_stream else self.prune > 0 for n in prune]
+            merge = [n * allowed for n, allowed in zip(merge, merging, strict=True)]
+            merge_text = [n * allowed for n, allowed in zip(merge_text, merging, strict=True)]
+            if not layer.one_stream:
+                prune = [n if pairs else 0 for n, pairs in zip(prune, merge, strict=True)]
+        return self._text(layer, merge_text), self._image(layer, prune, merge)
 
-    def _text(self, layer: CrossModal) -> Merge | None:
+    def _text(self, layer: CrossModal, merge: list[int]) -> Merge | None:
         counts = layer.text.counts
-        merges = [_merges(self.merge_text, n, n) for n in counts]
+        merges = _possible(merge, counts)
         if not max(merges):
             return None
         # all words stay: equal scores keep them in order, and padding ranks last unless it counts as tokens
@@ -86,11 +101,11 @@ class PuMer(FusionMethod):
         words, _ = keep_best(scores, counts)
         return Merge.of(words, counts, layer.text_key.mean(1), merges, in_place=not self.official_order)
 
-    def _image(self, layer: CrossModal) -> Merge | None:
+    def _image(self, layer: CrossModal, prune: list[int], merge: list[int]) -> Merge | None:
         counts = layer.image.counts
-        keep = [max(n - round(self.prune * n), 1) for n in counts]
-        merges = [_merges(self.merge, n, remaining) for n, remaining in zip(counts, keep, strict=True)]
-        if tuple(keep) == counts and not max(merges):
+        keep = tuple(max(n - pruned, 1) for n, pruned in zip(counts, prune, strict=True))
+        merges = _possible(merge, keep)
+        if keep == counts and not max(merges):
             return None
         scores = self._scores(layer)
         if not self.official_padding:
@@ -107,11 +122,12 @@ class PuMer(FusionMethod):
             text = layer.text_key if self.relevance == "key_key" else layer.query
             return text_relevance(text.mean(1), layer.image_key.mean(1), weight)
         heads = slice(None) if self.relevance == "mean_head" else slice(1)
-        attended = attention(layer.query[:, heads], layer.key[:, heads], layer.bias).mean(1)
+        softmax = epsilon_attention if self.official_padding else attention
+        attended = softmax(layer.query[:, heads], layer.key[:, heads], layer.bias).mean(1)
         image_tokens = layer.image.mask.shape[1]  # the image comes last among the keys
         return torch.einsum("bt,bti->bi", weight, attended[..., -image_tokens:])
 
 
-def _merges(share: float, before: int, remaining: int) -> int:
-    """Return the pairs to merge: a share of the tokens before pruning, at most half of the remaining but the first."""
-    return min(round(share * before), (remaining - 1) // 2)
+def _possible(merges: Sequence[int], remaining: Sequence[int]) -> list[int]:
+    """Return the pairs to merge in each row: at most half of the remaining tokens but the first."""
+    return [min(pairs, (n - 1) // 2) for pairs, n in zip(merges, remaining, strict=True)]

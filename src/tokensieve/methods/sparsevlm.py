@@ -31,14 +31,18 @@ class SparseVlm(DecoderMethod):
         layers: tokens leave before these layers; floats are shares of the depth (the paper prunes after layers 2, 6 and
             15 of 32).
         recycle: share of the pruned tokens that is clustered.
-        appended: recycled tokens stand after the kept ones, as in the official code; else at their centres' places.
-        noise_seed: break ties of the clustering by noise of this seed, as the official code does.
+        appended: recycled tokens stand after the kept ones, by falling density times distance of their centres, as in
+            the official code; else at their centres' places.
+        noise_seed: break ties of the clustering by noise of this seed, as the official code does in float32.
 
     Cost: per layer of ``layers``, O(M·(L + N)·D) time and O(M·L) extra memory per head for the rows of M words over L
     positions; O(R²·D) time to cluster R recycled tokens.
     Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference", ICML 2025.
-    Official code: renumbers (``positions="contiguous"``), puts recycled tokens last (``appended``), breaks ties by
-    noise (``noise_seed``), and keeps at most all but one token.
+    Official code: renumbers (``positions="contiguous"``), puts recycled tokens last (``appended``), and breaks ties by
+    noise (``noise_seed``), which it draws in the model's precision: in bfloat16 clusters can differ. It keeps at most
+    all but one token, and merges that one. Counts come from fixed tables (``counts``); the paper's adaptive count is
+    ``sparsevlm-rank``. With a question of one word it has no rater and no valid score; here all words rate then. It
+    takes one sample at a time.
     """
 
     keep: Budget = 0.1

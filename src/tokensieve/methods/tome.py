@@ -31,6 +31,8 @@ class ToMe(EncoderMethod):
 
     Cost: per layer, O(n²·D) time and O(n²) extra memory to match n tokens; later layers have fewer.
     Paper: "Token Merging: Your ViT But Faster", 2022.
+    Official code: is made for image classifiers and takes ``r``, not a budget. It leaves tokens in the order of the
+    matching (``official_order=True``). It can also protect a distillation token, which no encoder here has.
     """
 
     keep: Budget = 0.25

@@ -26,6 +26,7 @@ class Trsm(ScoreMethod):
 
     Cost: O(N·M·D) time and O(N·M) extra memory for M words.
     Paper: "Retrieval Replace Reduction: An effective visual token reduction method via semantic match", 2024, v1.
+    Official code: none is public.
     """
 
     keep: Budget = 0.2

@@ -34,7 +34,8 @@ class VisionZip(Method):
     extra memory, one layer's keys included.
     Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models", CVPR 2025.
     Official code: also passes on the encoder's [CLS] token, as one of the dominant, and puts the contextual tokens
-    last; here every token is a patch and stands at its place.
+    last; here every token is a patch and stands at its place. In halves the tokens are the same, and means are summed
+    in float32 here, so that values differ by rounding. It cannot run with ``contextual=0`` (it divides by zero).
     """
 
     keep: Budget = 64

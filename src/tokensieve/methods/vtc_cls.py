@@ -35,7 +35,10 @@ class VtcCls(ScoreMethod):
 
     Cost: O(S·N·D) time for one row of attention in each of S layers; O(S·N) extra memory.
     Paper: "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs", 2024.
-    Official code: renumbers positions (``positions="contiguous"``).
+    Official code: renumbers positions (``positions="contiguous"``). It is written for one image a call, at most 576
+    patches and a ``keep`` of 2 or more, and fails or returns wrong shapes otherwise. It adds attention up in the
+    model's precision: in bfloat16 single tokens can differ from those of the float32 sums here. Among equal scores its
+    choice is not defined; here the first patch stays.
     """
 
     keep: Budget = 64

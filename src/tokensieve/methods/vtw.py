@@ -23,6 +23,9 @@ class Vtw(DecoderMethod):
 
     Cost: none: no evidence is read.
     Paper: "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference", AAAI 2025.
+    Official code: keeps the positions of the remaining tokens, as here. Its search reports the number of the first
+    candidate that is good enough, plus 5, because its candidates begin at layer 5; ``tokensieve calibrate vtw`` reports
+    the layer itself. It fails if no candidate is good enough; here that is refused with the smallest divergence.
     """
 
     layer: int | float = 0.5

@@ -17,6 +17,11 @@ from tokensieve.models.vit import Pooling, VitLayer, pooling_head
 from tokensieve.reduction import Reduction
 
 Modality: TypeAlias = Literal["image", "video"]
+PIXELS: dict[Modality, tuple[str, ...]] = {
+    "image": ("pixel_values", "pixel_values_images"),
+    "video": ("pixel_values_videos",),
+}
+"""The arguments that hold the pixels of each modality."""
 
 
 @dataclass(eq=False)
@@ -125,6 +130,15 @@ class Family(ABC):
     def features_per_image(self, pooled: Sequence[Tensor], layouts: Sequence[TokenLayout]) -> list[Tensor]:
         """Return the features `[N, D]` of each image from a call's ``pooler_output`` (repeated for beams)."""
         return list(pooled)
+
+    def pixels_per_image(self, call: EncodeCall, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Return the pixels of each image, in the order of the layouts; batches pad them at the ends of axes only."""
+        return list(self.pixels(call))
+
+    def pixels(self, call: EncodeCall) -> Tensor:
+        """Return the pixels that the call was given."""
+        pixels: Tensor = next(call.inputs[name] for name in PIXELS[call.modality] if call.inputs.get(name) is not None)
+        return pixels
 
     def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         """Return the token layout of each image, in the order of :meth:`features_per_image`."""

@@ -35,6 +35,11 @@ class QwenVL(Family):
             return [TokenLayout.frames_of(*grid) for grid in grids]
         return [TokenLayout.grid_of(t * h, w) for t, h, w in grids]
 
+    def pixels_per_image(self, call: EncodeCall, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        packed, tokens = self.pixels(call), [len(rows) for rows in call.output.pooler_output]
+        patches_per_token = len(packed) // sum(tokens)
+        return list(torch.split(packed, [patches_per_token * n for n in tokens]))
+
     def to_units(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         rows = torch.cat([read.flatten(0, 1) for read in reads])
         # the processor packs the patches of a unit next to each other

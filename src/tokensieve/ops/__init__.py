@@ -11,6 +11,7 @@ from tokensieve.ops.attention_rows import (
     rope_gain,
 )
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
+from tokensieve.ops.draw import hash_of, pixel_hash, random_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
 from tokensieve.ops.merge import area_pool, keep_and_average, merge_by_rank, nearest, pooled_grid, sizes_of
@@ -75,6 +76,7 @@ __all__ = [
     "first_of_each",
     "gram",
     "group_sizes",
+    "hash_of",
     "in_proportion",
     "join_nearest",
     "keep_and_average",
@@ -94,7 +96,9 @@ __all__ = [
     "outliers",
     "padded_nonzero",
     "peak_scores",
+    "pixel_hash",
     "pooled_grid",
+    "random_scores",
     "rank_in_group",
     "rope_gain",
     "rows_at",

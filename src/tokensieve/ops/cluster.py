@@ -16,10 +16,9 @@ def density_peaks(rows: Tensor, clusters: int, neighbours: int, noise: Tensor | 
         noise: `[..., N]`, added to the densities. Official codes break ties with it.
 
     Returns:
-        centres `[..., clusters]`, ascending, and the cluster number of each row, `[..., N]`.
+        centres `[..., clusters]`, by falling density times distance, and the cluster number of each row, `[..., N]`.
     """
     centres = peak_scores(rows, neighbours, noise).sort(dim=-1, descending=True, stable=True).indices[..., :clusters]
-    centres = centres.sort(-1).values
     return centres, join_nearest(rows, centres)
 
 

@@ -34,7 +34,7 @@ def bipartite_match(metric: Tensor, merges: Sequence[int], valid: Tensor) -> tup
 
     Args:
         metric: `[B, N, D]`, the features that similarity is measured on.
-        merges: pairs to merge in each row; at most (n − 1) // 2 of n valid tokens.
+        merges: pairs to merge in each row; at most (n − 1) // 2 of n valid tokens, so none of one or two.
         valid: `[B, N]` bool, False on padding, which is last in each row.
 
     Returns:
@@ -42,6 +42,9 @@ def bipartite_match(metric: Tensor, merges: Sequence[int], valid: Tensor) -> tup
 
     Paper: Bolya et al., "Token Merging: Your ViT But Faster", 2023.
     """
+    if not max(merges):  # one token has no partner to search for
+        none = torch.zeros((len(metric), 0), dtype=torch.int64, device=metric.device)
+        return none, none, none.bool()
     unit = normalise(metric)
     cosines = unit[:, ::2] @ unit[:, 1::2].transpose(-1, -2)
     cosines = cosines.masked_fill(~valid[:, None, 1::2] | ~valid[:, ::2, None], -torch.inf)

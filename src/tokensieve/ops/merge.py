@@ -28,7 +28,7 @@ def keep_and_average(
         sources: `[..., S]` tokens that are averaged.
         cluster: `[..., S]`, cluster number of each source.
         centres: `[..., C]`, numbers among the sources; the anchor of a cluster's mean is its centre.
-        appended: the means follow after the kept tokens, within the same sorted anchors.
+        appended: the means follow after the kept tokens in the order of ``centres``, within the same sorted anchors.
 
     Returns:
         anchors `[..., K + C]`, slot, source `[..., K + S]` and weight; the weights of a slot sum to 1.

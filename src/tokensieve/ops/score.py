@@ -107,13 +107,15 @@ def attention(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
     return biased.softmax(-1)
 
 
-def epsilon_attention(query: Tensor, key: Tensor, bias: Tensor, epsilon: float = 1e-6) -> Tensor:
+def epsilon_attention(query: Tensor, key: Tensor, bias: Tensor | None = None, epsilon: float = 1e-6) -> Tensor:
     """Return attention as PuMer's code computes it: the mask multiplies after exp, and ε is spread over all keys.
 
-    It differs from :func:`attention` only in rows whose strongest key is hidden, because the maximum includes that key.
+    It differs from :func:`attention` by about ε, and by more in rows whose strongest key is hidden, because the maximum
+    includes that key.
     """
     scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
-    weight = (scores - scores.amax(-1, keepdim=True)).exp() * bias.float().exp()
+    weight = (scores - scores.amax(-1, keepdim=True)).exp()
+    weight = weight if bias is None else weight * bias.float().exp()
     probabilities: Tensor = (weight + epsilon / key.shape[-2]) / (weight.sum(-1, keepdim=True) + epsilon)
     return probabilities
 

@@ -36,6 +36,7 @@ def tokens(batch=3, seed=0, dtype=torch.float32):
         grid=GRID,
         cls_attention=ByLayer(rows, DEPTH),
         cls_similarity=similar,
+        pixel_hash=torch.arange(batch),
         user_text=UserText(text.to(dtype), mask),
     )
 
@@ -48,7 +49,8 @@ def changed(given, change, **fields):
 
 def pick(given, images):
     text = UserText(given.user_text.features[images], given.user_text.mask[images])
-    return changed(given, lambda row: row[images], features=given.features[images], user_text=text)
+    fields = {"features": given.features[images], "user_text": text, "pixel_hash": given.pixel_hash[images]}
+    return changed(given, lambda row: row[images], **fields)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -104,11 +106,11 @@ def test_pooling_by_hand(name, keep):
     assert reduction.kept[0].tolist() == [y * GRID[1] + x for y in centres[0] for x in centres[1]]
 
 
-def test_random_is_seeded_and_random():
-    given = tokens()
+def test_random_differs_by_seed_and_by_image():
+    given = tokens(batch=3)
     one, again, other = (tokensieve.parse(f"random(keep=9, seed={s})")[0](given).kept for s in (1, 1, 2))
     assert torch.equal(one, again)
-    assert not torch.equal(one, other)
+    assert len({tuple(kept) for kept in [*one.tolist(), *other.tolist()]}) == 6
 
 
 @pytest.mark.parametrize("keep", [30, 31, 10**9, 1.0, 0.99])

@@ -70,6 +70,7 @@ def image(seed, n=(4, 6), batch=1, dtype=torch.float32):
         attention_received=ByLayer({1: attention()}, 3),
         encoder_keys=ByLayer({1: rows(HEADS, 8), 2: rows(HEADS, 8)}, 3),
         patches=rows(WIDTH + 1),
+        pixel_hash=torch.randint(2**62, (batch,), generator=g),
         user_text=user_text(torch.randn(batch, WORDS, WIDTH, generator=g).to(dtype)),
     )
 
@@ -149,7 +150,8 @@ def test_adaptive_images_do_not_mind_each_other(spec, seed):
 
 
 def one_of(tokens, i):
-    return mapped(tokens, lambda x: x[i : i + 1], user_text=user_text(tokens.user_text.features[i : i + 1]))
+    text = user_text(tokens.user_text.features[i : i + 1])
+    return mapped(tokens, lambda x: x[i : i + 1], user_text=text, pixel_hash=tokens.pixel_hash[i : i + 1])
 
 
 @pytest.mark.parametrize("spec", EQUIVARIANT)

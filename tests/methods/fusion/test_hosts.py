@@ -11,6 +11,7 @@ from tests.support.crossmodal import (
     HOSTS,
     MODELS,
     SPEC,
+    WORDS,
     alone,
     batch,
     bridgetower,
@@ -23,6 +24,7 @@ from tests.support.crossmodal import (
     vilt_retrieval,
 )
 from tests.support.models import hooks
+from tokensieve.ops import attention, epsilon_attention, mask_bias
 
 RELEVANCES = ("mean_head", "first_head", "key_key", "query_key")
 
@@ -92,6 +94,67 @@ def test_counts_follow_the_rule():
             text -= min(round(0.25 * text), (text - 1) // 2)
     assert [rows.shape[1] for rows in hidden] == lengths
     assert [decision.slots for (decision,) in sieve.last] == [image, image]
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("merge", [0, 0.3])
+def test_one_image_token_is_left(host, merge):
+    model, inputs = MODELS[host](), batch()
+    with tokensieve.attach(model, "pumer", layers=(0, 1), prune=0.97, merge=merge) as sieve:
+        assert logits(model, inputs).isfinite().all()
+        assert [decision.kept.tolist() for (decision,) in sieve.last] == [[0]] * 3
+
+
+def test_shares_of_no_token():
+    """By default each share acts alone; in the authors' code merging depends on pruning, and the other way round."""
+    inputs = batch(rows=2, ragged=False)
+    expected = {  # of 17 image tokens: with official_rounding and without
+        ("vilt", 0.02, 0.3): (17, 12),
+        ("vilt", 0.1, 0.3): (10, 10),
+        ("vilt", 0.1, 0.02): (15, 15),
+        ("meter", 0.0, 0.3): (17, 12),
+        ("meter", 0.02, 0.3): (12, 12),
+        ("meter", 0.1, 0.02): (17, 15),
+    }
+    for (host, prune, merge), slots in expected.items():
+        model = MODELS[host]()
+        for official, count in zip((True, False), slots, strict=True):
+            spec = f"pumer(layers=(1,), prune={prune}, merge={merge}, official_rounding={official})"
+            with tokensieve.attach(model, spec) as sieve:
+                logits(model, inputs)
+            assert [decision.slots for (decision,) in sieve.last] == [count, count], (host, prune, merge, official)
+
+
+@pytest.mark.parametrize("host", ["meter", "bridgetower"])
+def test_co_attention_has_the_authors_softmax(host):
+    """With a sharp padded key the ε matters; ViLT and METER also run against the authors' own numbers."""
+    model, inputs, outputs = MODELS[host](), batch(rows=2), {}
+    heads = getattr(model, host).cross_modal_text_layers[0].attention.self
+    with tokensieve.attach(model, SPEC[host], official_padding=True), torch.no_grad():
+        heads.query.weight *= 20
+        for name in ("query", "key", "value", ""):
+            module = heads.get_submodule(name)
+            module.register_forward_hook(lambda module, args, output, name=name: outputs.update({name: output}))
+        logits(model, inputs)
+    query, key, value = (outputs[n].unflatten(-1, (4, -1)).transpose(1, 2) for n in ("query", "key", "value"))
+    bias = mask_bias(inputs["attention_mask"], torch.float32, queries=WORDS)
+    output = outputs[""] if host == "meter" else outputs[""][0]
+    expected, plain = (softmax(query, key, bias) @ value for softmax in (epsilon_attention, attention))
+    assert torch.allclose(output, expected.transpose(1, 2).flatten(2), atol=1e-5)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_attention_learns_with_the_authors_padding(host):
+    model, inputs = MODELS[host](), batch(rows=2)
+    with tokensieve.attach(model.train(), SPEC[host], official_padding=True):
+        model(**inputs).logits.sum().backward()
+    layers = model.vilt.encoder.layer if host == "vilt" else getattr(model, host).cross_modal_text_layers
+    attention = layers[0].attention
+    for part in ("query", "key"):
+        gradient = getattr(getattr(attention, "attention", None) or attention.self, part).weight.grad
+        assert gradient is not None
+        assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("weights", ["equal", "size"])

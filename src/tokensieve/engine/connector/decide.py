@@ -17,7 +17,7 @@ from tokensieve.engine.prompt.placeholders import equal_groups, on_device
 from tokensieve.methods import Method
 from tokensieve.models import TokenLayout
 from tokensieve.models.layout import Grid
-from tokensieve.ops import top_k
+from tokensieve.ops import hash_of, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ByLayer, ConnectorTokens, Tiles, UserText
 
@@ -84,7 +84,7 @@ class ConnectorEvidence:
             )
             for name, layers in outputs.by_layer.items()
         }
-        similarity = outputs.cls_similarity
+        similarity, hashes = outputs.cls_similarity, outputs.pixel_hashes
         return ConnectorTokens(
             torch.stack([self.features[unit.image][unit.rows] for unit in units]),
             grid=first.grid,
@@ -93,6 +93,8 @@ class ConnectorEvidence:
             notes=outputs.notes,
             cls_similarity=torch.stack([similarity[image][part] for image, part in origins]) if similarity else None,
             patches=torch.stack([self.patches[unit.image][unit.rows] for unit in units]) if self.patches else None,
+            # the views of one image are told apart by their first row
+            pixel_hash=torch.stack([hash_of(hashes[i]) + part.start for i, part in origins]) if hashes else None,
             user_text=self._text_of(units),
             tiles=_tiles_of(units),
             **by_layer,

@@ -32,15 +32,9 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions
 from tokensieve.models import Family, TokenLayout
-from tokensieve.models.family import Modality
+from tokensieve.models.family import PIXELS, Modality
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import UserText
-
-PIXELS: dict[Modality, tuple[str, ...]] = {
-    "image": ("pixel_values", "pixel_values_images"),
-    "video": ("pixel_values_videos",),
-}
-"""The arguments that hold the pixels of each modality."""
 
 
 def shows(kwargs: dict[str, Any], modality: Modality) -> bool:

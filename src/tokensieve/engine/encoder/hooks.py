@@ -27,6 +27,7 @@ from tokensieve.models import EncodeCall, Family, TokenLayout
 from tokensieve.models.family import Modality, scatter_to_anchors
 from tokensieve.models.layout import to_device
 from tokensieve.models.vit import Pooling
+from tokensieve.ops import pixel_hash
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import VisualTokens, resolve_layers
 
@@ -269,8 +270,11 @@ class EncoderHooks:
             by_layer.setdefault(name, {})[self.pooled_layers[name]] = convert(name, self.depth, [rows])
         similarity = convert("cls_similarity", self.depth, call.cls_similarity) if call.cls_similarity else []
         notes = (POOLED_FOR_CLS,) * bool(self.pooled_layers) + (RECEIVED_FOR_CLS,) * self.cls_replaced
+        hashes = []
+        if self.needs.pixel_hash:
+            hashes = [pixel_hash(pixels)[None] for pixels in family.pixels_per_image(call, layouts)]
         patches = self._patches(call, layouts)
-        return EncoderOutputs(layouts, by_layer, patches, similarity, self.depth, notes, call.reductions)
+        return EncoderOutputs(layouts, by_layer, patches, similarity, hashes, self.depth, notes, call.reductions)
 
     def _patches(self, call: RecordedCall, layouts: list[TokenLayout]) -> list[Tensor]:
         """Return the rows that entered the projector, `[M, C]` per image; rows of dropped tokens hold zeros."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tokensieve.crossmodal import CrossModal
 from tokensieve.engine.fusion.host import Host
 from tokensieve.engine.fusion.passes import StreamStep
+from tokensieve.ops import epsilon_attention
 
 
 class CoAttention(Host):
@@ -35,6 +36,11 @@ class CoAttention(Host):
                 text.register_forward_pre_hook(self._text_mask, with_kwargs=True),
                 image.register_forward_pre_hook(self._image_inputs, with_kwargs=True),
             )
+            if self.method.counts_padding:
+                self._use_authors_softmax(text.attention.self, "text")
+                self._use_authors_softmax(text.crossattention.self, "image")
+                self._use_authors_softmax(image.attention.self, "image")
+                self._use_authors_softmax(image.crossattention.self, "text")
             if index in self.method.layers:
                 self.record(text.attention.self.key, "text_key")
                 self.record(text.crossattention.self.query, "query")
@@ -43,6 +49,20 @@ class CoAttention(Host):
         for towers, steps in (("text", "texts"), ("image", "images")):
             for tower in getattr(base, f"cross_modal_{towers}_link_tower", ()):
                 self.add_handles(tower.register_forward_pre_hook(self._linked(steps)))
+
+    def _use_authors_softmax(self, heads: Any, keys: str) -> None:
+        """Replace the output of attention to the stream ``keys``, "text" or "image", by that of PuMer's code."""
+        for part in ("query", "key", "value"):
+            self.record(getattr(heads, part), part)
+
+        def attend(heads: Any, args: Any, output: Any) -> Any:
+            query, key, value = (self.recorded(name, heads.num_attention_heads) for name in ("query", "key", "value"))
+            bias = self.current.bias((getattr(self.current, keys),), query, query.shape[2])
+            probabilities = heads.dropout(epsilon_attention(query, key, bias).to(value.dtype))
+            mixed = (probabilities @ value).transpose(1, 2).flatten(2)
+            return mixed if isinstance(output, Tensor) else (mixed, *output[1:])
+
+        self.add_handles(heads.register_forward_hook(attend))
 
     def _before(self, base: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         inputs = dict(zip(self._names, args, strict=False)) | kwargs
@@ -62,7 +82,8 @@ class CoAttention(Host):
         """Reduce the text that enters the MLP, and store both decisions for the image layer."""
         current, heads = self.current, self._flight.heads
         query, key, text_key = (self.recorded(name, heads) for name in ("query", "key", "text_key"))
-        steps = current.reduce(CrossModal(current.text, current.image, query, key, None, text_key, key))
+        bias = current.bias((current.image,), query, query.shape[2])
+        steps = current.reduce(CrossModal(current.text, current.image, query, key, bias, text_key, key))
         self._flight.steps = steps
         text = steps[0]
         return output if text is None else (text.apply(output[0]), *output[1:])

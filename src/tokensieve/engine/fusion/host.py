@@ -84,7 +84,7 @@ class Host(ABC):
         """Record the output of ``module`` in each call, for :meth:`recorded`."""
 
         def store(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._flight.outputs[name] = output.detach()
+            self._flight.outputs[name] = output
 
         self.add_handles(module.register_forward_hook(store))
 
@@ -124,9 +124,10 @@ class Host(ABC):
             raise Refusal(f"{name} reads every text token, so text must not merge: give merge_text=0")
 
     def _start(self, model: Any, args: Any) -> None:
-        self._flight.passes = []
+        self._flight.passes, self._flight.outputs = [], {}
         if model.training and getattr(model, "is_activation_checkpointing", False):
             raise Refusal("gradient checkpointing runs layers twice and would reduce twice; turn it off")
 
     def _finish(self, model: Any, args: Any, output: Any) -> None:
+        self._flight.outputs = {}  # they hold the graph of a training step
         self._on_end(self._flight.passes)

@@ -32,7 +32,7 @@ class MeterHeads(nn.Module):
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
-        self.dropout = config.attention_probs_dropout_prob
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -40,7 +40,7 @@ class MeterHeads(nn.Module):
     def forward(self, hidden_states: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:
         rows = (self.query(hidden_states), self.key(context), self.value(context))
         query, key, value = (r.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2) for r in rows)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         mixed: Tensor = scaled_dot_product_attention(query, key, value, bias, dropout)
         return mixed.transpose(1, 2).flatten(2)
 

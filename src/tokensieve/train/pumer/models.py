@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,31 +11,42 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 
 import tokensieve.fusion.meter  # noqa: F401  (registers METER)
 from tokensieve.errors import Refusal
+from tokensieve.loading import check_processor
 from tokensieve.train.pumer.tasks import Task
 
 
-def load_processors(checkpoint: str) -> tuple[Any, Any]:
+def load_processors(
+    checkpoint: str, revision: str | None = None, options: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """Load the tokenizer and the image processor of a checkpoint, from one processor or separately.
 
+    Args:
+        revision: branch, tag or commit on the hub.
+        options: arguments for the processors.
+
     Raises:
-        Refusal: if one of them is missing.
+        Refusal: if one of them is missing, or has no such option.
     """
+    options = options or {}
+    arguments = {**options, "revision": revision or "main"}
     try:
-        processor = AutoProcessor.from_pretrained(checkpoint)
-        return processor.tokenizer, processor.image_processor
+        processor = AutoProcessor.from_pretrained(checkpoint, **arguments)
+        tokenizer, image_processor = processor.tokenizer, processor.image_processor
     except (OSError, ValueError, KeyError, AttributeError):
-        pass
-    try:
-        return AutoTokenizer.from_pretrained(checkpoint), AutoImageProcessor.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"{checkpoint} has no tokenizer and image processor beside its weights: {reason}") from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=arguments["revision"])
+            image_processor = AutoImageProcessor.from_pretrained(checkpoint, **arguments)
+        except (OSError, ValueError, KeyError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise Refusal(f"{checkpoint} has no tokenizer and image processor beside its weights: {reason}") from error
+    check_processor(image_processor, options)
+    return tokenizer, image_processor
 
 
-def load_config(checkpoint: str) -> Any:
+def load_config(checkpoint: str, revision: str | None = None) -> Any:
     """Load the configuration of a checkpoint; refuse in one line if there is none."""
     try:
-        return AutoConfig.from_pretrained(checkpoint)
+        return AutoConfig.from_pretrained(checkpoint, revision=revision or "main")
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise Refusal(f"no model at {checkpoint}: {reason}") from error
@@ -46,13 +58,13 @@ def labels_of(config: Any) -> list[str] | None:
     return None if all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names
 
 
-def load_student(checkpoint: str, task: Task, labels: list[str]) -> Any:
+def load_student(checkpoint: str, task: Task, labels: list[str], revision: str | None = None) -> Any:
     """Load a checkpoint with the task's head. A head of another size is replaced by a new one."""
-    config, kind = _config(checkpoint, task)
+    config, kind = _config(checkpoint, task, revision)
     if labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
-    return _load(task.models[kind], checkpoint, config, ignore_mismatched_sizes=True)
+    return _load(task.models[kind], checkpoint, config, revision=revision or "main", ignore_mismatched_sizes=True)
 
 
 def load_teacher(checkpoint: str, task: Task, labels: list[str]) -> Any:
@@ -72,8 +84,8 @@ def load_teacher(checkpoint: str, task: Task, labels: list[str]) -> Any:
     return _load(task.models[kind], checkpoint, config).eval().requires_grad_(False)
 
 
-def _config(checkpoint: str, task: Task) -> tuple[Any, str]:
-    config = load_config(checkpoint)
+def _config(checkpoint: str, task: Task, revision: str | None = None) -> tuple[Any, str]:
+    config = load_config(checkpoint, revision)
     kind = config.model_type
     if kind not in task.models:
         raise Refusal(f"{checkpoint} is a {kind!r} model; {task.name} is trained with {', '.join(task.models)}")

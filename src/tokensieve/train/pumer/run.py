@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -27,6 +29,8 @@ def train_pumer(
     data: str,
     output: Path,
     *,
+    revision: str | None = None,
+    processor: Mapping[str, Any] | None = None,
     teacher: str | None = None,
     evaluation: str | None = None,
     spec: str | None = "pumer",
@@ -40,6 +44,8 @@ def train_pumer(
         model: folder or name of the pretrained checkpoint, with its tokenizer and image processor.
         data: training records, as for :func:`~tokensieve.train.pumer.data.read_records`.
         output: folder of checkpoints; the model is saved in ``output/model``, with the spec in ``tokensieve.json``.
+        revision: branch, tag or commit of that checkpoint on the hub.
+        processor: arguments for its image processor, such as ``{"size": {"shortest_edge": 224}}``.
         teacher: a fine-tuned, unreduced checkpoint to distil from.
         evaluation: records for the accuracy after each epoch; the best epoch is kept.
         spec: the method spec; ``None`` fine-tunes without reduction, to make a teacher.
@@ -53,11 +59,11 @@ def train_pumer(
     definition, recipe = task_named(task), recipe or Recipe()
     records = read_records(data, definition)
     known = None if teacher is None else labels_of(load_config(teacher))
-    labels = [] if definition.target is None else known or labels_of(load_config(model))
+    labels = [] if definition.target is None else known or labels_of(load_config(model, revision))
     labels = label_names(records, definition) if labels is None else labels
-    tokenizer, image_processor = load_processors(model)
+    tokenizer, image_processor = load_processors(model, revision, processor)
     set_seed(recipe.seed)  # for the random weights of a new head
-    student = load_student(model, definition, labels)
+    student = load_student(model, definition, labels, revision)
     teacher_model = None if teacher is None else load_teacher(teacher, definition, labels)
     numbers = {label: i for i, label in enumerate(labels)}
     negatives = recipe.negatives if definition.target is None else 0

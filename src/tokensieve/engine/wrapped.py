@@ -1,0 +1,35 @@
+"""Find the model inside a wrapper of PEFT."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+
+from tokensieve.errors import Refusal
+
+PEFT = "0.21"  # earlier releases call the forward of the wrapped model directly, past its hooks
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the model inside a PEFT model: its hooks run in every call of the wrapper. Return others as they are.
+
+    Raises:
+        Refusal: virtual tokens in front of the prompt, or a release of PEFT that passes hooks by.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        kinds = ", ".join(str(config.peft_type.value) for config in model.peft_config.values())
+        raise Refusal(f"{kinds} puts virtual tokens in front of the prompt, which is not supported; LoRA is")
+    if Version(_installed()) < Version(PEFT):
+        raise Refusal(f"peft {_installed()} runs a model past its hooks; install peft>={PEFT}")
+    return model.get_base_model()
+
+
+def _installed() -> str:
+    try:
+        return version("peft")
+    except PackageNotFoundError:  # a wrapper of another origin
+        return PEFT
