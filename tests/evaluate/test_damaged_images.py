@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from tokensieve.evaluate import DataError, Results, compare, load_data
+from tokensieve.evaluate import DataError, Results, Skipped, compare, load_data
+from tokensieve.evaluate.compare import skipped_note
 
 METHODS = ["vtc-cls", "random"]
 
@@ -69,6 +70,24 @@ def test_the_note_names_file_lines_and_a_reason(run, data):
         "2 of 8 questions skipped: images cannot be read (data.jsonl, lines 2, 6: "
         "1.png: the image cannot be read (image file is truncated))"
     )
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        (["a.jsonl, line 2"], "a.jsonl, line 2: broken"),
+        (["a.parquet, row 2", "a.parquet, row 9"], "a.parquet, rows 2, 9: broken"),
+        (["", ""], "questions 0, 1: broken"),
+        (
+            [f"a.jsonl, line {i}" for i in range(12)],
+            "a.jsonl, lines 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; 2 more in results.json: broken",
+        ),
+    ],
+)
+def test_the_note_is_short(run, data, places, expected):
+    skipped = tuple(Skipped(str(i), where, "broken") for i, where in enumerate(places))
+    results = replace(run(data(), []), skipped=skipped)
+    assert skipped_note(results).endswith(f"of {8 + len(places)} questions skipped: images cannot be read ({expected})")
 
 
 @pytest.mark.filterwarnings("ignore:.*questions skipped")

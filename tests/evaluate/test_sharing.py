@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tokensieve import Refusal
-from tokensieve.errors import MissingExtra
+from tokensieve.errors import MissingExtra, OutputError
 from tokensieve.evaluate import Processes, compare
 from tokensieve.evaluate.processes import _Failure
 
@@ -188,6 +188,7 @@ def test_a_folder_in_use_is_refused_in_all(share, tmp_path):
     with locked(tmp_path / "out2"):
         errors = share(2)
     assert all("another comparison writes to" in str(error) for error in errors)
+    assert isinstance(errors[0], OutputError)
 
 
 def test_without_a_launcher_there_is_one_process(monkeypatch):

@@ -125,11 +125,11 @@ def compare(
 
 def skipped_note(results: Results) -> str:
     """Return one line that names the first questions that were skipped, and the reason of the first."""
-    skipped, lines = results.skipped, dict[str, list[str]]()
+    skipped, numbers = results.skipped, dict[str, list[str]]()
     for entry in skipped[:NAMED]:
-        file, _, line = entry.where.rpartition(", ")
-        lines.setdefault(file, []).append(line.removeprefix("line ") or entry.id)
-    places = [f"{file}, line{'s' * (len(n) > 1)} {', '.join(n)}" if file else ", ".join(n) for file, n in lines.items()]
+        place, _, number = entry.where.rpartition(" ")  # "data.jsonl, line" and "7"
+        numbers.setdefault(place or "question", []).append(number or entry.id)
+    places = [f"{place}{'s' * (len(listed) > 1)} {', '.join(listed)}" for place, listed in numbers.items()]
     more = [f"{len(skipped) - NAMED} more in {RESULTS}"] if len(skipped) > NAMED else []
     text, total = "; ".join([*places, *more]), len(skipped) + len(results.questions)
     return f"{len(skipped)} of {total} questions skipped: images cannot be read ({text}: {skipped[0].reason})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -93,7 +93,8 @@ class Processes:
                 self.exchange(None)
         except Refusal as error:
             if outermost and self.count > 1 and not self._ended:
-                self.exchange(_Failure(str(error)))
+                with suppress(Refusal):  # this process keeps its own error
+                    self.exchange(_Failure(str(error)))
             raise
         finally:
             self._depth -= 1
