@@ -64,9 +64,9 @@ app = typer.Typer(
 )
 
 
-def print_versions(wanted: bool) -> None:
+def print_versions(requested: bool) -> None:
     """Print the versions that a report of a problem needs, and end."""
-    if not wanted:
+    if not requested:
         return
     typer.echo(f"tokensieve {__version__}")
     typer.echo(f"python {platform.python_version()}")

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-TESTED = {"torch": ("2.13", "2.13"), "transformers": ("5.21", "5.23")}
+TESTED = {"torch": ("2.13", "2.15"), "transformers": ("5.21", "5.23")}
 """The lowest and the highest tested release of each library. Others cause a warning; newer ones are not excluded."""
 
 

@@ -37,7 +37,7 @@ def test_a_docstring_says_what_a_page_needs(name):
     method = find(name)
     said = make_methods.Docstring.of(method)
     assert said.text
-    undocumented = [field.name for field in fields(method) if not make_methods._meaning(field.name, said)]
+    undocumented = [field.name for field in fields(method) if not make_methods.meaning_of(field.name, said)]
     assert undocumented == []
     assert said.arguments.keys() <= {field.name for field in fields(method)}
     assert "Cost" in said.remarks, "say under Cost: what time and extra memory grow with"

@@ -39,10 +39,10 @@ class Docstring:
                 continue
             lines, label = [""], ""
             for line in block.splitlines():
-                found = LABELS.match(line)
-                if found:
-                    label = found[1]
-                    remarks[label] = found[2]
+                match = LABELS.match(line)
+                if match:
+                    label = match[1]
+                    remarks[label] = match[2]
                 elif label:
                     remarks[label] += f" {line.strip()}"
                 else:
