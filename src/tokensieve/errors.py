@@ -24,4 +24,12 @@ class OutputError(Refusal, OSError):
 
 
 class MissingExtra(Refusal, ImportError):
-    """An optional dependency is not installed; the message says how to install it."""
+    """An optional dependency is not installed.
+
+    Args:
+        need: the sentence before the command that installs it: "reading parquet needs pyarrow".
+        extra: the extra of this project that holds it.
+    """
+
+    def __init__(self, need: str, extra: str) -> None:
+        super().__init__(f'{need}: in the checkout, pip install -e ".[{extra}]"')

@@ -224,7 +224,7 @@ def test_options_that_do_not_go_together_are_one_line(refusals: dict[str, Outcom
 def test_a_missing_package_is_named(model: str, option: list[str], package: str, extra: str) -> None:
     calls = {"bench": ["bench", "--model", model, *option]}
     line = run_many(calls, before=f"import sys; sys.modules[{package!r}] = None\n")["bench"].refused()
-    assert f'needs {package}: pip install "tokensieve[{extra}]"' in line
+    assert f'needs {package}: in the checkout, pip install -e ".[{extra}]"' in line
 
 
 @pytest.mark.parametrize("command", ["ask", "bench", "calibrate vtw", "check", "compare"])

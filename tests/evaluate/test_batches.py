@@ -1,6 +1,7 @@
 """Batches: smaller ones where memory runs out, larger ones where it allows, and equal answers with all of them."""
 
 import json
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -178,3 +179,14 @@ def test_ids_that_are_used_twice_are_refused(run, model, processor, samples, tmp
     with pytest.raises(Refusal, match="the id '1' is used twice"):
         compare(model, processor, [*samples, samples[0]], [], [], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: f"{type(error).__name__} {str(error)[:20]}")
+def test_costs_that_do_not_fit_are_refused_in_one_line_and_the_answers_stay(run, monkeypatch, error):
+    def measure_costs(*args, **options):
+        raise error
+
+    monkeypatch.setattr(sys.modules["tokensieve.evaluate.compare"], "measure_costs", measure_costs)
+    with pytest.raises(Refusal, match=r"memory ran out while the costs .*--no-measure"):
+        run(measure=True)
+    assert run().complete

@@ -65,7 +65,7 @@ def test_parquet_with_files_and_with_bytes(write, tmp_path):
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "data.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r'pip install "tokensieve\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[data\]"'):
         load_data(tmp_path / "data.parquet")
 
 
@@ -427,5 +427,5 @@ def test_a_name_of_the_hub_without_a_network(monkeypatch):
 
 def test_a_folder_without_the_library_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "tokensieve\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[data\]"'):
         load_data(tmp_path)

@@ -204,5 +204,7 @@ def test_several_processes_need_accelerate(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     Processes.launched.__func__.cache_clear()
-    with pytest.raises(MissingExtra, match=r'several processes need accelerate: pip install "tokensieve\[train\]"'):
+    with pytest.raises(
+        MissingExtra, match=r'several processes need accelerate: in the checkout, pip install -e "\.\[train\]"'
+    ):
         Processes.launched()

@@ -215,5 +215,5 @@ def test_a_full_disk_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r'reports need jinja2: pip install "tokensieve\[report\]"'):
+    with pytest.raises(ImportError, match=r'reports need jinja2: in the checkout, pip install -e "\.\[report\]"'):
         render(results(ROWS), tmp_path)

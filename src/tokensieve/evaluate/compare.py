@@ -14,7 +14,15 @@ from typing import Any, Literal, TypeAlias
 
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
-from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, replaying, unreadable
+from tokensieve.evaluate.answer import (
+    Answerer,
+    Attached,
+    Classifier,
+    attaching,
+    is_out_of_memory,
+    replaying,
+    unreadable,
+)
 from tokensieve.evaluate.costs import session_costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Journal
@@ -292,7 +300,15 @@ class Comparison:
             )
 
         keys = [entry.runs[0].key for entry in entries]
-        return session_costs(journal, {**machine, "sample": sample_key(sample)}, keys, measure)
+        try:
+            return session_costs(journal, {**machine, "sample": sample_key(sample)}, keys, measure)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise Refusal(
+                "memory ran out while the costs of one prompt were measured; the answers are kept, and the same "
+                "comparison without measuring (--no-measure, measure=False) gives their results"
+            ) from error
 
     def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""

@@ -56,7 +56,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError as error:
-            raise MissingExtra('several processes need accelerate: pip install "tokensieve[train]"') from error
+            raise MissingExtra("several processes need accelerate", "train") from error
         # it also selects the GPU; gloo there, too: answers are few bytes, and it notices the end of a process at once
         state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo", timeout=WAIT)
         atexit.register(state.destroy_process_group)  # its threads would abort the exit

@@ -151,7 +151,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise MissingExtra('reading parquet needs pyarrow: pip install "tokensieve[data]"') from error
+        raise MissingExtra("reading parquet needs pyarrow", "data") from error
     try:
         table = parquet.read_table(path)
     except (ArrowException, UnicodeDecodeError) as error:
@@ -173,7 +173,7 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtra('reading a folder or a name needs datasets: pip install "tokensieve[data]"') from error
+        raise MissingExtra("reading a folder or a name needs datasets", "data") from error
     path, name = Path(source).expanduser(), str(source)
     on_disk = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
     if not path.is_dir() and not datasets.config.HF_HUB_OFFLINE:

@@ -364,7 +364,7 @@ class Results:
         try:
             from pandas import DataFrame
         except ImportError:
-            raise MissingExtra('to_pandas() needs pandas: in the checkout, pip install -e ".[data]"') from None
+            raise MissingExtra("to_pandas() needs pandas", "data") from None
         return DataFrame(self.records(table))
 
     def to_csv(self, path: str | Path, table: Table = "rows") -> None:
@@ -398,7 +398,7 @@ class Results:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise MissingExtra('plot() needs matplotlib: in the checkout, pip install -e ".[report]"') from None
+            raise MissingExtra("plot() needs matplotlib", "report") from None
         figure = Figure(layout="constrained")
         axes = figure.add_subplot(xlabel=cost, ylabel="accuracy, %")
         for method in dict.fromkeys(row.method for row in points):

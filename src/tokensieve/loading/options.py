@@ -90,7 +90,7 @@ def check_environment(options: LoadOptions) -> None:
     }
     for option, (package, purpose, extra) in packages.items():
         if getattr(options, option) is not None and find_spec(package) is None:
-            raise MissingExtra(f'{purpose} needs {package}: pip install "tokensieve[{extra}]"')
+            raise MissingExtra(f"{purpose} needs {package}", extra)
     if options.attn is not None and "/" not in options.attn:  # with a slash it is a kernel of the hub
         # not the engine's probe, nor kernels for continuous batching
         names = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if name != PROBE and "|" not in name}
@@ -102,7 +102,8 @@ def torch_device(options: LoadOptions) -> Any:
     import torch
 
     if options.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # by its number: each of several processes has selected one
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(options.device)
         torch.empty(0, device=device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tokensieve.errors import Refusal
+from tokensieve.errors import MissingExtra, Refusal
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,11 +31,9 @@ PHOTOGRAPHS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def missing(error: ImportError) -> ImportError:
+def missing(error: ImportError) -> MissingExtra:
     """Return a one-line error for a user without the optional data packages."""
-    return ImportError(
-        f'{error.name} is needed to draw reference scenes: in the checkout, pip install -e ".[reference]"'
-    )
+    return MissingExtra(f"{error.name} is needed to draw reference scenes", "reference")
 
 
 def check_split(split: str) -> Split:

@@ -15,7 +15,7 @@ def needs_report_extra() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingExtra(f'reports need {error.name}: in the checkout, pip install -e ".[report]"') from None
+        raise MissingExtra(f"reports need {error.name}", "report") from None
 
 
 def check_report_extra() -> None:

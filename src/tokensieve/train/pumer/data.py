@@ -87,7 +87,7 @@ def _from_datasets(source: str) -> Sequence[Mapping[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise MissingExtra(f"{source} is not a file; for the datasets library: pip install datasets") from None
+        raise MissingExtra(f"{source} is not a file; the datasets library is needed to load it", "data") from None
     name, _, split = source.partition(":")
     records: Sequence[Mapping[str, Any]] = load_dataset(name, split=split or "train")
     return records

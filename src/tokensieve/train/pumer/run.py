@@ -103,4 +103,4 @@ def _check_extra() -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError:
-        raise MissingExtra('training needs accelerate: in the checkout, pip install -e ".[train]"') from None
+        raise MissingExtra("training needs accelerate", "train") from None
