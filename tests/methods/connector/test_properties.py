@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.methods import FIRST_TUNED
@@ -164,6 +164,7 @@ def starts_with_a_tie(rows):
 @pytest.mark.parametrize("spec", EQUIVARIANT)
 @settings(FEW, max_examples=8)
 @given(seed=st.integers(0, 10**6))
+@example(seed=1400)  # starts with a tie
 def test_permuted_tokens_permuted_choice(spec, seed):
     tokens, order = image(seed), torch.randperm(24, generator=torch.Generator().manual_seed(seed))
     assume(spec != "divprune" or not starts_with_a_tie(tokens.features[0]))
