@@ -85,6 +85,7 @@ def test_a_ratio_shows_its_side_of_one(value, text):
 
 def test_a_spread_reads_as_a_median_with_its_quartiles():
     assert str(Spread(1.183, 1.1, 1.26)) == "1.2 (1.1–1.3)"
+    assert str(Spread(1.06, 1.02, 1.14)) == "1.1 (1.02–1.1)"  # a speedup whose quartiles exclude 1
 
 
 def test_every_gpu_that_a_model_lies_on_is_waited_for(clock, monkeypatch):

@@ -140,6 +140,17 @@ def test_the_pareto_front_by_each_cost() -> None:
     }
 
 
+def test_times_that_look_different_in_the_table_are_different_on_the_front() -> None:
+    slower, faster = row("divprune", 16, 0.87, prefill_ms=7.63), row("trsm", 16, 0.8, prefill_ms=7.56)
+    lines = {line.row.method: line for line in decide(slower, faster).lines}
+    assert "prefill_ms" in lines["divprune"].front
+    assert "prefill_ms" in lines["trsm"].front
+    # both are "804" in the table
+    large = [row("trsm", 16, 0.8, prefill_ms=804.2), row("divprune", 16, 0.87, prefill_ms=804.4)]
+    decision = Decision(results([row("full", None, 0.9, prefill_ms=900.0), *large]))
+    assert [line.row.method for line in decision.lines if "prefill_ms" in line.front] == ["full", "divprune"]
+
+
 def test_uncertain_times_make_no_front() -> None:
     decision = decide(row("trsm", 36, 0.85, timing_note="the times are uncertain"))
     assert [line.front for line in decision.lines] == [("flops_ratio",), ("flops_ratio",)]
@@ -169,6 +180,8 @@ def test_without_measurements_tokens_are_the_cost() -> None:
         (1.1, 1.2, 1.3, "faster prefill: 1.20× (1.10–1.30)"),
         (0.8, 0.9, 0.95, "slower prefill: 0.90× (0.80–0.95)"),
         (0.9, 0.99, 1.1, "prefill time not told apart from full's (0.90–1.10×)"),
+        (1.003, 1.02, 1.1, "faster prefill: 1.02× (1.003–1.10)"),
+        (0.996, 1.0, 1.004, "prefill time not told apart from full's (0.996–1.004×)"),
         (1.0, 1.02, 1.1, "prefill time not told apart from full's (1.00–1.10×)"),
     ],
 )

@@ -38,7 +38,9 @@ class Spread:
         return cls(median, low, high)
 
     def __str__(self) -> str:
-        return f"{two_digits(self.median)} ({two_digits(self.low)}–{two_digits(self.high)})"
+        """Return the median and the quartiles: "1.2 (1.02–1.3)", as a ratio's side of 1 decides what is claimed."""
+        median, low, high = map(ratio_digits, (self.median, self.low, self.high))
+        return f"{median} ({low}–{high})"
 
 
 def two_digits(value: float) -> str:

@@ -20,6 +20,7 @@ from tokensieve.report.table import (
     percent,
     points,
     points_interval,
+    ratio,
     spread,
     to_full,
 )
@@ -236,13 +237,13 @@ def faster(row: Row) -> bool | None:
 
 def prefill(row: Row) -> str:
     """Return the prefill speedup in words; a claim only where the quartiles exclude 1."""
-    quartiles = spread(row.prefill_speedup_low, row.prefill_speedup_high, ".2f")
+    quartiles = spread(row.prefill_speedup_low, row.prefill_speedup_high, ratio)
     if row.prefill_speedup is None or not quartiles:
         return ""
     verdict = faster(row)
     if verdict is None:
         return f"prefill time not told apart from full's ({quartiles}×)"
-    return f"{'faster' if verdict else 'slower'} prefill: {row.prefill_speedup:.2f}× ({quartiles})"
+    return f"{'faster' if verdict else 'slower'} prefill: {ratio(row.prefill_speedup)}× ({quartiles})"
 
 
 def break_even(row: Row) -> str:
@@ -281,7 +282,8 @@ def _cost_of(row: Row) -> float:
 
 def _as_shown(row: Row, cost: Cost) -> float:
     """Return a cost rounded as in the tables: rows that look equal there are equal."""
-    return round(float(getattr(row, cost)), {"flops_ratio": 2, "prefill_ms": 1, "tokens_average": 1}[cost])
+    forms = {"flops_ratio": ".2f", "prefill_ms": ".3g", "tokens_average": ".4g"}
+    return float(format(getattr(row, cost), forms[cost]))
 
 
 def _similar(tokens: float, others: float, factor: float = SIMILAR) -> bool:

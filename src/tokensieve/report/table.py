@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 from tokensieve.evaluate import Row, TypeScore
@@ -103,9 +104,16 @@ def number(value: float | None, form: str = ".3g") -> str:
     return f"{float(text):.0f}" if "e+" in text else text
 
 
-def spread(low: float | None, high: float | None, form: str = ".3g") -> str:
+def ratio(value: float | None) -> str:
+    """Return a speedup with two decimals, or with up to four where two would hide its side of 1: ``1.003``."""
+    if value is None:
+        return NONE
+    return next((text for text in (f"{value:.2f}", f"{value:.3f}", f"{value:.4f}") if float(text) != 1), "1.00")
+
+
+def spread(low: float | None, high: float | None, text: Callable[[float], str] = number) -> str:
     """Return the quartiles ``1.10–1.25``; nothing if they were not measured."""
-    return "" if low is None or high is None else f"{number(low, form)}–{number(high, form)}"
+    return "" if low is None or high is None else f"{text(low)}–{text(high)}"
 
 
 # -- columns --------------------------------------------------------------------------------------------------------
@@ -180,7 +188,7 @@ def _pareto(line: Line) -> Cell:
     return Cell("both" if len(line.front) > 1 else "".join(words[cost] for cost in line.front))
 
 
-def _timed(name: str, form: str, unit: str = "") -> Callable[[Line], Cell]:
+def _timed(name: str, text: Callable[[float | None], str] = number, unit: str = "") -> Callable[[Line], Cell]:
     """Return the cell of a measured median with its quartiles."""
 
     def cell(line: Line) -> Cell:
@@ -188,7 +196,7 @@ def _timed(name: str, form: str, unit: str = "") -> Callable[[Line], Cell]:
         low, high = getattr(line.row, f"{name}_low"), getattr(line.row, f"{name}_high")
         if line.kind == "full" and name.endswith("speedup"):
             low = high = None  # 1 by definition
-        return Cell(number(value, form) + unit * (value is not None), spread(low, high, form))
+        return Cell(text(value) + unit * (value is not None), spread(low, high, text))
 
     return cell
 
@@ -196,7 +204,7 @@ def _timed(name: str, form: str, unit: str = "") -> Callable[[Line], Cell]:
 def _method_ms(line: Line) -> Cell:
     """Return the method's time; a time whose quartiles reach 0 or less is not told apart from none."""
     low = line.row.method_ms_low
-    return Cell("noise") if low is not None and low <= 0 else _timed("method_ms", ".2g")(line)
+    return Cell("noise") if low is not None and low <= 0 else _timed("method_ms", partial(number, form=".2g"))(line)
 
 
 def _break_even(line: Line) -> Cell:
@@ -220,7 +228,7 @@ FLOPS = Column(
 SPEEDUP = Column(
     "prefill speedup",
     "full model's prefill time ÷ this one's, with the quartiles of the paired rounds",
-    _timed("prefill_speedup", ".2f", "×"),
+    _timed("prefill_speedup", ratio, "×"),
 )
 BREAK_EVEN = Column(
     "break-even",
@@ -240,7 +248,12 @@ ACCURACY: tuple[Column, ...] = (
     ),
     Column("accuracy %", "with its 95 % interval", _accuracy),
     Column("to full", "points to the full model, paired by question, with the 95 % interval", _to_full),
-    Column("p", "McNemar's exact test against the full model; none for several seeds or graded scores", _p),
+    Column(
+        "p",
+        "McNemar's exact test against the full model, whole images exchanged; can exceed .05 where the interval just "
+        "excludes 0, as exact tests are cautious; none for several seeds or graded scores",
+        _p,
+    ),
     Column("Pareto", "no other row is as accurate at a lower cost: prefill FLOPs, prefill time, or both", _pareto),
 )
 COSTS: tuple[Column, ...] = (
@@ -248,17 +261,17 @@ COSTS: tuple[Column, ...] = (
     Column(
         "prefill ms",
         "time to the first token: the median of full ÷ the median speedup",
-        _timed("prefill_ms", ".3g"),
+        _timed("prefill_ms"),
         brief=True,
     ),
     SPEEDUP,
     Column("method ms", "time of the method alone; noise: not told apart from none", _method_ms, brief=True),
     BREAK_EVEN,
-    Column("token ms", "time of one decoding step", _timed("decode_ms_per_token", ".3g"), brief=True),
+    Column("token ms", "time of one decoding step", _timed("decode_ms_per_token"), brief=True),
     Column(
         "decode speedup",
         "full model's time per decoding step ÷ this one's",
-        _timed("decode_speedup", ".2f", "×"),
+        _timed("decode_speedup", ratio, "×"),
         page_only=True,
     ),
     Column("peak MB", "peak of activations in prefill", _plain(lambda row: number(row.peak_activation_mb))),

@@ -125,6 +125,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint, tmp_path):
     [
         (None, "no checkpoint at"),
         (b"not a checkpoint", "cannot be read: it is no safetensors file and no state dict"),
+        (b"hello\n", "cannot be read: it is no safetensors file and no state dict"),  # "h" reads the unpickler's memo
         (Path("of objects"), "other objects are not loaded, because that would run code"),
         ({"weights": 3}, "no state dict"),
         ({"encoder.weight": torch.zeros(2)}, "no head that we know"),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,8 +32,10 @@ def read_weights(source: Path) -> dict[str, Tensor]:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise Refusal(f"the checkpoint {file} cannot be read: {error.strerror or error}") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        # torch's own words advise to load the file in a way that runs code from it
+    except MemoryError:
+        raise
+    except Exception as error:
+        # the unpickler takes any bytes for instructions and fails with many types; torch's own words advise to load the file in a way that runs code from it
         raise Refusal(
             f"the checkpoint {file} cannot be read: it is no safetensors file and no state dict of tensors alone, "
             "saved by torch.save; other objects are not loaded, because that would run code from the file"
