@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.support.clocks import Cpu, Ticking
-from tokensieve import Method, attach
+from tokensieve import Method, attach, reference
 from tokensieve.evaluate import (
     METRICS,
     OutputError,
@@ -134,6 +134,24 @@ def test_results_hold_types_differences_and_examples(run, samples, tmp_path):
         assert [len(kept["reductions"][0]["anchors"]) for kept in example.kept] == [144, 9, 9, 9]
     assert results.settings["samples"] == 10
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "foreign"),
+    [
+        (str(reference.path()), "data.jsonl, line 1", True),
+        (str(reference.path()), "", False),
+        ("other/model", "x", False),
+    ],
+)
+def test_results_of_the_bundled_model_on_a_users_file_are_marked(
+    name, where, foreign, run, model, samples, tmp_path, monkeypatch
+):
+    """The report is read without the terminal, where a note says the same."""
+    monkeypatch.setattr(model.config, "name_or_path", name, raising=False)
+    run(["pool"], samples=[replace(sample, where=where) for sample in samples[:2]])
+    settings = Results.load(tmp_path / "out" / "results.json").settings
+    assert settings.get("foreign_images", False) == foreign
 
 
 def test_an_interrupted_run_continues_where_it_was(run, tmp_path):

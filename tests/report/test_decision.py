@@ -245,6 +245,19 @@ def test_a_full_model_at_the_floor_is_a_warning() -> None:
     assert warnings(decide(row("trsm", 36, 0.9))) == []
 
 
+def test_pictures_that_the_bundled_model_does_not_know_are_a_warning() -> None:
+    (warning,) = warnings(decide(row("trsm", 36, 0.9), foreign_images=True))
+    assert (
+        warning == "The bundled model knows only its own drawn scenes: its answers about these pictures mean nothing."
+    )
+
+
+def test_methods_that_dropped_nothing_are_named() -> None:
+    whole = row("vtc-cls", 9999, 0.93, tokens_after=144, tokens_average=144)
+    assert "the full model with the method's cost: vtc-cls at 9999." in remarks_text(whole, row("trsm", 36, 0.9))
+    assert "Dropped no token" not in remarks_text(row("trsm", 36, 0.9))
+
+
 def test_a_run_that_is_not_complete_is_a_warning() -> None:
     (warning,) = warnings(Decision(replace(results([FULL, row("trsm", 36, 0.9)]), complete=False)))
     assert warning.startswith("This run is not complete")

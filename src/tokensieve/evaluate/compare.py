@@ -34,6 +34,7 @@ from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import check_one_image, check_texts
 from tokensieve.evaluate.provenance import (
     environment,
+    is_bundled,
     loading_facts,
     model_identity,
     model_name,
@@ -338,6 +339,8 @@ class Comparison:
         about: dict[str, Any] = {"model": model_name(self.model), "samples": len(self.samples)}
         if loaded := loading_facts(self.model, self.loading):
             about["loading"] = loaded
+        if is_bundled(self.model) and any(sample.where for sample in self.all_samples):
+            about["foreign_images"] = True  # the data are a user's file, the model knows its own scenes only
         return self.settings.prediction_setup() | about | {name: getattr(self.settings, name) for name in names}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from tokensieve import reference
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.pictures import content_key
 from tokensieve.loading import LoadOptions, device_of
@@ -24,6 +25,12 @@ def model_name(model: Any) -> str:
     """Return the model's hub name, or the last part of its path, so that results name no folder of a machine."""
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
     return Path(name).resolve().name if Path(name).exists() else name
+
+
+def is_bundled(model: Any) -> bool:
+    """Return whether the model was loaded from the weights of a bundled one."""
+    name = str(getattr(model.config, "name_or_path", ""))
+    return bool(name) and Path(name).resolve() in {reference.path(known).resolve() for known in reference.NAMES}
 
 
 def model_identity(model: Any) -> dict[str, str]:

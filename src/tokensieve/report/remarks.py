@@ -17,18 +17,31 @@ def warnings(decision: Decision) -> list[str]:
     """Return the reasons to distrust the whole run, to be read before any result."""
     results = decision.results
     unfinished = [] if results.complete else ["This run is not complete: rows or costs are still to come."]
-    return [*unfinished, *_floor(decision), *_samples(results), *_skipped(results), *decision.timing_notes()]
+    return [
+        *unfinished,
+        *_foreign(results),
+        *_floor(decision),
+        *_samples(results),
+        *_skipped(results),
+        *decision.timing_notes(),
+    ]
 
 
 def remarks(decision: Decision) -> list[str]:
     """Return plain sentences about rows, each computed from the results."""
     return [
+        *_kept_whole(decision),
         *_unranked(decision),
         *_against_random(decision),
         *_losses_by_type(decision),
         *_leaders_by_type(decision),
         *_speed(decision),
     ]
+
+
+def _foreign(results: Results) -> Iterator[str]:
+    if results.settings.get("foreign_images"):
+        yield "The bundled model knows only its own drawn scenes: its answers about these pictures mean nothing."
 
 
 def _floor(decision: Decision) -> Iterator[str]:
@@ -54,6 +67,17 @@ def _skipped(results: Results) -> Iterator[str]:
         more = f"; and {len(results.skipped) - LISTED} more" if len(results.skipped) > LISTED else ""
         count = len(results.skipped)
         yield f"{count} {'questions were' if count > 1 else 'question was'} skipped and not counted: {listed}{more}."
+
+
+def _kept_whole(decision: Decision) -> Iterator[str]:
+    """Name the methods that dropped no token: their budget covers every image, or they chose to keep all."""
+    rows = [
+        line.row
+        for line in decision.lines
+        if line.kind not in ("full", "oracle") and line.row.tokens_average >= line.row.tokens_before
+    ]
+    if rows:
+        yield f"Dropped no token, so that these rows are the full model with the method's cost: {_list(rows)}."
 
 
 def _unranked(decision: Decision) -> Iterator[str]:

@@ -35,7 +35,8 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     except MemoryError:
         raise
     except Exception as error:
-        # the unpickler takes any bytes for instructions and fails with many types; torch's own words advise to load the file in a way that runs code from it
+        # The unpickler takes any bytes for instructions and fails with many types. torch's own words advise to load the
+        # file in a way that runs code from it.
         raise Refusal(
             f"the checkpoint {file} cannot be read: it is no safetensors file and no state dict of tensors alone, "
             "saved by torch.save; other objects are not loaded, because that would run code from the file"
