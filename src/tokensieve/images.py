@@ -122,8 +122,10 @@ def image_errors(name: str) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except FileNotFoundError:
-        hint = "; images on the web are not fetched" if re.match("https?:/", name) else ""
-        raise DataError(f"{name}: no such image file{hint}") from None
+        if re.match("https?:/", name):  # a path has lost the second slash
+            name = re.sub("^(https?:/)/?", r"\1/", name)
+            raise DataError(f"{name}: images on the web are not fetched; save the image to a file") from None
+        raise DataError(f"{name}: no such image file") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image, or of a kind that Pillow cannot read") from None
     except Image.DecompressionBombError as error:

@@ -187,7 +187,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
     ),
     "ask about an image on the web": (
         lambda f, m: ["ask", "https://example.org/cat.jpg", QUESTION, "--model", m],
-        ["no such image file; images on the web are not fetched"],
+        ["https://example.org/cat.jpg: images on the web are not fetched; save the image to a file"],
     ),
     "no data: URI": (with_data("uri.jsonl"), ["uri.jsonl, line 2: the image: not valid base64"]),
     "one of several images": (with_data("list.jsonl"), ["list.jsonl, line 2: ", "gone.jpg: no such image file"]),

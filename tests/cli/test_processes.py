@@ -94,6 +94,8 @@ def test_two_processes_give_the_rows_of_one(call: list[str], alone: tuple[Outcom
     two = end(start(*TOKENSIEVE, *call, "--output", tmp_path / "two"))
     assert two.code == 0, two.err
     assert json.loads(two.out) == json.loads(one.out)  # printed once
+    assert two.err.count("2 processes share the questions") == 1
+    assert "share the questions" not in one.err
     notes = [line for line in two.err.splitlines() if "questions skipped" in line]
     assert notes == [line for line in one.err.splitlines() if "questions skipped" in line]
     assert len(notes) == 1

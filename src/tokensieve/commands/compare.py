@@ -126,6 +126,8 @@ def compare(
         trained, (vlm, processor) = vlm, load_model(unreduced, shared, classifiers=True)
     processes = Processes.launched()
     comparison = Comparison(vlm, processor, samples, settings, trained, loading, processes)
+    if processes.count > 1:
+        note(f"{processes.count} processes share the questions")
     if data != "reference":
         note_foreign_images(model)
     with progress() as bar:
