@@ -12,6 +12,7 @@ from tests.support.clocks import Cpu, Ticking
 from tokensieve import Method, attach, reference
 from tokensieve.evaluate import (
     METRICS,
+    DataError,
     OutputError,
     Results,
     ResumeError,
@@ -134,6 +135,17 @@ def test_results_hold_types_differences_and_examples(run, samples, tmp_path):
         assert [len(kept["reductions"][0]["anchors"]) for kept in example.kept] == [144, 9, 9, 9]
     assert results.settings["samples"] == 10
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_yes_no_refuses_answers_that_are_neither(run, samples):
+    """Every text without a no counts as a yes, so "two" for "red" would be right."""
+    with pytest.raises(
+        DataError, match=r"data\.jsonl, line 1: the metric yes_no needs the answer yes or no; got 'red'"
+    ):
+        run(["pool"], metric="yes_no")
+    said = ("yes", "No.", "Yes, two", "there is not")
+    asked = [replace(sample, answers=(answer,)) for sample, answer in zip(samples, said, strict=False)]
+    assert run(["pool"], metric="yes_no", samples=asked)[0][0].samples == 4
 
 
 @pytest.mark.parametrize(

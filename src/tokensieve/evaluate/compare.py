@@ -27,7 +27,7 @@ from tokensieve.evaluate.costs import session_costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.lock import locked
-from tokensieve.evaluate.metrics import METRICS
+from tokensieve.evaluate.metrics import METRICS, check_answers
 from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
@@ -175,6 +175,7 @@ class Comparison:
         if trained is not None and type(trained) is not type(model):
             raise Refusal(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
         check_texts(processor, samples, settings.prompt)
+        check_answers(settings.metric, samples)
         if not model.can_generate():
             check_one_image(samples)
         self.model, self.trained, self.processor = model, trained, processor

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from tokensieve.errors import DataError
 from tokensieve.evaluate.data import LETTERS, Sample
 
 Metric = Callable[[str, Sequence[str]], float]
@@ -109,6 +110,15 @@ def accepted_answers(sample: Sample) -> tuple[str, ...]:
         if option in sample.answers or (letter in sample.answers and letter not in sample.choices):
             answers += [letter, option]
     return tuple(dict.fromkeys(answers))
+
+
+def check_answers(metric: str, samples: Sequence[Sample]) -> None:
+    """Refuse right answers that the metric cannot read: every text without a no would be a yes for ``yes_no``."""
+    for sample in samples if metric == "yes_no" else ():
+        for answer in sample.answers:
+            if says_yes(answer) and "yes" not in normalise(answer).split():
+                place = sample.where or f"the sample {sample.id!r}"
+                raise DataError(f"{place}: the metric yes_no needs the answer yes or no; got {answer!r}")
 
 
 def says_yes(text: str) -> bool:
