@@ -56,7 +56,7 @@ def behind(name):
         module.register_forward_hook(lambda m, args, out: (0 * out[0], *out[1:]) if isinstance(out, tuple) else 0 * out)
     encode = lambda: torch.cat([e.rows for e in oracle.encode(model, name, sample)])  # noqa: E731
     features = encode()
-    pixels, found = sample.images[0].inputs["pixel_values"], {}
+    pixels, found = sample.images[0].pixels, {}
     for patch in patches(pixels):
         original = patch.clone()
         patch.add_(1.0)

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
-from transformers import VipLlavaConfig
+from transformers import VideoLlavaModel, VipLlavaConfig
 
 from tests.support.towers import TinyTowerConfig
+from tokensieve.models.versions import FIRST_RELEASE
 
 PAD, BOS, EOS = 0, 1, 2
 BREAK, START, END, VIDEO, IMAGE, VOCABULARY = 195, 196, 197, 198, 199, 200
@@ -69,7 +73,9 @@ def around(ids: list[int]) -> list[int]:
     return [START, *ids, END]
 
 
-def square(side: int, tokens: int, marks: bool = False, axes: int = 4, patch: int = 14) -> Draw:
+def square(
+    side: int, tokens: int, marks: bool = False, axes: int = 4, patch: int = 14, name: str = "pixel_values"
+) -> Draw:
     """Tiles of ``side`` x ``side`` patches and ``tokens`` tokens each; a shape is how many there are, else one.
 
     ``marks``: with a start and an end token; ``axes`` 5: pixels are [image, tile, 3, H, W].
@@ -79,7 +85,7 @@ def square(side: int, tokens: int, marks: bool = False, axes: int = 4, patch: in
         (tiles,), cells = shape or (1,), round(tokens**0.5)
         pixels = torch.randn(*[1] * (axes - 4), tiles, 3, side * patch, side * patch, generator=generator)
         ids = (around if marks else list)([IMAGE] * tokens * tiles)
-        return Image({"pixel_values": pixels}, ids, (cells, cells) if tiles == 1 else None)
+        return Image({name: pixels}, ids, (cells, cells) if tiles == 1 else None)
 
     return draw
 
@@ -258,6 +264,10 @@ QWEN = {"shapes": GRIDS, "types": "mm_token_type_ids", "axes": 3}
 SEVERAL = {"several": (ALONE,), "counts": "batch_num_images"}
 # before transformers 5.23, the config of VipLLaVA has the plural
 VIP_LAYERS = "vision_feature_layer" if hasattr(VipLlavaConfig(), "vision_feature_layer") else "vision_feature_layers"
+# before transformers 5.21, Video-LLaVA's images have a name of their own
+VIDEO_LLAVA_PIXELS = next(
+    name for name in signature(VideoLlavaModel.forward).parameters if name.startswith("pixel_values")
+)
 PENULTIMATE = {"vision_feature_layer": -2}
 PIXTRAL = vision("pixtral", 16, head_dim=8)
 MISTRAL = text("mistral", head_dim=16, sliding_window=None)
@@ -301,7 +311,7 @@ FAMILIES = {
             PINPOINTS | ONE_TILE, **SEVERAL,
         ),
         Family("llava-next-video", "LlavaNextVideo", vision(CLIP, 4), LLAMA, any_resolution, SIZES, PINPOINTS),
-        Family("video-llava", "VideoLlava", vision(CLIP), LLAMA, LLAVA),
+        Family("video-llava", "VideoLlava", vision(CLIP), LLAMA, square(5, 25, name=VIDEO_LLAVA_PIXELS)),
         Family("qwen2-vl", "Qwen2VL", QWEN2_VISION, text(**mrope()), packed(14), more=VISION_MARKS, **QWEN),
         Family("qwen2.5-vl", "Qwen2_5_VL", QWEN25_VISION, text(**mrope()), packed(14), more=VISION_MARKS, **QWEN),
         Family("qwen3-vl", "Qwen3VL", QWEN3_VISION, QWEN3, packed(16, timestamps=True), more=VISION_MARKS, **QWEN),
@@ -379,6 +389,9 @@ def timm_families() -> list[Family]:
 
 
 FAMILIES |= {family.name: family for family in timm_families()}
+for needing, (release, _) in FIRST_RELEASE.items():
+    if Version(version("transformers")).release < release:  # refused there
+        del FAMILIES[needing]
 
 # -- variants -------------------------------------------------------------------------------------------------------
 

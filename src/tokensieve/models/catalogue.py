@@ -11,6 +11,7 @@ import tokensieve.models
 from tokensieve.errors import Refusal
 from tokensieve.models.family import Family
 from tokensieve.models.generic import REFUSED, Generic, discoverable
+from tokensieve.models.versions import check_release
 
 
 @cache
@@ -29,9 +30,11 @@ def family_of(model: Any) -> Family:
     """Return the family of a live model, or :class:`Generic` for an unregistered model that can be discovered.
 
     Raises:
-        Refusal: if the model is of no known family and cannot be discovered; names the reason or the families.
+        Refusal: if the model is of no known family and cannot be discovered, or the installed transformers is too old
+            for it; names the reason or the families.
     """
     config = getattr(model, "config", None)
+    check_release(getattr(config, "model_type", None))
     for family in families():
         if family.describes(config):
             return family

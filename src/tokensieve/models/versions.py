@@ -9,7 +9,17 @@ from typing import Any
 
 from packaging.version import Version
 
+from tokensieve.errors import Refusal
 from tokensieve.version import TESTED, tested_range
+
+FIRST_THAT_HANDS_OVER = (5, 18)  # earlier releases hand pixels to the model where the connector stage needs features
+FIRST_RELEASE = {
+    "smolvlm": (
+        (5, 21),
+        "older releases refuse prompts whose image tokens are no multiple of a tile's, so reduced ones too",
+    ),
+}
+"""Model types that need a newer transformers than the others: {model type: (release, the reason)}."""
 
 
 def untested() -> list[str]:
@@ -31,6 +41,19 @@ def warn_if_untested() -> None:
             "(laws) on your model",
             stacklevel=3,
         )
+
+
+def check_release(model_type: str | None = None) -> None:
+    """Refuse a transformers that is too old for methods to be attached, or to be attached to this type of model."""
+    installed = Version(version("transformers"))
+    if installed.release < FIRST_THAT_HANDS_OVER:
+        reason, needed = "older releases do not hand encoded images to the model", FIRST_THAT_HANDS_OVER
+    elif model_type in FIRST_RELEASE and installed.release < FIRST_RELEASE[model_type][0]:
+        needed, reason = FIRST_RELEASE[model_type]
+    else:
+        return
+    what = "methods" if model_type not in FIRST_RELEASE else f"methods on {model_type!r} models"
+    raise Refusal(f"{what} need transformers {'.'.join(map(str, needed))} or newer; got {installed} ({reason})")
 
 
 # -- differences between releases of transformers ----------------------------------------------------------------------
