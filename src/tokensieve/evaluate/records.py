@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def read_records(source: str | Path, split: str | None = None) -> Iterator[Recor
         MissingExtra: the ``data`` extra is needed.
     """
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     reader = readers.get(path.suffix.lower())
     if path.is_dir() or (reader is None and not path.exists() and HUB_NAME.fullmatch(str(source))):
         yield from _datasets(source, split)
@@ -174,7 +175,7 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
         import datasets
     except ImportError as error:
         raise MissingExtra("reading a folder or a name needs datasets", "data") from error
-    path, name = Path(source).expanduser(), str(source)
+    path, name = Path(os.path.expanduser(source)), str(source)
     on_disk = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
     if not path.is_dir() and not datasets.config.HF_HUB_OFFLINE:
         _check_hub(name)
