@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 
+from tests.cli.calling import COMMAND, ENVIRONMENT, run
 from tokensieve.commands.console import ProgressLines, progress
 
 
@@ -57,3 +62,25 @@ def test_a_resumed_and_finished_run_prints_nothing(capsys: pytest.CaptureFixture
 def test_without_a_terminal_lines_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with progress() as update:
         assert isinstance(update, ProgressLines)
+
+
+COMPARE = ("compare", "--limit", "2", "--methods", "uniform", "--keep", "25%, 11%", "--no-measure", "--no-report")
+
+
+def test_output_to_a_terminal_without_unicode(tmp_path: Path) -> None:
+    """The table has dashes and quotation marks that ASCII lacks; JSON must lose nothing."""
+    printed = run(*COMPARE, "--output", tmp_path / "é", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (printed.code, printed.err.count("Traceback")) == (0, 0), printed.err
+    assert "uniform" in printed.out
+    data = [run("models", "--json", PYTHONIOENCODING=encoding).out for encoding in ("ascii", "utf-8")]
+    assert data[0].isascii()
+    assert not data[1].isascii()
+    assert json.loads(data[0]) == json.loads(data[1])
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_takes_nothing(stream: int) -> None:
+    call = f'exec "$0" methods --stage fusion {stream}>&-'
+    done = subprocess.run(["sh", "-c", call, COMMAND], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("pumer" in done.stdout) == (stream == 2)
