@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,8 @@ def _parsed(text: str, where: str, part: str = "") -> Any:
         raise DataError(f"{where}: not valid JSON ({error.msg} at {place})") from None
     except RecursionError:
         raise DataError(f"{where}: not valid JSON (nested too deeply)") from None
+    except ValueError:  # Python reads no longer numbers
+        raise DataError(f"{where}: a number has more than {sys.get_int_max_str_digits()} digits") from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

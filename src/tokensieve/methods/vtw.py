@@ -54,5 +54,5 @@ def read_calibration(file: str) -> tuple[int, int]:
     try:
         result = json.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
         return int(result["layer"]), int(result["depth"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Refusal(f"{file} is no result of 'tokensieve calibrate vtw' ({type(error).__name__}: {error})") from None
