@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import platform
@@ -103,6 +104,7 @@ app.add_typer(train.app, name="train")
 
 def main() -> None:
     """Run the command line. Warnings of Tokensieve are one line each; warnings of other libraries are silenced."""
+    _open_streams()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -113,3 +115,13 @@ def main() -> None:
         for library in QUIET:
             logging.getLogger(library).setLevel(logging.ERROR)
     app()
+
+
+def _open_streams() -> None:
+    """Print to nowhere where a stream is closed, and "?" for a character that its encoding lacks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (open until the end)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")

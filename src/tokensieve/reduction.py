@@ -77,6 +77,39 @@ class Reduction:
         grid = f", grid {self.grid[0]} × {self.grid[1]}" if self.grid else ""
         return f"Reduction({images}{kept}, {kind}{grid})"
 
+    def fault(self, values: bool = True, ascending: bool = True) -> str | None:
+        """Return what contradicts the description of the attributes; ``None`` if nothing does.
+
+        Args:
+            values: compare the entries of the tensors, too, which waits for their device.
+            ascending: False inside a vision encoder, whose layers may receive their rows in any order.
+        """
+        *lead, slots = self.anchors.shape or (0,)
+        m = self.mixing
+        indices = {"anchors": self.anchors} | ({} if m is None else {"slot": m.slot, "source": m.source})
+        for name, tensor in indices.items():
+            if tensor.dtype != torch.int64 or tensor.ndim not in (1, 2):
+                return f"{name} must be int64, [E] or [B, E]; got {tensor.dtype}, {list(tensor.shape)}"
+        shapes = {"valid": (self.valid, [*lead, slots]), "scores": (self.scores, [*lead, self.total])}
+        if m is not None:
+            entries = [*lead, m.source.shape[-1]]
+            shapes |= {"slot": (m.slot, entries), "source": (m.source, entries), "weight": (m.weight, entries)}
+        for name, (optional, shape) in shapes.items():
+            if optional is not None and list(optional.shape) != shape:
+                return f"{name} must have shape {shape}; got {list(optional.shape)}"
+        if not values:
+            return None
+        for name, tensor in indices.items():
+            end = slots if name == "slot" else self.total
+            if tensor.numel() and not (int(tensor.min()) >= 0 and int(tensor.max()) < end):
+                return f"{name} must be from 0 to {end - 1}; got {int(tensor.min())} to {int(tensor.max())}"
+        anchors = self.anchors
+        if self.valid is not None:  # padded slots come last and repeat an anchor: replace it by larger numbers
+            anchors = anchors.where(self.valid, torch.arange(slots, device=anchors.device) + self.total)
+        if bool((anchors.sort(-1).values.diff(dim=-1) == 0).any()):
+            return "anchors must be distinct"
+        return "anchors must ascend" if ascending and bool((anchors.diff(dim=-1) < 0).any()) else None
+
     # -- reading ------------------------------------------------------------------------------------------------------
 
     @property
@@ -246,22 +279,30 @@ class Reduction:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reduction:
-        """Read the result of :meth:`to_json`."""
-        mixing = data.get("mixing")
-        return cls(
-            total=int(data["total"]),
-            anchors=torch.tensor(data["anchors"], dtype=torch.int64),
-            mixing=mixing
-            and Mixing(
-                torch.tensor(mixing["slot"], dtype=torch.int64),
-                torch.tensor(mixing["source"], dtype=torch.int64),
-                torch.tensor(mixing["weight"], dtype=torch.float32),
-            ),
-            valid=torch.tensor(data["valid"]) if "valid" in data else None,
-            grid=(data["grid"][0], data["grid"][1]) if "grid" in data else None,
-            notes=tuple(data.get("notes", ())),
-            projected=data.get("projected", True),
-        )
+        """Read the result of :meth:`to_json`; raise :class:`Refusal` if it is something else."""
+        try:
+            mixing = data.get("mixing")
+            read = cls(
+                total=int(data["total"]),
+                anchors=torch.tensor(data["anchors"], dtype=torch.int64),
+                mixing=mixing
+                and Mixing(
+                    torch.tensor(mixing["slot"], dtype=torch.int64),
+                    torch.tensor(mixing["source"], dtype=torch.int64),
+                    torch.tensor(mixing["weight"], dtype=torch.float32),
+                ),
+                valid=torch.tensor(data["valid"], dtype=torch.bool) if "valid" in data else None,
+                grid=(data["grid"][0], data["grid"][1]) if "grid" in data else None,
+                notes=tuple(data.get("notes", ())),
+                projected=data.get("projected", True),
+            )
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise Refusal(f"this is not the JSON of Reduction.to_json ({detail})") from error
+        fault = read.fault()
+        if fault is not None:
+            raise Refusal(f"this is not the JSON of Reduction.to_json: {fault}")
+        return read
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, including the scores."""
@@ -288,17 +329,24 @@ class Reduction:
             raise Refusal(f"{path} is not a file of Reduction.save: not in the safetensors format") from None
         if "anchors" not in tensors or "total" not in meta:
             raise Refusal(f"{path} is not a file of Reduction.save: it holds other tensors")
-        grid = json.loads(meta["grid"])
-        return cls(
-            total=int(meta["total"]),
-            anchors=tensors["anchors"],
-            mixing=Mixing(*(tensors[k] for k in ("slot", "source", "weight"))) if "slot" in tensors else None,
-            valid=tensors.get("valid"),
-            scores=tensors.get("scores"),
-            grid=grid and (grid[0], grid[1]),
-            notes=tuple(json.loads(meta["notes"])),
-            projected=json.loads(meta.get("projected", "true")),
-        )
+        try:
+            grid = json.loads(meta["grid"])
+            read = cls(
+                total=int(meta["total"]),
+                anchors=tensors["anchors"],
+                mixing=Mixing(*(tensors[k] for k in ("slot", "source", "weight"))) if "slot" in tensors else None,
+                valid=tensors.get("valid"),
+                scores=tensors.get("scores"),
+                grid=grid and (grid[0], grid[1]),
+                notes=tuple(json.loads(meta["notes"])),
+                projected=json.loads(meta.get("projected", "true")),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refusal(f"{path} is not a file of Reduction.save: {type(error).__name__}: {error}") from error
+        fault = read.fault()
+        if fault is not None:
+            raise Refusal(f"{path} is not a file of Reduction.save: {fault}")
+        return read
 
 
 def _product(second: Mixing, first: Mixing) -> Mixing:

@@ -327,7 +327,7 @@ def _in_order(anchors: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
 
     Padding comes last and repeats the last anchor.
     """
-    if valid is None:
+    if valid is None or not anchors.shape[-1]:  # without slots there is no padding
         ordered, order = anchors.sort(-1)
         return ordered, order.argsort(-1), None  # argsort of a permutation is its inverse
     last = anchors.where(valid, 0).amax(-1, keepdim=True)

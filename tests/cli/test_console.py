@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
+import subprocess
+from pathlib import Path
+
 import pytest
 
-from tokensieve.commands.console import ProgressLines, progress
+from tests.cli.calling import COMMAND, ENVIRONMENT, run
+from tokensieve.commands.console import ProgressLines, print_json, progress
 
 
 class Clock:
@@ -57,3 +63,31 @@ def test_a_resumed_and_finished_run_prints_nothing(capsys: pytest.CaptureFixture
 def test_without_a_terminal_lines_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with progress() as update:
         assert isinstance(update, ProgressLines)
+
+
+COMPARE = ("compare", "--limit", "2", "--methods", "uniform", "--keep", "25%, 11%", "--no-measure", "--no-report")
+
+
+def test_output_to_a_terminal_without_unicode(tmp_path: Path) -> None:
+    """The table has dashes and quotation marks that ASCII lacks."""
+    printed = run(*COMPARE, "--output", tmp_path / "é", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (printed.code, printed.err.count("Traceback")) == (0, 0), printed.err
+    assert "uniform" in printed.out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_loses_nothing(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    written, data = io.BytesIO(), {"answer": "a café, 猫"}
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding, errors="replace"))
+    print_json(data)
+    text = written.getvalue().decode(encoding)
+    assert json.loads(text) == data
+    assert ("猫" in text) == (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_takes_nothing(stream: int) -> None:
+    call = f'exec "$0" methods --stage fusion {stream}>&-'
+    done = subprocess.run(["sh", "-c", call, COMMAND], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("pumer" in done.stdout) == (stream == 2)

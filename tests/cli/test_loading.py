@@ -170,6 +170,8 @@ REFUSED = {
     "no such dtype": (["--dtype", "int7"], ["--dtype", "bfloat16"]),
     "no such device": (["--device", "moon"], ["device must be auto, cpu, cuda", "'moon'"]),
     "device that is not there": (["--device", "cuda:63"], ["'cuda:63'"]),
+    "device without numbers": (["--device", "meta"], ["device must be auto, cpu, cuda", "'meta'"]),
+    "system prompt that is no text": (["--system", "a\ud800"], ["the system prompt is not valid text", "'a\\ud800'"]),
     "device and map": (["--device", "cpu", "--device-map", "auto"], ["not both"]),
     "no such map": (["--device-map", "corner"], ["auto, balanced, balanced_low_0, sequential", "'corner'"]),
     "no such attention": (["--attn", "fast"], ["eager", "flash_attention_2", "sdpa", "'fast'"]),

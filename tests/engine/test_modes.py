@@ -1,9 +1,11 @@
 """Models that are not plain float32 modules on one device: compiled, offloaded, quantised, copied."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -84,6 +86,42 @@ def test_a_compiled_model(family, spec):
         assert torch.equal(compiled(**inputs).logits, expected)
         assert torch.equal(compiled(**inputs).logits, expected), "a second call"
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@torch.no_grad()
+def test_a_method_on_a_model_that_was_compiled_before(spec):
+    """The wrapper of ``torch.compile`` around the model, or around its LLM."""
+    inputs = inputs_of("llava-clip")
+    expected = answer(models.tiny_model("llava-clip"), inputs, spec)
+    inner = models.build("llava-clip")
+    whole = torch.compile(inner, backend="eager")
+    with tokensieve.attach(whole, spec) as sieve:
+        assert sieve.model is inner
+        whole(**inputs)
+        assert [[r.kept.tolist() for r in row] for row in sieve.last] == [[k.tolist() for k in r] for r in expected[2]]
+    same(answer(whole, inputs, spec), expected, 1e-4)
+    part = models.build("llava-clip")
+    part.model.language_model = torch.compile(part.model.language_model, backend="eager")
+    same(answer(part, inputs, spec), expected, 1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_detached_model_frees_its_memory_when_it_is_deleted(spec):
+    """At once: a cycle of references would hold a GPU's memory until Python happens to look for cycles."""
+    model, inputs = models.build("llava-clip"), inputs_of("llava-clip")
+    answer(model, inputs, spec)
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        with tokensieve.attach(model, spec) as sieve:
+            model(**inputs)
+        del model, sieve
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @each_family

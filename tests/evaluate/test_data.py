@@ -156,6 +156,7 @@ def test_a_bad_row_is_named(write, tmp_path, row, message):
         ("data.json", json.dumps([GOOD, GOOD | {"answer": ""}]), "data.json, item 2: an answer is text"),
         ("data.json", "[\n{},\n{]", "data.json: not valid JSON .*line 3, column 2"),
         ("data.json", "[" * 200_000, "data.json: not valid JSON"),
+        ("data.jsonl", '{"answer": ' + "9" * 5000 + "}\n", "line 1: a number has more than 4300 digits"),
         ("data.json", "[]", "data.json: no rows"),
         ("data.parquet", "not parquet", "data.parquet: not a parquet file"),
         ("data.xml", "", "ending in .jsonl, .json, .csv, .tsv, .parquet, or a folder"),

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import tokensieve
 from tokensieve import Reduction, Refusal, VisualTokens
 from tokensieve.reduction import Mixing
 from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
@@ -123,6 +124,53 @@ def test_another_file_is_refused_in_one_line(tmp_path):
         with pytest.raises(Refusal, match=message) as caught:
             Reduction.load(tmp_path / f"{name}.safetensors")
         assert "\n" not in str(caught.value)
+
+
+PRUNED = {"total": 6, "anchors": [0, 2]}
+MERGED = PRUNED | {"mixing": {"slot": [0, 1, 1], "source": [0, 2, 1], "weight": [1.0, 0.5, 0.5]}}
+WRONG = {
+    "anchors must be distinct": PRUNED | {"anchors": [2, 2]},
+    "anchors must ascend": PRUNED | {"anchors": [3, 2]},
+    "anchors must be from 0 to 5; got 0 to 6": PRUNED | {"anchors": [0, 6]},
+    "anchors must be from 0 to 5; got -1 to 2": PRUNED | {"anchors": [-1, 2]},
+    "slot must be from 0 to 1; got 0 to 2": MERGED
+    | {"anchors": [0, 3], "mixing": MERGED["mixing"] | {"slot": [0, 1, 2]}},
+    "source must be from 0 to 5; got 0 to 9": MERGED | {"mixing": MERGED["mixing"] | {"source": [0, 2, 9]}},
+    "weight must have shape [3]; got [2]": MERGED | {"mixing": MERGED["mixing"] | {"weight": [1.0, 1.0]}},
+    "valid must have shape [2]; got [3]": PRUNED | {"valid": [True, True, True]},
+    "KeyError: 'anchors'": {"total": 6},
+    "KeyError: 'slot'": PRUNED | {"mixing": {"source": [0]}},
+    "TypeError": [1, 2],
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_json_that_is_no_reduction_is_refused(message):
+    with pytest.raises(Refusal, match=r"this is not the JSON of Reduction.to_json") as caught:
+        Reduction.from_json(WRONG[message])
+    assert message in str(caught.value) or isinstance(WRONG[message], list)
+
+
+def test_a_file_with_wrong_tensors_is_refused(tmp_path):
+    file, meta = tmp_path / "wrong.safetensors", {"total": "6", "grid": "null", "notes": "[]"}
+    for anchors, changed, message in (
+        ([2, 2], {}, "anchors must be distinct"),
+        ([0, 7], {}, "anchors must be from 0 to 5; got 0 to 7"),
+        ([0, 2], {"notes": "["}, "JSONDecodeError"),
+        ([0, 2], {"total": "many"}, "ValueError"),
+    ):
+        save_file({"anchors": torch.tensor(anchors)}, file, metadata=meta | changed)
+        with pytest.raises(Refusal, match=rf"wrong.safetensors is not a file of Reduction.save: .*{message}"):
+            Reduction.load(file)
+
+
+def test_wrong_decisions_are_not_replayed():
+    for decision, message in (
+        (Reduction(6, torch.tensor([1, 1])), "decision 0 cannot be replayed: anchors must be distinct"),
+        (Reduction(6, torch.tensor([[1, 2]])), r"decision 0 cannot be replayed: it is about a batch of images"),
+    ):
+        with pytest.raises(Refusal, match=message):
+            tokensieve.attach(torch.nn.Linear(1, 1), [[decision]])
 
 
 def test_the_representation_counts_tokens():

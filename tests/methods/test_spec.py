@@ -2,14 +2,18 @@
 
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import tokensieve
 from tests.support.methods import connector_specs
 from tokensieve import Method, Refusal, parse, register
+from tokensieve.commands.arguments import _key_values, split_budgets
 
 
 @pytest.fixture
@@ -179,6 +183,36 @@ def test_files_that_do_not_give_a_method(tmp_path, registry, text, name, message
     for _ in range(2):  # the second time as well
         with pytest.raises(Refusal, match=re.escape(message)):
             parse(f"{file}:{name}")
+
+
+@pytest.mark.parametrize("name", ["~no-such-user/mine.py", "loop.py", "n" * 300 + ".py", "folder.py"])
+def test_names_that_are_no_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    (tmp_path / "folder.py").mkdir()
+    with pytest.raises(Refusal, match=f"no such method file: {name}"):
+        parse(f"{name}:Mine")
+
+
+HARD = st.text(alphabet="ak=ep(),+ .:/~\\'\"[]{}0159-py\n\0vtw-é\ud800*", max_size=30)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@example("{[]: 1})")
+@example("'\ud800')")
+@example("'\0')")
+@example("-" * 5000 + "1)")
+@example("(" * 5000 + ")" * 5000)
+@example("9" * 5000 + ")")
+@given(HARD)
+def test_any_text_is_a_method_or_a_refusal(text):
+    for start in ("", "vtc-cls(keep=", "~", "full("):
+        with suppress(Refusal):
+            assert all(isinstance(method, Method) for method in parse(start + text))
+    with suppress(Refusal):
+        split_budgets(text)
+    with suppress(Refusal):
+        _key_values("--processor", [f"size={text}"])
 
 
 @pytest.mark.parametrize(

@@ -157,17 +157,24 @@ def test_coverage_is_the_plain_greedy_one(size, seed, as_table, few_levels):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_numbers_gone_wrong_do_not_hang(bad):
-    rows = noise(12, 4, seed=0)
-    rows[3] = bad
-    scores = torch.full((12,), bad)
-    for chosen in (
-        max_min(rows, 5),
-        dpp_map(rows, torch.ones(12), 5),
-        coverage(normalise(rows) @ normalise(rows).T, scores, 5, scores),
-        bipartite_thinning(rows, torch.arange(12), 5, 2),
-    ):
-        assert chosen.shape == (5,)
+@pytest.mark.parametrize("most", [8, 1024])
+@pytest.mark.parametrize("affected", [slice(3, 4), slice(3, 9, 2), slice(None)])
+def test_tokens_stay_distinct_where_numbers_are_not_finite(bad, most, affected):
+    rows, scores = noise(12, 4, seed=0), noise(12, seed=1).abs()
+    rows[affected] = scores[affected] = bad
+    table = normalise(rows) @ normalise(rows).T
+    with chunk(most):
+        selections = (
+            max_min(rows, 5),
+            dpp_map(rows, torch.ones(12), 5),
+            dpp_map(rows, scores, 5),
+            coverage(table, scores, 5, scores),
+            coverage(table, scores, 5, bonus=scores),
+            coverage(lambda index: table[index], scores, 5, scores),
+            bipartite_thinning(rows, torch.arange(12), 5, 2),
+        )
+    for chosen in selections:
+        assert len(set(chosen.tolist())) == len(chosen) == 5
 
 
 # -- thinning -------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def _key_values(option: str, items: Sequence[str]) -> dict[str, Any]:
 def _literal(text: str) -> Any:
     """Return the value of a Python or JSON literal, or the text itself."""
     for parse in (ast.literal_eval, json.loads):
-        with suppress(ValueError, SyntaxError):
+        with suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             return parse(text)
     return text
 

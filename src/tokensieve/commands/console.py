@@ -21,8 +21,9 @@ Update: TypeAlias = Callable[[int, int, str], None]
 
 
 def print_json(data: Any) -> None:
-    """Print JSON on stdout."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    """Print JSON on stdout. Characters beyond ASCII are escaped, unless the encoding has them all."""
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")  # a stream in memory has no encoding
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=not unicode))
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int = 160) -> None:

@@ -80,7 +80,12 @@ def _read(
     elif _all(method, Method):
         methods = list(method)  # type: ignore[arg-type]
     elif _all(method, list) and all(not row or _all(row, Reduction) for row in method):
-        return [], [list(row) for row in method]  # type: ignore[arg-type]
+        decisions: Decisions = [list(row) for row in method]  # type: ignore[arg-type]
+        for number, decision in enumerate(decision for row in decisions for decision in row):
+            fault = decision.fault() if decision.anchors.ndim == 1 else "it is about a batch of images: index it"
+            if fault is not None:
+                raise Refusal(f"decision {number} cannot be replayed: {fault}")
+        return [], decisions
     else:
         raise Refusal(
             "a method is a spec such as 'vtc-cls(keep=64)', a Method, a list of Methods, or decisions [sample][image]; "

@@ -1,4 +1,4 @@
-"""Find the model inside a wrapper of PEFT."""
+"""Find the model inside a wrapper of PEFT or of torch.compile."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ PEFT = "0.21"  # earlier releases call the forward of the wrapped model directly
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside a PEFT model: its hooks run in every call of the wrapper. Return others as they are.
+    """Return the model inside a PEFT or a compiled model, whose calls run its hooks. Return others as they are.
 
     Raises:
         Refusal: virtual tokens in front of the prompt, or a release of PEFT that passes hooks by.
     """
+    model = uncompiled(model)
     if not hasattr(model, "get_base_model"):
         return model
     if any(config.is_prompt_learning for config in model.peft_config.values()):
@@ -25,7 +26,12 @@ def unwrapped(model: Any) -> Any:
         raise Refusal(f"{kinds} puts virtual tokens in front of the prompt, which is not supported; LoRA is")
     if Version(_installed()) < Version(PEFT):
         raise Refusal(f"peft {_installed()} runs a model past its hooks; install peft>={PEFT}")
-    return model.get_base_model()
+    return uncompiled(model.get_base_model())
+
+
+def uncompiled(module: Any) -> Any:
+    """Return the module that ``torch.compile(module)`` runs, hooks included; others as they are."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _installed() -> str:

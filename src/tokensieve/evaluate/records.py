@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,7 @@ def read_records(source: str | Path, split: str | None = None) -> Iterator[Recor
         MissingExtra: the ``data`` extra is needed.
     """
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     reader = readers.get(path.suffix.lower())
     if path.is_dir() or (reader is None and not path.exists() and HUB_NAME.fullmatch(str(source))):
         yield from _datasets(source, split)
@@ -97,6 +99,8 @@ def _parsed(text: str, where: str, part: str = "") -> Any:
         raise DataError(f"{where}: not valid JSON ({error.msg} at {place})") from None
     except RecursionError:
         raise DataError(f"{where}: not valid JSON (nested too deeply)") from None
+    except ValueError:  # Python reads no longer numbers
+        raise DataError(f"{where}: a number has more than {sys.get_int_max_str_digits()} digits") from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
         import datasets
     except ImportError as error:
         raise MissingExtra("reading a folder or a name needs datasets", "data") from error
-    path, name = Path(source).expanduser(), str(source)
+    path, name = Path(os.path.expanduser(source)), str(source)
     on_disk = any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
     if not path.is_dir() and not datasets.config.HF_HUB_OFFLINE:
         _check_hub(name)

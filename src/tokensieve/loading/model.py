@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ def _placement(options: LoadOptions, device: Any, config: Any) -> dict[str, Any]
 
 def _load_adapter(model: Any, adapter: str) -> None:
     """Put a PEFT adapter on the model, in place: the model stays of its class."""
-    folder = Path(adapter).expanduser()
+    folder = Path(os.path.expanduser(adapter))
     if not folder.exists() and (adapter.count("/") != 1 or adapter.startswith((".", "/", "~"))):
         raise Refusal(f"no adapter at {adapter}: it does not exist")
     if folder.exists() and not (folder / "adapter_config.json").is_file():

@@ -106,7 +106,7 @@ def torch_device(options: LoadOptions) -> Any:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(options.device)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # also refuses the device "meta", which holds no numbers
     except Exception as error:  # a name in no form that torch knows, a missing driver: several types
         raise Refusal(
             f"device must be auto, cpu, cuda, cuda:1 or another device of torch that is there; got {options.device!r} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def find(name: str, revision: str | None = None) -> Place:
     from tokensieve.reference import NAMES
     from tokensieve.reference import path as bundled
 
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if (name in NAMES or name.startswith("reference")) and not path.exists():
         path = bundled(name)
     if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):

@@ -61,6 +61,8 @@ def _chat_template(processor: Any, options: LoadOptions) -> Any:
             raise Refusal(f"the chat template reads no {name!r}; {nearest_names(name, variables)}")
     assigned = {name: repr(value) for name, value in options.chat.items()}
     if options.system is not None:
+        if re.search("[\ud800-\udfff]", options.system):
+            raise Refusal(f"the system prompt is not valid text: half of a character in {options.system!r}")
         turn = {"role": "system", "content": [{"type": "text", "text": options.system}]}
         assigned["messages"] = f"[{turn!r}] + messages"
     # Python's literals are Jinja's; the empty expression keeps Jinja from trimming the template's first line break

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget, check_budget, count
 from tokensieve.errors import Refusal
 from tokensieve.methods.needs import StageNeeds
-from tokensieve.methods.validate import describe, fits, hint_of
+from tokensieve.methods.validate import describe, fits, hint_of, plain
 from tokensieve.ops import top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens
@@ -50,7 +51,8 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hint_of(type(self), field.name)
+            value, hint = plain(getattr(self, field.name)), hint_of(type(self), field.name)
+            object.__setattr__(self, field.name, value)  # as a literal, so that parse() reads the printed spec back
             allowed = get_args(hint)
             if field.name in ("keep", "average") and not (value is None and type(None) in allowed):
                 check_budget(value)
@@ -117,8 +119,28 @@ class Method(ABC):
         elif budget and budget >= total:
             note = f"kept whole: the budget of {self} covers all of its {total} tokens"
         else:
-            return self.reduce(replace(image, budget=budget or total))
+            return self._verified(self.reduce(replace(image, budget=budget or total)), image.features)
         return Reduction.identity(total, batch, image.features.device, grid=image.grid, notes=(note,))
+
+    def _verified(self, decision: Reduction, rows: Tensor) -> Reduction:
+        """Return the decision about ``rows`` `[B, N, D]`, if it is one.
+
+        Raises:
+            TypeError, ValueError: a decision about other images, or with a token twice: a bug in :meth:`reduce`.
+        """
+        if not isinstance(decision, Reduction):
+            raise TypeError(f"reduce() of {self.info.name} must return a Reduction; got {type(decision).__name__}")
+        (batch, total, _), shape = rows.shape, list(decision.anchors.shape)
+        if decision.anchors.device != rows.device:
+            fault: str | None = f"anchors must be on {rows.device}; got {decision.anchors.device}"
+        elif decision.total != total or len(shape) != 2 or shape[0] != batch:
+            fault = f"anchors must be [{batch}, K] of {total} tokens; got {shape} of {decision.total}"
+        else:  # values only on a CPU: the host would wait for a GPU
+            values = rows.is_cpu and not torch.compiler.is_compiling()
+            fault = decision.fault(values, ascending=self.info.stage != "encoder")
+        if fault is not None:
+            raise ValueError(f"reduce() of {self.info.name} returned a wrong Reduction: {fault}")
+        return decision
 
     def __str__(self) -> str:
         """Return the spec that :func:`~tokensieve.parse` reads back: the budget, and parameters other than default."""

@@ -58,7 +58,8 @@ class HoloV(Method):
             return torch.zeros_like(values[:, :count]).scatter_add(-1, window, values).div(size).gather(-1, window)
 
         scores = scaled + self.variety * variance * mean(scaled) / (mean(variance) + 1e-6)
-        weights = mean(scores)[:, size.cumsum(0) - 1]  # read at the last token of each window, [B, windows]
+        # read at the last token of each window, [B, windows]; a window without a number has no share
+        weights = mean(scores)[:, size.cumsum(0) - 1].nan_to_num(0.0, 0.0, 0.0)
         quotas = (share_out if self.overflow == "redistribute" else _truncated)(weights, image.budget, size)
         ranked = attention if self.rank == "attention" else scores
         kept = rank_in_group(ranked, window, count) < quotas.gather(-1, window)

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 import warnings
@@ -135,8 +136,8 @@ def _load() -> None:
 
 def _from_file(file: str, class_name: str) -> type[Method]:
     """Return a method class of a file. An error in the file is raised as it is: its author needs the line."""
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
+    path = Path(os.path.realpath(os.path.expanduser(file)))  # unlike pathlib, for any text: ~unknown, a loop of links
+    if not os.path.isfile(path):
         raise Refusal(f"no such method file: {file}")
     module_name = f"tokensieve_plugin_{path.stem}_{abs(hash(str(path))):x}"
     module = sys.modules.get(module_name)

@@ -12,6 +12,8 @@ from tokensieve.methods.base import Method
 from tokensieve.methods.registry import find, nearest
 
 NAME = re.compile(r"\s*([\w./\\:~-]+)")
+# what ast raises, beside SyntaxError: no literal, {[]: 1}, and an expression that is nested too deeply
+UNREADABLE = (ValueError, TypeError, RecursionError, MemoryError)
 
 
 def parse(spec: str, **parameters: Any) -> list[Method]:
@@ -74,13 +76,15 @@ def _read_call(text: str, spec: str) -> tuple[dict[str, Any], str]:
             call = ast.parse(f"f{text[:end]}", mode="eval").body
         except SyntaxError:
             continue  # this parenthesis closes a tuple or stands in a string: try the next one
+        except UNREADABLE:
+            break
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             break
         if len({k.arg for k in call.keywords}) < len(call.keywords):
             break
         try:
             return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}, text[end:]
-        except ValueError:
+        except UNREADABLE:
             break
     raise Refusal(
         f"cannot read the method spec {spec!r}: arguments are key=literal pairs in parentheses, each key once"

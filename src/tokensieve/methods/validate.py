@@ -33,6 +33,15 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint) if hint in (bool, str, NoneType) else True
 
 
+def plain(value: Any) -> Any:
+    """Return a number of another library, such as NumPy's, as Python's, also inside a tuple; others as they are."""
+    if type(value) in (tuple, list):
+        return type(value)(map(plain, value))
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def describe(hint: Any) -> str:
     """Return an annotation in the words of an error message."""
     origin, inner = get_origin(hint), get_args(hint)

@@ -1,6 +1,7 @@
 """VTW: withdraw all visual tokens from the deep layers of the LLM."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Vtw(DecoderMethod):
 def read_calibration(file: str) -> tuple[int, int]:
     """Return the layer and the depth in a calibration file; raise ``Refusal`` if it is none."""
     try:
-        result = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        result = json.loads(Path(os.path.expanduser(file)).read_text(encoding="utf-8"))
         return int(result["layer"]), int(result["depth"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise Refusal(f"{file} is no result of 'tokensieve calibrate vtw' ({type(error).__name__}: {error})") from None

@@ -1,5 +1,8 @@
 """Greedy selections, one token after the other. Ties go to the lower index.
 
+Tokens stay distinct where numbers are not finite, as in a model that overflows in half precision: a NaN would win every
+maximum, and its token would be selected again and again.
+
 The gain of a token never grows while other tokens are chosen, so a token whose old gain is below the current best need
 not be updated ("lazy greedy"). On a CPU, and where the matrix of all pairs exceeds a chunk, only the most promising
 tokens are updated, and their choices are valid until another token might win. On a GPU, images of a single chunk update
@@ -50,7 +53,7 @@ def max_min(rows: Tensor, k: int) -> Tensor:
         else:
             to_best = 1 - (rows @ rows_at(rows, best).transpose(-1, -2)).squeeze(-1)
             to_best.scatter_(-1, best, -torch.inf)
-        distance = torch.minimum(distance, to_best)  # to the nearest selected row
+        distance = torch.fmin(distance, to_best)  # to the nearest selected row; fmin ignores NaN
         best = distance.argmax(-1, keepdim=True)
         chosen.append(best)
     return torch.cat(chosen, -1).view(*lead, k)
@@ -90,7 +93,7 @@ def dpp_map(rows: Tensor, quality: Tensor, k: int) -> Tensor:
         quality: `[..., N]`, not negative.
     """
     rows, lead = _flat(rows)
-    quality = quality.float().reshape(rows.shape[:2])
+    quality = _finite(quality.float()).reshape(rows.shape[:2])
     total = rows.shape[1]
     width = total if total <= CHUNK and rows.device.type != "cpu" else min(total, 2 * k)
     order = quality.sort(dim=-1, descending=True, stable=True).indices
@@ -106,7 +109,7 @@ def dpp_map(rows: Tensor, quality: Tensor, k: int) -> Tensor:
 def _greedy_map(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Run :func:`dpp_map` on all rows `[B, m, D]` with kernel ``rows · rows``; return also the last gain, `[B, 1]`."""
     table = gram(rows) if rows.shape[1] <= CHUNK else None
-    outside = rows.square().sum(-1)  # [B, m]: squared length outside the span of the selected rows
+    outside = _finite(rows.square().sum(-1))  # [B, m]: squared length outside the span of the selected rows
     least = outside * 1e-6 + 1e-30  # below this share of a row's length, the rest is rounding
     factors, taken = rows.new_zeros((len(rows), k, rows.shape[1])), torch.zeros_like(outside)
     chosen = []
@@ -145,14 +148,16 @@ def coverage(
         weight, bonus: `[..., N]`, not negative.
     """
     total = tokens.shape[-1]
-    rows_of: Covers = partial(rows_at, covers) if isinstance(covers, Tensor) else covers
     if isinstance(covers, Tensor):
-        gain = covers.clamp(min=0).sum(-1)
+        table = _finite(covers).clamp_(min=0)
+        rows_of: Covers = partial(rows_at, table)
+        gain = table.sum(-1)
     else:
+        rows_of = partial(_finite_rows, covers)
         parts = torch.split(torch.arange(total, device=tokens.device).expand(tokens.shape), CHUNK, dim=-1)
-        gain = torch.cat([covers(part).clamp(min=0).sum(-1) for part in parts], -1)
-    weight = torch.ones_like(gain) if weight is None else weight
-    bonus = torch.zeros_like(gain) if bonus is None else bonus
+        gain = torch.cat([rows_of(part).clamp(min=0).sum(-1) for part in parts], -1)
+    weight = torch.ones_like(gain) if weight is None else _finite(weight)
+    bonus = torch.zeros_like(gain) if bonus is None else _finite(bonus)
     score = gain * weight + bonus  # an upper bound of each token's current score; −inf once selected
     width = total if isinstance(covers, Tensor) and tokens.device.type != "cpu" else min(total, PROMISING)
     covered = torch.zeros_like(rows_of(torch.zeros_like(gain[..., :1], dtype=torch.int64)))
@@ -200,6 +205,15 @@ def _race(
         values.append(value)
         chosen.append(best)
     return torch.cat(values, -1), torch.cat(chosen, -1), scores, covered
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Return a copy with 0 in the place of NaN and infinities."""
+    return values.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _finite_rows(covers: Covers, index: Tensor) -> Tensor:
+    return _finite(covers(index))
 
 
 def _flat(rows: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -77,3 +77,12 @@ def test_unwritable(tmp_path):
 
     with pytest.raises(OutputError, match="cannot write"):
         Calibration(2, 6, 0.1, (1, 2), (0.2, 0.1), ("a",)).save(tmp_path / "missing" / "vtw.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"layer": "x", "depth": 4}', '{"layer": 1e400, "depth": 4}', "[" * 200_000]
+)
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "vtw.json").write_text(text)
+    with pytest.raises(tokensieve.Refusal, match="is no result of 'tokensieve calibrate vtw'"):
+        tokensieve.parse("vtw", calibration=str(tmp_path / "vtw.json"))

@@ -268,3 +268,17 @@ def test_meter_losses():
     assert hard.isfinite()
     assert soft.isfinite()
     assert hard != soft
+
+
+def test_records_are_lines_of_utf8(tmp_path):
+    file, record = tmp_path / "records.jsonl", {"image": "a.png", "question": "one\u2028or two?", "answer": "two"}
+    file.write_text("\ufeff" + json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    (read,) = read_records(str(file), task_named("vqa"))
+    assert read["question"] == record["question"]
+    for content, message in (
+        (b"\xff\xfe{}", "not UTF-8 text .* at byte 0"),
+        (b"[" * 99999, "line 1: not a JSON object"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(tokensieve.Refusal, match=message):
+            read_records(str(file), task_named("vqa"))

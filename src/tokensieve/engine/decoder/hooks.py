@@ -36,6 +36,7 @@ from tokensieve.engine.handoff import Prefill
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.prompt.placeholders import equal_groups
 from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.engine.wrapped import uncompiled
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions
 from tokensieve.models import Family
@@ -75,7 +76,7 @@ class DecoderHooks:
         scope: BudgetScope,
         flight: InFlight,
     ) -> None:
-        self.decoder, self.method, self.positions = model.get_decoder(), method, positions
+        self.decoder, self.method, self.positions = uncompiled(model.get_decoder()), method, positions
         self.text_finder, self.scope, self.flight = text_finder, scope, flight
         self.first_position = family.first_position
         layers, config = list(self.decoder.layers), self.decoder.config

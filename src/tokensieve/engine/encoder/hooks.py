@@ -102,6 +102,7 @@ class EncoderHooks:
             handle.remove()
         for probe in self._probes:
             probe.remove()
+        self._probes.clear()  # they refer to these hooks: with this cycle, a deleted model would keep its memory
         if self.tower_hooks is not None:
             self.tower_hooks.remove()
         for name, attribute in self._own_encode.items():

@@ -66,13 +66,17 @@ def _from_reference(source: str) -> list[dict[str, Any]]:
 def _from_file(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise Refusal(f"no such data file: {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() also splits at breaks inside of JSON texts
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict):
             raise Refusal(f"{path}, line {number}: not a JSON object")
