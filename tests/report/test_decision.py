@@ -6,10 +6,11 @@ import pytest
 
 from tests.report.report_rows import Draft, results, row, unmeasured
 from tokensieve.evaluate import Skipped
+from tokensieve.evaluate.results import label
 from tokensieve.report.decision import Decision, break_even, prefill
 from tokensieve.report.plots import curve
 from tokensieve.report.remarks import explanations, remarks, warnings
-from tokensieve.report.table import KEEP, label, number
+from tokensieve.report.table import KEEP, number
 
 FULL = row("full", None, 0.93)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
+from tokensieve.budget import budget_text
 from tokensieve.evaluate import Row, TypeScore
 from tokensieve.evaluate.plan import is_random_baseline
 from tokensieve.evaluate.results import FULL, ORACLE
@@ -50,23 +51,6 @@ def kind_of(spec: str, baselines: Mapping[str, MethodInfo]) -> Kind:
     if name in baselines:
         return "random" if is_random_baseline(baselines[name]) else "baseline"
     return "full" if name == FULL else "oracle" if name == ORACLE else "method"
-
-
-def budget(keep: float | None) -> str:
-    """Return the budget as a user writes it: tokens, or a share in percent."""
-    if keep is None:
-        return "all"
-    return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
-
-
-def label(method: str, keep: float | None) -> str:
-    """Return the method and its budget: ``vtc-cls at 25%``."""
-    return method if keep is None else f"{method} at {budget(keep)}"
-
-
-def named(row: Row) -> str:
-    """Return the label of a row."""
-    return label(row.method, row.keep)
 
 
 def percent(share: float) -> str:
@@ -154,8 +138,9 @@ def _plain(text: Callable[[Row], str]) -> Callable[[Line], Cell]:
 
 
 def _keep(line: Line) -> Cell:
-    chosen_by_method = line.row.keep is None and line.kind != "full"
-    return Cell(NONE if chosen_by_method else budget(line.row.keep))
+    if line.row.keep is None:
+        return Cell("all" if line.kind == "full" else NONE)  # the method chooses its number of tokens
+    return Cell(budget_text(line.row.keep))
 
 
 def _accuracy(line: Line) -> Cell:
