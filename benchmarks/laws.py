@@ -47,19 +47,19 @@ def missing(kernel: str, dtype: str, device: str) -> str:
     return ""
 
 
-def models(kernel: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Any, Any, Laws, Sequence[str]]]:
-    """Yield (name, model, processor, its laws, specs)."""
+def models(kernel: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Any, Laws, Sequence[str]]]:
+    """Yield (name, model, its laws, specs)."""
     folder = path("reference")
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=kernel)
     model, processor = model.to(device).eval(), AutoProcessor.from_pretrained(folder)
-    yield "reference", model, processor, Laws(model, prompts(processor, model), len(QUESTIONS), processor), METHODS
+    yield "reference", model, Laws(model, prompts(processor, model), len(QUESTIONS), processor), METHODS
     for name, specs in RANDOM.items():
         shape = TOY_SHAPES[name]
         model = shape.build(dtype, device, kernel)
         laws = Laws(
             model, lambda numbers, s=shape, m=model: s.prompts(m, [WORDS[n] for n in numbers], numbers), len(WORDS)
         )
-        yield f"{name} (tiny)", model, None, laws, specs
+        yield f"{name} (tiny)", model, laws, specs
 
 
 @torch.inference_mode()
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if reason := missing(kernel, args.dtype, device):
             results.append({"kernel": kernel, "status": "unavailable", "reason": reason})
             continue
-        for name, model, _, laws, specs in models(kernel, getattr(torch, args.dtype), device):
+        for name, model, laws, specs in models(kernel, getattr(torch, args.dtype), device):
             versions = environment(model)
             for spec in specs[: args.methods]:
                 given = {} if "keep" in spec else {"keep": 0.25}

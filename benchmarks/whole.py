@@ -134,7 +134,7 @@ def row_of(model: Any, shape: Any, batch: int, args: argparse.Namespace, device:
         "public_over_method": vars(paired_ratio(prefill_ms["public"], prefill_ms["method"])),
         "full_over_fastv": vars(paired_ratio(prefill_ms["full"], prefill_ms["fastv"])),
         "decode_ms_per_token": decode(model, inputs, known, {"full": nullcontext, "method": attach}, args, device),
-        "peak_memory_mb": memory,
+        "peak_memory_mib": memory,
         "waits": waits,
     }
 

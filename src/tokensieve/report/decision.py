@@ -11,6 +11,7 @@ from tokensieve.budget import budget_text
 from tokensieve.evaluate import PairedDifference, Results, Row
 from tokensieve.evaluate.table import SIMILAR
 from tokensieve.report.table import (
+    RATIO,
     Cost,
     Line,
     baseline_methods,
@@ -235,13 +236,13 @@ def faster(row: Row) -> bool | None:
 
 def prefill(row: Row) -> str:
     """Return the prefill speedup in words; a claim only where the quartiles exclude 1."""
-    quartiles = spread(row.prefill_speedup_low, row.prefill_speedup_high, ".2f")
+    quartiles = spread(row.prefill_speedup_low, row.prefill_speedup_high, RATIO)
     if row.prefill_speedup is None or not quartiles:
         return ""
     verdict = faster(row)
     if verdict is None:
         return f"prefill time not told apart from full's ({quartiles}×)"
-    return f"{'faster' if verdict else 'slower'} prefill: {row.prefill_speedup:.2f}× ({quartiles})"
+    return f"{'faster' if verdict else 'slower'} prefill: {number(row.prefill_speedup, RATIO)}× ({quartiles})"
 
 
 def break_even(row: Row) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tokensieve.evaluate import Results, Row, TypeScore
 from tokensieve.report.decision import Decision, faster
-from tokensieve.report.table import Line, percent, points, points_interval, to_full
+from tokensieve.report.table import RATIO, Line, number, percent, points, points_interval, to_full
 
 FEW = 200  # questions
 FLOOR = 0.2  # below this accuracy of the full model, methods have little to lose
@@ -138,7 +138,7 @@ def _score(row: Row, kind: str) -> TypeScore:
 def _speed(decision: Decision) -> Iterator[str]:
     slow = [line.row for line in decision.lines if line.kind != "full" and faster(line.row) is False]
     if slow:
-        rows = ", ".join(f"{row.label} ({row.prefill_speedup:.2f}×)" for row in slow)
+        rows = ", ".join(f"{row.label} ({number(row.prefill_speedup, RATIO)}×)" for row in slow)
         yield f"Prefill slower than the full model's on this model and machine, by the quartiles: {rows}."
 
 

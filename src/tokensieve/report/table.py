@@ -10,11 +10,13 @@ from tokensieve.budget import budget_text
 from tokensieve.evaluate import Row, TypeScore
 from tokensieve.evaluate.plan import is_random_baseline
 from tokensieve.evaluate.results import FULL, ORACLE
+from tokensieve.measure import ratio_digits
 from tokensieve.methods import MethodInfo, list_methods
 
 Kind: TypeAlias = Literal["full", "oracle", "random", "baseline", "method"]
 Cost: TypeAlias = Literal["flops_ratio", "prefill_ms", "tokens_average"]
 NONE = "–"
+RATIO = "ratio"  # the form of a speedup: its side of 1 shows
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,16 @@ def p_value(p: float) -> str:
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """Return a number, or a dash if it was not measured. Large numbers have no exponent: ``12300``."""
+    """Return a number, or a dash if it was not measured. Large numbers have no exponent: ``12300``.
+
+    Args:
+        value: the number.
+        form: a format of Python, or :data:`RATIO`.
+    """
     if value is None:
         return NONE
+    if form == RATIO:
+        return ratio_digits(value)
     text = format(value, form)
     return f"{float(text):.0f}" if "e+" in text else text
 
@@ -205,7 +214,7 @@ FLOPS = Column(
 SPEEDUP = Column(
     "prefill speedup",
     "full model's prefill time ÷ this one's, with the quartiles of the paired rounds",
-    _timed("prefill_speedup", ".2f", "×"),
+    _timed("prefill_speedup", RATIO, "×"),
 )
 BREAK_EVEN = Column(
     "break-even",
@@ -243,7 +252,7 @@ COSTS: tuple[Column, ...] = (
     Column(
         "decode speedup",
         "full model's time per decoding step ÷ this one's",
-        _timed("decode_speedup", ".2f", "×"),
+        _timed("decode_speedup", RATIO, "×"),
         page_only=True,
     ),
     Column("peak MB", "peak of activations in prefill", _plain(lambda row: number(row.peak_activation_mb))),
