@@ -39,7 +39,7 @@ Crop = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """The kept tokens of one row on an example's image, and the model's answer."""
 
     caption: str
@@ -49,7 +49,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownExample:
     """One example of the page.
 
     Attributes:
@@ -59,7 +59,7 @@ class Shown:
 
     question: str
     answers: tuple[str, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Drawing, ...]
     summary: str
     order: int
 
@@ -139,7 +139,7 @@ def _type_tables(decision: Decision) -> list[list[Column]]:
     return [columns[start : start + width] for start in range(0, len(columns), width)]
 
 
-def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, decision: Decision) -> Shown:
+def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, decision: Decision) -> ShownExample:
     """Draw the example for every row in the order of the table, except where the tokens form no grid."""
     with Image.open(folder / example.image) as opened:
         image = opened.convert("RGB")
@@ -154,9 +154,9 @@ def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, 
         answer = str(entry["prediction"])
         right[caption] = metric(answer, example.answers) > 0
         if reduction.grid is not None or reduction.whole:
-            pictures.append(Picture(caption, overlay(image, reduction, side=384), answer, right[caption]))
+            pictures.append(Drawing(caption, overlay(image, reduction, side=384), answer, right[caption]))
     answers = tuple(dict.fromkeys(example.answers))
-    return Shown(example.question, answers, tuple(pictures), *_summary(right, right.pop(FULL, True)))
+    return ShownExample(example.question, answers, tuple(pictures), *_summary(right, right.pop(FULL, True)))
 
 
 def _summary(right: dict[str, bool], full: bool) -> tuple[str, int]:
@@ -177,7 +177,7 @@ def _summary(right: dict[str, bool], full: bool) -> tuple[str, int]:
     return start + f"wrong: {listed}", 0 if full else 1
 
 
-def _data_uris(pictures: Sequence[Picture]) -> dict[int, str]:
+def _data_uris(pictures: Sequence[Drawing]) -> dict[int, str]:
     """Return {id of a picture: data URI}, at the largest size at which all fit on the page."""
     uris: dict[int, str] = {}
     for side, quality in ((384, 82), (288, 75), (192, 65), (96, 50)):
