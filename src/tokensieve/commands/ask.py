@@ -86,8 +86,8 @@ def ask(
         given = [] if right is None else [("question", "", sample.question), ("right answer", "", right)]
         rows = [("full model", f"{reduction.total} tokens", before), (name, f"{reduction.slots} tokens", after)]
         width = max(len(name), len("right answer"))
-        for label, tokens, text in (*given, *rows):
-            typer.echo(f"{label:{width}}  {tokens:>12}  {text}")
+        for label, count, text in (*given, *rows):
+            typer.echo(f"{label:{width}}  {count:>12}  {text}")
         for remark in reduction.notes:
             note(f"note: {remark}")
         if right is not None:
