@@ -8,17 +8,15 @@ A kernel that is not installed, or that this device or model lacks, is reported 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
+from script import parser_of, run_script
 from shapes import TOY_SHAPES
 from tokensieve.check import Laws
 from tokensieve.commands.check import METHODS, QUESTIONS, prompts
@@ -84,15 +82,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser = parser_of(__doc__, threads=None)
     parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=list(KERNELS))
     parser.add_argument("--methods", type=int, help="at most so many methods per model")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    report = {"command": " ".join(["python benchmarks/laws.py", *sys.argv[1:]]), **run(args)}
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_script(parser, run)
 
 
 if __name__ == "__main__":
