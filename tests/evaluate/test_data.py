@@ -415,7 +415,8 @@ def test_folders_that_are_no_data_sets(table, tmp_path):
 
 
 def test_a_name_of_the_hub_without_a_network(monkeypatch):
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # read from the environment at its first import
 
     def offline(self, *args, **options):
         raise OSError("Name or service not known")

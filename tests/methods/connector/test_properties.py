@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.methods import FIRST_TUNED
@@ -154,11 +154,20 @@ def one_of(tokens, i):
     return mapped(tokens, lambda x: x[i : i + 1], user_text=text, pixel_hash=tokens.pixel_hash[i : i + 1])
 
 
+def starts_with_a_tie(rows):
+    """Whether the two rows farthest from all others are each other's nearest: DivPrune starts at the first of them."""
+    cosine = torch.cosine_similarity(rows[:, None], rows, dim=-1).fill_diagonal_(-1)
+    farthest, second = (1 - cosine.amax(-1)).topk(2).values
+    return farthest - second < 1e-5
+
+
 @pytest.mark.parametrize("spec", EQUIVARIANT)
 @settings(FEW, max_examples=8)
 @given(seed=st.integers(0, 10**6))
+@example(seed=1400)  # starts with a tie
 def test_permuted_tokens_permuted_choice(spec, seed):
     tokens, order = image(seed), torch.randperm(24, generator=torch.Generator().manual_seed(seed))
+    assume(spec != "divprune" or not starts_with_a_tie(tokens.features[0]))
     plain = method(spec, keep=8)(tokens)[0]
     permuted = method(spec, keep=8)(mapped(tokens, lambda x: x[:, order]))[0]
     assert sorted(order[permuted.kept].tolist()) == plain.kept.tolist()

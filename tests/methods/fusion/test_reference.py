@@ -40,10 +40,10 @@ def right(model, processor, rows, method):
     images = {row.scene: partial(getattr, row, "image") for row in rows}
     samples = [Sample(r.id, images[r.scene], r.question, (r.answer,), r.type) for r in rows]
     settings = Settings(prompt="{question}", batch_size=56, max_new_tokens=1)
-    answerer = Classifier(model, processor, samples, settings)
+    answerer = Classifier(model, processor, samples, settings, {row.id: row.id for row in rows})
     attached = attaching(model, tokensieve.parse(method), None)
-    answers = {answer.sample: answer.text for batch in answerer.run(attached, set()) for answer in batch}
-    hits = {row.id: answers[answerer.keys[row.id]] == row.answer for row in rows}
+    answers = {answer.sample: answer.text for batch in answerer.run(attached, set(), {}) for answer in batch.answers}
+    hits = {row.id: answers[row.id] == row.answer for row in rows}
     by_type = {type: [hits[row.id] for row in rows if row.type == type] for type in dict.fromkeys(r.type for r in rows)}
     return {type: sum(h) / len(h) for type, h in by_type.items()}, sum(hits.values()) / len(hits)
 
