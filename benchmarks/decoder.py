@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import tokensieve
+from script import parser_of, run_script
 from shapes import LLM, PROMPT, build, prompt
 from tokensieve.evaluate import environment
 from tokensieve.measure import interleave, paired_ratio
@@ -127,20 +126,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--llm", choices=["tiny", *LLM], default="mid")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--layer", type=int, default=2, help="first block that sees the shorter sequence")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    report = run(args)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_script(parser, run)
 
 
 if __name__ == "__main__":

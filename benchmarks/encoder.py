@@ -10,10 +10,8 @@ third way is the *ideal*: the same tower on as many rows per layer, which it is 
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import tokensieve
+from script import parser_of, run_script
 from shapes import TINY, TOWER
 from tokensieve.evaluate import environment
 from tokensieve.measure import count_flops, interleave, paired_ratio
@@ -107,19 +106,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--methods", nargs="+", default=["tome(keep=0.25)", "illava-encoder(keep=0.25)"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="only check that this script runs")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    report = run(args)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_script(parser, run)
 
 
 if __name__ == "__main__":

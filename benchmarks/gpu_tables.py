@@ -81,7 +81,7 @@ def _whole(part: Part) -> Iterator[dict[str, Any]]:
             blank = dict.fromkeys(["tokens", *WHOLE_RATIOS, "decode, ms per token", "peak, MiB", "waits"], "–")
             yield shown | blank | {"tokens": row["status"]}
             continue
-        decode, memory, waits = row["decode_ms_per_token"], row["peak_memory_mb"], row["waits"]
+        decode, memory, waits = row["decode_ms_per_token"], row["peak_memory_mib"], row["waits"]
         counted = [
             sum(waits[way].values()) if isinstance(waits[way], dict) else "–" for way in ("full", "method", "public")
         ]

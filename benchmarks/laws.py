@@ -8,17 +8,15 @@ A kernel that is not installed, or that this device or model lacks, is reported 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
+from script import parser_of, run_script
 from shapes import TOY_SHAPES
 from tokensieve.check import Laws
 from tokensieve.commands.check import METHODS, QUESTIONS, prompts
@@ -47,19 +45,19 @@ def missing(kernel: str, dtype: str, device: str) -> str:
     return ""
 
 
-def models(kernel: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Any, Any, Laws, Sequence[str]]]:
-    """Yield (name, model, processor, its laws, specs)."""
+def models(kernel: str, dtype: torch.dtype, device: str) -> Iterator[tuple[str, Any, Laws, Sequence[str]]]:
+    """Yield (name, model, its laws, specs)."""
     folder = path("reference")
     model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=kernel)
     model, processor = model.to(device).eval(), AutoProcessor.from_pretrained(folder)
-    yield "reference", model, processor, Laws(model, prompts(processor, model), len(QUESTIONS), processor), METHODS
+    yield "reference", model, Laws(model, prompts(processor, model), len(QUESTIONS), processor), METHODS
     for name, specs in RANDOM.items():
         shape = TOY_SHAPES[name]
         model = shape.build(dtype, device, kernel)
         laws = Laws(
             model, lambda numbers, s=shape, m=model: s.prompts(m, [WORDS[n] for n in numbers], numbers), len(WORDS)
         )
-        yield f"{name} (tiny)", model, None, laws, specs
+        yield f"{name} (tiny)", model, laws, specs
 
 
 @torch.inference_mode()
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if reason := missing(kernel, args.dtype, device):
             results.append({"kernel": kernel, "status": "unavailable", "reason": reason})
             continue
-        for name, model, _, laws, specs in models(kernel, getattr(torch, args.dtype), device):
+        for name, model, laws, specs in models(kernel, getattr(torch, args.dtype), device):
             versions = environment(model)
             for spec in specs[: args.methods]:
                 given = {} if "keep" in spec else {"keep": 0.25}
@@ -84,15 +82,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser = parser_of(__doc__, threads=None)
     parser.add_argument("--kernels", choices=KERNELS, nargs="+", default=list(KERNELS))
     parser.add_argument("--methods", type=int, help="at most so many methods per model")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    report = {"command": " ".join(["python benchmarks/laws.py", *sys.argv[1:]]), **run(args)}
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_script(parser, run)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ places known beforehand; and the *eager* way, where the whole tower runs with ``
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokensieve
+from script import parser_of, run_script
 from shapes import LLM, PROMPT, build, prompt
 from tokensieve.evaluate import environment
 from tokensieve.measure import interleave, paired_ratio
@@ -110,20 +109,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--llm", choices=["tiny", *LLM], default="mid")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--keep", type=int, default=64)
     parser.add_argument("--first-layer", type=int, default=0, help="first layer of the ensemble; 0 probes 23 layers")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    report = run(args)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_script(parser, run)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ widest layer is, which may be one before the first reducer: then it saves nothin
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from transformers import (
 )
 
 import tokensieve
+from script import parser_of, run_script
 from tokensieve.evaluate import environment
 from tokensieve.fusion.meter import MeterConfig, MeterForQuestionAnswering
 from tokensieve.measure import count_flops, interleave, paired_ratio, peak_activation_bytes
@@ -170,19 +169,12 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--models", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="small models: only checks that this script runs")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    report = run(args)
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_script(parser, run)
 
 
 if __name__ == "__main__":

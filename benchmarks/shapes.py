@@ -39,7 +39,7 @@ TOWER = {
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
-def build(llm: str, dtype: torch.dtype, device: str, attention: str = "sdpa") -> LlavaForConditionalGeneration:
+def build(llm: str, dtype: torch.dtype, device: str, attention: str = "sdpa") -> Any:
     """A randomly initialised LLaVA-1.5 of the given size ("tiny" only checks that this script runs)."""
     tiny = llm == "tiny"
     config = LlavaConfig(
@@ -47,9 +47,14 @@ def build(llm: str, dtype: torch.dtype, device: str, attention: str = "sdpa") ->
         text_config=LlamaConfig(**(TINY if tiny else LLM[llm]), vocab_size=VOCABULARY, max_position_embeddings=4096),
         image_token_id=IMAGE,
     )
+    return _random(LlavaForConditionalGeneration, config, dtype, device, attention)
+
+
+def _random(model_class: Any, config: Any, dtype: torch.dtype, device: str, attention: str) -> Any:
+    """A model with random weights, drawn on the device, in eval mode."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention, dtype=dtype)
+        model = model_class._from_config(config, attn_implementation=attention, dtype=dtype)
     return model.eval()
 
 
@@ -84,10 +89,7 @@ class Shape:
 
     def build(self, dtype: torch.dtype, device: str, attention: str = "sdpa") -> Any:
         """Return the model with random weights, in eval mode."""
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = self.model_class._from_config(self.config, attn_implementation=attention, dtype=dtype)
-        return model.eval()
+        return _random(self.model_class, self.config, dtype, device, attention)
 
     def prompts(self, model: Any, words: Sequence[int], numbers: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Return a left-padded batch: a row has ``PROMPT`` tokens, one image, and ``words[row]`` tokens.

@@ -12,13 +12,10 @@ attached; *oracle*, the model given only the tokens that the method keeps, at th
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import tokensieve
+from script import parser_of, run_script
 from selection import divprune_loop
 from shapes import ANSWER_CUE, IMAGE, PROMPT, SHAPES, TOY_SHAPES
 from tokensieve.evaluate import environment
@@ -134,7 +132,7 @@ def row_of(model: Any, shape: Any, batch: int, args: argparse.Namespace, device:
         "public_over_method": vars(paired_ratio(prefill_ms["public"], prefill_ms["method"])),
         "full_over_fastv": vars(paired_ratio(prefill_ms["full"], prefill_ms["fastv"])),
         "decode_ms_per_token": decode(model, inputs, known, {"full": nullcontext, "method": attach}, args, device),
-        "peak_memory_mb": memory,
+        "peak_memory_mib": memory,
         "waits": waits,
     }
 
@@ -252,21 +250,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, threads=None)
     parser.add_argument("--model", choices=list(SHAPES), nargs="+", default=["llava-1.5-7b"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--keep", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32, help="generated tokens whose time counts")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--attention", choices=["sdpa", "eager", "flash_attention_2"], default="sdpa")
     parser.add_argument("--graphs", action="store_true", help="only torch.compile and CUDA graphs, at batch 1")
     parser.add_argument("--toy", action="store_true", help="tiny models: only checks that this script runs")
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
-    report = {"command": " ".join(["python benchmarks/whole.py", *sys.argv[1:]]), **run(args)}
-    if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+    run_script(parser, run)
 
 
 if __name__ == "__main__":

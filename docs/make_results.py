@@ -25,7 +25,7 @@ class Entry:
     """One line of the ledger: what a row of results says about accuracy.
 
     Attributes:
-        budget: what ``keep`` counts: tokens "kept", or on "average" over the blocks of the LLM.
+        budget: what ``keep`` counts: tokens "kept", or on "average" over the layers of the LLM.
         keep: a share of the tokens, a number of them, or ``None`` for methods that choose it themselves.
         chance: the row against random with about as many tokens.
     """

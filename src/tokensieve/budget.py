@@ -42,6 +42,11 @@ def parse_budget(text: str) -> Budget:
         raise Refusal(f"keep must be a whole number of tokens or a share in (0, 1]; got {text!r}") from None
 
 
+def budget_text(keep: Budget) -> str:
+    """Return a budget as a user writes it: ``36`` tokens, or a share ``25%``."""
+    return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
+
+
 def count(keep: Budget, total: int) -> int:
     """Return the number of tokens that ``keep`` leaves of an image with ``total`` tokens: from 1 to ``total``."""
     tokens = keep if isinstance(keep, int) else round(keep * total)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class Refusal(ValueError):
     """Refuse what cannot be done. The message names the value, got and allowed; nothing has been changed.
@@ -33,3 +36,15 @@ class MissingExtra(Refusal, ImportError):
 
     def __init__(self, need: str, extra: str) -> None:
         super().__init__(f'{need}: in the checkout, pip install -e ".[{extra}]"')
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return 'did you mean a, b?' or, when no name is near, the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

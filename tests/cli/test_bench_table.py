@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokensieve.commands.bench import _rates, _sizes, _times, print_tables
-from tokensieve.commands.machine import note_crowd
+from tokensieve.commands.loading import note_crowd
 from tokensieve.measure import Cost, Rounds, Spread, Timing
 from tokensieve.measure.paired import FEW_ROUNDS
 

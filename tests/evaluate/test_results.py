@@ -181,7 +181,7 @@ def test_rows_are_found_by_method_and_budget():
     results = replace(RESULTS, rows=(ROW, replace(ROW, keep=0.25)))
     assert results.row("pool") is ROW
     assert results.row("pool", 0.25).keep == 0.25
-    with pytest.raises(Refusal, match=r"no row 'pool' at 0.5; the rows are pool at 9, pool at 0.25"):
+    with pytest.raises(Refusal, match=r"no row 'pool at 50%'; the rows are pool at 9, pool at 25%"):
         results.row("pool", 0.5)
 
 

@@ -6,10 +6,11 @@ import pytest
 
 from tests.report.report_rows import Draft, results, row, unmeasured
 from tokensieve.evaluate import Skipped
+from tokensieve.evaluate.results import label
 from tokensieve.report.decision import Decision, break_even, prefill
 from tokensieve.report.plots import curve
 from tokensieve.report.remarks import explanations, remarks, warnings
-from tokensieve.report.table import KEEP, label, number
+from tokensieve.report.table import KEEP, number
 
 FULL = row("full", None, 0.93)
 
@@ -178,6 +179,7 @@ def test_without_measurements_tokens_are_the_cost() -> None:
     ("low", "median", "high", "words"),
     [
         (1.1, 1.2, 1.3, "faster prefill: 1.20× (1.10–1.30)"),
+        (1.001, 1.002, 1.004, "faster prefill: 1.002× (1.001–1.004)"),
         (0.8, 0.9, 0.95, "slower prefill: 0.90× (0.80–0.95)"),
         (0.9, 0.99, 1.1, "prefill time not told apart from full's (0.90–1.10×)"),
         (1.003, 1.02, 1.1, "faster prefill: 1.02× (1.003–1.10)"),

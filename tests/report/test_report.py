@@ -9,10 +9,11 @@ import pytest
 
 from tests.report.report_rows import results, row, unmeasured
 from tokensieve.evaluate import OutputError, Skipped
+from tokensieve.evaluate.results import label
 from tokensieve.report.decision import Decision
 from tokensieve.report.html import render, write_report
 from tokensieve.report.plots import COLOURS, curve, saved_ms, time_saved
-from tokensieve.report.table import Cost, baseline_methods, kind_of, label
+from tokensieve.report.table import Cost, baseline_methods, kind_of
 
 ROWS = [row("full", None, 0.93), row("vtc-cls", 36, 0.90), row("random", 36, 0.60), row("pool", 36, 0.55)]
 

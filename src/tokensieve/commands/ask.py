@@ -83,12 +83,11 @@ def ask(
         pictures = {"image": str(image), "overlay": overlay and str(overlay)}
         print_json({"question": sample.question, **answers, **tokens, **pictures})
     else:
+        given = [] if right is None else [("question", "", sample.question), ("right answer", "", right)]
+        rows = [("full model", f"{reduction.total} tokens", before), (name, f"{reduction.slots} tokens", after)]
         width = max(len(name), len("right answer"))
-        if right is not None:
-            typer.echo(f"{'question':{width}}                {sample.question}")
-            typer.echo(f"{'right answer':{width}}                {right}")
-        typer.echo(f"{'full model':{width}}  {reduction.total:5} tokens  {before}")
-        typer.echo(f"{name:{width}}  {reduction.slots:5} tokens  {after}")
+        for label, count, text in (*given, *rows):
+            typer.echo(f"{label:{width}}  {count:>12}  {text}")
         for remark in reduction.notes:
             note(f"note: {remark}")
         if right is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +22,7 @@ from tokensieve.commands.arguments import (
     with_load_options,
 )
 from tokensieve.commands.console import note, print_json, print_table
-from tokensieve.commands.loading import inputs_of, note_foreign_images, trained_spec
-from tokensieve.commands.machine import note_crowd
+from tokensieve.commands.loading import inputs_of, note_crowd, note_foreign_images, trained_spec
 from tokensieve.loading import LoadOptions, load_model
 
 if TYPE_CHECKING:
@@ -91,12 +91,11 @@ def print_tables(costs: list[Cost], answer_tokens: int) -> None:
 
 
 def _rates(cost: Cost, answer_tokens: int) -> dict[str, Any]:
-    requests = cost.request_seconds(answer_tokens, REQUESTS)
     return {
         "prompts_per_second": cost.prompts_per_second,
         "tokens_per_second": cost.tokens_per_second,
         "answer_tokens": answer_tokens,
-        "seconds_per_1000_requests": {"median": requests.median, "low": requests.low, "high": requests.high},
+        "seconds_per_1000_requests": asdict(cost.request_seconds(answer_tokens, REQUESTS)),
     }
 
 

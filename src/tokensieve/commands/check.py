@@ -11,7 +11,7 @@ import typer
 from tokensieve.commands.arguments import BudgetScope, Json, with_load_options
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.errors import Refusal
-from tokensieve.loading import LoadOptions, load_model
+from tokensieve.loading import LoadOptions, load_model, to_model
 
 if TYPE_CHECKING:
     from tokensieve.check import Verdict
@@ -106,7 +106,7 @@ def _reasons(verdicts: Sequence[Sequence[Verdict]]) -> Mapping[str, str]:
 
 def prompts(processor: Any, model: Any) -> Callable[[Sequence[int]], Mapping[str, Any]]:
     """Return a function from prompt numbers to one left-padded batch about drawn pictures, on the model's device."""
-    from tokensieve.evaluate.prompt import left_padded_batch, to_model
+    from tokensieve.evaluate.prompt import left_padded_batch
 
     def batch(numbers: Sequence[int]) -> Mapping[str, Any]:
         pictures = [[_picture(number + offset) for offset in range(QUESTIONS[number][1])] for number in numbers]

@@ -31,8 +31,7 @@ from tokensieve.commands.arguments import (
     with_load_options,
 )
 from tokensieve.commands.console import in_all_processes, note, print_json, print_lines, print_table, progress
-from tokensieve.commands.loading import COMPARED_WITH, note_foreign_images, trained_spec
-from tokensieve.commands.machine import note_crowd
+from tokensieve.commands.loading import COMPARED_WITH, note_crowd, note_foreign_images, trained_spec
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model
 

@@ -77,7 +77,7 @@ class ProgressLines:
 
     def __call__(self, done: int, total: int, label: str) -> None:
         moment = self._clock()
-        if self._start is None:  # what an earlier call has done says nothing about the rate
+        if self._start is None:  # answers of an earlier call do not show the rate
             self._start = moment, done
         waited, step = moment - self._line_time, (done - self._line_done) / total
         enough = step >= self.SHARE or not self._lines or waited >= self.LONGEST

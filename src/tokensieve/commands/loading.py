@@ -1,4 +1,4 @@
-"""Steps of the commands on a loaded model: the spec of its training, its inputs, and a note about foreign pictures."""
+"""Steps of the commands on a loaded model: the spec of its training, its inputs, and notes before long work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokensieve.commands.console import note
 from tokensieve.errors import Refusal
-from tokensieve.loading import find
+from tokensieve.loading import device_of, find, to_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,19 @@ def note_foreign_images(model: str) -> None:
             f"note: the bundled model {model!r} knows only its own drawn scenes ('tokensieve ask' shows one): its "
             "answers about other pictures mean nothing; name your model with --model"
         )
+
+
+def note_crowd(model: Any) -> None:
+    """Print a note if the model computes on CPU cores that other processes use, too."""
+    import torch
+
+    from tokensieve.measure import cpu_quota, crowd_note, usable_cores
+
+    if device_of(model).type != "cpu":
+        return
+    crowd = crowd_note(torch.get_num_threads(), len(usable_cores()), cpu_quota())
+    if crowd is not None:
+        note(f"note: {crowd}")
 
 
 def trained_spec(name: str, model: Any) -> str:
@@ -59,7 +72,7 @@ def trained_spec(name: str, model: Any) -> str:
 def inputs_of(model: Any, processor: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """Return one batch of prompts for a model that generates or classifies answers, on its device and in its dtype."""
     from tokensieve.engine.fusion.families import longest_text
-    from tokensieve.evaluate.prompt import encode, encode_pairs, to_model
+    from tokensieve.evaluate.prompt import encode, encode_pairs
 
     if model.can_generate():
         inputs = encode(processor, samples)

@@ -18,7 +18,7 @@ from PIL import Image
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.fusion.families import longest_text
-from tokensieve.errors import DataError, Refusal
+from tokensieve.errors import DataError, Refusal, first_line
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Settings
@@ -29,11 +29,10 @@ from tokensieve.evaluate.prompt import (
     encode_pairs,
     generate_arguments,
     image_numbers,
-    to_model,
     without_repetitions,
 )
 from tokensieve.evaluate.results import Skipped
-from tokensieve.loading import device_of
+from tokensieve.loading import device_of, to_model
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 
@@ -288,7 +287,7 @@ def unreadable(samples: Sequence[Sample]) -> dict[str, Skipped]:
         try:
             sample.open_all()
         except DataError as error:
-            skipped[sample.id] = _skipped(sample, str(error).removeprefix(f"{sample.where}: "))
+            skipped[sample.id] = _skipped(sample, str(error).removeprefix(sample.error_prefix))
     return skipped
 
 
@@ -299,15 +298,10 @@ def _skipped(sample: Sample, reason: str) -> Skipped:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory ran out, on a GPU or a CPU. Only its text tells torch's error on a CPU from others."""
+    """Return whether memory ran out, on a GPU or a CPU. On a CPU, torch's error is recognised by its text."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def attaching(model: Any, stages: Sequence[Any], processor: Any, scope: BudgetScope = "image") -> Attached:

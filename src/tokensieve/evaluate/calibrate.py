@@ -15,7 +15,8 @@ from torch import Tensor
 from tokensieve.engine import attach
 from tokensieve.errors import OutputError, Refusal
 from tokensieve.evaluate.data import Sample
-from tokensieve.evaluate.prompt import check_texts, encode, to_model
+from tokensieve.evaluate.prompt import check_texts, encode
+from tokensieve.loading import to_model
 from tokensieve.methods.vtw import Vtw
 
 Progress = Callable[[int, int, str], None]

@@ -336,7 +336,7 @@ class Comparison:
 
     def _facts(self) -> dict[str, Any]:
         """Return the settings as the report shows them."""
-        names = ("metric", "seeds", "keep_means", "budget_scope", "batch_size")
+        names = ("metric", "seeds", "keep_means", "batch_size")
         about: dict[str, Any] = {"model": model_name(self.model), "samples": len(self.samples)}
         if loaded := loading_facts(self.model, self.loading):
             about["loading"] = loaded

@@ -61,13 +61,17 @@ class Sample:
         options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False)]
         return "\n".join([self.question, *options])
 
+    @property
+    def error_prefix(self) -> str:
+        """File and line in front of an error's text; "" where they are not known."""
+        return f"{self.where}: " if self.where else ""
+
     def open(self, number: int = 0) -> Image.Image:
         """Return one of the images, 8-bit RGB; raise :class:`DataError` with file and line if it cannot be read."""
         try:
             return open_picture(self.images[number])
         except DataError as error:
-            place = self.where and f"{self.where}: "
-            raise DataError(f"{place}{error}") from error
+            raise DataError(f"{self.error_prefix}{error}") from error
 
     def open_all(self) -> list[Image.Image]:
         """Return all images, 8-bit RGB; raise :class:`DataError` with file and line if one cannot be read."""

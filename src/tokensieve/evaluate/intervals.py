@@ -54,11 +54,17 @@ class PairedDifference:
 
     def __str__(self) -> str:
         """Return the difference in points: "-3.2 (-5.5 to -1.2)"."""
-        return f"{100 * self.difference:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        return in_points(self.difference, self.low, self.high, sign="+")
 
     def __repr__(self) -> str:
         p = "" if self.p is None else f", p = {self.p:.2g}"
         return f"PairedDifference({self} points{p}, {self.samples} questions, {self.clusters} images)"
+
+
+def in_points(value: float, low: float, high: float, *, sign: str = "") -> str:
+    """Return a share, or with ``sign="+"`` a signed difference, in points with its interval: "-3.2 (-5.5 to -1.2)"."""
+    mean, start, end = (f"{100 * share:{sign}.1f}" for share in (value, low, high))
+    return f"{mean} ({start} to {end})"
 
 
 def wilson(successes: float, total: float) -> tuple[float, float]:

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from tokensieve.budget import Budget, BudgetScope
-from tokensieve.errors import Refusal
+from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.results import FULL, ORACLE
 from tokensieve.methods import Method, MethodInfo, parse
-from tokensieve.methods.registry import nearest
 
 FINE_TUNED = "fine-tuned"
 KeepMeans: TypeAlias = Literal["final", "average"]
@@ -72,9 +71,7 @@ class Settings:
 
     def prediction_setup(self) -> dict[str, Any]:
         """Return the settings that change a prediction. Predictions made under other ones are not reused."""
-        names = ["prompt", "max_new_tokens", "processor_for_text"]
-        # the default scope is left out, so that folders written before the option existed can be resumed
-        names += ["budget_scope"] if self.budget_scope != "image" else []
+        names = ("prompt", "max_new_tokens", "processor_for_text", "budget_scope")
         return {name: getattr(self, name) for name in names}
 
 

@@ -70,9 +70,8 @@ class Processes:
         """
         if self.count == 1:
             return [item]
-        items: list[Any] = [None] * self.count
         try:
-            torch.distributed.all_gather_object(items, item)
+            items = self._gather(item)
         except RuntimeError as error:
             self._ended = True
             raise Refusal("another process of this comparison has ended; the answers so far are kept") from error
@@ -80,6 +79,12 @@ class Processes:
             if isinstance(other, _Failure):
                 self._ended = True
                 raise Refusal(other.reason)
+        return items
+
+    def _gather(self, item: Any) -> list[Any]:
+        """Return the items of all processes; raise ``RuntimeError`` if one has ended."""
+        items: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(items, item)
         return items
 
     @contextmanager

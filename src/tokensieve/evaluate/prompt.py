@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.data import Sample, check_text
-from tokensieve.loading import device_of
 
 CLASSIFIER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask")
 
@@ -63,7 +62,7 @@ def encode_pairs(
 ) -> dict[str, Tensor]:
     """Return a batch for an encoder that classifies answers: texts right-padded, cut to ``longest`` tokens.
 
-    Such an encoder knows its answers, so choices are not listed in the text.
+    Such an encoder has a fixed list of answers, so choices are not listed in the text.
 
     Raises:
         DataError: an image that cannot be decoded.
@@ -85,40 +84,32 @@ def decode(processor: Any, generated: Tensor, prompt_length: int) -> list[str]:
     return [text.strip() for text in texts]
 
 
-def to_model(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Move tensors to the model's device, and the floating-point ones to its dtype."""
-    device = device_of(model)
-    moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return {name: t.to(model.dtype) if t.is_floating_point() else t for name, t in moved.items()}
-
-
 def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{question}") -> None:
     """Refuse texts that no tokenizer accepts, or with a placeholder, which would stand for another image or video.
 
     The error names file and line.
     """
     check_text(prompt, "the prompt")
-    texts = [("the prompt", prompt), *((sample.where, sample.text) for sample in samples)]
+    texts = [("the prompt: ", prompt), *((sample.error_prefix, sample.text) for sample in samples)]
     for sample in samples:
-        place = f"{sample.where}: " if sample.where else ""
-        check_text(sample.text, f"{place}the question")
+        check_text(sample.text, f"{sample.error_prefix}the question")
         # these are written to the results in the end
         for text in (sample.id, sample.type, *sample.answers):
-            check_text(text, f"{place}an id, type or answer")
+            check_text(text, f"{sample.error_prefix}an id, type or answer")
     for kind in ("image", "video"):
         placeholder = getattr(processor, f"{kind}_token", None)
-        for where, text in texts:
+        for prefix, text in texts:
             if placeholder and placeholder in text:
-                place = where and f"{where}: "
-                raise Refusal(f"{place}leave {placeholder} out, the {kind} is put there by itself; got {text!r}")
+                raise Refusal(f"{prefix}leave {placeholder} out, the {kind} is put there by itself; got {text!r}")
 
 
 def check_one_image(samples: Sequence[Sample]) -> None:
     """Refuse questions about several images."""
     for sample in samples:
         if len(sample.images) > 1:
-            place = sample.where and f"{sample.where}: "
-            raise Refusal(f"{place}this model answers questions about one image; got {len(sample.images)}")
+            raise Refusal(
+                f"{sample.error_prefix}this model answers questions about one image; got {len(sample.images)}"
+            )
 
 
 def _open_images(samples: Sequence[Sample]) -> list[list[Image.Image]]:

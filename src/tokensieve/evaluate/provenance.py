@@ -15,16 +15,15 @@ import transformers
 from tokensieve import reference
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.pictures import content_key
-from tokensieve.loading import LoadOptions, device_of
+from tokensieve.loading import LoadOptions, device_of, without_folder
 from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
 
 
 def model_name(model: Any) -> str:
-    """Return the model's hub name, or the last part of its path, so that results name no folder of a machine."""
-    name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return Path(name).resolve().name if Path(name).exists() else name
+    """Return the model's hub name, the last part of its path, or its class."""
+    return without_folder(str(getattr(model.config, "name_or_path", "") or type(model).__name__))
 
 
 def is_bundled(model: Any) -> bool:

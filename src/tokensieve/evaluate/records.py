@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokensieve.errors import DataError, MissingExtra
+from tokensieve.errors import DataError, MissingExtra, first_line
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -40,7 +40,7 @@ def read_records(source: str | Path, split: str | None = None) -> Iterator[Recor
     """Yield the rows of a data set.
 
     Args:
-        source: a file, read as its ending says; a folder of the datasets library; or a data set's name on the hub.
+        source: a file, read by its ending; a folder of the datasets library; or a data set's name on the hub.
         split: a split of a folder or of a data set of the hub.
 
     Raises:
@@ -159,7 +159,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         table = parquet.read_table(path)
     except (ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
+        raise DataError(f"{path}: not a parquet file ({first_line(error)})") from None
     yield from _table(str(path), path.parent, len(table), lambda number: table.slice(number, 1).to_pylist()[0])
 
 
@@ -185,7 +185,7 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
     try:
         data = datasets.load_from_disk(str(path)) if on_disk else datasets.load_dataset(str(path))
     except Exception as error:  # many types from several libraries
-        raise DataError(f"the data set {name} does not load: {_first_line(error)}") from error
+        raise DataError(f"the data set {name} does not load: {first_line(error)}") from error
     if isinstance(data, datasets.DatasetDict):
         if split is None and len(data) == 1:
             split = next(iter(data))
@@ -218,10 +218,6 @@ def _check_hub(name: str) -> None:
         HfApi().dataset_info(name, timeout=10)
     except Exception as error:  # no network, no such data set, no permission: many types from several libraries
         raise DataError(
-            f"no data set {name}: it is no folder, and the hub does not give it ({_first_line(error)}); "
+            f"no data set {name}: it is no folder, and the hub does not give it ({first_line(error)}); "
             "HF_HUB_OFFLINE=1 takes a copy from the local cache"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

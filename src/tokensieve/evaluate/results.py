@@ -13,13 +13,19 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tokensieve.budget import Budget, budget_text
 from tokensieve.errors import MissingExtra, OutputError, Refusal
-from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, paired_difference, ratio
+from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, in_points, paired_difference, ratio
 
 VERSION = 3
 Table: TypeAlias = Literal["rows", "types", "questions"]
 """One line per row of the table; per row and question type; or per row, seed and question."""
 FULL, ORACLE = "full", "oracle"  # names of the two rows that are no method's
+
+
+def label(method: str, keep: Budget | None) -> str:
+    """Return a method and its budget: ``vtc-cls at 25%``."""
+    return method if keep is None else f"{method} at {budget_text(keep)}"
 
 
 @dataclass(frozen=True)
@@ -184,10 +190,17 @@ class Row:
         """Return the fields in order, for JSON."""
         return {**asdict(self), "types": [asdict(score) for score in self.types]}
 
+    @property
+    def label(self) -> str:
+        """Method and budget, see :func:`label`."""
+        return label(self.method, self.keep)
+
     def __repr__(self) -> str:
         tokens = f"{self.tokens_after:.4g} of {self.tokens_before:.4g} tokens"
-        accuracy = f"accuracy {_points(self.accuracy, self.accuracy_low, self.accuracy_high)} %"
-        return f"Row({_label(self)}: {accuracy}{_to_full(self)}, {tokens}, {self.samples} questions)"
+        accuracy = f"accuracy {in_points(self.accuracy, self.accuracy_low, self.accuracy_high)} %"
+        if self.difference is not None and self.difference_low is not None and self.difference_high is not None:
+            accuracy += f", {in_points(self.difference, self.difference_low, self.difference_high, sign='+')} to full"
+        return f"Row({self.label}: {accuracy}, {tokens}, {self.samples} questions)"
 
 
 @dataclass(frozen=True)
@@ -262,7 +275,7 @@ class Results:
     skipped: tuple[Skipped, ...] = ()
     examples: tuple[Example, ...] = ()
 
-    def row(self, method: str, keep: float | None = None) -> Row:
+    def row(self, method: str, keep: Budget | None = None) -> Row:
         """Return the row of a method at a budget; without ``keep``, its first row.
 
         Raises:
@@ -271,8 +284,8 @@ class Results:
         for row in self.rows:
             if row.method == method and keep in (None, row.keep):
                 return row
-        names = ", ".join(_label(row) for row in self.rows)
-        raise Refusal(f"no row {method!r}{'' if keep is None else f' at {keep}'}; the rows are {names}")
+        names = ", ".join(row.label for row in self.rows)
+        raise Refusal(f"no row {label(method, keep)!r}; the rows are {names}")
 
     def __repr__(self) -> str:
         images = len({question.cluster for question in self.questions})
@@ -315,7 +328,7 @@ class Results:
 
     def _scores(self, row: Row) -> Scores:
         if row not in self.rows:
-            raise Refusal(f"{_label(row)} is not a row of these results")
+            raise Refusal(f"{row.label} is not a row of these results")
         return np.array(self.scores[self.rows.index(row)])
 
     def records(self, table: Table = "rows") -> list[dict[str, Any]]:
@@ -453,22 +466,6 @@ class Results:
                 "examples": tuple(map(_example, data["examples"])),
             }
         )
-
-
-def _label(row: Row) -> str:
-    return row.method if row.keep is None else f"{row.method} at {row.keep:.4g}"
-
-
-def _points(value: float, low: float, high: float) -> str:
-    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _to_full(row: Row) -> str:
-    if row.difference is None or row.difference_low is None or row.difference_high is None:
-        return ""
-    return (
-        f", {100 * row.difference:+.1f} ({100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}) to full"
-    )
 
 
 def _row(data: Mapping[str, Any]) -> Row:

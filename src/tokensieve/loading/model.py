@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokensieve.errors import Refusal
-from tokensieve.loading.options import DEFAULTS, LoadOptions, check_environment, first_line, torch_device, torch_dtype
-from tokensieve.loading.place import find, from_pretrained
+from tokensieve.errors import Refusal, first_line
+from tokensieve.loading.options import DEFAULTS, LoadOptions, check_environment, torch_device, torch_dtype
+from tokensieve.loading.place import find, from_pretrained, may_be_hub_name
 from tokensieve.loading.processor import load_processor
 
 
@@ -58,7 +58,7 @@ def device_of(model: Any) -> Any:
     """Return the device for a model's inputs; the weights of an offloaded model stand on the meta device."""
     import torch
 
-    # accelerate's hook on the embeddings knows where they run
+    # accelerate's hook on the embeddings holds the device that they run on
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
@@ -69,6 +69,15 @@ def devices_of(model: Any) -> list[Any]:
     first = device_of(model)
     others = {weight.device for weight in model.parameters() if not weight.is_meta} - {first}
     return [first, *sorted(others, key=str)]
+
+
+def to_model(model: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Move tensors to the model's device, and the floating-point ones to its dtype."""
+    device = device_of(model)
+    return {
+        name: tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
 
 
 def _loader(name: str, config: Any, classifiers: bool) -> Any:
@@ -122,7 +131,7 @@ def _placement(options: LoadOptions, device: Any, config: Any) -> dict[str, Any]
 def _load_adapter(model: Any, adapter: str) -> None:
     """Put a PEFT adapter on the model, in place: the model stays of its class."""
     folder = Path(os.path.expanduser(adapter))
-    if not folder.exists() and (adapter.count("/") != 1 or adapter.startswith((".", "/", "~"))):
+    if not folder.exists() and not may_be_hub_name(adapter):
         raise Refusal(f"no adapter at {adapter}: it does not exist")
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise Refusal(f"no adapter at {adapter}: it has no adapter_config.json")

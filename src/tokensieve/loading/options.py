@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from tokensieve.errors import MissingExtra, Refusal
+from tokensieve.errors import MissingExtra, Refusal, first_line
 
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize: TypeAlias = Literal["4bit", "8bit"]
-PROBE = "tokensieve_probe"
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -72,16 +70,23 @@ class LoadOptions:
         default = LoadOptions()
         options = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
         if self.adapter is not None:
-            options["adapter"] = Path(self.adapter).resolve().name if Path(self.adapter).exists() else self.adapter
+            options["adapter"] = without_folder(self.adapter)
         return options
 
 
 DEFAULTS = LoadOptions()
 
 
+def without_folder(name: str) -> str:
+    """Return a hub name as it is, and the last part of a path: results name no folder of the machine."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
 def check_environment(options: LoadOptions) -> None:
     """Refuse, before anything is read, options whose packages are not installed and attention that is unknown."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    from tokensieve.engine.probe import NAME as PROBE
 
     packages = {
         "quantize": ("bitsandbytes", "quantising", "quantize"),
@@ -122,14 +127,3 @@ def torch_dtype(options: LoadOptions, device: Any) -> Any:
     if options.dtype != "auto":
         return getattr(torch, options.dtype)
     return torch.float32 if device.type == "cpu" else "auto"
-
-
-def nearest_names(name: str, known: set[str]) -> str:
-    """Return 'did you mean a, b?' or, when no name is near, all of them."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

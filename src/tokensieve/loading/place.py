@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokensieve.errors import Refusal
-from tokensieve.loading.options import LoadOptions, first_line
+from tokensieve.errors import Refusal, first_line
+from tokensieve.loading.options import LoadOptions
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def find(name: str, revision: str | None = None) -> Place:
     path = Path(os.path.expanduser(name))
     if (name in NAMES or name.startswith("reference")) and not path.exists():
         path = bundled(name)
-    if not path.exists() and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if not path.exists() and may_be_hub_name(name):
         return Place(name, revision, unreachable=_hub_refusal(name, revision))
     if not (path / "config.json").is_file():
         missing = "has no config.json" if path.is_dir() else "is not a folder" if path.exists() else "does not exist"
@@ -41,6 +41,11 @@ def find(name: str, revision: str | None = None) -> Place:
     if revision is not None:
         raise Refusal(f"a revision is chosen for a model on the hub; {name} is a folder, got revision {revision!r}")
     return Place(str(path))
+
+
+def may_be_hub_name(name: str) -> bool:
+    """Return whether a name has the form of one on the hub: ``organisation/name``."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def _hub_refusal(name: str, revision: str | None) -> str:

@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from tokensieve.errors import Refusal
-from tokensieve.loading.options import DEFAULTS, LoadOptions, first_line, nearest_names
+from tokensieve.errors import Refusal, first_line, nearest
+from tokensieve.loading.options import DEFAULTS, LoadOptions
 from tokensieve.loading.place import Place, from_pretrained
 
 PARTS = ("image_processor", "video_processor", "tokenizer")
@@ -37,7 +37,7 @@ def check_processor(processor: Any, options: Mapping[str, Any]) -> None:
         known |= set(getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}))
     for name in options:
         if name not in known:
-            raise Refusal(f"{type(processor).__name__} has no option {name!r}; {nearest_names(name, known)}")
+            raise Refusal(f"{type(processor).__name__} has no option {name!r}; {nearest(name, known)}")
     try:
         images(Image.new("RGB", (64, 48)))
     except Exception as error:  # what a wrong value raises depends on the processor
@@ -58,7 +58,7 @@ def _chat_template(processor: Any, options: LoadOptions) -> Any:
     variables = set().union(*map(_variables, texts))
     for name in options.chat:
         if name not in variables:
-            raise Refusal(f"the chat template reads no {name!r}; {nearest_names(name, variables)}")
+            raise Refusal(f"the chat template reads no {name!r}; {nearest(name, variables)}")
     assigned = {name: repr(value) for name, value in options.chat.items()}
     if options.system is not None:
         if re.search("[\ud800-\udfff]", options.system):

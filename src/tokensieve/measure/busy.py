@@ -1,4 +1,4 @@
-"""A busy machine makes times meaningless: notice it, and say so in one line."""
+"""Detect a busy machine, which makes times meaningless, and describe it in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CpuReading:
         wall: of the clock on the wall.
         process: CPU time of this process, over all threads.
         system: CPU time of all processes on the cores that this process may use; ``None`` where the system does not
-            say (only Linux does).
+            report it (only Linux does).
     """
 
     wall: float
@@ -85,7 +85,7 @@ def timing_note(
     quota: float | None = None,
     on_cpu: bool = True,
 ) -> str | None:
-    """Return one sentence that says why the times of a session are uncertain, ``None`` if nothing is suspicious.
+    """Return the reason why the times of a session are uncertain, one sentence; ``None`` if nothing is suspicious.
 
     Args:
         start, end: readings before and after the timed rounds.

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokensieve.budget import BudgetScope
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal
-from tokensieve.loading import device_of, devices_of
+from tokensieve.loading import device_of, devices_of, to_model
 from tokensieve.measure.busy import CpuReading, cpu_quota, read_cpu, timing_note, usable_cores
 from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch, in_rounds, stopwatch
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
@@ -143,7 +143,7 @@ def measure_costs(
 
     Args:
         model: a vision-language model with nothing attached.
-        inputs: the processor's tensors for one batch of left-padded prompts, on the model's device.
+        inputs: the processor's tensors for one batch of left-padded prompts; they are moved to the model's device.
         methods: specs, methods, lists of methods (stages in order), or decisions to replay, as for ``attach``.
         models: for each method the model that it runs on, such as ``model`` fine-tuned; by default ``model``. All rows
             are paired with ``model``.
@@ -189,11 +189,7 @@ class _Prompts:
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor]) -> None:
         self.model = model
-        device = device_of(model)
-        self.inputs = {
-            name: tensor.to(device, model.dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in inputs.items()
-        }
+        self.inputs = to_model(model, inputs)
         self.generates = model.can_generate()
         last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         cached = {"use_cache": True} if self.generates else {}

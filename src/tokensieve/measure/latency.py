@@ -51,12 +51,9 @@ def two_digits(value: float) -> str:
 
 
 def ratio_digits(value: float) -> str:
-    """Return a ratio with two significant digits, or with up to four where two would hide its side of 1."""
-    for digits in (2, 3, 4):
-        text = f"{value:#.{digits}g}"
-        if abs(value - 1) >= 0.1 or float(text) != 1:
-            return two_digits(value) if digits == 2 else text
-    return "1.0"
+    """Return a ratio with two decimals, or with up to four where fewer would hide its side of 1."""
+    texts = [f"{value:.{decimals}f}" for decimals in (2, 3, 4)]
+    return next((text for text in texts if float(text) != 1), texts[0])
 
 
 def interleave(

@@ -32,7 +32,7 @@ class Random(ConnectorMethod):
     """Keep tokens at random positions, different for every image and seed.
 
     The choice depends on the seed, the image's pixels and the number of tokens only, so a batch row keeps the tokens
-    that it keeps alone, and every question about an image meets the same tokens.
+    that it keeps alone, and every question about an image has the same tokens.
 
     Args:
         keep: tokens per image, or a share of them.

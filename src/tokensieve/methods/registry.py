@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +16,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal, TypeVar, overload
 
-from tokensieve.errors import Refusal
+from tokensieve.errors import Refusal, nearest
 from tokensieve.methods.base import Method, MethodInfo, Stage
 from tokensieve.methods.fusion import FusionMethod
 from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNeeds
@@ -108,12 +107,6 @@ def find(name: str) -> type[Method]:
     if name not in _registry:
         raise Refusal(f"unknown method {name!r}; {nearest(name, list(_registry))}")
     return _registry[name]
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """Return 'did you mean a, b?' or, when no name is near, the whole list."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known)) or 'none'}"
 
 
 def _origin(cls: type) -> str:

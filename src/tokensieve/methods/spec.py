@@ -7,9 +7,9 @@ import dataclasses
 import re
 from typing import Any
 
-from tokensieve.errors import Refusal
+from tokensieve.errors import Refusal, nearest
 from tokensieve.methods.base import Method
-from tokensieve.methods.registry import find, nearest
+from tokensieve.methods.registry import find
 
 NAME = re.compile(r"\s*([\w./\\:~-]+)")
 # what ast raises, beside SyntaxError: no literal, {[]: 1}, and an expression that is nested too deeply

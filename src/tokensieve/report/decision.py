@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import median_low
 
+from tokensieve.budget import budget_text
 from tokensieve.evaluate import PairedDifference, Results, Row
 from tokensieve.evaluate.table import SIMILAR
 from tokensieve.report.table import (
     Cost,
     Line,
     baseline_methods,
-    budget,
     kind_of,
-    named,
     number,
     percent,
     points,
@@ -170,7 +169,7 @@ class Decision:
             return "Every method loses accuracy against the full model, by its paired interval."
         difference, low, high = gap
         cost = flops(row) or f"{row.tokens_average:.4g} tokens"
-        text = f"{named(row)}, with {cost} ({points(difference)} points to full, {points_interval(low, high)})"
+        text = f"{row.label}, with {cost} ({points(difference)} points to full, {points_interval(low, high)})"
         if -low <= UNSURE:
             return f"Cheapest method not told apart from the full model: {text}."
         return (
@@ -299,7 +298,7 @@ def _by_budget(rows: Sequence[Row]) -> list[_Group]:
     by_name: dict[str, list[Row]] = {}
     for row in rows:
         if row.keep is not None:
-            by_name.setdefault(budget(row.keep), []).append(row)
+            by_name.setdefault(budget_text(row.keep), []).append(row)
     groups: list[_Group] = []
     for name, members in by_name.items():
         tokens = _tokens(members)

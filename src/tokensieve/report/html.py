@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from tokensieve.evaluate import METRICS, Example, OutputError, Results
-from tokensieve.evaluate.results import FULL
+from tokensieve.evaluate.results import FULL, label
 from tokensieve.reduction import Reduction
 from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra
@@ -28,7 +28,6 @@ from tokensieve.report.table import (
     SPEEDUP,
     Column,
     Cost,
-    label,
     percent,
     type_column,
 )
@@ -40,7 +39,7 @@ Crop = Callable[[Image.Image], Image.Image]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """The kept tokens of one row on an example's image, and the model's answer."""
 
     caption: str
@@ -50,7 +49,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownExample:
     """One example of the page.
 
     Attributes:
@@ -60,7 +59,7 @@ class Shown:
 
     question: str
     answers: tuple[str, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Drawing, ...]
     summary: str
     order: int
 
@@ -140,7 +139,7 @@ def _type_tables(decision: Decision) -> list[list[Column]]:
     return [columns[start : start + width] for start in range(0, len(columns), width)]
 
 
-def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, decision: Decision) -> Shown:
+def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, decision: Decision) -> ShownExample:
     """Draw the example for every row in the order of the table, except where the tokens form no grid."""
     with Image.open(folder / example.image) as opened:
         image = opened.convert("RGB")
@@ -155,9 +154,9 @@ def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, 
         answer = str(entry["prediction"])
         right[caption] = metric(answer, example.answers) > 0
         if reduction.grid is not None or reduction.whole:
-            pictures.append(Picture(caption, overlay(image, reduction, side=384), answer, right[caption]))
+            pictures.append(Drawing(caption, overlay(image, reduction, side=384), answer, right[caption]))
     answers = tuple(dict.fromkeys(example.answers))
-    return Shown(example.question, answers, tuple(pictures), *_summary(right, right.pop(FULL, True)))
+    return ShownExample(example.question, answers, tuple(pictures), *_summary(right, right.pop(FULL, True)))
 
 
 def _summary(right: dict[str, bool], full: bool) -> tuple[str, int]:
@@ -178,7 +177,7 @@ def _summary(right: dict[str, bool], full: bool) -> tuple[str, int]:
     return start + f"wrong: {listed}", 0 if full else 1
 
 
-def _data_uris(pictures: Sequence[Picture]) -> dict[int, str]:
+def _data_uris(pictures: Sequence[Drawing]) -> dict[int, str]:
     """Return {id of a picture: data URI}, at the largest size at which all fit on the page."""
     uris: dict[int, str] = {}
     for side, quality in ((384, 82), (288, 75), (192, 65), (96, 50)):

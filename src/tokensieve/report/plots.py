@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from tokensieve.evaluate import Row
 from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra
-from tokensieve.report.table import Cost, baseline_methods, named, plain_name
+from tokensieve.report.table import Cost, baseline_methods, plain_name
 
 # Colour-blind safe on light and on dark: Okabe and Ito's, the palest darkened. Shape and dash repeat the distinction.
 COLOURS = ("#0084c6", "#d55e00", "#00976d", "#c9649a", "#b98500", "#7a6ff0", "#5f9ea8", "#9a6a3a")
@@ -30,7 +30,7 @@ LEGEND = 60  # characters that fit side by side in a legend
 WIDTH, HEIGHT = 5.6, 3.8  # inches, the height without its legend
 TEXT, GREY, FRONT = "#010203", "#898989", "#e6b800"
 DODGE = 1.5  # points by which curves stand beside each other, so that equal ones do not cover each other
-CUT = 0.4  # accuracy: where the lowest value is above it, the axis does not start at 0, and says so
+CUT = 0.4  # accuracy: where the lowest value is above it, the axis does not start at 0, and its label states that
 Style: TypeAlias = dict[str, Any]
 
 
@@ -90,7 +90,7 @@ def time_saved(decision: Decision) -> str:
             low, middle, high = ([saved_ms(row, n, end) for n in (0, longest)] for end in ("_low", "", "_high"))
             axes.fill_between([0, longest], low, high, alpha=0.15, lw=0, **style)
             dash = ("-", "--", ":", "-.")[number % 4]  # two budgets of one method share a colour
-            axes.plot([0, longest], middle, lw=2, ls=dash, label=named(row), **style)
+            axes.plot([0, longest], middle, lw=2, ls=dash, label=row.label, **style)
         axes.set_xlim(0, longest)
         axes.set_xlabel("generated tokens", color=TEXT)
         axes.set_ylabel("ms saved per answer (below 0: slower)", color=TEXT)

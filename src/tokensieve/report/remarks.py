@@ -1,4 +1,4 @@
-"""Remarks of the report about its own rows, each spoken only where an interval or a count says so."""
+"""Remarks of the report about its rows, each made only where an interval or a count supports it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tokensieve.evaluate import Results, Row, TypeScore
 from tokensieve.report.decision import Decision, faster
-from tokensieve.report.table import Line, named, percent, points, points_interval, ratio, to_full
+from tokensieve.report.table import Line, percent, points, points_interval, ratio, to_full
 
 FEW = 200  # questions
 FLOOR = 0.2  # below this accuracy of the full model, methods have little to lose
@@ -82,7 +82,7 @@ def _kept_whole(decision: Decision) -> Iterator[str]:
 
 def _unranked(decision: Decision) -> Iterator[str]:
     rows = [
-        f"{named(row)} ({row.tokens_average:.4g} against {group.tokens:.4g})"
+        f"{row.label} ({row.tokens_average:.4g} against {group.tokens:.4g})"
         for group in decision.budgets
         for row in group.unranked
     ]
@@ -104,7 +104,7 @@ def _against_random(decision: Decision) -> Iterator[str]:
         yield f"Not compared with random, which did not run with about as many tokens: {_list(not_compared)}."
     compared = [(line.row, line.row.random) for line in lines if line.row.random is not None]
     lost = [
-        f"{named(row)} ({points(random.difference)}, {points_interval(random.low, random.high)})"
+        f"{row.label} ({points(random.difference)}, {points_interval(random.low, random.high)})"
         for row, random in compared
         if random.lost
     ]
@@ -162,12 +162,12 @@ def _score(row: Row, kind: str) -> TypeScore:
 def _speed(decision: Decision) -> Iterator[str]:
     slow = [line.row for line in decision.lines if line.kind != "full" and faster(line.row) is False]
     if slow:
-        rows = ", ".join(f"{named(row)} ({ratio(row.prefill_speedup)}×)" for row in slow)
+        rows = ", ".join(f"{row.label} ({ratio(row.prefill_speedup)}×)" for row in slow)
         yield f"Prefill slower than the full model's on this model and machine, by the quartiles: {rows}."
 
 
 def _list(rows: Sequence[Row]) -> str:
-    return ", ".join(map(named, rows))
+    return ", ".join(row.label for row in rows)
 
 
 def explanations(decision: Decision) -> list[tuple[str, str]]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
+from tokensieve.budget import budget_text
 from tokensieve.evaluate import Row, TypeScore
 from tokensieve.evaluate.plan import is_random_baseline
 from tokensieve.evaluate.results import FULL, ORACLE
+from tokensieve.measure import ratio_digits
 from tokensieve.methods import MethodInfo, list_methods
 
 Kind: TypeAlias = Literal["full", "oracle", "random", "baseline", "method"]
@@ -53,23 +55,6 @@ def kind_of(spec: str, baselines: Mapping[str, MethodInfo]) -> Kind:
     return "full" if name == FULL else "oracle" if name == ORACLE else "method"
 
 
-def budget(keep: float | None) -> str:
-    """Return the budget as a user writes it: tokens, or a share in percent."""
-    if keep is None:
-        return "all"
-    return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
-
-
-def label(method: str, keep: float | None) -> str:
-    """Return the method and its budget: ``vtc-cls at 25%``."""
-    return method if keep is None else f"{method} at {budget(keep)}"
-
-
-def named(row: Row) -> str:
-    """Return the label of a row."""
-    return label(row.method, row.keep)
-
-
 def percent(share: float) -> str:
     """Return a share in percent: ``92.2``."""
     return f"{100 * share:.1f}"
@@ -97,7 +82,12 @@ def p_value(p: float) -> str:
 
 
 def number(value: float | None, form: str = ".3g") -> str:
-    """Return a number, or a dash if it was not measured. Large numbers have no exponent: ``12300``."""
+    """Return a number, or a dash if it was not measured. Large numbers have no exponent: ``12300``.
+
+    Args:
+        value: the number.
+        form: a format of Python.
+    """
     if value is None:
         return NONE
     text = format(value, form)
@@ -105,10 +95,8 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def ratio(value: float | None) -> str:
-    """Return a speedup with two decimals, or with up to four where two would hide its side of 1: ``1.003``."""
-    if value is None:
-        return NONE
-    return next((text for text in (f"{value:.2f}", f"{value:.3f}", f"{value:.4f}") if float(text) != 1), "1.00")
+    """Return a speedup, or a dash if it was not measured; its side of 1 shows: ``1.003``."""
+    return NONE if value is None else ratio_digits(value)
 
 
 def spread(low: float | None, high: float | None, text: Callable[[float], str] = number) -> str:
@@ -162,8 +150,9 @@ def _plain(text: Callable[[Row], str]) -> Callable[[Line], Cell]:
 
 
 def _keep(line: Line) -> Cell:
-    chosen_by_method = line.row.keep is None and line.kind != "full"
-    return Cell(NONE if chosen_by_method else budget(line.row.keep))
+    if line.row.keep is None:
+        return Cell("all" if line.kind == "full" else NONE)  # the method chooses its number of tokens
+    return Cell(budget_text(line.row.keep))
 
 
 def _accuracy(line: Line) -> Cell:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 import tokensieve.fusion.meter  # noqa: F401  (registers METER)
-from tokensieve.errors import Refusal
+from tokensieve.errors import Refusal, first_line
 from tokensieve.loading import check_processor
 from tokensieve.train.pumer.tasks import Task
 
@@ -37,8 +37,9 @@ def load_processors(
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=arguments["revision"])
             image_processor = AutoImageProcessor.from_pretrained(checkpoint, **arguments)
         except (OSError, ValueError, KeyError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise Refusal(f"{checkpoint} has no tokenizer and image processor beside its weights: {reason}") from error
+            raise Refusal(
+                f"{checkpoint} has no tokenizer and image processor beside its weights: {first_line(error)}"
+            ) from error
     check_processor(image_processor, options)
     return tokenizer, image_processor
 
@@ -48,8 +49,7 @@ def load_config(checkpoint: str, revision: str | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(checkpoint, revision=revision or "main")
     except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"no model at {checkpoint}: {reason}") from error
+        raise Refusal(f"no model at {checkpoint}: {first_line(error)}") from error
 
 
 def labels_of(config: Any) -> list[str] | None:
@@ -99,8 +99,7 @@ def _load(model: Any, checkpoint: str, config: Any, **options: Any) -> Any:
     try:
         loaded = model.from_pretrained(checkpoint, config=config, dtype=torch.float32, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise Refusal(f"the model {checkpoint} does not load: {reason}") from error
+        raise Refusal(f"the model {checkpoint} does not load: {first_line(error)}") from error
     if pairs and config.modality_type_vocab_size == 2:
         _second_image(loaded)
     return loaded
