@@ -22,7 +22,7 @@ from tokensieve.evaluate import (
     encode,
     wilson,
 )
-from tokensieve.evaluate.provenance import model_identity, model_name, sample_key
+from tokensieve.evaluate.provenance import code_digest, model_identity, model_name, sample_key
 from tokensieve.measure import measure_costs
 
 PINNED = (
@@ -368,3 +368,24 @@ def test_identities(model, samples, write, tmp_path):
     model.config.name_or_path = "someone/some-model"
     assert model_name(model) == "someone/some-model"
     model.config.name_or_path = ""
+
+
+def test_answers_of_other_code_are_not_reused(run, monkeypatch):
+    run(methods=["uniform"])
+    monkeypatch.setattr(MODULE, "code_digest", lambda: "edited")
+    with pytest.raises(ResumeError, match=r"\(code differ\)"):
+        run(methods=["uniform"])
+
+
+def test_an_edit_of_what_answers_depend_on_changes_the_digest_of_the_code(tmp_path):
+    for name in ("methods/own.py", "report/page.py", "tokens.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    digest = code_digest(tmp_path)
+    (tmp_path / "report" / "page.py").write_text("new")
+    assert code_digest(tmp_path) == digest
+    for name in ("methods/own.py", "tokens.py"):
+        (tmp_path / name).write_text("new")
+        assert code_digest(tmp_path) != digest
+        digest = code_digest(tmp_path)
+    assert code_digest() == code_digest()

@@ -33,6 +33,7 @@ from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import check_one_image, check_texts
 from tokensieve.evaluate.provenance import (
+    code_digest,
     environment,
     is_bundled,
     loading_facts,
@@ -331,7 +332,7 @@ class Comparison:
     def _journal_setup(self) -> dict[str, Any]:
         """Return all that two calls must have in common to share predictions."""
         trained = {} if self.trained is None else {"trained": model_identity(self.trained)}
-        versions = {"tokensieve": __version__, "processor": processor_identity(self.processor)}
+        versions = {"tokensieve": __version__, "code": code_digest(), "processor": processor_identity(self.processor)}
         return versions | self.settings.prediction_setup() | model_identity(self.model) | trained
 
     def _facts(self) -> dict[str, Any]:

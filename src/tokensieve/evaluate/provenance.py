@@ -19,6 +19,8 @@ from tokensieve.loading import LoadOptions, device_of, without_folder
 from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
+PACKAGE = Path(__file__).parents[1]
+NO_ANSWERS = ("check", "cli.py", "commands", "measure", "report", "train")  # code that changes no answer
 
 
 def model_name(model: Any) -> str:
@@ -61,6 +63,12 @@ def _offloaded(model: Any, name: str) -> torch.Tensor | None:
     hook = getattr(model.get_submodule(module), "_hf_hook", None)
     stored = getattr(hook, "weights_map", None)
     return None if stored is None else stored[attribute]
+
+
+def code_digest(package: Path = PACKAGE) -> str:
+    """Return a digest of the code that answers depend on: after an edit, older answers are not reused."""
+    files = sorted(path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in NO_ANSWERS)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def processor_identity(processor: Any) -> str:
