@@ -38,9 +38,13 @@ class Spread:
         return cls(median, low, high)
 
     def __str__(self) -> str:
-        """Return the median and the quartiles: "1.2 (1.02–1.3)", as a ratio's side of 1 decides what is claimed."""
-        median, low, high = map(ratio_digits, (self.median, self.low, self.high))
-        return f"{median} ({low}–{high})"
+        """Return the median and the quartiles, "26 (25–28)"; the side of 1 shows in ratios: "1.1 (1.02–1.2)"."""
+
+        def shown(value: float) -> str:
+            text = two_digits(value)
+            return ratio_digits(value) if float(text) == 1 != value else text
+
+        return f"{shown(self.median)} ({shown(self.low)}–{shown(self.high)})"
 
 
 def two_digits(value: float) -> str:

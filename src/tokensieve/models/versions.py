@@ -52,8 +52,8 @@ def check_release(model_type: str | None = None) -> None:
         needed, reason = FIRST_RELEASE[model_type]
     else:
         return
-    what = "methods" if model_type not in FIRST_RELEASE else f"methods on {model_type!r} models"
-    raise Refusal(f"{what} need transformers {'.'.join(map(str, needed))} or newer; got {installed} ({reason})")
+    subject = "methods" if model_type not in FIRST_RELEASE else f"methods on {model_type!r} models"
+    raise Refusal(f"{subject} need transformers {'.'.join(map(str, needed))} or newer; got {installed} ({reason})")
 
 
 # -- differences between releases of transformers ----------------------------------------------------------------------
