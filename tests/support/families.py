@@ -133,7 +133,7 @@ def framed(side: int, cells: int, newline: bool = False, cls: bool = False) -> D
             return Image(inputs, [VIDEO] * (tokens + len(extra)), (cells, cells), extra, shape[0])
         if cls:
             pixels = torch.randn(1, 3, size, size, generator=generator)
-            return Image({"pixel_values": pixels}, [IMAGE] * (cells * cells), (cells, cells))
+            return Image({VIDEO_LLAVA_PIXELS: pixels}, [IMAGE] * (cells * cells), (cells, cells))
         pixels = torch.randn(1, 2, 3, size, size, generator=generator)
         newlines = tuple(side * side + row * (side + 1) + side for row in range(side))
         inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[size, size]])}
