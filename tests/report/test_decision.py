@@ -6,7 +6,7 @@ import pytest
 
 from tests.report.report_rows import Draft, results, row, unmeasured
 from tokensieve.evaluate import Skipped
-from tokensieve.evaluate.results import label
+from tokensieve.evaluate.rows import label
 from tokensieve.report.decision import Decision, break_even, prefill
 from tokensieve.report.plots import curve
 from tokensieve.report.remarks import explanations, remarks, warnings

@@ -9,7 +9,7 @@ import pytest
 
 from tests.report.report_rows import results, row, unmeasured
 from tokensieve.evaluate import OutputError, Skipped
-from tokensieve.evaluate.results import label
+from tokensieve.evaluate.rows import label
 from tokensieve.report.decision import Decision
 from tokensieve.report.html import render, write_report
 from tokensieve.report.plots import COLOURS, curve, saved_ms, time_saved

@@ -8,7 +8,8 @@ from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import decode, encode, encode_pairs
 from tokensieve.evaluate.provenance import environment
-from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom, YesNo
+from tokensieve.evaluate.results import Example, Question, Results, Skipped
+from tokensieve.evaluate.rows import Row, TypeScore, VsRandom, YesNo
 from tokensieve.images import open_image
 
 __all__ = [

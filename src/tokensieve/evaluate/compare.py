@@ -42,7 +42,8 @@ from tokensieve.evaluate.provenance import (
     processor_identity,
     sample_key,
 )
-from tokensieve.evaluate.results import FULL, Example, Results, Skipped
+from tokensieve.evaluate.results import Example, Results, Skipped
+from tokensieve.evaluate.rows import FULL
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.measure import Candidate, Cost, measure_costs

@@ -38,10 +38,8 @@ def locked(folder: Path) -> Iterator[None]:
             f"another comparison writes to {folder} ({_read(holder)}){stale}; wait for it, or choose another "
             "output folder"
         ) from None
-    except (
-        OSError,
-        NotImplementedError,
-    ) as error:  # NotImplementedError: older filelock on a file system without locks
+    except (OSError, NotImplementedError) as error:
+        # the second comes from older releases of filelock, where the file system has no locks
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"cannot use the output folder {folder}: {reason}") from error
     try:

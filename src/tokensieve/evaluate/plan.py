@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
-from tokensieve.evaluate.results import FULL, ORACLE
+from tokensieve.evaluate.rows import FULL, ORACLE
 from tokensieve.methods import Method, MethodInfo, parse
 
 FINE_TUNED = "fine-tuned"

@@ -1,4 +1,4 @@
-"""Results of a comparison: the rows of the table and the data of the report. They can be read without a model."""
+"""Results of a comparison: its rows, its questions with their scores, and its files. They are read without a model."""
 
 from __future__ import annotations
 
@@ -11,196 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokensieve.budget import Budget, budget_text
+from tokensieve.budget import Budget
 from tokensieve.errors import MissingExtra, OutputError, Refusal
-from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, in_points, paired_difference, ratio
+from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, paired_difference
+from tokensieve.evaluate.rows import Row, VsRandom, YesNo, label
 
 VERSION = 3
 Table: TypeAlias = Literal["rows", "types", "questions"]
 """One line per row of the table; per row and question type; or per row, seed and question."""
-FULL, ORACLE = "full", "oracle"  # names of the two rows that are no method's
-
-
-def label(method: str, keep: Budget | None) -> str:
-    """Return a method and its budget: ``vtc-cls at 25%``."""
-    return method if keep is None else f"{method} at {budget_text(keep)}"
-
-
-@dataclass(frozen=True)
-class TypeScore:
-    """Accuracy on the questions of one type, with its 95 % interval.
-
-    Attributes:
-        samples: questions of the type.
-        difference, difference_low, difference_high, difference_p: as in :class:`Row`, on these questions.
-    """
-
-    type: str
-    samples: int
-    accuracy: float
-    low: float
-    high: float
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    difference_p: float | None = None
-
-
-@dataclass(frozen=True)
-class VsRandom:
-    """A row compared with random selection, paired by question.
-
-    Attributes:
-        tokens: average of random's tokens over the layers, at most a fifth more or fewer than the row's.
-        accuracy: of random.
-        difference, low, high: the row's accuracy minus random's, with its 95 % interval.
-    """
-
-    tokens: float
-    accuracy: float
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def lost(self) -> bool:
-        """Whether the whole interval is below zero."""
-        return self.high < 0
-
-    @property
-    def won(self) -> bool:
-        """Whether the whole interval is above zero."""
-        return self.low > 0
-
-
-@dataclass(frozen=True)
-class YesNo:
-    """Scores of yes/no questions beside the accuracy, as POPE defines them; "yes" is the positive answer.
-
-    Attributes:
-        f1, f1_low, f1_high: 2 · precision · recall / (precision + recall), with its 95 % interval.
-        precision: share of right answers among the answers "yes"; 0 without such answers.
-        recall: share of right answers among the questions whose answer is "yes".
-        yes_ratio: share of answers "yes".
-    """
-
-    f1: float
-    f1_low: float
-    f1_high: float
-    precision: float
-    recall: float
-    yes_ratio: float
-
-    @classmethod
-    def of(cls, scores: Scores, positive: NDArray[np.bool_], clusters: Clusters) -> YesNo:
-        """Compute them from the scores of the metric ``yes_no``.
-
-        Args:
-            scores: `[seeds, questions]`, 1 where the answer is right.
-            positive: `[questions]`, whether "yes" is right.
-        """
-        expected = np.broadcast_to(positive.astype(float), scores.shape)
-        answered_yes = np.where(positive, scores, 1 - scores)
-        hits = answered_yes * expected
-        return cls(
-            *ratio(2 * hits, answered_yes + expected, clusters),
-            precision=ratio(hits, answered_yes, clusters)[0],
-            recall=ratio(hits, expected, clusters)[0],
-            yes_ratio=float(answered_yes.mean()),
-        )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method at one budget; the fields and their order are those of ``compare --json``.
-
-    Attributes:
-        method: the spec as the user wrote it. "full" is the unhooked model. "oracle" is no method: it keeps the
-            tokens of the asked object first (data with boxes only).
-        keep: the budget; ``None`` for full and for methods without one. Under ``keep_means="average"`` it is the
-            requested average for methods inside the LLM.
-        tokens_before, tokens_after: visual tokens per image, mean over the samples.
-        tokens_average: tokens per image averaged over the LLM's layers (equal to tokens_after for methods that act
-            before the LLM).
-        samples: questions.
-        accuracy, accuracy_low, accuracy_high: share in 0 … 1 with its 95 % interval (see
-            :mod:`tokensieve.evaluate.intervals`).
-        flops_ratio: prefill FLOPs / those of full. This field and all measured ones are ``None`` without a measurement.
-        prefill_ms, prefill_speedup, method_ms, decode_ms_per_token, decode_speedup: medians for one prompt, from rounds
-            that all rows share, with their quartiles ``…_low`` and ``…_high``; see :class:`tokensieve.measure.Cost`.
-            A row's prefill_ms times its prefill_speedup is the prefill_ms of full; the same holds for decoding.
-        peak_activation_mb, kv_mb: MB (10^6 bytes) for one prompt's prefill.
-        break_even: "at once", "after" so many tokens, "never" or "not told apart"; ``None`` for full and for models
-            that do not generate.
-        break_even_tokens, break_even_low, break_even_high: generated tokens after which the method has paid for
-            itself; ``None`` for no finite number.
-        timing_note: the reason why the times are uncertain, such as a busy machine.
-        difference, difference_low, difference_high: accuracy minus full's, paired by question, with its 95 % interval;
-            ``None`` for full.
-        difference_p: see :class:`PairedDifference`.
-        random: the comparison with random; ``None`` for full and random themselves, and where random was not run with
-            a similar number of tokens.
-        types: accuracy by question type; empty when the data has no types.
-        yes_no: F1 and its parts, for the metric ``yes_no``.
-    """
-
-    method: str
-    keep: int | float | None
-    tokens_before: float
-    tokens_after: float
-    tokens_average: float
-    samples: int
-    accuracy: float
-    accuracy_low: float
-    accuracy_high: float
-    flops_ratio: float | None = None
-    prefill_ms: float | None = None
-    prefill_speedup: float | None = None
-    method_ms: float | None = None
-    decode_ms_per_token: float | None = None
-    peak_activation_mb: float | None = None
-    kv_mb: float | None = None
-    prefill_ms_low: float | None = None
-    prefill_ms_high: float | None = None
-    prefill_speedup_low: float | None = None
-    prefill_speedup_high: float | None = None
-    method_ms_low: float | None = None
-    method_ms_high: float | None = None
-    decode_ms_per_token_low: float | None = None
-    decode_ms_per_token_high: float | None = None
-    decode_speedup: float | None = None
-    decode_speedup_low: float | None = None
-    decode_speedup_high: float | None = None
-    break_even_tokens: float | None = None
-    break_even_low: float | None = None
-    break_even_high: float | None = None
-    break_even: str | None = None
-    timing_note: str | None = None
-    difference: float | None = None
-    difference_low: float | None = None
-    difference_high: float | None = None
-    difference_p: float | None = None
-    random: VsRandom | None = None
-    types: tuple[TypeScore, ...] = ()
-    yes_no: YesNo | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields in order, for JSON."""
-        return {**asdict(self), "types": [asdict(score) for score in self.types]}
-
-    @property
-    def label(self) -> str:
-        """Method and budget, see :func:`label`."""
-        return label(self.method, self.keep)
-
-    def __repr__(self) -> str:
-        tokens = f"{self.tokens_after:.4g} of {self.tokens_before:.4g} tokens"
-        accuracy = f"accuracy {in_points(self.accuracy, self.accuracy_low, self.accuracy_high)} %"
-        if self.difference is not None and self.difference_low is not None and self.difference_high is not None:
-            accuracy += f", {in_points(self.difference, self.difference_low, self.difference_high, sign='+')} to full"
-        return f"Row({self.label}: {accuracy}, {tokens}, {self.samples} questions)"
 
 
 @dataclass(frozen=True)
@@ -459,19 +278,13 @@ class Results:
         return cls(
             **{
                 **data,
-                "rows": tuple(map(_row, data["rows"])),
+                "rows": tuple(map(Row.from_json, data["rows"])),
                 "questions": tuple(Question(**question) for question in data["questions"]),
                 "scores": tuple(tuple(map(tuple, seeds)) for seeds in data["scores"]),
                 "skipped": tuple(Skipped(**sample) for sample in data["skipped"]),
                 "examples": tuple(map(_example, data["examples"])),
             }
         )
-
-
-def _row(data: Mapping[str, Any]) -> Row:
-    random, yes_no = (data[name] and kind(**data[name]) for name, kind in (("random", VsRandom), ("yes_no", YesNo)))
-    types = tuple(TypeScore(**score) for score in data["types"])
-    return Row(**{**data, "random": random, "types": types, "yes_no": yes_no})
 
 
 def _example(data: Mapping[str, Any]) -> Example:

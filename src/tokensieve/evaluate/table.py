@@ -16,7 +16,8 @@ from tokensieve.evaluate.intervals import Clusters, Scores, interval, paired_dif
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.metrics import Metric, accepted_answers, choice, says_yes, yes_no
 from tokensieve.evaluate.plan import Entry, is_random_baseline
-from tokensieve.evaluate.results import Example, Question, Results, Row, Skipped, TypeScore, VsRandom, YesNo
+from tokensieve.evaluate.results import Example, Question, Results, Skipped
+from tokensieve.evaluate.rows import Row, TypeScore, VsRandom, YesNo
 from tokensieve.measure import Cost
 
 MB = 1e6

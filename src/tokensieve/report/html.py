@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from tokensieve.evaluate import METRICS, Example, OutputError, Results
-from tokensieve.evaluate.results import FULL, label
+from tokensieve.evaluate.rows import FULL, label
 from tokensieve.reduction import Reduction
 from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from tokensieve.budget import budget_text
 from tokensieve.evaluate import Row, TypeScore
 from tokensieve.evaluate.plan import is_random_baseline
-from tokensieve.evaluate.results import FULL, ORACLE
+from tokensieve.evaluate.rows import FULL, ORACLE
 from tokensieve.measure import ratio_digits
 from tokensieve.methods import MethodInfo, list_methods
 
