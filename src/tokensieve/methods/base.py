@@ -106,6 +106,13 @@ class Method(ABC):
         budgets = self.stage_budgets(total, layers, depth)
         return 0 if budgets is None else budgets[stage]
 
+    def slots(self, budget: int, grid: tuple[int, int] | None) -> int | None:
+        """Return the number of slots that the method makes of an image for ``budget`` tokens.
+
+        ``None``: the image's content decides. Serving engines reserve this number before the image is encoded.
+        """
+        return None if self.budget is None else budget
+
     @abstractmethod
     def reduce(self, image: Any) -> Reduction:
         """Decide for B images of equal size at once. ``image.budget`` is the number of tokens to keep of each image."""

@@ -1,6 +1,7 @@
 """Provide the baselines that every method must beat: full, random, uniform, pool and downsample."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 from tokensieve.budget import Budget
@@ -84,6 +85,9 @@ class Pool(Method):
 
     def cells(self, grid: tuple[int, int], budget: int) -> tuple[int, int]:
         return pooled_grid(grid, budget)
+
+    def slots(self, budget: int, grid: tuple[int, int] | None) -> int | None:
+        return None if grid is None else prod(self.cells(grid, budget))
 
     def reduce(self, image: VisualTokens) -> Reduction:
         if image.grid is None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from tokensieve import ops
-from tokensieve.tokens import Layers
+from tokensieve.tokens import Layers, resolve_layers
 
 ReadAttention: TypeAlias = Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
 HiddenState: TypeAlias = Literal["LLM input", "layer input", "MLP input"]
@@ -82,6 +82,15 @@ class StageNeeds:
         """Whether queries or keys of an attention module must be read."""
         return any(evidence.read is not None for evidence in self.requested().values())
 
+    def readers(self, has_cls: bool) -> dict[str, ReadAttention]:
+        """Return the reader of each requested evidence; without [CLS], that of its substitute where there is one."""
+        readers = {}
+        for name, evidence in self.requested().items():
+            read = evidence.read if has_cls or evidence.read_without_cls is None else evidence.read_without_cls
+            if read is not None:
+                readers[name] = read
+        return readers
+
     def __str__(self) -> str:
         labels = [evidence.label.format(getattr(self, name)) for name, evidence in self.requested().items()]
         return ", ".join(filter(None, dict.fromkeys(labels))) or "nothing"
@@ -116,6 +125,14 @@ class Needs(StageNeeds):
     user_text: bool = evidence("text")
     grid: bool = evidence("grid")
     video: bool = evidence("video")
+
+    def readers_by_layer(self, depth: int, has_cls: bool) -> dict[int, dict[str, ReadAttention]]:
+        """Return :meth:`readers` by layer of a vision encoder of ``depth`` layers."""
+        by_layer: dict[int, dict[str, ReadAttention]] = {}
+        for name, read in self.readers(has_cls).items():
+            for layer in resolve_layers(getattr(self, name), depth):
+                by_layer.setdefault(layer, {})[name] = read
+        return by_layer
 
 
 @dataclass(frozen=True)

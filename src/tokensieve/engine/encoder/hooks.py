@@ -22,7 +22,7 @@ from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.probe import Probe, Read, probe_of
 from tokensieve.errors import Refusal
-from tokensieve.methods import EncoderMethod, Method, Needs, ResizeMethod, StageNeeds
+from tokensieve.methods import EncoderMethod, Method, Needs, ResizeMethod
 from tokensieve.models import EncodeCall, Family, TokenLayout
 from tokensieve.models.family import Modality, scatter_to_anchors
 from tokensieve.models.layout import to_device
@@ -125,10 +125,10 @@ class EncoderHooks:
         self.cls_replaced = not has_cls and (
             needs.cls_attention is not None or needs.cls_attention_single_head is not None
         )
-        for_connector = _reads_by_layer(needs, self.depth, has_cls)
+        for_connector = needs.readers_by_layer(self.depth, has_cls)
         for_encoder: dict[int, Reads] = {}
         if self.tower_hooks is not None and self.tower_hooks.method.needs.reads_attention:
-            for_encoder = dict.fromkeys(self.tower_hooks.layers, _reads(self.tower_hooks.method.needs, has_cls))
+            for_encoder = dict.fromkeys(self.tower_hooks.layers, self.tower_hooks.method.needs.readers(has_cls))
         probes = {
             layer: probe_of(
                 attentions[layer],
@@ -308,25 +308,6 @@ def _replaced_by_pooling(needs: Needs, depth: int) -> dict[str, int]:
         if len(numbers) == 1 and numbers[0] >= depth - 2:
             layer_of[name] = numbers[0]
     return layer_of
-
-
-def _reads(needs: StageNeeds, has_cls: bool) -> Reads:
-    """Return the readers of the requested evidence by name; without [CLS], the substitute where there is one."""
-    reads = {}
-    for name, evidence in needs.requested().items():
-        read = evidence.read if has_cls or evidence.read_without_cls is None else evidence.read_without_cls
-        if read is not None:
-            reads[name] = read
-    return reads
-
-
-def _reads_by_layer(needs: Needs, depth: int, has_cls: bool) -> dict[int, Reads]:
-    """Return the readers of each layer by name."""
-    by_layer: dict[int, Reads] = {}
-    for name, read in _reads(needs, has_cls).items():
-        for layer in resolve_layers(getattr(needs, name), depth):
-            by_layer.setdefault(layer, {})[name] = read
-    return by_layer
 
 
 def _cosine_to_cls(rows: Tensor) -> Tensor:

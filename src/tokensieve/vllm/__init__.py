@@ -1,0 +1,37 @@
+"""Connector methods inside an unforked vLLM, as a plug-in.
+
+vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). Nothing changes for a model
+until an engine is started with :func:`engine_options`. An engine's frontend then promises the number of placeholders of
+each image (``processor.py``), and its worker keeps that number of rows (``model.py``). ``families.py`` declares the model
+families, ``settings.py`` the choices, and ``private.py`` lists every name of vLLM's that is used.
+
+This file and ``families.py`` import neither torch nor vLLM: a frontend without a model loads them, too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["checkpoint", "engine_options", "register"]
+
+
+def register() -> None:
+    """Make the reduced architectures known to vLLM. A second call does nothing."""
+    from vllm import ModelRegistry
+
+    from tokensieve.vllm.families import FAMILIES
+
+    known = ModelRegistry.get_supported_archs()
+    for family in FAMILIES:
+        if family.reduced_architecture not in known:
+            ModelRegistry.register_model(
+                family.reduced_architecture, f"tokensieve.vllm.model:{family.reduced_architecture}"
+            )
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("checkpoint", "engine_options"):  # they import transformers, which register() does without
+        from tokensieve.vllm import settings
+
+        return getattr(settings, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,114 @@
+"""Read attention and keys in vLLM's vision encoders, with the same readers as under transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+
+from tokensieve.methods import Method, Needs
+from tokensieve.methods.needs import ReadAttention
+from tokensieve.models import TokenLayout
+from tokensieve.ops import pixel_hash
+from tokensieve.vllm.families import ServedFamily
+
+Requests = dict[int, dict[str, ReadAttention]]
+
+
+class EncoderReader:
+    """Reads what methods request, in one encode call at a time. Layers that no method requests have no hook.
+
+    Args:
+        family, model: vLLM's model, and its family.
+        methods: the methods that may be called.
+    """
+
+    def __init__(self, family: ServedFamily, model: Any, methods: Iterable[Method]) -> None:
+        self.family, self.model = family, model
+        vision = {"vision_config": model.config.vision_config.to_dict()}
+        self.depth, self.has_cls = family.depth(vision), family.has_cls(model.config)
+        self.requests: Requests = {}  # of the running call; empty outside of one
+        self.readings: dict[str, dict[int, Tensor]] = {}
+        self.projector_input: Tensor | None = None
+        self._reads_patches = False
+        layers = {layer for method in methods for layer in self._requests_of([method])}
+        attentions = family.attentions(model) if layers else []
+        for layer in layers:
+            attentions[layer].register_forward_pre_hook(partial(self._read, layer), with_kwargs=True)
+        if any(_needs(method).patches for method in methods):
+            family.projector(model).register_forward_pre_hook(self._before_projector)
+
+    def begin(self, methods: Sequence[Method]) -> None:
+        """Read what these methods request, until :meth:`end`."""
+        self.requests = self._requests_of(methods)
+        self._reads_patches = any(_needs(method).patches for method in methods)
+        self.readings, self.projector_input = {}, None
+
+    def end(self, layouts: Sequence[TokenLayout]) -> tuple[dict[str, dict[int, list[Tensor]]], list[Tensor]]:
+        """Return the readings `[M, ...]` per image by evidence and layer, and the rows that entered the projector."""
+        by_layer = {
+            name: {layer: self.family.units(self.model, rows, layouts) for layer, rows in layers.items()}
+            for name, layers in self.readings.items()
+        }
+        entered = self.projector_input
+        patches = [] if entered is None else self.family.patches(self.model, entered, layouts)
+        self.requests, self.readings, self.projector_input, self._reads_patches = {}, {}, None, False
+        return by_layer, patches
+
+    def replaces_cls(self, methods: Sequence[Method]) -> bool:
+        """Return whether a method requests [CLS] attention of an encoder without [CLS]."""
+        needs = list(map(_needs, methods))
+        requested = any(n.cls_attention is not None or n.cls_attention_single_head is not None for n in needs)
+        return requested and not self.has_cls
+
+    def pixel_hashes(self, methods: Sequence[Method], kwargs: Any, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Return `[1]` per image, if a method requests it."""
+        if not any(_needs(method).pixel_hash for method in methods):
+            return []
+        return [pixel_hash(pixels)[None] for pixels in self.family.pixels(kwargs, layouts)]
+
+    def _requests_of(self, methods: Iterable[Method]) -> Requests:
+        requests: Requests = {}
+        for method in methods:
+            for layer, reads in _needs(method).readers_by_layer(self.depth, self.has_cls).items():
+                requests.setdefault(layer, {}).update(reads)
+        return requests
+
+    def _read(self, layer: int, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Read one call of an attention module; queries and keys arrive there after any rotary embedding."""
+        if layer not in self.requests:
+            return
+        arguments = dict(zip(("query", "key", "value", "cu_seqlens"), args, strict=False)) | kwargs
+        query, key = (_by_head(arguments[name], module) for name in ("query", "key"))
+        segments = arguments.get("cu_seqlens")  # where the images of packed rows begin
+        sizes = None if segments is None else segments.diff().tolist()
+        for name, read in self.requests[layer].items():
+            if sizes is None:
+                rows = read(query, key, module.scale, None)
+            else:
+                parts = zip(query.split(sizes, -2), key.split(sizes, -2), strict=True)
+                rows = torch.cat([read(q, k, module.scale, None) for q, k in parts], 1)
+            self.readings.setdefault(name, {})[layer] = rows
+
+    def _before_projector(self, projector: Any, args: Any) -> None:
+        if self._reads_patches:
+            self.projector_input = args[0]
+
+
+def _by_head(rows: Tensor, module: Any) -> Tensor:
+    """Reshape `[B, N, H·d]` or `[B, N, H, d]` to `[B, H, N, d]`, the heads of all ranks."""
+    if rows.ndim == 3:
+        rows = rows.unflatten(-1, (module.num_heads, -1))
+    heads = rows.transpose(1, 2)
+    if get_tensor_model_parallel_world_size() > 1:  # a reader that joins heads needs all of them
+        heads = tensor_model_parallel_all_gather(heads.contiguous(), dim=1)
+    return heads
+
+
+def _needs(method: Method) -> Needs:
+    """Return what a method requests at the connector; "full" and "uniform" have the needs of any stage: none."""
+    return method.needs if isinstance(method.needs, Needs) else Needs()

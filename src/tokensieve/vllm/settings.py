@@ -1,0 +1,209 @@
+"""The choices of an engine and of a request: method, budget and positions, and what vLLM cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+from tokensieve.budget import check_budget
+from tokensieve.errors import Refusal, nearest
+from tokensieve.methods import Method, Positions, parse
+from tokensieve.vllm.families import FAMILIES, REFUSED, ServedFamily
+
+KEEP, METHOD = "tokensieve_keep", "tokensieve_method"
+"""The names of a request's choices in ``mm_processor_kwargs``."""
+
+ATTRIBUTE = "tokensieve"
+"""The attribute of the model's config that holds the engine's choices (``--hf-overrides`` puts it there)."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine was started with.
+
+    Attributes:
+        method: spec of the default method, such as "vtc-cls(keep=64)".
+        allowed: specs of the further methods that a request may choose by name.
+        positions: "original" keeps the position ids of the kept tokens, "contiguous" renumbers them.
+        from_tokens: images of fewer tokens stay whole.
+    """
+
+    method: str
+    allowed: tuple[str, ...] = ()
+    positions: Positions = "original"
+    from_tokens: int = 0
+
+    @classmethod
+    def of_config(cls, config: Any) -> EngineSettings:
+        """Return the settings in a model's config; a config without any means the unreduced model."""
+        values: Mapping[str, Any] = getattr(config, ATTRIBUTE, None) or {"method": "full"}
+        return cls(**{**values, "allowed": tuple(values.get("allowed", ()))})
+
+    @cached_property
+    def methods(self) -> tuple[Method, ...]:
+        """The default method and the allowed ones; a request names one of them by its number."""
+        return tuple(served_method(spec) for spec in (self.method, *self.allowed))
+
+    def choose(self, options: Mapping[str, Any]) -> Choice:
+        """Return the choice of a request; without options the engine's own.
+
+        Raises:
+            Refusal: an option that does not exist, a method that is not allowed, or an impossible budget.
+        """
+        for name in options:
+            if name not in (KEEP, METHOD):
+                raise Refusal(f"unknown option {name!r}; allowed: {KEEP}, {METHOD}")
+        names = [method.info.name for method in self.methods]
+        name = options.get(METHOD, names[0])
+        if name not in names:
+            raise Refusal(f"{METHOD} must be one of {', '.join(dict.fromkeys(names))}; got {name!r}")
+        number = names.index(name)
+        method = self.methods[number]
+        if KEEP in options:
+            keep = check_budget(options[KEEP])
+            if method.budget is None:
+                raise Refusal(f"{KEEP}: {method.info.name} has no budget; got {keep}")
+            method = method.with_budget(keep)
+        return Choice(number, method)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The method of one request, with its budget; ``number`` is its place among the engine's methods."""
+
+    number: int
+    method: Method
+
+
+def served_method(spec: str, **parameters: Any) -> Method:
+    """Return the method of a spec, if an engine can run it.
+
+    Raises:
+        Refusal: naming what such an engine cannot do.
+    """
+    stages = parse(spec, **parameters)
+    if len(stages) != 1:
+        raise Refusal(f"vLLM runs one method, between vision encoder and LLM; got {len(stages)} stages: {spec}")
+    (method,) = stages
+    reason = unserved(method)
+    if reason is not None:
+        raise Refusal(f"{method.info.name} cannot run in vLLM: {reason}")
+    return method
+
+
+def unserved(method: Method) -> str | None:
+    """Return why no vLLM engine can run a method; ``None`` if one can."""
+    if method.keeps_everything:
+        return None
+    stage, needs = method.info.stage, method.needs
+    if stage == "decoder":
+        return "it drops tokens inside the LLM, and vLLM's paged cache has one length for all layers"
+    if stage == "fusion":
+        return "it acts inside a fusion encoder, which vLLM does not have"
+    if stage == "encoder":
+        return "it acts inside the vision encoder, and vLLM's encoders are classes of its own"
+    if needs.requests("video"):
+        return "it reduces videos, and the plug-in reduces images"
+    if method.budget is None:
+        return "it decides by the image's content how many tokens stay, and vLLM reserves them before it encodes: give keep"
+    if method.info.name == "mustdrop-keys":
+        return "it only ranks tokens for mustdrop-llm, which acts inside the LLM"
+    return None
+
+
+def engine_options(
+    model: str,
+    method: str,
+    *,
+    allowed: Sequence[str] = (),
+    positions: Positions = "original",
+    from_tokens: int = 0,
+    **parameters: Any,
+) -> dict[str, Any]:
+    """Return the keyword arguments that make ``vllm.LLM(model, ...)`` reduce images.
+
+    On vLLM's command line, ``--hf-overrides`` takes the value of ``hf_overrides`` as JSON.
+
+    Args:
+        model: folder or hub name of a checkpoint.
+        method: spec of a connector method with a budget, such as "vtc-cls(keep=64)"; "full" reduces nothing.
+        allowed: specs of further methods. A request chooses one with
+            ``mm_processor_kwargs={"tokensieve_method": "divprune", "tokensieve_keep": 0.25}``.
+        positions: "original" keeps the position ids of the kept tokens; "contiguous" renumbers them.
+        from_tokens: images of fewer tokens stay whole.
+        parameters: values for parameters of the spec, e.g. ``keep=64``.
+
+    Raises:
+        Refusal: naming the method, the family or the budget that cannot be served, and why.
+    """
+    if positions not in get_args(Positions):
+        raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
+    if isinstance(from_tokens, bool) or not isinstance(from_tokens, int) or from_tokens < 0:
+        raise Refusal(f"from_tokens must be a whole number of tokens >= 0; got {from_tokens!r}")
+    default = served_method(method, **parameters)
+    others = [served_method(spec) for spec in allowed]
+    names = [m.info.name for m in (default, *others)]
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise Refusal(f"a request chooses a method by name; {repeated} is given twice")
+    config = read_config(checkpoint(model))
+    family = family_of(config)
+    for chosen in (default, *others):
+        reason = family.unserved(config, chosen)
+        if reason is not None:
+            raise Refusal(f"{chosen.info.name} cannot run on {family.title} in vLLM: {reason}")
+    overrides: dict[str, Any] = {
+        "architectures": [family.reduced_architecture],
+        ATTRIBUTE: asdict(EngineSettings(str(default), tuple(map(str, others)), positions, from_tokens)),
+    }
+    if positions == "original" and not family.mrope:
+        text = family.rope_with_sections(config)
+        if text is None:
+            raise Refusal(
+                f"{family.title}: vLLM takes position ids from a model only where it has one rotary embedding for all "
+                "layers; use positions='contiguous'"
+            )
+        overrides["text_config"] = {"rope_parameters": text}
+    return {"hf_overrides": overrides}
+
+
+def family_of(config: Mapping[str, Any]) -> ServedFamily:
+    """Return the family of a checkpoint's config; raise :class:`Refusal` with the reason if there is none."""
+    model_type = str(config.get("model_type"))
+    for family in FAMILIES:
+        if family.describes(config):
+            return family
+    if model_type in REFUSED:
+        raise Refusal(f"{model_type} cannot be reduced in vLLM: {REFUSED[model_type]}")
+    known = sorted({name for family in FAMILIES for name in family.model_types})
+    raise Refusal(f"the plug-in does not know model type {model_type!r}{nearest(model_type, known)}; known: {', '.join(known)}")
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """Return the contents of a checkpoint's ``config.json``, from a folder or the hub."""
+    file = Path(model) / "config.json"
+    if not Path(model).exists():
+        from transformers.utils import cached_file
+
+        try:
+            file = Path(str(cached_file(model, "config.json")))
+        except (OSError, ValueError) as error:
+            raise Refusal(f"{model} is neither a folder nor a model that can be fetched ({error})") from None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{file} cannot be read as the config of a model ({error})") from None
+    if not isinstance(config, dict):
+        raise Refusal(f"{file} is not the config of a model")
+    return config
+
+
+def checkpoint(model: str) -> str:
+    """Return the folder of a bundled model, and any other name unchanged."""
+    from tokensieve.reference import NAMES, path
+
+    return str(path(model)) if model in NAMES and not Path(model).exists() else model
