@@ -112,7 +112,7 @@ class ReducedProcessor:
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Sequence[Any]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        return [self._shortened(u, out_mm_kwargs["image"]) if u.modality == "image" else u for u in updates]
+        return [self._shortened(u, out_mm_kwargs.get("image")) if u.modality == "image" else u for u in updates]
 
     def _shortened(self, update: Any, images: Any) -> Any:
         """Wrap the update of the images' placeholders; vLLM asks it for one image at a time."""
