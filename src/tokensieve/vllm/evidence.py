@@ -90,7 +90,7 @@ class EncoderReader:
             if sizes is None:
                 rows = read(query, key, module.scale, None)
             else:
-                parts = zip(query.split(sizes, -2), key.split(sizes, -2), strict=True)
+                parts = zip(torch.split(query, sizes, -2), torch.split(key, sizes, -2), strict=True)
                 rows = torch.cat([read(q, k, module.scale, None) for q, k in parts], 1)
             self.readings.setdefault(name, {})[layer] = rows
 
@@ -102,7 +102,7 @@ class EncoderReader:
 def _by_head(rows: Tensor, module: Any) -> Tensor:
     """Reshape `[B, N, H·d]` or `[B, N, H, d]` to `[B, H, N, d]`, the heads of all ranks."""
     if rows.ndim == 3:
-        rows = rows.unflatten(-1, (module.num_heads, -1))
+        rows = rows.view(*rows.shape[:2], module.num_heads, -1)
     heads = rows.transpose(1, 2)
     if get_tensor_model_parallel_world_size() > 1:  # a reader that joins heads needs all of them
         heads = tensor_model_parallel_all_gather(heads.contiguous(), dim=1)

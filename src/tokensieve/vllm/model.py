@@ -1,11 +1,11 @@
 """The worker half: the encoder runs whole, the method decides, and only what stays goes on to the LLM.
 
-``model.py`` defines a class for each family on first use. It is vLLM's own class with :class:`Reduced` mixed in.
+This module defines a class for each family on first use. It is vLLM's own class with :class:`Reduced` mixed in.
 
-Positions: with "contiguous", vLLM's own are right. With "original", the positions that vLLM asks the model for leave room
-for all tokens of an image, so that those of later text and of the answer are final before the encoder has run. How far
-each kept token stands from the image's first travels with its embedding in a few more columns. They are added to the
-positions in the step that prefills these tokens. Nothing of this runs while an answer is decoded.
+Positions: with "contiguous", vLLM's own are right. With "original", the positions that vLLM asks the model for leave
+room for all tokens of an image, so that those of later text and of the answer are final before the encoder has run. How
+far each kept token stands from the image's first travels with its embedding in a few more columns. They are added to
+the positions in the step that prefills these tokens. Nothing of this runs while an answer is decoded.
 """
 
 from __future__ import annotations

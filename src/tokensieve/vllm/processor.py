@@ -40,7 +40,7 @@ _request: ContextVar[Request] = ContextVar("tokensieve_request")
 
 
 @dataclass
-class ReducedDetails(PromptUpdateDetails):
+class ReducedDetails(PromptUpdateDetails):  # type: ignore[misc]  # vLLM is not there when types are checked
     """The placeholders of a reduced image, with the counts that its cached copy must remember."""
 
     method: str = ""
@@ -74,7 +74,8 @@ class ReducedProcessor:
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Take our options out of the request, so that transformers' processor does not see them."""
-        options, rest = {}, {}
+        options: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
         for name, value in inputs.hf_processor_mm_kwargs.items():
             (options if name.startswith(PREFIX) else rest)[name] = value
         choice = self.settings.choose(options)
@@ -136,7 +137,9 @@ class ReducedProcessor:
         size = self.family.size(self.config, fields)
         layout = self.family.layout(self.config, size)
         if span.count(image) != layout.total:
-            raise RuntimeError(f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens")
+            raise RuntimeError(
+                f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
+            )
         plan = ImagePlan.of(request.choice, layout, len(span), size, self.settings.from_tokens)
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
@@ -172,7 +175,7 @@ class ReducedProcessor:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and kept + dropped > longest:
             raise Refusal(
-                f"the prompt has position ids up to {kept + dropped} before the reduction, and the model has {longest}; "
+                f"the prompt has {kept + dropped} position ids before the reduction, and the model has {longest}; "
                 "start the engine with positions='contiguous', or send fewer or smaller images"
             )
 
