@@ -98,7 +98,7 @@ class Reduced:
         hashes = self.reader.pixel_hashes(methods, kwargs, layouts)
         outputs = EncoderOutputs(layouts, by_layer, patches, [], hashes, self.reader.depth, notes, None)
         decisions = self._decide(images, embeddings, outputs, words, keys)
-        made = []
+        reduced_rows = []
         for number, (plan, decision) in enumerate(zip(images, decisions, strict=True)):
             rows = self._rows(decision, embeddings[number], layouts[number], patches and patches[number])
             anchors = decision.anchors
@@ -106,8 +106,8 @@ class Reduced:
                 rows, anchors = self._insert_text(rows, anchors, spans[number].to(device))
             if len(rows) != plan.rows:
                 raise RuntimeError(f"an image has {len(rows)} rows; {plan.rows} placeholders were promised: {plan}")
-            made.append(self._with_offsets(rows, anchors, layouts[number]))
-        return made
+            reduced_rows.append(self._with_offsets(rows, anchors, layouts[number]))
+        return reduced_rows
 
     def _keys(
         self, kwargs: Mapping[str, Any], images: Sequence[ImagePlan], layouts: Sequence[TokenLayout], words: Any

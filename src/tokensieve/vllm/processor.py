@@ -75,16 +75,16 @@ class ReducedProcessor:
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Take our options out of the request, so that transformers' processor does not see them."""
         options: dict[str, Any] = {}
-        rest: dict[str, Any] = {}
+        for_transformers: dict[str, Any] = {}
         for name, value in inputs.hf_processor_mm_kwargs.items():
-            (options if name.startswith(PREFIX) else rest)[name] = value
+            (options if name.startswith(PREFIX) else for_transformers)[name] = value
         choice = self.settings.choose(options)
         needs, words = choice.method.needs, None
         if isinstance(needs, Needs) and needs.user_text and inputs.mm_data_items.get_all_counts().get("image"):
             words = self._words(inputs.prompt)
         token = _request.set(Request(choice, words))
         try:
-            return super().apply(replace(inputs, hf_processor_mm_kwargs=rest), timing_ctx)  # type: ignore[misc]
+            return super().apply(replace(inputs, hf_processor_mm_kwargs=for_transformers), timing_ctx)  # type: ignore[misc]
         finally:
             _request.reset(token)
 

@@ -23,7 +23,7 @@ ATTRIBUTE = "tokensieve"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine was started with.
+    """The choices that an engine was started with.
 
     Attributes:
         method: spec of the default method, such as "vtc-cls(keep=64)".
