@@ -35,6 +35,7 @@ class EncoderReader:
         self.readings: dict[str, dict[int, Tensor]] = {}
         self.projector_input: Tensor | None = None
         self._reads_patches = False
+        self._segments: list[int] | None = None
         layers = {layer for method in methods for layer in self._requests_of([method])}
         attentions = family.attentions(model) if layers else []
         for layer in layers:
@@ -42,9 +43,9 @@ class EncoderReader:
         if any(_needs(method).patches for method in methods):
             family.projector(model).register_forward_pre_hook(self._before_projector)
 
-    def begin(self, methods: Sequence[Method]) -> None:
-        """Read what these methods request, until :meth:`end`."""
-        self.requests = self._requests_of(methods)
+    def begin(self, methods: Sequence[Method], layouts: Sequence[TokenLayout]) -> None:
+        """Read what these methods request about images of these layouts, until :meth:`end`."""
+        self.requests, self._segments = self._requests_of(methods), self.family.segments(self.model, layouts)
         self._reads_patches = any(_needs(method).patches for method in methods)
         self.readings, self.projector_input = {}, None
 
@@ -82,10 +83,9 @@ class EncoderReader:
         """Read one call of an attention module; queries and keys arrive there after any rotary embedding."""
         if layer not in self.requests:
             return
-        arguments = dict(zip(("query", "key", "value", "cu_seqlens"), args, strict=False)) | kwargs
+        arguments = dict(zip(("query", "key"), args, strict=False)) | kwargs
         query, key = (_by_head(arguments[name], module) for name in ("query", "key"))
-        segments = arguments.get("cu_seqlens")  # where the images of packed rows begin
-        sizes = None if segments is None else segments.diff().tolist()
+        sizes = self._segments
         for name, read in self.requests[layer].items():
             if sizes is None:
                 rows = read(query, key, module.scale, None)

@@ -87,7 +87,7 @@ class Reduced:
         layouts = [self.family.layout(self.config, plan.size) for plan in images]
         methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if _reduces(plan)]
         keys = self._keys(kwargs, images, layouts, words)
-        self.reader.begin(methods)
+        self.reader.begin(methods, layouts)
         try:
             embeddings = list(super().embed_multimodal(**kwargs))  # type: ignore[misc]
         finally:
@@ -113,11 +113,9 @@ class Reduced:
         self, kwargs: Mapping[str, Any], images: Sequence[ImagePlan], layouts: Sequence[TokenLayout], words: Any
     ) -> list[tuple[Any, ...]]:
         """Return what the decision about each image depends on."""
-        pixels = self.family.pixels(kwargs, layouts)
+        hashes = torch.stack([pixel_hash(pixels) for pixels in self.family.pixels(kwargs, layouts)]).tolist()
         texts = [()] * len(images) if words is None else [tuple(ids.tolist()) for ids in words]
-        return [
-            (int(pixel_hash(of_image)), plan, text) for of_image, plan, text in zip(pixels, images, texts, strict=True)
-        ]
+        return list(zip(hashes, images, texts, strict=True))
 
     def _decide(
         self,

@@ -65,7 +65,7 @@ class ReducedProcessor:
     # -- one request --------------------------------------------------------------------------------------------------
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Mark vLLM's inputs for profiling: they are not tallied."""
+        """Mark vLLM's inputs for profiling: their images stay whole, because a request may keep all tokens."""
         self.profiling = True
         try:
             return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
@@ -80,7 +80,8 @@ class ReducedProcessor:
             (options if name.startswith(PREFIX) else for_transformers)[name] = value
         choice = self.settings.choose(options)
         needs, words = choice.method.needs, None
-        if isinstance(needs, Needs) and needs.user_text and inputs.mm_data_items.get_all_counts().get("image"):
+        shows_image = inputs.mm_data_items.get_all_counts().get("image")
+        if isinstance(needs, Needs) and needs.user_text and shows_image and not self.profiling:
             words = self._words(inputs.prompt)
         token = _request.set(Request(choice, words))
         try:
@@ -98,9 +99,9 @@ class ReducedProcessor:
             model: Any = SimpleNamespace(config=self.config, generation_config=None)
             self._text_finder = UserTextFinder(model, self.info.get_hf_processor())
         words = tuple(ids[column] for column in self._text_finder.columns(ids, before_image=True))
-        if not words and not self.profiling:
+        if not words:
             raise Refusal("the prompt has no words to go by; this method needs the user's text")
-        return words or (ids[0],)  # vLLM profiles with a prompt of images only
+        return words
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         request, settings = _request.get(), self.settings
@@ -140,7 +141,8 @@ class ReducedProcessor:
             raise RuntimeError(
                 f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
             )
-        plan = ImagePlan.of(request.choice, layout, len(span), size, self.settings.from_tokens)
+        from_tokens = layout.total + 1 if self.profiling else self.settings.from_tokens
+        plan = ImagePlan.of(request.choice, layout, len(span), size, from_tokens)
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
             item[SPAN] = _field(torch.tensor(span))
