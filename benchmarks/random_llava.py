@@ -1,7 +1,7 @@
 """Write a LLaVA-1.5 with random weights, 576 visual tokens and a wide LLM: its prefill dominates a request.
 
-``python benchmarks/random_llava.py FOLDER [--width 768] [--layers 8]``. The answers mean nothing; servers load it as any
-checkpoint, so that loads of real proportions run on a CPU.
+``python benchmarks/random_llava.py FOLDER [--width 768] [--layers 8]``. The answers mean nothing; servers load it as
+any checkpoint, so that loads of real proportions run on a CPU.
 """
 
 from __future__ import annotations
