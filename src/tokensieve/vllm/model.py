@@ -29,6 +29,7 @@ from tokensieve.models import TokenLayout
 from tokensieve.ops import pixel_hash
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import UserText
+from tokensieve.vllm import private
 from tokensieve.vllm.evidence import EncoderReader
 from tokensieve.vllm.families import FAMILIES, ServedFamily
 from tokensieve.vllm.plan import PLAN, SPAN, WORDS, ImagePlan
@@ -307,6 +308,7 @@ def _patch_rows(rows: Tensor, layout: TokenLayout) -> Tensor:
 
 def _define(family: ServedFamily) -> type:
     """Define the reduced class of a family."""
+    private.check(family.architecture)  # before anything of vLLM's is overridden
     module = importlib.import_module(f"vllm.model_executor.models.{family.module}")
     base = getattr(module, family.architecture)
     fields: dict[str, Any] = {"family": family, "__module__": __name__}

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
-from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.multimodal.processing import ProcessorInputs, PromptUpdateDetails
 
 from tokensieve import tally
 from tokensieve.engine.prompt.user_text import UserTextFinder
@@ -30,13 +30,30 @@ PREFIX = "tokensieve_"
 
 @dataclass(frozen=True)
 class Request:
-    """The request that this thread processes: its choice, and the ids of the user's words if its method reads them."""
+    """The request that this thread processes.
+
+    Attributes:
+        words: the ids of the user's words, if the method reads them.
+        profiling: vLLM measures its memory: images stay whole, because a request may keep all tokens.
+    """
 
     choice: Choice
     words: tuple[int, ...] | None
+    profiling: bool
 
 
 _request: ContextVar[Request] = ContextVar("tokensieve_request")
+
+
+@dataclass
+class MarkedInputs(ProcessorInputs):  # type: ignore[misc]
+    """Inputs whose image hashes hold the request's choice; vLLM asks the inputs for the hashes in all of its releases."""
+
+    mark: str = ""
+
+    def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
+        hashes = super().get_mm_hashes(*args, **kwargs)
+        return {kind: [h + self.mark if kind == "image" else h for h in of_kind] for kind, of_kind in hashes.items()}
 
 
 @dataclass
@@ -59,18 +76,21 @@ class ReducedProcessor:
         super().__init__(*args, **kwargs)
         self.config = self.info.get_hf_config()
         self.settings = EngineSettings.of_config(self.config)
-        self.profiling = False
         self._text_finder: UserTextFinder | None = None
+        self._profiling_inputs: Any = None
+        if not hasattr(super(), "get_dummy_inputs"):  # vLLM 0.30 asks the builder
+            make_inputs = self.dummy_inputs.get_dummy_processor_inputs
+            self.dummy_inputs.get_dummy_processor_inputs = lambda *a, **k: self._note(make_inputs(*a, **k))
 
     # -- one request --------------------------------------------------------------------------------------------------
 
-    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Mark vLLM's inputs for profiling: their images stay whole, because a request may keep all tokens."""
-        self.profiling = True
-        try:
-            return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.profiling = False
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        return self._note(super().get_dummy_inputs(*args, **kwargs))  # type: ignore[misc]
+
+    def _note(self, inputs: Any) -> Any:
+        """Remember the inputs that vLLM measures its memory with."""
+        self._profiling_inputs = inputs
+        return inputs
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Take our options out of the request, so that transformers' processor does not see them."""
@@ -79,13 +99,16 @@ class ReducedProcessor:
         for name, value in inputs.hf_processor_mm_kwargs.items():
             (options if name.startswith(PREFIX) else for_transformers)[name] = value
         choice = self.settings.choose(options)
-        needs, words = choice.method.needs, None
+        needs, words, profiling = choice.method.needs, None, inputs is self._profiling_inputs
         shows_image = inputs.mm_data_items.get_all_counts().get("image")
-        if isinstance(needs, Needs) and needs.user_text and shows_image and not self.profiling:
+        if isinstance(needs, Needs) and needs.user_text and shows_image and not profiling:
             words = self._words(inputs.prompt)
-        token = _request.set(Request(choice, words))
+        request = Request(choice, words, profiling)
+        values = {field.name: getattr(inputs, field.name) for field in fields(ProcessorInputs)}
+        marked = MarkedInputs(**values | {"hf_processor_mm_kwargs": for_transformers}, mark=self._mark(request))
+        token = _request.set(request)
         try:
-            return super().apply(replace(inputs, hf_processor_mm_kwargs=for_transformers), timing_ctx)  # type: ignore[misc]
+            return super().apply(marked, timing_ctx)  # type: ignore[misc]
         finally:
             _request.reset(token)
 
@@ -103,12 +126,12 @@ class ReducedProcessor:
             raise Refusal("the prompt has no words to go by; this method needs the user's text")
         return words
 
-    def _get_mm_hashes(self, inputs: Any) -> Any:
-        request, settings = _request.get(), self.settings
+    def _mark(self, request: Request) -> str:
+        """Return what an image's rows depend on besides its pixels."""
         words = "" if request.words is None else "-" + ".".join(map(str, request.words))
-        mark = f"-{request.choice.method}-{settings.positions}-{settings.from_tokens}{words}".replace(" ", "")
-        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
-        return {kind: [h + mark if kind == "image" else h for h in of_kind] for kind, of_kind in hashes.items()}
+        whole = "-whole" * request.profiling
+        mark = f"-{request.choice.method}-{self.settings.positions}-{self.settings.from_tokens}{whole}{words}"
+        return mark.replace(" ", "")
 
     # -- one image ----------------------------------------------------------------------------------------------------
 
@@ -141,7 +164,7 @@ class ReducedProcessor:
             raise RuntimeError(
                 f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
             )
-        from_tokens = layout.total + 1 if self.profiling else self.settings.from_tokens
+        from_tokens = layout.total + 1 if request.profiling else self.settings.from_tokens
         plan = ImagePlan.of(request.choice, layout, len(span), size, from_tokens)
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
@@ -165,7 +188,7 @@ class ReducedProcessor:
         contents = [update.content for updates in mm_prompt_updates.get("image", ()) for update in updates[:1]]
         images = [content for content in contents if isinstance(content, ReducedDetails)]
         self._check_positions(len(result[0]), sum(image.dropped for image in images))
-        if not self.profiling:
+        if not _request.get().profiling:
             for image in images:
                 tally.add(image.method, image.before, image.after)
         return result
