@@ -1,7 +1,7 @@
 """The names of vLLM's that the plug-in uses and that vLLM does not promise, each with its use.
 
-A release may rename any of them, and some uses would then fail silently: an override that nobody calls. So an engine is not
-started if a name is missing or has other parameters (:func:`check`), and a test names what changed in a new release.
+A release may rename any of them, and an override that nobody calls fails silently. So an engine is not started if a name
+is missing or has other parameters (:func:`check`), and a test names what changed in a new release.
 """
 
 from __future__ import annotations
@@ -121,10 +121,7 @@ _CLIP = (
     Name(f"{_MODELS}.clip:CLIPEncoderLayer.self_attn", "its attention is read"),
     Name(f"{_MODELS}.clip:CLIPAttention.attn", "its attention is read"),
 )
-_SIGLIP = tuple(
-    Name(name.path.replace("clip:CLIP", "siglip:Siglip"), name.use)
-    for name in _CLIP
-)
+_SIGLIP = tuple(Name(name.path.replace("clip:CLIP", "siglip:Siglip"), name.use) for name in _CLIP)
 
 
 def _qwen(module: str, blocks: str, attention: str) -> tuple[Name, ...]:
@@ -174,7 +171,8 @@ def check(architecture: str) -> None:
     lowest, highest = TESTED_VLLM
     if lines := changed([*NAMES, *OF_FAMILY.get(architecture, ())]):
         raise Refusal(
-            f"vLLM {version} is not the vLLM that the plug-in knows (tested: {lowest} to {highest}):\n" + "\n".join(lines)
+            f"vLLM {version} is not the vLLM that the plug-in knows (tested: {lowest} to {highest}):\n"
+            + "\n".join(lines)
         )
     if not Version(lowest).release <= Version(version).release[:2] <= Version(highest).release:
         warnings.warn(f"Tokensieve is not tested with vLLM {version} (tested: {lowest} to {highest})", stacklevel=2)

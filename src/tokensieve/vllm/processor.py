@@ -47,7 +47,7 @@ _request: ContextVar[Request] = ContextVar("tokensieve_request")
 
 @dataclass
 class MarkedInputs(ProcessorInputs):  # type: ignore[misc]
-    """Inputs whose image hashes hold the request's choice; vLLM asks the inputs for the hashes in all of its releases."""
+    """Inputs whose image hashes hold the request's choice."""
 
     mark: str = ""
 
@@ -194,15 +194,26 @@ class ReducedProcessor:
         return result
 
     def _check_positions(self, kept: int, dropped: int) -> None:
-        """Refuse a prompt whose original position ids are beyond the LLM's rotary table: it would read past its end."""
+        """Refuse a prompt whose original position ids, or those of its answer, would be read past the rotary table."""
         if self.settings.positions != "original" or self.family.mrope or not dropped:
             return
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and kept + dropped > longest:
+        text = self.config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest is None:
+            return
+        # an answer ends at max_model_len kept tokens, so its last id is below max_model_len + dropped
+        needed = kept + dropped if can_extend_table(text) else self.info.ctx.model_config.max_model_len + dropped
+        if needed > longest:
             raise Refusal(
-                f"the prompt has {kept + dropped} position ids before the reduction, and the model has {longest}; "
-                "start the engine with positions='contiguous', or send fewer or smaller images"
+                f"the prompt drops {dropped} tokens and needs {needed} position ids, and the model has {longest}; "
+                "start the engine with positions='contiguous' or a smaller max_model_len, or send smaller images"
             )
+
+
+def can_extend_table(text_config: Any) -> bool:
+    """Return whether the LLM's rotary table can be longer without other values in it."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "default") in ("default", "linear", "llama3")
 
 
 def _field(data: torch.Tensor, keep_on_cpu: bool = False) -> MultiModalFieldElem:
