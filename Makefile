@@ -10,7 +10,7 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 VLLM ?= 0.32.0
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test test-vllm clean
+.PHONY: demo test install-vllm test-vllm clean
 
 demo: $(VENV)/.installed-all
 	$(BIN)/tokensieve compare --limit 400 --output runs/demo
@@ -26,8 +26,10 @@ $(VENV)/.installed-%: pyproject.toml constraints-cpu.txt
 
 # Under the older pins no method can be attached, and the expected answers are those of a model with one attached: pytest gets
 # a newer transformers, which the engines, processes of their own, do not see.
-test-vllm: $(VLLM_VENV)/.installed-$(VLLM)
+test-vllm: install-vllm
 	$(VLLM_VENV)/bin/python -m pytest $(if $(wildcard $(VLLM_VENV)/attached),-o pythonpath=$(VLLM_VENV)/attached) tests/vllm $(TESTS)
+
+install-vllm: $(VLLM_VENV)/.installed-$(VLLM)
 
 # torchaudio and torchcodec come as CUDA builds, which do not load beside a CPU torch; nothing here needs them. For torchvision
 # see tests/vllm/cpu_torchvision.py.
