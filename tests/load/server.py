@@ -7,13 +7,13 @@ import json
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 
-GRACE = 0.01  # seconds that a byte may need between two sockets of this process
+GRACE = 0.003  # seconds that a byte may need between two sockets of this process
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -94,10 +94,14 @@ class FakeServer:
             return _error("out of order", status)
         keep = body.get("mm_processor_kwargs", {}).get("tokensieve_keep", 1.0) if self.budgets else 1.0
         async with self._turns:
-            return await self._stream(request, body, keep)
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            with suppress(ConnectionError):  # the client has left
+                await self._stream(response, request, body, keep)
+            return response
 
-    async def _stream(self, request: web.Request, body: dict[str, Any], keep: float) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    async def _stream(
+        self, response: web.StreamResponse, request: web.Request, body: dict[str, Any], keep: float
+    ) -> None:
         await response.prepare(request)
 
         async def send(event: Any) -> None:
@@ -114,7 +118,6 @@ class FakeServer:
             prompt = 10 + round(100 * keep)
             await send({"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": tokens}})
         await send(b"[DONE]")
-        return response
 
     async def start(self) -> web.AppRunner:
         """Listen on a free port of this machine, in the running loop."""

@@ -101,7 +101,8 @@ def check_options(context: typer.Context) -> bool:
         foreign = given - SHARED - LOAD_ONLY - {"server", "engine"}
         place = "has no meaning with --server or --engine (options of a server: --engine-args)"
     if foreign:
-        raise Refusal(f"{_flag(sorted(foreign)[0])} {place}")
+        name = min(foreign, key=list(context.params).index)  # the first in the order of --help
+        raise Refusal(f"{_flag(name)} {place}")
     return bool(under_load)
 
 
@@ -193,7 +194,7 @@ async def _probed(full: Side, reduced: Side, cell: Cell, test: LoadTest) -> tupl
         note("note: a server does not take ignore_eos: replies can end early; their measured lengths are reported")
     if full_tokens is not None and full_tokens == reduced_tokens:
         same = f"both sides count {full_tokens} prompt tokens for the same request"
-        if full.url == reduced.url:
+        if "mm_processor_kwargs" in full.fields:
             raise Refusal(
                 f"{same}: {full.url} ignores mm_processor_kwargs; start it with the plug-in and "
                 "--trust-request-mm-kwargs, or compare two servers with --against"
@@ -253,8 +254,7 @@ def _sentences(results: Sequence[CellResult], full: Side, reduced: Side) -> list
     fewest = min(row.rounds for row in results)
     if fewest < FEW_ROUNDS:
         lines.append(f"A verdict needs {FEW_ROUNDS} rounds of a cell; there are as few as {fewest}.")
-    doubts = [f"{row.cell}: {remark}" for row in results for remark in row.notes]
-    return [sides, *lines, *doubts]
+    return [sides, *lines, *(f"{row.cell}: {remark}" for row in results for remark in row.notes)]
 
 
 def _description(side: Side) -> str:
@@ -274,40 +274,50 @@ def _setup(full: Side, reduced: Side, label: str, plan: Plan) -> dict[str, Any]:
 
 
 def _print(results: Sequence[CellResult], lines: Sequence[str]) -> None:
-    headers = ("image", "words", "tokens", "load", "prompt", "requests/s", "×", "first token ms", "×", "ms/token", "×",
-               "request ms", "×", "verdict")  # fmt: skip
-    print_table(headers, [_row(result) for result in results], width=200)
-    print_lines(
-        [
-            "Times and rates are medians of the full side; prompt: tokens of full → reduced. ×: paired by round, "
-            "median (quartiles), above 1 where reduced is better.",
-            *lines,
-        ]
+    """Print rates and verdicts in one table, latencies in another."""
+    grid = ("image", "words", "tokens", "load")
+    print_table(
+        (*grid, "prompt", "requests/s", "tokens/s", "× requests/s", "failed", "verdict"), list(map(_rates, results))
     )
+    times = ("first token ms", "×", "ms/token", "×", "request ms", "×")
+    print_table((*grid, *times), list(map(_latencies, results)))
+    typer.echo("full → reduced, medians of the rounds; times of the full side: median / 95th percentile")
+    typer.echo("×: paired by round, median (quartiles); above 1, reduced is better")
+    print_lines(lines)
 
 
-def _row(row: CellResult) -> list[str]:
-    full, cell = row.full, row.cell
+def _cell(cell: Cell) -> list[str]:
+    return [cell.size, str(cell.words), str(cell.output_tokens), cell.load]
+
+
+def _rates(row: CellResult) -> list[str]:
+    full, reduced = row.full, row.reduced
     return [
-        cell.size,
-        str(cell.words),
-        str(cell.output_tokens),
-        cell.load,
-        f"{_digits(full.prompt_tokens, '.0f')}→{_digits(row.reduced.prompt_tokens, '.0f')}",
-        _digits(full.requests_per_second),
+        *_cell(row.cell),
+        f"{_digits(full.prompt_tokens)} → {_digits(reduced.prompt_tokens)}",
+        f"{_digits(full.requests_per_second)} → {_digits(reduced.requests_per_second)}",
+        f"{_digits(full.output_tokens_per_second)} → {_digits(reduced.output_tokens_per_second)}",
         _ratio(row.throughput),
-        _digits(full.first_token_ms),
-        _ratio(row.first_token),
-        _digits(full.token_ms),
-        _ratio(row.token),
-        _digits(full.request_ms),
-        _ratio(row.request),
+        f"{full.failed_share:.0%} → {reduced.failed_share:.0%}",
         row.verdict,
     ]
 
 
-def _digits(value: float | None, form: str = ".3g") -> str:
-    return "–" if value is None else f"{value:{form}}" if value < 1000 else f"{value:.0f}"
+def _latencies(row: CellResult) -> list[str]:
+    full = row.full
+    return [
+        *_cell(row.cell),
+        f"{_digits(full.first_token_ms)} / {_digits(full.first_token_p95_ms)}",
+        _ratio(row.first_token),
+        f"{_digits(full.token_ms)} / {_digits(full.token_p95_ms)}",
+        _ratio(row.token),
+        f"{_digits(full.request_ms)} / {_digits(full.request_p95_ms)}",
+        _ratio(row.request),
+    ]
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _ratio(spread: Spread | None) -> str:

@@ -19,6 +19,8 @@ Verdict: TypeAlias = Literal["pays", "does not pay", "not told apart", "failed"]
 FAILED_SHARE = 0.01  # of a side's requests: from more failures on, a rate compares different work
 LATE = 0.05  # of the time to the first token: a load generator that sends later than this measures itself
 
+TOGETHER_MS = 0.1  # per token: no LLM is that fast, so several tokens were read at once
+
 
 @dataclass(frozen=True)
 class RunFigures:
@@ -197,6 +199,8 @@ def _notes(name: str, side: SideFigures, cell: Cell) -> list[str]:
         notes.append(f"{name}: {side.failed_share:.1%} of the requests failed ({kinds})")
     if side.output_tokens is not None and side.output_tokens < 0.99 * cell.output_tokens:
         notes.append(f"{name}: {side.output_tokens:.3g} tokens a reply in the mean, of {cell.output_tokens} asked for")
+    if side.token_ms is not None and side.token_ms < TOGETHER_MS:
+        notes.append(f"{name}: the tokens of a reply arrive together, so ms/token says nothing")
     if side.first_token_ms is not None and side.late_ms > LATE * side.first_token_ms:
         notes.append(f"{name}: the load generator started requests up to {side.late_ms:.3g} ms late")
     return notes
