@@ -103,6 +103,7 @@ def vllm(monkeypatch):
 
     plugin = types.ModuleType("tokensieve.vllm")
     plugin.engine_options = engine_options
+    plugin.checkpoint = lambda model: "/folder" if model == "reference" else model
     monkeypatch.setitem(sys.modules, "tokensieve.vllm", plugin)
     monkeypatch.setattr(servers, "find_spec", lambda name: plugin)
 
@@ -117,6 +118,9 @@ def test_the_commands_of_vllm(vllm):
     assert reduced.command == (*start, *overrides, *end)
     on_cpu, _ = launches("vllm", "m", "divprune", 64, [], gpu=False)
     assert "--gpu-memory-utilization" not in on_cpu.command
+    bundled, _ = launches("vllm", "reference", "divprune", 64, [], gpu=False)
+    assert bundled.command[7:11] == ("--model", "/folder", "--served-model-name", "reference")
+    assert bundled.command[11:13] == ("--hf-overrides", '{"method": "full", "keep": null}')
     asked, _ = launches("vllm", "m", "divprune", 64, ["--gpu-memory-utilization", "0.3"], gpu=True)
     assert asked.command.count("--gpu-memory-utilization") == 1
 

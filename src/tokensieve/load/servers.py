@@ -68,16 +68,17 @@ def launches(
 def _vllm(model: str, method: str, keep: Budget, engine_args: Sequence[str], gpu: bool) -> tuple[Launch, Launch]:
     if find_spec("vllm") is None:
         raise MissingExtra("--engine vllm needs vLLM", "vllm")
-    engine_options: Callable[..., dict[str, Any]] = importlib.import_module("tokensieve.vllm").engine_options
-    reduced = engine_options(model, method, keep=keep)
-    # a released checkpoint runs in vLLM as it is; the bundled model is written into a folder, and needs the plug-in
-    full = engine_options(model, "full") if model == "reference" else {}
+    plugin: Any = importlib.import_module("tokensieve.vllm")
+    reduced = plugin.engine_options(model, method, keep=keep)
+    path = plugin.checkpoint(model)
+    # vLLM runs a released checkpoint as it is; the bundled model needs the plug-in's names of its weights
+    full = {} if path == model else plugin.engine_options(model, "full")
     memory = () if not gpu or "--gpu-memory-utilization" in engine_args else ("--gpu-memory-utilization", HALF_OF_A_GPU)
 
     def launch(name: str, options: dict[str, Any]) -> Launch:
         words = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", "{port}"]
         # both servers call the model by the same name, wherever its files are
-        values = {"model": model, "served_model_name": model} | options
+        values = {"model": path, "served_model_name": model} | options
         for key, value in values.items():
             words.append(f"--{key.replace('_', '-')}")
             if value is not True:  # a switch has no value
