@@ -1,16 +1,16 @@
 """What pruning costs an engine in each decode step: vLLM's own video pruning, and Tokensieve's plug-in.
 
-With its own pruning on (`video_pruning_rate`), vLLM's runner calls `recompute_mrope_positions` for every running request
-in every step, decoding included, whether or not there is anything left to place: the prompt's ids become a tensor, masks
-over the whole prompt are made, and its `[3, N]` positions are cloned and copied back. The first part calls that method
-of vLLM's model classes as the runner does, on prompts of several lengths.
+With its own pruning on (`video_pruning_rate`), vLLM's runner calls `recompute_mrope_positions` for every running
+request in every step, decoding included, whether or not there is anything left to place: the prompt's ids become a
+tensor, masks over the whole prompt are made, and its `[3, N]` positions are cloned and copied back. The first part
+calls that method of vLLM's model classes as the runner does, on prompts of several lengths.
 
 `--plugin` decodes with the bundled model in a real engine of this process, and measures what the plug-in adds: the time
-in its `forward` and `embed_input_ids` around vLLM's own, and how often anything else of it runs in steps that only decode.
+in its `forward` and `embed_input_ids` around vLLM's own, and how often it reduces in steps that only decode.
 
-In an environment with vLLM (times mean little beside other work on the machine):
+In an environment with vLLM (on a busy machine, absolute times mean little):
 
-    python benchmarks/engine_pruning_cost.py --threads 1 --plugin --output benchmarks/results/engine-pruning-cpu.json
+    python benchmarks/engine_pruning_cost.py --plugin --output benchmarks/results/engine-pruning-cpu.json
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from script import parser_of, run_script
 
 IMAGE, VIDEO, VISION_START, WORD = 1, 2, 3, 5  # token ids of a prompt: one video, then a question
@@ -98,8 +99,8 @@ def recomputations(lengths: list[int], args: argparse.Namespace) -> list[dict[st
             row = {"model": cls.__name__, "prompt_tokens": length, "ms_per_request_and_step": spent}
             row["ms_per_step"] = {"running": args.running, "median": args.running * spent["median"]}
             rows.append(row)
-            print(f"{cls.__name__}, prompt of {length:,} tokens: {spent['median']:.4f} ms per running request and step; "
-                  f"{args.running} running: {args.running * spent['median']:.2f} ms per step", flush=True)  # fmt: skip
+            print(f"{cls.__name__}, prompt of {length:,} tokens: {spent['median']:.4f} ms a running request and step; "
+                  f"{args.running} running: {args.running * spent['median']:.2f} ms a step", flush=True)  # fmt: skip
     return rows
 
 
@@ -107,9 +108,9 @@ def plugin(args: argparse.Namespace) -> dict[str, Any]:
     """Decode in an engine of this process with the plug-in, and return its cost in the steps that only decode."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    from PIL import Image
     from vllm import LLM, SamplingParams
 
-    from tokensieve.reference.benchmark import benchmark
     from tokensieve.vllm import checkpoint, engine_options, register
     from tokensieve.vllm.model import Reduced
 
@@ -128,24 +129,23 @@ def plugin(args: argparse.Namespace) -> dict[str, Any]:
     model = runner.get_model()
     if not isinstance(model, Reduced):
         raise SystemExit(f"the engine runs {type(model).__name__}, which is not the plug-in's")
-    after = type(model).__mro__[type(model).__mro__.index(Reduced) + 1]
-    rows = benchmark(scenes=running)[:running]
-    prompts = [
-        {"prompt": f"USER: <image>\n{row.question} ASSISTANT:", "multi_modal_data": {"image": row.open_image()}}
-        for row in rows
-    ]
+    classes = type(model).__mro__
+    base = classes[classes.index(Reduced) + 1]  # vLLM's own
+    pictures = [Image.effect_noise((144, 144), 10 + number).convert("RGB") for number in range(running)]  # all differ
+    question = "USER: <image>\nwhat colour is the 1? ASSISTANT:"
+    prompts = [{"prompt": question, "multi_modal_data": {"image": picture}} for picture in pictures]
     greedy = SamplingParams(temperature=0, max_tokens=args.answer_tokens, ignore_eos=True)
     llm.generate(prompts, greedy, use_tqdm=False)  # warm-up
     steps: list[dict[str, float]] = []
     log: dict[str, float] = defaultdict(float)
     with (
         stopwatch(Reduced, "forward", log, "plugin"),
-        stopwatch(after, "forward", log, "vllm"),
+        stopwatch(base, "forward", log, "vllm"),
         stopwatch(Reduced, "embed_input_ids", log, "plugin"),
-        stopwatch(after, "embed_input_ids", log, "vllm"),
+        stopwatch(base, "embed_input_ids", log, "vllm"),
         stopwatch(Reduced, "embed_multimodal", log, "reduction"),
         stopwatch(type(runner), "_calc_mrope_positions", log, "positions"),
-        stopwatch(type(runner), "execute_model", log, "step", after=lambda: (steps.append(dict(log)), log.clear())),
+        stopwatch(type(runner), "execute_model", log, "step", then=lambda: (steps.append(dict(log)), log.clear())),
     ):
         llm.reset_prefix_cache()
         llm.generate(prompts, greedy, use_tqdm=False)
@@ -170,7 +170,7 @@ def plugin(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def stopwatch(cls: type, name: str, log: dict[str, float], key: str, after: Callable[[], Any] = lambda: None) -> Any:
+def stopwatch(cls: type, name: str, log: dict[str, float], key: str, then: Callable[[], Any] = lambda: None) -> Any:
     """Add the milliseconds of each call of a method to ``log[key]``, and note the tokens of a forward."""
     inherited = name not in vars(cls)
     inner = getattr(cls, name)
@@ -182,7 +182,7 @@ def stopwatch(cls: type, name: str, log: dict[str, float], key: str, after: Call
         if name == "forward":
             positions = args[1] if len(args) > 1 else kwargs["positions"]
             log["tokens"] = positions.shape[-1]
-        after()
+        then()
         return result
 
     setattr(cls, name, outer)

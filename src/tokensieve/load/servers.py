@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -68,11 +67,11 @@ def launches(
 def _vllm(model: str, method: str, keep: Budget, engine_args: Sequence[str], gpu: bool) -> tuple[Launch, Launch]:
     if find_spec("vllm") is None:
         raise MissingExtra("--engine vllm needs vLLM", "vllm")
-    plugin: Any = importlib.import_module("tokensieve.vllm")
-    reduced = plugin.engine_options(model, method, keep=keep)
-    path = plugin.checkpoint(model)
+    from tokensieve.vllm import checkpoint, engine_options
+
+    reduced, path = engine_options(model, method, keep=keep), checkpoint(model)
     # vLLM runs a released checkpoint as it is; the bundled model needs the plug-in's names of its weights
-    full = {} if path == model else plugin.engine_options(model, "full")
+    full = {} if path == model else engine_options(model, "full")
     memory = () if not gpu or "--gpu-memory-utilization" in engine_args else ("--gpu-memory-utilization", HALF_OF_A_GPU)
 
     def launch(name: str, options: dict[str, Any]) -> Launch:
