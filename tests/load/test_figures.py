@@ -105,6 +105,13 @@ def test_short_replies_and_late_starts_are_noted():
     assert note == "reduced: the load generator started requests up to 100 ms late"
 
 
+def test_tokens_that_arrive_together_have_no_time():
+    row = result_of(CELL, [run(1.0)] * 5, [run(1.0)] * 4 + [replace(run(1.0), token_ms=0.006)])
+    assert row.token is None
+    assert row.first_token is not None
+    assert row.notes == ["in a round, all tokens of a reply arrived together: ms/token says nothing"]
+
+
 def row(size, verdict, tokens=16, users=1):
     base = result_of(CELL, [run(1.0)] * 5, [run(1.0)] * 5)
     return replace(base, cell=Cell(size, size, 16, tokens, users=users), verdict=verdict)

@@ -158,6 +158,15 @@ DONE = b"data: [DONE]\n\n"
         ([TOKEN, DONE], None),
         ([TOKEN], "cut off"),
         ([DONE], "no token"),
+        ([b'data: {"choices": [{"delta": {"content": ""}, "finish_reason": "length"}]}\n\n', DONE], "no token"),
+        (
+            [
+                b'data: {"choices": [{"delta": {"content": ""}, "finish_reason": "length"}], "usage": '
+                b'{"completion_tokens": 1}}\n\n',
+                DONE,
+            ],
+            None,
+        ),  # a special token has no text
         ([b'{"choices": [{"message": {"content": "a"}}]}'], "no stream"),
         ([b"data: {broken\n\n"], "malformed reply"),
         ([b'data: [1, "a"]\n\n'], "malformed reply"),

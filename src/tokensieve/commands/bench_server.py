@@ -161,7 +161,8 @@ def _addresses(test: LoadTest) -> Iterator[tuple[Side, Side, str]]:
             note("note: the two servers share the GPU: each gets half of its memory (--gpu-memory-utilization)")
         with launched(pair, test.output, tell=note) as (full_url, reduced_url):
             label = f"{test.engine}, {method}, keep {keep} {test.engine_args}".strip()
-            yield Side("full", full_url, model), Side("reduced", reduced_url, model), label
+            # each server lists its one model, under a name that the engine chooses
+            yield Side("full", full_url, ""), Side("reduced", reduced_url, ""), label
         return
     server, model = base_url("--server", str(test.server)), test.model or ""
     if test.against is not None:

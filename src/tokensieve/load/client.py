@@ -48,7 +48,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. Times are those of the event loop, in seconds.
+    """The timed reply to a request. Times are those of the event loop, in seconds.
 
     Attributes:
         end: of the reply, or of the failure.
@@ -125,8 +125,8 @@ class _Stream:
         self.ended = False
         self.error: str | None = None
 
-    def read(self, line: bytes, now: float) -> None:
-        """Read one line that arrived now.
+    def read(self, line: bytes, moment: float) -> None:
+        """Read one line that arrived at this moment.
 
         Raises:
             ValueError: it is no event of a chat.
@@ -150,18 +150,20 @@ class _Stream:
             # a token can have no text, such as the first half of a character; the opening chunk, which names the role,
             # and the closing one, which has the reason of the end, hold a token only if they hold text
             if text or (delta and "role" not in delta and not finished):
-                self.first = now if self.first is None else self.first
-                self.last = now
+                self.first = moment if self.first is None else self.first
                 self.chunks += 1
-            self.ended |= finished
+                self.last = moment
+            if finished:
+                self.ended, self.last = True, moment
 
     def reply(self, end: float, failure: str | None = None, detail: str = "") -> Reply:
-        """Return the reply that ended now."""
+        """Return the reply, which ended at ``end``."""
         if failure is None and self.error is not None:
             failure, detail = "error in the stream", self.error
         elif failure is None and not self.ended:
             failure, detail = "cut off" if self.chunks else "no stream", "the reply is no complete stream of events"
-        elif failure is None and self.first is None:
+        tokens = int(self.usage.get("completion_tokens") or self.chunks)
+        first = self.last if self.first is None and tokens else self.first  # the only token may have no text
+        if failure is None and first is None:
             failure, detail = "no token", "the reply holds no token"
-        tokens = self.usage.get("completion_tokens") or self.chunks
-        return Reply(end, self.first, self.last, tokens, self.usage.get("prompt_tokens"), failure, detail)
+        return Reply(end, first, self.last, tokens, self.usage.get("prompt_tokens"), failure, detail)

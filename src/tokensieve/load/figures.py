@@ -145,10 +145,16 @@ def result_of(cell: Cell, full: Sequence[RunFigures], reduced: Sequence[RunFigur
         sides["reduced"],
         throughput=throughput,
         first_token=_ratio(full, reduced, "first_token_ms"),
-        token=_ratio(full, reduced, "token_ms"),
+        token=None if _together([*full, *reduced]) else _ratio(full, reduced, "token_ms"),
         request=request,
         verdict="failed" if failed else _verdict(throughput if cell.rate is None else request, len(full)),
-        notes=[note for name, side in sides.items() for note in _notes(name, side, cell)],
+        notes=[
+            *(note for name, side in sides.items() for note in _notes(name, side, cell)),
+            *(
+                ["in a round, all tokens of a reply arrived together: ms/token says nothing"]
+                * _together([*full, *reduced])
+            ),
+        ],
     )
 
 
@@ -160,11 +166,16 @@ def break_even_sentences(results: Sequence[CellResult]) -> list[str]:
     columns: dict[str, list[CellResult]] = defaultdict(list)
     for result in results:
         cell = result.cell
-        columns[f"{cell.load}, {cell.words} words and {cell.output_tokens} output tokens"].append(result)
+        tokens = "1 output token" if cell.output_tokens == 1 else f"{cell.output_tokens} output tokens"
+        columns[f"{cell.load}, {_words(cell)} and {tokens}"].append(result)
     by_threshold: dict[str, list[str]] = defaultdict(list)
     for column, rows in columns.items():
         by_threshold[_threshold(rows)].append(column)
     return [f"{threshold} at {'; '.join(names)}" for threshold, names in by_threshold.items()]
+
+
+def _words(cell: Cell) -> str:
+    return "1 word" if cell.words == 1 else f"{cell.words} words"
 
 
 def _threshold(rows: Sequence[CellResult]) -> str:
@@ -199,11 +210,14 @@ def _notes(name: str, side: SideFigures, cell: Cell) -> list[str]:
         notes.append(f"{name}: {side.failed_share:.1%} of the requests failed ({kinds})")
     if side.output_tokens is not None and side.output_tokens < 0.99 * cell.output_tokens:
         notes.append(f"{name}: {side.output_tokens:.3g} tokens a reply in the mean, of {cell.output_tokens} asked for")
-    if side.token_ms is not None and side.token_ms < TOGETHER_MS:
-        notes.append(f"{name}: the tokens of a reply arrive together, so ms/token says nothing")
     if side.first_token_ms is not None and side.late_ms > LATE * side.first_token_ms:
         notes.append(f"{name}: the load generator started requests up to {side.late_ms:.3g} ms late")
     return notes
+
+
+def _together(runs: Sequence[RunFigures]) -> bool:
+    """Return whether the tokens of a run arrived too fast to be single ones."""
+    return any(run.token_ms is not None and run.token_ms < TOGETHER_MS for run in runs)
 
 
 def _ratio(over: Sequence[RunFigures], under: Sequence[RunFigures], name: str) -> Spread | None:

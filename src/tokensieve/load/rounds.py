@@ -25,7 +25,7 @@ PER_USER = 4  # fewest requests of each user in a run: the start and the end of 
 
 @dataclass(frozen=True)
 class Plan:
-    """How each cell is measured.
+    """The work of each cell.
 
     Attributes:
         rounds: each runs both sides once.
