@@ -1,13 +1,15 @@
 """A look at a server before the load: its model, the fields that it takes, and one clear line for what it lacks."""
 
 import asyncio
+import importlib
 import re
+import sys
 
 import pytest
 from aiohttp import web
 
 from tests.load.server import FakeServer
-from tokensieve.errors import Refusal
+from tokensieve.errors import MissingExtra, Refusal
 from tokensieve.load import Cell, Side, base_url, probe, same_fields
 
 CELL = Cell(32, 32, words=5, output_tokens=3, users=2)
@@ -135,3 +137,10 @@ def test_addresses_have_one_form(text):
 def test_other_addresses_are_refused(text):
     with pytest.raises(Refusal, match="--server takes an address such as"):
         base_url("--server", text)
+
+
+def test_without_aiohttp_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    monkeypatch.delitem(sys.modules, "tokensieve.load.client")
+    with pytest.raises(MissingExtra, match=r"a load test needs aiohttp: .*\[load\]"):
+        importlib.import_module("tokensieve.load.client")
