@@ -30,6 +30,7 @@ CONTENTS = {
     "commands": "one file per command",
     "report": "HTML, plots, overlays",
     "evaluate": "data, metrics, comparisons",
+    "load": "load tests of servers",
     "check": "the equivalence checks (laws)",
     "measure": "FLOPs, latency, memory",
     "train": "PuMer, reference models",
