@@ -6,7 +6,7 @@ import base64
 import binascii
 import json
 import re
-import warnings
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -90,9 +90,12 @@ def check(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
         )
     if len(images) > limits.images:
         raise Rejection(400, "too_many_images", f"the request has {len(images):,} images; the limit is {limits.images}")
+    deadline, most_bytes = time.monotonic() + limits.body_seconds, limits.body_bytes  # of all images on the web
     for image in images:
         if not image.url.startswith("data:"):
-            image.holder[image.key] = _fetched(image, settings)
+            content = _fetched(image, settings, most_bytes, deadline)
+            most_bytes -= len(content)
+            image.holder[image.key] = "data:image/*;base64," + base64.b64encode(content).decode("ascii")
         _check_pixels(image_bytes(image.url, image.name), image.name, limits.pixels)
     return body
 
@@ -218,8 +221,8 @@ def _length(text: Any, name: str) -> int:
     return len(text)
 
 
-def _fetched(image: _Image, settings: Settings) -> str:
-    """Return a remote image as a data URL."""
+def _fetched(image: _Image, settings: Settings, most_bytes: int, deadline: float) -> bytes:
+    """Return the content of a remote image."""
     from tokensieve.serve.fetch import fetch
 
     if not image.url.startswith(("http://", "https://")):
@@ -233,10 +236,9 @@ def _fetched(image: _Image, settings: Settings) -> str:
             f"{image.name} is an image on the web; send it as a data URL (the server runs without --allow-urls)",
         )
     try:
-        content = fetch(image.url, settings.limits.body_bytes)
+        return fetch(image.url, most_bytes, deadline)
     except Refusal as error:
         raise Rejection(400, "remote_image", f"{image.name}: {error}") from None
-    return "data:image/*;base64," + base64.b64encode(content).decode("ascii")
 
 
 def _check_pixels(content: bytes, name: str, limit: int) -> None:
@@ -246,10 +248,8 @@ def _check_pixels(content: bytes, name: str, limit: int) -> None:
     from tokensieve.images import image_errors
 
     try:
-        with warnings.catch_warnings(), image_errors(name):
-            warnings.simplefilter("ignore")
-            with Image.open(BytesIO(content), formats=FORMATS) as image:
-                width, height = image.size
+        with image_errors(name), Image.open(BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
     except DataError as error:
         bomb = "pixels are too many" in str(error)
         reason = "image_too_large" if bomb else "broken_image"

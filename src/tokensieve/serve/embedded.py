@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import gc
 import inspect
+import json
 import logging
 import signal
 import socket
@@ -29,7 +30,7 @@ from transformers import StoppingCriteria
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
-from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
+from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality, _GenerationCancelled
 
 from tokensieve import tally
 from tokensieve.budget import BudgetScope, check_budget
@@ -48,6 +49,8 @@ REFUSED_FIELDS = (
     "generation_config",
     "chat_template_kwargs",
 )  # they would undo the limits and the options of the server
+
+FAILED = "the server failed; its log has the reason"
 
 log = logging.getLogger(__name__)
 _choice: ContextVar[Mapping[str, Any]] = ContextVar("choice")  # of the request that is being handled
@@ -184,8 +187,14 @@ class _Call:
             raise Refusal("the request was cancelled")
         try:
             return self._attached.generate(self._methods, self.watch, **arguments)
-        except Refusal as error:
-            raise Refusal(str(error).replace('"', "'")) from error  # transformers puts it into JSON as it is
+        except Exception as error:
+            if "streamer" not in arguments or isinstance(error, _GenerationCancelled):
+                raise
+            # a stream has begun: transformers writes the text of the error between the quotes of a JSON string
+            if isinstance(error, Refusal):
+                raise Refusal(json.dumps(first_line(error))[1:-1]) from error
+            log.exception("a stream failed")
+            raise RuntimeError(FAILED) from error
 
 
 class _Manager(GenerateManager):  # type: ignore[misc]
@@ -261,12 +270,17 @@ class _Chat(ChatCompletionHandler):  # type: ignore[misc]
         stop = body.pop("stop", None) or []
         self._validate_request(body)
         _check_fields(body)
+        if not body.get("logit_bias"):  # transformers refuses an empty one
+            body.pop("logit_bias", None)
         self._attached.methods(choice)  # refused before the images are decoded
         _choice.set(choice)
         _stops.set([stop] if isinstance(stop, str) else stop)
         name, model, processor = self._resolve_model(body)
         loop = asyncio.get_running_loop()
         inputs = await loop.run_in_executor(self._preparing, self._inputs, body)
+        if body.get("logit_bias"):
+            vocabulary = model.config.get_text_config().vocab_size
+            body["logit_bias"] = _read_bias(body["logit_bias"], vocabulary)
         config = self._build_generation_config(body, model.generation_config)
         _fit(config, body, inputs["input_ids"].shape[1], model.config.get_text_config())
         answer = self._streaming if body.get("stream") else self._non_streaming
@@ -321,12 +335,22 @@ def _check_fields(body: Mapping[str, Any]) -> None:
     wanted_format = body.get("response_format")
     if wanted_format is not None and wanted_format != {"type": "text"}:
         raise Refusal('response_format must be {"type": "text"}')
-    bias = body.get("logit_bias")
-    if bias is not None and not (
-        isinstance(bias, dict)
-        and all(key.isdecimal() and isinstance(value, int | float) for key, value in bias.items())
-    ):
+
+
+def _read_bias(bias: Any, vocabulary: int) -> dict[str, float]:
+    """Return {token id: bias}, with the numbers as transformers takes them.
+
+    Raises:
+        Refusal: it is not of that form, or a token is outside of the vocabulary.
+    """
+    if not isinstance(bias, dict):
         raise Refusal("logit_bias must be an object of token ids and numbers")
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocabulary):
+            raise Refusal(f"logit_bias takes token ids from 0 to {vocabulary - 1}; got {key[:80]!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+            raise Refusal(f"logit_bias takes numbers from -100 to 100; got {str(value)[:80]}")
+    return {key: float(value) for key, value in bias.items()}
 
 
 def _fit(config: Any, body: Mapping[str, Any], prompt: int, text_config: Any) -> None:
@@ -373,7 +397,7 @@ def build_app(attached: Attached, name: str, settings: Settings) -> Guard:
 
     @app.exception_handler(Exception)  # type: ignore[untyped-decorator]
     async def failed(request: fastapi.Request, error: Exception) -> JSONResponse:
-        return _error(500, "the server failed; its log has the reason")
+        return _error(500, FAILED)
 
     return Guard(app, settings, registry, attached.prefill)
 

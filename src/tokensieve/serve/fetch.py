@@ -7,25 +7,29 @@ import ipaddress
 import socket
 import ssl
 import time
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from tokensieve.errors import DataError
 
-SECONDS = 10.0  # for the connection and for the whole image
 
-
-def fetch(url: str, most_bytes: int) -> bytes:
+def fetch(url: str, most_bytes: int, deadline: float) -> bytes:
     """Return the content of a URL.
 
     The name is resolved once, and the connection goes to that address: a name that resolves to a private address a
     moment later cannot lead into the server's network.
 
+    Args:
+        url: an http(s) URL.
+        most_bytes: the largest content.
+        deadline: moment of ``time.monotonic`` at which the content must have arrived.
+
     Raises:
         DataError: the address is not public, or the server does not send an image of the allowed size in time.
     """
-    parts, deadline = _split(url), time.monotonic() + SECONDS
+    parts = _split(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     connection = _Pinned(_public_address(host, port, url), host, port, secure=parts.scheme == "https")
+    connection.timeout = max(0.1, deadline - time.monotonic())
     try:
         connection.request("GET", f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}")
         response = connection.getresponse()
@@ -39,7 +43,7 @@ def fetch(url: str, most_bytes: int) -> bytes:
             if len(content) > most_bytes:
                 raise DataError(f"{url} cannot be fetched: larger than {most_bytes:,} bytes")
             if time.monotonic() > deadline:
-                raise DataError(f"{url} cannot be fetched: not complete after {SECONDS:.0f} seconds")
+                raise DataError(f"{url} cannot be fetched: it did not arrive in time")
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -56,7 +60,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and (inner is None or is_public(str(inner)))
 
 
-def _split(url: str):  # type: ignore[no-untyped-def]  # urllib's SplitResult
+def _split(url: str) -> SplitResult:
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  # raises for a port that is no number
@@ -86,7 +90,7 @@ class _Pinned(http.client.HTTPConnection):
     """A connection to one address, with the host's name in the request and in the check of its certificate."""
 
     def __init__(self, address: str, host: str, port: int, *, secure: bool) -> None:
-        super().__init__(host, port, timeout=SECONDS)
+        super().__init__(host, port)
         self._address, self._secure = address, secure
         self.default_port = 443 if secure else 80  # the port is left out of the header Host
 

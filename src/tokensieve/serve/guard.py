@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -52,6 +53,7 @@ class Guard:
         self._app = app
         self._settings = Settings.from_environment() if settings is None else settings
         self._places = asyncio.Semaphore(self._settings.limits.concurrency)
+        self._threads = ThreadPoolExecutor(self._settings.limits.receiving, thread_name_prefix="checking")
         self.requests = Requests()
         ServerMetrics(self.requests, REGISTRY if registry is None else registry, prefill)
 
@@ -100,8 +102,8 @@ class Guard:
             _check_headers(headers)
             content = await _read_body(headers, receive, limits.body_bytes, limits.body_seconds)
             if scope["path"] == CHAT:
-                # a thread, so that a large body holds up no other request
-                content = await asyncio.to_thread(self._checked, content)
+                # a thread for each, so that neither a large body nor a slow host holds up another request
+                content = await asyncio.get_running_loop().run_in_executor(self._threads, self._checked, content)
         finally:
             requests.receiving -= 1
         # one length of the body that is passed on, whatever the client declared

@@ -39,7 +39,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            lowest = 0 if name in ("queue", "images") else 1
+            lowest = {"queue": 0, "images": 0, "body_seconds": 0.1}.get(name, 1)
             # NaN is below no number, hence the negation
             if not value >= lowest:
                 raise Refusal(f"{name} must be at least {lowest}; got {value}")
