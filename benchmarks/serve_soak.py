@@ -20,11 +20,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections import Counter
+from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import tokensieve
 from tokensieve import reference
@@ -125,7 +128,7 @@ class Soak:
                 answer = streamed(text) if stream and status == 200 else None
                 if status == 200 and not stream:
                     answer = json.loads(text)["choices"][0]["message"]["content"]
-            except (OSError, ValueError) as error:
+            except (OSError, HTTPException, ValueError) as error:
                 status, text, answer = 0, repr(error), None
             if status == 429:  # a clear error: come again
                 self.count("asked to come again")
@@ -163,7 +166,7 @@ class Soak:
         life = self.life
         try:
             got, text = self.post(content.encode())
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             got, text = 0, repr(error)
         if got == status:
             self.count(kind)
@@ -233,14 +236,10 @@ def image_url(image):
 
 def bomb():
     """Return a small PNG whose header declares 50,000 x 50,000 pixels."""
-    from PIL import Image
-
     file = BytesIO()
     Image.new("1", (8, 8)).save(file, "PNG")
     content = bytearray(file.getvalue())
     content[16:24] = (50_000).to_bytes(4, "big") * 2
-    import zlib
-
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     return "data:image/png;base64," + base64.b64encode(bytes(content)).decode()
 

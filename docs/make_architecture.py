@@ -29,6 +29,7 @@ CONTENTS = {
     "cli": "the typer app, without torch",
     "commands": "one file per command",
     "report": "HTML, plots, overlays",
+    "serve": "the OpenAI-compatible server",
     "evaluate": "data, metrics, comparisons",
     "check": "the equivalence checks (laws)",
     "measure": "FLOPs, latency, memory",
@@ -44,6 +45,7 @@ CONTENTS = {
     "reduction": "the decision of a method",
     "budget": "how many tokens to keep",
     "ops": "tensor maths, torch only",
+    "tally": "counts of visual tokens",
     "errors": "Refusal",
 }
 INK, MUTED, LINE, ARROW = "#1f2933", "#52606d", "#9aa5b1", "#3e6fa8"

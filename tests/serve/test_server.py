@@ -1,12 +1,14 @@
 """`tokensieve serve` as a process: the answers, the stream, several images, faults beside good requests, the end."""
 
 import json
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from tokensieve.evaluate import decode
 from tokensieve.reference.benchmark import Row, benchmark
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
 ROWS = benchmark(scenes=6)[:40]
 
 
@@ -97,6 +100,13 @@ def test_the_client_of_openai(server: Server) -> None:
     assert [model.id for model in client.models.list()] == ["reference"]
     with pytest.raises(openai.BadRequestError, match="the limit is 3"):
         client.chat.completions.create(**chat(*[data_url(png())] * 4))
+
+
+def test_the_example_of_the_page_runs(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text("utf-8"), re.S)
+    exec(compile(code.replace(":8000", f":{server.port}"), "serving.md", "exec"), {"__name__": "serving.md"})
+    assert capsys.readouterr().out.strip() == "what colour is the 1? green"
 
 
 def test_two_images(server: Server) -> None:
