@@ -29,6 +29,7 @@ CONTENTS = {
     "cli": "the typer app, without torch",
     "commands": "one file per command",
     "report": "HTML, plots, overlays",
+    "serve": "the OpenAI-compatible server",
     "evaluate": "data, metrics, comparisons",
     "load": "load tests of servers",
     "check": "the equivalence checks (laws)",
