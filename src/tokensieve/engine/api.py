@@ -51,7 +51,7 @@ def attach(
             together, shared out by size. "sample-score": the same, shared out by the number of the best tokens that
             each image holds. "tile": each tile of an image that the vision encoder receives in tiles. "frame": each
             frame of a video; the method then receives one frame at a time.
-        separators: tokens that show no patch, such as the newlines of LLaVA-NeXT, of a reduced image. "kept-lines" keeps
+        separators: tokens of a reduced image that show no patch, such as the newlines of LLaVA-NeXT. "kept-lines" keeps
             those of lines that keep a token; "none" keeps none, as in vLLM, where the number of tokens must be known
             before the image is encoded.
         parameters: values for parameters of a spec, e.g. ``keep=64``.

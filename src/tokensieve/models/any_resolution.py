@@ -53,9 +53,10 @@ def layout_of_size(
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     down, across = get_anyres_image_grid_shape(tuple(size), pinpoints, tile)
-    whole, tiles = _index((1 + down * across) * side * side).T.split([side * side, down * across * side * side], 1)
-    # [2, down, across, side, side]: rows of tiles and rows within a tile must be neighbours before they are flattened
-    mosaic = tiles.reshape(2, down, across, side, side).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    index = _index((1 + down * across) * side * side).T
+    whole, tiles = index[:, : side * side], index[:, side * side :].reshape(2, down, across, side, side)
+    # [2, down, across, side, side]: the two heights, and the two widths, must be neighbours before they are flattened
+    mosaic = tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     mosaic = unpad_image(mosaic, tuple(size))
     height, width = mosaic.shape[1:]
     ratio = 0.0 if most_tiles is None else math.sqrt(height * width / (most_tiles * side**2))

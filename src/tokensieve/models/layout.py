@@ -36,8 +36,8 @@ class TokenLayout:
         tiles: number of tiles besides the base tile.
         mapped: whether each patch is one unit; False if the tokens were resampled from the units.
         video: the views are the frames of a video, all of one size.
-        separators: "kept-lines" keeps the separators of lines that keep a patch; "none" drops all separators of an image
-            that loses a patch, so that the number of kept tokens does not depend on which patches are kept.
+        separators: of an image that loses a patch, "kept-lines" keeps the separators of lines that keep a patch, and
+            "none" drops all, so that the number of kept tokens does not depend on which patches are kept.
     """
 
     total: int

@@ -169,4 +169,3 @@ def torch_split(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     import torch
 
     return torch.split(rows, list(sizes))
-
