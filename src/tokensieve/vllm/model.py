@@ -94,8 +94,8 @@ class Reduced:
             embeddings = super().embed_multimodal(**kwargs)  # type: ignore[misc]
             return None if embeddings is None else [_with_columns(rows, self.digits) for rows in embeddings]
         images = [ImagePlan.read(numbers.tolist()) for numbers in plans]
-        layouts = [self.family.layout(self.config, plan.size) for plan in images]
-        methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if _reduces(plan)]
+        layouts = self.family.layouts(self.config, [plan.size for plan in images], kwargs)
+        methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if plan.reduces]
         keys = self._keys(kwargs, images, layouts, words)
         self.reader.begin(methods, layouts)
         try:
@@ -103,7 +103,7 @@ class Reduced:
         finally:
             by_layer, patches = self.reader.end(layouts)
         device = embeddings[0].device
-        layouts = [layout.to(device) for layout in layouts]
+        layouts = [replace(layout.to(device), separators="none") for layout in layouts]
         notes = (RECEIVED_FOR_CLS,) * self.reader.replaces_cls(methods)
         hashes = self.reader.pixel_hashes(methods, kwargs, layouts)
         outputs = EncoderOutputs(layouts, by_layer, patches, [], hashes, self.reader.depth, notes, None)
@@ -144,7 +144,7 @@ class Reduced:
         decisions = [self.decisions.get(key) for key in keys]
         waiting: dict[tuple[int, int], list[int]] = {}
         for number, plan in enumerate(images):
-            if not _reduces(plan):
+            if not plan.reduces:
                 decisions[number] = Reduction.identity(outputs.layouts[number].total, device=device)
             elif decisions[number] is None:
                 waiting.setdefault((plan.method, plan.budget), []).append(number)
@@ -209,7 +209,7 @@ class Reduced:
         their offsets are added when they are prefilled.
         """
         if not self.moves:
-            reduced = any(_reduces(_plan(feature)) for feature in mm_features if feature.modality == "image")
+            reduced = any(_plan(feature).reduces for feature in mm_features if feature.modality == "image")
             if reduced:
                 return torch.arange(len(input_tokens)).expand(3, -1).contiguous(), 0
             ids: tuple[Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
@@ -299,10 +299,6 @@ def check_engine(vllm_config: Any, settings: EngineSettings) -> None:
 def _plan(feature: Any) -> ImagePlan:
     """Return the plan of one image of a prompt."""
     return ImagePlan.read(feature.data[PLAN].data.tolist())
-
-
-def _reduces(plan: ImagePlan) -> bool:
-    return plan.rows < plan.span
 
 
 def _with_columns(rows: Tensor, columns: int) -> Tensor:

@@ -34,6 +34,11 @@ class ImagePlan:
     span: int
     size: tuple[int, ...]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the image loses tokens."""
+        return self.rows < self.span
+
     @classmethod
     def of(cls, choice: Choice, layout: TokenLayout, span: int, size: Sequence[int], from_tokens: int) -> ImagePlan:
         """Return the plan of an image; images of fewer than ``from_tokens`` tokens stay whole."""

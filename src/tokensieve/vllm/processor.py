@@ -166,6 +166,12 @@ class ReducedProcessor:
             )
         from_tokens = layout.total + 1 if request.profiling else self.settings.from_tokens
         plan = ImagePlan.of(request.choice, layout, len(span), size, from_tokens)
+        needs = request.choice.method.needs
+        if plan.reduces and not layout.mapped and (needs.reads_attention or needs.requests("patches")):
+            raise Refusal(
+                f"{self.family.title} resamples an image of this size after its encoder: rows of the encoder belong to "
+                "none of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
+            )
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
             item[SPAN] = _field(torch.tensor(span))
