@@ -71,6 +71,7 @@ class ReducedProcessor:
 
     family: ClassVar[ServedFamily]
     info: Any
+    dummy_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
