@@ -50,6 +50,7 @@ def serve(
         Literal["original", "contiguous"], typer.Option(help="Whether kept tokens keep their position ids.")
     ] = "original",
     budget_scope: BudgetScope = "image",
+    from_tokens: Annotated[int, typer.Option(min=0, help="On vLLM: images of fewer tokens stay whole.")] = 0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a body.", rich_help_panel=LIMITS)] = 32_000_000,
     max_body_seconds: Annotated[
         float, typer.Option(help="Seconds for a body to arrive.", rich_help_panel=LIMITS)
@@ -104,13 +105,18 @@ def serve(
         from tokensieve.serve.vllm_command import command, run
 
         try:
-            from tokensieve.vllm import engine_options
+            from tokensieve.vllm import checkpoint, engine_options
 
-            options = engine_options(model, method, allowed=settings.methods, positions=positions, **budget)
+            options = engine_options(
+                model, method, allowed=settings.methods, positions=positions, from_tokens=from_tokens, **budget
+            )
         except Refusal as error:
             raise Refusal(f"{error}; --engine transformers serves without vLLM") from error
         further = engine_arguments or ()
-        run(command(model, options, settings, loading, host=host, port=port, grace=grace, further=further), settings)
+        folder = checkpoint(model)
+        run(command(folder, options, settings, loading, host=host, port=port, grace=grace, further=further), settings)
+    if from_tokens:
+        raise Refusal("--from-tokens is for vLLM: transformers reduces images of all sizes")
     if engine_arguments:
         raise Refusal(f"arguments after -- are for vLLM, which does not serve here; got {' '.join(engine_arguments)}")
     if settings.paths:
