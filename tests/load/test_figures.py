@@ -137,7 +137,7 @@ def test_columns_with_the_same_break_even_share_a_sentence():
     rows = [row(224, "pays", tokens, users) for tokens in (16, 128) for users in (1, 8)]
     rows[-1] = replace(rows[-1], verdict="does not pay")
     assert break_even_sentences(rows) == [
-        "pays at every measured size (224 px on) at 1 user, 16 words and 16 output tokens; "
+        "pays at 224 px, the only size measured, at 1 user, 16 words and 16 output tokens; "
         "8 users, 16 words and 16 output tokens; 1 user, 16 words and 128 output tokens",
         "pays at no measured size at 8 users, 16 words and 128 output tokens",
     ]

@@ -187,11 +187,10 @@ def _threshold(rows: Sequence[CellResult]) -> str:
         paying += 1
     if paying:
         smallest = ordered[-paying].cell.size
-        return (
-            f"pays from {smallest} px on"
-            if paying < len(ordered)
-            else f"pays at every measured size ({smallest} px on)"
-        )
+        if len(ordered) == 1:
+            return f"pays at {smallest} px, the only size measured,"
+        everywhere = paying == len(ordered)
+        return f"pays at every measured size ({smallest} px on)" if everywhere else f"pays from {smallest} px on"
     if all(row.verdict == "does not pay" for row in ordered):
         return "pays at no measured size"
     return f"is not shown to pay up to {ordered[-1].cell.size} px"
