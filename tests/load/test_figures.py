@@ -99,8 +99,13 @@ def test_a_side_without_any_reply_has_no_ratio():
 
 
 def test_short_replies_and_late_starts_are_noted():
-    (note,) = result_of(CELL, [run(1.0, tokens=3)] * 5, [run(1.0)] * 5).notes
-    assert note == "full: 3 tokens a reply in the mean, of 4 asked for"
+    row = result_of(CELL, [run(1.0)] * 5, [run(0.5, tokens=3)] * 5)
+    assert row.verdict == "not told apart"
+    assert row.notes == [
+        "reduced: 3 tokens a reply in the mean, of 4 asked for",
+        "the replies of the sides differ in length, so their rates and times are of different work",
+    ]
+    assert result_of(CELL, [run(1.0, tokens=3)] * 5, [run(0.5, tokens=3)] * 5).verdict == "pays"
     (note,) = result_of(CELL, [run(1.0)] * 5, [run(1.0, late=0.1)] * 5).notes
     assert note == "reduced: the load generator started requests up to 100 ms late"
 

@@ -17,6 +17,7 @@ from tokensieve.measure.paired import FEW_ROUNDS
 Verdict: TypeAlias = Literal["pays", "does not pay", "not told apart", "failed"]
 
 FAILED_SHARE = 0.01  # of a side's requests: from more failures on, a rate compares different work
+LENGTHS = 0.05  # difference of the mean reply lengths: from more on, the sides do different work
 LATE = 0.05  # of the time to the first token: a load generator that sends later than this measures itself
 
 TOGETHER_MS = 0.1  # per token: no LLM is that fast, so several tokens were read at once
@@ -137,7 +138,12 @@ def result_of(cell: Cell, full: Sequence[RunFigures], reduced: Sequence[RunFigur
     """Return the row of a cell from the runs of its rounds; the n-th of both sides are a pair."""
     sides = {"full": SideFigures.of(full), "reduced": SideFigures.of(reduced)}
     throughput, request = _ratio(reduced, full, "requests_per_second"), _ratio(full, reduced, "request_ms")
-    failed = max(side.failed_share for side in sides.values()) > FAILED_SHARE
+    verdict = _verdict(throughput if cell.rate is None else request, len(full))
+    lengths = [side.output_tokens or 0.0 for side in sides.values()]
+    if differ := max(lengths) - min(lengths) > LENGTHS * max(lengths):
+        verdict = "not told apart"
+    if max(side.failed_share for side in sides.values()) > FAILED_SHARE:
+        verdict = "failed"
     return CellResult(
         cell,
         len(full),
@@ -147,9 +153,10 @@ def result_of(cell: Cell, full: Sequence[RunFigures], reduced: Sequence[RunFigur
         first_token=_ratio(full, reduced, "first_token_ms"),
         token=None if _together([*full, *reduced]) else _ratio(full, reduced, "token_ms"),
         request=request,
-        verdict="failed" if failed else _verdict(throughput if cell.rate is None else request, len(full)),
+        verdict=verdict,
         notes=[
             *(note for name, side in sides.items() for note in _notes(name, side, cell)),
+            *(["the replies of the sides differ in length, so their rates and times are of different work"] * differ),
             *(
                 ["in a round, all tokens of a reply arrived together: ms/token says nothing"]
                 * _together([*full, *reduced])
