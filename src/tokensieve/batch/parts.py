@@ -1,4 +1,4 @@
-"""The output folder: one file for each part of the input, written at once or not at all.
+"""The output folder: ``answers`` holds one file for each part of the input, written at once or not at all.
 
 A part's file has its number in its name and is put there by a rename. A part that is answered twice, because a node was
 lost or a driver was killed, replaces its file by one with the same rows: no row can be missing or occur twice.
@@ -20,7 +20,7 @@ from tokensieve.batch.source import Part
 from tokensieve.errors import MissingExtra, OutputError, ResumeError
 
 Format: TypeAlias = Literal["jsonl", "parquet"]
-SETUP = "batch.json"
+SETUP, ANSWERS = "batch.json", "answers"
 
 
 @dataclass(frozen=True)
@@ -101,27 +101,27 @@ class Output:
     def __init__(self, folder: Path, file_format: Format, setup: dict[str, Any]) -> None:
         self.folder, self.file_format = folder, file_format
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ANSWERS).mkdir(parents=True, exist_ok=True)
             recorded = (folder / SETUP).read_text("utf-8") if (folder / SETUP).exists() else None
-            for stale in folder.glob(".part-*.tmp"):  # of a driver that was killed while it wrote
+            for stale in folder.glob("**/.*.tmp"):  # of a driver that was killed while it wrote
                 stale.unlink()
-            existing = next(folder.glob("part-*"), None)
+            existing = next((folder / ANSWERS).iterdir(), None)
         except OSError as error:
             raise OutputError(f"cannot use the output folder {folder}: {error.strerror or error}") from error
         if recorded is not None:
             self._check(recorded, setup)
         elif existing is not None:
-            raise ResumeError(f"{folder} holds {existing.name}, and not {SETUP} of its command; choose another folder")
+            raise ResumeError(f"{existing} is there, and no {SETUP} of its command; choose another output folder")
         else:
-            self._put(SETUP, json.dumps(setup, indent=1, ensure_ascii=False).encode())
+            self._put(folder / SETUP, json.dumps(setup, indent=1, ensure_ascii=False).encode())
 
     def path(self, part: Part) -> Path:
         """Return the file of a part."""
-        return self.folder / f"part-{part.number:06d}.{self.file_format}"
+        return self.folder / ANSWERS / f"part-{part.number:06d}.{self.file_format}"
 
     def finished(self, parts: Sequence[Part]) -> set[int]:
         """Return the numbers of the parts whose file is there."""
-        names = {entry.name for entry in os.scandir(self.folder)}
+        names = {entry.name for entry in os.scandir(self.folder / ANSWERS)}
         return {part.number for part in parts if self.path(part).name in names}
 
     def write(self, part: Part, rows: Sequence[AnswerRow]) -> None:
@@ -130,11 +130,11 @@ class Output:
         Raises:
             OutputError: the disk is full, for example. No incomplete file is left.
         """
-        self._put(self.path(part).name, _encoded(rows, self.file_format))
+        self._put(self.path(part), _encoded(rows, self.file_format))
 
     def write_json(self, name: str, data: Any) -> None:
         """Write another file of the folder."""
-        self._put(name, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
+        self._put(self.folder / name, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
 
     def read(self, part: Part) -> list[AnswerRow]:
         """Return the rows of a finished part.
@@ -153,20 +153,20 @@ class Output:
         for part in parts:
             yield from self.read(part)
 
-    def _put(self, name: str, content: bytes) -> None:
+    def _put(self, path: Path, content: bytes) -> None:
         """Write a file beside its place, then rename it: its name never stands for half of it."""
-        temporary = self.folder / f".{name}.tmp"
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # a rename may reach the disk before the content
-            temporary.replace(self.folder / name)
+            temporary.replace(path)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()
             raise OutputError(
-                f"cannot write {self.folder / name}: {error.strerror or error}; all parts written before are whole, "
+                f"cannot write {path}: {error.strerror or error}; all parts written before are whole, "
                 "and the same command continues from them"
             ) from error
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
+import socket
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -126,7 +129,7 @@ def _answer(job: Job, folder: Output, remaining: dict[int, Part], share: Share, 
             first = next(iter(remaining.values()))
             rows_lost = sum(part.rows for part in remaining.values())
             raise Refusal(
-                f"{rows_lost:,} rows have no answer: their workers ended without an error {ROUNDS} times (too little "
+                f"{rows_lost:,} rows have no answer: their workers ended without an error {ROUNDS} times in a row (too little "
                 f"memory?), first at {first.name}:{first.first}; all other answers are kept, and the same command "
                 "tries these again"
             )
@@ -140,24 +143,27 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
 
     # one part in a block: a block's answers are handed on when all of it is done
     items = [{"part": json.dumps(asdict(part))} for part in parts]
-    outcomes = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        Worker,
-        fn_constructor_args=(job, share.threads),
-        batch_size=1,
-        # at least one worker starts the round; a lost node does not end it
-        compute=ActorPoolStrategy(
-            min_size=1,
-            max_size=share.workers,
-            initial_size=share.workers,
-            max_tasks_in_flight_per_actor=IN_FLIGHT,
-        ),
-        num_cpus=share.cpus,
-        num_gpus=share.gpus,
-        # a killed worker starts again where there is room for it. Its parts do not wait for that, which may be never
-        # after a lost node: they fail, and the next round answers them
-        max_restarts=-1,
-        max_task_retries=0,
+    # at least one worker starts the round; a lost node does not end it
+    pool = ActorPoolStrategy(
+        min_size=1,
+        max_size=share.workers,
+        initial_size=share.workers,
+        max_tasks_in_flight_per_actor=IN_FLIGHT,
     )
+    # a killed worker starts again where there is room for it. Its parts do not wait for that, which may be never after a
+    # lost node: they fail, and the next round answers them
+    restarts = {"max_restarts": -1, "max_task_retries": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.60 has no other place for these two, and announces one
+        outcomes = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+            Worker,
+            fn_constructor_args=(job, share.threads),
+            batch_size=1,
+            compute=pool,
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            **restarts,
+        )
     with suppress(ray.exceptions.RayError):  # answers that were lost with a node on their way to this process
         for row in outcomes.iter_rows():
             yield json.loads(row["outcome"])
@@ -167,6 +173,7 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
 def _cluster(place: Place) -> Iterator[Share]:
     """Start Ray on this machine or join a cluster; yield the share of each worker. Ctrl-C and SIGTERM stop it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
@@ -177,14 +184,16 @@ def _cluster(place: Place) -> Iterator[Share]:
 
     joined = ray.is_initialized()  # by a caller in Python
     if not joined:
+        _check_address(place.address)
         local: dict[str, Any] = {"num_cpus": len(usable_cores()), "include_dashboard": False}
         try:
-            ray.init(
-                address=place.address or "local",
-                log_to_driver=False,
-                logging_level=logging.CRITICAL,
-                **(local if place.address is None else {}),
-            )
+            with _silent_stderr():  # Ray's core prints its log level
+                ray.init(
+                    address=place.address or "local",
+                    log_to_driver=False,
+                    logging_level=logging.CRITICAL,
+                    **(local if place.address is None else {}),
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
             if place.address is None:
                 raise
@@ -201,6 +210,30 @@ def _cluster(place: Place) -> Iterator[Share]:
         signal.signal(signal.SIGTERM, previous)
         if not joined:
             ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Refuse an address that nothing listens at: Ray would try for minutes, then end the process."""
+    match = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address or "")
+    if match is None:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise Refusal(f"no Ray cluster at {address}: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop all that this process writes on its file of errors, also from libraries in C++. Exceptions pass."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _interrupt(*_: Any) -> None:

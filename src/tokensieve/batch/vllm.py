@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from tokensieve.batch.job import Engine, Job, Outcome
+from tokensieve.batch.job import Job, Outcome
 from tokensieve.errors import DataError, MissingExtra, Refusal
 from tokensieve.evaluate.answer import is_out_of_memory
 from tokensieve.evaluate.data import Sample
@@ -24,23 +24,14 @@ def available() -> bool:
     return find_spec("vllm") is not None and find_spec("tokensieve.vllm") is not None
 
 
-def choose_engine(requested: str) -> Engine:
-    """Return the engine for ``--engine``; "auto" is vLLM where it is installed.
+def check(job: Job) -> None:
+    """Refuse a job that vLLM cannot run: load options, a budget scope, or methods it cannot serve.
 
     Raises:
-        MissingExtra: vLLM is requested and not installed.
+        MissingExtra: vLLM is not installed.
     """
-    if requested == "transformers":
-        return "transformers"
-    if available():
-        return "vllm"
-    if requested == "vllm":
+    if not available():
         raise MissingExtra("--engine vllm needs vLLM", "vllm")
-    return "transformers"
-
-
-def check(job: Job) -> None:
-    """Refuse a job that vLLM cannot run: load options, a budget scope, or methods it cannot serve."""
     given = sorted(job.loading.to_json().keys() - {"dtype", "revision", "trust_remote_code"})
     if given:
         raise Refusal(
@@ -84,8 +75,6 @@ class VllmModel:
         arguments = {"model": job.model, **engine_arguments(job)}
         self.engine = LLM(**arguments)
         self.sampling = SamplingParams(temperature=0.0, max_tokens=job.settings.max_new_tokens)
-        system = job.loading.system
-        self.turns = [] if system is None else [{"role": "system", "content": system}]
         config = self.engine.llm_engine.model_config.hf_config
         self.placeholder = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         self.environment: Mapping[str, Any] = {"engine": "vllm", "vllm": import_module("vllm").__version__}
@@ -135,7 +124,7 @@ class VllmModel:
     def _messages(self, sample: Sample, images: Sequence[Any]) -> list[dict[str, Any]]:
         text = self.settings.prompt.replace("{question}", sample.text)
         pictures = [{"type": "image_pil", "image_pil": image} for image in images]
-        return [*self.turns, {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
 
 def _request(run: Run) -> dict[str, Any]:

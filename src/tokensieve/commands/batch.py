@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,7 +86,7 @@ def batch(
     from tokensieve.batch import Job, Place, run
     from tokensieve.batch.source import Columns
     from tokensieve.batch.table import results
-    from tokensieve.batch.vllm import check, choose_engine
+    from tokensieve.batch.vllm import available, check
     from tokensieve.evaluate.plan import Settings
     from tokensieve.loading import find
 
@@ -107,14 +108,20 @@ def batch(
         ),
         columns=Columns(image_column, question_column, answer_column),
         loading=loading,
-        engine=choose_engine(engine),
+        engine="vllm" if engine == "vllm" or (engine == "auto" and available()) else "transformers",
         fetch_images=fetch_images,
         rows_per_part=rows_per_part,
     )
     check_scopes(budget_scope, job.entries())  # a bad spec is refused before anything starts
     find(model, loading.revision)
     if job.engine == "vllm":
-        check(job)
+        try:
+            check(job)
+        except Refusal as error:
+            if engine == "vllm":
+                raise
+            note(f"note: transformers answers, not vLLM: {error}")
+            job = replace(job, engine="transformers")
     if data != "reference":
         note_foreign_images(model)
     with progress() as bar:
@@ -127,4 +134,4 @@ def batch(
     pace = f"{summary['rows_of_this_call']:,} now at {summary['rows_per_second']:.3g} rows/s"
     note(f"{summary['rows']:,} rows ({pace}), {summary['errors']:,} with an error")
     note(f"{summary['answers']:,} answers; {summary['tokens_saved']:.0%} of the visual tokens saved")
-    note(f"answers: {output}/part-*.{file_format}")
+    note(f"answers: {output}/answers/part-*.{file_format}")
