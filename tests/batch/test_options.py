@@ -4,7 +4,7 @@ import pytest
 
 from tests.cli.calling import run_many
 from tokensieve.batch import Place
-from tokensieve.batch.run import Share, share_of
+from tokensieve.batch.rounds import Share, share_of
 from tokensieve.errors import Refusal
 
 WRONG = {

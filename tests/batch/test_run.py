@@ -155,7 +155,7 @@ def test_a_worker_that_always_dies_ends_the_run_with_one_line(cluster, questions
     (tmp_path / "deadly.py").write_text(code)
     rows = [json.loads(line) for line in questions.read_text("utf-8").splitlines()[:3]]
     data = write_rows(tmp_path, [{**row, "image": str(questions.parent / row["image"])} for row in rows])
-    monkeypatch.setattr("tokensieve.batch.run.ROUNDS", 1)
+    monkeypatch.setattr("tokensieve.batch.rounds.ROUNDS", 1)
     with pytest.raises(Refusal, match="3 rows have no answer: their workers ended without an error 1 times in a row"):
         run(job(data, f"{tmp_path / 'deadly.py'}:Deadly"), tmp_path / "out")
 

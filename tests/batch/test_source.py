@@ -19,8 +19,8 @@ def row(number, **others):
     return {"image": "red.png", "question": f"what is number {number}?", **others}
 
 
-def rows_of(data, size, columns=Columns()):
-    return [row for part in parts_of(str(data), size) for row in read_part(part, columns, fetch_images=False)]
+def rows_of(data, size):
+    return [row for part in parts_of(str(data), size) for row in read_part(part, Columns(), fetch_images=False)]
 
 
 def questions_of(rows):

@@ -2,6 +2,6 @@
 
 from tokensieve.batch.job import Job
 from tokensieve.batch.parts import Totals
-from tokensieve.batch.run import Place, run
+from tokensieve.batch.rounds import Place, run
 
 __all__ = ["Job", "Place", "Totals", "run"]

@@ -129,8 +129,8 @@ def _answer(job: Job, folder: Output, remaining: dict[int, Part], share: Share, 
             first = next(iter(remaining.values()))
             rows_lost = sum(part.rows for part in remaining.values())
             raise Refusal(
-                f"{rows_lost:,} rows have no answer: their workers ended without an error {ROUNDS} times in a row (too little "
-                f"memory?), first at {first.name}:{first.first}; all other answers are kept, and the same command "
+                f"{rows_lost:,} rows have no answer: their workers ended without an error {ROUNDS} times in a row "
+                f"(too little memory?), first at {first.name}:{first.first}; all other answers are kept, and the same command "
                 "tries these again"
             )
     return rounds
@@ -150,8 +150,8 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
         initial_size=share.workers,
         max_tasks_in_flight_per_actor=IN_FLIGHT,
     )
-    # a killed worker starts again where there is room for it. Its parts do not wait for that, which may be never after a
-    # lost node: they fail, and the next round answers them
+    # a killed worker starts again where there is room for it. Its parts do not wait for that, which may be never after
+    # a lost node: they fail, and the next round answers them
     restarts = {"max_restarts": -1, "max_task_retries": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 has no other place for these two, and announces one
