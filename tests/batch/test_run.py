@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.batch.conftest import (
     PER_PART,
@@ -27,6 +28,7 @@ from tests.batch.conftest import (
 from tokensieve.batch import Place, run
 from tokensieve.batch.table import results
 from tokensieve.batch.worker import Worker
+from tokensieve.cli import app
 from tokensieve.errors import DataError, OutputError, Refusal, ResumeError
 from tokensieve.evaluate import compare, load_data
 from tokensieve.loading import load_model
@@ -75,6 +77,21 @@ def test_a_finished_folder_is_counted_and_not_answered_again(answered):
     again = run(three, folder)
     assert (again["rows"], again["rows_of_this_call"], again["rounds"]) == (summary["rows"], 0, 0)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("answers/part-*")} == times
+
+
+def test_the_command_prints_the_table_of_compare_or_json(answered, compared):
+    three, folder, summary = answered
+    rows, _ = compared
+    call = ["batch", "--data", three.data, "--output", str(folder), "--methods", ", ".join(METHODS)]
+    call += ["--max-new-tokens", "4", "--rows-per-part", str(PER_PART)]
+    text, as_json = (CliRunner().invoke(app, [*call, *option]) for option in ((), ("--json",)))
+    assert text.exit_code == as_json.exit_code == 0
+    for row in rows.rows:
+        assert f"{100 * row.accuracy:.1f} ({100 * row.accuracy_low:.1f}–{100 * row.accuracy_high:.1f})" in text.stdout
+    assert f"{ROWS} rows (0 now" in text.stderr
+    printed = json.loads(as_json.stdout)
+    assert printed["table"] == [row.to_json() for row in rows.rows]
+    assert printed["answers"] == summary["answers"]
 
 
 @pytest.mark.parametrize("change", ["methods", "prompt", "data"])

@@ -75,9 +75,10 @@ class Totals:
         self.rows += len({row.source for row in rows})
         self.errors += len({row.source for row in rows if row.error is not None})
         self.answers += sum(row.error is None for row in rows)
-        both = [row for row in rows if row.tokens_before is not None and row.tokens_after is not None]
-        self.tokens_before += sum(row.tokens_before or 0 for row in both)
-        self.tokens_after += sum(row.tokens_after or 0 for row in both)
+        for row in rows:
+            if row.tokens_before is not None and row.tokens_after is not None:
+                self.tokens_before += row.tokens_before
+                self.tokens_after += row.tokens_after
 
     @property
     def saved(self) -> float:

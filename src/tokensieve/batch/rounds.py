@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -130,8 +131,8 @@ def _answer(job: Job, folder: Output, remaining: dict[int, Part], share: Share, 
             rows_lost = sum(part.rows for part in remaining.values())
             raise Refusal(
                 f"{rows_lost:,} rows have no answer: their workers ended without an error {ROUNDS} times in a row "
-                f"(too little memory?), first at {first.name}:{first.first}; all other answers are kept, and the same command "
-                "tries these again"
+                f"(too little memory?), first at {first.name}:{first.first}; all other answers are kept, and the same "
+                "command tries these again"
             )
     return rounds
 
@@ -174,7 +175,7 @@ def _cluster(place: Place) -> Iterator[Share]:
     """Start Ray on this machine or join a cluster; yield the share of each worker. Ctrl-C and SIGTERM stop it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # workers without a GPU see none
     try:
         import ray
         import ray.data
@@ -203,11 +204,13 @@ def _cluster(place: Place) -> Iterator[Share]:
     context.print_on_execution_start = False
     context.max_errored_blocks = -1  # a lost part is answered in the next round
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    main = threading.current_thread() is threading.main_thread()  # signals reach no other thread
+    previous = signal.signal(signal.SIGTERM, _interrupt) if main else None
     try:
         yield share_of(place, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if main:
+            signal.signal(signal.SIGTERM, previous)
         if not joined:
             ray.shutdown()
 
