@@ -29,17 +29,13 @@ def test_wrong_options_are_one_line(tmp_path):
         for name, wrong in WRONG.items()
     }
     calls["output"] = ["batch", "--data", "reference"]
-    outcomes = run_many(calls)
+    elsewhere = ["batch", "--data", "reference", "--output", tmp_path / "other", "--address", "127.0.0.1:1"]
+    outcomes = run_many({**calls, "cluster": elsewhere})
+    assert "no Ray cluster at 127.0.0.1:1" in outcomes["cluster"].refused()
     for name, wrong in WRONG.items():
         line = outcomes[name].refused()
         assert (wrong[2] if wrong else "--output") in line, name
     assert not (tmp_path / "out").exists()
-
-
-def test_a_cluster_that_is_not_there_is_refused(tmp_path):
-    call = ["batch", "--data", "reference", "--output", tmp_path, "--address", "127.0.0.1:1"]
-    line = run_many({"call": call})
-    assert "no Ray cluster at 127.0.0.1:1" in line["call"].refused()
 
 
 @pytest.mark.parametrize(

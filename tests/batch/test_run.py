@@ -162,19 +162,35 @@ def test_a_killed_worker_loses_and_repeats_no_row(cluster, questions, tmp_path):
 
 
 def test_a_worker_that_always_dies_ends_the_run_with_one_line(cluster, questions, tmp_path, monkeypatch):
-    """Ray starts a worker again whose method ends the process; the rounds end after some that answer nothing."""
-    code = (
-        "import os\nfrom dataclasses import dataclass\nfrom tokensieve import register\n"
-        "from tokensieve.methods import ScoreMethod\n\n\n"
-        '@register("deadly", paper="arXiv:0000.00000")\n@dataclass(frozen=True)\nclass Deadly(ScoreMethod):\n'
-        '    """End the process."""\n\n    keep: int = 36\n\n    def score(self, image):\n        os._exit(9)\n'
-    )
-    (tmp_path / "deadly.py").write_text(code)
-    rows = [json.loads(line) for line in questions.read_text("utf-8").splitlines()[:3]]
-    data = write_rows(tmp_path, [{**row, "image": str(questions.parent / row["image"])} for row in rows])
-    monkeypatch.setattr("tokensieve.batch.rounds.ROUNDS", 1)
-    with pytest.raises(Refusal, match="3 rows have no answer: their workers ended without an error 1 times in a row"):
-        run(job(data, f"{tmp_path / 'deadly.py'}:Deadly"), tmp_path / "out")
+    """Ray starts it again each time; the rounds end after some that answer nothing."""
+
+    class Deadly:
+        def __init__(self, job, threads):
+            pass
+
+        def __call__(self, block):
+            os._exit(9)
+
+    monkeypatch.setattr("tokensieve.batch.rounds.Worker", Deadly)
+    with pytest.raises(
+        Refusal, match=r"210 rows have no answer: their workers ended without an error 3 times in a row"
+    ):
+        run(replace(job(questions), rows_per_part=ROWS), tmp_path / "out")
+
+
+def test_workers_that_cannot_start_are_named_with_the_reason(cluster, questions, tmp_path, monkeypatch):
+    class NotInstalled:
+        """A worker on a node that lacks a package."""
+
+        def __init__(self, job, threads):
+            import nowhere  # noqa: F401
+
+        def __call__(self, block):
+            return block
+
+    monkeypatch.setattr("tokensieve.batch.rounds.Worker", NotInstalled)
+    with pytest.raises(Refusal, match=r"210 rows have no answer: .*No module named 'nowhere'"):
+        run(job(questions), tmp_path)
 
 
 def test_a_killed_and_a_terminated_driver_are_resumed_with_every_row_once(cluster, questions, tmp_path):
@@ -191,7 +207,8 @@ def test_a_killed_and_a_terminated_driver_are_resumed_with_every_row_once(cluste
     killed.kill()
     killed.wait()
     first = parts()
-    terminated = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
+    joined = [*program, "--address", cluster.address]
+    terminated = subprocess.Popen(joined, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: len(parts()) > len(first))
     terminated.terminate()
     _, errors = terminated.communicate(timeout=60)

@@ -64,6 +64,7 @@ def test_folders_and_patterns_name_their_shards_in_order(folder):
     read = rows_of(folder, 5)
     assert [r.id for r in read] == ["a/one.jsonl:1", "b/two.jsonl:1"]  # no ids: the places
     assert all(r.sample is not None for r in read)
+    assert [r.images for r in read] == [("red.png",)] * 2  # one image, named from two folders
     with pytest.raises(DataError, match="ends in"):
         files_of(str(folder / "a" / "*"))
 

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -106,10 +106,13 @@ def _answer(job: Job, folder: Output, remaining: dict[int, Part], share: Share, 
     runs, rounds, fruitless = len(job.runs()), 0, 0
     environment_written = (folder.folder / "environment.json").exists()
     while remaining:
-        rounds, before = rounds + 1, len(remaining)
+        rounds, before, reason = rounds + 1, len(remaining), "too little memory?"
         # a generator that is closed stops the round's workers, also if the disk is full
         with closing(_outcomes(job, list(remaining.values()), share)) as outcomes:
             for outcome in outcomes:
+                if isinstance(outcome, str):
+                    reason = outcome
+                    continue
                 part = remaining.get(outcome["number"])
                 if "refusal" in outcome:
                     raise Refusal(outcome["refusal"])
@@ -131,14 +134,18 @@ def _answer(job: Job, folder: Output, remaining: dict[int, Part], share: Share, 
             rows_lost = sum(part.rows for part in remaining.values())
             raise Refusal(
                 f"{rows_lost:,} rows have no answer: their workers ended without an error {ROUNDS} times in a row "
-                f"(too little memory?), first at {first.name}:{first.first}; all other answers are kept, and the same "
+                f"({reason}), first at {first.name}:{first.first}; all other answers are kept, and the same "
                 "command tries these again"
             )
     return rounds
 
 
-def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[str, Any], None, None]:
-    """Yield the outcomes of the parts as they end, in any order; without those that are lost with a worker or node."""
+def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[str, Any] | str, None, None]:
+    """Yield the outcomes of the parts as they end, in any order; without those that are lost with a worker or node.
+
+    The last one is Ray's error, if the round ended with one: no worker could start, or answers were lost with a node on
+    their way to this process.
+    """
     import ray
     from ray.data import ActorPoolStrategy
 
@@ -165,9 +172,11 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
             num_gpus=share.gpus,
             **restarts,
         )
-    with suppress(ray.exceptions.RayError):  # answers that were lost with a node on their way to this process
+    try:
         for row in outcomes.iter_rows():
             yield json.loads(row["outcome"])
+    except ray.exceptions.RayError as error:
+        yield str(error).strip().splitlines()[-1]  # after Ray's own lines and the traceback in the worker
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def read_part(part: Part, columns: Columns, *, fetch_images: bool) -> list[Row]:
             name = str(given) if isinstance(given, str | int) and str(given).strip() else source
             rows.append(Row(source, name, error=_one_line(error, path)))
         else:
-            images = tuple(_image_name(picture, path.parent) for picture in sample.images)
+            images = tuple(_image_name(picture, part) for picture in sample.images)
             # an id may be used twice in the data, a source cannot
             rows.append(Row(source, sample.id, replace(sample, id=source), images=images))
     return rows
@@ -158,9 +158,10 @@ def _one_line(error: Refusal, path: Path) -> str:
     return " ".join(str(error).split()).replace(f"{path.parent}{os.sep}", "")
 
 
-def _image_name(picture: Picture, folder: Path) -> str:
-    if isinstance(picture, Path):
-        return os.path.relpath(picture, folder)
+def _image_name(picture: Picture, part: Part) -> str:
+    if isinstance(picture, Path):  # relative to the input folder: shards in two folders may use one name
+        in_folder = os.path.relpath(picture, Path(part.path).parent)
+        return os.path.normpath(os.path.join(os.path.dirname(part.name), in_folder))
     return picture.digest if isinstance(picture, StoredImage) else str(getattr(picture, "url", picture))
 
 
