@@ -41,7 +41,7 @@ METHODS = ("full", "vtc-cls(keep=36)", "random(keep=36, seed=1)")
 def answered(cluster, questions, tmp_path_factory):
     """Return the job of three methods, its folder of answers and its summary."""
     folder, three = tmp_path_factory.mktemp("answers") / "out", job(questions, *METHODS)
-    return three, folder, run(three, folder)
+    return three, folder, run(three, folder, place=Place(workers=2))  # one thread each
 
 
 @pytest.fixture(scope="module")
