@@ -140,7 +140,7 @@ def compare(
         if results.rows[0].timing_note:
             note(f"note: {results.rows[0].timing_note}")
     else:
-        _print_rows(results)
+        print_rows(results)
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")
@@ -152,7 +152,7 @@ def _batch_size(text: str) -> int | Literal["auto"]:
     return "auto" if text == "auto" else int(text)
 
 
-def _print_rows(results: Any) -> None:
+def print_rows(results: Any) -> None:
     """Print the decision, then two tables that fit 100 columns: accuracy, and costs if they were measured."""
     from tokensieve.report.decision import Decision
     from tokensieve.report.remarks import warnings
