@@ -82,9 +82,9 @@ def serve(
         )
         return decisions
 
-    def embedded(input_ids: Any, rows: Any = None, **kwargs: Any) -> Any:
-        pieces.extend(len(piece) for piece in rows or ())
-        return embed(input_ids, rows, **kwargs)
+    def embedded(input_ids: Any, multimodal_embeddings: Any = None, **kwargs: Any) -> Any:
+        pieces.extend(len(piece) for piece in multimodal_embeddings or ())
+        return embed(input_ids, multimodal_embeddings, **kwargs)
 
     model._decide, model.embed_input_ids = recorded, embedded
     out = []
@@ -465,7 +465,7 @@ REFUSED = {
     "own pruning": ({"video_pruning_rate": 0.5}, "vLLM's own video pruning"),
     "captured encoder": ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder=False"),
     "compiled encoder": ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder=False"),
-    "other images": ({"mm_encoder_tp_mode": "data", "tensor_parallel_size": 2}, "mm_encoder_tp_mode='weights'"),
+    "other images": ({"tensor_parallel_size": 2}, "mm_encoder_tp_mode='weights'"),
     "pipeline": ({"pipeline_parallel_size": 2}, "positions='contiguous'"),
     "drafter": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
@@ -492,6 +492,8 @@ def refusals(engine: dict[str, Any], more: dict[str, dict[str, Any]]) -> dict[st
     errors = {}
     for name, arguments in {"none": {}, **more}.items():
         config = EngineArgs(**engine, dtype="float32", max_model_len=512, **arguments).create_engine_config()
+        if name == "other images":  # vLLM takes this mode back for models whose encoder cannot, such as this one
+            config.model_config.multimodal_config.mm_encoder_tp_mode = "data"
         try:
             check_engine(config, EngineSettings.of_config(config.model_config.hf_config))
             errors[name] = ""
