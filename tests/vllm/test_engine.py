@@ -229,7 +229,7 @@ def test_560_answers_of_each_method_equal_those_of_transformers(loaded):
     ]
     first, *others = (*METHODS, *FURTHER)
     for caching in (True, False):
-        engine = options(first, allowed=others) | {"enable_prefix_caching": caching, "block_size": 16}
+        engine = options(first, allowed=others) | {"enable_prefix_caching": caching, "block_size": 32}
         ran = run_apart(serve, engine, [*prompts, prompts[1]])["passes"]
         kept = kept_by(ran)
         for spec, one in zip((*asked, METHODS[0]), ran, strict=True):
@@ -251,15 +251,10 @@ def test_a_prompt_may_be_cut_preempted_and_encoded_again(loaded):
     mixed = [(rows[7 * n + 1].question, images[n : n + 1 + n % 3]) for n in range(9)]
     asked = Asked(processor, mixed)
     again = Asked(processor, [(rows[7 * n + 3].question, shown) for n, (_, shown) in enumerate(mixed)])
-    for spec in ("vtc-cls(keep=36)", "trsm(keep=36)"):
-        engine = options(spec) | {
-            "max_num_batched_tokens": 32,
-            "max_model_len": 224,
-            "num_gpu_blocks_override": 16,
-            "block_size": 16,
-            "max_num_seqs": 4,
-        }
-        alone = [again.prompts()[n : n + 1] for n in range(9)]  # another batch shape each
+    alone = [again.prompts()[n : n + 1] for n in range(9)]  # another batch shape each
+    for spec, blocks in (("trsm(keep=36)", 9), ("vtc-cls(keep=36)", 200)):
+        engine = options(spec) | {"max_num_batched_tokens": 32, "max_model_len": 224, "max_num_seqs": 4}
+        engine |= {"num_gpu_blocks_override": blocks, "block_size": 32}
         ran = run_apart(serve, engine, [asked.prompts(), *alone, again.prompts()], 24, (), True)
         ids, kept = asked.answers(model, spec, 24, all_tokens=True)
         ids_again, kept_again = again.answers(model, spec, 24, all_tokens=True)
@@ -270,17 +265,16 @@ def test_a_prompt_may_be_cut_preempted_and_encoded_again(loaded):
         decided = kept_by(ran["passes"])
         assert_kept(decided, asked, kept, spec)
         assert_kept(decided, again, kept_again, spec)
-        assert ran["preempted"] > 0
         assert any(rows % 36 for rows in first["pieces"])  # part of an image in a step
-        shapes = {
-            key: {
-                len(call) for one in ran["passes"] for call in one["calls"] if any(image[:4] == key for image in call)
-            }
-            for key in decided
-        }
-        assert any(len(of_image) > 1 for of_image in shapes.values()), shapes  # encoded in batches of other shapes
-        if name_of(spec) == "vtc-cls":  # the text method's rows depend on the question, which differs
-            assert any(count > 16 for one in singly for count in one["cached"])  # and its prefix was cached
+        if blocks == 9:
+            assert ran["preempted"] > 0
+            continue
+        # with room for prefixes, the first block of a prompt comes from the cache: it ends within the image
+        assert all(one["cached"][0] >= 32 for one in singly)
+        calls = [call for one in ran["passes"] for call in one["calls"]]
+        shapes = {key: {len(call) for call in calls if any(image[:4] == key for image in call)} for key in decided}
+        assert all(len(of_image) > 1 for of_image in decided.values())  # each image was encoded again,
+        assert any(len(of_image) > 1 for of_image in shapes.values()), shapes  # in a batch of another shape
 
 
 def test_a_second_encoding_keeps_what_the_cached_prefix_holds():
@@ -399,7 +393,7 @@ def test_an_adapter_of_the_llm(loaded, tmp_path):
     with torch.no_grad():
         for number, layer in enumerate(changed.model.language_model.layers):
             for part in ("q_proj", "v_proj"):
-                down, up = torch.randn(8, 128, generator=drawn) / 11, torch.randn(128, 8, generator=drawn) / 11
+                down, up = torch.randn(8, 128, generator=drawn) / 4, torch.randn(128, 8, generator=drawn) / 4
                 name = f"base_model.model.model.language_model.layers.{number}.self_attn.{part}"
                 weights |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
                 getattr(layer.self_attn, part).weight += up @ down
