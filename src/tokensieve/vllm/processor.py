@@ -55,8 +55,8 @@ class MarkedInputs(ProcessorInputs):  # type: ignore[misc]
     hashes: dict[str, list[str]] = field(default_factory=dict)
 
     def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
-        self.hashes = super().get_mm_hashes(*args, **kwargs)
-        self.hashes["image"] = [h + self.mark for h in self.hashes.get("image", ())]
+        hashes = super().get_mm_hashes(*args, **kwargs)
+        self.hashes = {kind: [h + self.mark * (kind == "image") for h in of_kind] for kind, of_kind in hashes.items()}
         return self.hashes
 
 
@@ -115,7 +115,7 @@ class ReducedProcessor:
         try:
             return super().apply(marked, timing_ctx)  # type: ignore[misc]
         except Refusal:
-            # the cache counts these images as sent to the engine, which never receives them: the next request sends them
+            # the cache counts these images as sent to the engine, which never receives them; so it forgets them
             cache = self.cache if hasattr(self, "cache") else inputs.cache  # vLLM 0.30 keeps it in the processor
             for image in (h for of_kind in marked.hashes.values() for h in of_kind if cache is not None):
                 cache.invalidate(image)
