@@ -272,9 +272,10 @@ def test_a_prompt_may_be_cut_preempted_and_encoded_again(loaded):
         # with room for prefixes, the first block of a prompt comes from the cache: it ends within the image
         assert all(one["cached"][0] >= 32 for one in singly)
         calls = [call for one in ran["passes"] for call in one["calls"]]
-        shapes = {key: {len(call) for call in calls if any(image[:4] == key for image in call)} for key in decided}
-        assert all(len(of_image) > 1 for of_image in decided.values())  # each image was encoded again,
-        assert any(len(of_image) > 1 for of_image in shapes.values()), shapes  # in a batch of another shape
+        shapes = {key: [len(call) for call in calls if any(image[:4] == key for image in call)] for key in decided}
+        # the other end of that image was encoded again, for some of them in a batch of another shape
+        assert sum(len(of_image) > 1 for of_image in shapes.values()) >= 3, shapes
+        assert any(len(set(of_image)) > 1 for of_image in shapes.values()), shapes
 
 
 def test_a_second_encoding_keeps_what_the_cached_prefix_holds():
@@ -353,8 +354,9 @@ def test_wrong_requests_are_refused_and_the_engine_lives_on(loaded):
     for reason, prompts, one in zip(reasons, refused, ran, strict=False):
         assert reason in one.get("error", "was served"), (prompts[0].get("mm_processor_kwargs"), one)
     specs = ("vtc-cls(keep=36)", "vtc-cls(keep=20)", "trsm(keep=0.5)", "full")
-    kept = kept_by(ran)
-    for spec, one in zip(specs, ran[len(refused) :], strict=True):
+    served = ran[len(refused) :]
+    kept = kept_by(served)
+    for spec, one in zip(specs, served, strict=True):
         assert one["ids"] == asked.answers(model, spec)[0]
     assert {(name, budget) for _, name, budget, _ in kept} >= {("vtc-cls", 36), ("vtc-cls", 20), ("trsm", 72)}
 
@@ -426,7 +428,7 @@ def test_two_ranks_in_processes_of_their_own_decide_alike(loaded):
     assert ranks[0] == ranks[1]
     decided = {}
     for pixels, name, budget, text, anchors in ranks[0]:
-        decided.setdefault((pixels, name, budget, text), []).append(anchors)
+        decided.setdefault((pixels, name, budget, tuple(text)), []).append(anchors)
     for spec, of_spec in zip(specs, ids, strict=True):
         expected, kept = asked.answers(model, spec)
         assert of_spec == expected, spec
