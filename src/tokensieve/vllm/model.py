@@ -29,10 +29,11 @@ from tokensieve.models import TokenLayout
 from tokensieve.ops import pixel_hash
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import UserText
+from tokensieve.vllm import private
 from tokensieve.vllm.evidence import EncoderReader
 from tokensieve.vllm.families import FAMILIES, ServedFamily
 from tokensieve.vllm.plan import PLAN, SPAN, WORDS, ImagePlan
-from tokensieve.vllm.processor import reduced_processor
+from tokensieve.vllm.processor import can_extend_table, reduced_processor
 from tokensieve.vllm.settings import EngineSettings
 
 DIGIT = 128
@@ -57,9 +58,18 @@ class Reduced:
         rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         # the sections make vLLM ask this class for positions; the LLM itself keeps its plain RoPE
         sections = None if self.family.mrope else rope.pop("mrope_section", None)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        if sections is not None:
-            rope["mrope_section"] = sections
+        text = config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest and self.moves and not self.family.mrope and can_extend_table(text):
+            # an answer begins at the id after the whole prompt, at most `longest`, and may have that many tokens itself
+            text.max_position_embeddings = 2 * longest
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        finally:
+            if longest:
+                text.max_position_embeddings = longest
+            if sections is not None:
+                rope["mrope_section"] = sections
         self.reader = EncoderReader(self.family, self, self.settings.methods)
         self.offsets: tuple[Tensor, Tensor] | None = None  # of the next forward: which columns move, and how far
         self.decisions: OrderedDict[tuple[Any, ...], Reduction] = OrderedDict()
@@ -303,6 +313,7 @@ def _patch_rows(rows: Tensor, layout: TokenLayout) -> Tensor:
 
 def _define(family: ServedFamily) -> type:
     """Define the reduced class of a family."""
+    private.check(family.architecture)  # before anything of vLLM's is overridden
     module = importlib.import_module(f"vllm.model_executor.models.{family.module}")
     base = getattr(module, family.architecture)
     fields: dict[str, Any] = {"family": family, "__module__": __name__}
