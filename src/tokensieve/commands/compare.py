@@ -24,6 +24,7 @@ from tokensieve.commands.arguments import (
     Model,
     Prompt,
     QuestionColumn,
+    Separators,
     Split,
     check_scopes,
     split_budgets,
@@ -55,6 +56,7 @@ def compare(
         typer.Option(help="Meaning of --keep inside the LLM: final tokens, or the average over its layers."),
     ] = "final",
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Largest number of questions, spread over the data.", show_default="all")
     ] = None,
@@ -96,6 +98,7 @@ def compare(
         seeds=seeds,
         keep_means=keep_means,
         budget_scope=budget_scope,
+        separators=separators,
         prompt=prompt,
         measure=measure,
         strict=strict,
