@@ -1,0 +1,18 @@
+"""The model families that the plug-in serves, as declarations. Each says what vLLM's class of the family does not.
+
+A declaration is read in two places. The frontend asks for the layout of an image's tokens before anything is encoded,
+and the worker maps what it reads in the vision encoder to these tokens. No file here imports vLLM or torch at its head.
+"""
+
+from __future__ import annotations
+
+from tokensieve.vllm.families.base import ServedFamily
+from tokensieve.vllm.families.llava import Llava
+from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+
+__all__ = ["FAMILIES", "REFUSED", "ServedFamily"]
+
+FAMILIES: tuple[ServedFamily, ...] = (Llava(), Qwen2VL(), Qwen25VL(), Qwen3VL())
+
+REFUSED: dict[str, str] = {}
+"""Model types that cannot be served, and why."""
