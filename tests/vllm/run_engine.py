@@ -18,7 +18,7 @@ def main() -> None:
     engine = dict(dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=16, seed=0) | job["engine"]
     llm = LLM(job["model"], **engine)
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    encoded, decided = [], {}
+    encoded, decided, order = [], {}, []
     if hasattr(model, "_decide"):
         decide = model._decide
 
@@ -26,12 +26,14 @@ def main() -> None:
             decisions = decide(images, embeddings, outputs, words, keys)
             encoded.append(len(images))
             decided.update((key, decision.anchors.tolist()) for key, decision in zip(keys, decisions, strict=True))
+            order.extend(decision.anchors.tolist() for decision in decisions)
             return decisions
 
         model._decide = recorded
     passes = []
     for prompts, sampling, adapter in job["passes"]:
         encoded.clear()
+        order.clear()
         lora = LoRARequest("adapter", 1, adapter) if adapter else None
         outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False, lora_request=lora)
         passes.append(
@@ -41,6 +43,7 @@ def main() -> None:
                 "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
                 "cached_tokens": [output.num_cached_tokens for output in outputs],
                 "encoded": list(encoded),  # images per encode call
+                "kept": list(order),  # the tokens of each image, as they were encoded
             }
         )
     from tokensieve import tally

@@ -47,8 +47,9 @@ class Reduced:
 
     family: ClassVar[ServedFamily]
     supports_mrope: ClassVar[bool] = True
+    supports_mm_device_do_normalize: ClassVar[bool] = False  # a random draw depends on the normalised pixels, bit for bit
     config: Any
-    language_model: Any
+    get_language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
@@ -164,7 +165,12 @@ class Reduced:
         lengths = torch.tensor([len(ids) for ids in words], device=device)
         ids = pad_sequence([ids.to(device) for ids in words], batch_first=True)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        return UserText(self.language_model.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask)
+        return UserText(self._embed(ids.flatten()).unflatten(0, ids.shape), mask)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Return the LLM's embeddings of text tokens."""
+        embedded: Tensor = self.get_language_model().embed_input_ids(ids)
+        return embedded
 
     def _rows(self, decision: Reduction, embeddings: Tensor, layout: TokenLayout, patches: Any) -> Tensor:
         """Apply a decision to the rows of one image, before or after the projector."""
@@ -178,7 +184,7 @@ class Reduced:
         visual = span == self.family.image_token(self.config)
         places = visual.nonzero().squeeze(-1)[anchors]
         text = (~visual).nonzero().squeeze(-1)
-        embedded = self.language_model.embed_input_ids(span[text])
+        embedded = self._embed(span[text])
         if rows.shape[1] > embedded.shape[1]:
             embedded = _with_columns(embedded, rows.shape[1] - embedded.shape[1])
         places, order = torch.cat([places, text]).sort()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import count
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -80,19 +81,24 @@ class ReducedProcessor:
         choice = self.settings.choose(options)
         needs, words = choice.method.needs, None
         if isinstance(needs, Needs) and needs.user_text and inputs.mm_data_items.get_all_counts().get("image"):
-            words = self._words(inputs.prompt)
+            words = self._words(inputs.prompt, inputs.mm_data_items, rest)
         token = _request.set(Request(choice, words))
         try:
             return super().apply(replace(inputs, hf_processor_mm_kwargs=rest), timing_ctx)  # type: ignore[misc]
         finally:
             _request.reset(token)
 
-    def _words(self, prompt: Any) -> tuple[int, ...]:
+    def _words(self, prompt: Any, mm_items: Any, hf_processor_mm_kwargs: Any) -> tuple[int, ...]:
         """Return the ids of the user's words, as an attached method finds them."""
         tokenizer = self.info.get_tokenizer()
         ids = list(prompt) if not isinstance(prompt, str) else tokenizer.encode(prompt)
         image, stands_for_image = self.family.image_token(self.config), self.family.prompt_token(self.config, tokenizer)
-        ids = [image if token == stands_for_image else token for token in ids]
+        if self.family.writes_text:  # an attached method receives the expanded prompt, and may find words in this text
+            (update,) = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, {})  # type: ignore[misc]
+            number = count()
+            ids = [i for token in ids for i in (_tokens(update, next(number)) if token == stands_for_image else [token])]
+        else:
+            ids = [image if token == stands_for_image else token for token in ids]
         if self._text_finder is None:
             model: Any = SimpleNamespace(config=self.config, generation_config=None)
             self._text_finder = UserTextFinder(model, self.info.get_hf_processor())
@@ -118,16 +124,17 @@ class ReducedProcessor:
         """Wrap the update of the images' placeholders; vLLM asks it for one image at a time."""
 
         def shorter(number: int) -> PromptUpdateDetails:
-            whole = update.content
-            whole = whole(number) if callable(whole) else whole
-            return self._promise(whole, images[number])
+            return self._promise(_tokens(update, number), images[number])
 
         return replace(update, replacement=shorter)
 
-    def _promise(self, whole: Any, item: Any) -> PromptUpdateDetails:
-        """Return the placeholders of one image, and put its plan into its data."""
+    def _promise(self, tokens: list[int], item: Any) -> PromptUpdateDetails:
+        """Return the placeholders of one image, and put its plan into its data.
+
+        Args:
+            tokens: what stands for the whole image in the prompt.
+        """
         request, image = _request.get(), self.family.image_token(self.config)
-        tokens: list[int] = whole.full if isinstance(whole, PromptUpdateDetails) else whole
         fields: Mapping[str, Any] = item.get_data()
         if "image_embeds" in fields:
             raise Refusal("ready image embeddings cannot be reduced: send the image")
@@ -175,6 +182,13 @@ class ReducedProcessor:
                 f"the prompt has position ids up to {kept + dropped} before the reduction, and the model has {longest}; "
                 "start the engine with positions='contiguous', or send fewer or smaller images"
             )
+
+
+def _tokens(update: Any, number: int) -> list[int]:
+    """Return the tokens that vLLM puts into the prompt for one image."""
+    whole = update.content
+    whole = whole(number) if callable(whole) else whole
+    return list(whole.full if isinstance(whole, PromptUpdateDetails) else whole)
 
 
 def _field(data: torch.Tensor, keep_on_cpu: bool = False) -> MultiModalFieldElem:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from tokensieve.vllm.families.base import ServedFamily
 from tokensieve.vllm.families.llava import Llava
+from tokensieve.vllm.families.pixtral import Mistral3, Pixtral
 from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
 __all__ = ["FAMILIES", "REFUSED", "ServedFamily"]
 
-FAMILIES: tuple[ServedFamily, ...] = (Llava(), Qwen2VL(), Qwen25VL(), Qwen3VL())
+FAMILIES: tuple[ServedFamily, ...] = (Llava(), Pixtral(), Mistral3(), Qwen2VL(), Qwen25VL(), Qwen3VL())
 
 REFUSED: dict[str, str] = {}
 """Model types that cannot be served, and why."""

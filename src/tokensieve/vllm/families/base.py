@@ -20,6 +20,7 @@ class ServedFamily:
         model_types: model types of transformers.
         module, architecture: of vLLM's model class.
         mrope: the model has M-RoPE; a kept token moves by its row and column.
+        writes_text: the processor writes text tokens around or between an image's placeholders.
     """
 
     title: ClassVar[str]
@@ -27,6 +28,7 @@ class ServedFamily:
     module: ClassVar[str]
     architecture: ClassVar[str]
     mrope: ClassVar[bool] = False
+    writes_text: ClassVar[bool] = False
 
     @property
     def reduced_architecture(self) -> str:
@@ -157,4 +159,3 @@ def torch_split(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     import torch
 
     return torch.split(rows, list(sizes))
-
