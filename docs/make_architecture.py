@@ -34,6 +34,7 @@ CONTENTS = {
     "measure": "FLOPs, latency, memory",
     "train": "PuMer, reference models",
     "loading": "checkpoints, with options",
+    "vllm": "the plug-in for vLLM",
     "reference": "bundled models and benchmark",
     "engine": "the hooks on a live model",
     "fusion": "METER, checkpoint conversion",
@@ -44,6 +45,8 @@ CONTENTS = {
     "reduction": "the decision of a method",
     "budget": "how many tokens to keep",
     "ops": "tensor maths, torch only",
+    "images": "checks of pixels",
+    "tally": "tokens before and after",
     "errors": "Refusal",
 }
 INK, MUTED, LINE, ARROW = "#1f2933", "#52606d", "#9aa5b1", "#3e6fa8"

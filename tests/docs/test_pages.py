@@ -13,6 +13,7 @@ from tokensieve.methods.registry import find
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs"))
+import make_engines  # noqa: E402
 import make_methods  # noqa: E402
 import make_results  # noqa: E402
 
@@ -30,6 +31,11 @@ def test_the_methods_pages_are_what_the_generator_writes():
 def test_the_results_page_is_what_the_generator_writes():
     text = (ROOT / "docs" / "results.md").read_text("utf-8")
     assert make_results.page(text, make_results.ledger()) == text, "run python docs/make_results.py"
+
+
+def test_the_engines_page_is_what_the_generator_writes():
+    text = (ROOT / "docs" / "engines.md").read_text("utf-8")
+    assert make_engines.page(text) == text, "run python docs/make_engines.py"
 
 
 @pytest.mark.parametrize("name", [info.name for info in list_methods()])

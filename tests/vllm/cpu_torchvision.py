@@ -1,7 +1,7 @@
 """Lets the index's torchvision, a CUDA build, import beside a CPU torch: vLLM's processors need it.
 
-``make test-vllm`` installs this file in the environment of vLLM on a CPU. Its own library cannot be loaded there, so the two
-operators that the import asks for are declared. Image processors do not call them.
+``make test-vllm`` installs this file in the environment of vLLM on a CPU. torchvision's own library cannot be loaded
+there, so the two operators that the import asks for are declared. Image processors do not call them.
 """
 
 import sys

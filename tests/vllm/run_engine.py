@@ -1,4 +1,4 @@
-"""Run one vLLM engine on a job in a file: ``python run_engine.py JOB``. It stands alone, so that each engine is a process."""
+"""Run one vLLM engine on a job in a file: ``python run_engine.py JOB``. Each engine of the tests is a process."""
 
 import os
 import pickle
@@ -15,8 +15,8 @@ def main() -> None:
 
     with open(sys.argv[1], "rb") as file:
         job = pickle.load(file)
-    engine = dict(dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=16, seed=0) | job["engine"]
-    llm = LLM(job["model"], **engine)
+    defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "seed": 0}
+    llm = LLM(job["model"], **defaults | job["engine"])
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     encoded, decided, order = [], {}, []
     if hasattr(model, "_decide"):

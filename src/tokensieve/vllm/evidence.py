@@ -35,6 +35,7 @@ class EncoderReader:
         self.readings: dict[str, dict[int, Tensor]] = {}
         self.projector_input: Tensor | None = None
         self._reads_patches = False
+        self._segments: list[int] | None = None
         layers = {layer for method in methods for layer in self._requests_of([method])}
         attentions = family.attentions(model) if layers else []
         for layer in layers:
@@ -42,9 +43,9 @@ class EncoderReader:
         if any(_needs(method).patches for method in methods):
             family.projector(model).register_forward_pre_hook(self._before_projector)
 
-    def begin(self, methods: Sequence[Method]) -> None:
-        """Read what these methods request, until :meth:`end`."""
-        self.requests = self._requests_of(methods)
+    def begin(self, methods: Sequence[Method], layouts: Sequence[TokenLayout]) -> None:
+        """Read what these methods request about images of these layouts, until :meth:`end`."""
+        self.requests, self._segments = self._requests_of(methods), self.family.segments(self.model, layouts)
         self._reads_patches = any(_needs(method).patches for method in methods)
         self.readings, self.projector_input = {}, None
 
@@ -82,15 +83,14 @@ class EncoderReader:
         """Read one call of an attention module; queries and keys arrive there after any rotary embedding."""
         if layer not in self.requests:
             return
-        arguments = dict(zip(("query", "key", "value", "cu_seqlens"), args, strict=False)) | kwargs
+        arguments = dict(zip(("query", "key"), args, strict=False)) | kwargs
         query, key = (_by_head(arguments[name], module) for name in ("query", "key"))
-        segments = arguments.get("cu_seqlens")  # where the images of packed rows begin
-        sizes = None if segments is None else segments.diff().tolist()
+        sizes = self._segments
         for name, read in self.requests[layer].items():
             if sizes is None:
                 rows = read(query, key, module.scale, None)
             else:
-                parts = zip(query.split(sizes, -2), key.split(sizes, -2), strict=True)
+                parts = zip(torch.split(query, sizes, -2), torch.split(key, sizes, -2), strict=True)
                 rows = torch.cat([read(q, k, module.scale, None) for q, k in parts], 1)
             self.readings.setdefault(name, {})[layer] = rows
 
@@ -102,7 +102,7 @@ class EncoderReader:
 def _by_head(rows: Tensor, module: Any) -> Tensor:
     """Reshape `[B, N, H·d]` or `[B, N, H, d]` to `[B, H, N, d]`, the heads of all ranks."""
     if rows.ndim == 3:
-        rows = rows.unflatten(-1, (module.num_heads, -1))
+        rows = rows.view(*rows.shape[:2], module.num_heads, -1)
     heads = rows.transpose(1, 2)
     if get_tensor_model_parallel_world_size() > 1:  # a reader that joins heads needs all of them
         heads = tensor_model_parallel_all_gather(heads.contiguous(), dim=1)

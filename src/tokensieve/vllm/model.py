@@ -1,11 +1,11 @@
 """The worker half: the encoder runs whole, the method decides, and only what stays goes on to the LLM.
 
-``model.py`` defines a class for each family on first use. It is vLLM's own class with :class:`Reduced` mixed in.
+This module defines a class for each family on first use. It is vLLM's own class with :class:`Reduced` mixed in.
 
-Positions: with "contiguous", vLLM's own are right. With "original", the positions that vLLM asks the model for leave room
-for all tokens of an image, so that those of later text and of the answer are final before the encoder has run. How far
-each kept token stands from the image's first travels with its embedding in a few more columns. They are added to the
-positions in the step that prefills these tokens. Nothing of this runs while an answer is decoded.
+Positions: with "contiguous", vLLM's own are right. With "original", the positions that vLLM asks the model for leave
+room for all tokens of an image, so that those of later text and of the answer are final before the encoder has run. How
+far each kept token stands from the image's first travels with its embedding in a few more columns. They are added to
+the positions in the step that prefills these tokens. Nothing of this runs while an answer is decoded.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Reduced:
 
     family: ClassVar[ServedFamily]
     supports_mrope: ClassVar[bool] = True
-    supports_mm_device_do_normalize: ClassVar[bool] = False  # a random draw depends on the normalised pixels, bit for bit
+    supports_mm_device_do_normalize: ClassVar[bool] = (
+        False  # a random draw depends on the normalised pixels, bit for bit
+    )
     config: Any
     get_language_model: Any
 
@@ -88,7 +90,7 @@ class Reduced:
         layouts = [self.family.layout(self.config, plan.size) for plan in images]
         methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if _reduces(plan)]
         keys = self._keys(kwargs, images, layouts, words)
-        self.reader.begin(methods)
+        self.reader.begin(methods, layouts)
         try:
             embeddings = list(super().embed_multimodal(**kwargs))  # type: ignore[misc]
         finally:
@@ -99,7 +101,7 @@ class Reduced:
         hashes = self.reader.pixel_hashes(methods, kwargs, layouts)
         outputs = EncoderOutputs(layouts, by_layer, patches, [], hashes, self.reader.depth, notes, None)
         decisions = self._decide(images, embeddings, outputs, words, keys)
-        made = []
+        reduced_rows = []
         for number, (plan, decision) in enumerate(zip(images, decisions, strict=True)):
             rows = self._rows(decision, embeddings[number], layouts[number], patches and patches[number])
             anchors = decision.anchors
@@ -107,18 +109,16 @@ class Reduced:
                 rows, anchors = self._insert_text(rows, anchors, spans[number].to(device))
             if len(rows) != plan.rows:
                 raise RuntimeError(f"an image has {len(rows)} rows; {plan.rows} placeholders were promised: {plan}")
-            made.append(self._with_offsets(rows, anchors, layouts[number]))
-        return made
+            reduced_rows.append(self._with_offsets(rows, anchors, layouts[number]))
+        return reduced_rows
 
     def _keys(
         self, kwargs: Mapping[str, Any], images: Sequence[ImagePlan], layouts: Sequence[TokenLayout], words: Any
     ) -> list[tuple[Any, ...]]:
         """Return what the decision about each image depends on."""
-        pixels = self.family.pixels(kwargs, layouts)
+        hashes = torch.stack([pixel_hash(pixels) for pixels in self.family.pixels(kwargs, layouts)]).tolist()
         texts = [()] * len(images) if words is None else [tuple(ids.tolist()) for ids in words]
-        return [
-            (int(pixel_hash(of_image)), plan, text) for of_image, plan, text in zip(pixels, images, texts, strict=True)
-        ]
+        return list(zip(hashes, images, texts, strict=True))
 
     def _decide(
         self,
@@ -165,7 +165,7 @@ class Reduced:
         lengths = torch.tensor([len(ids) for ids in words], device=device)
         ids = pad_sequence([ids.to(device) for ids in words], batch_first=True)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        return UserText(self._embed(ids.flatten()).unflatten(0, ids.shape), mask)
+        return UserText(self._embed(ids.flatten()).view(*ids.shape, -1), mask)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Return the LLM's embeddings of text tokens."""

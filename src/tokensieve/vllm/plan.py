@@ -18,7 +18,7 @@ PLAN, SPAN, WORDS = "tokensieve_plan", "tokensieve_span", "tokensieve_words"
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """What becomes of one image.
+    """The reduction of one image as far as it is known before the image is encoded.
 
     Attributes:
         method: number of the method among the engine's.

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import count
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -41,7 +40,7 @@ _request: ContextVar[Request] = ContextVar("tokensieve_request")
 
 
 @dataclass
-class ReducedDetails(PromptUpdateDetails):
+class ReducedDetails(PromptUpdateDetails):  # type: ignore[misc]  # vLLM is not there when types are checked
     """The placeholders of a reduced image, with the counts that its cached copy must remember."""
 
     method: str = ""
@@ -66,7 +65,7 @@ class ReducedProcessor:
     # -- one request --------------------------------------------------------------------------------------------------
 
     def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Mark vLLM's inputs for profiling: they are not tallied."""
+        """Mark vLLM's inputs for profiling: their images stay whole, because a request may keep all tokens."""
         self.profiling = True
         try:
             return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
@@ -75,16 +74,18 @@ class ReducedProcessor:
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Take our options out of the request, so that transformers' processor does not see them."""
-        options, rest = {}, {}
+        options: dict[str, Any] = {}
+        for_transformers: dict[str, Any] = {}
         for name, value in inputs.hf_processor_mm_kwargs.items():
-            (options if name.startswith(PREFIX) else rest)[name] = value
+            (options if name.startswith(PREFIX) else for_transformers)[name] = value
         choice = self.settings.choose(options)
         needs, words = choice.method.needs, None
-        if isinstance(needs, Needs) and needs.user_text and inputs.mm_data_items.get_all_counts().get("image"):
-            words = self._words(inputs.prompt, inputs.mm_data_items, rest)
+        shows_image = inputs.mm_data_items.get_all_counts().get("image")
+        if isinstance(needs, Needs) and needs.user_text and shows_image and not self.profiling:
+            words = self._words(inputs.prompt, inputs.mm_data_items, for_transformers)
         token = _request.set(Request(choice, words))
         try:
-            return super().apply(replace(inputs, hf_processor_mm_kwargs=rest), timing_ctx)  # type: ignore[misc]
+            return super().apply(replace(inputs, hf_processor_mm_kwargs=for_transformers), timing_ctx)  # type: ignore[misc]
         finally:
             _request.reset(token)
 
@@ -93,19 +94,18 @@ class ReducedProcessor:
         tokenizer = self.info.get_tokenizer()
         ids = list(prompt) if not isinstance(prompt, str) else tokenizer.encode(prompt)
         image, stands_for_image = self.family.image_token(self.config), self.family.prompt_token(self.config, tokenizer)
+        ids = [image if token == stands_for_image else token for token in ids]
         if self.family.writes_text:  # an attached method receives the expanded prompt, and may find words in this text
             (update,) = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, {})  # type: ignore[misc]
-            number = count()
-            ids = [i for token in ids for i in (_tokens(update, next(number)) if token == stands_for_image else [token])]
-        else:
-            ids = [image if token == stands_for_image else token for token in ids]
+            images = (_tokens(update, number) for number in range(mm_items.get_all_counts()["image"]))
+            ids = [i for token in ids for i in (next(images, [token]) if token == image else [token])]
         if self._text_finder is None:
             model: Any = SimpleNamespace(config=self.config, generation_config=None)
             self._text_finder = UserTextFinder(model, self.info.get_hf_processor())
         words = tuple(ids[column] for column in self._text_finder.columns(ids, before_image=True))
-        if not words and not self.profiling:
+        if not words:
             raise Refusal("the prompt has no words to go by; this method needs the user's text")
-        return words or (ids[0],)  # vLLM profiles with a prompt of images only
+        return words
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
         request, settings = _request.get(), self.settings
@@ -143,8 +143,11 @@ class ReducedProcessor:
         size = self.family.size(self.config, fields)
         layout = self.family.layout(self.config, size)
         if span.count(image) != layout.total:
-            raise RuntimeError(f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens")
-        plan = ImagePlan.of(request.choice, layout, len(span), size, self.settings.from_tokens)
+            raise RuntimeError(
+                f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
+            )
+        from_tokens = layout.total + 1 if self.profiling else self.settings.from_tokens
+        plan = ImagePlan.of(request.choice, layout, len(span), size, from_tokens)
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
             item[SPAN] = _field(torch.tensor(span))
@@ -179,7 +182,7 @@ class ReducedProcessor:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if longest is not None and kept + dropped > longest:
             raise Refusal(
-                f"the prompt has position ids up to {kept + dropped} before the reduction, and the model has {longest}; "
+                f"the prompt has {kept + dropped} position ids before the reduction, and the model has {longest}; "
                 "start the engine with positions='contiguous', or send fewer or smaller images"
             )
 

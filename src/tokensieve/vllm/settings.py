@@ -23,7 +23,7 @@ ATTRIBUTE = "tokensieve"
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine was started with.
+    """The choices that an engine was started with.
 
     Attributes:
         method: spec of the default method, such as "vtc-cls(keep=64)".
@@ -109,7 +109,7 @@ def unserved(method: Method) -> str | None:
     if needs.requests("video"):
         return "it reduces videos, and the plug-in reduces images"
     if method.budget is None:
-        return "it decides by the image's content how many tokens stay, and vLLM reserves them before it encodes: give keep"
+        return "the image's content decides how many tokens stay, and vLLM reserves them before it encodes: give keep"
     if method.info.name == "mustdrop-keys":
         return "it only ranks tokens for mustdrop-llm, which acts inside the LLM"
     return None
@@ -180,7 +180,9 @@ def family_of(config: Mapping[str, Any]) -> ServedFamily:
     if model_type in REFUSED:
         raise Refusal(f"{model_type} cannot be reduced in vLLM: {REFUSED[model_type]}")
     known = sorted({name for family in FAMILIES for name in family.model_types})
-    raise Refusal(f"the plug-in does not know model type {model_type!r}{nearest(model_type, known)}; known: {', '.join(known)}")
+    raise Refusal(
+        f"the plug-in does not know model type {model_type!r}{nearest(model_type, known)}; known: {', '.join(known)}"
+    )
 
 
 def read_config(model: str) -> dict[str, Any]:

@@ -120,6 +120,10 @@ class ServedFamily:
         """Return vLLM's attention modules of the encoder layers with full attention, first to last."""
         return [layer.self_attn.attn for layer in model.vision_tower.vision_model.encoder.layers]
 
+    def segments(self, model: Any, layouts: Sequence[TokenLayout]) -> list[int] | None:
+        """Return the number of rows of each image, where the rows of all images are packed into one; else ``None``."""
+        return None
+
     def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         """Map a reading of one layer to the patches of each image.
 

@@ -33,12 +33,15 @@ class PixtralTower(ServedFamily):
     def attentions(self, model: Any) -> list[nn.Module]:
         return [layer.attention.attn for layer in model.vision_tower.transformer.layers]
 
+    def segments(self, model: Any, layouts: Sequence[TokenLayout]) -> list[int]:
+        return [layout.patches * self.merge(model.config) ** 2 for layout in layouts]
+
     def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         from tokensieve.models.family import in_blocks
 
         side = self.merge(model.config)
         grids = [(height * side, width * side) for ((height, width),) in (layout.views for layout in layouts)]
-        images = torch_split(rows[0], [height * width for height, width in grids])
+        images = torch_split(rows[0], self.segments(model, layouts))
         return [in_blocks(image[None], grid, side).mean(1) for image, grid in zip(images, grids, strict=True)]
 
 

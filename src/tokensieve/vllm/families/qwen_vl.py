@@ -46,9 +46,13 @@ class QwenVL(ServedFamily):
     def attentions(self, model: Any) -> list[nn.Module]:
         return [block.attn.attn for block in model.visual.blocks]
 
+    def segments(self, model: Any, layouts: Sequence[TokenLayout]) -> list[int]:
+        return [layout.patches * model.config.vision_config.spatial_merge_size**2 for layout in layouts]
+
     def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         # the processor packs the patches of a token next to each other
-        units = rows.flatten(0, 1).unflatten(0, (-1, model.config.vision_config.spatial_merge_size**2)).mean(1)
+        rows, patches = rows.flatten(0, 1), model.config.vision_config.spatial_merge_size**2
+        units = rows.view(-1, patches, *rows.shape[1:]).mean(1)
         return list(torch_split(units, [layout.patches for layout in layouts]))
 
     def pixels(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
