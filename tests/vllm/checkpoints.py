@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import tokensieve
-from tests.support.families import BOS, BREAK, END, EOS, FAMILIES, IMAGE, PAD, VARIANTS, like
+from tests.support.families import BOS, BREAK, END, EOS, FAMILIES, IMAGE, PAD, START, VARIANTS, VIDEO, like
 from tests.support.models import build
 
 WIDTH = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
@@ -28,7 +28,7 @@ PLAIN = (
 )
 
 
-def tokenizer(special: dict[str, int], image: str) -> Any:
+def tokenizer(special: dict[str, int], image: str, named: dict[str, str] | None = None) -> Any:
     """Return a tokenizer of the tiny models' 200 ids: single letters and a few words."""
     from tokenizers import AddedToken, Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
@@ -44,6 +44,7 @@ def tokenizer(special: dict[str, int], image: str) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         chat_template=PLAIN.replace("IMG", f" {image} "), padding_side="left",
+        extra_special_tokens=named or {},
     )  # fmt: skip
 
 
@@ -56,15 +57,29 @@ def pixtral(merge: int) -> Any:
     return PixtralProcessor(images, words, 14, merge, chat_template=words.chat_template)
 
 
+def internvl() -> Any:
+    from transformers import InternVLProcessor, InternVLVideoProcessor
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    side = {"height": 112, "width": 112}
+    images = GotOcr2ImageProcessorPil(size=side, crop_to_patches=True, min_patches=1, max_patches=4)
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    words = tokenizer(
+        {"<img>": START, "</img>": END, "<video>": VIDEO}, "<IMG_CONTEXT>", named | {"video_token": "<video>"}
+    )
+    return InternVLProcessor(images, words, InternVLVideoProcessor(size=side), 16, words.chat_template)
+
+
 def wide(name: str, **more: Any) -> None:
     VARIANTS[f"{name}-wide"] = like(name, f"{name}-wide", llm=FAMILIES[name].llm | WIDTH | {"head_dim": 32} | more)
 
 
 wide("pixtral")
 wide("mistral3")
+wide("internvl")
 
-PROCESSORS = {"pixtral": lambda: pixtral(1), "mistral3": lambda: pixtral(2)}
-IMAGE_TOKEN = {"pixtral": "[IMG]", "mistral3": "[IMG]"}
+PROCESSORS = {"pixtral": lambda: pixtral(1), "mistral3": lambda: pixtral(2), "internvl": internvl}
+IMAGE_TOKEN = {"pixtral": "[IMG]", "mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>"}
 
 
 def save(name: str, folder: Path) -> str:

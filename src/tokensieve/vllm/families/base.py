@@ -153,6 +153,12 @@ class ServedFamily:
         """Return the pixels of each image, for methods that draw at random by them."""
         return list(kwargs["pixel_values"])
 
+    def pixel_hashes(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Return the hashes of each image as an attached method receives them: `[1]`, or one per joined tile."""
+        from tokensieve.ops import pixel_hash
+
+        return [pixel_hash(pixels)[None] for pixels in self.pixels(kwargs, layouts)]
+
     def weights_mapper(self) -> Any | None:
         """Return a mapper of weight names that vLLM's class lacks for checkpoints of newer transformers."""
         return None
