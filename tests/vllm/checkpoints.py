@@ -28,7 +28,9 @@ PLAIN = (
 )
 
 
-def tokenizer(special: dict[str, int], image: str, named: dict[str, str] | None = None) -> Any:
+def tokenizer(
+    special: dict[str, int], image: str, named: dict[str, str] | None = None, plain: dict[str, int] | None = None
+) -> Any:
     """Return a tokenizer of the tiny models' 200 ids: single letters and a few words."""
     from tokenizers import AddedToken, Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
@@ -37,10 +39,13 @@ def tokenizer(special: dict[str, int], image: str, named: dict[str, str] | None 
     special = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, image: IMAGE} | special
     names = {number: f"w{number}" for number in range(200)}
     words = ["<unk>", "ask", "tell", "what", "is", "the", "colour", "shape", "of", "this", "one", *string.digits]
-    names |= dict(enumerate([*words, *string.ascii_letters], 5)) | {number: name for name, number in special.items()}
+    names |= dict(enumerate([*words, *string.ascii_letters], 5)) | {
+        number: name for name, number in (special | (plain or {})).items()
+    }
     core = Tokenizer(WordLevel({name: number for number, name in names.items()}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    core.add_tokens([AddedToken(name, normalized=False) for name in plain or {}])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         chat_template=PLAIN.replace("IMG", f" {image} "), padding_side="left",
@@ -70,6 +75,18 @@ def internvl() -> Any:
     return InternVLProcessor(images, words, InternVLVideoProcessor(size=side), 16, words.chat_template)
 
 
+def idefics3() -> Any:
+    from transformers import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    # rows and columns of tiles, and the newline after each row of them, are tokens of the prompt, not special ones
+    marks = {f"<row_{row}_col_{column}>": 80 + 4 * row + column for row in range(1, 4) for column in range(1, 4)}
+    special = {"<fake_token_around_image>": START, "<end_of_utterance>": END, "<global-img>": BREAK}
+    words = tokenizer(special, "<image>", plain=marks | {"\n": 100, "\n\n": 101})
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 224}, max_image_size={"longest_edge": 112})
+    return Idefics3Processor(images, words, 16, words.chat_template)
+
+
 def wide(name: str, **more: Any) -> None:
     VARIANTS[f"{name}-wide"] = like(name, f"{name}-wide", llm=FAMILIES[name].llm | WIDTH | {"head_dim": 32} | more)
 
@@ -77,9 +94,10 @@ def wide(name: str, **more: Any) -> None:
 wide("pixtral")
 wide("mistral3")
 wide("internvl")
+wide("idefics3")
 
-PROCESSORS = {"pixtral": lambda: pixtral(1), "mistral3": lambda: pixtral(2), "internvl": internvl}
-IMAGE_TOKEN = {"pixtral": "[IMG]", "mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>"}
+PROCESSORS = {"pixtral": lambda: pixtral(1), "mistral3": lambda: pixtral(2), "internvl": internvl, "idefics3": idefics3}
+IMAGE_TOKEN = {"pixtral": "[IMG]", "mistral3": "[IMG]", "internvl": "<IMG_CONTEXT>", "idefics3": "<image>"}
 
 
 def save(name: str, folder: Path) -> str:

@@ -147,7 +147,7 @@ class ReducedProcessor:
                 f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
             )
         from_tokens = layout.total + 1 if self.profiling else self.settings.from_tokens
-        plan = ImagePlan.of(request.choice, layout, len(span), size, from_tokens)
+        plan = ImagePlan.of(request.choice, self.family.parts(layout), len(span), size, from_tokens)
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
             item[SPAN] = _field(torch.tensor(span))

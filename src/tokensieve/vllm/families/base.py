@@ -21,6 +21,7 @@ class ServedFamily:
         module, architecture: of vLLM's model class.
         mrope: the model has M-RoPE; a kept token moves by its row and column.
         writes_text: the processor writes text tokens around or between an image's placeholders.
+        tiles_are_images: an attached method takes each tile as an image, so that each gets the whole budget.
     """
 
     title: ClassVar[str]
@@ -29,6 +30,7 @@ class ServedFamily:
     architecture: ClassVar[str]
     mrope: ClassVar[bool] = False
     writes_text: ClassVar[bool] = False
+    tiles_are_images: ClassVar[bool] = False
 
     @property
     def reduced_architecture(self) -> str:
@@ -109,6 +111,10 @@ class ServedFamily:
 
         patch, (height, width) = config.vision_config.patch_size, size
         return TokenLayout.grid_of(height // patch, width // patch)
+
+    def parts(self, layout: TokenLayout) -> list[TokenLayout]:
+        """Return the layouts that a method decides about: the image's, or one per tile."""
+        return [layout.grid_of(*view) for view in layout.views] if self.tiles_are_images else [layout]
 
     # -- in the worker ------------------------------------------------------------------------------------------------
 
