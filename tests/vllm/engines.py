@@ -21,8 +21,8 @@ def run_engine(
 
     Returns:
         "passes": per list the token ids, texts, prompt lengths and cached tokens of each prompt, and the images per
-        encode call, and the kept tokens of each image in that order. "kept": {(pixel hash, word ids): kept tokens} of
-        every image. "tally": the counts of the process.
+        encode call, and "kept" of its images; or "refused": why the pass was refused. "kept": {(pixel hash, word ids):
+        kept tokens} of every image. "tally": the counts of the process.
     """
     result = _run(folder, model, passes, sampling, adapter, engine)
     if result.returncode:

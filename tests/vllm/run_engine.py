@@ -13,29 +13,36 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    from tokensieve import Refusal
+
     with open(sys.argv[1], "rb") as file:
         job = pickle.load(file)
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "seed": 0}
     llm = LLM(job["model"], **defaults | job["engine"])
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    encoded, decided, order = [], {}, []
+    encoded, decided, of_pass = [], {}, {}
     if hasattr(model, "_decide"):
         decide = model._decide
 
         def recorded(images, *between, keys):
             decisions = decide(images, *between, keys=keys)
             encoded.append(len(images))
-            decided.update((key, decision.anchors.tolist()) for key, decision in zip(keys, decisions, strict=True))
-            order.extend(decision.anchors.tolist() for decision in decisions)
+            kept = {key: decision.anchors.tolist() for key, decision in zip(keys, decisions, strict=True)}
+            decided.update(kept)
+            of_pass.update(kept)
             return decisions
 
         model._decide = recorded
     passes = []
     for prompts, sampling, adapter in job["passes"]:
         encoded.clear()
-        order.clear()
+        of_pass.clear()
         lora = LoRARequest("adapter", 1, adapter) if adapter else None
-        outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False, lora_request=lora)
+        try:
+            outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False, lora_request=lora)
+        except Refusal as refusal:
+            passes.append({"refused": str(refusal)})
+            continue
         passes.append(
             {
                 "ids": [list(output.outputs[0].token_ids) for output in outputs],
@@ -43,7 +50,7 @@ def main() -> None:
                 "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
                 "cached_tokens": [output.num_cached_tokens for output in outputs],
                 "encoded": list(encoded),  # images per encode call
-                "kept": list(order),  # the tokens of each image, as they were encoded
+                "kept": {(pixels, text): anchors for (pixels, _, text), anchors in of_pass.items()},
             }
         )
     from tokensieve import tally

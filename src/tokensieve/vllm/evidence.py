@@ -33,7 +33,7 @@ class EncoderReader:
         self.heads = vision["vision_config"].get("num_attention_heads") or vision["vision_config"]["num_heads"]
         self.requests: Requests = {}  # of the running call; empty outside of one
         self.readings: dict[str, dict[int, Tensor]] = {}
-        self.projector_input: Tensor | None = None
+        self.projector_inputs: list[Tensor] = []
         self._reads_patches = False
         self._segments: list[int] | None = None
         layers = {layer for method in methods for layer in self._requests_of([method])}
@@ -47,7 +47,7 @@ class EncoderReader:
         """Read what these methods request about images of these layouts, until :meth:`end`."""
         self.requests, self._segments = self._requests_of(methods), self.family.segments(self.model, layouts)
         self._reads_patches = any(_needs(method).patches for method in methods)
-        self.readings, self.projector_input = {}, None
+        self.readings, self.projector_inputs = {}, []
 
     def end(self, layouts: Sequence[TokenLayout]) -> tuple[dict[str, dict[int, list[Tensor]]], list[Tensor]]:
         """Return the readings `[M, ...]` per image by evidence and layer, and the rows that entered the projector."""
@@ -55,9 +55,9 @@ class EncoderReader:
             name: {layer: self.family.units(self.model, rows, layouts) for layer, rows in layers.items()}
             for name, layers in self.readings.items()
         }
-        entered = self.projector_input
-        patches = [] if entered is None else self.family.patches(self.model, entered, layouts)
-        self.requests, self.readings, self.projector_input, self._reads_patches = {}, {}, None, False
+        entered = self.projector_inputs
+        patches = self.family.patches(self.model, torch.cat(entered), layouts) if entered else []
+        self.requests, self.readings, self.projector_inputs, self._reads_patches = {}, {}, [], False
         return by_layer, patches
 
     def replaces_cls(self, methods: Sequence[Method]) -> bool:
@@ -95,7 +95,7 @@ class EncoderReader:
 
     def _before_projector(self, projector: Any, args: Any) -> None:
         if self._reads_patches:
-            self.projector_input = args[0]
+            self.projector_inputs.append(args[0])  # some models call it image by image
 
 
 def _by_head(rows: Tensor, module: Any, in_all: int) -> Tensor:

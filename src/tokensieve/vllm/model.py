@@ -30,10 +30,11 @@ from tokensieve.models import TokenLayout
 from tokensieve.ops import pixel_hash
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import UserText
+from tokensieve.vllm import private
 from tokensieve.vllm.evidence import EncoderReader
 from tokensieve.vllm.families import FAMILIES, ServedFamily
 from tokensieve.vllm.plan import PLAN, SPAN, WORDS, ImagePlan
-from tokensieve.vllm.processor import reduced_processor
+from tokensieve.vllm.processor import can_extend_table, reduced_processor
 from tokensieve.vllm.settings import EngineSettings
 
 DIGIT = 128
@@ -61,9 +62,18 @@ class Reduced:
         rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
         # the sections make vLLM ask this class for positions; the LLM itself keeps its plain RoPE
         sections = None if self.family.mrope else rope.pop("mrope_section", None)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        if sections is not None:
-            rope["mrope_section"] = sections
+        text = config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest and self.moves and not self.family.mrope and can_extend_table(text):
+            # an answer begins at the id after the whole prompt, at most `longest`, and may have that many tokens itself
+            text.max_position_embeddings = 2 * longest
+        try:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        finally:
+            if longest:
+                text.max_position_embeddings = longest
+            if sections is not None:
+                rope["mrope_section"] = sections
         self.reader = EncoderReader(self.family, self, self.settings.methods)
         self.offsets: tuple[Tensor, Tensor] | None = None  # of the next forward: which columns move, and how far
         self.decisions: OrderedDict[tuple[Any, ...], Reduction] = OrderedDict()
@@ -88,8 +98,8 @@ class Reduced:
             embeddings = super().embed_multimodal(**kwargs)  # type: ignore[misc]
             return None if embeddings is None else [_with_columns(rows, self.digits) for rows in embeddings]
         images = [ImagePlan.read(numbers.tolist()) for numbers in plans]
-        layouts = [self.family.layout(self.config, plan.size) for plan in images]
-        methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if _reduces(plan)]
+        layouts = self.family.layouts(self.config, [plan.size for plan in images], kwargs)
+        methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if plan.reduces]
         keys = self._keys(kwargs, images, layouts, words)
         parts = [self.family.parts(layout) for layout in layouts]
         in_parts = [part for of_image in parts for part in of_image]
@@ -99,10 +109,10 @@ class Reduced:
         finally:
             by_layer, patches = self.reader.end(in_parts)
         device = embeddings[0].device
-        layouts = [layout.to(device) for layout in layouts]
+        layouts = [replace(layout.to(device), separators="none") for layout in layouts]
         notes = (RECEIVED_FOR_CLS,) * self.reader.replaces_cls(methods)
         hashes = self.reader.pixel_hashes(methods, kwargs, in_parts)
-        in_parts = [part.to(device) for part in in_parts]
+        in_parts = [replace(part.to(device), separators="none") for part in in_parts]
         outputs = EncoderOutputs(in_parts, by_layer, patches, [], hashes, self.reader.depth, notes, None)
         starts = [0, *accumulate(map(len, parts))]
         members = [range(start, end) for start, end in pairwise(starts)]  # of each image, the numbers of its parts
@@ -147,7 +157,7 @@ class Reduced:
         decisions = [self.decisions.get(key) for key in keys]
         waiting: dict[tuple[int, int], list[int]] = {}
         for number, plan in enumerate(images):
-            if not _reduces(plan):
+            if not plan.reduces:
                 decisions[number] = Reduction.identity(layouts[number].total, device=device)
             elif decisions[number] is None:
                 waiting.setdefault((plan.method, plan.budget), []).append(number)
@@ -222,7 +232,7 @@ class Reduced:
         their offsets are added when they are prefilled.
         """
         if not self.moves:
-            reduced = any(_reduces(_plan(feature)) for feature in mm_features if feature.modality == "image")
+            reduced = any(_plan(feature).reduces for feature in mm_features if feature.modality == "image")
             if reduced:
                 return torch.arange(len(input_tokens)).expand(3, -1).contiguous(), 0
             ids: tuple[Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
@@ -314,10 +324,6 @@ def _plan(feature: Any) -> ImagePlan:
     return ImagePlan.read(feature.data[PLAN].data.tolist())
 
 
-def _reduces(plan: ImagePlan) -> bool:
-    return plan.rows < plan.span
-
-
 def _with_columns(rows: Tensor, columns: int) -> Tensor:
     """Append columns of zeros."""
     return torch.cat([rows, rows.new_zeros(len(rows), columns)], -1) if columns else rows
@@ -330,6 +336,7 @@ def _patch_rows(rows: Tensor, layout: TokenLayout) -> Tensor:
 
 def _define(family: ServedFamily) -> type:
     """Define the reduced class of a family."""
+    private.check(family.architecture)  # before anything of vLLM's is overridden
     module = importlib.import_module(f"vllm.model_executor.models.{family.module}")
     base = getattr(module, family.architecture)
     fields: dict[str, Any] = {"family": family, "__module__": __name__}

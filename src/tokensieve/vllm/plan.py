@@ -34,6 +34,11 @@ class ImagePlan:
     span: int
     size: tuple[int, ...]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the image loses tokens."""
+        return self.rows < self.span
+
     @classmethod
     def of(
         cls, choice: Choice, parts: Sequence[TokenLayout], span: int, size: Sequence[int], from_tokens: int

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
-from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.multimodal.processing import ProcessorInputs, PromptUpdateDetails
 
 from tokensieve import tally
 from tokensieve.engine.prompt.user_text import UserTextFinder
@@ -30,13 +30,30 @@ PREFIX = "tokensieve_"
 
 @dataclass(frozen=True)
 class Request:
-    """The request that this thread processes: its choice, and the ids of the user's words if its method reads them."""
+    """The request that this thread processes.
+
+    Attributes:
+        words: the ids of the user's words, if the method reads them.
+        profiling: vLLM measures its memory: images stay whole, because a request may keep all tokens.
+    """
 
     choice: Choice
     words: tuple[int, ...] | None
+    profiling: bool
 
 
 _request: ContextVar[Request] = ContextVar("tokensieve_request")
+
+
+@dataclass
+class MarkedInputs(ProcessorInputs):  # type: ignore[misc]
+    """Inputs whose image hashes hold the request's choice."""
+
+    mark: str = ""
+
+    def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
+        hashes = super().get_mm_hashes(*args, **kwargs)
+        return {kind: [h + self.mark if kind == "image" else h for h in of_kind] for kind, of_kind in hashes.items()}
 
 
 @dataclass
@@ -54,23 +71,27 @@ class ReducedProcessor:
 
     family: ClassVar[ServedFamily]
     info: Any
+    dummy_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.config = self.info.get_hf_config()
         self.settings = EngineSettings.of_config(self.config)
-        self.profiling = False
         self._text_finder: UserTextFinder | None = None
+        self._profiling_inputs: Any = None
+        if not hasattr(super(), "get_dummy_inputs"):  # vLLM 0.30 asks the builder
+            make_inputs = self.dummy_inputs.get_dummy_processor_inputs
+            self.dummy_inputs.get_dummy_processor_inputs = lambda *a, **k: self._note(make_inputs(*a, **k))
 
     # -- one request --------------------------------------------------------------------------------------------------
 
-    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Mark vLLM's inputs for profiling: their images stay whole, because a request may keep all tokens."""
-        self.profiling = True
-        try:
-            return super().get_dummy_mm_inputs(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.profiling = False
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        return self._note(super().get_dummy_inputs(*args, **kwargs))  # type: ignore[misc]
+
+    def _note(self, inputs: Any) -> Any:
+        """Remember the inputs that vLLM measures its memory with."""
+        self._profiling_inputs = inputs
+        return inputs
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Take our options out of the request, so that transformers' processor does not see them."""
@@ -79,13 +100,16 @@ class ReducedProcessor:
         for name, value in inputs.hf_processor_mm_kwargs.items():
             (options if name.startswith(PREFIX) else for_transformers)[name] = value
         choice = self.settings.choose(options)
-        needs, words = choice.method.needs, None
+        needs, words, profiling = choice.method.needs, None, inputs is self._profiling_inputs
         shows_image = inputs.mm_data_items.get_all_counts().get("image")
-        if isinstance(needs, Needs) and needs.user_text and shows_image and not self.profiling:
+        if isinstance(needs, Needs) and needs.user_text and shows_image and not profiling:
             words = self._words(inputs.prompt, inputs.mm_data_items, for_transformers)
-        token = _request.set(Request(choice, words))
+        request = Request(choice, words, profiling)
+        values = {field.name: getattr(inputs, field.name) for field in fields(ProcessorInputs)}
+        marked = MarkedInputs(**values | {"hf_processor_mm_kwargs": for_transformers}, mark=self._mark(request))
+        token = _request.set(request)
         try:
-            return super().apply(replace(inputs, hf_processor_mm_kwargs=for_transformers), timing_ctx)  # type: ignore[misc]
+            return super().apply(marked, timing_ctx)  # type: ignore[misc]
         finally:
             _request.reset(token)
 
@@ -107,12 +131,12 @@ class ReducedProcessor:
             raise Refusal("the prompt has no words to go by; this method needs the user's text")
         return words
 
-    def _get_mm_hashes(self, inputs: Any) -> Any:
-        request, settings = _request.get(), self.settings
+    def _mark(self, request: Request) -> str:
+        """Return what an image's rows depend on besides its pixels."""
         words = "" if request.words is None else "-" + ".".join(map(str, request.words))
-        mark = f"-{request.choice.method}-{settings.positions}-{settings.from_tokens}{words}".replace(" ", "")
-        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
-        return {kind: [h + mark if kind == "image" else h for h in of_kind] for kind, of_kind in hashes.items()}
+        whole = "-whole" * request.profiling
+        mark = f"-{request.choice.method}-{self.settings.positions}-{self.settings.from_tokens}{whole}{words}"
+        return mark.replace(" ", "")
 
     # -- one image ----------------------------------------------------------------------------------------------------
 
@@ -146,8 +170,14 @@ class ReducedProcessor:
             raise RuntimeError(
                 f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
             )
-        from_tokens = layout.total + 1 if self.profiling else self.settings.from_tokens
+        from_tokens = layout.total + 1 if request.profiling else self.settings.from_tokens
         plan = ImagePlan.of(request.choice, self.family.parts(layout), len(span), size, from_tokens)
+        needs = request.choice.method.needs
+        if plan.reduces and not layout.mapped and (needs.reads_attention or needs.requests("patches")):
+            raise Refusal(
+                f"{self.family.title} resamples an image of this size after its encoder: rows of the encoder belong to "
+                "none of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
+            )
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
             item[SPAN] = _field(torch.tensor(span))
@@ -170,20 +200,25 @@ class ReducedProcessor:
         contents = [update.content for updates in mm_prompt_updates.get("image", ()) for update in updates[:1]]
         images = [content for content in contents if isinstance(content, ReducedDetails)]
         self._check_positions(len(result[0]), sum(image.dropped for image in images))
-        if not self.profiling:
+        if not _request.get().profiling:
             for image in images:
                 tally.add(image.method, image.before, image.after)
         return result
 
     def _check_positions(self, kept: int, dropped: int) -> None:
-        """Refuse a prompt whose original position ids are beyond the LLM's rotary table: it would read past its end."""
+        """Refuse a prompt whose original position ids, or those of its answer, would be read past the rotary table."""
         if self.settings.positions != "original" or self.family.mrope or not dropped:
             return
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and kept + dropped > longest:
+        text = self.config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        if longest is None:
+            return
+        # an answer ends at max_model_len kept tokens, so its last id is below max_model_len + dropped
+        needed = kept + dropped if can_extend_table(text) else self.info.ctx.model_config.max_model_len + dropped
+        if needed > longest:
             raise Refusal(
-                f"the prompt has {kept + dropped} position ids before the reduction, and the model has {longest}; "
-                "start the engine with positions='contiguous', or send fewer or smaller images"
+                f"the prompt drops {dropped} tokens and needs {needed} position ids, and the model has {longest}; "
+                "start the engine with positions='contiguous' or a smaller max_model_len, or send smaller images"
             )
 
 
@@ -192,6 +227,12 @@ def _tokens(update: Any, number: int) -> list[int]:
     whole = update.content
     whole = whole(number) if callable(whole) else whole
     return list(whole.full if isinstance(whole, PromptUpdateDetails) else whole)
+
+
+def can_extend_table(text_config: Any) -> bool:
+    """Return whether the LLM's rotary table can be longer without other values in it."""
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "default") in ("default", "linear", "llama3")
 
 
 def _field(data: torch.Tensor, keep_on_cpu: bool = False) -> MultiModalFieldElem:

@@ -57,11 +57,7 @@ class EngineSettings:
         for name in options:
             if name not in (KEEP, METHOD):
                 raise Refusal(f"unknown option {name!r}; allowed: {KEEP}, {METHOD}")
-        names = [method.info.name for method in self.methods]
-        name = options.get(METHOD, names[0])
-        if name not in names:
-            raise Refusal(f"{METHOD} must be one of {', '.join(dict.fromkeys(names))}; got {name!r}")
-        number = names.index(name)
+        number = self._number(options[METHOD]) if METHOD in options else 0
         method = self.methods[number]
         if KEEP in options:
             keep = check_budget(options[KEEP])
@@ -69,6 +65,13 @@ class EngineSettings:
                 raise Refusal(f"{KEEP}: {method.info.name} has no budget; got {keep}")
             method = method.with_budget(keep)
         return Choice(number, method)
+
+    def _number(self, chosen: object) -> int:
+        """Return the number of a method that a request names, by its name alone or by its whole spec."""
+        for number, method in enumerate(self.methods):
+            if chosen in (method.info.name, str(method)):
+                return number
+        raise Refusal(f"{METHOD} must be one of {', '.join(map(str, self.methods))}; got {chosen!r}")
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def unserved(method: Method) -> str | None:
         return "it reduces videos, and the plug-in reduces images"
     if method.budget is None:
         return "the image's content decides how many tokens stay, and vLLM reserves them before it encodes: give keep"
+    if method.slots(1, (1, 1)) is None:
+        return "with these parameters it decides by the image's content how many tokens stay"
     if method.info.name == "mustdrop-keys":
         return "it only ranks tokens for mustdrop-llm, which acts inside the LLM"
     return None
@@ -131,7 +136,7 @@ def engine_options(
     Args:
         model: folder or hub name of a checkpoint.
         method: spec of a connector method with a budget, such as "vtc-cls(keep=64)"; "full" reduces nothing.
-        allowed: specs of further methods. A request chooses one with
+        allowed: specs of further methods. A request chooses one, by its name or its whole spec, with
             ``mm_processor_kwargs={"tokensieve_method": "divprune", "tokensieve_keep": 0.25}``.
         positions: "original" keeps the position ids of the kept tokens; "contiguous" renumbers them.
         from_tokens: images of fewer tokens stay whole.
@@ -145,11 +150,7 @@ def engine_options(
     if isinstance(from_tokens, bool) or not isinstance(from_tokens, int) or from_tokens < 0:
         raise Refusal(f"from_tokens must be a whole number of tokens >= 0; got {from_tokens!r}")
     default = served_method(method, **parameters)
-    others = [served_method(spec) for spec in allowed]
-    names = [m.info.name for m in (default, *others)]
-    repeated = next((name for name in names if names.count(name) > 1), None)
-    if repeated is not None:
-        raise Refusal(f"a request chooses a method by name; {repeated} is given twice")
+    others = [method for method in map(served_method, allowed) if method != default]
     config = read_config(checkpoint(model))
     family = family_of(config)
     for chosen in (default, *others):

@@ -10,6 +10,7 @@ from tokensieve.vllm.families.base import ServedFamily
 from tokensieve.vllm.families.idefics3 import Idefics3, SmolVLM
 from tokensieve.vllm.families.internvl import InternVL
 from tokensieve.vllm.families.llava import Llava
+from tokensieve.vllm.families.llava_next import LlavaNext, LlavaOnevision
 from tokensieve.vllm.families.pixtral import Mistral3, Pixtral
 from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
@@ -17,6 +18,8 @@ __all__ = ["FAMILIES", "REFUSED", "ServedFamily"]
 
 FAMILIES: tuple[ServedFamily, ...] = (
     Llava(),
+    LlavaNext(),
+    LlavaOnevision(),
     Pixtral(),
     Mistral3(),
     InternVL(),

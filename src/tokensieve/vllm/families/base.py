@@ -118,6 +118,14 @@ class ServedFamily:
 
     # -- in the worker ------------------------------------------------------------------------------------------------
 
+    def layouts(self, config: Any, sizes: Sequence[Sequence[int]], kwargs: Mapping[str, Any]) -> list[TokenLayout]:
+        """Return the layouts of the images of one encode call; units are numbered over the call.
+
+        Args:
+            kwargs: the fields of the images, as the model receives them.
+        """
+        return [self.layout(config, size) for size in sizes]
+
     def has_cls(self, config: Any) -> bool:
         """Return whether row 0 of the encoder is a [CLS] token."""
         return bool(config.vision_config.model_type == "clip_vision_model")
