@@ -24,8 +24,8 @@ def main() -> None:
     if hasattr(model, "_decide"):
         decide = model._decide
 
-        def recorded(images, embeddings, outputs, words, keys):
-            decisions = decide(images, embeddings, outputs, words, keys)
+        def recorded(images, *between, keys):
+            decisions = decide(images, *between, keys=keys)
             encoded.append(len(images))
             kept = {key: decision.anchors.tolist() for key, decision in zip(keys, decisions, strict=True)}
             decided.update(kept)

@@ -7,13 +7,28 @@ and the worker maps what it reads in the vision encoder to these tokens. No file
 from __future__ import annotations
 
 from tokensieve.vllm.families.base import ServedFamily
+from tokensieve.vllm.families.idefics3 import Idefics3, SmolVLM
+from tokensieve.vllm.families.internvl import InternVL
 from tokensieve.vllm.families.llava import Llava
 from tokensieve.vllm.families.llava_next import LlavaNext, LlavaOnevision
+from tokensieve.vllm.families.pixtral import Mistral3, Pixtral
 from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
 
 __all__ = ["FAMILIES", "REFUSED", "ServedFamily"]
 
-FAMILIES: tuple[ServedFamily, ...] = (Llava(), LlavaNext(), LlavaOnevision(), Qwen2VL(), Qwen25VL(), Qwen3VL())
+FAMILIES: tuple[ServedFamily, ...] = (
+    Llava(),
+    LlavaNext(),
+    LlavaOnevision(),
+    Pixtral(),
+    Mistral3(),
+    InternVL(),
+    Idefics3(),
+    SmolVLM(),
+    Qwen2VL(),
+    Qwen25VL(),
+    Qwen3VL(),
+)
 
 REFUSED: dict[str, str] = {}
 """Model types that cannot be served, and why."""

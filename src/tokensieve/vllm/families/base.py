@@ -20,6 +20,8 @@ class ServedFamily:
         model_types: model types of transformers.
         module, architecture: of vLLM's model class.
         mrope: the model has M-RoPE; a kept token moves by its row and column.
+        writes_text: the processor writes text tokens around or between an image's placeholders.
+        tiles_are_images: an attached method takes each tile as an image, so that each gets the whole budget.
     """
 
     title: ClassVar[str]
@@ -27,6 +29,8 @@ class ServedFamily:
     module: ClassVar[str]
     architecture: ClassVar[str]
     mrope: ClassVar[bool] = False
+    writes_text: ClassVar[bool] = False
+    tiles_are_images: ClassVar[bool] = False
 
     @property
     def reduced_architecture(self) -> str:
@@ -108,6 +112,10 @@ class ServedFamily:
         patch, (height, width) = config.vision_config.patch_size, size
         return TokenLayout.grid_of(height // patch, width // patch)
 
+    def parts(self, layout: TokenLayout) -> list[TokenLayout]:
+        """Return the layouts that a method decides about: the image's, or one per tile."""
+        return [layout.grid_of(*view) for view in layout.views] if self.tiles_are_images else [layout]
+
     # -- in the worker ------------------------------------------------------------------------------------------------
 
     def layouts(self, config: Any, sizes: Sequence[Sequence[int]], kwargs: Mapping[str, Any]) -> list[TokenLayout]:
@@ -158,6 +166,12 @@ class ServedFamily:
     def pixels(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
         """Return the pixels of each image, for methods that draw at random by them."""
         return list(kwargs["pixel_values"])
+
+    def pixel_hashes(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Return the hashes of each image as an attached method receives them: `[1]`, or one per joined tile."""
+        from tokensieve.ops import pixel_hash
+
+        return [pixel_hash(pixels)[None] for pixels in self.pixels(kwargs, layouts)]
 
     def weights_mapper(self) -> Any | None:
         """Return a mapper of weight names that vLLM's class lacks for checkpoints of newer transformers."""
