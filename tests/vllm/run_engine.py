@@ -18,20 +18,31 @@ def main() -> None:
     engine = dict(dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=16, seed=0) | job["engine"]
     llm = LLM(job["model"], **engine)
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    encoded, decided = [], {}
+    encoded, decided, of_pass, positions = [], {}, {}, []
     if hasattr(model, "_decide"):
         decide = model._decide
 
         def recorded(images, embeddings, outputs, words, keys):
             decisions = decide(images, embeddings, outputs, words, keys)
             encoded.append(len(images))
-            decided.update((key, decision.anchors.tolist()) for key, decision in zip(keys, decisions, strict=True))
+            kept = {key: decision.anchors.tolist() for key, decision in zip(keys, decisions, strict=True)}
+            decided.update(kept)
+            of_pass.update(kept)
             return decisions
 
         model._decide = recorded
+    if job["positions"]:
+        forward = model.forward
+
+        def noted(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            positions.append(kwargs["positions"].tolist())
+            return output
+
+        model.forward = noted
     passes = []
     for prompts, sampling, adapter in job["passes"]:
-        encoded.clear()
+        encoded.clear(), of_pass.clear(), positions.clear()
         lora = LoRARequest("adapter", 1, adapter) if adapter else None
         outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False, lora_request=lora)
         passes.append(
@@ -41,6 +52,8 @@ def main() -> None:
                 "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
                 "cached_tokens": [output.num_cached_tokens for output in outputs],
                 "encoded": list(encoded),  # images per encode call
+                "kept": {(pixels, text): anchors for (pixels, _, text), anchors in of_pass.items()},
+                "positions": list(positions),  # per step of the engine
             }
         )
     from tokensieve import tally

@@ -189,13 +189,6 @@ class Llava(ServedFamily):
 class QwenVL(ServedFamily):
     mrope = True
 
-    def unserved(self, config: Mapping[str, Any], method: Method) -> str | None:
-        from tokensieve.methods import Needs
-
-        if isinstance(method.needs, Needs) and method.needs.patches:
-            return "it merges the rows that enter the projector, which is the last step of this vision encoder"
-        return super().unserved(config, method)
-
     def pooled(self, config: Mapping[str, Any]) -> bool:
         return False
 
@@ -220,7 +213,27 @@ class QwenVL(ServedFamily):
 
     def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         # the processor packs the patches of a token next to each other
-        units = rows.flatten(0, 1).unflatten(0, (-1, model.config.vision_config.spatial_merge_size**2)).mean(1)
+        units = rows.flatten(0, 1).unflatten(0, (-1, self.patches_per_token(model))).mean(1)
+        return self.in_order(model, units, layouts)
+
+    def projector(self, model: Any) -> nn.Module:
+        merger: nn.Module = model.visual.merger
+        return merger
+
+    def patches(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        units = rows.reshape(-1, self.patches_per_token(model) * rows.shape[-1])
+        return self.in_order(model, units, layouts)
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        merged: Tensor = self.projector(model)(rows.reshape(len(rows) * self.patches_per_token(model), -1))
+        return merged
+
+    def patches_per_token(self, model: Any) -> int:
+        """Return how many patches the merger makes one token of."""
+        return int(model.config.vision_config.spatial_merge_size**2)
+
+    def in_order(self, model: Any, units: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Split the encoder's rows, one per token, into the tokens of each image."""
         return list(torch_split(units, [layout.patches for layout in layouts]))
 
     def pixels(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
@@ -247,11 +260,10 @@ class Qwen25VL(QwenVL):
         blocks = model.visual.blocks
         return [blocks[layer].attn.attn for layer in model.config.vision_config.fullatt_block_indexes]
 
-    def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+    def in_order(self, model: Any, units: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         side = model.config.vision_config.spatial_merge_size
-        images = super().units(model, rows, layouts)
         in_order = []
-        for image, layout in zip(images, layouts, strict=True):
+        for image, layout in zip(super().in_order(model, units, layouts), layouts, strict=True):
             height, width = layout.views[0]
             # vLLM permutes the tokens of an image so that each window is contiguous; argsort inverts a permutation
             window = model.visual.get_window_index_thw(1, height * side, width * side)[0]
@@ -265,7 +277,13 @@ class Qwen3VL(QwenVL):
     module, architecture = "qwen3_vl", "Qwen3VLForConditionalGeneration"
 
 
-FAMILIES: tuple[ServedFamily, ...] = (Llava(), Qwen2VL(), Qwen25VL(), Qwen3VL())
+class Qwen3VLMoe(Qwen3VL):
+    title = "Qwen3-VL with experts"
+    model_types = ("qwen3_vl_moe",)
+    module, architecture = "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"
+
+
+FAMILIES: tuple[ServedFamily, ...] = (Llava(), Qwen2VL(), Qwen25VL(), Qwen3VL(), Qwen3VLMoe())
 
 REFUSED: dict[str, str] = {}
 """Model types that cannot be served, and why."""
@@ -276,4 +294,3 @@ def torch_split(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     import torch
 
     return torch.split(rows, list(sizes))
-

@@ -136,7 +136,9 @@ class ReducedProcessor:
         size = self.family.size(self.config, fields)
         layout = self.family.layout(self.config, size)
         if span.count(image) != layout.total:
-            raise RuntimeError(f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens")
+            raise RuntimeError(
+                f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
+            )
         plan = ImagePlan.of(request.choice, layout, len(span), size, self.settings.from_tokens)
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
