@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from torch import Tensor, nn
 import tokensieve
 from tests.support.methods import FIRST_TUNED
 from tests.vllm.engines import run_engine
-from tests.vllm.tiny_qwen import SERVED, clip, picture, prompt, save
+from tests.vllm.tiny_qwen import clip, picture, prompt, save
 from tokensieve.engine.connector.decide import ConnectorEvidence, decide
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.ops import pixel_hash
@@ -185,3 +182,228 @@ def test_contiguous_positions_small_images_and_chunks(served, name, tmp_path):
                 for request in requests()
             ]
             assert_equal(of, requests(), expected, run, f"{positions} {spec}")
+
+
+# -- videos -----------------------------------------------------------------------------------------------------------
+
+
+def with_videos(**options: Any) -> list[dict[str, Any]]:
+    video = clip(4, 112, 140, 8)
+    return [prompt(video, **options), prompt(picture(84, 140, 1), video, picture(60, 230, 4), **options)]
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl"])
+def test_videos_beside_images_stay_whole(served, name, tmp_path):
+    of, spec = served(name), "vtc-cls(keep=7)"
+    made = run_engine(tmp_path, str(of.folder), with_videos(), sampling=GREEDY, **engine_options(str(of.folder), spec))
+    (run,) = made["passes"]
+    for request, got, length in zip(with_videos(), run["ids"], run["prompt_tokens"], strict=True):
+        shown = "<|video_pad|>" in request["prompt"].split("<|image_pad|>")[0]
+        video = 0 if shown else 1
+        ids, decisions = of.replayed(request, spec, lambda number, _, video=video: number == video)
+        assert got == ids
+        assert length == of.inputs(request)["input_ids"].shape[1] - sum(d.total - d.slots for d in decisions)
+
+
+def test_videos_of_qwen3_answer_as_in_vllm_without_the_plugin(served, tmp_path):
+    """vLLM and transformers differ on these videos before any reduction; the plug-in must not change vLLM's answer."""
+    of = served("qwen3-vl")
+    stock = run_engine(tmp_path, str(of.folder), with_videos(), sampling=GREEDY)["passes"][0]
+    options = engine_options(str(of.folder), "vtc-cls(keep=7)")
+    kept, reduced = run_engine(
+        tmp_path, str(of.folder), with_videos(**{KEEP: 1.0}), with_videos(), sampling=GREEDY, **options
+    )["passes"]
+    assert kept["ids"] == stock["ids"]
+    assert reduced["ids"][0] == stock["ids"][0]
+    assert reduced["ids"][1] != stock["ids"][1]
+
+
+# -- bfloat16 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_positions_of_wide_and_tall_images_in_bfloat16(served, name, tmp_path):
+    """More than 256 columns, or rows: a bfloat16 holds no odd number beyond 256."""
+    of, cell = served(name), 32 if name == "qwen3-vl" else 28
+    shown = [[prompt(picture(cell, 340 * cell, 1))], [prompt(picture(300 * cell, 2 * cell, 2))]]
+    options = engine_options(str(of.folder), "uniform(keep=0.3)")
+    made = run_engine(
+        tmp_path, str(of.folder), *shown, sampling=GREEDY, positions=True, dtype="bfloat16", max_model_len=1024,
+        **options,
+    )  # fmt: skip
+    for (request,), run in zip(shown, made["passes"], strict=True):
+        _, (decision,) = of.answer(request, "uniform(keep=0.3)")
+        ids, answer = rope_positions(of, of.inputs(request))
+        columns = kept_columns(of, of.inputs(request)["input_ids"][0], [decision.anchors])
+        steps = [torch.tensor(step) for step in run["positions"]]
+        assert ids[1:].amax() > 290
+        assert torch.equal(torch.cat(steps, 1)[:, : len(columns)], ids[:, columns])
+        assert torch.equal(torch.cat(steps, 1)[:, len(columns) :], (answer + torch.arange(7)).expand(3, -1))
+
+
+def rope_positions(of: Served, inputs: Any) -> tuple[Tensor, int]:
+    """Return transformers' position ids `[3, L]` of an unreduced prompt, and the id of the answer's first token."""
+    known = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    ids, delta = of.model.model.get_rope_index(**{name: inputs[name] for name in known if name in inputs})
+    return ids[-3:, 0], inputs["input_ids"].shape[1] + int(delta)
+
+
+def kept_columns(of: Served, ids: Tensor, anchors: list[Tensor]) -> Tensor:
+    """Return the columns of a prompt that stay: all but the dropped tokens of its images."""
+    image = ids == of.model.config.image_token_id
+    first = image & ~image.roll(1)
+    stay = ~image
+    for start, kept in zip(first.nonzero().flatten().tolist(), anchors, strict=True):
+        stay[start + kept] = True
+    return stay.nonzero().flatten()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_digits_hold_every_offset(dtype):
+    offsets = torch.arange(DIGIT * 256)
+    digits = torch.stack([offsets // DIGIT, offsets % DIGIT]).to(dtype).round().long()
+    assert torch.equal(digits[0] * DIGIT + digits[1], offsets)
+    assert not torch.equal(offsets.to(torch.bfloat16).long(), offsets)  # one column would not do
+
+
+# -- without an engine ------------------------------------------------------------------------------------------------
+
+
+def frontend(folder: Any, options: Any) -> Any:
+    """Return a function from a prompt to what the frontend makes of it: ids, and per image its data and place."""
+    from vllm.config import ModelConfig
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+    from vllm.multimodal.processing import ProcessorInputs, TimingContext
+
+    from tokensieve.vllm import register
+
+    register()
+    config = ModelConfig(str(folder), dtype="float32", max_model_len=2048, **options)
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+
+    def process(request: dict[str, Any]) -> Any:
+        inputs = ProcessorInputs(
+            prompt=processor.info.get_tokenizer().encode(request["prompt"]),
+            mm_data_items=processor.info.parse_mm_data(request["multi_modal_data"]),
+            hf_processor_mm_kwargs=request.get("mm_processor_kwargs", {}),
+        )
+        return processor.apply(inputs, TimingContext(enabled=False))
+
+    return process
+
+
+IMAGES = {"qwen2-vl": 3400, "qwen2.5-vl": 3300, "qwen3-vl": 3300}
+CHEAP = ("random(keep=7)", "uniform(keep=7)", "pool(keep=7)", "divprune(keep=7)")
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_placeholders_of_random_sizes_and_budgets(served, name):
+    """10,000 images in all: the number that is promised is that which the method leaves of an image of this size."""
+    from PIL import Image
+
+    of, chosen = served(name), random.Random(name)
+    patch = of.model.config.vision_config.patch_size
+    process = frontend(of.folder, engine_options(str(of.folder), CHEAP[0], allowed=CHEAP[1:]))
+    reduced_images = 0
+    for start in range(0, IMAGES[name], 10):
+        sizes = [(chosen.randint(patch, 30 * patch), chosen.randint(patch, 30 * patch)) for _ in range(10)]
+        spec = chosen.choice(CHEAP)
+        keep = chosen.choice([chosen.randint(1, 120), round(chosen.uniform(0.01, 1), 3)])
+        pictures = [Image.new("RGB", (w, h), (start % 256, i, 0)) for i, (h, w) in enumerate(sizes)]
+        made = process(prompt(*pictures, **{KEEP: keep, METHOD: name_of(spec)}))
+        method = tokensieve.parse(spec)[0].with_budget(keep)
+        whole = of.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+        ids, image = made["prompt_token_ids"], of.model.config.image_token_id
+        total = 0
+        for place, item, tokens in zip(
+            made["mm_placeholders"]["image"], made["mm_kwargs"]["image"], whole, strict=True
+        ):
+            plan = ImagePlan.read(item[PLAN].data.tolist())
+            _, height, width = item["image_grid_thw"].data.tolist()
+            assert plan.size == (height, width)
+            assert plan.span == tokens == height * width // 4
+            assert ids[place.offset : place.offset + place.length] == [image] * plan.rows
+            assert plan.rows == rows_left(method, height // 2, width // 2)
+            total += plan.rows
+            reduced_images += plan.rows < plan.span
+        assert ids.count(image) == total
+    assert reduced_images > IMAGES[name] / 2
+
+
+def rows_left(method: Any, height: int, width: int) -> int:
+    """Return how many rows a method leaves of an image of random features."""
+    from tokensieve.models import TokenLayout
+
+    layout = TokenLayout.grid_of(height, width)
+    hashes = [torch.tensor([1])]
+    outputs = EncoderOutputs([layout], {}, [], [], hashes, 4, (), None)
+    generator = torch.Generator().manual_seed(height * width)
+    features = [torch.randn(layout.total, 8, generator=generator)]
+    evidence = ConnectorEvidence([layout], features, [], outputs, [0], None, [0])
+    (decision,) = decide(method, "image", evidence, [[layout.patches]])
+    return len(decision.apply(features[0]))
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_positions_equal_those_of_the_unreduced_prompt(served, name, monkeypatch):
+    """Prompts with several images and videos, and random kept tokens: no other part of the engine runs."""
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+    from tokensieve.vllm import model as reduced
+    from tokensieve.vllm.settings import family_of
+
+    of, chosen = served(name), random.Random(name)
+    options = engine_options(str(of.folder), "random(keep=7)", from_tokens=9)
+    process = frontend(of.folder, options)
+    family = family_of(read_config(str(of.folder)))
+    kind = getattr(reduced, family.reduced_architecture)
+    worker = kind.__new__(kind)
+    nn.Module.__init__(worker)
+    worker.config = of.model.config
+    worker.settings = reduced.EngineSettings(**options["hf_overrides"]["tokensieve"])
+    worker.offsets = None
+    base = kind.__mro__[2]
+    monkeypatch.setattr(base, "embed_input_ids", lambda self, ids, embeddings, *, is_multimodal: None)
+    monkeypatch.setattr(base, "forward", lambda self, ids, positions: positions)
+    seen = set()
+    for number in range(40):
+        parts: list[Any] = []
+        for _ in range(chosen.randint(1, 5)):
+            height, width = (chosen.randint(28, 320) for _ in range(2))
+            is_video = chosen.random() < 0.3
+            # transformers counts on after a video from its rows and columns only: keep its seconds below them
+            parts.append(clip(4, height + 100, width + 100, number) if is_video else picture(height, width, number))
+        request = prompt(*parts, **{KEEP: chosen.choice([5, 0.2, 0.6, 1.0])})
+        made = process(request)
+        order = sorted(
+            ((place, item, modality) for modality, places in made["mm_placeholders"].items()
+             for place, item in zip(places, made["mm_kwargs"][modality], strict=True)),
+            key=lambda entry: entry[0].offset,
+        )  # fmt: skip
+        features = [MultiModalFeatureSpec(item, modality, "", place) for place, item, modality in order]
+        ids, ahead = worker.get_mrope_input_positions(made["prompt_token_ids"], list(reversed(features)))
+
+        # the worker's rows: offsets behind the embeddings, here of random kept tokens
+        rows, anchors, layouts = [], [], []
+        for place, item, modality in order:
+            if modality == "video":
+                rows.append(torch.zeros(place.get_num_embeds(), 3 + worker.digits, dtype=torch.bfloat16))
+                continue
+            plan = ImagePlan.read(item[PLAN].data.tolist())
+            layouts.append(family.layout(of.model.config, plan.size))
+            anchors.append(torch.tensor(sorted(chosen.sample(range(plan.span), plan.rows))))
+            rows.append(worker._with_offsets(torch.zeros(plan.rows, 3, dtype=torch.bfloat16), anchors[-1], layouts[-1]))
+            seen.add(plan.rows < plan.span)
+        config, prompt_ids = of.model.config, torch.tensor(made["prompt_token_ids"])
+        visual = (prompt_ids == config.image_token_id) | (prompt_ids == config.video_token_id)
+        worker.embed_input_ids(prompt_ids, rows, is_multimodal=visual)
+        ids = worker.forward(None, ids.clone())
+
+        whole = of.inputs(request)
+        expected, answer = rope_positions(of, whole)
+        columns = kept_columns(of, whole["input_ids"][0], anchors)
+        assert torch.equal(whole["input_ids"][0, columns], prompt_ids)
+        assert torch.equal(ids, expected[:, columns])
+        assert len(prompt_ids) + ahead == answer
+        seen |= {modality for *_, modality in order}
+    assert seen == {True, False, "image", "video"}

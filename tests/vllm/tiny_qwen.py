@@ -42,8 +42,8 @@ TEMPLATE = (
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
-WORDS = "user assistant system what is the colour of table and first second picture ? < > . seconds one two 7".split()
-WORDS += list("012345689x")
+SENTENCES = "user assistant system what is the colour of table and first second picture ? < > . seconds one two 7"
+WORDS = [*SENTENCES.split(), *"012345689x"]
 SPECIAL = {
     "<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": 4, "<|vision_start|>": START, "<|vision_end|>": END,
     "<|video_pad|>": VIDEO, "<|image_pad|>": IMAGE,

@@ -217,15 +217,17 @@ class QwenVL(ServedFamily):
         return self.in_order(model, units, layouts)
 
     def projector(self, model: Any) -> nn.Module:
-        merger: nn.Module = model.visual.merger
-        return merger
+        # vLLM can call a compiled merger past its hooks; the merger's first step receives the same rows
+        merger = model.visual.merger
+        first: nn.Module = merger.norm if hasattr(merger, "norm") else merger.ln_q
+        return first
 
     def patches(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         units = rows.reshape(-1, self.patches_per_token(model) * rows.shape[-1])
         return self.in_order(model, units, layouts)
 
     def project(self, model: Any, rows: Tensor) -> Tensor:
-        merged: Tensor = self.projector(model)(rows.reshape(len(rows) * self.patches_per_token(model), -1))
+        merged: Tensor = model.visual.merger(rows.reshape(len(rows) * self.patches_per_token(model), -1))
         return merged
 
     def patches_per_token(self, model: Any) -> int:
