@@ -195,7 +195,7 @@ def with_videos(**options: Any) -> list[dict[str, Any]]:
     return [prompt(video, **options), prompt(picture(84, 140, 1), video, picture(60, 230, 4), **options)]
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl"])
+@pytest.mark.parametrize("name", DENSE)
 def test_videos_beside_images_stay_whole(served, name, tmp_path):
     of, spec = served(name), "vtc-cls(keep=7)"
     made = run_engine(tmp_path, str(of.folder), with_videos(), sampling=GREEDY, **engine_options(str(of.folder), spec))
@@ -208,19 +208,6 @@ def test_videos_beside_images_stay_whole(served, name, tmp_path):
         assert length == of.inputs(request)["input_ids"].shape[1] - sum(d.total - d.slots for d in decisions)
 
 
-def test_videos_of_qwen3_answer_as_in_vllm_without_the_plugin(served, tmp_path):
-    """vLLM and transformers differ on these videos before any reduction; the plug-in must not change vLLM's answer."""
-    of = served("qwen3-vl")
-    stock = run_engine(tmp_path, str(of.folder), with_videos(), sampling=GREEDY)["passes"][0]
-    options = engine_options(str(of.folder), "vtc-cls(keep=7)")
-    kept, reduced = run_engine(
-        tmp_path, str(of.folder), with_videos(**{KEEP: 1.0}), with_videos(), sampling=GREEDY, **options
-    )["passes"]
-    assert kept["ids"] == stock["ids"]
-    assert reduced["ids"][0] == stock["ids"][0]
-    assert reduced["ids"][1] != stock["ids"][1]
-
-
 # -- bfloat16 ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +215,7 @@ def test_videos_of_qwen3_answer_as_in_vllm_without_the_plugin(served, tmp_path):
 def test_positions_of_wide_and_tall_images_in_bfloat16(served, name, tmp_path):
     """More than 256 columns, or rows: a bfloat16 holds no odd number beyond 256."""
     of, cell = served(name), 32 if name == "qwen3-vl" else 28
-    shown = [[prompt(picture(cell, 340 * cell, 1))], [prompt(picture(300 * cell, 2 * cell, 2))]]
+    shown = [[prompt(picture(2 * cell, 340 * cell, 1))], [prompt(picture(300 * cell, 2 * cell, 2))]]
     options = engine_options(str(of.folder), "uniform(keep=0.3)")
     made = run_engine(
         tmp_path, str(of.folder), *shown, sampling=GREEDY, positions=True, dtype="bfloat16", max_model_len=1024,

@@ -88,6 +88,8 @@ def save_processor(folder: Path, patch: int, timestamps: bool) -> None:
     )
     pixels = {"shortest_edge": (2 * patch) ** 2, "longest_edge": (2 * patch) ** 2 * 700}
     shape = {"size": pixels, "patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    if timestamps:  # as in Qwen3-VL's checkpoints
+        shape |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     kind = "Qwen3VL" if timestamps else "Qwen2VL"
     images = transformers.Qwen2VLImageProcessor(**shape)
     videos = getattr(transformers, f"{kind}VideoProcessor")(**shape)
