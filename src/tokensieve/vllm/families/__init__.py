@@ -12,7 +12,7 @@ from tokensieve.vllm.families.internvl import InternVL
 from tokensieve.vllm.families.llava import Llava
 from tokensieve.vllm.families.llava_next import LlavaNext, LlavaOnevision
 from tokensieve.vllm.families.pixtral import Mistral3, Pixtral
-from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
 
 __all__ = ["FAMILIES", "REFUSED", "ServedFamily"]
 
@@ -28,6 +28,7 @@ FAMILIES: tuple[ServedFamily, ...] = (
     Qwen2VL(),
     Qwen25VL(),
     Qwen3VL(),
+    Qwen3VLMoe(),
 )
 
 REFUSED: dict[str, str] = {}
