@@ -2,6 +2,7 @@
 
 An image of each request is reduced and prefilled. From then on every second step runs with the model as an object of
 vLLM's own class, which has the same weights, and the others with the plug-in's. Requests and caches are the same.
+With original positions the model must have M-RoPE by itself: vLLM's own class of another takes no such positions.
 
     python benchmarks/vllm_decode_cost.py --batch 1 8 --repeats 200
 """
@@ -44,12 +45,16 @@ def start(llm: Any, folder: str, batch: int, tokens: int) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vllm import LLM
 
+    from tokensieve.errors import Refusal
     from tokensieve.measure import Spread, interleave, paired_ratio
     from tokensieve.vllm import checkpoint, engine_options
+    from tokensieve.vllm.settings import family_of, read_config
 
     folder, warmup = checkpoint(args.model), 5
     tokens = 2 * (args.repeats + warmup) + 8
-    options = engine_options(args.model, args.method)
+    if args.positions == "original" and not family_of(read_config(folder)).mrope:
+        raise Refusal(f"{args.model} has no M-RoPE: vLLM's own class cannot run beside original positions")
+    options = engine_options(args.model, args.method, positions=args.positions)
     llm = LLM(folder, dtype=args.dtype, enforce_eager=True, max_model_len=args.max_model_len, **options)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     model, reduced = runner.model, type(runner.model)
@@ -79,13 +84,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ratio = paired_ratio(times[1], times[0])
         print(f"{batch} running: {without} ms without, {with_plugin} ms with the plug-in, ratio {ratio}", flush=True)
         rows.append({"batch": batch, "without_ms": times[0], "with_ms": times[1]})
-    return {"model": args.model, "method": args.method, "cpu_time": args.cpu_time, "rows": rows}
+    names = ("model", "method", "positions", "cpu_time")
+    return {name: getattr(args, name) for name in names} | {"rows": rows}
 
 
 if __name__ == "__main__":
     parser = parser_of(__doc__, threads=1)
-    parser.add_argument("--model", default="llava-reference", help="folder, hub name or bundled model")
+    parser.add_argument("--model", default="reference", help="folder, hub name or bundled model")
     parser.add_argument("--method", default="vtc-cls(keep=0.25)")
+    parser.add_argument("--positions", choices=["original", "contiguous"], default="contiguous")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="running requests")
     parser.add_argument("--repeats", type=int, default=200, help="timed steps of each")
     parser.add_argument("--max-model-len", type=int, default=1024)
