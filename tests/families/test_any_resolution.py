@@ -116,7 +116,7 @@ def test_an_image_gets_as_many_placeholders_as_its_method_leaves_rows(name):
         layout = family.layout(config, size)
         budget = draw.choice([draw.randint(1, 100), draw.uniform(0.01, 1)])
         (method,) = parse(f"{METHODS[number % len(METHODS)]}(keep={budget})")
-        plan = ImagePlan.of(Choice(0, method), layout, layout.total, size, from_tokens=0)
+        plan = ImagePlan.of(Choice(0, method), family.parts(layout), layout.total, size, from_tokens=0)
         if not plan.reduces:
             assert plan.rows == layout.total
             continue

@@ -30,9 +30,7 @@ class AttachedModel:
         self.size = 16 if size == "auto" else size
         self.runs: dict[str, Attached] = {}
         for run in job.runs():
-            self.runs[run.key] = attaching(
-                self.model, run.stages, self.processor, budget_scope=job.settings.budget_scope
-            )
+            self.runs[run.key] = attaching(self.model, run.stages, self.processor, **job.settings.attach_options())
             self.runs[run.key]([]).detach()  # a method that this model cannot run is refused before the first answer
 
     def answer(self, samples: Sequence[Sample]) -> Iterator[tuple[str, str, Outcome]]:

@@ -110,11 +110,8 @@ class Laws:
         separators: Separators = "kept-lines",
     ) -> None:
         self.model, self.token = model, int(model.config.image_token_id)
-        self.options: dict[str, Any] = {
-            "processor": processor,
-            "budget_scope": budget_scope,
-            "separators": separators,
-        }
+        self.processor = processor
+        self.options: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators}
         self.batch, self.singles = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.unreduced = self.generate(self.batch)
         # kernels of quantised layers round activations to half precision or 8 bits, whatever the dtype around them
@@ -258,7 +255,7 @@ class _Trial:
 
     def _attached(self, stages: Sequence[Method]) -> Sieve:
         laws = self.laws
-        return attach(laws.model, list(stages), **laws.options)
+        return attach(laws.model, list(stages), processor=laws.processor, **laws.options)
 
     def _second_turn(self, first: Generated) -> Generated:
         """Generate again on the cache of the first turn; the next question is the first answer, reversed."""

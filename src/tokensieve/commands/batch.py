@@ -92,6 +92,7 @@ def batch(
 
     if loading.device.startswith("cuda:"):
         raise Refusal(f"Ray gives each worker its GPUs; leave --device {loading.device} out, or use cuda")
+    in_vllm = engine == "vllm" or (engine == "auto" and available())
     job = Job(
         model=model,
         data=data,
@@ -103,12 +104,13 @@ def batch(
             metric=metric,
             seeds=seeds,
             budget_scope=budget_scope,
+            separators="none" if in_vllm else "kept-lines",
             prompt=prompt,
             measure=False,
         ),
         columns=Columns(image_column, question_column, answer_column),
         loading=loading,
-        engine="vllm" if engine == "vllm" or (engine == "auto" and available()) else "transformers",
+        engine="vllm" if in_vllm else "transformers",
         fetch_images=fetch_images,
         rows_per_part=rows_per_part,
     )

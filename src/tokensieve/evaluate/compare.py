@@ -303,8 +303,7 @@ class Comparison:
                 [runners[entry.trained].candidate(entry, sample) for entry in others],
                 models=[runners[entry.trained].answerer.model for entry in others],
                 processor=self.text_processor,
-                budget_scope=self.settings.budget_scope,
-                separators=self.settings.separators,
+                **self.settings.attach_options(),
             )
 
         keys = [entry.runs[0].key for entry in entries]
@@ -332,8 +331,7 @@ class Comparison:
 
     def attached(self, model: Any, run: Run) -> Attached:
         """Attach the methods of a run to one of the models."""
-        options = {name: getattr(self.settings, name) for name in ("budget_scope", "separators")}
-        return attaching(model, run.stages, self.text_processor, **options)
+        return attaching(model, run.stages, self.text_processor, **self.settings.attach_options())
 
     def _journal_setup(self) -> dict[str, Any]:
         """Return all that two calls must have in common to share predictions."""

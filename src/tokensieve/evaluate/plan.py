@@ -71,10 +71,14 @@ class Settings:
         """Return the rows of a comparison under these settings, see :func:`plan`."""
         return plan(methods, keeps, seeds=self.seeds, oracle=oracle, keep_means=self.keep_means)
 
+    def attach_options(self) -> dict[str, Any]:
+        """Return the settings that ``attach`` takes."""
+        return {"budget_scope": self.budget_scope, "separators": self.separators}
+
     def prediction_setup(self) -> dict[str, Any]:
         """Return the settings that change a prediction. Predictions made under other ones are not reused."""
-        names = ("prompt", "max_new_tokens", "processor_for_text", "budget_scope", "separators")
-        return {name: getattr(self, name) for name in names}
+        names = ("prompt", "max_new_tokens", "processor_for_text")
+        return {name: getattr(self, name) for name in names} | self.attach_options()
 
 
 @dataclass(frozen=True)
