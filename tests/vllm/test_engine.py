@@ -335,7 +335,7 @@ def test_wrong_requests_are_refused_and_the_engine_lives_on(loaded):
         ],
         "unknown option": [one | {"mm_processor_kwargs": {"tokensieve_kep": 3}}],
         "position ids": [crowded],
-        "image": [embeddings],
+        "ready image embeddings": [embeddings],
         "no words to go by": [
             {"prompt": "USER: <image>\n ASSISTANT:", "multi_modal_data": one["multi_modal_data"]}
             | {"mm_processor_kwargs": {"tokensieve_method": "trsm"}}
@@ -349,7 +349,10 @@ def test_wrong_requests_are_refused_and_the_engine_lives_on(loaded):
         asked.prompts(tokensieve_keep=0.5, tokensieve_method="trsm"),
         asked.prompts(tokensieve_keep=10**9),  # more than there are: all
     ]
-    engine = options("vtc-cls(keep=36)", allowed=["trsm(keep=36)"]) | {"limit_mm_per_prompt": {"image": 14}}
+    engine = options("vtc-cls(keep=36)", allowed=["trsm(keep=36)"]) | {
+        "limit_mm_per_prompt": {"image": 14},
+        "enable_mm_embeds": True,
+    }
     ran = run_apart(serve, engine, [*refused, *good])["passes"]
     for reason, prompts, one in zip(reasons, refused, ran, strict=False):
         assert reason in one.get("error", "was served"), (prompts[0].get("mm_processor_kwargs"), one)
