@@ -1,6 +1,6 @@
 """The names of vLLM's that the plug-in uses and that vLLM does not promise, each with its use.
 
-A release may rename any of them, and an override that is no longer called fails silently. So no engine is started if a name
+A release may rename any of them, and an override that is no longer called fails silently. So no engine starts if a name
 is missing or has other parameters (:func:`check`), and a test names what changed in a new release.
 """
 
