@@ -73,6 +73,9 @@ def exceptions(family: ServedFamily) -> str:
 def default_config(family: ServedFamily) -> dict[str, Any]:
     """Return the default config of a family's first model type: the sizes of its first published model."""
     config: dict[str, Any] = AutoConfig.for_model(family.model_types[0]).to_dict()
+    if not family.describes(config):  # LLaVA's default tower is CLIP
+        pixtral = {"vision_config": {"model_type": "pixtral"}, "vision_feature_layer": -1}
+        config = AutoConfig.for_model(family.model_types[0], **pixtral).to_dict()
     return config
 
 

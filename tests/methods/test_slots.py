@@ -64,3 +64,12 @@ def test_a_method_without_a_budget_promises_nothing():
     assert parse("setok-cluster")[0].slots(4, (4, 4)) is None
     assert parse("pool(keep=5)")[0].slots(5, (4, 4)) == 4
     assert parse("pool(keep=5)")[0].slots(5, None) is None
+
+
+@pytest.mark.parametrize(
+    "spec", ["hired(keep=4, spatial=3)", "hired(keep=4, official_tiles=True)", "holov(keep=4, overflow='truncate')"]
+)
+def test_parameters_that_let_the_content_decide_promise_nothing(spec):
+    (method,) = parse(spec)
+    assert method.slots(4, (4, 4)) is None
+    assert "decides by the image's content" in unserved(method)

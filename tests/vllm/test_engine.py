@@ -71,8 +71,8 @@ def serve(
     decide, embed = model._decide, model.embed_input_ids
     pieces: list[int] = []
 
-    def recorded(images: Any, embeddings: Any, outputs: Any, words: Any, keys: Any) -> Any:
-        decisions = decide(images, embeddings, outputs, words, keys)
+    def recorded(images: Any, *args: Any, keys: Any) -> Any:
+        decisions = decide(images, *args, keys=keys)
         names = [model.settings.methods[plan.method].info.name for plan in images]
         calls.append(
             [
@@ -307,7 +307,9 @@ def decide_twice() -> str:
         layouts = [layout] * len(images)
         outputs = EncoderOutputs(layouts, {}, [], [], [], 2, (), None)
         plans = [plan] * len(images)
-        return [one.anchors.tolist() for one in Reduced._decide(engine, plans, images, outputs, None, keys)]
+        members = [range(number, number + 1) for number in range(len(images))]
+        decisions = Reduced._decide(engine, plans, layouts, members, images, outputs, None, keys=keys)
+        return [decision.anchors.tolist() for decision in decisions]
 
     noise = 1e-6 * torch.randn(36, 8, generator=torch.Generator().manual_seed(1))
     (first,) = decide(features, keys=["image"])

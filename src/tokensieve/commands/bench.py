@@ -1,21 +1,23 @@
-"""``tokensieve bench``: cost and savings of each method on one prompt or batch."""
+"""``tokensieve bench``: cost and savings of each method on one prompt or batch; under load in ``bench_server.py``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokensieve.commands import bench_server as load
 from tokensieve.commands.arguments import (
     KEEPS,
     METHODS,
     BudgetScope,
     Json,
     Keeps,
-    Methods,
     Model,
+    Separators,
     check_scopes,
     split_budgets,
     split_specs,
@@ -35,21 +37,69 @@ SIZES = ("method", "method ms", "FLOPs", "peak MB", "KV MB", "prompts/s", "token
 
 @with_load_options()
 def bench(
+    context: typer.Context,
     loading: LoadOptions,
     model: Model = "reference",
     image: Annotated[Path | None, typer.Option(help="Image file.", show_default="a synthetic one")] = None,
     question: Annotated[str, typer.Option(help="Question about it.")] = "what is in the image?",
-    methods: Methods = METHODS,
+    methods: Annotated[
+        str,
+        typer.Option("--methods", "--method", help="Method specs with commas between: 'vtc-cls, random(seed=1)'."),
+    ] = METHODS,
     keep: Keeps = KEEPS,
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     batch_size: Annotated[int, typer.Option(min=1, help="Equal prompts per forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; each runs every method once.")] = 10,
     answer_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of an answer after its first, for the cost of 1,000 requests.")
     ] = 64,
+    server: load.Server = None,
+    against: load.Against = None,
+    engine: load.Engine = None,
+    engine_args: load.EngineArgs = "",
+    image_sizes: load.ImageSizes = "336, 672",
+    prompt_words: load.PromptWords = "16",
+    output_tokens: load.OutputTokens = "16, 128",
+    concurrency: load.Concurrency = "1, 8",
+    rates: load.Rates = "",
+    requests: load.Requests = 32,
+    repeat_share: load.RepeatShare = 0.0,
+    timeout: load.Timeout = 300.0,
+    limit_seconds: load.LimitSeconds = None,
+    seed: load.Seed = 0,
+    output: load.Output = Path("runs/bench"),
     json: Json = False,
 ) -> None:
-    """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved."""
+    """Time prefill and decoding, count FLOPs and memory, without and with each method, interleaved.
+
+    With --server or --engine: requests per second and latency under load, of servers, full against reduced.
+    """
+    if load.check_options(context):
+        given = partial(load.if_given, context)
+        test = load.LoadTest(
+            given("model"),
+            given("methods"),
+            given("keep"),
+            server,
+            against,
+            engine,
+            engine_args,
+            image_sizes,
+            prompt_words,
+            output_tokens,
+            concurrency,
+            rates,
+            repeats,
+            requests,
+            repeat_share,
+            timeout,
+            limit_seconds,
+            seed,
+            output,
+        )
+        load.bench_under_load(test, json)
+        return
     from PIL import Image
 
     from tokensieve.evaluate import Sample, open_image
@@ -70,7 +120,9 @@ def bench(
     inputs = inputs_of(vlm, processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
     if image is not None:
         note_foreign_images(model)
-    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope)
+    costs = measure_costs(
+        vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope, separators=separators
+    )
     if json:
         print_json([cost.to_json() | _rates(cost, answer_tokens) for cost in costs])
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from tokensieve.budget import BudgetScope
 from tokensieve.engine.budget_scope import check_scope
@@ -15,6 +15,7 @@ from tokensieve.engine.llm import LlmSieve
 from tokensieve.engine.wrapped import unwrapped
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions, parse
+from tokensieve.models.layout import Separators
 from tokensieve.models.versions import warn_if_untested
 from tokensieve.reduction import Reduction
 
@@ -28,6 +29,7 @@ def attach(
     positions: Positions = "original",
     processor: Any = None,
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     **parameters: Any,
 ) -> Sieve:
     """Make every later call of ``model`` drop visual tokens: ``generate`` and ``forward``, any batch.
@@ -49,6 +51,9 @@ def attach(
             together, shared out by size. "sample-score": the same, shared out by the number of the best tokens that
             each image holds. "tile": each tile of an image that the vision encoder receives in tiles. "frame": each
             frame of a video; the method then receives one frame at a time.
+        separators: tokens of a reduced image that show no patch, such as the newlines of LLaVA-NeXT. "kept-lines" keeps
+            those of lines that keep a token; "none" keeps none, as in vLLM, where the number of tokens must be known
+            before the image is encoded.
         parameters: values for parameters of a spec, e.g. ``keep=64``.
 
     Raises:
@@ -57,6 +62,8 @@ def attach(
     """
     if positions not in ("original", "contiguous"):
         raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
+    if separators not in get_args(Separators):
+        raise Refusal(f"separators must be 'kept-lines' or 'none'; got {separators!r}")
     warn_if_untested()
     model = unwrapped(model)
     methods, replay = _read(method, parameters)
@@ -64,7 +71,7 @@ def attach(
     unreduced = all(stage_method.keeps_everything for stage_method in methods) and replay is None
     if any(stage_method.info.stage == "fusion" for stage_method in methods) or (unreduced and is_fusion(model)):
         return install(model, lambda: FusionSieve(model, methods, positions))
-    return install(model, lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope))
+    return install(model, lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope, separators))
 
 
 def _read(

@@ -21,6 +21,7 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions
 from tokensieve.models import Family, family_of
+from tokensieve.models.layout import Separators
 from tokensieve.models.versions import before_5_23
 
 
@@ -35,6 +36,7 @@ class LlmSieve(Sieve):
         positions: Positions,
         processor: Any,
         scope: BudgetScope,
+        separators: Separators,
     ) -> None:
         super().__init__(model, methods)
         family = family_of(model)
@@ -49,7 +51,9 @@ class LlmSieve(Sieve):
             for stage, method in by_stage.items()
             if method.needs.requests("user_text")
         }
-        self._connector = Connector(family, model, connector, positions, finders.get("connector"), replay, scope)
+        self._connector = Connector(
+            family, model, connector, positions, finders.get("connector"), replay, scope, separators
+        )
         needs = _connector_needs(connector, replay)
         self._encoder = EncoderHooks(family, model, needs, by_stage.get("encoder"), self._flight)
         self._decoder: DecoderHooks | None = None

@@ -41,6 +41,10 @@ class Hired(Method):
     official_tiles: bool = False
     proportions: ClassVar = ("alpha",)
 
+    def slots(self, budget: int, grid: tuple[int, int] | None) -> int | None:
+        exact = not self.official_tiles and not self.spatial
+        return super().slots(budget, grid) if exact else None
+
     def reduce(self, image: ConnectorTokens) -> Reduction:
         scores = image.cls_attention[-2]
         if image.tiles is not None:

@@ -46,6 +46,9 @@ class HoloV(Method):
     overflow: Literal["redistribute", "truncate"] = "redistribute"
     least: ClassVar = {"windows": 1}
 
+    def slots(self, budget: int, grid: tuple[int, int] | None) -> int | None:
+        return None if self.overflow == "truncate" else super().slots(budget, grid)
+
     def reduce(self, image: ConnectorTokens) -> Reduction:
         attention, count = image.cls_attention[-2], min(self.windows, image.total)
         sizes = [image.total // count + (number < image.total % count) for number in range(count)]

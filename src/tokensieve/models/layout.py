@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,14 +14,15 @@ from torch.nn.functional import pad
 from tokensieve.reduction import Mixing, Reduction
 
 Grid = tuple[int, int]
+Separators: TypeAlias = Literal["kept-lines", "none"]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
     """The N visual tokens of one image in prompt order; M of them are patches and the others are separators.
 
-    Methods decide about patches only. A separator (the newline token after a row of a grid) is kept if a patch of its
-    line is kept.
+    Methods decide about patches only. By default, a separator (the newline token after a row of a grid) is kept if a
+    patch of its line is kept.
 
     Attributes:
         total: N, all tokens of the image.
@@ -35,6 +36,8 @@ class TokenLayout:
         tiles: number of tiles besides the base tile.
         mapped: whether each patch is one unit; False if the tokens were resampled from the units.
         video: the views are the frames of a video, all of one size.
+        separators: of an image that loses a patch, "kept-lines" keeps the separators of lines that keep a patch, and
+            "none" drops all, so that the number of kept tokens does not depend on which patches are kept.
     """
 
     total: int
@@ -46,6 +49,7 @@ class TokenLayout:
     tiles: int = 0
     mapped: bool = True
     video: bool = False
+    separators: Separators = "kept-lines"
 
     @classmethod
     def grid_of(cls, height: int, width: int) -> TokenLayout:
@@ -98,10 +102,11 @@ class TokenLayout:
         if self.separator is None or self.line is None:
             return TokenLayout(len(anchors))
         if len(anchors) == self.total:
-            return TokenLayout(self.total, line=self.line, patch_index=self.patch_index)
+            return TokenLayout(self.total, line=self.line, patch_index=self.patch_index, separators=self.separators)
         line = self.line[anchors]  # the kept lines are numbered anew: a line that lost all its tokens has no number
         line = pad((line.diff() != 0).long().cumsum(0), (1, 0))[: len(anchors)]
-        return TokenLayout(len(anchors), line=line, patch_index=(~self.separator[anchors]).nonzero().squeeze(-1))
+        patch_index = (~self.separator[anchors]).nonzero().squeeze(-1)
+        return TokenLayout(len(anchors), line=line, patch_index=patch_index, separators=self.separators)
 
     def insert_separators(self, rows: Tensor) -> Tensor:
         """Insert zero rows at the separators, `[M, C]` rows of the patches to `[N, C]`."""
@@ -137,9 +142,13 @@ class TokenLayout:
         return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected)
 
     def _among_all(self, patch_index: Tensor, anchors: Tensor, mixing: Mixing | None) -> tuple[Tensor, Mixing | None]:
-        """Renumber anchors and entries from M patches to N tokens; add the separators of lines that keep a patch."""
+        """Renumber anchors and entries from M patches to N tokens; add the separators that are kept."""
         assert self.line is not None
         assert self.separator is not None
+        if self.separators == "none":
+            if mixing is not None:
+                mixing = Mixing(mixing.slot, patch_index[mixing.source], mixing.weight)
+            return patch_index[anchors], mixing
         kept = torch.zeros(self.total, dtype=torch.bool, device=anchors.device)
         # [N] bool indexed by line: there are at most as many lines as tokens, so that their number need not be known
         line_kept = torch.zeros_like(kept).index_fill(0, self.line[patch_index[anchors]], True)

@@ -2,10 +2,10 @@
 
 vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``). Nothing changes for a
 model until an engine is started with :func:`engine_options`. An engine's frontend then promises the number of
-placeholders of each image (``processor.py``), and its worker keeps that number of rows (``model.py``). ``families.py``
+placeholders of each image (``processor.py``), and its worker keeps that number of rows (``model.py``). ``families``
 declares the model families, ``settings.py`` the choices, and ``plan.py`` what one half tells the other.
 
-This file and ``families.py`` import neither torch nor vLLM: a frontend without a model loads them, too.
+This file and ``families`` import neither torch nor vLLM: a frontend without a model loads them, too.
 """
 
 from __future__ import annotations

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+from vllm.distributed import tensor_model_parallel_all_gather
 
 from tokensieve.methods import Method, Needs
 from tokensieve.methods.needs import ReadAttention
 from tokensieve.models import TokenLayout
-from tokensieve.ops import pixel_hash
 from tokensieve.vllm.families import ServedFamily
 
 Requests = dict[int, dict[str, ReadAttention]]
@@ -31,9 +30,10 @@ class EncoderReader:
         self.family, self.model = family, model
         vision = {"vision_config": model.config.vision_config.to_dict()}
         self.depth, self.has_cls = family.depth(vision), family.has_cls(model.config)
+        self.heads = vision["vision_config"].get("num_attention_heads") or vision["vision_config"]["num_heads"]
         self.requests: Requests = {}  # of the running call; empty outside of one
         self.readings: dict[str, dict[int, Tensor]] = {}
-        self.projector_input: Tensor | None = None
+        self.projector_inputs: list[Tensor] = []
         self._reads_patches = False
         self._segments: list[int] | None = None
         layers = {layer for method in methods for layer in self._requests_of([method])}
@@ -47,7 +47,7 @@ class EncoderReader:
         """Read what these methods request about images of these layouts, until :meth:`end`."""
         self.requests, self._segments = self._requests_of(methods), self.family.segments(self.model, layouts)
         self._reads_patches = any(_needs(method).patches for method in methods)
-        self.readings, self.projector_input = {}, None
+        self.readings, self.projector_inputs = {}, []
 
     def end(self, layouts: Sequence[TokenLayout]) -> tuple[dict[str, dict[int, list[Tensor]]], list[Tensor]]:
         """Return the readings `[M, ...]` per image by evidence and layer, and the rows that entered the projector."""
@@ -55,9 +55,9 @@ class EncoderReader:
             name: {layer: self.family.units(self.model, rows, layouts) for layer, rows in layers.items()}
             for name, layers in self.readings.items()
         }
-        entered = self.projector_input
-        patches = [] if entered is None else self.family.patches(self.model, entered, layouts)
-        self.requests, self.readings, self.projector_input, self._reads_patches = {}, {}, None, False
+        entered = self.projector_inputs
+        patches = self.family.patches(self.model, torch.cat(entered), layouts) if entered else []
+        self.requests, self.readings, self.projector_inputs, self._reads_patches = {}, {}, [], False
         return by_layer, patches
 
     def replaces_cls(self, methods: Sequence[Method]) -> bool:
@@ -67,10 +67,9 @@ class EncoderReader:
         return requested and not self.has_cls
 
     def pixel_hashes(self, methods: Sequence[Method], kwargs: Any, layouts: Sequence[TokenLayout]) -> list[Tensor]:
-        """Return `[1]` per image, if a method requests it."""
-        if not any(_needs(method).pixel_hash for method in methods):
-            return []
-        return [pixel_hash(pixels)[None] for pixels in self.family.pixels(kwargs, layouts)]
+        """Return the hashes of each image, if a method requests them."""
+        requested = any(_needs(method).pixel_hash for method in methods)
+        return self.family.pixel_hashes(kwargs, layouts) if requested else []
 
     def _requests_of(self, methods: Iterable[Method]) -> Requests:
         requests: Requests = {}
@@ -84,7 +83,7 @@ class EncoderReader:
         if layer not in self.requests:
             return
         arguments = dict(zip(("query", "key"), args, strict=False)) | kwargs
-        query, key = (_by_head(arguments[name], module) for name in ("query", "key"))
+        query, key = (_by_head(arguments[name], module, self.heads) for name in ("query", "key"))
         sizes = self._segments
         for name, read in self.requests[layer].items():
             if sizes is None:
@@ -96,15 +95,15 @@ class EncoderReader:
 
     def _before_projector(self, projector: Any, args: Any) -> None:
         if self._reads_patches:
-            self.projector_input = args[0]
+            self.projector_inputs.append(args[0])  # some models call it image by image
 
 
-def _by_head(rows: Tensor, module: Any) -> Tensor:
+def _by_head(rows: Tensor, module: Any, in_all: int) -> Tensor:
     """Reshape `[B, N, H·d]` or `[B, N, H, d]` to `[B, H, N, d]`, the heads of all ranks."""
     if rows.ndim == 3:
         rows = rows.view(*rows.shape[:2], module.num_heads, -1)
     heads = rows.transpose(1, 2)
-    if get_tensor_model_parallel_world_size() > 1:  # a reader that joins heads needs all of them
+    if heads.shape[1] < in_all:  # other ranks have the others; a reader that joins heads needs all of them
         heads = tensor_model_parallel_all_gather(heads.contiguous(), dim=1)
     return heads
 

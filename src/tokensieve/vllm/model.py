@@ -14,6 +14,7 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -48,8 +49,10 @@ class Reduced:
 
     family: ClassVar[ServedFamily]
     supports_mrope: ClassVar[bool] = True
+    # the frontend normalises pixels: methods tell images apart by the numbers that transformers' processor makes
+    supports_mm_device_do_normalize: ClassVar[bool] = False
     config: Any
-    language_model: Any
+    get_language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
@@ -94,23 +97,29 @@ class Reduced:
             embeddings = super().embed_multimodal(**kwargs)  # type: ignore[misc]
             return None if embeddings is None else [_with_columns(rows, self.digits) for rows in embeddings]
         images = [ImagePlan.read(numbers.tolist()) for numbers in plans]
-        layouts = [self.family.layout(self.config, plan.size) for plan in images]
-        methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if _reduces(plan)]
+        layouts = self.family.layouts(self.config, [plan.size for plan in images], kwargs)
+        methods = [self.settings.methods[plan.method].with_budget(plan.budget) for plan in images if plan.reduces]
         keys = self._keys(kwargs, images, layouts, words)
-        self.reader.begin(methods, layouts)
+        parts = [self.family.parts(layout) for layout in layouts]
+        in_parts = [part for of_image in parts for part in of_image]
+        self.reader.begin(methods, in_parts)
         try:
             embeddings = list(super().embed_multimodal(**kwargs))  # type: ignore[misc]
         finally:
-            by_layer, patches = self.reader.end(layouts)
+            by_layer, patches = self.reader.end(in_parts)
         device = embeddings[0].device
-        layouts = [layout.to(device) for layout in layouts]
+        layouts = [replace(layout.to(device), separators="none") for layout in layouts]
         notes = (RECEIVED_FOR_CLS,) * self.reader.replaces_cls(methods)
-        hashes = self.reader.pixel_hashes(methods, kwargs, layouts)
-        outputs = EncoderOutputs(layouts, by_layer, patches, [], hashes, self.reader.depth, notes, None)
-        decisions = self._decide(images, embeddings, outputs, words, keys)
+        hashes = self.reader.pixel_hashes(methods, kwargs, in_parts)
+        in_parts = [replace(part.to(device), separators="none") for part in in_parts]
+        outputs = EncoderOutputs(in_parts, by_layer, patches, [], hashes, self.reader.depth, notes, None)
+        starts = [0, *accumulate(map(len, parts))]
+        members = [range(start, end) for start, end in pairwise(starts)]  # of each image, the numbers of its parts
+        decisions = self._decide(images, layouts, members, embeddings, outputs, words, keys=keys)
         reduced_rows = []
         for number, (plan, decision) in enumerate(zip(images, decisions, strict=True)):
-            rows = self._rows(decision, embeddings[number], layouts[number], patches and patches[number])
+            entered = torch.cat([patches[part] for part in members[number]]) if patches else None
+            rows = self._rows(decision, embeddings[number], layouts[number], entered)
             anchors = decision.anchors
             if spans is not None:
                 rows, anchors = self._insert_text(rows, anchors, spans[number].to(device))
@@ -130,9 +139,12 @@ class Reduced:
     def _decide(
         self,
         images: Sequence[ImagePlan],
+        layouts: Sequence[TokenLayout],
+        members: Sequence[range],
         embeddings: Sequence[Tensor],
         outputs: EncoderOutputs,
         words: Any,
+        *,
         keys: Sequence[tuple[Any, ...]],
     ) -> list[Reduction]:
         """Return the decision about each image; a remembered one if it was decided about before.
@@ -144,21 +156,26 @@ class Reduced:
         decisions = [self.decisions.get(key) for key in keys]
         waiting: dict[tuple[int, int], list[int]] = {}
         for number, plan in enumerate(images):
-            if not _reduces(plan):
-                decisions[number] = Reduction.identity(outputs.layouts[number].total, device=device)
+            if not plan.reduces:
+                decisions[number] = Reduction.identity(layouts[number].total, device=device)
             elif decisions[number] is None:
                 waiting.setdefault((plan.method, plan.budget), []).append(number)
         width = self.config.get_text_config().hidden_size  # behind it, Qwen3-VL has the planes of deepstack
         for (method, budget), numbers in waiting.items():
-            layouts = [outputs.layouts[number] for number in numbers]
-            features = [_patch_rows(embeddings[number][:, :width], outputs.layouts[number]) for number in numbers]
-            patches = [outputs.patches[number] for number in numbers] if outputs.patches else []
+            parts = [part for number in numbers for part in members[number]]
+            in_parts = [outputs.layouts[part] for part in parts]
+            rows = torch.cat([embeddings[number][:, :width] for number in numbers])
+            split = torch.split(rows, [layout.total for layout in in_parts])
+            features = [_patch_rows(of_part, layout) for of_part, layout in zip(split, in_parts, strict=True)]
+            patches = [outputs.patches[part] for part in parts] if outputs.patches else []
             text = None if words is None else self._user_text([words[number] for number in numbers], device)
-            evidence = ConnectorEvidence(layouts, features, patches, outputs, numbers, text, list(range(len(numbers))))
+            row_of = [row for row, number in enumerate(numbers) for _ in members[number]]
+            evidence = ConnectorEvidence(in_parts, features, patches, outputs, parts, text, row_of)
             chosen = self.settings.methods[method].with_budget(budget)
-            samples = [[layout.patches] for layout in layouts]
-            decided = decide(chosen, "image", evidence, samples)
-            for number, decision in zip(numbers, decided, strict=True):
+            decided = iter(decide(chosen, "image", evidence, [[layout.patches] for layout in in_parts]))
+            for number in numbers:
+                of_parts = [next(decided) for _ in members[number]]
+                decision = of_parts[0] if len(of_parts) == 1 else layouts[number].merge_parts(of_parts)
                 decisions[number] = self.decisions[keys[number]] = decision
         for key in keys:
             if key in self.decisions:
@@ -172,21 +189,28 @@ class Reduced:
         lengths = torch.tensor([len(ids) for ids in words], device=device)
         ids = pad_sequence([ids.to(device) for ids in words], batch_first=True)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        return UserText(self.language_model.embed_input_ids(ids.flatten()).unflatten(0, ids.shape), mask)
+        return UserText(self._embed(ids.flatten()).view(*ids.shape, -1), mask)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Return the LLM's embeddings of text tokens."""
+        embedded: Tensor = self.get_language_model().embed_input_ids(ids)
+        return embedded
 
     def _rows(self, decision: Reduction, embeddings: Tensor, layout: TokenLayout, patches: Any) -> Tensor:
         """Apply a decision to the rows of one image, before or after the projector."""
         if decision.projected:
             return decision.apply(embeddings)
         entered = layout.insert_separators(patches)
-        return self.family.project(self, decision.apply(entered)).to(embeddings.dtype)
+        projected = self.family.project(self, decision.apply(entered)).to(embeddings.dtype)
+        levels = embeddings[:, projected.shape[1] :]  # of deepstack; they come from projectors of their own
+        return torch.cat([projected, decision.apply(levels)], -1) if levels.shape[1] else projected
 
     def _insert_text(self, rows: Tensor, anchors: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
         """Put the text tokens between an image's tokens back among its kept rows; anchors then count in the span."""
         visual = span == self.family.image_token(self.config)
         places = visual.nonzero().squeeze(-1)[anchors]
         text = (~visual).nonzero().squeeze(-1)
-        embedded = self.language_model.embed_input_ids(span[text])
+        embedded = self._embed(span[text])
         if rows.shape[1] > embedded.shape[1]:
             embedded = _with_columns(embedded, rows.shape[1] - embedded.shape[1])
         places, order = torch.cat([places, text]).sort()
@@ -209,7 +233,7 @@ class Reduced:
         their offsets are added when they are prefilled.
         """
         if not self.moves:
-            reduced = any(_reduces(_plan(feature)) for feature in mm_features if feature.modality == "image")
+            reduced = any(_plan(feature).reduces for feature in mm_features if feature.modality == "image")
             if reduced:
                 return torch.arange(len(input_tokens)).expand(3, -1).contiguous(), 0
             ids: tuple[Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)  # type: ignore[misc]
@@ -283,11 +307,14 @@ def check_engine(vllm_config: Any, settings: EngineSettings) -> None:
         raise Refusal("vLLM's own video pruning is on: it and Tokensieve both append columns; use one of them")
     if compilation.cudagraph_mm_encoder:
         raise Refusal("a captured vision encoder runs past the reduction: set cudagraph_mm_encoder=False")
-    reads = any(method.needs.reads_attention for method in settings.methods)
+    reads = any(method.needs.reads_attention or method.needs.requests("patches") for method in settings.methods)
     if reads and compilation.compile_mm_encoder:
-        raise Refusal("attention cannot be read in a compiled vision encoder: set compile_mm_encoder=False")
-    if reads and multimodal.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1:
-        raise Refusal("attention cannot be read where each rank encodes other images: use mm_encoder_tp_mode='weights'")
+        raise Refusal("a method cannot read in a compiled vision encoder: set compile_mm_encoder=False")
+    if reads and multimodal.mm_encoder_tp_mode == "data":
+        raise Refusal(
+            "a method cannot read in a vision encoder that each rank runs for other images: use "
+            "mm_encoder_tp_mode='weights'"
+        )
     if settings.positions != "original":
         return
     if parallel.pipeline_parallel_size > 1:
@@ -299,10 +326,6 @@ def check_engine(vllm_config: Any, settings: EngineSettings) -> None:
 def _plan(feature: Any) -> ImagePlan:
     """Return the plan of one image of a prompt."""
     return ImagePlan.read(feature.data[PLAN].data.tolist())
-
-
-def _reduces(plan: ImagePlan) -> bool:
-    return plan.rows < plan.span
 
 
 def _with_columns(rows: Tensor, columns: int) -> Tensor:

@@ -22,7 +22,7 @@ class ImagePlan:
 
     Attributes:
         method: number of the method among the engine's.
-        budget: patches to keep; all of them: the image stays whole.
+        budget: patches to keep of each part; all of them: the image stays whole.
         rows: rows that the worker returns: kept tokens, and the text tokens between the image's tokens.
         span: tokens from the image's first to its last before the reduction, text tokens between them included.
         size: the numbers that the layout follows from.
@@ -34,13 +34,24 @@ class ImagePlan:
     span: int
     size: tuple[int, ...]
 
+    @property
+    def reduces(self) -> bool:
+        """Whether the image loses tokens."""
+        return self.rows < self.span
+
     @classmethod
-    def of(cls, choice: Choice, layout: TokenLayout, span: int, size: Sequence[int], from_tokens: int) -> ImagePlan:
-        """Return the plan of an image; images of fewer than ``from_tokens`` tokens stay whole."""
-        keep, patches = choice.method.budget, layout.patches
-        budget = patches if keep is None or layout.total < from_tokens else count(keep, patches)
-        kept = layout.total if budget == patches else kept_tokens(choice.method.with_budget(budget), layout)
-        return cls(choice.number, budget, kept + span - layout.total, span, tuple(size))
+    def of(
+        cls, choice: Choice, parts: Sequence[TokenLayout], span: int, size: Sequence[int], from_tokens: int
+    ) -> ImagePlan:
+        """Return the plan of an image; images of fewer than ``from_tokens`` tokens stay whole.
+
+        Args:
+            parts: what is decided about with a budget of its own: the image, or each of its tiles, all of one size.
+        """
+        keep, patches, total = choice.method.budget, parts[0].patches, sum(part.total for part in parts)
+        budget = patches if keep is None or total < from_tokens else count(keep, patches)
+        kept = total if budget == patches else len(parts) * kept_tokens(choice.method.with_budget(budget), parts[0])
+        return cls(choice.number, budget, kept + span - total, span, tuple(size))
 
     @classmethod
     def read(cls, numbers: Sequence[int]) -> ImagePlan:

@@ -1,6 +1,6 @@
-"""The names of vLLM's that the plug-in uses and that vLLM does not promise, each with its use.
+"""List every name of vLLM's that the plug-in uses and that vLLM does not promise, each with its use.
 
-A release may rename any of them, and an override that is no longer called fails silently. So no engine starts if a name
+A release may rename any of them, and an override that is never called fails silently. So no engine is started if a name
 is missing or has other parameters (:func:`check`), and a test names what changed in a new release.
 """
 
@@ -94,6 +94,7 @@ NAMES = (
         "takes the offsets off the embeddings",
         ("input_ids", "multimodal_embeddings", "is_multimodal"),
     ),
+    Name(f"{_MODEL}.get_language_model", "embeds the user's text, and text between an image's tokens", ()),
     Name(
         f"{_MODELS}.interfaces:SupportsMRoPE.get_mrope_input_positions",
         "gives the original positions",
@@ -103,7 +104,6 @@ NAMES = (
     Name(f"{_ATTENTION}.forward_native", "queries and keys are read before it runs", ("query", "key", "value")),
     Name(f"{_ATTENTION}.num_heads", "the heads of this rank"),
     Name(f"{_ATTENTION}.scale", "the scaling of the scores"),
-    Name("vllm.distributed:get_tensor_model_parallel_world_size", "joins the heads of all ranks"),
     Name("vllm.distributed:tensor_model_parallel_all_gather", "joins the heads of all ranks", ("input_", "dim")),
     # the options that an engine is refused for
     Name("vllm.config:ModelConfig.multimodal_config", "refusals"),
@@ -124,6 +124,23 @@ _CLIP = (
     Name(f"{_MODELS}.clip:CLIPAttention.attn", "its attention is read"),
 )
 _SIGLIP = tuple(Name(name.path.replace("clip:CLIP", "siglip:Siglip"), name.use) for name in _CLIP)
+_PIXTRAL = (
+    Name(f"{_MODELS}.pixtral:PixtralHFVisionModel.transformer", "its layers are read"),
+    Name(f"{_MODELS}.pixtral:PixtralHFTransformer.layers", "its layers are read"),
+    Name(f"{_MODELS}.pixtral:PixtralHFTransformerBlock.attention", "its attention is read"),
+    Name(f"{_MODELS}.pixtral:PixtralHFAttention.attn", "its attention is read"),
+)
+_MISTRAL3 = f"{_MODELS}.mistral3:Mistral3"
+_INTERNVL = f"{_MODELS}.interns1_vit:InternS1Vision"
+_IDEFICS3 = (
+    Name(f"{_MODELS}.idefics3:Idefics3ForConditionalGeneration.model", "holds encoder and projector"),
+    Name(f"{_MODELS}.idefics3:Idefics3Model.vision_model", "its layers are read"),
+    Name(f"{_MODELS}.idefics3:Idefics3Model.connector", "merged rows enter it"),
+    Name(f"{_MODELS}.idefics2_vision_model:Idefics2VisionTransformer.encoder", "its layers are read"),
+    Name(f"{_MODELS}.idefics2_vision_model:Idefics2Encoder.layers", "its layers are read"),
+    Name(f"{_MODELS}.idefics2_vision_model:Idefics2EncoderLayer.self_attn", "its attention is read"),
+    Name(f"{_MODELS}.idefics2_vision_model:Idefics2VisionAttention.attn", "its attention is read"),
+)
 
 
 def _qwen(module: str, blocks: str, attention: str) -> tuple[Name, ...]:
@@ -139,8 +156,28 @@ OF_FAMILY: dict[str, tuple[Name, ...]] = {
         *_SIGLIP,
         Name(f"{_MODELS}.llava:LlavaForConditionalGeneration.vision_tower", "its layers are read"),
         Name(f"{_MODELS}.llava:LlavaForConditionalGeneration.multi_modal_projector", "merged rows enter it"),
-        Name(f"{_MODELS}.llava:LlavaForConditionalGeneration.language_model", "embeds the user's text"),
+        *_PIXTRAL,
     ),
+    "Mistral3ForConditionalGeneration": (
+        *_PIXTRAL,
+        Name(f"{_MISTRAL3}ForConditionalGeneration.vision_tower", "its layers are read"),
+        Name(f"{_MISTRAL3}ForConditionalGeneration.multi_modal_projector", "merged rows enter its middle"),
+        Name(f"{_MISTRAL3}MultiModalProjector.patch_merger", "merged rows enter its layer"),
+        Name(f"{_MISTRAL3}PatchMerger.merging_layer", "merged rows enter it"),
+        Name(f"{_MISTRAL3}MultiModalProjector.linear_1", "follows the merging layer"),
+        Name(f"{_MISTRAL3}MultiModalProjector.act", "follows the merging layer"),
+        Name(f"{_MISTRAL3}MultiModalProjector.linear_2", "follows the merging layer"),
+    ),
+    "InternS1ForConditionalGeneration": (
+        Name(f"{_MODELS}.interns1:InternS1ForConditionalGeneration.vision_tower", "its layers are read"),
+        Name(f"{_MODELS}.interns1:InternS1ForConditionalGeneration.multi_modal_projector", "merged rows enter it"),
+        Name(f"{_INTERNVL}Model.encoder", "its layers are read"),
+        Name(f"{_INTERNVL}Encoder.layer", "its layers are read"),
+        Name(f"{_INTERNVL}Layer.attention", "its attention is read"),
+        Name(f"{_MODELS}.interns1_vit:InternSdpaAttention.attn", "its attention is read"),
+    ),
+    "Idefics3ForConditionalGeneration": _IDEFICS3,
+    "SmolVLMForConditionalGeneration": _IDEFICS3,
     "Qwen2VLForConditionalGeneration": _qwen("qwen2_vl", "Qwen2VisionTransformer", "qwen2_vl:Qwen2VisionAttention"),
     "Qwen2_5_VLForConditionalGeneration": (
         *_qwen("qwen2_5_vl", "Qwen2_5_VisionTransformer", "qwen2_5_vl:Qwen2_5_VisionAttention"),

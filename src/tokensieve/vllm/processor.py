@@ -107,9 +107,9 @@ class ReducedProcessor:
         needs, words, profiling = choice.method.needs, None, inputs is self._profiling_inputs
         shows_image = inputs.mm_data_items.get_all_counts().get("image")
         if isinstance(needs, Needs) and needs.user_text and shows_image and not profiling:
-            words = self._words(inputs.prompt)
+            words = self._words(inputs.prompt, inputs.mm_data_items, for_transformers)
         request = Request(choice, words, profiling, tuple(for_transformers))
-        values = {of_inputs.name: getattr(inputs, of_inputs.name) for of_inputs in fields(ProcessorInputs)}
+        values = {field.name: getattr(inputs, field.name) for field in fields(ProcessorInputs)}
         marked = MarkedInputs(**values | {"hf_processor_mm_kwargs": for_transformers}, mark=self._mark(request))
         token = _request.set(request)
         try:
@@ -123,12 +123,16 @@ class ReducedProcessor:
         finally:
             _request.reset(token)
 
-    def _words(self, prompt: Any) -> tuple[int, ...]:
+    def _words(self, prompt: Any, mm_items: Any, hf_processor_mm_kwargs: Any) -> tuple[int, ...]:
         """Return the ids of the user's words, as an attached method finds them."""
         tokenizer = self.info.get_tokenizer()
         ids = list(prompt) if not isinstance(prompt, str) else tokenizer.encode(prompt)
         image, stands_for_image = self.family.image_token(self.config), self.family.prompt_token(self.config, tokenizer)
         ids = [image if token == stands_for_image else token for token in ids]
+        if self.family.writes_text:  # an attached method receives the expanded prompt, and may find words in this text
+            (update,) = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, {})  # type: ignore[misc]
+            images = (_tokens(update, number) for number in range(mm_items.get_all_counts()["image"]))
+            ids = [i for token in ids for i in (next(images, [token]) if token == image else [token])]
         if self._text_finder is None:
             model: Any = SimpleNamespace(config=self.config, generation_config=None)
             self._text_finder = UserTextFinder(model, self.info.get_hf_processor())
@@ -154,16 +158,17 @@ class ReducedProcessor:
         """Wrap the update of the images' placeholders; vLLM asks it for one image at a time."""
 
         def shorter(number: int) -> PromptUpdateDetails:
-            whole = update.content
-            whole = whole(number) if callable(whole) else whole
-            return self._promise(whole, images[number])
+            return self._promise(_tokens(update, number), images[number])
 
         return replace(update, replacement=shorter)
 
-    def _promise(self, whole: Any, item: Any) -> PromptUpdateDetails:
-        """Return the placeholders of one image, and put its plan into its data."""
+    def _promise(self, tokens: list[int], item: Any) -> PromptUpdateDetails:
+        """Return the placeholders of one image, and put its plan into its data.
+
+        Args:
+            tokens: what stands for the whole image in the prompt.
+        """
         request, image = _request.get(), self.family.image_token(self.config)
-        tokens: list[int] = whole.full if isinstance(whole, PromptUpdateDetails) else whole
         fields: Mapping[str, Any] = item.get_data()
         if "image_embeds" in fields:
             raise Refusal("ready image embeddings cannot be reduced: send the image")
@@ -177,7 +182,13 @@ class ReducedProcessor:
                 raise Refusal(f"{differs} with these options of the processor: {', '.join(request.options)}")
             raise RuntimeError(differs)
         from_tokens = layout.total + 1 if request.profiling else self.settings.from_tokens
-        plan = ImagePlan.of(request.choice, layout, len(span), size, from_tokens)
+        plan = ImagePlan.of(request.choice, self.family.parts(layout), len(span), size, from_tokens)
+        needs = request.choice.method.needs
+        if plan.reduces and not layout.mapped and (needs.reads_attention or needs.requests("patches")):
+            raise Refusal(
+                f"{self.family.title} resamples an image of this size after its encoder: rows of the encoder belong to "
+                "none of its visual tokens; use a method that reads nothing in the encoder, or smaller images"
+            )
         item[PLAN] = _field(torch.tensor(plan.numbers()), keep_on_cpu=True)
         if len(span) > layout.total:
             item[SPAN] = _field(torch.tensor(span))
@@ -220,6 +231,13 @@ class ReducedProcessor:
                 f"the prompt drops {dropped} tokens and needs {needed} position ids, and the model has {longest}; "
                 "start the engine with positions='contiguous' or a smaller max_model_len, or send smaller images"
             )
+
+
+def _tokens(update: Any, number: int) -> list[int]:
+    """Return the tokens that vLLM puts into the prompt for one image."""
+    whole = update.content
+    whole = whole(number) if callable(whole) else whole
+    return list(whole.full if isinstance(whole, PromptUpdateDetails) else whole)
 
 
 def can_extend_table(text_config: Any) -> bool:

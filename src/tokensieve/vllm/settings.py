@@ -113,6 +113,8 @@ def unserved(method: Method) -> str | None:
         return "it reduces videos, and the plug-in reduces images"
     if method.budget is None:
         return "the image's content decides how many tokens stay, and vLLM reserves them before it encodes: give keep"
+    if method.slots(1, (1, 1)) is None:
+        return "with these parameters it decides by the image's content how many tokens stay"
     if method.info.name == "mustdrop-keys":
         return "it only ranks tokens for mustdrop-llm, which acts inside the LLM"
     return None

@@ -7,6 +7,7 @@ because every input was shortened by the same columns.
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions
 from tokensieve.models import Family, TokenLayout
 from tokensieve.models.family import PIXELS, Modality
+from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import UserText
 
@@ -53,6 +55,7 @@ class Connector:
         text_finder: finds the user's words, for methods that read them.
         replay: decisions to apply as they are, instead of a method's.
         scope: the scope of the budget.
+        separators: the separators that a reduced image keeps.
     """
 
     def __init__(
@@ -64,10 +67,11 @@ class Connector:
         text_finder: UserTextFinder | None,
         replay: Decisions | None,
         scope: BudgetScope,
+        separators: Separators,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
-        self.replay, self.scope = replay, scope
+        self.replay, self.scope, self.separators = replay, scope, separators
 
     def prefill(self, kwargs: dict[str, Any], earlier_turns: CacheInfo | None = None) -> Prefill:
         """Shorten a prompt with images or videos.
@@ -194,7 +198,10 @@ class Connector:
         """Return the decision about each image of the (possibly expanded) batch."""
         outputs, origins = prompt.outputs, prompt.origins
         sizes = map(len, prompt.features)
-        layouts = [_fitting(outputs.layouts[origin], n) for n, origin in zip(sizes, origins, strict=True)]
+        layouts = [
+            replace(_fitting(outputs.layouts[origin], n), separators=self.separators)
+            for n, origin in zip(sizes, origins, strict=True)
+        ]
         if self.replay is not None:
             placeholders = prompt.placeholders
             replayed = _replayed(self.replay, placeholders.images[:: prompt.copies], placeholders.visual.device)

@@ -1,8 +1,4 @@
-"""The model families that the plug-in serves, as declarations. Each says what vLLM's class of the family does not.
-
-A declaration is read in two places. The frontend asks for the layout of an image's tokens before anything is encoded,
-and the worker maps what it reads in the vision encoder to these tokens.
-"""
+"""The base of the families: what a declaration may say, with the defaults of a plain ViT."""
 
 from __future__ import annotations
 
@@ -24,6 +20,8 @@ class ServedFamily:
         model_types: model types of transformers.
         module, architecture: of vLLM's model class.
         mrope: the model has M-RoPE; a kept token moves by its row and column.
+        writes_text: the processor writes text tokens around or between an image's placeholders.
+        tiles_are_images: an attached method takes each tile as an image, so that each gets the whole budget.
     """
 
     title: ClassVar[str]
@@ -31,6 +29,8 @@ class ServedFamily:
     module: ClassVar[str]
     architecture: ClassVar[str]
     mrope: ClassVar[bool] = False
+    writes_text: ClassVar[bool] = False
+    tiles_are_images: ClassVar[bool] = False
 
     @property
     def reduced_architecture(self) -> str:
@@ -112,7 +112,19 @@ class ServedFamily:
         patch, (height, width) = config.vision_config.patch_size, size
         return TokenLayout.grid_of(height // patch, width // patch)
 
+    def parts(self, layout: TokenLayout) -> list[TokenLayout]:
+        """Return the layouts that a method decides about: the image's, or one per tile."""
+        return [layout.grid_of(*view) for view in layout.views] if self.tiles_are_images else [layout]
+
     # -- in the worker ------------------------------------------------------------------------------------------------
+
+    def layouts(self, config: Any, sizes: Sequence[Sequence[int]], kwargs: Mapping[str, Any]) -> list[TokenLayout]:
+        """Return the layouts of the images of one encode call; units are numbered over the call.
+
+        Args:
+            kwargs: the fields of the images, as the model receives them.
+        """
+        return [self.layout(config, size) for size in sizes]
 
     def has_cls(self, config: Any) -> bool:
         """Return whether row 0 of the encoder is a [CLS] token."""
@@ -155,128 +167,15 @@ class ServedFamily:
         """Return the pixels of each image, for methods that draw at random by them."""
         return list(kwargs["pixel_values"])
 
+    def pixel_hashes(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Return the hashes of each image as an attached method receives them: `[1]`, or one per joined tile."""
+        from tokensieve.ops import pixel_hash
+
+        return [pixel_hash(pixels)[None] for pixels in self.pixels(kwargs, layouts)]
+
     def weights_mapper(self) -> Any | None:
         """Return a mapper of weight names that vLLM's class lacks for checkpoints of newer transformers."""
         return None
-
-
-class Llava(ServedFamily):
-    title = "LLaVA-1.5"
-    model_types = ("llava",)
-    module, architecture = "llava", "LlavaForConditionalGeneration"
-
-    def describes(self, config: Mapping[str, Any]) -> bool:
-        return super().describes(config) and config["vision_config"].get("model_type") in (
-            "clip_vision_model",
-            "siglip_vision_model",
-        )
-
-    def built(self, config: Mapping[str, Any]) -> int:
-        layers, states = config.get("vision_feature_layer", -2), self.depth(config) + 1
-        indices = [layers] if isinstance(layers, int) else layers  # of hidden states: 0 enters the first layer
-        return max(index % states for index in indices)
-
-    def weights_mapper(self) -> Any | None:
-        from vllm.model_executor.models.utils import WeightsMapper
-
-        # transformers 5.2x saves CLIP without "vision_model."
-        parts = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
-        return WeightsMapper(
-            orig_to_new_prefix={
-                f"{prefix}vision_tower.{part}": f"vision_tower.vision_model.{part}"
-                for part in parts
-                for prefix in ("", "model.")
-            }
-        )
-
-
-class QwenVL(ServedFamily):
-    mrope = True
-
-    def unserved(self, config: Mapping[str, Any], method: Method) -> str | None:
-        from tokensieve.methods import Needs
-
-        if isinstance(method.needs, Needs) and method.needs.patches:
-            return "it merges the rows that enter the projector, which is the last step of this vision encoder"
-        return super().unserved(config, method)
-
-    def pooled(self, config: Mapping[str, Any]) -> bool:
-        return False
-
-    def depth(self, config: Mapping[str, Any]) -> int:
-        return int(config["vision_config"]["depth"])
-
-    def size(self, config: Any, item: Mapping[str, Any]) -> tuple[int, ...]:
-        _, height, width = item["image_grid_thw"].tolist()
-        return height, width
-
-    def layout(self, config: Any, size: Sequence[int]) -> TokenLayout:
-        from tokensieve.models import TokenLayout
-
-        side = config.vision_config.spatial_merge_size
-        return TokenLayout.grid_of(size[0] // side, size[1] // side)
-
-    def has_cls(self, config: Any) -> bool:
-        return False
-
-    def attentions(self, model: Any) -> list[nn.Module]:
-        return [block.attn.attn for block in model.visual.blocks]
-
-    def segments(self, model: Any, layouts: Sequence[TokenLayout]) -> list[int]:
-        return [layout.patches * model.config.vision_config.spatial_merge_size**2 for layout in layouts]
-
-    def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
-        # the processor packs the patches of a token next to each other
-        rows, patches = rows.flatten(0, 1), model.config.vision_config.spatial_merge_size**2
-        units = rows.view(-1, patches, *rows.shape[1:]).mean(1)
-        return list(torch_split(units, [layout.patches for layout in layouts]))
-
-    def pixels(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
-        pixels = kwargs["pixel_values"]
-        patches_per_token = len(pixels) // sum(layout.patches for layout in layouts)
-        return list(torch_split(pixels, [patches_per_token * layout.patches for layout in layouts]))
-
-
-class Qwen2VL(QwenVL):
-    title = "Qwen2-VL"
-    model_types = ("qwen2_vl",)
-    module, architecture = "qwen2_vl", "Qwen2VLForConditionalGeneration"
-
-
-class Qwen25VL(QwenVL):
-    title = "Qwen2.5-VL"
-    model_types = ("qwen2_5_vl",)
-    module, architecture = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
-
-    def depth(self, config: Mapping[str, Any]) -> int:
-        return len(config["vision_config"]["fullatt_block_indexes"])  # the other layers attend within windows
-
-    def attentions(self, model: Any) -> list[nn.Module]:
-        blocks = model.visual.blocks
-        return [blocks[layer].attn.attn for layer in model.config.vision_config.fullatt_block_indexes]
-
-    def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
-        side = model.config.vision_config.spatial_merge_size
-        images = super().units(model, rows, layouts)
-        in_order = []
-        for image, layout in zip(images, layouts, strict=True):
-            height, width = layout.views[0]
-            # vLLM permutes the tokens of an image so that each window is contiguous; argsort inverts a permutation
-            window = model.visual.get_window_index_thw(1, height * side, width * side)[0]
-            in_order.append(image[window.argsort().to(image.device)])
-        return in_order
-
-
-class Qwen3VL(QwenVL):
-    title = "Qwen3-VL"
-    model_types = ("qwen3_vl",)
-    module, architecture = "qwen3_vl", "Qwen3VLForConditionalGeneration"
-
-
-FAMILIES: tuple[ServedFamily, ...] = (Llava(), Qwen2VL(), Qwen25VL(), Qwen3VL())
-
-REFUSED: dict[str, str] = {}
-"""Model types that cannot be served, and why."""
 
 
 def torch_split(rows: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
