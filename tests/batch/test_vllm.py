@@ -12,8 +12,11 @@ import pytest
 from tests.batch.conftest import job, write_rows
 from tokensieve.batch import vllm
 from tokensieve.batch.worker import Worker
+from tokensieve.budget import count
 from tokensieve.errors import MissingExtra, Refusal
 from tokensieve.loading import LoadOptions
+from tokensieve.methods import parse
+from tokensieve.reference import path
 
 PLACEHOLDER = 7
 FULL = 576
@@ -27,12 +30,13 @@ class Engine:
         config = SimpleNamespace(image_token_id=PLACEHOLDER)
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(hf_config=config))
 
-    def chat(self, messages, sampling, *, use_tqdm, mm_processor_kwargs):
-        self.requests.append((mm_processor_kwargs, len(messages)))
+    def chat(self, messages, sampling, *, use_tqdm, tokenization_kwargs, mm_processor_kwargs):
+        self.requests.append((mm_processor_kwargs["tokensieve_method"], len(messages)))
+        assert tokenization_kwargs == {"add_special_tokens": True}, "the bundled template writes no begin of text"
         if any("long" in turns[0]["content"][-1]["text"] for turns in messages):
             raise ValueError("the prompt is too long")
-        keep = mm_processor_kwargs["tokensieve_keep"]
-        tokens = keep if isinstance(keep, int) else round(keep * FULL)
+        (method,) = parse(mm_processor_kwargs["tokensieve_method"])
+        tokens = FULL if method.budget is None else count(method.budget, FULL)
         outputs = []
         for (turn,) in messages:
             *images, text = turn["content"]
@@ -44,18 +48,10 @@ class Engine:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Return a function that makes a worker's model of a job, and the calls of ``engine_options``."""
-    calls = []
-
-    def engine_options(model, method, *, allowed=(), **parameters):
-        calls.append((model, method, allowed, parameters))
-        return {"hf_overrides": {"tokensieve": method}}
-
+    """Put the stand-in in the place of vLLM."""
     library = SimpleNamespace(LLM=Engine, SamplingParams=lambda **values: values, __version__="0")
     monkeypatch.setitem(sys.modules, "vllm", library)
-    monkeypatch.setitem(sys.modules, "tokensieve.vllm", SimpleNamespace(engine_options=engine_options))
     monkeypatch.setattr(vllm, "available", lambda: True)
-    return calls
 
 
 def answers(worker, data):
@@ -66,17 +62,12 @@ def answers(worker, data):
 def test_each_run_is_a_request_with_its_method_and_budget(stand_in, questions):
     three = job(questions, "vtc-cls(keep=64)", "full", "divprune(keep=0.25)", engine="vllm")
     worker = Worker(three, 1)
-    allowed = ("full", "vtc-cls", "divprune")
-    assert stand_in[-1] == ("reference", "vtc-cls", allowed, {})
     engine = worker.model.engine
-    assert engine.arguments == {"model": "reference", "hf_overrides": {"tokensieve": "vtc-cls"}}
+    assert engine.arguments["model"] == str(path("reference"))
+    settings = engine.arguments["hf_overrides"]["tokensieve"]
+    assert (settings["method"], settings["allowed"]) == ("full", ("vtc-cls(keep=64)", "divprune(keep=0.25)"))
     rows = answers(worker, three.parts()[:1])
-    sent = [
-        {"tokensieve_keep": 1.0, "tokensieve_method": "full"},
-        {"tokensieve_keep": 64, "tokensieve_method": "vtc-cls"},
-        {"tokensieve_keep": 0.25, "tokensieve_method": "divprune"},
-    ]
-    assert [request for request, _ in engine.requests] == sent
+    assert [method for method, _ in engine.requests] == ["full", "vtc-cls(keep=64)", "divprune(keep=0.25)"]
     assert [(r["method"], r["tokens_before"], r["tokens_after"]) for r in rows[:3]] == [
         ("full", FULL, FULL),
         ("vtc-cls(keep=64)", FULL, 64),
@@ -105,18 +96,13 @@ def test_errors_stay_with_their_rows(stand_in, questions, tmp_path):
 @pytest.mark.parametrize(
     ("methods", "options", "reason"),
     [
-        (("vtc-cls(first_layer=-2)", "divprune"), {}, "one set of parameters"),
+        (("fastv", "full"), {}, "fastv cannot run in vLLM: it drops tokens inside the LLM"),
         (("vtc-cls", "full"), {"loading": LoadOptions(system="be brief")}, "got system"),
     ],
 )
 def test_a_job_that_it_cannot_serve_is_refused(stand_in, questions, methods, options, reason):
     with pytest.raises(Refusal, match=reason):
         vllm.check(job(questions, *methods, engine="vllm", **options))
-
-
-def test_parameters_of_one_method_go_to_the_engine(stand_in, questions):
-    vllm.check(job(questions, "vtc-cls(first_layer=-2, keep=64)", "full", engine="vllm"))
-    assert stand_in[-1][3] == {"first_layer": -2}
 
 
 def test_without_vllm_the_extra_is_named(questions, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -15,13 +14,14 @@ from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Run
 from tokensieve.evaluate.rows import FULL
+from tokensieve.vllm import checkpoint, engine_options, renders_begin_of_text
 
 UNKNOWN = -1  # visual tokens before the method, where no run keeps all of them
 
 
 def available() -> bool:
-    """Return whether vLLM and the plug-in are installed here."""
-    return find_spec("vllm") is not None and find_spec("tokensieve.vllm") is not None
+    """Return whether vLLM is installed here."""
+    return find_spec("vllm") is not None
 
 
 def check(job: Job) -> None:
@@ -48,16 +48,9 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     Raises:
         Refusal: the family, a method or a budget cannot be served.
     """
-    plugin = import_module("tokensieve.vllm")
-    chosen = [_request(run) for run in job.runs()]
-    names = list(dict.fromkeys(request["tokensieve_method"] for request in chosen))
-    parameters = [_parameters(run) for run in job.runs() if run.key != FULL]
-    if any(other != parameters[0] for other in parameters[1:]):
-        raise Refusal("vLLM has one set of parameters for all methods, beside keep; --engine transformers has one each")
-    first = next((name for name in names if name != FULL), FULL)
-    extra = parameters[0] if parameters else {}
-    options = job.loading.to_json()
-    return {**plugin.engine_options(job.model, first, allowed=tuple(names), **extra), **options}
+    specs = [_spec(run) for run in job.runs()]
+    folder = checkpoint(job.model)
+    return {"model": folder, **engine_options(folder, specs[0], allowed=specs[1:]), **job.loading.to_json()}
 
 
 class VllmModel:
@@ -72,8 +65,9 @@ class VllmModel:
 
         check(job)
         self.settings, self.runs = job.settings, job.runs()
-        arguments = {"model": job.model, **engine_arguments(job)}
+        arguments = engine_arguments(job)
         self.engine = LLM(**arguments)
+        self.begin_of_text = not renders_begin_of_text(arguments["model"])
         self.sampling = SamplingParams(temperature=0.0, max_tokens=job.settings.max_new_tokens)
         config = self.engine.llm_engine.model_config.hf_config
         self.placeholder = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
@@ -111,7 +105,11 @@ class VllmModel:
         messages = [self._messages(sample, images[sample.id]) for sample in samples]
         try:
             outputs = self.engine.chat(
-                messages, self.sampling, use_tqdm=False, mm_processor_kwargs=_request(run) or None
+                messages,
+                self.sampling,
+                use_tqdm=False,
+                tokenization_kwargs={"add_special_tokens": self.begin_of_text},
+                mm_processor_kwargs={"tokensieve_method": _spec(run)},
             )
         except ValueError as error:  # a prompt that is too long, an image that the processor refuses
             if is_out_of_memory(error):
@@ -127,20 +125,10 @@ class VllmModel:
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
 
-def _request(run: Run) -> dict[str, Any]:
-    """Return the arguments of one request for a run."""
+def _spec(run: Run) -> str:
+    """Return the spec of a run's method, with its budget."""
     if run.key == FULL:
-        return {"tokensieve_keep": 1.0, "tokensieve_method": FULL}
+        return FULL
     if len(run.stages) > 1:
         raise Refusal(f"vLLM runs one method at a time; got {run.key}: --engine transformers")
-    (stage,) = run.stages
-    keep = getattr(stage, "keep", None)
-    return {"tokensieve_method": stage.info.name} | ({} if keep is None else {"tokensieve_keep": keep})
-
-
-def _parameters(run: Run) -> dict[str, Any]:
-    """Return the parameters of a run's method that differ from its defaults, apart from the budget."""
-    (stage,) = run.stages
-    values = {f.name: getattr(stage, f.name) for f in fields(stage) if f.name != "keep"}
-    defaults = {f.name: f.default for f in fields(stage)}
-    return {name: value for name, value in values.items() if value != defaults[name]}
+    return str(run.stages[0])

@@ -103,10 +103,10 @@ def serve(
     if engine == "vllm" or (engine == "auto" and vllm):
         if budget_scope != "image":
             raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {budget_scope}")
-        from tokensieve.serve.vllm_command import command, renders_begin_of_text, run
+        from tokensieve.serve.vllm_command import command, run
 
         try:
-            from tokensieve.vllm import checkpoint, engine_options
+            from tokensieve.vllm import checkpoint, engine_options, renders_begin_of_text
 
             options = engine_options(
                 model, method, allowed=settings.methods, positions=positions, from_tokens=from_tokens, **budget

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["checkpoint", "engine_options", "register"]
+__all__ = ["checkpoint", "engine_options", "register", "renders_begin_of_text"]
 
 
 def register() -> None:
@@ -30,7 +30,11 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("checkpoint", "engine_options"):  # they import transformers, which register() does without
+    if name in (
+        "checkpoint",
+        "engine_options",
+        "renders_begin_of_text",
+    ):  # they import transformers, which register() does without
         from tokensieve.vllm import settings
 
         return getattr(settings, name)

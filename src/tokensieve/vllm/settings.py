@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from tokensieve.budget import check_budget
-from tokensieve.errors import Refusal, nearest
+from tokensieve.errors import Refusal, first_line, nearest
 from tokensieve.methods import Method, Positions, parse
 from tokensieve.vllm.families import FAMILIES, REFUSED, ServedFamily
 
@@ -210,3 +210,22 @@ def checkpoint(model: str) -> str:
     from tokensieve.reference import NAMES, path
 
     return str(path(model)) if model in NAMES and not Path(model).exists() else model
+
+
+def renders_begin_of_text(folder: str) -> bool:
+    """Return whether the chat template writes the token that begins a text.
+
+    transformers adds this token where the template does not, and vLLM does not add it: the same question would be
+    another prompt.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    begin = tokenizer.bos_token
+    if begin is None or not tokenizer.chat_template:
+        return True
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except Exception as error:  # templates refuse in any type
+        raise Refusal(f"the chat template of {folder} renders no plain question: {first_line(error)}") from error
+    return str(rendered).startswith(begin)
