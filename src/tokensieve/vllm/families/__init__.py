@@ -30,5 +30,10 @@ FAMILIES: tuple[ServedFamily, ...] = (
     Qwen3VL(),
 )
 
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "gemma3": (
+        "the tokens of an image attend to each other in both directions, but vLLM's attention on a CPU is causal, so "
+        "its answers differ from the model's even with all tokens; on other devices nothing is checked"
+    ),
+}
 """Model types that cannot be served, and why."""
