@@ -14,12 +14,24 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from tokensieve.commands import ask, bench, calibrate, catalogue, check, compare, convert, new_method, serve, train
+from tokensieve.commands import (
+    ask,
+    batch,
+    bench,
+    calibrate,
+    catalogue,
+    check,
+    compare,
+    convert,
+    new_method,
+    serve,
+    train,
+)
 from tokensieve.errors import Refusal
 from tokensieve.version import TESTED, __version__, tested_range
 
 QUIET = ("accelerate", "bitsandbytes", "peft")  # libraries that log warnings in every call
-RESUMABLE = ("compare", "train")
+RESUMABLE = ("batch", "compare", "train")
 
 
 class Cli(TyperGroup):
@@ -94,6 +106,7 @@ app.command("methods")(catalogue.methods)
 app.command("models")(catalogue.models)
 app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
+app.command("batch")(batch.batch)
 app.command("bench")(bench.bench)
 app.command("check")(check.check)
 app.command("serve")(serve.serve)

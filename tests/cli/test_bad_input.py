@@ -82,6 +82,10 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
         lambda f, m: ["check", m, "--method", "fastv(layer='x')"],
         ["layer must be a number; got 'x'"],
     ),
+    "unknown rule for separators": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--separators", "some"],
+        ["some", "kept-lines", "none"],
+    ),
     "unknown scope": (lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--budget-scope", "photo"], ["photo", "sample"]),
     "scope of an encoder method": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--method", "downsample", "--budget-scope", "sample"],

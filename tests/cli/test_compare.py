@@ -142,7 +142,8 @@ def test_a_finished_comparison_is_printed_without_new_answers(model: str, finish
         "other settings": [*arguments(model, output), "--prompt", "{question} now"],
         "other scope": [*arguments(model, output), "--budget-scope", "sample"],
         "a scope": ["compare", "--model", model, "--methods", "trsm", "--keep", "9", "--limit", "2",
-                    "--budget-scope", "sample-score", "--no-measure", "--output", output / "scope"],
+                    "--budget-scope", "sample-score", "--separators", "none", "--no-measure",
+                    "--output", output / "scope"],
     })  # fmt: skip
     full_disk = outcomes["full disk"]
     assert full_disk.code == 2
@@ -157,8 +158,9 @@ def test_a_finished_comparison_is_printed_without_new_answers(model: str, finish
     assert str(output) in outcomes["other settings"].refused()
     assert "(budget_scope differ)" in outcomes["other scope"].refused()
     assert outcomes["a scope"].code == 0, outcomes["a scope"].err
-    for folder, scope in ((output, "image"), (output / "scope", "sample-score")):
-        assert json.loads((folder / "results.json").read_text("utf-8"))["settings"]["budget_scope"] == scope
+    for folder, scope, separators in ((output, "image", "kept-lines"), (output / "scope", "sample-score", "none")):
+        settings = json.loads((folder / "results.json").read_text("utf-8"))["settings"]
+        assert (settings["budget_scope"], settings["separators"]) == (scope, separators)
     assert "sample-score" in (output / "scope" / "report.html").read_text("utf-8")
     assert (output / "predictions.jsonl").read_bytes() == before
 

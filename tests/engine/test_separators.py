@@ -7,6 +7,9 @@ import tokensieve
 from tests.support import models, prompts
 from tests.support.families import CORE
 from tokensieve import Reduction
+from tokensieve.check import Laws
+from tokensieve.measure import measure_costs
+from tokensieve.methods import parse
 from tokensieve.models import TokenLayout
 
 SPECS = [
@@ -108,3 +111,23 @@ def test_merged_parts_without_separators():
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="separators must be 'kept-lines' or 'none'; got 'some'"):
         tokensieve.attach(models.tiny_model("llava-next"), "uniform", separators="some")
+
+
+def test_the_laws_hold_without_separators():
+    name = "llava-next"
+    samples = prompts.batch(name, "one-and-two")
+    laws = Laws(
+        models.tiny_model(name),
+        lambda numbers: prompts.collate(name, [samples[i] for i in numbers]),
+        separators="none",
+    )
+    for spec in ("uniform(keep=9)", "pool(keep=14)", "fastv(layer=1, keep=4)"):
+        assert {verdict.status for verdict in laws.check(parse(spec))} == {"pass"}, spec
+
+
+@pytest.mark.parametrize(("separators", "tokens"), [("kept-lines", 13), ("none", 9)])
+def test_costs_are_those_of_the_rule(separators, tokens):
+    inputs = prompts.collate("llava-next", prompts.batch("llava-next", "single"))
+    options = {"repeats": 1, "warmup": 0, "decode_tokens": 1, "separators": separators}
+    _, cost = measure_costs(models.tiny_model("llava-next"), inputs, ["uniform(keep=9)"], **options)
+    assert cost.tokens_after == tokens

@@ -134,6 +134,19 @@ WRONG: dict[str, tuple[Any, int, str, list[str]]] = {
     "stream": (chat(stream="yes"), 400, "wrong_type", ["stream", "yes"]),
     "stop": (chat(stop=[""]), 400, "wrong_type", ["stop"]),
     "tools": (chat(tools=["x"]), 400, "wrong_type", ["tools"]),
+    "tool calls": (
+        chat(messages=[{"role": "assistant", "tool_calls": "x"}]),
+        400,
+        "wrong_type",
+        ["messages[0].tool_calls", "x"],
+    ),
+    "arguments of a call": (
+        chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]),
+        400,
+        "wrong_type",
+        ["messages[0].tool_calls", "JSON of an object"],
+    ),
+    "long tools": (chat(tools=[{"description": "x" * 101}]), 400, "prompt_too_long", ["100"]),
     "keep": (chat(mm_processor_kwargs={"tokensieve_keep": 3}), 400, "wrong_option", ["tokensieve_keep", "no choice"]),
     "method": (chat(mm_processor_kwargs={"tokensieve_method": "trsm"}), 400, "wrong_option", ["trsm", "no choice"]),
     "pixels by request": (chat(mm_processor_kwargs={"max_pixels": 9}), 400, "wrong_type", ["max_pixels"]),
@@ -141,7 +154,7 @@ WRONG: dict[str, tuple[Any, int, str, list[str]]] = {
     "three images": (chat(*[GOOD] * 3), 400, "too_many_images", ["3", "2"]),
     "a thousand images": (chat(*["data:,"] * 1000), 400, "too_many_images", ["1,000", "2"]),
     "a large image": (TOO_BIG, 400, "image_too_large", ["101 x 100", "10,000"]),
-    "a bomb": (chat(data_url(bomb())), 400, "image_too_large", ["pixels", "limit"]),
+    "a bomb": (chat(data_url(bomb())), 400, "image_too_large", ["2,500,000,000 pixels", "limit is 10,000 pixels"]),
     "a second bomb": (
         chat(GOOD, data_url(bomb(9_000, 9_000))),
         400,
@@ -327,6 +340,13 @@ def test_a_request_chooses_among_what_is_allowed() -> None:
         answer = asyncio.run(house.post(chat(mm_processor_kwargs=choice)))
         assert answer.error["code"] == "wrong_option"
         assert all(word in answer.error["message"] for word in words)
+
+
+def test_an_answer_with_tool_calls_may_stand_in_the_messages() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    house = House(limits=Limits())
+    assert asyncio.run(house.post(chat(messages=messages))).status == 200
 
 
 def test_web_sockets_are_closed() -> None:

@@ -127,6 +127,15 @@ def test_two_images(server: Server) -> None:
     assert grown['tokensieve_visual_tokens_after_total{method="vtc-cls"}'] == 72
 
 
+def test_a_request_without_images_is_answered(server: Server) -> None:
+    before = server.metrics()
+    status, content = server.post(chat(text="what colour is the 1?", max_tokens=3))
+    assert status == 200, content
+    after = server.metrics()
+    name = 'tokensieve_images_total{method="vtc-cls"}'
+    assert after.get(name) == before.get(name)
+
+
 def test_a_stop_string_ends_the_answer(server: Server) -> None:
     row = next(row for row in ROWS if row.type == "colour")
     colour = server.answer(question(row))

@@ -20,7 +20,7 @@ def main() -> None:
     defaults = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "seed": 0}
     llm = LLM(job["model"], **defaults | job["engine"])
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
-    encoded, decided, of_pass = [], {}, {}
+    encoded, decided, of_pass, positions = [], {}, {}, []
     if hasattr(model, "_decide"):
         decide = model._decide
 
@@ -33,10 +33,18 @@ def main() -> None:
             return decisions
 
         model._decide = recorded
+    if job["positions"]:
+        forward = model.forward
+
+        def noted(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            positions.append(kwargs["positions"].tolist())
+            return output
+
+        model.forward = noted
     passes = []
     for prompts, sampling, adapter in job["passes"]:
-        encoded.clear()
-        of_pass.clear()
+        encoded.clear(), of_pass.clear(), positions.clear()
         lora = LoRARequest("adapter", 1, adapter) if adapter else None
         try:
             outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=False, lora_request=lora)
@@ -51,6 +59,7 @@ def main() -> None:
                 "cached_tokens": [output.num_cached_tokens for output in outputs],
                 "encoded": list(encoded),  # images per encode call
                 "kept": {(pixels, text): anchors for (pixels, _, text), anchors in of_pass.items()},
+                "positions": list(positions),  # per step of the engine
             }
         )
     from tokensieve import tally

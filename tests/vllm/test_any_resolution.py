@@ -5,6 +5,7 @@ Engines never keep a newline of a reduced image, which is ``attach(separators="n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,9 @@ from PIL import Image
 
 import tokensieve
 from tests.support import models, processors
-from tests.support.families import FAMILIES, VARIANTS, like
+from tests.support.families import FAMILIES, VARIANTS, VIDEO, like
 from tests.vllm.engines import run_engine
+from tokensieve import Reduction, Refusal
 from tokensieve.ops import pixel_hash
 from tokensieve.vllm import engine_options
 
@@ -96,12 +98,14 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def expected(folder: Path, method: str, **attach: Any) -> tuple[list[list[int]], dict[int, list[int]]]:
+def expected(
+    folder: Path, method: str, prompts: Sequence[tuple[str, list[Image.Image]]] = (), **attach: Any
+) -> tuple[list[list[int]], dict[int, list[int]]]:
     """Return transformers' answers, and {pixel hash: kept tokens} of the images that lost some."""
     model, processor = loaded(folder)
     answers, kept = [], {}
     with tokensieve.attach(model, method, processor=processor, separators="none", **attach) as sieve:
-        for text, images in PROMPTS:
+        for text, images in prompts or PROMPTS:
             inputs = processor(text=text, images=images, return_tensors="pt")
             out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
             answers.append(out[0, inputs["input_ids"].shape[1] :].tolist())
@@ -145,3 +149,52 @@ def test_answers_and_kept_tokens_are_those_of_the_attached_method(tmp_path, fold
         assert again["ids"] == first["ids"]
         assert sum(again["cached_tokens"]) > sum(first["cached_tokens"]) == 0
     assert len({tuple(answer) for answer in answered}) > len(answered) // 2, "the answers hardly depend on the images"
+
+
+RESAMPLED = picture(7, 300, 300)  # 16 tiles
+
+
+def test_a_resampled_image_is_refused_where_a_method_reads_the_encoder_and_the_engine_goes_on(tmp_path, folders):
+    name, folder = "llava-onevision", str(folders["llava-onevision"])
+    large = [("<image> what is this ?", [RESAMPLED])]
+    mixed = [*requests("divprune(keep=8)", large), *requests("vtc-cls(keep=6)")]  # one batch, in which one is resampled
+    passes = [requests("vtc-cls(keep=6)", large), mixed, requests("visionzip(keep=5)", large), requests("full", large)]
+    options = engine_options(folder, "vtc-cls(keep=6)", allowed=["divprune(keep=8)", "visionzip(keep=5)", "full"])
+    read, both, merged, full = run_engine(tmp_path, folder, *passes, sampling=SAMPLING, **options)["passes"]
+    for refused in (read, merged):
+        assert "LLaVA-OneVision resamples an image of this size after its encoder" in refused["refused"]
+    assert both["ids"][:1] == expected(folders[name], "divprune(keep=8)", large)[0]
+    assert both["ids"][1:] == expected(folders[name], "vtc-cls(keep=6)")[0]
+    assert max(both["encoded"]) > 1, "the images were not encoded together"
+    assert full["ids"] == expected(folders[name], "full", large)[0]
+
+
+def test_videos_stay_whole_beside_reduced_images(tmp_path, folders):
+    folder = str(folders["llava-onevision"])
+    model, processor = loaded(folders["llava-onevision"])
+    frames = np.random.default_rng(8).integers(0, 256, (4, 60, 80, 3), dtype=np.uint8)
+    image, text = picture(9, 60, 100), "what <image> is the <video> red ?"
+    alone = processor(text="<image>", images=[image], return_tensors="pt")
+    both = processor(text=text, images=[image], videos=[frames], return_tensors="pt", do_sample_frames=False)
+    with torch.no_grad(), tokensieve.attach(model, "divprune(keep=8)", separators="none") as sieve:
+        model.generate(**alone, max_new_tokens=1, do_sample=False)
+        (decision,) = sieve.last[0]
+    video = Reduction.identity(int((both["input_ids"] == VIDEO).sum()), device=decision.anchors.device)
+    with torch.no_grad(), tokensieve.attach(model, [[decision, video]]):
+        answer = model.generate(**both, max_new_tokens=8, do_sample=False)[0, both["input_ids"].shape[1] :]
+    prompt = {
+        "prompt": text,
+        "multi_modal_data": {"image": [image], "video": [frames]},
+        "mm_processor_kwargs": {"do_sample_frames": False},
+    }
+    options = engine_options(folder, "divprune(keep=8)")
+    (result,) = run_engine(tmp_path, folder, [prompt], sampling=SAMPLING, **options)["passes"]
+    assert result["ids"] == [answer.tolist()]
+    assert result["prompt_tokens"] == [both["input_ids"].shape[1] - decision.total + 8]
+
+
+def test_a_checkpoint_that_vllm_packs_otherwise_is_refused(tmp_path, folders):
+    config = json.loads((folders["llava-onevision"] / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_aspect_ratio": "anyres_max_4"}))
+    with pytest.raises(Refusal, match="vision_aspect_ratio='anyres_max_4', and vLLM packs images as with"):
+        engine_options(str(tmp_path), "uniform")

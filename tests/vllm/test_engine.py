@@ -82,9 +82,9 @@ def serve(
         )
         return decisions
 
-    def embedded(input_ids: Any, rows: Any = None, **kwargs: Any) -> Any:
-        pieces.extend(len(piece) for piece in rows or ())
-        return embed(input_ids, rows, **kwargs)
+    def embedded(input_ids: Any, multimodal_embeddings: Any = None, **kwargs: Any) -> Any:
+        pieces.extend(len(piece) for piece in multimodal_embeddings or ())
+        return embed(input_ids, multimodal_embeddings, **kwargs)
 
     model._decide, model.embed_input_ids = recorded, embedded
     out = []
@@ -229,7 +229,7 @@ def test_560_answers_of_each_method_equal_those_of_transformers(loaded):
     ]
     first, *others = (*METHODS, *FURTHER)
     for caching in (True, False):
-        engine = options(first, allowed=others) | {"enable_prefix_caching": caching, "block_size": 16}
+        engine = options(first, allowed=others) | {"enable_prefix_caching": caching, "block_size": 32}
         ran = run_apart(serve, engine, [*prompts, prompts[1]])["passes"]
         kept = kept_by(ran)
         for spec, one in zip((*asked, METHODS[0]), ran, strict=True):
@@ -251,15 +251,10 @@ def test_a_prompt_may_be_cut_preempted_and_encoded_again(loaded):
     mixed = [(rows[7 * n + 1].question, images[n : n + 1 + n % 3]) for n in range(9)]
     asked = Asked(processor, mixed)
     again = Asked(processor, [(rows[7 * n + 3].question, shown) for n, (_, shown) in enumerate(mixed)])
-    for spec in ("vtc-cls(keep=36)", "trsm(keep=36)"):
-        engine = options(spec) | {
-            "max_num_batched_tokens": 32,
-            "max_model_len": 224,
-            "num_gpu_blocks_override": 16,
-            "block_size": 16,
-            "max_num_seqs": 4,
-        }
-        alone = [again.prompts()[n : n + 1] for n in range(9)]  # another batch shape each
+    alone = [again.prompts()[n : n + 1] for n in range(9)]  # another batch shape each
+    for spec, blocks in (("trsm(keep=36)", 9), ("vtc-cls(keep=36)", 200)):
+        engine = options(spec) | {"max_num_batched_tokens": 32, "max_model_len": 224, "max_num_seqs": 4}
+        engine |= {"num_gpu_blocks_override": blocks, "block_size": 32}
         ran = run_apart(serve, engine, [asked.prompts(), *alone, again.prompts()], 24, (), True)
         ids, kept = asked.answers(model, spec, 24, all_tokens=True)
         ids_again, kept_again = again.answers(model, spec, 24, all_tokens=True)
@@ -270,17 +265,17 @@ def test_a_prompt_may_be_cut_preempted_and_encoded_again(loaded):
         decided = kept_by(ran["passes"])
         assert_kept(decided, asked, kept, spec)
         assert_kept(decided, again, kept_again, spec)
-        assert ran["preempted"] > 0
         assert any(rows % 36 for rows in first["pieces"])  # part of an image in a step
-        shapes = {
-            key: {
-                len(call) for one in ran["passes"] for call in one["calls"] if any(image[:4] == key for image in call)
-            }
-            for key in decided
-        }
-        assert any(len(of_image) > 1 for of_image in shapes.values()), shapes  # encoded in batches of other shapes
-        if name_of(spec) == "vtc-cls":  # the text method's rows depend on the question, which differs
-            assert any(count > 16 for one in singly for count in one["cached"])  # and its prefix was cached
+        if blocks == 9:
+            assert ran["preempted"] > 0
+            continue
+        # with room for prefixes, the first block of a prompt comes from the cache: it ends within the image
+        assert all(one["cached"][0] >= 32 for one in singly)
+        calls = [call for one in ran["passes"] for call in one["calls"]]
+        shapes = {key: [len(call) for call in calls if any(image[:4] == key for image in call)] for key in decided}
+        # the other end of that image was encoded again, for some of them in a batch of another shape
+        assert sum(len(of_image) > 1 for of_image in shapes.values()) >= 3, shapes
+        assert any(len(set(of_image)) > 1 for of_image in shapes.values()), shapes
 
 
 def test_a_second_encoding_keeps_what_the_cached_prefix_holds():
@@ -359,8 +354,9 @@ def test_wrong_requests_are_refused_and_the_engine_lives_on(loaded):
     for reason, prompts, one in zip(reasons, refused, ran, strict=False):
         assert reason in one.get("error", "was served"), (prompts[0].get("mm_processor_kwargs"), one)
     specs = ("vtc-cls(keep=36)", "vtc-cls(keep=20)", "trsm(keep=0.5)", "full")
-    kept = kept_by(ran)
-    for spec, one in zip(specs, ran[len(refused) :], strict=True):
+    served = ran[len(refused) :]
+    kept = kept_by(served)
+    for spec, one in zip(specs, served, strict=True):
         assert one["ids"] == asked.answers(model, spec)[0]
     assert {(name, budget) for _, name, budget, _ in kept} >= {("vtc-cls", 36), ("vtc-cls", 20), ("trsm", 72)}
 
@@ -399,7 +395,7 @@ def test_an_adapter_of_the_llm(loaded, tmp_path):
     with torch.no_grad():
         for number, layer in enumerate(changed.model.language_model.layers):
             for part in ("q_proj", "v_proj"):
-                down, up = torch.randn(8, 128, generator=drawn) / 11, torch.randn(128, 8, generator=drawn) / 11
+                down, up = torch.randn(8, 128, generator=drawn) / 4, torch.randn(128, 8, generator=drawn) / 4
                 name = f"base_model.model.model.language_model.layers.{number}.self_attn.{part}"
                 weights |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
                 getattr(layer.self_attn, part).weight += up @ down
@@ -432,7 +428,7 @@ def test_two_ranks_in_processes_of_their_own_decide_alike(loaded):
     assert ranks[0] == ranks[1]
     decided = {}
     for pixels, name, budget, text, anchors in ranks[0]:
-        decided.setdefault((pixels, name, budget, text), []).append(anchors)
+        decided.setdefault((pixels, name, budget, tuple(text)), []).append(anchors)
     for spec, of_spec in zip(specs, ids, strict=True):
         expected, kept = asked.answers(model, spec)
         assert of_spec == expected, spec
@@ -465,7 +461,7 @@ REFUSED = {
     "own pruning": ({"video_pruning_rate": 0.5}, "vLLM's own video pruning"),
     "captured encoder": ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder=False"),
     "compiled encoder": ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder=False"),
-    "other images": ({"mm_encoder_tp_mode": "data", "tensor_parallel_size": 2}, "mm_encoder_tp_mode='weights'"),
+    "other images": ({"tensor_parallel_size": 2}, "mm_encoder_tp_mode='weights'"),
     "pipeline": ({"pipeline_parallel_size": 2}, "positions='contiguous'"),
     "drafter": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
@@ -492,6 +488,8 @@ def refusals(engine: dict[str, Any], more: dict[str, dict[str, Any]]) -> dict[st
     errors = {}
     for name, arguments in {"none": {}, **more}.items():
         config = EngineArgs(**engine, dtype="float32", max_model_len=512, **arguments).create_engine_config()
+        if name == "other images":  # vLLM takes this mode back for models whose encoder cannot, such as this one
+            config.model_config.multimodal_config.mm_encoder_tp_mode = "data"
         try:
             check_engine(config, EngineSettings.of_config(config.model_config.hf_config))
             errors[name] = ""

@@ -117,6 +117,7 @@ def test_a_chat_request_is_reduced_by_the_engine_s_method_or_by_its_own(address)
         {"tokensieve_method": ["divprune"]},
         {"tokensieve_kep": 3},
         {"tokensieve_plan": [0, 1, 1, 144, 12, 12]},
+        {"size": {"shortest_edge": 60}, "crop_size": {"height": 60, "width": 60}},
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, attention_kinds
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, parse
+from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 
 Status: TypeAlias = Literal["pass", "FAIL", "refused", "skipped"]
@@ -92,7 +93,7 @@ class Laws:
         prompts: returns the left-padded inputs of the prompts with these numbers, on the model's device. The prompts
             differ in length; one of them has several images, if the model takes several.
         count: number of prompts.
-        processor, budget_scope: as for ``attach``.
+        processor, budget_scope, separators: as for ``attach``.
 
     Attributes:
         floor: largest difference of a logit by rounding alone.
@@ -100,10 +101,20 @@ class Laws:
     """
 
     def __init__(
-        self, model: Any, prompts: Prompts, count: int = 3, processor: Any = None, budget_scope: BudgetScope = "image"
+        self,
+        model: Any,
+        prompts: Prompts,
+        count: int = 3,
+        processor: Any = None,
+        budget_scope: BudgetScope = "image",
+        separators: Separators = "kept-lines",
     ) -> None:
         self.model, self.token = model, int(model.config.image_token_id)
-        self.processor, self.scope = processor, budget_scope
+        self.options: dict[str, Any] = {
+            "processor": processor,
+            "budget_scope": budget_scope,
+            "separators": separators,
+        }
         self.batch, self.singles = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.unreduced = self.generate(self.batch)
         # kernels of quantised layers round activations to half precision or 8 bits, whatever the dtype around them
@@ -247,7 +258,7 @@ class _Trial:
 
     def _attached(self, stages: Sequence[Method]) -> Sieve:
         laws = self.laws
-        return attach(laws.model, list(stages), processor=laws.processor, budget_scope=laws.scope)
+        return attach(laws.model, list(stages), **laws.options)
 
     def _second_turn(self, first: Generated) -> Generated:
         """Generate again on the cache of the first turn; the next question is the first answer, reversed."""

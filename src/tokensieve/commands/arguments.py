@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -44,6 +44,10 @@ Keeps: TypeAlias = Annotated[
 ]
 BudgetScope: TypeAlias = Annotated[
     Scope, typer.Option(help="Unit of a budget: each image, all of a sample (by size or by score), each tile…")
+]
+Separators: TypeAlias = Annotated[
+    Literal["kept-lines", "none"],
+    typer.Option(help="Newline tokens of a reduced image: those of lines that keep a token, or none, as in vLLM."),
 ]
 ImageFile: TypeAlias = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 Command: TypeAlias = Callable[..., None]

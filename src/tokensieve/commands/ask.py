@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, Json, Model, with_load_options
+from tokensieve.commands.arguments import BudgetScope, Json, Model, Separators, with_load_options
 from tokensieve.commands.console import note, print_json
 from tokensieve.commands.loading import inputs_of, note_foreign_images, trained_spec
 from tokensieve.errors import OutputError, Refusal
@@ -34,6 +34,7 @@ def ask(
         str | None, typer.Option(help="Budget: tokens (36) or a share (0.25, 25%).", show_default="the method's own")
     ] = None,
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     overlay: Annotated[Path | None, typer.Option(help="Save a picture of the kept tokens.", show_default=False)] = None,
     model: Model = "reference",
     positions: Annotated[
@@ -64,7 +65,8 @@ def ask(
     stages = parse(method, **budget)
     inputs = inputs_of(vlm, processor, [sample])
     before = _answer(vlm, processor, inputs, max_new_tokens)
-    with attach(vlm, stages, positions=positions, processor=processor, budget_scope=budget_scope) as sieve:
+    options: dict[str, Any] = {"positions": positions, "budget_scope": budget_scope, "separators": separators}
+    with attach(vlm, stages, processor=processor, **options) as sieve:
         after = _answer(vlm, processor, inputs, max_new_tokens)
     reduction = together(sieve.last[0])
     picture = sample.open()

@@ -17,6 +17,7 @@ from tokensieve.commands.arguments import (
     Json,
     Keeps,
     Model,
+    Separators,
     check_scopes,
     split_budgets,
     split_specs,
@@ -47,6 +48,7 @@ def bench(
     ] = METHODS,
     keep: Keeps = KEEPS,
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     batch_size: Annotated[int, typer.Option(min=1, help="Equal prompts per forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; each runs every method once.")] = 10,
     answer_tokens: Annotated[
@@ -118,7 +120,9 @@ def bench(
     inputs = inputs_of(vlm, processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
     if image is not None:
         note_foreign_images(model)
-    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope)
+    costs = measure_costs(
+        vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope, separators=separators
+    )
     if json:
         print_json([cost.to_json() | _rates(cost, answer_tokens) for cost in costs])
     else:

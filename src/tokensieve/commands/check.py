@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, Json, with_load_options
+from tokensieve.commands.arguments import BudgetScope, Json, Separators, with_load_options
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model, to_model
@@ -36,6 +36,7 @@ def check(
     ] = None,
     keep: Annotated[str, typer.Option(help="Budget where a spec leaves it open: tokens or a share.")] = "25%",
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     random: Annotated[
         bool, typer.Option("--random", help="Random weights and few layers: only the config is used.")
     ] = False,
@@ -59,7 +60,7 @@ def check(
     torch.manual_seed(0)
     with progress() as report:
         report(0, len(candidates), "the unmodified model")
-        laws = Laws(vlm, prompts(processor, vlm), len(QUESTIONS), processor, budget_scope)
+        laws = Laws(vlm, prompts(processor, vlm), len(QUESTIONS), processor, budget_scope, separators)
         verdicts: list[list[Verdict]] = []
         for done, stages in enumerate(candidates):
             report(done, len(candidates), " + ".join(map(str, stages)))
@@ -68,7 +69,7 @@ def check(
     if json:
         about = {"model": model, "model_type": vlm.config.model_type, "dtype": precision, "random_weights": random}
         about["loading"] = loading.to_json()
-        about["budget_scope"] = budget_scope
+        about |= {"budget_scope": budget_scope, "separators": separators}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         noise = {"noise_floor": laws.floor, "allowed": laws.allowed}
         print_json({**about, **versions, **noise, "verdicts": [asdict(v) for row in verdicts for v in row]})

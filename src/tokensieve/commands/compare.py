@@ -24,6 +24,7 @@ from tokensieve.commands.arguments import (
     Model,
     Prompt,
     QuestionColumn,
+    Separators,
     Split,
     check_scopes,
     split_budgets,
@@ -55,6 +56,7 @@ def compare(
         typer.Option(help="Meaning of --keep inside the LLM: final tokens, or the average over its layers."),
     ] = "final",
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Largest number of questions, spread over the data.", show_default="all")
     ] = None,
@@ -96,6 +98,7 @@ def compare(
         seeds=seeds,
         keep_means=keep_means,
         budget_scope=budget_scope,
+        separators=separators,
         prompt=prompt,
         measure=measure,
         strict=strict,
@@ -140,7 +143,7 @@ def compare(
         if results.rows[0].timing_note:
             note(f"note: {results.rows[0].timing_note}")
     else:
-        _print_rows(results)
+        print_rows(results)
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")
@@ -152,7 +155,7 @@ def _batch_size(text: str) -> int | Literal["auto"]:
     return "auto" if text == "auto" else int(text)
 
 
-def _print_rows(results: Any) -> None:
+def print_rows(results: Any) -> None:
     """Print the decision, then two tables that fit 100 columns: accuracy, and costs if they were measured."""
     from tokensieve.report.decision import Decision
     from tokensieve.report.remarks import warnings

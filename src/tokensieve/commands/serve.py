@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Annotated, Literal
 
@@ -102,7 +103,7 @@ def serve(
     if engine == "vllm" or (engine == "auto" and vllm):
         if budget_scope != "image":
             raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {budget_scope}")
-        from tokensieve.serve.vllm_command import command, run
+        from tokensieve.serve.vllm_command import command, renders_begin_of_text, run
 
         try:
             from tokensieve.vllm import checkpoint, engine_options
@@ -114,6 +115,7 @@ def serve(
             raise Refusal(f"{error}; --engine transformers serves without vLLM") from error
         further = engine_arguments or ()
         folder = checkpoint(model)
+        settings = replace(settings, begin_of_text=not renders_begin_of_text(folder))
         run(command(folder, options, settings, loading, host=host, port=port, grace=grace, further=further), settings)
     if from_tokens:
         raise Refusal("--from-tokens is for vLLM: transformers reduces images of all sizes")

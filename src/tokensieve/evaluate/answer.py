@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from tokensieve.budget import BudgetScope
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.fusion.families import longest_text
 from tokensieve.errors import DataError, Refusal, first_line
@@ -304,9 +303,9 @@ def is_out_of_memory(error: Exception) -> bool:
     return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
-def attaching(model: Any, stages: Sequence[Any], processor: Any, scope: BudgetScope = "image") -> Attached:
-    """Attach the same methods for every batch."""
-    return lambda batch: attach(model, stages, processor=processor, budget_scope=scope)
+def attaching(model: Any, stages: Sequence[Any], processor: Any, **options: Any) -> Attached:
+    """Attach the same methods for every batch; ``options`` as for ``attach``."""
+    return lambda batch: attach(model, stages, processor=processor, **options)
 
 
 def replaying(model: Any, decide: Callable[[Sample], Reduction]) -> Attached:

@@ -47,6 +47,7 @@ from tokensieve.evaluate.rows import FULL
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.measure import Candidate, Cost, measure_costs
+from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
 
@@ -69,6 +70,7 @@ def compare(
     seeds: int = 5,
     keep_means: KeepMeans = "final",
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,
@@ -103,8 +105,8 @@ def compare(
         progress: called with (questions done, questions in all, current run).
         processes: share the work with other processes of a launcher, each of which makes this call:
             ``Processes.launched()``.
-        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, prompt, processor_for_text, measure,
-            examples, strict: see :class:`~tokensieve.evaluate.plan.Settings`.
+        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, prompt,
+            processor_for_text, measure, examples, strict: see :class:`~tokensieve.evaluate.plan.Settings`.
 
     Raises:
         Refusal: unknown method, metric or parameter; a bad budget; nothing to run. Also a method that refuses a sample,
@@ -121,6 +123,7 @@ def compare(
         seeds=seeds,
         keep_means=keep_means,
         budget_scope=budget_scope,
+        separators=separators,
         prompt=prompt,
         processor_for_text=processor_for_text,
         measure=measure,
@@ -301,6 +304,7 @@ class Comparison:
                 models=[runners[entry.trained].answerer.model for entry in others],
                 processor=self.text_processor,
                 budget_scope=self.settings.budget_scope,
+                separators=self.settings.separators,
             )
 
         keys = [entry.runs[0].key for entry in entries]
@@ -328,7 +332,8 @@ class Comparison:
 
     def attached(self, model: Any, run: Run) -> Attached:
         """Attach the methods of a run to one of the models."""
-        return attaching(model, run.stages, self.text_processor, self.settings.budget_scope)
+        options = {name: getattr(self.settings, name) for name in ("budget_scope", "separators")}
+        return attaching(model, run.stages, self.text_processor, **options)
 
     def _journal_setup(self) -> dict[str, Any]:
         """Return all that two calls must have in common to share predictions."""

@@ -144,7 +144,7 @@ def _read(source: str | Path, records: Any, columns: tuple[str, str, str], fetch
     files: dict[str, Picture] = {}  # by file name: a file that many questions share is checked once
     for number, record in enumerate(records, 1):
         try:
-            sample = _sample(record, str(number), columns, files, fetch_images)
+            sample = sample_of(record, str(number), columns, files, fetch_images=fetch_images)
         except Refusal as error:
             line = " ".join(str(error).splitlines())  # a file name may hold a line break
             raise DataError(f"{record.where}: {line}") from None
@@ -156,9 +156,28 @@ def _read(source: str | Path, records: Any, columns: tuple[str, str, str], fetch
     return list(samples.values())
 
 
-def _sample(
-    record: Record, number: str, columns: tuple[str, str, str], files: dict[str, Picture], fetch_images: bool
+def sample_of(
+    record: Record,
+    number: str,
+    columns: tuple[str, str, str],
+    files: dict[str, Picture],
+    *,
+    fetch_images: bool,
+    answered: bool = True,
 ) -> Sample:
+    """Return the question in a row, validated except for the pixels of its images.
+
+    Args:
+        record: the row.
+        number: the id of a row without one.
+        columns: those of images, questions and answers.
+        files: images by file name, extended here; a file that many questions share is checked once.
+        fetch_images: allow URLs.
+        answered: the row must hold right answers; otherwise it may.
+
+    Raises:
+        Refusal: naming the mistake, without the row's place.
+    """
     image_column, question_column, answer_column = columns
     row = record.values
     if "conversations" in row and question_column not in row:
@@ -188,8 +207,11 @@ def _sample(
     if not question or not question.strip():
         raise DataError("the question is empty")
     check_text(question, "the question")
-    answers, choices = _answers(_cell(row, answer_column)), _choices(row.get("choices"))
-    _check_choice(answers, choices)
+    choices = _choices(row.get("choices"))
+    answers: tuple[str, ...] = ()
+    if answered or row.get(answer_column) is not None:
+        answers = _answers(_cell(row, answer_column))
+        _check_choice(answers, choices)
     return Sample(
         id=_text(row.get("id"), "an id") or number,
         image=pictures if len(pictures) > 1 else pictures[0],

@@ -1,4 +1,4 @@
-"""One comparison at a time per output folder."""
+"""One process at a time per output folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ LOCK, HOLDER = ".compare.lock", ".compare.json"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, work: str = "comparison") -> Iterator[None]:
     """Hold an output folder, created if it is missing, until the context ends.
 
     The operating system holds the lock and frees it when the process ends, however it ends: a lock file that a dead
     process left behind does not block. The holder's process id, host and start time stand in a second file.
+
+    Args:
+        folder: the output folder.
+        work: the name of the work in the error.
 
     Raises:
         OutputError: another process holds the folder, or the folder cannot be used.
@@ -35,8 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
         # only a file system without locks, where the file itself is the lock, can keep the lock of a dead process
         stale = f"; if it no longer runs, delete {folder / LOCK}" if isinstance(lock, SoftFileLock) else ""
         raise OutputError(
-            f"another comparison writes to {folder} ({_read(holder)}){stale}; wait for it, or choose another "
-            "output folder"
+            f"another {work} writes to {folder} ({_read(holder)}){stale}; wait for it, or choose another output folder"
         ) from None
     except (OSError, NotImplementedError) as error:
         # the second comes from older releases of filelock, where the file system has no locks

@@ -15,6 +15,7 @@ from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.rows import FULL, ORACLE
 from tokensieve.methods import Method, MethodInfo, parse
+from tokensieve.models.layout import Separators
 
 FINE_TUNED = "fine-tuned"
 KeepMeans: TypeAlias = Literal["final", "average"]
@@ -33,7 +34,7 @@ class Settings:
         seeds: runs of a method whose ``seed`` is open.
         keep_means: meaning of a budget for methods inside the LLM: "final" tokens, or the "average" over its layers.
             Each row reports both.
-        budget_scope: the unit that a budget is for, as for ``attach``.
+        budget_scope, separators: as for ``attach``.
         prompt: text of the user turn; ``{question}`` is replaced.
         processor_for_text: pass the processor to ``attach``, so that text-informed methods use the user's words only.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
@@ -50,6 +51,7 @@ class Settings:
     seeds: int = 5
     keep_means: KeepMeans = "final"
     budget_scope: BudgetScope = "image"
+    separators: Separators = "kept-lines"
     prompt: str = "{question}"
     processor_for_text: bool = True
     measure: bool = True
@@ -71,7 +73,7 @@ class Settings:
 
     def prediction_setup(self) -> dict[str, Any]:
         """Return the settings that change a prediction. Predictions made under other ones are not reused."""
-        names = ("prompt", "max_new_tokens", "processor_for_text", "budget_scope")
+        names = ("prompt", "max_new_tokens", "processor_for_text", "budget_scope", "separators")
         return {name: getattr(self, name) for name in names}
 
 

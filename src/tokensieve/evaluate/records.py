@@ -75,20 +75,34 @@ def _row(path: Path, where: str, values: dict[str, Any]) -> Record:
 
 def _lines(path: Path) -> Iterator[str]:
     """Yield the lines of a UTF-8 file, with or without a byte-order mark."""
+    check_utf8(path)
+    # bytes that are not UTF-8 become lone surrogates: unlike a decoding error, they are found in their line
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        for number, line in enumerate(file, 1):
+            _check_line(line, f"{path}, line {number}")
+            yield line
+
+
+def check_utf8(path: Path) -> None:
+    """Refuse a file of UTF-16 text."""
     with path.open("rb") as file:
         start = file.read(4)
     if start.startswith(UTF16) or (len(start) > 1 and b"\0" in start[:2]):
         raise DataError(f"{path}: this is UTF-16 text; save it as UTF-8")
-    # bytes that are not UTF-8 become lone surrogates: unlike a decoding error, they are found in their line
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        for number, line in enumerate(file, 1):
-            wrong = re.search("[\udc80-\udcff]", line)
-            if wrong:
-                byte = ord(wrong[0]) - 0xDC00
-                raise DataError(
-                    f"{path}, line {number}: not UTF-8 text (byte 0x{byte:02x} at column {wrong.start() + 1})"
-                )
-            yield line
+
+
+def _check_line(line: str, where: str) -> None:
+    if wrong := re.search("[\udc80-\udcff]", line):
+        byte = ord(wrong[0]) - 0xDC00
+        raise DataError(f"{where}: not UTF-8 text (byte 0x{byte:02x} at column {wrong.start() + 1})")
+
+
+def line_record(path: Path, number: int, line: bytes) -> Record:
+    """Return the row in one line of a JSONL file; raise :class:`DataError` if the line is no JSON object."""
+    where = f"{path}, line {number}"
+    text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+    _check_line(text, where)
+    return _row(path, where, _object(_parsed(text, where), where))
 
 
 def _parsed(text: str, where: str, part: str = "") -> Any:

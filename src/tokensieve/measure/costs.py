@@ -22,6 +22,7 @@ from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch,
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 from tokensieve.methods import Method, parse
+from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 
 Decisions: TypeAlias = Sequence[Sequence[Reduction]]
@@ -133,6 +134,7 @@ def measure_costs(
     warmup: int = 2,
     decode_tokens: int = 8,
     budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
     clock: Clock = time.perf_counter,
     read: Callable[[], CpuReading] = read_cpu,
 ) -> list[Cost]:
@@ -147,7 +149,7 @@ def measure_costs(
         methods: specs, methods, lists of methods (stages in order), or decisions to replay, as for ``attach``.
         models: for each method the model that it runs on, such as ``model`` fine-tuned; by default ``model``. All rows
             are paired with ``model``.
-        processor, budget_scope: as for ``attach``.
+        processor, budget_scope, separators: as for ``attach``.
         repeats, warmup: timed rounds, and untimed rounds before them.
         decode_tokens: tokens generated to time decoding, after the first.
         clock, read: the clock of the rounds, and the CPU time that shows a busy machine.
@@ -159,7 +161,7 @@ def measure_costs(
         raise Refusal(f"repeats and decode_tokens must be at least 1; got {repeats} and {decode_tokens}")
     prompts = {id(host): _Prompts(host, inputs) for host in (model, *(models or ()))}
     hosts = [prompts[id(host)] for host in models or [model] * len(methods)]
-    options = {"processor": processor, "budget_scope": budget_scope}
+    options: dict[str, Any] = {"processor": processor, "budget_scope": budget_scope, "separators": separators}
     full = _Contender.unhooked(prompts[id(model)])
     contenders = [full, *(_Contender.of(m, host, options) for m, host in zip(methods, hosts, strict=True))]
     start = read()

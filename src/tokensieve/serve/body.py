@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -72,7 +73,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 def check(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Check a chat request against the settings; return it with the images that were allowed as URLs fetched.
+    """Check a chat request against the settings; return it as the engine receives it, with all images as data URLs.
 
     Raises:
         Rejection: the request is wrong or exceeds a limit.
@@ -82,6 +83,7 @@ def check(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
     _check_sampling(body, limits.answer_tokens)
     _check_choice(body, settings)
     images, characters = _read_messages(body.get("messages"))
+    characters += len(json.dumps(body["tools"])) if body.get("tools") else 0
     if characters > limits.prompt_characters:
         raise Rejection(
             400,
@@ -97,7 +99,7 @@ def check(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
             most_bytes -= len(content)
             image.holder[image.key] = "data:image/*;base64," + base64.b64encode(content).decode("ascii")
         _check_pixels(image_bytes(image.url, image.name), image.name, limits.pixels)
-    return body
+    return {"add_special_tokens": True, **body} if settings.begin_of_text else body
 
 
 def image_bytes(url: str, name: str) -> bytes:
@@ -180,6 +182,7 @@ def _read_messages(messages: Any) -> tuple[list[_Image], int]:
         name = f"messages[{number}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise _wrong(name, f"an object with a role among {', '.join(ROLES)}", message)
+        characters += _check_calls(message.get("tool_calls"), name)
         content = message.get("content")
         if content is None and message["role"] == "assistant":
             continue
@@ -200,6 +203,27 @@ def _read_messages(messages: Any) -> tuple[list[_Image], int]:
                     where_part, '{"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}', part
                 )
     return images, characters
+
+
+def _check_calls(calls: Any, name: str) -> int:
+    """Check the tool calls of an earlier answer; return the number of their characters."""
+    if calls is None:
+        return 0
+    for call in calls if isinstance(calls, list) else [None]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not _is_object(function):
+            raise _wrong(
+                f"{name}.tool_calls", 'a list of {"function": {"name": …, "arguments": JSON of an object}}', calls
+            )
+    return len(json.dumps(calls))
+
+
+def _is_object(function: dict[str, Any]) -> bool:
+    """Return whether the arguments of a call are an object, or the JSON of one."""
+    arguments = function.get("arguments")
+    with suppress(ValueError, RecursionError):
+        return isinstance(json.loads(arguments) if isinstance(arguments, str) else arguments, dict)
+    return False
 
 
 def _image(part: dict[str, Any], name: str) -> _Image:
@@ -251,10 +275,9 @@ def _check_pixels(content: bytes, name: str, limit: int) -> None:
         with image_errors(name), Image.open(BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
     except DataError as error:
-        bomb = "pixels are too many" in str(error)
-        reason = "image_too_large" if bomb else "broken_image"
-        allowed = "" if bomb else f"; allowed: {', '.join(FORMATS)}"
-        raise Rejection(400, reason, f"{error}{allowed}") from None
+        if (many := re.search(r"[\d,]+ pixels", str(error))) is not None:  # so many that Pillow itself refuses
+            raise Rejection(400, "image_too_large", f"{name} has {many[0]}; the limit is {limit:,} pixels") from None
+        raise Rejection(400, "broken_image", f"{error}; allowed: {', '.join(FORMATS)}") from None
     if width * height > limit:
         raise Rejection(
             400, "image_too_large", f"{name} has {width:,} x {height:,} pixels; the limit is {limit:,} pixels"

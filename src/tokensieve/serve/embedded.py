@@ -25,6 +25,7 @@ from typing import Any
 import fastapi
 import uvicorn
 from fastapi.responses import JSONResponse, Response
+from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from transformers import StoppingCriteria
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -125,8 +126,9 @@ class Attached:
         def count() -> None:
             self.prefill.add(tokens[0], sum(seconds))
             name = " + ".join(method.info.name for method in methods)
-            for reduction in [] if self._sieve is None else self._sieve.last[0]:
-                tally.add(name, reduction.total, reduction.slots)
+            for images in self._sieve.last if self._sieve is not None else []:  # empty without images
+                for reduction in images:
+                    tally.add(name, reduction.total, reduction.slots)
 
         watch.on_first_token = count
         llm = self.model.get_decoder()
@@ -306,14 +308,17 @@ class _Chat(ChatCompletionHandler):  # type: ignore[misc]
         for number, part in enumerate(parts):
             name = f"image {number}"
             part["image"] = decode_image(image_bytes(part.pop("url"), name), name)
-        inputs = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tools=body.get("tools"),
-            return_tensors="pt",
-            return_dict=True,
-            tokenize=True,
-        )
+        try:
+            inputs = processor.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tools=body.get("tools"),
+                return_tensors="pt",
+                return_dict=True,
+                tokenize=True,
+            )
+        except TemplateError as error:
+            raise Refusal(f"the chat template does not take these messages: {first_line(error)}") from error
         return to_model(self._attached.model, inputs)
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -343,8 +348,8 @@ def _read_bias(bias: Any, vocabulary: int) -> dict[str, float]:
     Raises:
         Refusal: it is not of that form, or a token is outside of the vocabulary.
     """
-    if not isinstance(bias, dict):
-        raise Refusal("logit_bias must be an object of token ids and numbers")
+    if not isinstance(bias, dict) or len(bias) > 1024:
+        raise Refusal("logit_bias must be an object of token ids and numbers, at most 1,024")
     for key, value in bias.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 10 and int(key) < vocabulary):
             raise Refusal(f"logit_bias takes token ids from 0 to {vocabulary - 1}; got {key[:80]!r}")

@@ -56,6 +56,7 @@ class Settings:
         methods: method specs that a request may choose.
         allow_keep: a request may choose its budget.
         paths: further POST paths, passed on with limits of size, time and number only.
+        begin_of_text: ask vLLM for the tokenizer's special tokens, which it leaves out of a rendered chat.
     """
 
     models: tuple[str, ...]
@@ -64,6 +65,7 @@ class Settings:
     methods: tuple[str, ...] = ()
     allow_keep: bool = False
     paths: tuple[str, ...] = ()
+    begin_of_text: bool = False
 
     def to_environment(self) -> dict[str, str]:
         """Return the environment variable that :meth:`from_environment` reads."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from tokensieve.errors import Refusal
+from tokensieve.errors import Refusal, first_line
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.serve.settings import Settings
 
@@ -64,6 +64,25 @@ def command(
         else:
             arguments += [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
     return [*arguments, *further]
+
+
+def renders_begin_of_text(folder: str) -> bool:
+    """Return whether the chat template writes the token that begins a text.
+
+    transformers adds this token where the template does not, and vLLM does not add it: the same question would be
+    another prompt.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    begin = tokenizer.bos_token
+    if begin is None or not tokenizer.chat_template:
+        return True
+    try:
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except Exception as error:  # templates refuse in any type
+        raise Refusal(f"the chat template of {folder} renders no plain question: {first_line(error)}") from error
+    return str(rendered).startswith(begin)
 
 
 def run(arguments: Sequence[str], settings: Settings) -> NoReturn:

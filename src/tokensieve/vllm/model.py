@@ -49,9 +49,8 @@ class Reduced:
 
     family: ClassVar[ServedFamily]
     supports_mrope: ClassVar[bool] = True
-    supports_mm_device_do_normalize: ClassVar[bool] = (
-        False  # a random draw depends on the normalised pixels, bit for bit
-    )
+    # the frontend normalises pixels: methods tell images apart by the numbers that transformers' processor makes
+    supports_mm_device_do_normalize: ClassVar[bool] = False
     config: Any
     get_language_model: Any
 
@@ -202,7 +201,9 @@ class Reduced:
         if decision.projected:
             return decision.apply(embeddings)
         entered = layout.insert_separators(patches)
-        return self.family.project(self, decision.apply(entered)).to(embeddings.dtype)
+        projected = self.family.project(self, decision.apply(entered)).to(embeddings.dtype)
+        levels = embeddings[:, projected.shape[1] :]  # of deepstack; they come from projectors of their own
+        return torch.cat([projected, decision.apply(levels)], -1) if levels.shape[1] else projected
 
     def _insert_text(self, rows: Tensor, anchors: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
         """Put the text tokens between an image's tokens back among its kept rows; anchors then count in the span."""
@@ -306,11 +307,14 @@ def check_engine(vllm_config: Any, settings: EngineSettings) -> None:
         raise Refusal("vLLM's own video pruning is on: it and Tokensieve both append columns; use one of them")
     if compilation.cudagraph_mm_encoder:
         raise Refusal("a captured vision encoder runs past the reduction: set cudagraph_mm_encoder=False")
-    reads = any(method.needs.reads_attention for method in settings.methods)
+    reads = any(method.needs.reads_attention or method.needs.requests("patches") for method in settings.methods)
     if reads and compilation.compile_mm_encoder:
-        raise Refusal("attention cannot be read in a compiled vision encoder: set compile_mm_encoder=False")
-    if reads and multimodal.mm_encoder_tp_mode == "data" and parallel.tensor_parallel_size > 1:
-        raise Refusal("attention cannot be read where each rank encodes other images: use mm_encoder_tp_mode='weights'")
+        raise Refusal("a method cannot read in a compiled vision encoder: set compile_mm_encoder=False")
+    if reads and multimodal.mm_encoder_tp_mode == "data":
+        raise Refusal(
+            "a method cannot read in a vision encoder that each rank runs for other images: use "
+            "mm_encoder_tp_mode='weights'"
+        )
     if settings.positions != "original":
         return
     if parallel.pipeline_parallel_size > 1:

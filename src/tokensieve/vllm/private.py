@@ -63,6 +63,8 @@ NAMES = (
         ("token_ids", "mm_prompt_updates"),
     ),
     Name("vllm.multimodal.processing:ProcessorInputs.get_mm_hashes", "adds the request's choice to an image's hash"),
+    Name("vllm.multimodal.cache:BaseMultiModalProcessorCache.invalidate", "forgets the images of a refused request"),
+    Name(f"vllm.multimodal.processing:ProcessorInputs.cache | {_PROCESSOR}.cache", "holds these images"),
     Name("vllm.multimodal.processing:ProcessorInputs.prompt", "the ids in which the user's text is found"),
     Name("vllm.multimodal.processing:ProcessorInputs.mm_data_items", "shows whether there is an image"),
     Name("vllm.multimodal.processing:ProcessorInputs.hf_processor_mm_kwargs", "holds a request's options"),

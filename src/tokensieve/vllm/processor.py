@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -35,11 +35,13 @@ class Request:
     Attributes:
         words: the ids of the user's words, if the method reads them.
         profiling: vLLM measures its memory: images stay whole, because a request may keep all tokens.
+        options: names of the options in the request that are transformers'.
     """
 
     choice: Choice
     words: tuple[int, ...] | None
     profiling: bool
+    options: tuple[str, ...]
 
 
 _request: ContextVar[Request] = ContextVar("tokensieve_request")
@@ -50,10 +52,12 @@ class MarkedInputs(ProcessorInputs):  # type: ignore[misc]
     """Inputs whose image hashes hold the request's choice."""
 
     mark: str = ""
+    hashes: dict[str, list[str]] = field(default_factory=dict)
 
     def get_mm_hashes(self, *args: Any, **kwargs: Any) -> Any:
         hashes = super().get_mm_hashes(*args, **kwargs)
-        return {kind: [h + self.mark if kind == "image" else h for h in of_kind] for kind, of_kind in hashes.items()}
+        self.hashes = {kind: [h + self.mark * (kind == "image") for h in of_kind] for kind, of_kind in hashes.items()}
+        return self.hashes
 
 
 @dataclass
@@ -104,12 +108,18 @@ class ReducedProcessor:
         shows_image = inputs.mm_data_items.get_all_counts().get("image")
         if isinstance(needs, Needs) and needs.user_text and shows_image and not profiling:
             words = self._words(inputs.prompt, inputs.mm_data_items, for_transformers)
-        request = Request(choice, words, profiling)
+        request = Request(choice, words, profiling, tuple(for_transformers))
         values = {field.name: getattr(inputs, field.name) for field in fields(ProcessorInputs)}
         marked = MarkedInputs(**values | {"hf_processor_mm_kwargs": for_transformers}, mark=self._mark(request))
         token = _request.set(request)
         try:
             return super().apply(marked, timing_ctx)  # type: ignore[misc]
+        except Refusal:
+            # the cache counts these images as sent to the engine, which never receives them; so it forgets them
+            cache = self.cache if hasattr(self, "cache") else inputs.cache  # vLLM 0.30 keeps it in the processor
+            for image in (h for of_kind in marked.hashes.values() for h in of_kind if cache is not None):
+                cache.invalidate(image)
+            raise
         finally:
             _request.reset(token)
 
@@ -167,9 +177,10 @@ class ReducedProcessor:
         size = self.family.size(self.config, fields)
         layout = self.family.layout(self.config, size)
         if span.count(image) != layout.total:
-            raise RuntimeError(
-                f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
-            )
+            differs = f"an image of size {size} has {span.count(image)} placeholders and {layout.total} tokens"
+            if request.options:  # such as the size: vLLM counts placeholders without some of them
+                raise Refusal(f"{differs} with these options of the processor: {', '.join(request.options)}")
+            raise RuntimeError(differs)
         from_tokens = layout.total + 1 if request.profiling else self.settings.from_tokens
         plan = ImagePlan.of(request.choice, self.family.parts(layout), len(span), size, from_tokens)
         needs = request.choice.method.needs

@@ -12,7 +12,7 @@ from tokensieve.vllm.families.internvl import InternVL
 from tokensieve.vllm.families.llava import Llava
 from tokensieve.vllm.families.llava_next import LlavaNext, LlavaOnevision
 from tokensieve.vllm.families.pixtral import Mistral3, Pixtral
-from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen25VL
+from tokensieve.vllm.families.qwen_vl import Qwen2VL, Qwen3VL, Qwen3VLMoe, Qwen25VL
 
 __all__ = ["FAMILIES", "REFUSED", "ServedFamily"]
 
@@ -28,12 +28,13 @@ FAMILIES: tuple[ServedFamily, ...] = (
     Qwen2VL(),
     Qwen25VL(),
     Qwen3VL(),
+    Qwen3VLMoe(),
 )
 
 REFUSED: dict[str, str] = {
     "gemma3": (
-        "the tokens of an image attend to each other in both directions, but vLLM's attention on a CPU is causal, so "
-        "its answers differ from the model's even with all tokens; on other devices nothing is checked"
+        "the tokens of an image attend to each other in both directions, which vLLM's attention on a CPU does not do: "
+        "its answers differ from transformers' even with all tokens; on other devices nothing is checked"
     ),
 }
 """Model types that cannot be served, and why."""

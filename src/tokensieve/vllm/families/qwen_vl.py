@@ -1,4 +1,4 @@
-"""The Qwen-VL families: packed patches, M-RoPE."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed patches, a 2x2 merger, M-RoPE (Qwen3-VL: and deepstack)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,11 @@ from tokensieve.vllm.families.base import ServedFamily, torch_split
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tokensieve.methods import Method
     from tokensieve.models import TokenLayout
 
 
 class QwenVL(ServedFamily):
     mrope = True
-
-    def unserved(self, config: Mapping[str, Any], method: Method) -> str | None:
-        from tokensieve.methods import Needs
-
-        if isinstance(method.needs, Needs) and method.needs.patches:
-            return "it merges the rows that enter the projector, which is the last step of this vision encoder"
-        return super().unserved(config, method)
 
     def pooled(self, config: Mapping[str, Any]) -> bool:
         return False
@@ -47,12 +39,34 @@ class QwenVL(ServedFamily):
         return [block.attn.attn for block in model.visual.blocks]
 
     def segments(self, model: Any, layouts: Sequence[TokenLayout]) -> list[int]:
-        return [layout.patches * model.config.vision_config.spatial_merge_size**2 for layout in layouts]
+        return [layout.patches * self.patches_per_token(model) for layout in layouts]
 
     def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         # the processor packs the patches of a token next to each other
-        rows, patches = rows.flatten(0, 1), model.config.vision_config.spatial_merge_size**2
-        units = rows.view(-1, patches, *rows.shape[1:]).mean(1)
+        rows = rows.flatten(0, 1)
+        units = rows.view(-1, self.patches_per_token(model), *rows.shape[1:]).mean(1)
+        return self.in_order(model, units, layouts)
+
+    def projector(self, model: Any) -> nn.Module:
+        # vLLM can call a compiled merger past its hooks; the merger's first step receives the same rows
+        merger = model.visual.merger
+        first: nn.Module = merger.norm if hasattr(merger, "norm") else merger.ln_q
+        return first
+
+    def patches(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        units = rows.reshape(-1, self.patches_per_token(model) * rows.shape[-1])
+        return self.in_order(model, units, layouts)
+
+    def project(self, model: Any, rows: Tensor) -> Tensor:
+        merged: Tensor = model.visual.merger(rows.reshape(len(rows) * self.patches_per_token(model), -1))
+        return merged
+
+    def patches_per_token(self, model: Any) -> int:
+        """Return how many patches the merger makes one token of."""
+        return int(model.config.vision_config.spatial_merge_size**2)
+
+    def in_order(self, model: Any, units: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+        """Split the encoder's rows, one per token, into the tokens of each image."""
         return list(torch_split(units, [layout.patches for layout in layouts]))
 
     def pixels(self, kwargs: Mapping[str, Any], layouts: Sequence[TokenLayout]) -> list[Tensor]:
@@ -79,11 +93,10 @@ class Qwen25VL(QwenVL):
         blocks = model.visual.blocks
         return [blocks[layer].attn.attn for layer in model.config.vision_config.fullatt_block_indexes]
 
-    def units(self, model: Any, rows: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
+    def in_order(self, model: Any, units: Tensor, layouts: Sequence[TokenLayout]) -> list[Tensor]:
         side = model.config.vision_config.spatial_merge_size
-        images = super().units(model, rows, layouts)
         in_order = []
-        for image, layout in zip(images, layouts, strict=True):
+        for image, layout in zip(super().in_order(model, units, layouts), layouts, strict=True):
             height, width = layout.views[0]
             # vLLM permutes the tokens of an image so that each window is contiguous; argsort inverts a permutation
             window = model.visual.get_window_index_thw(1, height * side, width * side)[0]
@@ -95,3 +108,9 @@ class Qwen3VL(QwenVL):
     title = "Qwen3-VL"
     model_types = ("qwen3_vl",)
     module, architecture = "qwen3_vl", "Qwen3VLForConditionalGeneration"
+
+
+class Qwen3VLMoe(Qwen3VL):
+    title = "Qwen3-VL with experts"
+    model_types = ("qwen3_vl_moe",)
+    module, architecture = "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"
