@@ -31,5 +31,10 @@ FAMILIES: tuple[ServedFamily, ...] = (
     Qwen3VLMoe(),
 )
 
-REFUSED: dict[str, str] = {}
+REFUSED: dict[str, str] = {
+    "gemma3": (
+        "the tokens of an image attend to each other in both directions, which vLLM's attention on a CPU does not do: "
+        "its answers differ from transformers' even with all tokens; on other devices nothing is checked"
+    ),
+}
 """Model types that cannot be served, and why."""
