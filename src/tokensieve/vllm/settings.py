@@ -218,14 +218,16 @@ def renders_begin_of_text(folder: str) -> bool:
     transformers adds this token where the template does not, and vLLM does not add it: the same question would be
     another prompt.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    begin = tokenizer.bos_token
-    if begin is None or not tokenizer.chat_template:
+    # not the tokenizer, which does not read the template of a "chat_template.json"
+    processor = AutoProcessor.from_pretrained(folder)
+    begin = processor.tokenizer.bos_token
+    if begin is None or not processor.chat_template:
         return True
+    question = {"role": "user", "content": [{"type": "text", "text": "x"}]}
     try:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        rendered = processor.apply_chat_template([question], tokenize=False)
     except Exception as error:  # templates refuse in any type
         raise Refusal(f"the chat template of {folder} renders no plain question: {first_line(error)}") from error
     return str(rendered).startswith(begin)
