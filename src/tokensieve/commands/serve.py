@@ -109,7 +109,7 @@ def serve(
             from tokensieve.vllm import checkpoint, engine_options, renders_begin_of_text
 
             options = engine_options(
-                model, method, allowed=settings.methods, positions=positions, from_tokens=from_tokens, **budget
+                model, method, allowed=settings.methods[1:], positions=positions, from_tokens=from_tokens, **budget
             )
         except Refusal as error:
             raise Refusal(f"{error}; --engine transformers serves without vLLM") from error
@@ -127,12 +127,13 @@ def serve(
     if missing:
         raise MissingExtra(f"serving needs {', '.join(missing)}", "serve")
     from tokensieve.serve import embedded
+    from tokensieve.vllm.settings import METHOD
 
     listener = embedded.listen(host, port)
     vlm, processor = load_model(model, loading)
     attached = embedded.Attached(vlm, processor, method, budget.get("keep"), positions, budget_scope)
     for spec in settings.methods:
-        attached.attach({"tokensieve_method": spec})  # one that the model cannot run is refused now
+        attached.attach({METHOD: spec})  # one that the model cannot run is refused now
     attached.attach({})
     app = embedded.build_app(attached, served, settings)
     note(f"serving {served} with {attached} on http://{host}:{port}/v1 (transformers)")
