@@ -11,7 +11,7 @@ from tokensieve.serve import Limits, Settings
 from tokensieve.serve.vllm_command import GUARD, SERVER, command
 
 OPTIONS = {"hf_overrides": {"architectures": ["Sieved"]}}
-ADDRESS: dict[str, Any] = {"host": "127.0.0.1", "port": 9000, "grace": 12.4}
+ADDRESS: dict[str, Any] = {"host": "127.0.0.1", "port": 9000, "grace": 12.4, "release": "0.32.0+cpu"}
 
 
 def arguments(settings: Settings, loading: LoadOptions | None = None, *further: str) -> list[str]:
@@ -38,7 +38,10 @@ def test_the_command_line() -> None:
 
 @pytest.mark.parametrize("choice", [{"allow_keep": True}, {"methods": ("vtc-cls", "divprune")}])
 def test_requests_are_trusted_only_when_they_may_choose(choice: dict[str, Any]) -> None:
-    assert "--trust-request-mm-kwargs" in arguments(Settings(("llava",), **choice))
+    settings = Settings(("llava",), **choice)
+    assert "--trust-request-mm-kwargs" in arguments(settings)
+    before = command("folder/llava", OPTIONS, settings, LoadOptions(), **ADDRESS | {"release": "0.30.2"})
+    assert "--trust-request-mm-kwargs" not in before  # that release ends at a switch that it does not know
 
 
 def test_loading_options_that_vllm_has_are_passed_on() -> None:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from packaging.version import Version
+
 from tokensieve.errors import Refusal
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.serve.settings import Settings
@@ -26,6 +28,7 @@ def command(
     host: str,
     port: int,
     grace: float,
+    release: str,
     further: Sequence[str] = (),
 ) -> list[str]:
     """Return the arguments of Python that start vLLM's server.
@@ -37,6 +40,7 @@ def command(
         loading: options that vLLM has a flag for.
         host, port: the address.
         grace: seconds for running requests after SIGTERM.
+        release: of vLLM.
         further: the user's own arguments for vLLM, last.
 
     Raises:
@@ -51,7 +55,8 @@ def command(
     arguments += ["--host", host, "--port", str(port), "--middleware", GUARD, "--shutdown-timeout", str(round(grace))]
     limit = {"image": settings.limits.images}
     arguments += ["--limit-mm-per-prompt", json.dumps(limit)]
-    if settings.methods or settings.allow_keep:
+    # vLLM 0.30 lacks the switch and takes a request's choices always; the guard refuses those that are not allowed
+    if (settings.methods or settings.allow_keep) and Version(release).release >= (0, 31):
         arguments.append("--trust-request-mm-kwargs")
     arguments += ["--hf-overrides", json.dumps(options["hf_overrides"])]
     for name in FORWARDED:
