@@ -30,6 +30,7 @@ CONTENTS = {
     "commands": "one file per command",
     "report": "HTML, plots, overlays",
     "serve": "the OpenAI-compatible server",
+    "batch": "many rows, on Ray Data",
     "evaluate": "data, metrics, comparisons",
     "load": "load tests of servers",
     "check": "the equivalence checks (laws)",

@@ -1,10 +1,13 @@
 """Nonsense on the command line is refused before Ray starts; cores and GPUs are shared out without overlap."""
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.cli.calling import run_many
-from tokensieve.batch import Place
+from tokensieve import batch
+from tokensieve.batch import Place, vllm
 from tokensieve.batch.rounds import Share, share_of
+from tokensieve.cli import app
 from tokensieve.errors import Refusal
 
 WRONG = {
@@ -36,6 +39,26 @@ def test_wrong_options_are_one_line(tmp_path):
         line = outcomes[name].refused()
         assert (wrong[2] if wrong else "--output") in line, name
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("methods", "engine", "separators"),
+    [("vtc-cls", "vllm", "none"), ("fastv", "transformers", "kept-lines")],
+)
+def test_where_vllm_cannot_serve_a_method_the_job_is_that_of_transformers(
+    tmp_path, monkeypatch, methods, engine, separators
+):
+    jobs = []
+
+    def started(job, *_):
+        jobs.append(job)
+        raise Refusal("not started")
+
+    monkeypatch.setattr(vllm, "available", lambda: True)
+    monkeypatch.setattr(batch, "run", started)
+    call = ["batch", "--data", "reference", "--output", str(tmp_path), "--methods", methods]
+    assert CliRunner().invoke(app, call).exit_code != 0
+    assert [(job.engine, job.settings.separators) for job in jobs] == [(engine, separators)]
 
 
 @pytest.mark.parametrize(

@@ -401,7 +401,8 @@ def test_beside_vllm_the_estimate_reads_its_metrics() -> None:
 
 
 def test_settings_travel_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(("a", "b"), LIMITS, allow_urls=True, methods=("x",), allow_keep=True, paths=("/p",))
+    more: dict[str, Any] = {"allow_urls": True, "allow_keep": True, "begin_of_text": True}
+    settings = Settings(("a", "b"), LIMITS, methods=("x",), paths=("/p",), **more)
     with pytest.raises(Refusal, match="TOKENSIEVE_SERVE"):
         Settings.from_environment()
     for name, value in settings.to_environment().items():

@@ -10,13 +10,12 @@ from tokensieve.loading import LoadOptions
 from tokensieve.serve import Limits, Settings
 from tokensieve.serve.vllm_command import GUARD, SERVER, command
 
-OPTIONS = {"hf_overrides": {"architectures": ["Sieved"]}, "enable_mm_embeds": False, "max_model_len": 99}
-ADDRESS: dict[str, Any] = {"host": "127.0.0.1", "port": 9000, "grace": 12.4}
+OPTIONS = {"hf_overrides": {"architectures": ["Sieved"]}}
+ADDRESS: dict[str, Any] = {"host": "127.0.0.1", "port": 9000, "grace": 12.4, "release": "0.32.0+cpu"}
 
 
-def arguments(settings: Settings, loading: LoadOptions | None = None, *further: str, **options: Any) -> list[str]:
-    options = OPTIONS | options
-    return command("folder/llava", options, settings, loading or LoadOptions(), **ADDRESS, further=further)
+def arguments(settings: Settings, loading: LoadOptions | None = None, *further: str) -> list[str]:
+    return command("folder/llava", OPTIONS, settings, loading or LoadOptions(), **ADDRESS, further=further)
 
 
 def value(line: list[str], flag: str) -> str:
@@ -33,21 +32,16 @@ def test_the_command_line() -> None:
     assert json.loads(value(line, "--limit-mm-per-prompt")) == {"image": 3}
     assert value(line, "--middleware") == GUARD
     assert value(line, "--shutdown-timeout") == "12"
-    assert value(line, "--max-model-len") == "99"
-    assert "--no-enable-mm-embeds" in line
     assert "--trust-request-mm-kwargs" not in line
     assert line[-1] == "--enforce-eager"
 
 
 @pytest.mark.parametrize("choice", [{"allow_keep": True}, {"methods": ("vtc-cls", "divprune")}])
 def test_requests_are_trusted_only_when_they_may_choose(choice: dict[str, Any]) -> None:
-    assert "--trust-request-mm-kwargs" in arguments(Settings(("llava",), **choice))
-
-
-def test_the_plug_ins_folder_takes_the_place_of_the_name() -> None:
-    line = arguments(Settings(("reference",)), model="written/there")
-    assert line.count("--model") == 1
-    assert value(line, "--model") == "written/there"
+    settings = Settings(("llava",), **choice)
+    assert "--trust-request-mm-kwargs" in arguments(settings)
+    before = command("folder/llava", OPTIONS, settings, LoadOptions(), **ADDRESS | {"release": "0.30.2"})
+    assert "--trust-request-mm-kwargs" not in before  # that release ends at a switch that it does not know
 
 
 def test_loading_options_that_vllm_has_are_passed_on() -> None:

@@ -1,4 +1,4 @@
-"""Answer millions of rows on Ray Data: on one machine or a cluster, each row exactly once, resumably."""
+"""Answer many rows on Ray Data: on one machine or a cluster, each row exactly once, resumably."""
 
 from tokensieve.batch.job import Job
 from tokensieve.batch.parts import Totals

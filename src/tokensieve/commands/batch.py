@@ -104,7 +104,7 @@ def batch(
             metric=metric,
             seeds=seeds,
             budget_scope=budget_scope,
-            separators="none" if in_vllm else "kept-lines",
+            separators="none" if in_vllm else "kept-lines",  # what vLLM always does, and the default of attach
             prompt=prompt,
             measure=False,
         ),
@@ -123,7 +123,7 @@ def batch(
             if engine == "vllm":
                 raise
             note(f"note: transformers answers, not vLLM: {error}")
-            job = replace(job, engine="transformers")
+            job = replace(job, engine="transformers", settings=replace(job.settings, separators="kept-lines"))
     if data != "reference":
         note_foreign_images(model)
     with progress() as bar:

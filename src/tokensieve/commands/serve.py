@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -104,19 +104,20 @@ def serve(
         if budget_scope != "image":
             raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {budget_scope}")
         from tokensieve.serve.vllm_command import command, run
+        from tokensieve.vllm import checkpoint, engine_options, renders_begin_of_text
+        from tokensieve.vllm.private import installed
 
         try:
-            from tokensieve.vllm import checkpoint, engine_options, renders_begin_of_text
-
             options = engine_options(
-                model, method, allowed=settings.methods, positions=positions, from_tokens=from_tokens, **budget
+                model, method, allowed=settings.methods[1:], positions=positions, from_tokens=from_tokens, **budget
             )
         except Refusal as error:
             raise Refusal(f"{error}; --engine transformers serves without vLLM") from error
-        further = engine_arguments or ()
-        folder = checkpoint(model)
+        folder, further = checkpoint(model), engine_arguments or ()
         settings = replace(settings, begin_of_text=not renders_begin_of_text(folder))
-        run(command(folder, options, settings, loading, host=host, port=port, grace=grace, further=further), settings)
+        address: dict[str, Any] = {"host": host, "port": port, "grace": grace}
+        arguments = command(folder, options, settings, loading, **address, release=installed(), further=further)
+        run(arguments, settings)
     if from_tokens:
         raise Refusal("--from-tokens is for vLLM: transformers reduces images of all sizes")
     if engine_arguments:
@@ -127,12 +128,13 @@ def serve(
     if missing:
         raise MissingExtra(f"serving needs {', '.join(missing)}", "serve")
     from tokensieve.serve import embedded
+    from tokensieve.vllm.settings import METHOD
 
     listener = embedded.listen(host, port)
     vlm, processor = load_model(model, loading)
     attached = embedded.Attached(vlm, processor, method, budget.get("keep"), positions, budget_scope)
     for spec in settings.methods:
-        attached.attach({"tokensieve_method": spec})  # one that the model cannot run is refused now
+        attached.attach({METHOD: spec})  # one that the model cannot run is refused now
     attached.attach({})
     app = embedded.build_app(attached, served, settings)
     note(f"serving {served} with {attached} on http://{host}:{port}/v1 (transformers)")

@@ -15,9 +15,9 @@ from typing import Any
 
 from tokensieve.errors import DataError, Refusal
 from tokensieve.serve.settings import Settings
+from tokensieve.vllm.settings import KEEP, METHOD
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others have decoders that run programs or are rarely tested
-PER_REQUEST = ("tokensieve_method", "tokensieve_keep")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 NUMBERS = {  # parameters of sampling: (lowest, highest)
     "temperature": (0, 2),
@@ -154,21 +154,21 @@ def _check_choice(body: dict[str, Any], settings: Settings) -> None:
     choice = body.get("mm_processor_kwargs")
     if choice is None:
         return
-    if not isinstance(choice, dict) or any(key not in PER_REQUEST for key in choice):
-        raise _wrong("mm_processor_kwargs", f"an object with some of {', '.join(PER_REQUEST)}", choice)
-    method, keep = choice.get("tokensieve_method"), choice.get("tokensieve_keep")
+    if not isinstance(choice, dict) or any(key not in (METHOD, KEEP) for key in choice):
+        raise _wrong("mm_processor_kwargs", f"an object with some of {METHOD}, {KEEP}", choice)
+    method, keep = choice.get(METHOD), choice.get(KEEP)
     if method is not None and (not isinstance(method, str) or method not in settings.methods):
         allowed = f"; allowed: {', '.join(settings.methods)}" if settings.methods else ": the server allows no choice"
-        raise Rejection(400, "wrong_option", f"tokensieve_method {_short(json.dumps(method))} is refused{allowed}")
+        raise Rejection(400, "wrong_option", f"{METHOD} {_short(json.dumps(method))} is refused{allowed}")
     if keep is None:
         return
     if not settings.allow_keep:
-        raise Rejection(400, "wrong_option", "tokensieve_keep is refused: the server allows no choice of the budget")
+        raise Rejection(400, "wrong_option", f"{KEEP} is refused: the server allows no choice of the budget")
     if not _number(keep) or (keep < 1 if isinstance(keep, int) else not 0 < keep <= 1):
         raise Rejection(
             400,
             "wrong_option",
-            f"tokensieve_keep must be a number of tokens (64) or a share (0.25); got {_short(json.dumps(keep))}",
+            f"{KEEP} must be a number of tokens (64) or a share (0.25); got {_short(json.dumps(keep))}",
         )
 
 

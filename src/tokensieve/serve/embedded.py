@@ -34,7 +34,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality, _GenerationCancelled
 
 from tokensieve import tally
-from tokensieve.budget import BudgetScope, check_budget
+from tokensieve.budget import BudgetScope
 from tokensieve.engine import Sieve, attach
 from tokensieve.errors import Refusal, first_line
 from tokensieve.images import decode_image
@@ -45,6 +45,7 @@ from tokensieve.serve.body import image_bytes, texts_of
 from tokensieve.serve.guard import Guard
 from tokensieve.serve.metrics import Prefill
 from tokensieve.serve.settings import Settings
+from tokensieve.vllm.settings import KEEP, METHOD, with_keep
 
 REFUSED_FIELDS = (
     "generation_config",
@@ -91,12 +92,11 @@ class Attached:
         Raises:
             Refusal: the budget does not fit the method.
         """
-        spec = choice.get("tokensieve_method") or self._method
-        keep = choice.get("tokensieve_keep")
-        keep = (self._keep if spec == self._method else None) if keep is None else check_budget(keep)
-        if keep is None or spec == "full":
-            return parse(spec)
-        return parse(spec, keep=keep)
+        spec = choice.get(METHOD) or self._method
+        if choice.get(KEEP) is not None:
+            return with_keep(parse(spec), choice[KEEP])
+        default = self._keep if spec == self._method and spec != "full" else None
+        return parse(spec) if default is None else parse(spec, keep=default)
 
     def attach(self, choice: Mapping[str, Any]) -> None:
         """Attach the method of a request."""

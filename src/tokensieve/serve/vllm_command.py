@@ -8,6 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from packaging.version import Version
+
 from tokensieve.errors import Refusal
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.serve.settings import Settings
@@ -26,17 +28,19 @@ def command(
     host: str,
     port: int,
     grace: float,
+    release: str,
     further: Sequence[str] = (),
 ) -> list[str]:
     """Return the arguments of Python that start vLLM's server.
 
     Args:
-        model: the user's name of the model.
-        options: result of ``tokensieve.vllm.engine_options``; a "model" in it takes the place of ``model``.
+        model: folder or hub name.
+        options: result of ``tokensieve.vllm.engine_options``.
         settings: the guard's settings; the served names are ``settings.models``.
         loading: options that vLLM has a flag for.
         host, port: the address.
         grace: seconds for running requests after SIGTERM.
+        release: of vLLM.
         further: the user's own arguments for vLLM, last.
 
     Raises:
@@ -47,22 +51,19 @@ def command(
             raise Refusal(f"--{name.replace('_', '-')} is not passed to vLLM; give vLLM's own option after --")
     if any(argument.startswith("--api-server-count") for argument in further):
         raise Refusal("--api-server-count is refused: limits and metrics are counted in one server process")
-    options = dict(options)
-    arguments = ["-m", SERVER, "--model", str(options.pop("model", model)), "--served-model-name", *settings.models]
+    arguments = ["-m", SERVER, "--model", model, "--served-model-name", *settings.models]
     arguments += ["--host", host, "--port", str(port), "--middleware", GUARD, "--shutdown-timeout", str(round(grace))]
     limit = {"image": settings.limits.images}
     arguments += ["--limit-mm-per-prompt", json.dumps(limit)]
-    if settings.methods or settings.allow_keep:
+    # vLLM 0.30 lacks the switch and takes a request's choices always; the guard refuses those that are not allowed
+    if (settings.methods or settings.allow_keep) and Version(release).release >= (0, 31):
         arguments.append("--trust-request-mm-kwargs")
+    arguments += ["--hf-overrides", json.dumps(options["hf_overrides"])]
     for name in FORWARDED:
-        if getattr(loading, name) != getattr(DEFAULTS, name):
-            options.setdefault(name, getattr(loading, name))
-    for name, value in options.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            arguments.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            arguments += [flag, json.dumps(value) if isinstance(value, dict | list) else str(value)]
+        value = getattr(loading, name)
+        if value != getattr(DEFAULTS, name):
+            flag = f"--{name.replace('_', '-')}"
+            arguments += [flag] if value is True else [flag, str(value)]
     return [*arguments, *further]
 
 

@@ -30,11 +30,7 @@ def register() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "checkpoint",
-        "engine_options",
-        "renders_begin_of_text",
-    ):  # they import transformers, which register() does without
+    if name in __all__:  # they import torch and transformers, which register() does without
         from tokensieve.vllm import settings
 
         return getattr(settings, name)

@@ -111,7 +111,6 @@ NAMES = (
     Name("vllm.config:MultiModalConfig.mm_encoder_tp_mode", "ranks that encode other images are refused"),
     Name("vllm.config:CompilationConfig.cudagraph_mm_encoder", "a captured vision encoder is refused"),
     Name("vllm.config:CompilationConfig.compile_mm_encoder", "a compiled one is refused if attention is read"),
-    Name("vllm.config:ParallelConfig.tensor_parallel_size", "see mm_encoder_tp_mode"),
     Name("vllm.config:ParallelConfig.pipeline_parallel_size", "refused with original positions"),
     Name("vllm.config:VllmConfig.speculative_config", "refused with original positions"),
 )

@@ -27,7 +27,7 @@ class EngineSettings:
 
     Attributes:
         method: spec of the default method, such as "vtc-cls(keep=64)".
-        allowed: specs of the further methods that a request may choose by name.
+        allowed: specs of the further methods that a request may choose, as the user spelled them.
         positions: "original" keeps the position ids of the kept tokens, "contiguous" renumbers them.
         from_tokens: images of fewer tokens stay whole.
     """
@@ -60,17 +60,15 @@ class EngineSettings:
         number = self._number(options[METHOD]) if METHOD in options else 0
         method = self.methods[number]
         if KEEP in options:
-            keep = check_budget(options[KEEP])
-            if method.budget is None:
-                raise Refusal(f"{KEEP}: {method.info.name} has no budget; got {keep}")
-            method = method.with_budget(keep)
+            (method,) = with_keep([method], options[KEEP])
         return Choice(number, method)
 
     def _number(self, chosen: object) -> int:
-        """Return the number of a method that a request names, by its name alone or by its whole spec."""
-        for number, method in enumerate(self.methods):
-            if chosen in (method.info.name, str(method)):
-                return number
+        """Return the number of a method that a request names: by its spec as given or in full, or by its name alone."""
+        full_specs, names = map(str, self.methods), (method.info.name for method in self.methods)
+        for texts in ((self.method, *self.allowed), tuple(full_specs), tuple(names)):
+            if chosen in texts:
+                return texts.index(chosen)
         raise Refusal(f"{METHOD} must be one of {', '.join(map(str, self.methods))}; got {chosen!r}")
 
 
@@ -80,6 +78,18 @@ class Choice:
 
     number: int
     method: Method
+
+
+def with_keep(methods: Sequence[Method], keep: Any) -> list[Method]:
+    """Return the methods of a request with the request's budget in place of their own.
+
+    Raises:
+        Refusal: the budget is impossible, or none of the methods has one.
+    """
+    keep = check_budget(keep)
+    if not any("keep" in method.info.parameters for method in methods):
+        raise Refusal(f"{KEEP}: {' + '.join(method.info.name for method in methods)} has no budget; got {keep}")
+    return [method.with_budget(keep) if "keep" in method.info.parameters else method for method in methods]
 
 
 def served_method(spec: str, **parameters: Any) -> Method:
@@ -102,6 +112,8 @@ def unserved(method: Method) -> str | None:
     """Return why no vLLM engine can run a method; ``None`` if one can."""
     if method.keeps_everything:
         return None
+    if method.info.name == "mustdrop-keys":
+        return "it only ranks tokens for mustdrop-llm, which acts inside the LLM"
     stage, needs = method.info.stage, method.needs
     if stage == "decoder":
         return "it drops tokens inside the LLM, and vLLM's paged cache has one length for all layers"
@@ -112,11 +124,10 @@ def unserved(method: Method) -> str | None:
     if needs.requests("video"):
         return "it reduces videos, and the plug-in reduces images"
     if method.budget is None:
-        return "the image's content decides how many tokens stay, and vLLM reserves them before it encodes: give keep"
+        remedy = ": give keep" if "keep" in method.info.parameters else ""
+        return f"the image's content decides how many tokens stay, and vLLM reserves them before it encodes{remedy}"
     if method.slots(1, (1, 1)) is None:
         return "with these parameters it decides by the image's content how many tokens stay"
-    if method.info.name == "mustdrop-keys":
-        return "it only ranks tokens for mustdrop-llm, which acts inside the LLM"
     return None
 
 
@@ -150,16 +161,17 @@ def engine_options(
     if isinstance(from_tokens, bool) or not isinstance(from_tokens, int) or from_tokens < 0:
         raise Refusal(f"from_tokens must be a whole number of tokens >= 0; got {from_tokens!r}")
     default = served_method(method, **parameters)
-    others = [method for method in map(served_method, allowed) if method != default]
+    others = {text: one for text in allowed if (one := served_method(text)) != default}
     config = read_config(checkpoint(model))
     family = family_of(config)
-    for chosen in (default, *others):
+    for chosen in (default, *others.values()):
         reason = family.unserved(config, chosen)
         if reason is not None:
             raise Refusal(f"{chosen.info.name} cannot run on {family.title} in vLLM: {reason}")
+    spec = str(default) if parameters else method  # a request may repeat it, spelled the same
     overrides: dict[str, Any] = {
         "architectures": [family.reduced_architecture],
-        ATTRIBUTE: asdict(EngineSettings(str(default), tuple(map(str, others)), positions, from_tokens)),
+        ATTRIBUTE: asdict(EngineSettings(spec, tuple(others), positions, from_tokens)),
     }
     if positions == "original" and not family.mrope:
         text = family.rope_with_sections(config)
@@ -218,14 +230,16 @@ def renders_begin_of_text(folder: str) -> bool:
     transformers adds this token where the template does not, and vLLM does not add it: the same question would be
     another prompt.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    begin = tokenizer.bos_token
-    if begin is None or not tokenizer.chat_template:
+    # not the tokenizer, which does not read the template of a "chat_template.json"
+    processor = AutoProcessor.from_pretrained(folder)
+    begin = processor.tokenizer.bos_token
+    if begin is None or not processor.chat_template:
         return True
+    question = {"role": "user", "content": [{"type": "text", "text": "x"}]}
     try:
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        rendered = processor.apply_chat_template([question], tokenize=False)
     except Exception as error:  # templates refuse in any type
         raise Refusal(f"the chat template of {folder} renders no plain question: {first_line(error)}") from error
     return str(rendered).startswith(begin)
