@@ -24,13 +24,14 @@ def value(line: list[str], flag: str) -> str:
 
 
 def test_the_command_line() -> None:
-    line = arguments(Settings(("llava",), Limits(images=3)), None, "--enforce-eager")
+    line = arguments(Settings(("llava",), Limits(images=3, answer_tokens=77)), None, "--enforce-eager")
     assert line[:2] == ["-m", SERVER]
     assert value(line, "--model") == "folder/llava"
     assert value(line, "--served-model-name") == "llava"
     assert (value(line, "--host"), value(line, "--port")) == ("127.0.0.1", "9000")
     assert json.loads(value(line, "--hf-overrides")) == OPTIONS["hf_overrides"]
     assert json.loads(value(line, "--limit-mm-per-prompt")) == {"image": 3}
+    assert json.loads(value(line, "--override-generation-config")) == {"max_new_tokens": 77}
     assert value(line, "--middleware") == GUARD
     assert value(line, "--shutdown-timeout") == "12"
     assert value(line, "--max-model-len") == "99"

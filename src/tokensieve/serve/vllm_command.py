@@ -52,6 +52,8 @@ def command(
     arguments += ["--host", host, "--port", str(port), "--middleware", GUARD, "--shutdown-timeout", str(round(grace))]
     limit = {"image": settings.limits.images}
     arguments += ["--limit-mm-per-prompt", json.dumps(limit)]
+    # a request that names no max_tokens would go on to the end of the context
+    arguments += ["--override-generation-config", json.dumps({"max_new_tokens": settings.limits.answer_tokens})]
     if settings.methods or settings.allow_keep:
         arguments.append("--trust-request-mm-kwargs")
     for name in FORWARDED:

@@ -181,9 +181,7 @@ def family_of(config: Mapping[str, Any]) -> ServedFamily:
     if model_type in REFUSED:
         raise Refusal(f"{model_type} cannot be reduced in vLLM: {REFUSED[model_type]}")
     known = sorted({name for family in FAMILIES for name in family.model_types})
-    raise Refusal(
-        f"the plug-in does not know model type {model_type!r}{nearest(model_type, known)}; known: {', '.join(known)}"
-    )
+    raise Refusal(f"the plug-in does not know model type {model_type!r}; {nearest(model_type, known)}")
 
 
 def read_config(model: str) -> dict[str, Any]:
