@@ -38,7 +38,7 @@ from tokensieve.evaluate import decode
 from tokensieve.reference.benchmark import benchmark
 
 KEEP = 36
-START_SECONDS = 300
+START_SECONDS = 600
 CHAT = "/v1/chat/completions"
 ENGINE_ARGUMENTS = {
     "transformers": [],
@@ -83,7 +83,7 @@ class Soak:
                 break
             except OSError as error:
                 if self.process.poll() is not None or time.monotonic() - start > START_SECONDS:
-                    self.stop.set()
+                    self.process.kill()
                     raise RuntimeError(f"the server did not start: see {self.folder / 'server.log'}") from error
                 time.sleep(0.1)
         self.starts.append(time.monotonic() - start)
@@ -301,8 +301,9 @@ def main():
     soak = Soak(options.output.parent, options.engine)
     soak.start()
     soak.started = time.monotonic()
-    threads = [threading.Thread(target=soak.work, args=(number,)) for number in range(options.workers)]
-    threads.append(threading.Thread(target=soak.sample_memory))
+    # daemons: an error of this thread ends the run
+    threads = [threading.Thread(target=soak.work, args=(number,), daemon=True) for number in range(options.workers)]
+    threads.append(threading.Thread(target=soak.sample_memory, daemon=True))
     for thread in threads:
         thread.start()
     seconds = options.minutes * 60
