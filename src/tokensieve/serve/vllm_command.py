@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from tokensieve.errors import Refusal
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.serve.settings import Settings
+from tokensieve.vllm import orphans
 
 SERVER = "vllm.entrypoints.openai.api_server"
 GUARD = "tokensieve.serve.guard.Guard"
@@ -70,4 +71,5 @@ def command(
 
 def run(arguments: Sequence[str], settings: Settings) -> NoReturn:
     """Replace this process by vLLM's server: signals then go to it, and its exit code is ours."""
-    os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **settings.to_environment()})
+    environment = {**os.environ, **settings.to_environment(), orphans.VARIABLE: "1"}
+    os.execve(sys.executable, [sys.executable, *arguments], environment)
