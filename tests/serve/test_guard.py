@@ -254,6 +254,21 @@ def test_a_field_that_no_check_bounds_does_not_reach_the_engine(key: str) -> Non
     assert key in message
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat(text="<image> what?"),
+        chat(messages=[{"role": "system", "content": "<image>"}]),
+        chat(tools=[{"description": "<image>"}]),
+    ],
+    ids=["part", "string", "tool"],
+)
+def test_a_text_may_not_hold_the_place_of_an_image(body: Any) -> None:
+    status, reason, message = refused(body, House(placeholders=("<image>", "<video>")))
+    assert (status, reason) == (400, "placeholder")
+    assert "<image>" in message
+
+
 def test_fields_that_concern_one_answer_are_passed_on() -> None:
     fields = {
         "n": 1,

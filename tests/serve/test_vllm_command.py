@@ -15,7 +15,7 @@ from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions
 from tokensieve.serve import Limits, Settings
 from tokensieve.serve.vllm_command import GUARD, SERVER, command
-from tokensieve.vllm import orphans
+from tokensieve.vllm import checkpoint, orphans, placeholders
 
 OPTIONS = {"hf_overrides": {"architectures": ["Sieved"]}, "enable_mm_embeds": False, "max_model_len": 99}
 ADDRESS: dict[str, Any] = {"host": "127.0.0.1", "port": 9000, "grace": 12.4}
@@ -119,3 +119,14 @@ def test_the_guard_is_where_vllm_looks_for_it() -> None:
 
     module, name = GUARD.rsplit(".", 1)
     assert isinstance(getattr(import_module(module), name), type)
+
+
+def test_the_tokens_that_stand_for_an_image_are_read_from_the_checkpoint() -> None:
+    assert placeholders(checkpoint("reference")) == ("<image>",)
+
+
+def test_the_settings_reach_vllm_as_they_are(monkeypatch) -> None:
+    settings = Settings(("m",), Limits(images=3), methods=("vtc-cls",), paths=("/x",), placeholders=("<image>",))
+    for name, text in settings.to_environment().items():
+        monkeypatch.setenv(name, text)
+    assert Settings.from_environment() == settings

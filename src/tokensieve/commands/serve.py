@@ -106,7 +106,7 @@ def serve(
         from tokensieve.serve.vllm_command import command, run
 
         try:
-            from tokensieve.vllm import checkpoint, engine_options, renders_begin_of_text
+            from tokensieve.vllm import checkpoint, engine_options, placeholders, renders_begin_of_text
 
             options = engine_options(
                 model, method, allowed=settings.methods, positions=positions, from_tokens=from_tokens, **budget
@@ -115,7 +115,8 @@ def serve(
             raise Refusal(f"{error}; --engine transformers serves without vLLM") from error
         further = engine_arguments or ()
         folder = checkpoint(model)
-        settings = replace(settings, begin_of_text=not renders_begin_of_text(folder))
+        begin_of_text = not renders_begin_of_text(folder)
+        settings = replace(settings, begin_of_text=begin_of_text, placeholders=placeholders(folder))
         run(command(folder, options, settings, loading, host=host, port=port, grace=grace, further=further), settings)
     if from_tokens:
         raise Refusal("--from-tokens is for vLLM: transformers reduces images of all sizes")

@@ -127,6 +127,12 @@ def check(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
             "prompt_too_long",
             f"the texts have {characters:,} characters; the limit is {limits.prompt_characters:,}",
         )
+    texts = [*texts_of(body), json.dumps(body.get("tools") or "", ensure_ascii=False)]
+    for placeholder in settings.placeholders:
+        if any(placeholder in text for text in texts):
+            raise Rejection(
+                400, "placeholder", f"leave {placeholder} out of the text: each image has its place among the parts"
+            )
     if len(images) > limits.images:
         raise Rejection(400, "too_many_images", f"the request has {len(images):,} images; the limit is {limits.images}")
     deadline, most_bytes = time.monotonic() + limits.body_seconds, limits.body_bytes  # of all images on the web

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["checkpoint", "engine_options", "register", "renders_begin_of_text"]
+__all__ = ["checkpoint", "engine_options", "placeholders", "register", "renders_begin_of_text"]
 
 
 def register() -> None:
@@ -35,6 +35,7 @@ def __getattr__(name: str) -> Any:
     if name in (
         "checkpoint",
         "engine_options",
+        "placeholders",
         "renders_begin_of_text",
     ):  # they import transformers, which register() does without
         from tokensieve.vllm import settings

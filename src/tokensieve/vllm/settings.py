@@ -210,6 +210,16 @@ def checkpoint(model: str) -> str:
     return str(path(model)) if model in NAMES and not Path(model).exists() else model
 
 
+def placeholders(folder: str) -> tuple[str, ...]:
+    """Return the tokens of a checkpoint that stand for an image or a video."""
+    from transformers import AutoTokenizer
+
+    config, tokenizer = read_config(folder), AutoTokenizer.from_pretrained(folder)
+    names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
+    ids = [config[name] for name in names if isinstance(config.get(name), int)]
+    return tuple(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(number)) for number in ids))
+
+
 def renders_begin_of_text(folder: str) -> bool:
     """Return whether the chat template writes the token that begins a text.
 
