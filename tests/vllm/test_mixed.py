@@ -89,8 +89,7 @@ def attached(
     return answers, kept
 
 
-@pytest.mark.parametrize("caching", [True, False], ids=["prefix caching", "no caching"])
-def test_nothing_is_mixed_up(loaded, caching):
+def test_nothing_is_mixed_up_by_the_caches(loaded):
     _, processor = loaded
     chats = look_alikes()
     texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat, _ in chats]
@@ -108,9 +107,9 @@ def test_nothing_is_mixed_up(loaded, caching):
                 prompts.append(prompt)
     methods = list(dict.fromkeys(name for name, _ in CHOICES))
     engine = options(f"{methods[0]}(keep=36)", allowed=[f"{name}(keep=36)" for name in methods[1:]])
-    engine |= {"enable_prefix_caching": caching, "block_size": 32}
+    engine |= {"block_size": 32}
     (ran,) = run_apart(serve, engine, [prompts], TOKENS, (), True)["passes"]
-    assert any(ran["cached"]) == caching
+    assert sum(count > 0 for count in ran["cached"]) > 50  # prompts of fewer tokens than a block are not cached
     decided: dict[Any, set[tuple[int, ...]]] = {}
     for call in ran["calls"]:
         for pixels, method, budget, _, anchors in call:
