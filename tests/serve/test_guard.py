@@ -150,6 +150,42 @@ WRONG: dict[str, tuple[Any, int, str, list[str]]] = {
     "keep": (chat(mm_processor_kwargs={"tokensieve_keep": 3}), 400, "wrong_option", ["tokensieve_keep", "no choice"]),
     "method": (chat(mm_processor_kwargs={"tokensieve_method": "trsm"}), 400, "wrong_option", ["trsm", "no choice"]),
     "pixels by request": (chat(mm_processor_kwargs={"max_pixels": 9}), 400, "wrong_type", ["max_pixels"]),
+    "two answers": (chat(n=2), 400, "wrong_type", ["n must be 1", "2"]),
+    "top_k": (chat(top_k=10**30), 400, "wrong_type", ["top_k", "1000000"]),
+    "all logprobs": (chat(logprobs=True, top_logprobs=-1), 400, "wrong_type", ["top_logprobs", "0 to 20"]),
+    "logprobs": (chat(logprobs=5), 400, "wrong_type", ["logprobs", "true or false"]),
+    "min_tokens": (chat(min_tokens=51), 400, "wrong_type", ["min_tokens", "0 to 50"]),
+    "an infinite penalty": (
+        json.dumps(chat(repetition_penalty=7)).replace("7}", "1e999}").encode(),
+        400,
+        "wrong_type",
+        ["repetition_penalty", "0.1 to 10"],
+    ),
+    "many biases": (
+        chat(logit_bias={str(token): 1 for token in range(1025)}),
+        400,
+        "wrong_type",
+        ["logit_bias", "at most 1,024"],
+    ),
+    "a long grammar": (
+        chat(response_format={"type": "json_schema", "json_schema": {"schema": {"pattern": "x" * 101}}}),
+        400,
+        "prompt_too_long",
+        ["100"],
+    ),
+    "text in a name": (
+        chat(messages=[{"role": "user", "content": "x", "name": "x" * 101}]),
+        400,
+        "prompt_too_long",
+        ["102", "100"],
+    ),
+    "text in an unknown field": (
+        chat(messages=[{"role": "user", "content": "x", "documents": "x"}]),
+        400,
+        "unknown_field",
+        ["messages[0].documents"],
+    ),
+    "a line of pixels": (chat(data_url(png(1, 201))), 400, "image_too_large", ["1 x 201", "200 times"]),
     "long text": (chat(text="x" * 101), 400, "prompt_too_long", ["101", "100"]),
     "three images": (chat(*[GOOD] * 3), 400, "too_many_images", ["3", "2"]),
     "a thousand images": (chat(*["data:,"] * 1000), 400, "too_many_images", ["1,000", "2"]),
@@ -177,6 +213,86 @@ WRONG: dict[str, tuple[Any, int, str, list[str]]] = {
     ),
     "large body": (b" " * 100_001, 413, "body_too_large", ["100,001", "100,000"]),
 }
+
+
+UNKNOWN = {
+    "chat_template": "{{ messages }}",
+    "chat_template_kwargs": {"chat_template": "x"},
+    "documents": [{"text": "x"}],
+    "add_generation_prompt": False,
+    "add_special_tokens": False,
+    "continue_final_message": True,
+    "media_io_kwargs": {"image": {"image_mode": "L"}},
+    "multi_modal_data": {"image": "x"},
+    "multi_modal_uuids": {"image": ["yours"]},
+    "prompt_embeds": "x",
+    "truncate_prompt_tokens": 9,
+    "priority": -9,
+    "best_of": 9,
+    "use_beam_search": True,
+    "prompt_logprobs": 9,
+    "logprob_token_ids": [1],
+    "stop_token_ids": [10**9],
+    "allowed_token_ids": [1],
+    "bad_words": ["x"],
+    "logits_processors": ["os.system"],
+    "structured_outputs": {"regex": "(a*)*b"},
+    "guided_regex": "(a*)*b",
+    "kv_transfer_params": {"do_remote_prefill": True},
+    "ec_transfer_params": {"x": 1},
+    "vllm_xargs": {"x": 1},
+    "request_id": "yours",
+    "generation_config": '{"num_beams": 99}',
+    "cheese": 1,
+}
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_a_field_that_no_check_bounds_does_not_reach_the_engine(key: str) -> None:
+    status, reason, message = refused(chat(**{key: UNKNOWN[key]}))
+    assert (status, reason) == (400, "unknown_field")
+    assert key in message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        chat(text="<image> what?"),
+        chat(messages=[{"role": "system", "content": "<image>"}]),
+        chat(tools=[{"description": "<image>"}]),
+    ],
+    ids=["part", "string", "tool"],
+)
+def test_a_text_may_not_hold_the_place_of_an_image(body: Any) -> None:
+    status, reason, message = refused(body, House(placeholders=("<image>", "<video>")))
+    assert (status, reason) == (400, "placeholder")
+    assert "<image>" in message
+
+
+def test_fields_that_concern_one_answer_are_passed_on() -> None:
+    fields = {
+        "n": 1,
+        "min_tokens": 2,
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "stream_options": {"include_usage": True},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "logit_bias": {"7": 1},
+        "response_format": {"type": "json_object"},
+        "user": "u",
+        "cache_salt": "s",
+        "chat_template": None,
+    }
+    # an answer of the openai package, sent back as it is
+    earlier = {"role": "assistant", "content": "red", "refusal": None, "annotations": [], "audio": None}
+    house, body = House(), chat(**fields)
+    body["messages"] = [{"role": "user", "content": "x"}, earlier, *body["messages"]]
+    assert asyncio.run(house.post(body)).status == 200
+    assert house.engine.bodies == [body]
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -1,6 +1,12 @@
 """vLLM's command line, and the options that it does not receive."""
 
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,6 +15,7 @@ from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions
 from tokensieve.serve import Limits, Settings
 from tokensieve.serve.vllm_command import GUARD, SERVER, command
+from tokensieve.vllm import checkpoint, orphans, placeholders
 
 OPTIONS = {"hf_overrides": {"architectures": ["Sieved"]}}
 ADDRESS: dict[str, Any] = {"host": "127.0.0.1", "port": 9000, "grace": 12.4, "release": "0.32.0+cpu"}
@@ -23,13 +30,14 @@ def value(line: list[str], flag: str) -> str:
 
 
 def test_the_command_line() -> None:
-    line = arguments(Settings(("llava",), Limits(images=3)), None, "--enforce-eager")
+    line = arguments(Settings(("llava",), Limits(images=3, answer_tokens=77)), None, "--enforce-eager")
     assert line[:2] == ["-m", SERVER]
     assert value(line, "--model") == "folder/llava"
     assert value(line, "--served-model-name") == "llava"
     assert (value(line, "--host"), value(line, "--port")) == ("127.0.0.1", "9000")
     assert json.loads(value(line, "--hf-overrides")) == OPTIONS["hf_overrides"]
     assert json.loads(value(line, "--limit-mm-per-prompt")) == {"image": 3}
+    assert json.loads(value(line, "--override-generation-config")) == {"max_new_tokens": 77}
     assert value(line, "--middleware") == GUARD
     assert value(line, "--shutdown-timeout") == "12"
     assert "--trust-request-mm-kwargs" not in line
@@ -59,8 +67,60 @@ def test_others_are_refused() -> None:
         arguments(Settings(("m",)), None, "--api-server-count=2")
 
 
+START_CHILD = """
+import multiprocessing, time
+
+def child():
+    from tokensieve.vllm.orphans import end_with_parent
+    end_with_parent()
+    print("started", flush=True)
+    time.sleep(120)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=child)
+    process.start()
+    print(process.pid, flush=True)
+    process.join()
+"""
+
+
+@pytest.mark.parametrize("variable", ["1", ""])
+def test_a_process_of_the_engine_ends_with_a_server_that_is_killed(tmp_path, variable: str) -> None:
+    (tmp_path / "start.py").write_text(START_CHILD)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "start.py")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, orphans.VARIABLE: variable},
+    )
+    assert parent.stdout is not None
+    number = int(parent.stdout.readline())
+    try:
+        assert parent.stdout.readline() == "started\n"
+        parent.kill()
+        parent.wait()
+        # the child holds the other end of this pipe until it ends
+        ended, _, _ = select.select([parent.stdout], [], [], 20 if variable else 1)
+        assert bool(ended) == bool(variable)
+    finally:
+        parent.stdout.close()
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+
+
 def test_the_guard_is_where_vllm_looks_for_it() -> None:
     from importlib import import_module
 
     module, name = GUARD.rsplit(".", 1)
     assert isinstance(getattr(import_module(module), name), type)
+
+
+def test_the_tokens_that_stand_for_an_image_are_read_from_the_checkpoint() -> None:
+    assert placeholders(checkpoint("reference")) == ("<image>",)
+
+
+def test_the_settings_reach_vllm_as_they_are(monkeypatch) -> None:
+    settings = Settings(("m",), Limits(images=3), methods=("vtc-cls",), paths=("/x",), placeholders=("<image>",))
+    for name, text in settings.to_environment().items():
+        monkeypatch.setenv(name, text)
+    assert Settings.from_environment() == settings

@@ -297,11 +297,11 @@ def test_a_second_encoding_keeps_what_the_cached_prefix_holds():
 
 def decide_twice() -> str:
     """Decide about an image, then about the same image whose features differ a little, beside another image."""
-    from collections import OrderedDict
     from types import SimpleNamespace
 
     from tokensieve.engine.handoff import EncoderOutputs
     from tokensieve.models import TokenLayout
+    from tokensieve.vllm.memory import Decisions
     from tokensieve.vllm.model import Reduced
     from tokensieve.vllm.plan import ImagePlan
     from tokensieve.vllm.settings import served_method
@@ -309,7 +309,7 @@ def decide_twice() -> str:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8))
     methods = (served_method("divprune(keep=5)"),)
     engine: Any = SimpleNamespace(
-        config=config, decisions=OrderedDict(), settings=SimpleNamespace(methods=methods), _user_text=None
+        config=config, decisions=Decisions(), settings=SimpleNamespace(methods=methods), _user_text=None
     )
     layout, plan = TokenLayout.grid_of(6, 6), ImagePlan(0, 5, 5, 36, (6, 6))
     features = torch.randn(36, 8, generator=torch.Generator().manual_seed(0)).half().float()

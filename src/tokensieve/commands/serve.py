@@ -104,7 +104,7 @@ def serve(
         if budget_scope != "image":
             raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {budget_scope}")
         from tokensieve.serve.vllm_command import command, run
-        from tokensieve.vllm import checkpoint, engine_options, renders_begin_of_text
+        from tokensieve.vllm import checkpoint, engine_options, placeholders, renders_begin_of_text
         from tokensieve.vllm.private import installed
 
         try:
@@ -114,7 +114,8 @@ def serve(
         except Refusal as error:
             raise Refusal(f"{error}; --engine transformers serves without vLLM") from error
         folder, further = checkpoint(model), engine_arguments or ()
-        settings = replace(settings, begin_of_text=not renders_begin_of_text(folder))
+        begin_of_text = not renders_begin_of_text(folder)
+        settings = replace(settings, begin_of_text=begin_of_text, placeholders=placeholders(folder))
         address: dict[str, Any] = {"host": host, "port": port, "grace": grace}
         arguments = command(folder, options, settings, loading, **address, release=installed(), further=further)
         run(arguments, settings)

@@ -19,12 +19,48 @@ from tokensieve.vllm.settings import KEEP, METHOD
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others have decoders that run programs or are rarely tested
 ROLES = ("system", "developer", "user", "assistant", "tool")
+COUNTED = ("tools", "tool_choice", "response_format")  # they become text of the prompt or a grammar: characters count
 NUMBERS = {  # parameters of sampling: (lowest, highest)
     "temperature": (0, 2),
     "top_p": (0, 1),
+    "min_p": (0, 1),
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
+    "repetition_penalty": (0.1, 10),
 }
+SWITCHES = (
+    "stream",
+    "logprobs",
+    "parallel_tool_calls",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+)
+CHECKED = (
+    "model",
+    "messages",
+    "mm_processor_kwargs",
+    "max_tokens",
+    "max_completion_tokens",
+    "min_tokens",
+    "n",
+    "top_k",
+    "top_logprobs",
+    "seed",
+    "stop",
+    "logit_bias",
+    *COUNTED,
+)
+PASSED = ("stream_options", "user", "cache_salt")  # they concern this answer only, and an engine checks them
+FIELDS = {*CHECKED, *NUMBERS, *SWITCHES, *PASSED}
+"""What a request may hold. Any other field is refused: vLLM has some that jump the queue ("priority"), cut the prompt
+within an image ("truncate_prompt_tokens"), add text that is not counted ("documents"), or change what the prompt is
+made of ("chat_template", "media_io_kwargs")."""
+MESSAGE_TEXTS = ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content")
+MOST_BIASES, MOST_LOGPROBS, MOST_TOP_K = 1024, 20, 1_000_000
+THINNEST = 200
+"""The longer side of an image is at most this many times the shorter: image processors that scale the shorter side to a
+fixed length would make gigabytes of a line of pixels."""
 NOT_JSON_TEXT = re.compile("[\ud800-\udfff\0]")
 
 
@@ -79,17 +115,24 @@ def check(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
         Rejection: the request is wrong or exceeds a limit.
     """
     limits = settings.limits
+    _check_fields(body)
     _check_model(body, settings)
     _check_sampling(body, limits.answer_tokens)
     _check_choice(body, settings)
     images, characters = _read_messages(body.get("messages"))
-    characters += len(json.dumps(body["tools"])) if body.get("tools") else 0
+    characters += sum(len(json.dumps(body[key])) for key in COUNTED if body.get(key))
     if characters > limits.prompt_characters:
         raise Rejection(
             400,
             "prompt_too_long",
             f"the texts have {characters:,} characters; the limit is {limits.prompt_characters:,}",
         )
+    texts = [*texts_of(body), json.dumps(body.get("tools") or "", ensure_ascii=False)]
+    for placeholder in settings.placeholders:
+        if any(placeholder in text for text in texts):
+            raise Rejection(
+                400, "placeholder", f"leave {placeholder} out of the text: each image has its place among the parts"
+            )
     if len(images) > limits.images:
         raise Rejection(400, "too_many_images", f"the request has {len(images):,} images; the limit is {limits.images}")
     deadline, most_bytes = time.monotonic() + limits.body_seconds, limits.body_bytes  # of all images on the web
@@ -119,6 +162,15 @@ def image_bytes(url: str, name: str) -> bytes:
         raise Rejection(400, "broken_image", f"{name} is not base64: {error}") from None
 
 
+def _check_fields(body: dict[str, Any]) -> None:
+    """Refuse fields that no check here bounds."""
+    for key, value in body.items():
+        if key not in FIELDS and value is not None:
+            raise Rejection(
+                400, "unknown_field", f"the field {_short(key)!r} is not served; docs/serving.md lists those that are"
+            )
+
+
 def _check_model(body: dict[str, Any], settings: Settings) -> None:
     name = body.get("model")
     known = ", ".join(settings.models)
@@ -133,15 +185,22 @@ def _check_sampling(body: dict[str, Any], longest: int) -> None:
         value = body.get(key)
         if value is not None and not (_number(value) and low <= value <= high):
             raise _wrong(key, f"a number from {low} to {high}", value)
-    for key in ("max_tokens", "max_completion_tokens"):
+    whole_numbers = {"max_tokens": (1, longest), "max_completion_tokens": (1, longest), "min_tokens": (0, longest)}
+    whole_numbers |= {"top_k": (-1, MOST_TOP_K), "top_logprobs": (0, MOST_LOGPROBS)}
+    for key, (low, high) in whole_numbers.items():
         value = body.get(key)
-        if value is not None and not (_whole(value) and 1 <= value <= longest):
-            raise _wrong(key, f"a whole number from 1 to {longest}", value)
-    seed, stream, stop = body.get("seed"), body.get("stream"), body.get("stop")
+        if value is not None and not (_whole(value) and low <= value <= high):
+            raise _wrong(key, f"a whole number from {low} to {high}", value)
+    for key in SWITCHES:
+        if body.get(key) is not None and not isinstance(body[key], bool):
+            raise _wrong(key, "true or false", body[key])
+    seed, stop, biases = body.get("seed"), body.get("stop"), body.get("logit_bias")
+    if body.get("n") is not None and not (_whole(body["n"]) and body["n"] == 1):  # places are counted per answer
+        raise _wrong("n", "1", body["n"])
     if seed is not None and not (_whole(seed) and -(2**63) <= seed < 2**63):
         raise _wrong("seed", "a whole number of 64 bits", seed)
-    if stream is not None and not isinstance(stream, bool):
-        raise _wrong("stream", "true or false", stream)
+    if biases is not None and not (isinstance(biases, dict) and len(biases) <= MOST_BIASES):
+        raise _wrong("logit_bias", f"an object of at most {MOST_BIASES:,} token ids and numbers", biases)
     stops = stop if isinstance(stop, list) else [stop]
     if stop is not None and not (0 < len(stops) <= 16 and all(isinstance(s, str) and 0 < len(s) <= 256 for s in stops)):
         raise _wrong("stop", "a string, or up to 16, of up to 256 characters", stop)
@@ -182,6 +241,11 @@ def _read_messages(messages: Any) -> tuple[list[_Image], int]:
         name = f"messages[{number}]"
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise _wrong(name, f"an object with a role among {', '.join(ROLES)}", message)
+        for key, value in message.items():
+            if key in MESSAGE_TEXTS and value is not None:
+                characters += _length(value, f"{name}.{key}")
+            elif key not in ("role", "content", "tool_calls", *MESSAGE_TEXTS) and value:
+                raise Rejection(400, "unknown_field", f"{name}.{_short(key)} is not served")
         characters += _check_calls(message.get("tool_calls"), name)
         content = message.get("content")
         if content is None and message["role"] == "assistant":
@@ -278,6 +342,12 @@ def _check_pixels(content: bytes, name: str, limit: int) -> None:
         if (many := re.search(r"[\d,]+ pixels", str(error))) is not None:  # so many that Pillow itself refuses
             raise Rejection(400, "image_too_large", f"{name} has {many[0]}; the limit is {limit:,} pixels") from None
         raise Rejection(400, "broken_image", f"{error}; allowed: {', '.join(FORMATS)}") from None
+    if max(width, height) > THINNEST * min(width, height):
+        raise Rejection(
+            400,
+            "image_too_large",
+            f"{name} has {width:,} x {height:,} pixels; the longer side may be {THINNEST} times the shorter",
+        )
     if width * height > limit:
         raise Rejection(
             400, "image_too_large", f"{name} has {width:,} x {height:,} pixels; the limit is {limit:,} pixels"

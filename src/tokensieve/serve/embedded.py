@@ -47,11 +47,6 @@ from tokensieve.serve.metrics import Prefill
 from tokensieve.serve.settings import Settings
 from tokensieve.vllm.settings import KEEP, METHOD, with_keep
 
-REFUSED_FIELDS = (
-    "generation_config",
-    "chat_template_kwargs",
-)  # they would undo the limits and the options of the server
-
 FAILED = "the server failed; its log has the reason"
 
 log = logging.getLogger(__name__)
@@ -329,12 +324,7 @@ class _Chat(ChatCompletionHandler):  # type: ignore[misc]
 
 
 def _check_fields(body: Mapping[str, Any]) -> None:
-    """Refuse fields that would be ignored in silence, or that belong to the server."""
-    for key in REFUSED_FIELDS:
-        if body.get(key) is not None:
-            raise Refusal(f"{key} is not served; the server's own options set it")
-    if body.get("n") not in (None, 1):
-        raise Refusal(f"n must be 1; got {body['n']}")
+    """Refuse fields that would be ignored in silence."""
     if body.get("logprobs") or body.get("top_logprobs"):
         raise Refusal("logprobs are not served")
     wanted_format = body.get("response_format")

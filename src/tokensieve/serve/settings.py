@@ -57,6 +57,7 @@ class Settings:
         allow_keep: a request may choose its budget.
         paths: further POST paths, passed on with limits of size, time and number only.
         begin_of_text: ask vLLM for the tokenizer's special tokens, which it leaves out of a rendered chat.
+        placeholders: tokens that stand for an image or a video; vLLM would take them in a text for one.
     """
 
     models: tuple[str, ...]
@@ -66,6 +67,7 @@ class Settings:
     allow_keep: bool = False
     paths: tuple[str, ...] = ()
     begin_of_text: bool = False
+    placeholders: tuple[str, ...] = ()
 
     def to_environment(self) -> dict[str, str]:
         """Return the environment variable that :meth:`from_environment` reads."""
@@ -82,5 +84,5 @@ class Settings:
         if text is None:
             raise Refusal(f"the guard reads its settings from {VARIABLE}, which `tokensieve serve` sets; it is not set")
         values = json.loads(text)
-        lists = {name: tuple(values[name]) for name in ("models", "methods", "paths")}
+        lists = {name: tuple(values[name]) for name in ("models", "methods", "paths", "placeholders")}
         return cls(**{**values, **lists, "limits": Limits(**values["limits"])})

@@ -13,6 +13,7 @@ from packaging.version import Version
 from tokensieve.errors import Refusal
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.serve.settings import Settings
+from tokensieve.vllm import orphans
 
 SERVER = "vllm.entrypoints.openai.api_server"
 GUARD = "tokensieve.serve.guard.Guard"
@@ -55,6 +56,8 @@ def command(
     arguments += ["--host", host, "--port", str(port), "--middleware", GUARD, "--shutdown-timeout", str(round(grace))]
     limit = {"image": settings.limits.images}
     arguments += ["--limit-mm-per-prompt", json.dumps(limit)]
+    # a request that names no max_tokens would go on to the end of the context
+    arguments += ["--override-generation-config", json.dumps({"max_new_tokens": settings.limits.answer_tokens})]
     # vLLM 0.30 lacks the switch and takes a request's choices always; the guard refuses those that are not allowed
     if (settings.methods or settings.allow_keep) and Version(release).release >= (0, 31):
         arguments.append("--trust-request-mm-kwargs")
@@ -69,4 +72,5 @@ def command(
 
 def run(arguments: Sequence[str], settings: Settings) -> NoReturn:
     """Replace this process by vLLM's server: signals then go to it, and its exit code is ours."""
-    os.execve(sys.executable, [sys.executable, *arguments], {**os.environ, **settings.to_environment()})
+    environment = {**os.environ, **settings.to_environment(), orphans.VARIABLE: "1"}
+    os.execve(sys.executable, [sys.executable, *arguments], environment)

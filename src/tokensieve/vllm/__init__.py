@@ -12,15 +12,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["checkpoint", "engine_options", "register", "renders_begin_of_text"]
+__all__ = ["checkpoint", "engine_options", "placeholders", "register", "renders_begin_of_text"]
 
 
 def register() -> None:
-    """Make the reduced architectures known to vLLM. A second call does nothing."""
+    """Make the reduced architectures known to vLLM. A second call changes nothing."""
     from vllm import ModelRegistry
 
     from tokensieve.vllm.families import FAMILIES
+    from tokensieve.vllm.orphans import end_with_parent
 
+    end_with_parent()
     known = ModelRegistry.get_supported_archs()
     for family in FAMILIES:
         if family.reduced_architecture not in known:

@@ -11,7 +11,6 @@ the positions in the step that prefills these tokens. Nothing of this runs while
 from __future__ import annotations
 
 import importlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -33,15 +32,13 @@ from tokensieve.tokens import UserText
 from tokensieve.vllm import private
 from tokensieve.vllm.evidence import EncoderReader
 from tokensieve.vllm.families import FAMILIES, ServedFamily
+from tokensieve.vllm.memory import Decisions
 from tokensieve.vllm.plan import PLAN, SPAN, WORDS, ImagePlan
 from tokensieve.vllm.processor import can_extend_table, reduced_processor
 from tokensieve.vllm.settings import EngineSettings
 
 DIGIT = 128
 """The base in which offsets are written: bfloat16 holds whole numbers up to 256 exactly."""
-
-REMEMBERED = 8192
-"""Images whose decision is remembered."""
 
 
 class Reduced:
@@ -75,7 +72,7 @@ class Reduced:
                 rope["mrope_section"] = sections
         self.reader = EncoderReader(self.family, self, self.settings.methods)
         self.offsets: tuple[Tensor, Tensor] | None = None  # of the next forward: which columns move, and how far
-        self.decisions: OrderedDict[tuple[Any, ...], Reduction] = OrderedDict()
+        self.decisions = Decisions()
 
     @property
     def moves(self) -> bool:
@@ -176,12 +173,8 @@ class Reduced:
             for number in numbers:
                 of_parts = [next(decided) for _ in members[number]]
                 decision = of_parts[0] if len(of_parts) == 1 else layouts[number].merge_parts(of_parts)
-                decisions[number] = self.decisions[keys[number]] = decision
-        for key in keys:
-            if key in self.decisions:
-                self.decisions.move_to_end(key)
-        while len(self.decisions) > REMEMBERED:
-            self.decisions.popitem(last=False)
+                decisions[number] = decision
+                self.decisions.put(keys[number], decision)
         return [decision for decision in decisions if decision is not None]
 
     def _user_text(self, words: Sequence[Tensor], device: torch.device) -> UserText:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -143,7 +144,8 @@ class ReducedProcessor:
 
     def _mark(self, request: Request) -> str:
         """Return what an image's rows depend on besides its pixels."""
-        words = "" if request.words is None else "-" + ".".join(map(str, request.words))
+        # a digest: caches hold this mark with each image, and their bounds do not count it
+        words = "" if request.words is None else "-" + sha256(str(request.words).encode()).hexdigest()
         whole = "-whole" * request.profiling
         mark = f"-{request.choice.method}-{self.settings.positions}-{self.settings.from_tokens}{whole}{words}"
         return mark.replace(" ", "")

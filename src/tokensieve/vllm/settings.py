@@ -193,9 +193,7 @@ def family_of(config: Mapping[str, Any]) -> ServedFamily:
     if model_type in REFUSED:
         raise Refusal(f"{model_type} cannot be reduced in vLLM: {REFUSED[model_type]}")
     known = sorted({name for family in FAMILIES for name in family.model_types})
-    raise Refusal(
-        f"the plug-in does not know model type {model_type!r}{nearest(model_type, known)}; known: {', '.join(known)}"
-    )
+    raise Refusal(f"the plug-in does not know model type {model_type!r}; {nearest(model_type, known)}")
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -222,6 +220,16 @@ def checkpoint(model: str) -> str:
     from tokensieve.reference import NAMES, path
 
     return str(path(model)) if model in NAMES and not Path(model).exists() else model
+
+
+def placeholders(folder: str) -> tuple[str, ...]:
+    """Return the tokens of a checkpoint that stand for an image or a video."""
+    from transformers import AutoTokenizer
+
+    config, tokenizer = read_config(folder), AutoTokenizer.from_pretrained(folder)
+    names = [f"{kind}_token_{suffix}" for kind in ("image", "video") for suffix in ("id", "index")]
+    ids = [config[name] for name in names if isinstance(config.get(name), int)]
+    return tuple(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(number)) for number in ids))
 
 
 def renders_begin_of_text(folder: str) -> bool:
