@@ -4,7 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from tokensieve.cli import app
+from tokensieve.commands import serve
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions
 from tokensieve.serve import Limits, Settings
@@ -70,3 +73,9 @@ def test_the_guard_is_where_vllm_looks_for_it() -> None:
 
     module, name = GUARD.rsplit(".", 1)
     assert isinstance(getattr(import_module(module), name), type)
+
+
+def test_a_wrong_path_is_refused_in_the_words_of_the_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda package: object())  # as if vLLM were installed
+    result = CliRunner().invoke(app, ["serve", "path/to/llava"])
+    assert (result.exit_code, result.output) == (2, "tokensieve: no model at path/to/llava: it does not exist\n")
