@@ -38,7 +38,7 @@ def parse_budget(text: str) -> Budget:
         return check_budget(float(text) if any(c in text.lower() for c in ".en") else int(text))
     except ValueError as error:
         if "keep must be" in str(error):
-            raise
+            raise Refusal(f"{str(error).rpartition('; got ')[0]}; got {text}") from None
         raise Refusal(f"keep must be a whole number of tokens or a share in (0, 1]; got {text!r}") from None
 
 

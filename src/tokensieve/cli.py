@@ -60,7 +60,8 @@ def users_error(error: Exception) -> str | None:
     if isinstance(error, BrokenPipeError):
         return None
     if hasattr(error, "format_message"):  # of typer: an unknown option, a missing argument
-        text = str(error.format_message())
+        # newer typer passes on the words that pydantic puts before a reason
+        text = str(error.format_message()).replace(": Value error, ", ": ")
     elif isinstance(error, Refusal | OSError):
         text = str(error)
     else:

@@ -59,6 +59,7 @@ class FakeServer:
         status: HTTP status of the n-th chat request; 200: it is answered.
         images: whether it takes images.
         budgets: whether it reads ``tokensieve_keep``: times and prompt tokens shrink with it.
+        counts_after: whether prompt tokens are counted after the reduction.
         limit: most tokens of a reply.
     """
 
@@ -71,6 +72,7 @@ class FakeServer:
     images: bool = True
     usage: bool = True
     budgets: bool = False
+    counts_after: bool = True
     limit: int = 10**6
     bodies: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
@@ -93,6 +95,8 @@ class FakeServer:
         if status != 200:
             return _error("out of order", status)
         keep = body.get("mm_processor_kwargs", {}).get("tokensieve_keep", 1.0) if self.budgets else 1.0
+        if keep <= 0:
+            return _error("tokensieve_keep must be above 0")
         async with self._turns:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             with suppress(ConnectionError):  # the client has left
@@ -115,7 +119,7 @@ class FakeServer:
             await send({"choices": [{"delta": {"content": "" if number == 1 else "a"}, "finish_reason": None}]})
         await send({"choices": [{"delta": {}, "finish_reason": "length"}]})
         if self.usage and "stream_options" in body:
-            prompt = 10 + round(100 * keep)
+            prompt = 10 + round(100 * (keep if self.counts_after else 1))
             await send({"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": tokens}})
         await send(b"[DONE]")
 

@@ -84,6 +84,26 @@ def test_one_server_gets_the_budget_in_each_request_and_failures_are_reported(se
     assert re.search(r"of the requests failed \(HTTP 503: \d\)", failing.out)
 
 
+def test_a_server_that_counts_before_it_reduces_is_measured(tmp_path: Path):
+    server = FakeServer(budgets=True, counts_after=False)
+    with server.in_a_thread():
+        words = (
+            "bench",
+            "--server",
+            server.url,
+            "--keep",
+            "0.25",
+            *SMALL,
+            "--repeats",
+            "1",
+            "--output",
+            tmp_path / "a",
+        )
+        outcome = run_many({"counts before": words})["counts before"]
+    assert outcome.code == 0, outcome.err
+    assert "both sides count 110 prompt tokens" in outcome.err
+
+
 def test_ctrl_c_leaves_the_finished_rounds(server: FakeServer, tmp_path: Path):
     server.first = 0.05
     program = [COMMAND, "bench", "--server", server.url, "--keep", "0.5", *SMALL, "--repeats", "100000"]
@@ -104,9 +124,10 @@ def test_ctrl_c_leaves_the_finished_rounds(server: FakeServer, tmp_path: Path):
 
 def test_every_refusal_is_one_line(server: FakeServer, tmp_path: Path):
     blind, many, dead = FakeServer(images=False), FakeServer(models=("a", "b")), FakeServer(status=lambda number: 500)
+    plain = FakeServer()
     out = ("--output", str(tmp_path / "out"))
-    with blind.in_a_thread(), many.in_a_thread(), dead.in_a_thread():
-        at = {"blind": blind.url, "many": many.url, "dead": dead.url, "good": server.url}
+    with blind.in_a_thread(), many.in_a_thread(), dead.in_a_thread(), plain.in_a_thread():
+        at = {"plain": plain.url, "blind": blind.url, "many": many.url, "dead": dead.url, "good": server.url}
         lines = {
             "nobody listens": (["--server", "http://127.0.0.1:1", "--keep", "9"], r"127\.0\.0\.1:1 cannot be reached"),
             "no address": (["--server", "here", "--keep", "9"], "--server takes an address such as"),
@@ -118,7 +139,7 @@ def test_every_refusal_is_one_line(server: FakeServer, tmp_path: Path):
             "bad budget": (["--server", at["good"], "--keep", "x"], "keep must be"),
             "two budgets": (["--server", at["good"], "--keep", "9, 8"], "--keep takes one value"),
             "budget of a server": (["--server", at["good"], "--against", at["good"], "--keep", "9"], "leave out"),
-            "budget ignored": (["--server", at["good"], "--keep", "1.0"], "ignores mm_processor_kwargs"),
+            "budget ignored": (["--server", at["plain"], "--keep", "0.5"], "ignores mm_processor_kwargs"),
             "bad size": (["--server", at["good"], "--image-sizes", "0x3"], "got '0x3'"),
             "bad numbers": (["--server", at["good"], "--concurrency", "1, two"], "--concurrency takes numbers"),
             "no load": (["--server", at["good"], "--concurrency", "", "--rates", " "], "both are empty"),

@@ -10,7 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from tokensieve.cli import app
+from tokensieve.commands import serve
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions
 from tokensieve.serve import Limits, Settings
@@ -124,3 +127,9 @@ def test_the_settings_reach_vllm_as_they_are(monkeypatch) -> None:
     for name, text in settings.to_environment().items():
         monkeypatch.setenv(name, text)
     assert Settings.from_environment() == settings
+
+
+def test_a_wrong_path_is_refused_in_the_words_of_the_other_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda package: object())  # as if vLLM were installed
+    result = CliRunner().invoke(app, ["serve", "path/to/llava"])
+    assert (result.exit_code, result.output) == (2, "tokensieve: no model at path/to/llava: it does not exist\n")

@@ -185,7 +185,7 @@ def _addresses(test: LoadTest) -> Iterator[tuple[Side, Side, str]]:
 
 async def _probed(full: Side, reduced: Side, cell: Cell, test: LoadTest) -> tuple[Side, Side]:
     """Return both sides as their servers take them; say what the comparison cannot do there."""
-    from tokensieve.load import probe, same_fields
+    from tokensieve.load import probe, reads_budgets, same_fields
 
     (full, full_tokens), (reduced, reduced_tokens) = [
         await probe(side, cell, timeout=test.timeout) for side in (full, reduced)
@@ -195,7 +195,8 @@ async def _probed(full: Side, reduced: Side, cell: Cell, test: LoadTest) -> tupl
         note("note: a server does not take ignore_eos: replies can end early; their measured lengths are reported")
     if full_tokens is not None and full_tokens == reduced_tokens:
         same = f"both sides count {full_tokens} prompt tokens for the same request"
-        if "mm_processor_kwargs" in full.fields:
+        # transformers' own server counts the prompt before it is reduced, so equal counts alone prove nothing
+        if "mm_processor_kwargs" in full.fields and not await reads_budgets(full, cell, timeout=test.timeout):
             raise Refusal(
                 f"{same}: {full.url} ignores mm_processor_kwargs; start it with the plug-in and "
                 "--trust-request-mm-kwargs, or compare two servers with --against"

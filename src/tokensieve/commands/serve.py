@@ -11,7 +11,7 @@ import typer
 from tokensieve.commands.arguments import BudgetScope, with_load_options
 from tokensieve.commands.console import note
 from tokensieve.errors import MissingExtra, Refusal
-from tokensieve.loading import LoadOptions, load_model, without_folder
+from tokensieve.loading import LoadOptions, find, load_model, without_folder
 
 PACKAGES = ("fastapi", "uvicorn", "openai", "prometheus_client")  # the extra "serve"
 LIMITS = "Limits"  # heading of these options in --help
@@ -103,6 +103,7 @@ def serve(
     if engine == "vllm" or (engine == "auto" and vllm):
         if budget_scope != "image":
             raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {budget_scope}")
+        find(model, loading.revision)  # a wrong path is refused in the words of the other commands
         from tokensieve.serve.vllm_command import command, run
         from tokensieve.vllm import checkpoint, engine_options, placeholders, renders_begin_of_text
         from tokensieve.vllm.private import installed

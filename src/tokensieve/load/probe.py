@@ -57,6 +57,15 @@ async def probe(side: Side, cell: Cell, *, timeout: float) -> tuple[Side, int | 
         raise Refusal(_reason(side, reply, words))
 
 
+async def reads_budgets(side: Side, cell: Cell, *, timeout: float) -> bool:
+    """Return whether the server reads ``tokensieve_keep``: it then rejects a budget of no tokens."""
+    fields = {**side.fields, "mm_processor_kwargs": {"tokensieve_keep": 0}}
+    async with connections(timeout) as session:
+        turn = prompts.content(cell, f"budget {side.url}", "probe")
+        reply = await chat(session, side.chat_url, prompts.body(side.model, turn, TOKENS, fields))
+    return reply.failure in REJECTED
+
+
 def same_fields(full: Side, reduced: Side) -> tuple[Side, Side]:
     """Return the sides with only those of the wanted fields that both servers take."""
     dropped = {key for key in WANTED if key not in full.fields or key not in reduced.fields}

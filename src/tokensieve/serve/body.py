@@ -315,7 +315,10 @@ def _fetched(image: _Image, settings: Settings, most_bytes: int, deadline: float
 
     if not image.url.startswith(("http://", "https://")):
         raise Rejection(
-            400, "broken_image", f"{image.name} must be a data URL or an http(s) URL; got {_short(image.url)!r}"
+            400,
+            "broken_image",
+            f"{image.name} must be a data URL{' or an http(s) URL' if settings.allow_urls else ''}; "
+            f"got {_short(image.url)!r}",
         )
     if not settings.allow_urls:
         raise Rejection(

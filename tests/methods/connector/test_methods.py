@@ -152,8 +152,9 @@ def test_parse_budget(text, keep):
 
 @pytest.mark.parametrize("text", ["", "many", "0", "1.5", "200%", "nan", "inf", "-3", "%"])
 def test_invalid_budgets_as_text_are_refused(text):
-    with pytest.raises(ValueError, match="keep must be a whole number of tokens"):
+    with pytest.raises(ValueError, match="keep must be a whole number of tokens") as refused:
         parse_budget(text)
+    assert str(refused.value).endswith((f"got {text}", f"got {text!r}"))  # as typed, not the share that it stands for
 
 
 def test_pool_without_a_grid():
