@@ -312,5 +312,5 @@ class _Report:
 
     def _show(self) -> None:
         if self.callback is not None:
-            label = f"{self.rate:.3g} rows/s, {self.totals.saved:.0%} of the visual tokens saved"
+            label = f"{self.totals.saved:.0%} of the visual tokens saved"
             self.callback(self.totals.rows, self.total, label)
