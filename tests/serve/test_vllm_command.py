@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -133,3 +134,14 @@ def test_a_wrong_path_is_refused_in_the_words_of_the_other_commands(monkeypatch:
     monkeypatch.setattr(serve, "find_spec", lambda package: object())  # as if vLLM were installed
     result = CliRunner().invoke(app, ["serve", "path/to/llava"])
     assert (result.exit_code, result.output) == (2, "tokensieve: no model at path/to/llava: it does not exist\n")
+
+
+def test_a_busy_port_is_refused_before_vllm_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda package: object())  # as if vLLM were installed
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        result = CliRunner().invoke(app, ["serve", "reference", "--port", str(port)])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"tokensieve: cannot listen on 127.0.0.1:{port}: ")

@@ -70,6 +70,7 @@ def serve(
     from tokensieve.budget import parse_budget
     from tokensieve.methods import parse
     from tokensieve.serve import Limits, Settings
+    from tokensieve.serve.listening import listen
 
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     parse(method, **budget)  # a bad spec is refused before a model is loaded
@@ -103,6 +104,7 @@ def serve(
     if engine == "vllm" or (engine == "auto" and vllm):
         if budget_scope != "image":
             raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {budget_scope}")
+        listen(host, port).close()  # vLLM itself ends in a traceback where the address is in use
         find(model, loading.revision)  # a wrong path is refused in the words of the other commands
         from tokensieve.serve.vllm_command import command, run
         from tokensieve.vllm import checkpoint, engine_options, placeholders, renders_begin_of_text
@@ -132,7 +134,7 @@ def serve(
     from tokensieve.serve import embedded
     from tokensieve.vllm.settings import METHOD
 
-    listener = embedded.listen(host, port)
+    listener = listen(host, port)
     vlm, processor = load_model(model, loading)
     attached = embedded.Attached(vlm, processor, method, budget.get("keep"), positions, budget_scope)
     for spec in settings.methods:

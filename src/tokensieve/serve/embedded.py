@@ -416,22 +416,6 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket bound to an address, before the model is loaded.
-
-    Raises:
-        Refusal: the address is in use, or is none of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise Refusal(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    return listener
-
-
 def run(app: Guard, listener: socket.socket, grace: float) -> None:
     """Serve until SIGTERM or SIGINT; running requests then have ``grace`` seconds to finish."""
     config = uvicorn.Config(
