@@ -50,6 +50,7 @@ CONTENTS = {
     "ops": "tensor maths, torch only",
     "images": "checks of pixels",
     "tally": "tokens before and after",
+    "jsonl": "files of JSON lines",
     "errors": "Refusal",
 }
 INK, MUTED, LINE, ARROW = "#1f2933", "#52606d", "#9aa5b1", "#3e6fa8"

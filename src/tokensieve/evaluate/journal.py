@@ -10,6 +10,7 @@ from typing import Any
 
 from tokensieve.errors import OutputError, ResumeError
 from tokensieve.evaluate.results import Skipped
+from tokensieve.jsonl import append_lines, complete_lines
 
 NAME = "predictions.jsonl"
 FORMAT = 2  # of the lines and of the samples' keys; a file of another format cannot be continued
@@ -62,7 +63,7 @@ class Journal:
         self.costs: dict[str, dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = self._complete_lines()
+            lines = complete_lines(self.path)
         except OSError as error:
             raise OutputError(f"cannot use the output folder {folder}: {error.strerror or error}") from error
         if lines:
@@ -91,27 +92,7 @@ class Journal:
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
         if not self.writes or not lines:
             return
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        try:
-            with self.path.open("ab") as file:
-                file.write(text.encode())
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {error.strerror or error}; what was written before is kept, "
-                "and the same call continues from there"
-            ) from error
-
-    def _complete_lines(self) -> list[bytes]:
-        """Return the complete lines. An incomplete last line, left by a crash or a full disk, is cut off the file."""
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        # only a file of predictions is ever shortened: a foreign file is refused later, unchanged
-        if len(whole) < len(data) and (not whole or whole.startswith(b'{"setup"')):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        return whole.splitlines()
+        append_lines(self.path, lines)
 
     def _check(self, header: bytes) -> None:
         try:

@@ -12,7 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from tokensieve.errors import OutputError, Refusal, ResumeError
+from tokensieve.errors import Refusal, ResumeError
+from tokensieve.jsonl import append_lines, complete_lines
 from tokensieve.load import prompts
 from tokensieve.load.cells import Cell
 from tokensieve.load.client import Side, SideName, chat, connections
@@ -66,10 +67,10 @@ class Journal:
         self.path = folder / FILE
         self.records: list[Record] = []
         setup = json.loads(json.dumps(setup))  # as JSON reads it back: tuples are lists
-        lines = self._complete_lines()
+        lines = complete_lines(self.path)
         if not lines:
             folder.mkdir(parents=True, exist_ok=True)
-            self._append({"setup": setup})
+            append_lines(self.path, [{"setup": setup}])
             return
         try:
             recorded = json.loads(lines[0])["setup"]
@@ -91,36 +92,15 @@ class Journal:
     ) -> None:
         """Append a round, with every request."""
         figures = {name: RunFigures.of(run) for name, run in outcomes.items()}
-        self._append(
-            {
-                "cell": asdict(cell),
-                "round": round_,
-                "order": order,
-                "figures": {name: asdict(run) for name, run in figures.items()},
-                "requests": {name: [_rounded(asdict(outcome)) for outcome in run] for name, run in outcomes.items()},
-            }
-        )
+        row = {
+            "cell": asdict(cell),
+            "round": round_,
+            "order": order,
+            "figures": {name: asdict(run) for name, run in figures.items()},
+            "requests": {name: [_rounded(asdict(outcome)) for outcome in run] for name, run in outcomes.items()},
+        }
+        append_lines(self.path, [row])
         self.records.append(Record(cell, round_, figures))
-
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with self.path.open("ab") as file:
-                file.write((json.dumps(line) + "\n").encode())
-        except OSError as error:
-            raise OutputError(
-                f"cannot write {self.path}: {error.strerror or error}; what was written before is kept, "
-                "and the same call continues from there"
-            ) from error
-
-    def _complete_lines(self) -> list[bytes]:
-        if not self.path.exists():
-            return []
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data) and (not whole or whole.startswith(b'{"setup"')):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-        return whole.splitlines()
 
 
 async def measure(
