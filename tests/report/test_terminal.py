@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.report.report_rows import Draft, results, row, unmeasured
-from tokensieve.commands.compare import _print_rows
+from tokensieve.commands.compare import print_rows
 from tokensieve.evaluate import Results
 
 TIMES = {"prefill_ms": 804.0, "method_ms": 12.3, "method_ms_low": 11.0, "method_ms_high": 13.0, "kv_mb": 1234.5}
@@ -25,7 +25,7 @@ def printed(shown: Results, width: int, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    _print_rows(shown)
+    print_rows(shown)
     return re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
 
 

@@ -273,7 +273,7 @@ def test_sigterm_lets_a_stream_finish_within_the_grace(tmp_path: Any) -> None:
     processor.save_pretrained(tmp_path / "mine")
     options = ["--keep", "36", "--grace", "4", "--max-answer", "2000"]
     with Server(tmp_path, *options, model=str(tmp_path / "mine")) as process:
-        short, long = (endless(ROWS[0], stream=True, model="mine") | {"max_tokens": most} for most in (100, 1800))
+        short, long = (endless(ROWS[0], stream=True, model="mine") | {"max_tokens": most} for most in (20, 1800))
         with process.connect(short) as first, process.connect(long) as second:
             text = read_until(first, b"content")
             start = time.monotonic()

@@ -64,8 +64,7 @@ class Uniform(Method):
     keep: Budget = 0.25
 
     def reduce(self, image: VisualTokens) -> Reduction:
-        kept = uniform(image.total, image.budget, image.features.device)
-        return image.keep(kept.expand(len(image.features), -1))
+        return image.keep(uniform(image.total, image.budget, image.features.device).expand(len(image.features), -1))
 
 
 @register("pool", paper="baseline", needs=Needs(grid=True))
@@ -96,8 +95,9 @@ class Pool(Method):
         batch, device = len(image.features), image.features.device
         pooled = area_pool(image.grid, (height, width))  # from the two grids alone: one matrix for all images
         anchors, slot, source, weight = (part.to(device).expand(batch, -1) for part in pooled)
-        note = f"{height}x{width} cells for a budget of {image.budget} tokens"
-        return image.merge(anchors, slot, source, weight, note)
+        return image.merge(
+            anchors, slot, source, weight, f"{height}x{width} cells for a budget of {image.budget} tokens"
+        )
 
 
 @register("downsample", paper="baseline", stage="encoder", needs=EncoderNeeds(grid=True))

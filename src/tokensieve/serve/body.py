@@ -142,7 +142,7 @@ def check(body: dict[str, Any], settings: Settings) -> dict[str, Any]:
             most_bytes -= len(content)
             image.holder[image.key] = "data:image/*;base64," + base64.b64encode(content).decode("ascii")
         _check_pixels(image_bytes(image.url, image.name), image.name, limits.pixels)
-    return {"add_special_tokens": True, **body} if settings.begin_of_text else body
+    return {**body, "add_special_tokens": True} if settings.begin_of_text else body
 
 
 def image_bytes(url: str, name: str) -> bytes:
