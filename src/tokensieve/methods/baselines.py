@@ -95,9 +95,7 @@ class Pool(Method):
         batch, device = len(image.features), image.features.device
         pooled = area_pool(image.grid, (height, width))  # from the two grids alone: one matrix for all images
         anchors, slot, source, weight = (part.to(device).expand(batch, -1) for part in pooled)
-        return image.merge(
-            anchors, slot, source, weight, f"{height}x{width} cells for a budget of {image.budget} tokens"
-        )
+        return image.merge(anchors, slot, source, weight, f"{height}x{width} cells for a budget of {image.budget}")
 
 
 @register("downsample", paper="baseline", stage="encoder", needs=EncoderNeeds(grid=True))
