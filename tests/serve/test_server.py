@@ -273,9 +273,11 @@ def test_sigterm_lets_a_stream_finish_within_the_grace(tmp_path: Any) -> None:
     processor.save_pretrained(tmp_path / "mine")
     options = ["--keep", "36", "--grace", "4", "--max-answer", "2000"]
     with Server(tmp_path, *options, model=str(tmp_path / "mine")) as process:
-        short, long = (endless(ROWS[0], stream=True, model="mine") | {"max_tokens": most} for most in (20, 1800))
-        with process.connect(short) as first, process.connect(long) as second:
-            text = read_until(first, b"content")
+        short, long = (endless(ROWS[0], stream=True, model="mine") | {"max_tokens": most} for most in (60, 1800))
+        with process.connect(short) as first:
+            text = read_until(first, b'"content":')  # it generates: the second waits for its end
+            second = process.connect(long)
+            text_of_second = second.recv(1)  # its headers: the server has accepted it
             start = time.monotonic()
             process.process.send_signal(signal.SIGTERM)
             time.sleep(0.1)
@@ -283,7 +285,8 @@ def test_sigterm_lets_a_stream_finish_within_the_grace(tmp_path: Any) -> None:
                 process.get("/health")
             text += read_until(first, b"0\r\n\r\n")
             assert b'"finish_reason":"length"' in text
-            assert b'"finish_reason"' not in read_until(second, b"0\r\n\r\n")
+            with second:
+                assert b'"finish_reason":"' not in text_of_second + read_until(second, b"0\r\n\r\n")
         assert process.process.wait(20) == 0
         assert time.monotonic() - start < 10
 

@@ -13,14 +13,16 @@ import gc
 import inspect
 import json
 import logging
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import fastapi
 import uvicorn
@@ -416,9 +418,14 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def run(app: Guard, listener: socket.socket, grace: float) -> None:
-    """Serve until SIGTERM or SIGINT; running requests then have ``grace`` seconds to finish."""
+def run(app: Guard, listener: socket.socket, grace: float) -> NoReturn:
+    """Serve until SIGTERM or SIGINT; running requests then have ``grace`` seconds to finish. The process ends here."""
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=30
     )
-    _Server(config).run(sockets=[listener])
+    server = _Server(config)
+    server.run(sockets=[listener])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # a generation whose grace is over may still compute in its thread: an interpreter that ends under it aborts
+    os._exit(0 if server.started else 1)
