@@ -11,6 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
+from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -53,7 +54,12 @@ def main(
         **special,
     )
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    # vLLM's own class knows the names of older transformers only
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("vision_tower.", "vision_tower.vision_model."): rows for name, rows in weights.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     LlavaProcessor(
         image_processor=images,
