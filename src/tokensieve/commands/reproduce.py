@@ -1,0 +1,177 @@
+"""``tokensieve reproduce``: a published row run again, beside the published number."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tokensieve.commands.arguments import Json, with_load_options
+from tokensieve.commands.console import in_all_processes, note, print_json, print_table, progress
+from tokensieve.errors import Refusal
+from tokensieve.loading import LoadOptions, load_model
+
+if TYPE_CHECKING:
+    from tokensieve.reproduce import Published, Target
+    from tokensieve.reproduce.run import Reproduction
+    from tokensieve.reproduce.verdict import Verdict
+
+OUTPUT = Path("runs/reproduce")
+
+
+@with_load_options()
+@in_all_processes
+def reproduce(
+    loading: LoadOptions,
+    row: Annotated[
+        str | None,
+        typer.Argument(help="model/benchmark/method@tokens; without it, everything is listed.", show_default=False),
+    ] = None,
+    listing: Annotated[bool, typer.Option("--list", help="List models, benchmarks and published rows.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of the model, or another hub name.", show_default="the recipe's")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the benchmark's files, as on the hub.", show_default="fetched")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of questions, chosen at random.", show_default="all")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; the same command continues.", show_default=str(OUTPUT / "ROW")),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be fetched and run, and a prompt.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most questions per forward.")] = 16,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of random selection.")] = 1,
+    json: Json = False,
+) -> None:
+    """Run a published row again under the paper's protocol: our number beside the paper's, and whether they agree."""
+    from tokensieve.reproduce import find_target
+
+    if row is None or listing:
+        _print_list(row, json)
+        return
+    target = find_target(row)
+    name = model or target.model.hub
+    folder = output or OUTPUT / row.replace("/", "-").replace(" ", "")
+    if dry_run:
+        _print_plan(target, name, data, limit, folder, json)
+        return
+    from tokensieve.reproduce.files import fetch
+    from tokensieve.reproduce.run import reproduce as run
+
+    source = fetch(target.benchmark) if data is None else data
+    if model != "reference" and loading.system is None:  # the bundled model has no system prompt
+        loading = replace(loading, system=target.model.system)
+    vlm, processor = load_model(name, loading)
+    settings = {"batch_size": batch_size, "seeds": seeds}
+    with progress() as bar:
+        done = run(
+            target, vlm, processor, output=folder, data=source, limit=limit, settings=settings, loading=loading,
+            progress=bar,
+        )  # fmt: skip
+    if json:
+        print_json(asdict(done))
+    else:
+        _print_result(target, done)
+    note(f"results: {folder}")
+
+
+def _print_list(row: str | None, json: bool) -> None:
+    from tokensieve.reproduce import BENCHMARKS, published_rows
+
+    rows = [entry for entry in published_rows() if row is None or row in entry.name]
+    if not rows:
+        raise Refusal(f"no published row with {row!r} in its name")
+    if json:
+        print_json([{"name": entry.name, **asdict(entry)} for entry in rows])
+        return
+    if row is None:
+        lines = [
+            (name, b.title, f"{b.questions:,}", b.metric, b.total, b.judge or b.differs.partition(",")[0])
+            for name, b in BENCHMARKS.items()
+        ]
+        print_table(("benchmark", "title", "rows", "metric", "total", "not comparable"), lines, left=6)
+    cells = [
+        (entry.name, f"{entry.value:g}", "" if entry.full is None else f"{entry.full:g}", entry.source)
+        for entry in rows
+    ]
+    print_table(("row", "published", "full", "source"), cells, left=1)
+    typer.echo("'tokensieve reproduce ROW --dry-run' shows what a row fetches and runs.")
+
+
+def _print_plan(target: Target, model: str, data: Path | None, limit: int | None, output: Path, json: bool) -> None:
+    """Print what would be fetched and run. Nothing is fetched but the list of files."""
+    from tokensieve.reproduce.files import on_the_hub
+    from tokensieve.reproduce.run import RANDOM, conversation
+    from tokensieve.reproduce.samples import questions
+
+    benchmark = target.benchmark
+    place = "/".join(filter(None, (benchmark.config, benchmark.split)))
+    facts: dict[str, Any] = {"row": target.name, "model": model}
+    if data is None:
+        files = on_the_hub(benchmark)
+        size = sum(entry or 0 for entry in files.sizes.values())
+        known = f"{len(files.sizes)} files, {size / 1e9:.2f} GB" if files.sizes else f"size unknown: {files.error}"
+        facts |= {"data": f"{benchmark.dataset} ({place}), {known}"}
+        facts |= {"questions": f"{benchmark.questions if limit is None else min(limit, benchmark.questions):,}"}
+        text = benchmark.prompt
+    else:
+        asked = questions(benchmark, data, limit=limit)
+        facts |= {"data": f"{data} ({place})", "questions": f"{len(asked.samples):,} of {asked.total:,}"}
+        text = asked.samples[0].text
+    method = target.method if target.tokens is None else f"{target.method} at {target.tokens} tokens"
+    facts |= {
+        "rows": "full" if target.tokens is None else f"full, {method}, {RANDOM}",
+        "budget": f"{target.keep_means} tokens inside the LLM",
+        "positions": "contiguous, as in the authors' code" if target.renumbers else "original",
+        "metric": f"{benchmark.metric}, then {benchmark.total} × {benchmark.scale:g}",
+        "longest answer": f"{benchmark.max_new_tokens} tokens, greedy",
+        "images": "padded to a square" if target.model.square else "as they are",
+        "output": str(output),
+        "published": [f"{row.value:g} ({row.source})" for row in target.published] or ["no number"],
+        "notes": [
+            text
+            for text in (benchmark.judge and f"scored by {benchmark.judge}", benchmark.differs, benchmark.note)
+            if text
+        ],
+        "prompt": conversation(target.model, text),
+    }
+    if json:
+        print_json(facts)
+        return
+    for label, fact in facts.items():
+        for line in fact if isinstance(fact, list) else [fact]:
+            typer.echo(f"{label:15} {line}")
+
+
+def _print_result(target: Target, done: Reproduction) -> None:
+    """Print the measured numbers, then each published one with its verdict."""
+    if done.numbers:
+        lines = []
+        for number in done.numbers:
+            relative = ""
+            if number.relative is not None and number.relative_low is not None and number.relative_high is not None:
+                relative = f"{number.relative:.1f} ({number.relative_low:.1f} to {number.relative_high:.1f})"
+            interval = f"{number.value:.1f} ({number.low:.1f} to {number.high:.1f})"
+            lines.append((number.method, f"{number.tokens:.4g}", str(done.samples), interval, relative))
+        print_table(("row", "tokens", "questions", target.benchmark.title, "% of full"), lines)
+    for kind, verdicts in (("", done.absolute), ("% of full", done.relative)):
+        for row, verdict in verdicts:
+            typer.echo(_sentence(kind, row, verdict, bool(done.numbers)))
+    if not done.absolute:
+        typer.echo(f"{target.name}: no published number")
+    for path in done.answer_files:
+        typer.echo(f"answers for {target.benchmark.judge}: {path}")
+
+
+def _sentence(kind: str, row: Published, verdict: Verdict, measured: bool) -> str:
+    published = f"{verdict.published:.4g} {kind}".strip()
+    ours = f", ours {verdict.value:.4g} ({verdict.low:.4g} to {verdict.high:.4g})" if measured else ""
+    reason = f": {verdict.reason}" if verdict.reason else ""
+    return f"{verdict.answer}: published {published}{ours}, {row.source}{reason}"
