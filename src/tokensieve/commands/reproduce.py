@@ -14,9 +14,8 @@ from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model
 
 if TYPE_CHECKING:
-    from tokensieve.reproduce import Published, Target
+    from tokensieve.reproduce import Target
     from tokensieve.reproduce.run import Reproduction
-    from tokensieve.reproduce.verdict import Verdict
 
 OUTPUT = Path("runs/reproduce")
 
@@ -66,7 +65,7 @@ def reproduce(
     from tokensieve.reproduce.run import reproduce as run
 
     source = fetch(target.benchmark) if data is None else data
-    if model != "reference" and loading.system is None:  # the bundled model has no system prompt
+    if loading.system is None:
         loading = replace(loading, system=target.model.system)
     vlm, processor = load_model(name, loading)
     settings = {"batch_size": batch_size, "seeds": seeds}
@@ -92,17 +91,22 @@ def _print_list(row: str | None, json: bool) -> None:
         print_json([{"name": entry.name, **asdict(entry)} for entry in rows])
         return
     if row is None:
-        lines = [
-            (name, b.title, f"{b.questions:,}", b.metric, b.total, b.judge or b.differs.partition(",")[0])
-            for name, b in BENCHMARKS.items()
-        ]
-        print_table(("benchmark", "title", "rows", "metric", "total", "not comparable"), lines, left=6)
-    cells = [
-        (entry.name, f"{entry.value:g}", "" if entry.full is None else f"{entry.full:g}", entry.source)
-        for entry in rows
-    ]
-    print_table(("row", "published", "full", "source"), cells, left=1)
-    typer.echo("'tokensieve reproduce ROW --dry-run' shows what a row fetches and runs.")
+        lines = []
+        for name, benchmark in BENCHMARKS.items():
+            scored = ("", "") if benchmark.judge else (benchmark.metric, benchmark.total)
+            lines.append(
+                (name, benchmark.title, f"{benchmark.questions:,}", *scored, benchmark.judge or benchmark.differs)
+            )
+        print_table(("benchmark", "title", "rows", "metric", "total", "no verdict"), lines, left=6)
+    sources = list(dict.fromkeys(entry.source for entry in rows))
+    width = max(len(entry.name) for entry in rows)
+    for entry in rows:
+        full = "" if entry.full is None else f"{entry.full:g}"
+        typer.echo(f"{entry.name:{width}} {entry.value:>7g} {full:>7} [{sources.index(entry.source) + 1}]")
+    typer.echo("(name, published number, full model in the same table, source)")
+    for number, source in enumerate(sources, 1):
+        typer.echo(f"[{number}] {source}")
+    typer.echo("'tokensieve reproduce NAME --dry-run' shows what a row fetches and runs.")
 
 
 def _print_plan(target: Target, model: str, data: Path | None, limit: int | None, output: Path, json: bool) -> None:
@@ -152,26 +156,29 @@ def _print_plan(target: Target, model: str, data: Path | None, limit: int | None
 
 def _print_result(target: Target, done: Reproduction) -> None:
     """Print the measured numbers, then each published one with its verdict."""
+    sources = list(dict.fromkeys(row.source for row, _ in done.absolute))
     if done.numbers:
         lines = []
         for number in done.numbers:
             relative = ""
             if number.relative is not None and number.relative_low is not None and number.relative_high is not None:
-                relative = f"{number.relative:.1f} ({number.relative_low:.1f} to {number.relative_high:.1f})"
-            interval = f"{number.value:.1f} ({number.low:.1f} to {number.high:.1f})"
-            lines.append((number.method, f"{number.tokens:.4g}", str(done.samples), interval, relative))
+                relative = _interval(number.relative, number.relative_low, number.relative_high)
+            value = _interval(number.value, number.low, number.high)
+            lines.append((number.method, f"{number.tokens:.4g}", str(done.samples), value, relative))
         print_table(("row", "tokens", "questions", target.benchmark.title, "% of full"), lines)
-    for kind, verdicts in (("", done.absolute), ("% of full", done.relative)):
+    for kind, verdicts in (("", done.absolute), (" % of full", done.relative)):
         for row, verdict in verdicts:
-            typer.echo(_sentence(kind, row, verdict, bool(done.numbers)))
+            measured = f", ours {_interval(verdict.value, verdict.low, verdict.high)}" if done.numbers else ""
+            reason = f": {verdict.reason}" if verdict.reason else ""
+            typer.echo(f"published {verdict.published:.5g}{kind} [{sources.index(row.source) + 1}]{measured}")
+            typer.echo(f"  {verdict.answer}{reason}")
+    for number, source in enumerate(sources, 1):
+        typer.echo(f"[{number}] {source}")
     if not done.absolute:
         typer.echo(f"{target.name}: no published number")
     for path in done.answer_files:
         typer.echo(f"answers for {target.benchmark.judge}: {path}")
 
 
-def _sentence(kind: str, row: Published, verdict: Verdict, measured: bool) -> str:
-    published = f"{verdict.published:.4g} {kind}".strip()
-    ours = f", ours {verdict.value:.4g} ({verdict.low:.4g} to {verdict.high:.4g})" if measured else ""
-    reason = f": {verdict.reason}" if verdict.reason else ""
-    return f"{verdict.answer}: published {published}{ours}, {row.source}{reason}"
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"

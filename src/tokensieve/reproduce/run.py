@@ -112,7 +112,7 @@ def reproduce(
     methods = [] if target.method == FULL else [target.method, RANDOM]
     comparison = Comparison(model, processor, asked.samples, options, None, loading, Processes.launched())
     results = comparison.run(methods, [] if target.tokens is None else [target.tokens], output, progress)
-    obstacles = [*_obstacles(target, model, processor), *_gaps(target, asked, results)]
+    obstacles = [*obstacles_of(target, model, processor), *_gaps(target, asked, results)]
     done = _measured(target, asked, results, obstacles)
     if benchmark.judge:
         files = _write_answers(target, asked, results, output) if comparison.processes.first else ()
@@ -136,8 +136,8 @@ def conversation(model: VisionModel, text: str) -> str:
     return f"{model.system} {model.turn.replace('{text}', text)}"
 
 
-def _obstacles(target: Target, model: Any, processor: Any) -> list[str]:
-    """Return what differs from the published protocol whatever the answers are."""
+def obstacles_of(target: Target, model: Any, processor: Any) -> list[str]:
+    """Return the differences to the published protocol that hold whatever the answers are, each in a few words."""
     expected, config = target.model, model.config
     llm = config.get_text_config()
     image_size = getattr(getattr(config, "vision_config", None), "image_size", None)
