@@ -161,7 +161,7 @@ def test_a_dry_run_shows_the_plan_and_a_prompt(others, folder):
     out = others["plan"].out
     assert others["plan"].code == 0, others["plan"].err
     assert "full, fastv at 64 tokens, random" in out
-    assert "average tokens inside the LLM" in out
+    assert "64 tokens on average over the LLM's layers" in out
     assert "USER: <image>\nWhat does it say?\nReference OCR token: STOP, now\nAnswer the question using" in out
     facts = json.loads(others["plan json"].out)
     assert facts["data"].startswith("lmms-lab-encoder/POPE (test), size unknown")

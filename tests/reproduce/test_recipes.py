@@ -1,9 +1,15 @@
 """The recipes: the prompts of LLaVA-1.5's published question files, the columns of the hub, the table in the docs."""
 
+import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -163,6 +169,82 @@ def test_files_of_the_hub_are_chosen_by_config_and_split():
     assert chosen(names, None, "test") == names[1:3]
     assert chosen(names, "cn", "dev") == ["cn/dev-00000-of-00001.parquet"]
     assert chosen(names, None, "testdev") == ["data/testdev-00000-of-00001.parquet"]
+
+
+# -- the hub ---------------------------------------------------------------------------------------------------------
+
+HUB = """
+import json, sys
+from tokensieve.reproduce import BENCHMARKS
+from tokensieve.reproduce.files import fetch, on_the_hub
+print(json.dumps([str(on_the_hub(BENCHMARKS["pope"])), str(fetch(BENCHMARKS["pope"]))]))
+"""
+COMMIT = "a" * 40
+
+
+def test_files_are_fetched_once_and_then_found_without_a_network(tmp_path):
+    """Fetch from a server that answers as the hub does; a README and another config stay there."""
+    root = write("pope", tmp_path / "hub")
+    names = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
+    sent = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.partition("?")[0]
+            if path == "/api/datasets/lmms-lab-encoder/POPE":
+                siblings = [{"rfilename": name, "size": (root / name).stat().st_size} for name in names]
+                body, headers = (
+                    json.dumps({"id": "lmms-lab-encoder/POPE", "sha": COMMIT, "siblings": siblings}).encode(),
+                    {},
+                )
+            else:
+                name = path.partition("/resolve/main/")[2]
+                body = (root / name).read_bytes()
+                headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                sent.append((self.command, name))
+            self.send_response(200)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    settings = {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
+
+    def call(**more):
+        program = [sys.executable, "-c", HUB]
+        environment = os.environ | settings | more
+        done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    try:
+        listed, folder = call()
+        assert listed == "2 files, 0.00 GB"
+        assert len(questions(BENCHMARKS["pope"], Path(folder)).samples) == 6
+        gets = [name for command, name in sent if command == "GET"]
+        assert sorted(gets) == ["data/test-00000-of-00002.parquet", "data/test-00001-of-00002.parquet"]
+        assert call()[1] == folder
+        assert [name for command, name in sent if command == "GET"] == gets
+    finally:
+        server.shutdown()
+        server.server_close()
+    listed, cached = call(HF_HUB_OFFLINE="1")
+    assert cached == folder
+    assert listed.startswith("size unknown")
 
 
 # -- published rows --------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def reproduce(
     from tokensieve.reproduce.files import fetch
     from tokensieve.reproduce.run import reproduce as run
 
-    source = fetch(target.benchmark) if data is None else data
+    source = fetch(target.benchmark, note) if data is None else data
     if loading.system is None:
         loading = replace(loading, system=target.model.system)
     vlm, processor = load_model(name, loading)
@@ -119,20 +119,17 @@ def _print_plan(target: Target, model: str, data: Path | None, limit: int | None
     place = "/".join(filter(None, (benchmark.config, benchmark.split)))
     facts: dict[str, Any] = {"row": target.name, "model": model}
     if data is None:
-        files = on_the_hub(benchmark)
-        size = sum(entry or 0 for entry in files.sizes.values())
-        known = f"{len(files.sizes)} files, {size / 1e9:.2f} GB" if files.sizes else f"size unknown: {files.error}"
-        facts |= {"data": f"{benchmark.dataset} ({place}), {known}"}
+        facts |= {"data": f"{benchmark.dataset} ({place}), {on_the_hub(benchmark)}"}
         facts |= {"questions": f"{benchmark.questions if limit is None else min(limit, benchmark.questions):,}"}
         text = benchmark.prompt
     else:
-        asked = questions(benchmark, data, limit=limit)
-        facts |= {"data": f"{data} ({place})", "questions": f"{len(asked.samples):,} of {asked.total:,}"}
-        text = asked.samples[0].text
+        chosen = questions(benchmark, data, limit=limit)
+        facts |= {"data": f"{data} ({place})", "questions": f"{len(chosen.samples):,} of {chosen.total:,}"}
+        text = chosen.samples[0].text
     method = target.method if target.tokens is None else f"{target.method} at {target.tokens} tokens"
     facts |= {
         "rows": "full" if target.tokens is None else f"full, {method}, {RANDOM}",
-        "budget": f"{target.keep_means} tokens inside the LLM",
+        "budget": target.budget_text,
         "positions": "contiguous, as in the authors' code" if target.renumbers else "original",
         "metric": f"{benchmark.metric}, then {benchmark.total} × {benchmark.scale:g}",
         "longest answer": f"{benchmark.max_new_tokens} tokens, greedy",
@@ -156,24 +153,23 @@ def _print_plan(target: Target, model: str, data: Path | None, limit: int | None
 
 def _print_result(target: Target, done: Reproduction) -> None:
     """Print the measured numbers, then each published one with its verdict."""
-    sources = list(dict.fromkeys(row.source for row, _ in done.absolute))
+    sources = list(dict.fromkeys(f"{row.source} {row.note}".strip() for row, _ in done.absolute))
     if done.numbers:
         lines = []
         for number in done.numbers:
-            relative = ""
-            if number.relative is not None and number.relative_low is not None and number.relative_high is not None:
-                relative = _interval(number.relative, number.relative_low, number.relative_high)
+            relative = "" if number.relative is None else _interval(*number.relative)
             value = _interval(number.value, number.low, number.high)
             lines.append((number.method, f"{number.tokens:.4g}", str(done.samples), value, relative))
         print_table(("row", "tokens", "questions", target.benchmark.title, "% of full"), lines)
     for kind, verdicts in (("", done.absolute), (" % of full", done.relative)):
         for row, verdict in verdicts:
+            place = sources.index(f"{row.source} {row.note}".strip()) + 1
             measured = f", ours {_interval(verdict.value, verdict.low, verdict.high)}" if done.numbers else ""
             reason = f": {verdict.reason}" if verdict.reason else ""
-            typer.echo(f"published {verdict.published:.5g}{kind} [{sources.index(row.source) + 1}]{measured}")
+            typer.echo(f"published {verdict.published:.5g}{kind} [{place}]{measured}")
             typer.echo(f"  {verdict.answer}{reason}")
-    for number, source in enumerate(sources, 1):
-        typer.echo(f"[{number}] {source}")
+    for place, source in enumerate(sources, 1):
+        typer.echo(f"[{place}] {source}")
     if not done.absolute:
         typer.echo(f"{target.name}: no published number")
     for path in done.answer_files:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,12 @@ class HubFiles:
 
     sizes: dict[str, int | None]
     error: str = ""
+
+    def __str__(self) -> str:
+        """Return their number and size: "3 files, 0.26 GB"."""
+        if self.error:
+            return f"size unknown: {self.error}"
+        return f"{len(self.sizes)} files, {sum(size or 0 for size in self.sizes.values()) / 1e9:.2f} GB"
 
 
 def configs(benchmark: Benchmark) -> list[str | None]:
@@ -56,30 +62,30 @@ def on_the_hub(benchmark: Benchmark) -> HubFiles:
     return HubFiles({name: sizes[name] for name in names}, "" if names else "no file of this config and split")
 
 
-def fetch(benchmark: Benchmark) -> Path:
+def fetch(benchmark: Benchmark, note: Callable[[str], None] = lambda line: None) -> Path:
     """Return a folder with the files of a benchmark, fetched from the hub once.
+
+    Args:
+        note: receives a line before anything is fetched.
 
     Raises:
         DataError: no network, and no copy in the local cache.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     listed = on_the_hub(benchmark)
     try:
-        folder = Path(
-            snapshot_download(
-                benchmark.dataset,
-                repo_type="dataset",
-                allow_patterns=list(listed.sizes) or None,
-                local_files_only=bool(listed.error),
-            )
-        )
+        if listed.error:
+            return Path(snapshot_download(benchmark.dataset, repo_type="dataset", local_files_only=True))
+        note(f"fetching {benchmark.dataset}: {listed}, unless they are in the local cache")
+        for name in listed.sizes:
+            path = Path(hf_hub_download(benchmark.dataset, name, repo_type="dataset"))
     except Exception as error:
         raise DataError(
             f"no data set {benchmark.dataset}: the hub does not give it ({listed.error or first_line(error)}), and it "
             "is not in the local cache; --data FOLDER takes a copy of it"
         ) from error
-    return folder
+    return path.parents[name.count("/")]
 
 
 def read(benchmark: Benchmark, folder: Path, config: str | None) -> Iterator[Record]:

@@ -64,7 +64,7 @@ def published_rows() -> list[Published]:
 
 @dataclass(frozen=True)
 class Target:
-    """What one call reproduces.
+    """A published row with its recipe.
 
     Attributes:
         name: as the user wrote it.
@@ -84,6 +84,17 @@ class Target:
     def keep_means(self) -> KeepMeans:
         """Meaning of the tokens in the source; "final" where no source says it."""
         return next((row.keep_means for row in self.published if row.keep_means), "final")
+
+    @property
+    def budget_text(self) -> str:
+        """The meaning of the budget, for a person."""
+        if self.tokens is None:
+            return "all tokens"
+        if all(stage.info.stage != "decoder" for stage in parse(self.method)):
+            return f"{self.tokens} tokens enter the LLM"
+        stated = "" if any(row.keep_means for row in self.published) else "; the source does not say which"
+        form = {"final": "tokens remain in the end", "average": "tokens on average over the LLM's layers"}
+        return f"{self.tokens} {form[self.keep_means]}{stated}"
 
     @property
     def renumbers(self) -> bool:
@@ -123,5 +134,5 @@ def find_target(name: str, rows: Sequence[Published] | None = None) -> Target:
             raise Refusal(f"no published number of {plain} at {budget or 'no'} tokens on {place}; published: {listed}")
         tokens = int(budget)
         parse(method, keep=tokens)  # refuses a method that takes no budget
-    found = tuple(row for row in rows if (row.method, row.tokens) == (plain, tokens))
-    return Target(name, MODELS[model], BENCHMARKS[benchmark], OFFICIAL.get(method, method), tokens, found)
+    matching = tuple(row for row in rows if (row.method, row.tokens) == (plain, tokens))
+    return Target(name, MODELS[model], BENCHMARKS[benchmark], OFFICIAL.get(method, method), tokens, matching)

@@ -37,7 +37,7 @@ class Number:
         method: as in the name of the target; "full" and "random" beside it.
         tokens: visual tokens per question after the last stage, mean.
         value, low, high: with the 95 % interval.
-        relative, relative_low, relative_high: per cent of the full model's, paired by question; ``None`` for full.
+        relative: per cent of the full model's, with the ends of the interval, paired by question; ``None`` for full.
     """
 
     method: str
@@ -45,9 +45,7 @@ class Number:
     value: float
     low: float
     high: float
-    relative: float | None = None
-    relative_low: float | None = None
-    relative_high: float | None = None
+    relative: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def reproduce(
     """
     benchmark = target.benchmark
     data = fetch(benchmark) if data is None else data
-    asked = questions(benchmark, data, limit=limit, colour=padding(target.model, processor))
+    chosen = questions(benchmark, data, limit=limit, colour=padding(target.model, processor))
     options = Settings(
         metric=benchmark.metric,
         max_new_tokens=benchmark.max_new_tokens,
@@ -110,12 +108,12 @@ def reproduce(
         **{"keep_means": target.keep_means, **settings},
     )
     methods = [] if target.method == FULL else [target.method, RANDOM]
-    comparison = Comparison(model, processor, asked.samples, options, None, loading, Processes.launched())
+    comparison = Comparison(model, processor, chosen.samples, options, None, loading, Processes.launched())
     results = comparison.run(methods, [] if target.tokens is None else [target.tokens], output, progress)
-    obstacles = [*obstacles_of(target, model, processor), *_gaps(target, asked, results)]
-    done = _measured(target, asked, results, obstacles)
+    obstacles = [*obstacles_of(target, model, processor), *_gaps(target, chosen, results)]
+    done = _measured(target, chosen, results, obstacles)
     if benchmark.judge:
-        files = _write_answers(target, asked, results, output) if comparison.processes.first else ()
+        files = _write_answers(target, chosen, results, output) if comparison.processes.first else ()
         done = replace(done, numbers=(), relative=(), answer_files=files)
     if comparison.processes.first:
         done.save(output / REPORT)
@@ -141,9 +139,9 @@ def obstacles_of(target: Target, model: Any, processor: Any) -> list[str]:
     expected, config = target.model, model.config
     llm = config.get_text_config()
     image_size = getattr(getattr(config, "vision_config", None), "image_size", None)
-    found = llm.num_hidden_layers, llm.hidden_size, image_size
+    size = llm.num_hidden_layers, llm.hidden_size, image_size
     obstacles = []
-    if (config.model_type, *found) != ("llava", expected.layers, expected.width, expected.image_size):
+    if (config.model_type, *size) != ("llava", expected.layers, expected.width, expected.image_size):
         obstacles.append(f"this model is not {expected.title}")
     elif _rendered(processor) != conversation(expected, "Q"):
         obstacles.append("the processor's chat template writes another prompt than vicuna_v1")
@@ -160,7 +158,7 @@ def _rendered(processor: Any) -> str:
     return str(text).removeprefix("<s>").strip()
 
 
-def _gaps(target: Target, asked: Questions, results: Results) -> list[str]:
+def _gaps(target: Target, chosen: Questions, results: Results) -> list[str]:
     gaps = [f"{len(results.skipped)} images cannot be read"] if results.skipped else []
     if target.benchmark.only is not None and target.benchmark.total == "pairs":
         present = {question.type for question in results.questions}
@@ -169,29 +167,30 @@ def _gaps(target: Target, asked: Questions, results: Results) -> list[str]:
     return gaps
 
 
-def _measured(target: Target, asked: Questions, results: Results, obstacles: Sequence[str]) -> Reproduction:
+def _measured(target: Target, chosen: Questions, results: Results, obstacles: Sequence[str]) -> Reproduction:
     """Return the numbers of all rows and the verdicts on the target's."""
     benchmark = target.benchmark
-    values = [units(benchmark.total, np.array(scores), results.questions, asked.groups) for scores in results.scores]
+    values = [units(benchmark.total, np.array(scores), results.questions, chosen.groups) for scores in results.scores]
     full, clusters = values[0]
     numbers = []
     for row, (linearised, _) in zip(results.rows, values, strict=True):
         share = float(linearised.mean())
-        low, high = interval(linearised, clusters)
-        number = Number(_plain(target, row), row.tokens_after, *(benchmark.scale * x for x in (share, low, high)))
+        low, high = (benchmark.scale * end for end in interval(linearised, clusters))
+        number = Number(_plain(target, row), row.tokens_after, benchmark.scale * share, low, high)
         base = float(full.mean())
         if row.method != FULL and base > 0:
             gap = paired_difference(linearised, full, clusters)
             share, low, high = (100 * (1 + x / base) for x in (gap.difference, gap.low, gap.high))
-            number = replace(number, relative=share, relative_low=low, relative_high=high)
+            number = replace(number, relative=(share, low, high))
         numbers.append(number)
-    ours = numbers[0] if target.method == FULL else numbers[1]
-    absolute = [(row, judge(row.value, ours.value, ours.low, ours.high, obstacles)) for row in target.published]
-    relative = [
-        (row, judge(100 * row.value / row.full, ours.relative, ours.relative_low, ours.relative_high, obstacles))
-        for row in target.published
-        if row.full and ours.relative is not None and ours.relative_low is not None and ours.relative_high is not None
-    ]
+    measured = numbers[0] if target.method == FULL else numbers[1]
+    absolute, relative = [], []
+    for published in target.published:
+        interval95 = measured.value, measured.low, measured.high
+        absolute.append((published, judge(published.value, *interval95, obstacles)))
+        if published.full and measured.relative is not None:
+            share = 100 * published.value / published.full
+            relative.append((published, judge(share, *measured.relative, obstacles)))
     return Reproduction(target.name, len(results.questions), tuple(numbers), tuple(absolute), tuple(relative))
 
 
@@ -199,17 +198,17 @@ def _plain(target: Target, row: Row) -> str:
     return target.name.split("/", 2)[2].rpartition("@")[0] if row.method == target.method != FULL else row.method
 
 
-def _write_answers(target: Target, asked: Questions, results: Results, output: Path) -> tuple[str, ...]:
+def _write_answers(target: Target, chosen: Questions, results: Results, output: Path) -> tuple[str, ...]:
     """Write one file for the judge per row, in the form that its program reads."""
     runs: dict[str, dict[str, str]] = {}
     for line in (output / NAME).read_text("utf-8").splitlines()[1:]:
         entry = json.loads(line)
         if "text" in entry:
             runs.setdefault(entry["run"], {})[entry["sample"].rpartition(" ")[0]] = entry["text"]
-    texts = {sample.id: sample.question for sample in asked.samples}
+    texts = {sample.id: sample.question for sample in chosen.samples}
     written = []
     for number, (run, answers) in enumerate(runs.items()):
-        rows = [(asked.names[name], texts[name], answers[name]) for name in texts if name in answers]
+        rows = [(chosen.names[name], texts[name], answers[name]) for name in texts if name in answers]
         path = output / f"answers-{number}.json{'' if target.benchmark.answer_file == 'by id' else 'l'}"
         if target.benchmark.answer_file == "by id":
             content = json.dumps({name: answer for name, _, answer in rows}, indent=2, ensure_ascii=False)
