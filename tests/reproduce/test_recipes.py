@@ -53,8 +53,8 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
         ),
         (
             "vizwiz",
-            {"question": "What is this? And what color is it?"},
-            "What is this? and what color is it?\n"
+            {"question": "What is this? And what color is it? "},
+            "What is this? and what color is it? \n"
             "When the provided information is insufficient, respond with 'Unanswerable'." + SHORT,
         ),
         (

@@ -141,7 +141,7 @@ BENCHMARKS = {
         total="circular",
         max_new_tokens=1024,
         note="LLaVA used the dev file of July 2023 (4,377 rows of 1,176 questions) and MMBench's server, where a "
-        "language model reads answers without a letter. LLaVA-1.5's answers are letters.",
+        "language model reads answers without a letter. LLaVA-1.5-13B's 4,377 answers are letters.",
     ),
     "mmbench-cn": Benchmark(
         title="MMBench-CN",

@@ -76,7 +76,9 @@ def prompt_of(benchmark: Benchmark, values: Mapping[str, Any]) -> str:
     """Return the text of the user turn for one row."""
     hint = _text(values.get("hint"))
     options = _options(benchmark, values)
-    question = _text(values.get("question")).replace(benchmark.leave_out, "").strip()
+    question = _text(values.get("question"))
+    if benchmark.leave_out:
+        question = question.replace(benchmark.leave_out, "").strip()
     parts = {
         **values,
         "question": question.capitalize() if benchmark.capitalise else question,
@@ -154,10 +156,10 @@ def _options(benchmark: Benchmark, values: Mapping[str, Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Return a cell as text; "" for a missing one, which tables write as NaN, "nan" or "none" as well."""
+    """Return a cell as it is, as text; "" for a missing one, which tables write as NaN, "nan" or "none" as well."""
     missing = value is None or (isinstance(value, float) and math.isnan(value))
-    text = "" if missing else str(value).strip()
-    return "" if text.lower() in ("nan", "none") else text
+    text = "" if missing else str(value)
+    return "" if text.strip().lower() in ("", "nan", "none") else text
 
 
 def _joined(benchmark: Benchmark, groups: list[str]) -> list[str]:
