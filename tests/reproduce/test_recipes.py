@@ -18,6 +18,7 @@ from PIL import Image
 from tests.reproduce.toys import TOYS, picture, write, write_lines
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate import METRICS
+from tokensieve.evaluate.plan import Settings
 from tokensieve.methods import parse
 from tokensieve.reproduce import BENCHMARKS, MODELS, find_target, published_rows
 from tokensieve.reproduce.files import chosen
@@ -257,6 +258,14 @@ def test_every_published_row_names_a_recipe():
     assert {row.model for row in rows} <= set(MODELS)
     for table in json.loads(PUBLISHED.read_text("utf-8"))["tables"]:
         assert len(table.get("benchmarks", table["columns"])) == len(table["columns"])
+
+
+def test_every_published_row_can_be_planned():
+    for row in published_rows():
+        target = find_target(row.name)
+        assert row in target.published
+        entries = Settings(keep_means=target.keep_means).plan([] if target.tokens is None else [target.method], [64])
+        assert len(entries) == 1 + (target.tokens is not None)
 
 
 def test_a_target_has_the_published_numbers_and_their_protocol():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tokensieve.errors import Refusal, nearest
@@ -47,12 +48,12 @@ class Published:
 
 
 def published_rows() -> list[Published]:
-    """Return every number of ``published.json`` that has a recipe."""
+    """Return every number of ``published.json`` that has a recipe, of methods that take a budget."""
     rows = []
     for table in json.loads(PUBLISHED.read_text("utf-8"))["tables"]:
         model = table.get("model", "llava-1.5-7b")
         full = table["full"] or [None] * len(table["columns"])
-        lines = [[FULL, None, *full], *table["rows"]]
+        lines = [[FULL, None, *full], *(line for line in table["rows"] if _takes_a_budget(line[0]))]
         for place, benchmark in enumerate(table.get("benchmarks", [])):
             for method, tokens, *cells in lines:
                 if benchmark is not None and cells[place] is not None:
@@ -60,6 +61,12 @@ def published_rows() -> list[Published]:
                     value = Published(model, benchmark, method, tokens, cells[place], full[place], meaning, *about)
                     rows.append(value)
     return rows
+
+
+@cache
+def _takes_a_budget(method: str) -> bool:
+    """Return whether a stage has a budget: MustDrop has thresholds instead, and cannot be set to its published tokens."""
+    return any(hasattr(stage, "keep") for stage in parse(method))
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,5 @@ def find_target(name: str, rows: Sequence[Published] | None = None) -> Target:
             listed = ", ".join(f"{method}@{count}" for count in budgets)
             raise Refusal(f"no published number of {plain} at {budget or 'no'} tokens on {place}; published: {listed}")
         tokens = int(budget)
-        parse(method, keep=tokens)  # refuses a method that takes no budget
     matching = tuple(row for row in rows if (row.method, row.tokens) == (plain, tokens))
     return Target(name, MODELS[model], BENCHMARKS[benchmark], OFFICIAL.get(method, method), tokens, matching)

@@ -159,7 +159,7 @@ def _rendered(processor: Any) -> str:
 
 
 def _gaps(target: Target, chosen: Questions, results: Results) -> list[str]:
-    gaps = [f"{len(results.skipped)} images cannot be read"] if results.skipped else []
+    gaps = [f"{len(results.skipped)} questions have no readable image"] if results.skipped else []
     if target.benchmark.only is not None and target.benchmark.total == "pairs":
         present = {question.type for question in results.questions}
         if missing := [name for name in target.benchmark.only[1] if name not in present]:
