@@ -65,7 +65,7 @@ def published_rows() -> list[Published]:
 
 @cache
 def _takes_a_budget(method: str) -> bool:
-    """Return whether a stage has a budget; MustDrop has thresholds instead, which no published number of tokens sets."""
+    """Return whether a stage has a budget; MustDrop has thresholds, which no published number of tokens sets."""
     return any(hasattr(stage, "keep") for stage in parse(method))
 
 
