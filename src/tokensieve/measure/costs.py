@@ -22,6 +22,7 @@ from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch,
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
 from tokensieve.methods import Method, parse
+from tokensieve.methods.base import Positions
 from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 
@@ -135,6 +136,7 @@ def measure_costs(
     decode_tokens: int = 8,
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    positions: Positions = "original",
     clock: Clock = time.perf_counter,
     read: Callable[[], CpuReading] = read_cpu,
 ) -> list[Cost]:
@@ -149,7 +151,7 @@ def measure_costs(
         methods: specs, methods, lists of methods (stages in order), or decisions to replay, as for ``attach``.
         models: for each method the model that it runs on, such as ``model`` fine-tuned; by default ``model``. All rows
             are paired with ``model``.
-        processor, budget_scope, separators: as for ``attach``.
+        processor, budget_scope, separators, positions: as for ``attach``.
         repeats, warmup: timed rounds, and untimed rounds before them.
         decode_tokens: tokens generated to time decoding, after the first.
         clock, read: the clock of the rounds, and the CPU time that shows a busy machine.
@@ -162,6 +164,7 @@ def measure_costs(
     prompts = {id(host): _Prompts(host, inputs) for host in (model, *(models or ()))}
     hosts = [prompts[id(host)] for host in models or [model] * len(methods)]
     options: dict[str, Any] = {"processor": processor, "budget_scope": budget_scope, "separators": separators}
+    options["positions"] = positions
     full = _Contender.unhooked(prompts[id(model)])
     contenders = [full, *(_Contender.of(m, host, options) for m, host in zip(methods, hosts, strict=True))]
     start = read()
