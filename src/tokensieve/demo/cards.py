@@ -12,8 +12,10 @@ from PIL import Image
 from tokensieve.demo.jobs import Status
 from tokensieve.demo.run import Row
 from tokensieve.demo.talk import Conversation
-from tokensieve.measure import Cost, Spread
+from tokensieve.evaluate.rows import FULL
+from tokensieve.measure import Cost, Spread, two_digits
 
+HINT = "Choose methods and a budget, and ask. The full model always answers, too."
 LEGEND = (
     "Dark cells were dropped; a yellow line goes round the kept ones. Tinted cells with a dot were merged into one "
     "token, which stands at the dot."
@@ -21,26 +23,29 @@ LEGEND = (
 
 # Colours are those of Gradio's theme, so that the cards follow its light and dark modes.
 CSS = """
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 210px), 1fr)); gap: 14px; }
+.cards, .talk { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); color: var(--body-text-color); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 215px), 1fr)); gap: 14px; }
 .card { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px; min-width: 0;
-  background: var(--background-fill-primary); color: var(--body-text-color); overflow-wrap: anywhere; }
-.card h3 { margin: 0 0 8px; font-size: 15px; font-weight: 600; color: var(--body-text-color); }
-.card img { width: 100%; border-radius: 4px; display: block; image-rendering: auto; }
+  background: var(--background-fill-primary); overflow-wrap: anywhere; }
+.card h3 { margin: 0 0 8px; font-size: 15px; font-weight: 600; }
+.card img { width: 100%; border-radius: 4px; display: block; }
 .card .answer { font-size: 18px; font-weight: 600; margin: 8px 0; }
-.card .right { color: #00755a; } .card .wrong { color: #b3261e; }
-.dark .card .right { color: #45c9a4; } .dark .card .wrong { color: #ff8f85; }
+.right { color: #00755a; } .wrong { color: #b3261e; }
+.dark .right { color: #45c9a4; } .dark .wrong { color: #ff8f85; }
 .card dl { display: grid; grid-template-columns: auto 1fr; gap: 2px 10px; margin: 0; font-size: 13px; }
-.card dt { color: var(--body-text-color-subdued); } .card dd { margin: 0; text-align: right; }
-.card p, .remarks p { font-size: 13px; margin: 6px 0 0; color: var(--body-text-color-subdued); }
+.card dt { color: var(--quiet); } .card dd { margin: 0; text-align: right; }
+.card p { font-size: 13px; margin: 6px 0 0; color: var(--quiet); }
+.remarks p { font-size: 14px; margin: 10px 0 0; color: var(--body-text-color); }
 .message { border-left: 4px solid #c77700; padding: 8px 12px; border-radius: 4px; font-size: 15px;
   background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
-.talk { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr)); gap: 14px; }
-.talk .turn { margin: 8px 0; } .talk .turn b { display: block; font-weight: 400; font-size: 14px;
-  color: var(--body-text-color-subdued); }
-.talk .turn span { font-size: 17px; font-weight: 600; }
-.talk .turn small { float: right; color: var(--body-text-color-subdued); }
-.report { width: 100%; height: 78vh; border: 1px solid var(--border-color-primary); border-radius: 8px; background: white; }
-progress { width: 100%; height: 12px; }
+.message + * { margin-top: 14px; }
+.talk { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 14px; }
+.turn { margin: 8px 0; } .turn b { display: block; font-weight: 400; font-size: 14px; color: var(--quiet); }
+.turn span { font-size: 17px; font-weight: 600; } .turn small { float: right; color: var(--quiet); }
+.report { width: 100%; height: 78vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
+.examples .grid-container { grid-template-columns: repeat(4, 1fr) !important; }
+.examples .grid-wrap { height: auto !important; max-height: none !important; }
+progress { width: 100%; height: 12px; accent-color: var(--color-accent); }
 footer { display: none !important; }
 """
 
@@ -92,18 +97,23 @@ def facts_of(row: Row) -> list[tuple[str, str]]:
 
 
 def _measurements(cost: Cost) -> list[tuple[str, str]]:
-    facts = [("prefill FLOPs", f"{cost.flops_ratio:.0%}"), ("prefill", f"{cost.prefill_ms} ms")]
-    if cost.method != "full":
-        facts.append(("speed of prefill", speed(cost.prefill_speedup)))
+    facts = [("prefill FLOPs", f"{cost.flops_ratio:.0%}"), ("prefill", milliseconds(cost.prefill_ms))]
     if cost.method_ms is not None:
-        facts.append(("method itself", f"{cost.method_ms} ms"))
+        facts.append(("method alone", milliseconds(cost.method_ms)))
+    if cost.method != FULL:
+        facts += [("speed, full = 1", str(cost.prefill_speedup)), ("against full", verdict(cost.prefill_speedup))]
     return facts
 
 
-def speed(speedup: Spread) -> str:
-    """Return a paired speedup in words; the quartiles must lie on one side of 1 for a verdict."""
-    verdict = "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "no clear difference"
-    return f"{speedup}× of full: {verdict}"
+def milliseconds(time: Spread) -> str:
+    """Return a median and its quartiles."""
+    low, high = two_digits(time.low), two_digits(time.high)
+    return f"{two_digits(time.median)} ({low}–{high}) ms".replace("-", "−")
+
+
+def verdict(speedup: Spread) -> str:
+    """Return a paired speedup in a word; its quartiles must lie on one side of 1."""
+    return "faster" if speedup.low > 1 else "slower" if speedup.high < 1 else "not told apart"
 
 
 def conversation(talk: Conversation) -> str:
@@ -119,7 +129,9 @@ def conversation(talk: Conversation) -> str:
         for side in (talk.full, talk.reduced)
     )
     lines = "".join(f"<p>{escape(line)}</p>" for line in talk.explanation())
-    kept = f'<div class="card"><h3>kept by {escape(talk.reduced.name)}</h3>{picture(talk.picture(), "kept tokens")}</div>'
+    kept = (
+        f'<div class="card"><h3>kept by {escape(talk.reduced.name)}</h3>{picture(talk.picture(), "kept tokens")}</div>'
+    )
     return f'<div class="talk">{sides}{kept}</div><div class="remarks">{lines}</div>'
 
 

@@ -61,7 +61,9 @@ class Jobs:
         loading: the options that the model was loaded with, for the record.
     """
 
-    def __init__(self, bench: Workbench, folder: Path, data: str = "reference", loading: LoadOptions = DEFAULTS) -> None:
+    def __init__(
+        self, bench: Workbench, folder: Path, data: str = "reference", loading: LoadOptions = DEFAULTS
+    ) -> None:
         self._bench, self._folder, self._data, self._loading = bench, folder, data, loading
         self._status, self._starting = Status(), threading.Lock()
         self._cancel, self._thread = threading.Event(), threading.Thread()
@@ -123,9 +125,7 @@ class Jobs:
             raise Refusal(f"a name consists of letters, digits, dots, dashes and underscores; got {name!r:.80}")
         return self._folder / name
 
-    def _run(
-        self, folder: Path, methods: list[str], keeps: list[Budget], questions: int, settings: Settings
-    ) -> None:
+    def _run(self, folder: Path, methods: list[str], keeps: list[Budget], questions: int, settings: Settings) -> None:
         try:
             samples = load_data(self._data, limit=questions)
             model, processor = self._bench.model, self._bench.processor

@@ -15,12 +15,12 @@ from tokensieve.budget import Budget, parse_budget
 from tokensieve.demo import cards
 from tokensieve.demo.examples import Example
 from tokensieve.demo.jobs import Jobs
-from tokensieve.demo.run import LONGEST_ANSWER, MOST_ROUNDS, Request, Workbench
+from tokensieve.demo.run import LONGEST_ANSWER, MOST_ROUNDS, Request, Row, Workbench
 from tokensieve.demo.talk import Conversation
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.pictures import Picture
 from tokensieve.images import decode_image
-from tokensieve.methods import list_methods
+from tokensieve.methods import list_methods, parse
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 KEEPS = ["50%", "33%", "25%", "11%", "5%"]
@@ -54,14 +54,16 @@ class Page:
         self.methods = list(dict.fromkeys([*defaults.methods, *names]))
         title = f"Tokensieve · {bench.name}"
         with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as self.blocks:
-            gr.Markdown(f"## Tokensieve\nThe model **{bench.name}** with its visual tokens reduced, beside the full model.")
+            gr.Markdown(
+                f"## Tokensieve\nThe model **{bench.name}** with its visual tokens reduced, beside the full model."
+            )
             with gr.Tabs():
-                with gr.Tab("One question"):
+                with gr.Tab("Ask"):
                     self._question_tab()
                 if bench.model.can_generate():
-                    with gr.Tab("Conversation"):
+                    with gr.Tab("Talk"):
                         self._conversation_tab()
-                with gr.Tab("Comparison"):
+                with gr.Tab("Compare"):
                     self._comparison_tab()
 
     # -- one question -------------------------------------------------------------------------------------------------
@@ -70,6 +72,9 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture, question, example = self._image_and_question()
+                with gr.Row():
+                    run = gr.Button("Ask", variant="primary", elem_id="ask")
+                    stop = gr.Button("Stop", elem_id="stop")
                 methods = gr.Dropdown(
                     self.methods,
                     value=list(self.defaults.methods),
@@ -83,11 +88,8 @@ class Page:
                 with gr.Accordion("More", open=False):
                     rounds = gr.Slider(0, MOST_ROUNDS, 10, step=1, label="Timed rounds", info="0 measures no cost")
                     longest = gr.Slider(1, LONGEST_ANSWER, 32, step=1, label="Longest answer in tokens")
-                with gr.Row():
-                    run = gr.Button("Ask", variant="primary", elem_id="ask")
-                    stop = gr.Button("Stop", elem_id="stop")
             with gr.Column(scale=5, min_width=300):
-                result = gr.HTML(elem_id="result", padding=False)
+                result = gr.HTML(f"<p>{cards.HINT}</p>", elem_id="result", padding=False)
         inputs = [picture, question, example, methods, *budget, positions, rounds, longest]
         asked = run.click(self._ask, inputs, result, **MODEL)
         submitted = question.submit(self._ask, inputs, result, **MODEL)
@@ -119,7 +121,7 @@ class Page:
                 whole(rounds, "timed rounds"),
                 whole(longest, "the longest answer"),
             )
-            total, rows = len(request.entries), []
+            total, rows = len(request.entries), list[Row]()
             yield cards.cards(rows, total)
             for row in self.bench.rows(request):
                 rows.append(row)
@@ -146,22 +148,23 @@ class Page:
         )
         # Gradio's own would decode the file, and answer a damaged one with a traceback
         picture.preprocess = lambda payload: None if payload is None else payload.path
-        question = gr.Textbox(start.question if start else "", label="Question", lines=1, max_lines=4)
         if self.examples:
             gallery = gr.Gallery(
                 [enlarged(entry.samples[0].open()) for entry in self.examples],
                 label="Examples",
+                show_label=False,
                 columns=4,
-                height=150,
+                height="auto",
                 allow_preview=False,
                 object_fit="cover",
                 format="png",
                 buttons=[],
                 interactive=False,
+                elem_classes="examples",
             )
-            asked = gr.Dropdown(
-                [sample.question for sample in self.examples[0].samples], label="Questions on this example"
-            )
+        question = gr.Textbox(start.question if start else "", label="Question", lines=1, max_lines=4)
+        if first is not None:
+            asked = gr.Dropdown([sample.question for sample in first.samples], label="Questions on this example")
             gallery.select(self._choose, None, [example, picture, question, asked], **QUIET)
             asked.input(lambda text: text, asked, question, **QUIET)
             picture.input(lambda: (None, gr.update(choices=[], value=None)), None, [example, asked], **QUIET)
@@ -170,7 +173,12 @@ class Page:
     def _choose(self, event: gr.SelectData) -> tuple[int, Image.Image, str, Any]:
         chosen = self.examples[int(event.index)]
         questions = [sample.question for sample in chosen.samples]
-        return int(event.index), chosen.samples[0].open(), questions[0], gr.update(choices=questions, value=questions[0])
+        return (
+            int(event.index),
+            chosen.samples[0].open(),
+            questions[0],
+            gr.update(choices=questions, value=questions[0]),
+        )
 
     def _picture(self, file: str | None, question: str, example: int | None) -> tuple[Picture | None, tuple[str, ...]]:
         """Return the image, and the right answers if the question is one of the example's.
@@ -204,18 +212,20 @@ class Page:
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 picture, question, example = self._image_and_question()
+                with gr.Row():
+                    run = gr.Button("Ask", variant="primary", elem_id="talk")
+                    new = gr.Button("New conversation", elem_id="new")
                 method = gr.Dropdown(
-                    self.methods, value=self.defaults.methods[0], allow_custom_value=True, label="Method"
+                    self.methods, value=first_reader(self.defaults.methods), allow_custom_value=True, label="Method"
                 )
                 budget = self._budget()
                 positions = positions_choice()
                 reuse = gr.Radio(REUSE, value="cache", label="Later questions are answered from")
-                with gr.Row():
-                    run = gr.Button("Ask", variant="primary", elem_id="talk")
-                    new = gr.Button("New conversation", elem_id="new")
             with gr.Column(scale=5, min_width=300):
                 result = gr.HTML(
-                    "<p>Ask a question, then another one about the same image.</p>", elem_id="conversation", padding=False
+                    "<p>Ask a question, then another one about the same image.</p>",
+                    elem_id="conversation",
+                    padding=False,
                 )
         begin = [picture, example, method, *budget, positions, reuse]
         for trigger in (run.click, question.submit):
@@ -253,7 +263,9 @@ class Page:
 
     def _comparison_tab(self) -> None:
         with gr.Row():
-            name = gr.Textbox("demo", label="Name", info="folder of the results; the same name continues", min_width=150)
+            name = gr.Textbox(
+                "demo", label="Name", info="folder of the results; the same name continues", min_width=150
+            )
             methods = gr.Dropdown(
                 self.methods,
                 value=list(self.defaults.methods),
@@ -300,13 +312,23 @@ class Page:
 
     def _load(self) -> tuple[str, Any, Any]:
         status = self.jobs.status
-        return cards.progress(status), gr.Timer(active=status.state == "running"), gr.update(choices=self.jobs.reports())
+        return (
+            cards.progress(status),
+            gr.Timer(active=status.state == "running"),
+            gr.update(choices=self.jobs.reports()),
+        )
 
     def _open(self, name: str | None) -> str:
         try:
             return cards.frame(self.jobs.report(name)) if name else ""
         except Refusal as error:
             return cards.message(one_line(error))
+
+
+def first_reader(specs: Sequence[str]) -> str:
+    """Return the first spec that reads the user's words, which shows most in a conversation; else the first one."""
+    readers = (spec for spec in specs if any(stage.needs.requests("user_text") for stage in parse(spec)))
+    return next(readers, specs[0])
 
 
 def positions_choice() -> Any:

@@ -183,11 +183,11 @@ class Workbench:
         self, name: str, entry: Entry, request: Request, answerer: Answerer, inputs: dict[str, torch.Tensor]
     ) -> Row:
         stages = list(entry.runs[0].stages)
-        with self.lock, memory_errors():
-            with attach(self.model, stages, processor=self.processor, positions=request.positions) as sieve:
-                with torch.inference_mode():
-                    (answer,) = answerer.texts(Inputs(inputs, None))
-                decision, per_layer = together(sieve.last[0]).to("cpu"), sieve.tokens[0]
+        options: dict[str, Any] = {"processor": self.processor, "positions": request.positions}
+        with self.lock, memory_errors(), attach(self.model, stages, **options) as sieve:
+            with torch.inference_mode():
+                (answer,) = answerer.texts(Inputs(inputs, None))
+            decision, per_layer = together(sieve.last[0]).to("cpu"), sieve.tokens[0]
         right = METRICS["exact"](answer, request.right_answers) > 0 if request.right_answers else None
         picture = draw(request.sample.open(), decision, self.processor)
         return Row(name, answer.strip(), right, decision, average_tokens(per_layer), picture)
@@ -195,8 +195,8 @@ class Workbench:
 
 def average_tokens(per_layer: Sequence[Sequence[int]]) -> float:
     """Return the visual tokens of a sample averaged over the LLM's layers, from ``sieve.tokens[sample]``."""
-    totals = [sum(counts) for counts in zip(*per_layer, strict=True)]
-    return sum(totals) / len(totals)
+    layers = len(per_layer[0])
+    return sum(map(sum, per_layer)) / layers
 
 
 def draw(image: Image.Image, decision: Reduction, processor: Any) -> Image.Image:

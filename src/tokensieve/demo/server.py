@@ -35,7 +35,7 @@ def build_app(page: Page) -> fastapi.FastAPI:
         response.headers["Content-Security-Policy"] = POLICY
         return response
 
-    return gr.mount_gradio_app(
+    mounted: fastapi.FastAPI = gr.mount_gradio_app(
         app,
         page.blocks,
         path="/",
@@ -48,6 +48,7 @@ def build_app(page: Page) -> fastapi.FastAPI:
         theme=THEME,
         css=CSS,
     )
+    return mounted
 
 
 def run(page: Page, listener: socket.socket, url: str, *, browser: bool) -> int:

@@ -10,7 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from tokensieve.budget import Budget
-from tokensieve.demo.run import LONGEST_ANSWER, Workbench, average_tokens, check_number, check_question, draw, memory_errors
+from tokensieve.demo.run import (
+    LONGEST_ANSWER,
+    Workbench,
+    average_tokens,
+    check_number,
+    check_question,
+    draw,
+    memory_errors,
+)
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal
 from tokensieve.evaluate import Sample, decode
@@ -183,13 +191,13 @@ class Conversation:
             sentences.append("It reads no question, so these tokens would be kept for any.")
         elif len(self.reduced.turns) > 1 and turn.on_cache:
             sentences.append(
-                f"It chose them {place}by the words of the first question, “{first}”. Later questions are answered from the "
-                "same tokens, whatever they are about."
+                f"It chose them {place}by the words of the first question, “{first}”. Later questions are answered "
+                "from the same tokens, whatever they are about."
             )
         else:
             sentences.append(f"It chose them {place}by the words of {quoted}.")
         sentences.append(
-            f"The latest question took {turn.prefilled} columns of prefill per layer; the full model took {full.prefilled}."
+            f"The latest question took {turn.prefilled} columns of prefill per layer, the full model {full.prefilled}."
         )
         if self.reuse == "cache" and len(self.reduced.turns) > 1 and not (turn.on_cache and full.on_cache):
             sentences.append(
