@@ -54,15 +54,15 @@ def demo(
         # read when Gradio is imported: uploads end with the page, and no use is reported to anyone
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         from tokensieve.demo.jobs import Jobs
-        from tokensieve.demo.page import Defaults, Page
+        from tokensieve.demo.page import build_page
         from tokensieve.demo.server import run
 
-        bench = Workbench(without_folder(model), vlm, processor)
-        defaults = Defaults(tuple(specs), note=foreign_images(model) or "")
-        page = Page(bench, shown, Jobs(bench, runs, data, loading), defaults)
+        bench = Workbench(without_folder(model), vlm, processor, specs)
+        jobs = Jobs(bench, runs, data, loading)
+        page = build_page(bench, shown, jobs, specs, foreign_images(model) or "")
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         note(f"the page is at {url} (Ctrl-C ends it)")
-        code = run(page, listener, url, browser=browser)
+        code = run(page, jobs, listener, url, browser=browser)
     if code == 130:
         note("tokensieve: interrupted")
     sys.stdout.flush()

@@ -43,8 +43,9 @@ CSS = """
 .turn { margin: 8px 0; } .turn b { display: block; font-weight: 400; font-size: 14px; color: var(--quiet); }
 .turn span { font-size: 17px; font-weight: 600; } .turn small { float: right; color: var(--quiet); }
 .report { width: 100%; height: 78vh; border: 1px solid var(--border-color-primary); border-radius: 8px; }
-.examples .grid-container { grid-template-columns: repeat(4, 1fr) !important; }
-.examples .grid-wrap { height: auto !important; max-height: none !important; }
+.examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
+.examples .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
+.examples button { min-width: 0 !important; width: 100% !important; }
 progress { width: 100%; height: 12px; accent-color: var(--color-accent); }
 footer { display: none !important; }
 """

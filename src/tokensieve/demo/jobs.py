@@ -81,7 +81,7 @@ class Jobs:
         folder = self.folder_of(name)
         check_number("questions", questions, 1, MOST_QUESTIONS)
         settings = Settings(batch_size=8)
-        settings.plan(list(methods), list(keeps))  # a bad spec is refused before the data are read
+        self._bench.plan(methods, keeps)  # a bad spec is refused before the data are read
         check_report_extra()
         with self._starting:
             if self._status.state == "running":

@@ -68,11 +68,6 @@ class Request:
         check_number("the longest answer", self.max_new_tokens, 1, LONGEST_ANSWER)
 
     @cached_property
-    def entries(self) -> list[Entry]:
-        """The rows, the unreduced model first; a refused spec or budget raises :class:`Refusal`."""
-        return Settings(seeds=1).plan(list(self.methods), [self.keep])
-
-    @cached_property
     def sample(self) -> Sample:
         """The question, with its image decoded."""
         assert self.picture is not None
@@ -120,14 +115,30 @@ class Workbench:
         name: the value of MODEL on the command line.
         model: it has nothing attached, and is in eval mode on its device.
         processor: its processor.
+        methods: specs that were named when the page was started; no other method may come from a file.
 
     Attributes:
         lock: held while the model runs or has a method attached, so that visitors do not mix.
     """
 
-    def __init__(self, name: str, model: Any, processor: Any) -> None:
+    def __init__(self, name: str, model: Any, processor: Any, methods: Sequence[str] = ()) -> None:
         self.name, self.model, self.processor = name, model, processor
         self.lock = threading.Lock()
+        self._files = {file_of(spec) for spec in methods}
+
+    def plan(self, methods: Sequence[str], keeps: Sequence[Budget], seeds: int = 1) -> list[Entry]:
+        """Return the rows of some methods, the unreduced model first.
+
+        Raises:
+            Refusal: a bad spec or budget, or a method of a file that was not named when the page was started: a visitor
+                must not run code of this machine.
+        """
+        for spec in methods:
+            if file_of(spec) not in self._files | {None}:
+                raise Refusal(
+                    f"the page takes no method from a file unless `tokensieve demo --methods` names it: {spec}"
+                )
+        return Settings(seeds=seeds).plan(list(methods), list(keeps))
 
     def rows(self, request: Request) -> Iterator[Row]:
         """Answer with each method in turn, the unreduced model first.
@@ -137,7 +148,7 @@ class Workbench:
         Raises:
             Refusal: a spec or budget, an image that cannot be read, or memory that ran out.
         """
-        entries, sample = request.entries, request.sample
+        entries, sample = self.plan(request.methods, [request.keep]), request.sample
         answerer = self._answerer(request)
         inputs = self._inputs(answerer, sample)
         for entry in entries:
@@ -151,7 +162,8 @@ class Workbench:
 
     def costs(self, request: Request, rows: Sequence[Row]) -> list[Row]:
         """Measure all rows that have an answer in the same rounds; return the rows with their costs."""
-        answered = [entry for entry, row in zip(request.entries, rows, strict=True) if not row.refusal]
+        entries = self.plan(request.methods, [request.keep])
+        answered = [entry for entry, row in zip(entries, rows, strict=True) if not row.refusal]
         inputs = self._inputs(self._answerer(request), request.sample)
         with self.lock, memory_errors():
             costs = measure_costs(
@@ -191,6 +203,11 @@ class Workbench:
         right = METRICS["exact"](answer, request.right_answers) > 0 if request.right_answers else None
         picture = draw(request.sample.open(), decision, self.processor)
         return Row(name, answer.strip(), right, decision, average_tokens(per_layer), picture)
+
+
+def file_of(spec: str) -> str | None:
+    """Return the file that a spec takes its method from, with what stands before it; ``None`` for a known method."""
+    return spec.rpartition(".py:")[0] or None
 
 
 def average_tokens(per_layer: Sequence[Sequence[int]]) -> float:

@@ -16,17 +16,18 @@ import gradio as gr
 import uvicorn
 
 from tokensieve.demo.cards import CSS
-from tokensieve.demo.page import THEME, Page
+from tokensieve.demo.jobs import Jobs
 
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 GRACE = 2  # seconds for open connections at the end
 UPLOAD = 64 * 2**20  # bytes of an image
 # the browser refuses requests to other machines, whatever a release of Gradio may link to
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 
-def build_app(page: Page) -> fastapi.FastAPI:
+def build_app(page: gr.Blocks) -> fastapi.FastAPI:
     """Return the application that serves the page at ``/``."""
-    page.blocks.queue(max_size=64, api_open=False)
+    page.queue(max_size=64, api_open=False)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.middleware("http")
@@ -37,7 +38,7 @@ def build_app(page: Page) -> fastapi.FastAPI:
 
     mounted: fastapi.FastAPI = gr.mount_gradio_app(
         app,
-        page.blocks,
+        page,
         path="/",
         footer_links=[],
         run_history=False,
@@ -51,13 +52,13 @@ def build_app(page: Page) -> fastapi.FastAPI:
     return mounted
 
 
-def run(page: Page, listener: socket.socket, url: str, *, browser: bool) -> int:
+def run(page: gr.Blocks, jobs: Jobs, listener: socket.socket, url: str, *, browser: bool) -> int:
     """Serve until Ctrl-C or SIGTERM; return the exit code. Threads may still compute then."""
     config = uvicorn.Config(build_app(page), log_level="critical", timeout_graceful_shutdown=GRACE)
     server = _Server(config, url if browser else None)
     server.run(sockets=[listener])
-    page.jobs.cancel()
-    page.jobs.wait(GRACE)
+    jobs.cancel()
+    jobs.wait(GRACE)
     return 130 if server.ended_by == signal.SIGINT else 0 if server.started else 1
 
 

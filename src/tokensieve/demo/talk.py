@@ -24,7 +24,6 @@ from tokensieve.errors import Refusal
 from tokensieve.evaluate import Sample, decode
 from tokensieve.evaluate.answer import together
 from tokensieve.evaluate.pictures import Picture
-from tokensieve.evaluate.plan import Settings
 from tokensieve.evaluate.prompt import check_texts
 from tokensieve.evaluate.rows import label
 from tokensieve.loading import to_model
@@ -149,7 +148,7 @@ class Conversation:
             raise Refusal(f"{type(bench.processor).__name__} has no chat template, so there is no conversation")
         if picture is None:
             raise Refusal("there is no image; upload one, or choose an example")
-        full, *others = Settings(seeds=1).plan([method], [keep])
+        full, *others = bench.plan([method], [keep])
         entry = others[0] if others else full
         self._bench, self.reuse = bench, reuse
         self.image = Sample("", picture, "-", ()).open()
