@@ -126,7 +126,7 @@ class Workbench:
         self.lock = threading.Lock()
         self._files = {file_of(spec) for spec in methods}
 
-    def plan(self, methods: Sequence[str], keeps: Sequence[Budget], seeds: int = 1) -> list[Entry]:
+    def plan(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows of some methods, the unreduced model first.
 
         Raises:
@@ -138,7 +138,7 @@ class Workbench:
                 raise Refusal(
                     f"the page takes no method from a file unless `tokensieve demo --methods` names it: {spec}"
                 )
-        return Settings(seeds=seeds).plan(list(methods), list(keeps))
+        return Settings(seeds=1).plan(list(methods), list(keeps))
 
     def rows(self, request: Request) -> Iterator[Row]:
         """Answer with each method in turn, the unreduced model first.
