@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.cli.calling import run
+from tests.cli.calling import run, run_many
 from tests.demo.server import Demo
 from tests.support.browser import CHROMIUM, FAULTS
 from tokensieve import reference
@@ -29,6 +29,8 @@ pytestmark = [
     pytest.mark.skipif(not (reference.path() / "model.safetensors").is_file(), reason="no trained weights"),
 ]
 SECONDS = 90_000  # ms to wait for something on the page
+# an answer to the next question is one without this mark
+MARK = "document.querySelectorAll('#result > * *').forEach(old => { old.dataset.old = '' })"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -89,10 +91,10 @@ def ask(page: Any, question: str | None = None, *, cards: int = 3, rounds: int =
         page.get_by_role("button", name="More").click()
     page.get_by_label("number input for Timed rounds").fill(str(rounds))
     page.get_by_label("number input for Timed rounds").press("Tab")
-    page.evaluate("document.querySelector('#result').querySelectorAll('.cards, .message').forEach(old => old.remove())")
+    page.evaluate(MARK)
     page.click("#ask")
     page.wait_for_function(
-        "n => document.querySelectorAll('#result .card').length == n"
+        "n => document.querySelectorAll('#result .cards:not([data-old]) .card').length == n"
         " && !/answering|measuring/.test(document.querySelector('#result').innerText)",
         arg=cards,
     )
@@ -101,9 +103,9 @@ def ask(page: Any, question: str | None = None, *, cards: int = 3, rounds: int =
 
 def refused(page: Any) -> str:
     """Press Ask; return the one line that is shown instead of cards."""
-    page.evaluate("document.querySelector('#result').querySelectorAll('.cards, .message').forEach(old => old.remove())")
+    page.evaluate(MARK)
     page.click("#ask")
-    page.wait_for_selector("#result .message")
+    page.wait_for_selector("#result .message:not([data-old])")
     assert page.query_selector("#result .card") is None
     text: str = page.inner_text("#result .message")
     assert "\n" not in text
@@ -111,9 +113,16 @@ def refused(page: Any) -> str:
 
 
 def upload(page: Any, file: Path) -> None:
-    field(page, "Remove image").click() if page.get_by_label("Remove image").count() else None
-    page.locator("input[type=file]").first.set_input_files(str(file))
-    page.wait_for_timeout(1500)
+    """Put the user's image in the place of the one on the page."""
+    page.get_by_role("button", name="Remove Image").locator("visible=true").click()
+    # the image is no longer the example's
+    page.wait_for_function(
+        "name => [...document.querySelectorAll('input')].some(i => i.ariaLabel == name && !i.value)",
+        arg="Questions on this example",
+    )
+    with page.expect_response(lambda response: "/upload" in response.url):
+        page.locator("input[type=file]").first.set_input_files(str(file))
+    page.wait_for_timeout(1000)
 
 
 def test_methods_side_by_side(page: Any) -> None:
@@ -187,7 +196,7 @@ def test_wrong_input_is_one_line_on_the_page(page: Any, tmp_path: Path) -> None:
     assert "broken.png: not an image, or of a kind that Pillow cannot read" in refused(page)
     (tmp_path / "huge.png").write_bytes(huge_png())
     upload(page, tmp_path / "huge.png")
-    assert "huge.png: 20000 x 20000 px is too large; the limit is 100,000,000 pixels" in refused(page)
+    assert re.fullmatch(r"huge\.png: .*; the limit is 100,000,000 pixels", refused(page))
 
 
 def test_a_wrong_method_is_one_line_on_the_page(page: Any) -> None:
@@ -224,7 +233,7 @@ def test_a_conversation_goes_on_on_the_cache(page: Any) -> None:
 
 def test_a_comparison_its_cancelling_and_its_report(page: Any, browser: Any, demo: Demo) -> None:
     page.get_by_role("tab", name="Compare").click()
-    field(page, "Questions").fill("21")
+    field(page, "Questions").fill("56")
     field(page, "Folder of results").fill("../away")
     page.click("#compare")
     page.wait_for_selector("#state .message")
@@ -232,14 +241,16 @@ def test_a_comparison_its_cancelling_and_its_report(page: Any, browser: Any, dem
     field(page, "Folder of results").fill("first")
     page.click("#compare")
     page.wait_for_selector("#state progress")
-    other = browser.new_page()
+    page.click("#cancel")
+    page.wait_for_function("/was cancelled after/.test(document.querySelector('#state').innerText)", timeout=SECONDS)
+    page.click("#compare")
+    page.wait_for_selector("#state progress")
+    other = browser.new_page()  # another visitor finds the comparison, too
     other.goto(demo.url)
     other.get_by_role("tab", name="Compare").click()
-    other.wait_for_selector("#state progress")  # another visitor watches, and cancels
-    other.click("#cancel")
-    page.wait_for_function("/was cancelled after/.test(document.querySelector('#state').innerText)", timeout=SECONDS)
+    other.wait_for_selector("#state .message", timeout=SECONDS)
+    assert "first" in other.inner_text("#state")
     other.close()
-    page.click("#compare")
     page.wait_for_selector("#report iframe")
     report = page.frame_locator("#report iframe")
     assert "Visual-token reduction" in report.locator("h1").inner_text()
@@ -247,24 +258,22 @@ def test_a_comparison_its_cancelling_and_its_report(page: Any, browser: Any, dem
 
 
 def test_two_visitors_at_once_do_not_mix(page: Any, browser: Any, demo: Demo) -> None:
-    other = browser.new_page()
-    other.set_default_timeout(SECONDS)
-    other.goto(demo.url)
-    other.wait_for_selector("#ask")
-    other.wait_for_timeout(500)
-    other.locator(".examples button").nth(5).click()
-    other.wait_for_timeout(1000)
-    alone = [ask(visitor, question) for visitor, question in ((page, None), (other, "what frame is around the 6?"))]
+    question = "what frame is around the 6?"
+    alone = [ask(page), ask(page, question)]
     assert alone[0] != alone[1]
-    for visitor in (page, other):
-        visitor.evaluate(
-            "document.querySelector('#result').querySelectorAll('.cards').forEach(old => old.remove());"
-            "document.querySelector('#ask').click()"
-        )
-    for visitor, texts in zip((page, other), alone, strict=True):
+    visitors = [browser.new_page() for _ in range(2)]
+    for visitor in visitors:
+        visitor.set_default_timeout(SECONDS)
+        visitor.goto(demo.url)
+        visitor.get_by_role("button", name="More").click()
+        visitor.get_by_label("number input for Timed rounds").fill("0")
+    field(visitors[1], "Question").fill(question)
+    for visitor in visitors:
+        visitor.evaluate("document.querySelector('#ask').click()")  # returns at once
+    for visitor, texts in zip(visitors, alone, strict=True):
         visitor.wait_for_function("document.querySelectorAll('#result .card').length == 3")
         assert [card.inner_text() for card in visitor.query_selector_all("#result .card")] == texts
-    other.close()
+        visitor.close()
 
 
 @pytest.mark.parametrize("width", [400, 1280])
@@ -294,13 +303,15 @@ def test_ctrl_c_ends_the_page_while_it_computes(tmp_path: Path) -> None:
         f"the page is at {demo.url} (Ctrl-C ends it)",
         "tokensieve: interrupted",
     ]
-    assert list(demo.temporary.iterdir()) == []
+    assert list(demo.temporary.glob("tokensieve*")) == []
 
 
 def test_the_command_refuses_before_it_loads() -> None:
-    for arguments, line in (
-        (["--methods", "trms"], "did you mean trsm"),
-        (["no/such/model"], "no/such/model"),
-        (["--data", "none.jsonl"], "none.jsonl"),
-    ):
-        assert line in run("demo", "--no-browser", *arguments).refused()
+    cases = {
+        "did you mean trsm": ["--methods", "trms"],
+        "no/such/model": ["no/such/model"],
+        "none.jsonl": ["--data", "none.jsonl"],
+    }
+    outcomes = run_many({line: ["demo", "--no-browser", *words] for line, words in cases.items()})
+    for line, outcome in outcomes.items():
+        assert line in outcome.refused()

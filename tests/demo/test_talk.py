@@ -42,7 +42,7 @@ def questions(scene: Example, count: int = 3) -> list[str]:
 def test_later_questions_are_answered_from_the_tokens_of_the_first(
     bench: Workbench, scene: Example, method: str
 ) -> None:
-    """The answers equal those to the whole conversation in one prompt, reduced by the decision on the first question."""
+    """The answers equal those to the whole conversation in one prompt with the tokens of the first question."""
     talk = begin(bench, scene, method)
     asked = questions(scene)
     for number, question in enumerate(asked):
