@@ -1,4 +1,4 @@
-"""Make the pictures of ``demo.md``: the page of ``tokensieve demo`` in a browser. Needs `make test-demo` and Chromium."""
+"""Make the pictures of ``demo.md``: the page in a browser. Needs Chromium and the environment of `make test-demo`."""
 
 from __future__ import annotations
 
