@@ -17,7 +17,6 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).parent
 PORT, PATIENCE = 7867, 120  # seconds
-COLOURS = 128  # of a PNG: pictures of a page need few
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 400, "height": 900}
 
 
@@ -81,7 +80,7 @@ def _answered(page: Any) -> None:
 
 def _save(page: Any, name: str, **options: Any) -> None:
     picture = Image.open(io.BytesIO(page.screenshot(full_page="clip" in options, **options)))
-    picture.convert("RGB").quantize(COLOURS).save(DOCS / name, optimize=True)
+    picture.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(DOCS / name, optimize=True)
 
 
 def _wait(server: subprocess.Popen[bytes]) -> None:
