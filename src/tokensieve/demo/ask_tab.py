@@ -51,10 +51,10 @@ class AskTab:
             with gr.Column(scale=5, min_width=300):
                 result = gr.HTML(f"<p>{cards.HINT}</p>", elem_id="result", padding=False)
         inputs = [*self.fields.inputs, chosen, *budget, positions, rounds, longest]
-        asked = run.click(self.answer, inputs, result, **MODEL)
+        clicked = run.click(self.answer, inputs, result, **MODEL)
         submitted = self.fields.question.submit(self.answer, inputs, result, **MODEL)
         run.click(None, js=SHOW.format("result"), api_visibility="private")
-        stop.click(None, cancels=[asked, submitted], api_visibility="private")
+        stop.click(None, cancels=[clicked, submitted], api_visibility="private")
 
     def answer(
         self,

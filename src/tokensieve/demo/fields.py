@@ -67,10 +67,12 @@ class QuestionFields:
             )
         self.question = question = gr.Textbox(start.question if start else "", label="Question", lines=1, max_lines=4)
         if first is not None:
-            asked = gr.Dropdown([sample.question for sample in first.samples], label="Questions on this example")
-            gallery.select(self._choose, None, [example, picture, question, asked], **QUIET)
-            asked.input(lambda text: text, asked, question, **QUIET)
-            picture.input(lambda: (None, gr.update(choices=[], value=None)), None, [example, asked], **QUIET)
+            known_questions = gr.Dropdown(
+                [sample.question for sample in first.samples], label="Questions on this example"
+            )
+            gallery.select(self._choose, None, [example, picture, question, known_questions], **QUIET)
+            known_questions.input(lambda text: text, known_questions, question, **QUIET)
+            picture.input(lambda: (None, gr.update(choices=[], value=None)), None, [example, known_questions], **QUIET)
         self.inputs = [picture, question, example]
 
     def _choose(self, event: gr.SelectData) -> tuple[int, Image.Image, str, Any]:
