@@ -10,7 +10,10 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 VLLM ?= 0.32.0
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test install-vllm test-vllm clean
+# `make test-demo` runs the tests of the page in a browser. Gradio holds Pillow at an older release, which draws other pixels.
+DEMO_VENV ?= .venv-demo
+
+.PHONY: demo test test-demo install-vllm test-vllm clean
 
 demo: $(VENV)/.installed-all
 	$(BIN)/tokensieve compare --limit 400 --output runs/demo
@@ -22,6 +25,14 @@ test: $(VENV)/.installed-dev
 $(VENV)/.installed-%: pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[$*]"
+	touch $@
+
+test-demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/python -m pytest tests/demo
+
+$(DEMO_VENV)/.installed: pyproject.toml constraints-cpu.txt
+	test -x $(DEMO_VENV)/bin/python || $(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[demo]" "pytest>=8" "playwright>=1.50"
 	touch $@
 
 # Under the older pins no method can be attached, and the expected answers are those of a model with one attached: pytest gets
@@ -45,4 +56,4 @@ $(VLLM_VENV)/.installed-%: pyproject.toml $(wildcard tests/vllm/constraints-*.tx
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_VENV) build dist

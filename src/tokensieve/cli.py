@@ -23,6 +23,7 @@ from tokensieve.commands import (
     check,
     compare,
     convert,
+    demo,
     new_method,
     reproduce,
     serve,
@@ -113,6 +114,7 @@ app.command("batch")(batch.batch)
 app.command("bench")(bench.bench)
 app.command("check")(check.check)
 app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
 app.command("new-method")(new_method.new_method)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")

@@ -20,14 +20,21 @@ COMPARED_WITH = {"pumer-reference": "vilt-reference"}
 
 
 def note_foreign_images(model: str) -> None:
-    """Print a note if a bundled model is about to answer about the user's own pictures: it knows its scenes only."""
+    """Print a note if a bundled model is about to answer about the user's own pictures."""
+    if line := foreign_images(model):
+        note(f"note: {line}; name your model with --model")
+
+
+def foreign_images(model: str) -> str | None:
+    """Return a remark on answers of a bundled model about the user's own pictures: it knows its scenes only."""
     from tokensieve.reference import NAMES
 
-    if model in NAMES and not Path(model).exists():
-        note(
-            f"note: the bundled model {model!r} knows only its own drawn scenes ('tokensieve ask' shows one): its "
-            "answers about other pictures mean nothing; name your model with --model"
-        )
+    if model not in NAMES or Path(model).exists():
+        return None
+    return (
+        f"the bundled model {model!r} knows only its own drawn scenes ('tokensieve ask' shows one): its "
+        "answers about other pictures mean nothing"
+    )
 
 
 def note_crowd(model: Any) -> None:
