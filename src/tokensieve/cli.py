@@ -23,6 +23,7 @@ from tokensieve.commands import (
     check,
     compare,
     convert,
+    harness,
     new_method,
     serve,
     train,
@@ -114,6 +115,7 @@ app.command("serve")(serve.serve)
 app.command("new-method")(new_method.new_method)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")
+app.add_typer(harness.app, name="harness")
 app.add_typer(train.app, name="train")
 
 
