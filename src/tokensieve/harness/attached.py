@@ -108,6 +108,8 @@ class Attachment:
         self.sieve = attach(model, str(method).strip("\"'"), processor=processor, **options, **budget)
         self.options = {"positions": "original", "budget_scope": "image", "separators": "kept-lines"} | options
         self.counts, self._number = Counts(), next(self._numbers)
+        # a reference: VLMEvalKit takes the process group down before the record is read
+        self._store, self._rank, self._processes = _processes()
         self._generate: Callable[..., Any] = model.generate
         model.generate = self._counted
         self._publish()
@@ -133,8 +135,8 @@ class Attachment:
         They go through the key-value store of the process group: no process has to wait for another, and processes may
         call ``generate`` unequally often.
         """
-        if (store := _store()) is not None:
-            store.set(self._key(torch.distributed.get_rank()), json.dumps(vars(self.counts)))
+        if self._store is not None:
+            self._store.set(self._key(self._rank), json.dumps(vars(self.counts)))
 
     def _key(self, rank: int) -> str:
         return f"tokensieve/{self._number}/{rank}"
@@ -145,28 +147,28 @@ class Attachment:
         ``tokens_before``, ``tokens_after`` and ``tokens_average`` (over the layers of the LLM) are means per image,
         ``None`` without images.
         """
-        counts, count, store = self.counts, 1, _store()
-        if store is not None:
-            count = torch.distributed.get_world_size()
-            published = [Counts(**json.loads(store.get(self._key(rank)))) for rank in range(count)]
-            counts = sum(published, Counts())
+        counts = self.counts
+        if self._store is not None:
+            published = [self._store.get(self._key(rank)) for rank in range(self._processes)]
+            counts = sum((Counts(**json.loads(text)) for text in published), Counts())
         means = {"tokens_before": counts.before, "tokens_after": counts.after, "tokens_average": counts.average}
         return {
             "version": __version__,
             "method": str(self.sieve),
             **self.options,
-            "processes": count,
+            "processes": self._processes,
             "questions": counts.questions,
             "images": counts.images,
             **{name: total / counts.images if counts.images else None for name, total in means.items()},
         }
 
 
-def _store() -> Any:
-    """Return the key-value store of the process group; ``None`` in a single process."""
+def _processes() -> tuple[Any, int, int]:
+    """Return the key-value store of the process group, this process's rank and the number of processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    return torch.distributed.distributed_c10d._get_default_store()
+        return None, 0, 1
+    store = torch.distributed.distributed_c10d._get_default_store()
+    return store, torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def processor_of(owner: Any) -> Any:
