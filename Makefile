@@ -61,7 +61,7 @@ HARNESS_PIP = $(HARNESS_VENV)/bin/python -m pip --quiet --disable-pip-version-ch
 $(HARNESS_VENV)/.installed-%: pyproject.toml constraints-cpu.txt tests/harness/requirements.txt tests/vllm/cpu_torchvision.py
 	test -x $(HARNESS_VENV)/bin/python || $(PYTHON) -m venv $(HARNESS_VENV)
 	rm -f $(HARNESS_VENV)/.installed-*
-	$(HARNESS_PIP) install $(CONSTRAINTS) -e ".[reference,data,train]" "lm-eval==$(LM_EVAL)" -r tests/harness/requirements.txt
+	$(HARNESS_PIP) install -c constraints-cpu.txt -e ".[reference,data,train]" "lm-eval==$(LM_EVAL)" -r tests/harness/requirements.txt
 	$(HARNESS_PIP) install --no-deps "lmms-eval==$(LMMS_EVAL)" "ms-vlmeval==$(VLMEVAL)" "torchvision==0.28.*" "qwen-vl-utils>=0.0.14"
 	cp tests/vllm/cpu_torchvision.py $$($(HARNESS_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	echo import cpu_torchvision > $$($(HARNESS_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/cpu_torchvision.pth

@@ -24,8 +24,9 @@ def test_the_record_holds_the_means_per_image() -> None:
     attachment = Attachment(model, processor, method='"fastv(layer=1)"', keep="25%", positions="contiguous")
     empty = attachment.record()
     assert (empty["images"], empty["tokens_before"]) == (0, None)
-    for count in (3, 2):
-        asked(attachment, processor, count)
+    asked(attachment, processor, 3)
+    inputs = encode(processor, load_data("reference", limit=2))
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, num_beams=2)
     record = attachment.record()
     version = record.pop("version")
     assert version
@@ -41,6 +42,14 @@ def test_the_record_holds_the_means_per_image() -> None:
         "tokens_after": 36.0,
         "tokens_average": 63.0,
     }
+
+
+def test_a_prompt_without_images_is_a_question() -> None:
+    model, processor = reference.load()
+    attachment = Attachment(model, processor, method="vtc-cls", keep=36)
+    model.generate(**processor.tokenizer(["what?", "where?"], return_tensors="pt"), max_new_tokens=1)
+    record = attachment.record()
+    assert (record["questions"], record["images"], record["tokens_after"]) == (2, 0, None)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The exported questions are those of the data, and ``compare`` reads them as well."""
 
 import csv
+import runpy
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,8 @@ def test_the_functions_of_a_task(tmp_path: Path) -> None:
     outcome = run("harness", "export", "out", "--data", "mine.jsonl", "--metric", "choice", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     (row,) = read_lines(tmp_path / "out" / "questions.jsonl")
-    source, functions = tmp_path / "out" / "lm_eval" / "functions.py", {}
-    exec(compile(source.read_text("utf-8"), source, "exec"), functions | {"__file__": str(source)}, functions)
-    functions["FOLDER"] = source.parent.parent
+    functions = runpy.run_path(str(tmp_path / "out" / "lm_eval" / "functions.py"))
+    assert [image.size for image in functions["images"](row)] == [(8, 8), (8, 8)]
     assert functions["text"](row) == "same?\nA. yes\nB. no"
     assert functions["text_with_images"](row) == "<image><image>same?\nA. yes\nB. no"
     assert functions["score"](row, ["A"]) == {"choice": 1.0}

@@ -118,13 +118,16 @@ class Attachment:
         """Call the model's ``generate``, and count the tokens of its images."""
         with loud():
             output = self._generate(*args, **kwargs)
-            for images, layers in zip(self.sieve.last, self.sieve.tokens, strict=True):
+            ids = args[0] if args else kwargs.get("input_ids", self.sieve.last)
+            # beams and several answers repeat each prompt; a prompt without images is a question, too
+            repeats = max(1, len(self.sieve.last) // max(1, len(ids)))
+            self.counts += Counts(questions=len(ids))
+            for images, layers in zip(self.sieve.last[::repeats], self.sieve.tokens[::repeats], strict=True):
                 self.counts += Counts(
-                    1,
-                    len(images),
-                    sum(image.total for image in images),
-                    sum(image.slots for image in images),
-                    sum(sum(tokens) / len(tokens) for tokens in layers),
+                    images=len(images),
+                    before=sum(image.total for image in images),
+                    after=sum(image.slots for image in images),
+                    average=sum(sum(tokens) / len(tokens) for tokens in layers),
                 )
         self._publish()
         return output
