@@ -44,7 +44,8 @@ def end_run(line: str, code: int = 2) -> NoReturn:
     A harness that catches exceptions would log the error, score an empty answer, and exit with 0. ``SystemExit`` is no
     ``Exception``, so it passes.
     """
-    print(f"tokensieve: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    # a harness's progress bar may stand in an unfinished line
+    print(f"\ntokensieve: {' '.join(line.split())}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 
