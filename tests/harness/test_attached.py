@@ -91,7 +91,7 @@ def test_options_are_taken_out_of_the_arguments() -> None:
 def test_a_refusal_outside_of_the_model_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end, loud():
         raise Refusal("two\nlines")
-    assert (end.value.code, capsys.readouterr().err) == (2, "tokensieve: two lines\n")
+    assert (end.value.code, capsys.readouterr().err) == (2, "\ntokensieve: two lines\n")
 
 
 def test_the_processor_of_a_harness_model() -> None:
