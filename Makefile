@@ -13,7 +13,13 @@ VLLM_VENV ?= .venv-vllm
 # `make test-demo` runs the tests of the page in a browser. Gradio holds Pillow at an older release, which draws other pixels.
 DEMO_VENV ?= .venv-demo
 
-.PHONY: demo test test-demo install-vllm test-vllm clean
+# `make test-harness` runs the tests of the plug-ins for evaluation harnesses on these releases.
+LMMS_EVAL ?= 0.7.3
+LM_EVAL ?= 0.4.13
+VLMEVAL ?= 0.0.20
+HARNESS_VENV ?= .venv-harness
+
+.PHONY: demo test test-demo install-vllm test-vllm install-harness test-harness clean
 
 demo: $(VENV)/.installed-all
 	$(BIN)/tokensieve compare --limit 400 --output runs/demo
@@ -55,5 +61,22 @@ $(VLLM_VENV)/.installed-%: pyproject.toml $(wildcard tests/vllm/constraints-*.tx
 	$(if $(filter 0.30.% 0.31.%,$*),$(VLLM_PIP) install --no-deps --target $(VLLM_VENV)/attached "transformers==5.19.*")
 	touch $@
 
+test-harness: install-harness
+	$(HARNESS_VENV)/bin/python -m pytest -n 2 tests/harness $(TESTS)
+
+install-harness: $(HARNESS_VENV)/.installed-$(LMMS_EVAL)-$(LM_EVAL)-$(VLMEVAL)
+
+# The harnesses require far more than a run needs; tests/harness/requirements.txt lists what they import. ms-vlmeval is
+# VLMEvalKit as a package. torchvision comes as a CUDA build: see tests/vllm/cpu_torchvision.py.
+HARNESS_PIP = $(HARNESS_VENV)/bin/python -m pip --quiet --disable-pip-version-check
+$(HARNESS_VENV)/.installed-%: pyproject.toml constraints-cpu.txt tests/harness/requirements.txt tests/vllm/cpu_torchvision.py
+	test -x $(HARNESS_VENV)/bin/python || $(PYTHON) -m venv $(HARNESS_VENV)
+	rm -f $(HARNESS_VENV)/.installed-*
+	$(HARNESS_PIP) install -c constraints-cpu.txt -e ".[reference,data,train]" "lm-eval==$(LM_EVAL)" -r tests/harness/requirements.txt
+	$(HARNESS_PIP) install --no-deps "lmms-eval==$(LMMS_EVAL)" "ms-vlmeval==$(VLMEVAL)" "torchvision==0.28.*" "qwen-vl-utils>=0.0.14"
+	cp tests/vllm/cpu_torchvision.py $$($(HARNESS_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+	echo import cpu_torchvision > $$($(HARNESS_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/cpu_torchvision.pth
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_VENV) $(HARNESS_VENV) build dist

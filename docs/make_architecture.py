@@ -39,6 +39,7 @@ CONTENTS = {
     "train": "PuMer, reference models",
     "loading": "checkpoints, with options",
     "vllm": "the plug-in for vLLM",
+    "harness": "the plug-ins for evaluation harnesses",
     "reference": "bundled models and benchmark",
     "engine": "the hooks on a live model",
     "fusion": "METER, checkpoint conversion",

@@ -24,6 +24,7 @@ from tokensieve.commands import (
     compare,
     convert,
     demo,
+    harness,
     new_method,
     reproduce,
     serve,
@@ -118,6 +119,7 @@ app.command("demo")(demo.demo)
 app.command("new-method")(new_method.new_method)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")
+app.add_typer(harness.app, name="harness")
 app.add_typer(train.app, name="train")
 
 
