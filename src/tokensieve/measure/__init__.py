@@ -1,7 +1,7 @@
 """Cost of a call: exact FLOPs, peak activation memory, KV cache bytes and paired, interleaved latency."""
 
 from tokensieve.measure.busy import CpuReading, cpu_quota, crowd_note, read_cpu, timing_note, usable_cores
-from tokensieve.measure.costs import Candidate, Cost, measure_costs
+from tokensieve.measure.costs import Candidate, Cost, measure_costs, prefill_flops
 from tokensieve.measure.latency import Spread, interleave, paired_ratio, ratio_digits, two_digits
 from tokensieve.measure.paired import BreakEven, Rounds, Timing, break_even
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
@@ -22,6 +22,7 @@ __all__ = [
     "kv_bytes",
     "measure_costs",
     "paired_ratio",
+    "prefill_flops",
     "peak_activation_bytes",
     "ratio_digits",
     "read_cpu",

@@ -181,6 +181,23 @@ def measure_costs(
     return [contender.cost(timing, full.flops, note) for contender, timing in zip(contenders, timings, strict=True)]
 
 
+def prefill_flops(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    method: Candidate,
+    *,
+    processor: Any = None,
+    budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
+) -> int:
+    """Count the FLOPs of one prefill with a method; arguments as for :func:`measure_costs`, which times it, too."""
+    prompts = _Prompts(model, inputs)
+    if method == "full":
+        return count_flops(prompts.prefill)
+    with attach(model, method, processor=processor, budget_scope=budget_scope, separators=separators):
+        return count_flops(prompts.prefill)
+
+
 class _Prompts:
     """One batch of prompts on one model.
 

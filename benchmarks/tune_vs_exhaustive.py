@@ -1,0 +1,115 @@
+"""`tokensieve tune` beside an exhaustive search of the same configurations on the bundled benchmark: choice and cost.
+
+The exhaustive search answers every question with every configuration, and chooses the cheapest whose drop of accuracy is
+within the bound with 95 % confidence over all questions. `tune` runs for each bound and seed in a folder of its own, so
+that its answers are counted from nothing. Both are judged on all questions. The same call continues after an interruption.
+
+    python benchmarks/tune_vs_exhaustive.py --folder runs/tune-vs-exhaustive --output tune.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from script import parser_of, run_script
+from tokensieve.commands.arguments import split_budgets, split_specs
+from tokensieve.evaluate import environment, load_data
+from tokensieve.evaluate.journal import Journal
+from tokensieve.evaluate.plan import Settings
+from tokensieve.evaluate.provenance import code_digest, model_identity
+from tokensieve.evaluate.table import clusters
+from tokensieve.reference import load
+from tokensieve.tune import space, tune
+from tokensieve.tune.asking import Asker
+from tokensieve.tune.costs import count_all
+from tokensieve.tune.space import attachable
+from tokensieve.tune.statistics import drop_of
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    model, processor = load()
+    samples = load_data("reference", limit=args.limit)
+    settings = Settings(batch_size=args.batch_size, max_new_tokens=4, seeds=1, measure=False, examples=0)
+    methods, keeps = split_specs(args.methods), split_budgets(args.keep)
+    candidates, refused = attachable(model, space(methods, keeps), processor=processor, **settings.attach_options())
+    setup = {"code": code_digest(), **settings.prediction_setup(), **model_identity(model)}
+    asker = Asker(model, processor, samples, settings, Journal(args.folder / "exhaustive", setup))
+    for number, candidate in enumerate([None, *candidates]):
+        asker.ask(candidate, samples)
+        print(f"{number} of {len(candidates)}: {candidate}: {asker.scores(candidate, samples).mean():.4f}", flush=True)
+    costs = count_all(asker, candidates, samples, lambda number: None)
+    full, images = asker.scores(None, samples), clusters(samples)
+    drops = {c.run.key: drop_of(full, asker.scores(c, samples), images) for c in candidates}
+    table = sorted(candidates, key=lambda candidate: costs[candidate.run.key])
+    exhaustive_answers = (len(candidates) + 1) * len(samples)
+    results = []
+    for bound in args.max_drop:
+        holding = [c for c in table if drops[c.run.key].high <= bound and costs[c.run.key] < 1]
+        for seed in args.seeds:
+            folder = args.folder / f"tune-{bound}-{seed}"
+            options: dict[str, Any] = {"methods": methods, "keeps": keeps, "trials": None, "seed": seed}
+            result = tune(
+                model, processor, samples, max_drop=bound, output=folder, settings=settings, **options
+            )
+            chosen = None
+            if result.chosen is not None:
+                name, positions = (result.chosen.method, result.chosen.keep), result.chosen.positions
+                chosen = next(c for c in table if (c.method, c.keep) == name and c.positions == positions)
+            row = {
+                "max_drop": bound,
+                "seed": seed,
+                "verdict": result.verdict,
+                "tune": judged(chosen, drops, costs),
+                "exhaustive": judged(holding[0] if holding else None, drops, costs),
+                "answers": result.answers,
+                "share_of_exhaustive_answers": result.answers / exhaustive_answers,
+            }
+            results.append(row)
+            print(row, flush=True)
+    listed = [{**(judged(candidate, drops, costs) or {})} for candidate in table]
+    return {
+        "settings": {name: str(value) for name, value in vars(args).items() if name not in ("output", "folder")},
+        "environment": environment(model),
+        "questions": len(samples),
+        "accuracy_full": float(np.mean(full)),
+        "configurations": len(candidates),
+        "refused": refused,
+        "exhaustive_answers": exhaustive_answers,
+        "results": results,
+        "all": listed,
+    }
+
+
+def judged(candidate: Any, drops: dict[str, Any], costs: dict[str, float]) -> dict[str, Any] | None:
+    """Return a configuration's cost and its drop on all questions."""
+    if candidate is None:
+        return None
+    key = candidate.run.key
+    drop = drops[key]
+    return {
+        "configuration": str(candidate),
+        "flops": round(costs[key], 4),
+        "accuracy": round(drop.accuracy, 5),
+        "drop": round(drop.mean, 5),
+        "drop_at_most": round(drop.high, 5),
+    }
+
+
+def main() -> None:
+    parser = parser_of(__doc__, threads=1)
+    parser.add_argument("--folder", type=Path, default=Path("runs/tune-vs-exhaustive"), help="folder of the answers")
+    parser.add_argument("--methods", default="fastervlm, divprune, scope, fastv")
+    parser.add_argument("--keep", default="50%, 33%, 25%, 16%, 11%")
+    parser.add_argument("--max-drop", type=float, nargs="+", default=[0.02, 0.03])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, help="questions (all 2,100)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    run_script(parser, run)
+
+
+if __name__ == "__main__":
+    main()
