@@ -1,8 +1,9 @@
 """`tokensieve tune` beside an exhaustive search of the same configurations on the bundled benchmark: choice and cost.
 
-The exhaustive search answers every question with every configuration, and chooses the cheapest whose drop of accuracy is
-within the bound with 95 % confidence over all questions. `tune` runs for each bound and seed in a folder of its own, so
-that its answers are counted from nothing. Both are judged on all questions. The same call continues after an interruption.
+The exhaustive search answers every question with every configuration, and chooses the cheapest whose drop of accuracy
+is within the bound with 95 % confidence over all questions. `tune` runs for each bound and seed in a folder of its own,
+so that its answers are counted from nothing. Both are judged on all questions. The same call continues after an
+interruption.
 
     python benchmarks/tune_vs_exhaustive.py --folder runs/tune-vs-exhaustive --output tune.json
 """
@@ -52,9 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for seed in args.seeds:
             folder = args.folder / f"tune-{bound}-{seed}"
             options: dict[str, Any] = {"methods": methods, "keeps": keeps, "trials": None, "seed": seed}
-            result = tune(
-                model, processor, samples, max_drop=bound, output=folder, settings=settings, **options
-            )
+            result = tune(model, processor, samples, max_drop=bound, output=folder, settings=settings, **options)
             chosen = None
             if result.chosen is not None:
                 name, positions = (result.chosen.method, result.chosen.keep), result.chosen.positions

@@ -26,12 +26,13 @@ from tokensieve.commands import (
     new_method,
     serve,
     train,
+    tune,
 )
 from tokensieve.errors import Refusal
 from tokensieve.version import TESTED, __version__, tested_range
 
 QUIET = ("accelerate", "bitsandbytes", "peft")  # libraries that log warnings in every call
-RESUMABLE = ("batch", "compare", "train")
+RESUMABLE = ("batch", "compare", "train", "tune")
 
 
 class Cli(TyperGroup):
@@ -111,6 +112,7 @@ app.command("batch")(batch.batch)
 app.command("bench")(bench.bench)
 app.command("check")(check.check)
 app.command("serve")(serve.serve)
+app.command("tune")(tune.tune)
 app.command("new-method")(new_method.new_method)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")

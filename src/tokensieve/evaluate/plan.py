@@ -14,7 +14,8 @@ from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.rows import FULL, ORACLE
-from tokensieve.methods import Method, MethodInfo, parse
+from tokensieve.methods import Method, MethodInfo, Positions, parse
+from tokensieve.methods.spec import expand
 from tokensieve.models.layout import Separators
 
 FINE_TUNED = "fine-tuned"
@@ -34,7 +35,7 @@ class Settings:
         seeds: runs of a method whose ``seed`` is open.
         keep_means: meaning of a budget for methods inside the LLM: "final" tokens, or the "average" over its layers.
             Each row reports both.
-        budget_scope, separators: as for ``attach``.
+        budget_scope, separators, positions: as for ``attach``.
         prompt: text of the user turn; ``{question}`` is replaced.
         processor_for_text: pass the processor to ``attach``, so that text-informed methods use the user's words only.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
@@ -57,6 +58,7 @@ class Settings:
     measure: bool = True
     examples: int = 4
     strict: bool = False
+    positions: Positions = "original"
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -73,7 +75,7 @@ class Settings:
 
     def attach_options(self) -> dict[str, Any]:
         """Return the settings that ``attach`` takes."""
-        return {"budget_scope": self.budget_scope, "separators": self.separators}
+        return {"budget_scope": self.budget_scope, "separators": self.separators, "positions": self.positions}
 
     def prediction_setup(self) -> dict[str, Any]:
         """Return the settings that change a prediction. Predictions made under other ones are not reused."""
@@ -128,6 +130,7 @@ def plan(
         Refusal: unknown method, parameter or meaning, bad budget, fewer than one seed.
     """
     _check(seeds, keep_means)
+    methods, _ = expand(methods)
     entries = [_entry(FULL, {}, 1)]
     for spec in methods:
         name = _open_budget(spec, keep_means)

@@ -53,9 +53,8 @@ class SpecFile:
         """
         for name, value in given.items():
             if value not in (DEFAULTS[name], self.options[name]):
-                raise Refusal(
-                    f"{self.name} says {name}={self.options[name]!r}; got {name}={value!r}: leave it out, or edit the file"
-                )
+                conflict = f"{self.name} says {name}={self.options[name]!r}; got {name}={value!r}"
+                raise Refusal(f"{conflict}: leave it out, or edit the file")
         return dict(self.options)
 
     def to_json(self) -> dict[str, Any]:
@@ -106,22 +105,3 @@ def read_spec_file(path: str | Path) -> SpecFile:
         if value not in ALLOWED[name]:
             raise Refusal(f"{file}: {name} must be one of {', '.join(map(repr, ALLOWED[name]))}; got {value!r}")
     return SpecFile(method, keep, options, evidence, file.name)
-
-
-def resolve(spec: str, **options: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return (spec, values of its open parameters, options of ``attach``); a spec that is no file is as given.
-
-    Args:
-        options: some of positions, separators and budget_scope.
-
-    Raises:
-        Refusal: see :func:`read_spec_file` and :meth:`SpecFile.merged`.
-    """
-    if not is_spec_file(spec):
-        return spec, {}, options
-    file = read_spec_file(spec)
-    merged = file.merged(**options)
-    for name in merged.keys() - options.keys():
-        if merged[name] != DEFAULTS[name]:
-            raise Refusal(f"{file.name} says {name}={merged[name]!r}, which cannot be set here")
-    return file.method, file.parameters, {name: merged[name] for name in options}

@@ -98,6 +98,6 @@ class Asker:
     def _attached(self, candidate: Candidate | None) -> Attached:
         method = FULL if candidate is None else candidate.run.stages
         positions = "original" if candidate is None else candidate.positions
-        options = {"positions": positions, "processor": self.processor, **self.settings.attach_options()}
+        options = {"processor": self.processor, **self.settings.attach_options(), "positions": positions}
         context = partial(attach, self.model, method, **options)
         return lambda batch: context()

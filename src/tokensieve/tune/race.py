@@ -118,7 +118,7 @@ class Race:
     def _survivors(self, standings: Sequence[Standing], seen: Sequence[Sample]) -> list[Standing]:
         """Return the better half without what surely breaks the bound; :data:`FINALISTS` always stay."""
         full = self.asker.scores(None, seen)
-        half = standings[: max(FINALISTS, (len(standings) + 1) // 2)]
+        half = list(standings)[: max(FINALISTS, (len(standings) + 1) // 2)]
         return half[:FINALISTS] + [
             standing
             for standing in half[FINALISTS:]

@@ -55,7 +55,7 @@ def tune(
     spec_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TuneResult:
-    """Search the cheapest configuration whose accuracy drops by at most ``max_drop``, and prove it on held-out questions.
+    """Find the cheapest configuration whose accuracy drops by at most ``max_drop``, with a proof on held-out questions.
 
     The search sees 40 % of the images. All configurations answer the same few questions, the better half answers twice
     as many, and so on (successive halving). The other images judge up to three configurations, the safest first, each
@@ -97,7 +97,9 @@ def tune(
         asker = Asker(model, processor, samples, settings, Journal(output, _setup(model, processor, settings)))
         search = _Search(asker, max_drop, max_latency, limit, cost, seed, progress)
         result = search.run(candidates, search_images, [sample for image in held_images for sample in image])
-        if result.chosen is not None:
+        if result.chosen is None:
+            (output / SPEC_FILE).unlink(missing_ok=True)  # of an earlier call with a milder bound
+        else:
             path = Path(spec_file or output / SPEC_FILE)
             write_json(path, search.spec_file(result).to_json())
             result = replace(result, spec_file=str(path))
@@ -127,10 +129,8 @@ def split(samples: Sequence[Sample], seed: int) -> tuple[list[list[Sample]], lis
         by_image.setdefault(sample.image, []).append(sample)
     images = list(by_image.values())
     if len(images) < 2:
-        raise Refusal(
-            f"a search needs questions about at least two images, one to search on and one held out; got {len(samples)} "
-            f"question{'s' * (len(samples) != 1)} about {len(images)}"
-        )
+        count = f"{len(samples)} question{'s' * (len(samples) != 1)} about {len(images)}"
+        raise Refusal(f"a search needs questions about at least two images, one of them held out; got {count}")
     random.Random(seed).shuffle(images)
     searched, count = [images.pop()], len(samples)
     while len(images) > 1 and sum(map(len, searched)) + len(images[-1]) / 2 <= SEARCH_SHARE * count:
@@ -218,9 +218,7 @@ class _Search:
                 raise
             raise Refusal("memory ran out while the times of one prompt were measured; the answers are kept") from error
 
-    def _judge(
-        self, tested: Sequence[Standing], searched: Sequence[Sample], held_out: Sequence[Sample]
-    ) -> TuneResult:
+    def _judge(self, tested: Sequence[Standing], searched: Sequence[Sample], held_out: Sequence[Sample]) -> TuneResult:
         """Ask the held-out questions, the safest configuration first, until one breaks the bound."""
         asker, numbers = self.asker, clusters(held_out)
         times = self._times([standing.candidate for standing in tested], searched, REPEATS)
@@ -266,8 +264,8 @@ class _Search:
         if worth:
             chosen = worth[-1]
             why = (
-                f"On {chosen.drop.questions} held-out questions accuracy drops by {chosen.drop.mean:.2%}, and by at most "
-                f"{chosen.drop.high:.2%} with 95 % confidence; allowed is {bound}."
+                f"On {chosen.drop.questions} held-out questions accuracy drops by {chosen.drop.mean:.2%}, and by at "
+                f"most {chosen.drop.high:.2%} with 95 % confidence; allowed is {bound}."
             )
             return self._result("use", why, chosen=chosen)
         last = judged[-1]
@@ -324,7 +322,7 @@ class _Search:
             "prefill_speedup": round(chosen.cost.prefill_speedup.median, 3),
             "seed": result.seed,
         }
-        options = {"positions": chosen.positions, **asker.settings.attach_options()}
+        options = {**asker.settings.attach_options(), "positions": chosen.positions}
         return SpecFile(chosen.method, chosen.keep, options, evidence)
 
 

@@ -18,8 +18,8 @@ from tokensieve.methods.validate import hint_of
 
 ALL = "all"
 METHODS = (
-    "vtc-cls", "fastervlm", "visionzip", "scope", "divprune", "cdpruner", "trsm", "mmtok", "pool", "downsample", "fastv",
-    "pyramiddrop",
+    "vtc-cls", "fastervlm", "visionzip", "scope", "divprune", "cdpruner", "trsm", "mmtok", "pool", "downsample",
+    "fastv", "pyramiddrop",
 )  # fmt: skip
 """One or two methods of each kind: attention, diversity, coverage, the user's words, pooling, inside the LLM."""
 KEEPS: tuple[Budget, ...] = (0.5, 0.33, 0.25, 0.16, 0.11)
@@ -64,8 +64,8 @@ def space(
     and twice the layer inside the LLM), contiguous positions, or another stage in front.
 
     Args:
-        methods: specs, as for ``compare``; ``"all"`` is each method with a budget. A spec that gives its budget is tried
-            at this budget only.
+        methods: specs, as for ``compare``; ``"all"`` is each method with a budget. A spec that gives its budget is
+            tried at this budget only.
         trials: most configurations; none: all.
 
     Raises:
@@ -92,7 +92,7 @@ def attachable(model: Any, candidates: Sequence[Candidate], **options: Any) -> t
     possible, refused = [], dict[str, str]()
     for candidate in candidates:
         try:
-            attach(model, candidate.run.stages, positions=candidate.positions, **options).detach()
+            attach(model, candidate.run.stages, **{**options, "positions": candidate.positions}).detach()
         except Refusal as error:
             refused.setdefault(candidate.method, str(error))
         else:
