@@ -44,8 +44,9 @@ def attach(
             PEFT model may stand around it.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
             stage), the path of a spec file such as ``"best.json"`` (its options replace the defaults of positions,
-            budget_scope and separators), or decisions `[sample][image]` as in ``sieve.last``. Decisions are replayed at the connector: for
-            methods inside the LLM or the vision encoder this is a different computation with the same tokens.
+            budget_scope and separators), or decisions `[sample][image]` as in ``sieve.last``. Decisions are replayed
+            at the connector: for methods inside the LLM or the vision encoder this is a different computation with the
+            same tokens.
         positions: "original" keeps the position ids of the remaining tokens; "contiguous" renumbers them, as most
             official codes do, at the cost of grounding.
         processor: the model's processor; its chat template separates the user's words, for text-informed methods.

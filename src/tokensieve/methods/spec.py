@@ -51,9 +51,8 @@ def parse(spec: str, **parameters: Any) -> list[Method]:
     for key in parameters:
         if key not in used:
             names = sorted({f.name for method in methods for f in dataclasses.fields(method)})
-            if key in names:
-                raise Refusal(f"{spec} gives {key} already; got {key}={parameters[key]!r}: leave one of them out")
-            raise Refusal(f"{spec} has no open parameter {key!r}; {nearest(key, names)}")
+            reason = "the spec gives it: leave one of the two out" if key in names else nearest(key, names)
+            raise Refusal(f"{spec} has no open parameter {key!r}; {reason}")
     return methods
 
 

@@ -129,8 +129,8 @@ def split(samples: Sequence[Sample], seed: int) -> tuple[list[list[Sample]], lis
         by_image.setdefault(sample.image, []).append(sample)
     images = list(by_image.values())
     if len(images) < 2:
-        count = f"{len(samples)} question{'s' * (len(samples) != 1)} about {len(images)}"
-        raise Refusal(f"a search needs questions about at least two images, one of them held out; got {count}")
+        got = f"{len(samples)} question{'s' * (len(samples) != 1)} about {len(images)}"
+        raise Refusal(f"a search needs questions about at least two images, one of them held out; got {got}")
     random.Random(seed).shuffle(images)
     searched, count = [images.pop()], len(samples)
     while len(images) > 1 and sum(map(len, searched)) + len(images[-1]) / 2 <= SEARCH_SHARE * count:
