@@ -15,7 +15,7 @@ from tokensieve import reference
 
 LIMIT = 300  # seconds of a command
 SEARCH = (
-    "tune", "--max-drop", "20%", "--questions", "210", "--methods", "divprune, pool", "--keep", "50%, 11%",
+    "tune", "--max-drop", "20%", "--questions", "140", "--methods", "divprune, pool", "--keep", "50%, 11%",
     "--max-new-tokens", "4", "--batch-size", "35",
 )  # fmt: skip
 needs_weights = pytest.mark.skipif(not (reference.path() / "model.safetensors").is_file(), reason="no trained weights")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args, get_origin
 
-from tokensieve.budget import Budget, budget_text
+from tokensieve.budget import Budget
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.plan import Run, plan
@@ -51,8 +51,8 @@ class Candidate:
         return " + ".join(map(str, self.run.stages))
 
     def __str__(self) -> str:
-        keep = "" if self.keep is None else f", keep {budget_text(self.keep)}"
-        return f"{self.method}{keep}{', contiguous positions' * (self.positions == 'contiguous')}"
+        """Return the full spec, and the position ids where they are not the default."""
+        return f"{self.spec}{', contiguous positions' * (self.positions == 'contiguous')}"
 
 
 def space(
