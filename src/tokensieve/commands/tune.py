@@ -221,5 +221,6 @@ def _effort(result: TuneResult) -> str:
         f"{result.held_out_questions} held out; {result.answers:,} answers in all"
     )
     if result.refused:
-        text += f"; {len(result.refused)} specs refused by this model (tune.json has the reasons)"
+        count = len(result.refused)
+        text += f"; {count} spec{'s' * (count > 1)} refused by this model (tune.json has the reasons)"
     return f"{text}."

@@ -148,7 +148,7 @@ def finalists(standings: Sequence[Standing]) -> list[Standing]:
 
 
 def _planned(contestants: int, blocks: Blocks, halve: bool) -> int:
-    """Return the number of answers of a race in which nobody leaves early."""
+    """Return the number of answers of a race in which no candidate leaves early."""
     total = 0
     for block in blocks:
         total += (contestants + 1) * len(block)

@@ -73,9 +73,9 @@ class Search:
         )
         costs, cheaper = self._affordable(possible, searched)
         if not cheaper:
-            what = "FLOPs" if self.cost_kind == "flops" else "a measured prefill time"
+            saving = "fewer FLOPs" if self.cost_kind == "flops" else "a shorter measured prefill"
             limit = "" if self.limit is None else f" and a prefill within {self.limit}"
-            return self._result("not faster", f"None of {len(possible)} configurations has fewer {what}{limit}.")
+            return self._result("not faster", f"None of {len(possible)} configurations has {saving}{limit}.")
         race = Race(asker, costs, len(held_out), self.max_drop)
         standings = race.run(cheaper, rounds(search_images, len(cheaper)), self.progress)
         self.facts["refused"] = refused | race.failed
