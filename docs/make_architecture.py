@@ -29,6 +29,7 @@ CONTENTS = {
     "cli": "the typer app, without torch",
     "commands": "one file per command",
     "tune": "search with a proof",
+    "reproduce": "published rows, run again",
     "report": "HTML, plots, overlays",
     "serve": "the OpenAI-compatible server",
     "batch": "many rows, on Ray Data",

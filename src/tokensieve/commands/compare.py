@@ -70,7 +70,9 @@ def compare(
         str,
         typer.Option(
             help="Score of an answer: exact (equal), contains (occurs in it), vqa (several annotators), anls (DocVQA), "
-            "relaxed (5 % for numbers, ChartQA), choice (letter of an option) or yes_no (POPE, with F1)."
+            "relaxed (5 % for numbers, ChartQA), choice (letter of an option), yes_no (POPE, with F1); as official "
+            "scripts read answers: yes_no_prefix (MME), gqa (GQA), letter (SEED), scienceqa (ScienceQA) or mmbench "
+            "(MMBench)."
         ),
     ] = "exact",
     image_column: ImageColumn = "image",
