@@ -90,9 +90,9 @@ def needed(drop: Drop, max_drop: float) -> int | None:
     """
     if drop.mean >= max_drop:
         return None
-    share_changed = (drop.lost + drop.gained + 2) / (drop.questions + 2)
-    variance = share_changed - drop.mean**2
-    return max(fewest(max_drop), math.ceil(variance * ((Z + POWER) / (max_drop - drop.mean)) ** 2))
+    # the interval, which counts repeated images, narrows with the root of the number
+    narrower = (drop.high - drop.mean) / (max_drop - drop.mean) * (Z + POWER) / Z
+    return math.ceil(drop.questions * narrower**2)
 
 
 def _moments(full: Floats, reduced: Floats) -> tuple[float, float, int]:
