@@ -29,12 +29,13 @@ from tokensieve.commands import (
     reproduce,
     serve,
     train,
+    tune,
 )
 from tokensieve.errors import Refusal
 from tokensieve.version import TESTED, __version__, tested_range
 
 QUIET = ("accelerate", "bitsandbytes", "peft")  # libraries that log warnings in every call
-RESUMABLE = ("batch", "compare", "reproduce", "train")
+RESUMABLE = ("batch", "compare", "reproduce", "train", "tune")
 
 
 class Cli(TyperGroup):
@@ -116,6 +117,7 @@ app.command("bench")(bench.bench)
 app.command("check")(check.check)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
+app.command("tune")(tune.tune)
 app.command("new-method")(new_method.new_method)
 app.add_typer(calibrate.app, name="calibrate")
 app.add_typer(convert.app, name="convert")

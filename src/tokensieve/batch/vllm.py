@@ -50,7 +50,8 @@ def engine_arguments(job: Job) -> dict[str, Any]:
     """
     specs = [_spec(run) for run in job.runs()]
     folder = checkpoint(job.model)
-    return {"model": folder, **engine_options(folder, specs[0], allowed=specs[1:]), **job.loading.to_json()}
+    options = engine_options(folder, specs[0], allowed=specs[1:], positions=job.settings.positions)
+    return {"model": folder, **options, **job.loading.to_json()}
 
 
 class VllmModel:

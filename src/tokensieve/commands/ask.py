@@ -53,9 +53,11 @@ def ask(
     from tokensieve.engine.budget_scope import check_scope
     from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
+    from tokensieve.methods.spec import expand
 
+    (method,), options = expand([method], positions=positions, budget_scope=budget_scope, separators=separators)
     budget = {} if keep is None else {"keep": parse_budget(keep)}
-    check_scope(budget_scope, parse(method, **budget))  # a bad spec is refused before a model is loaded
+    check_scope(options["budget_scope"], parse(method, **budget))  # a bad spec is refused before a model is loaded
     if overlay is not None:
         _check_overlay_path(overlay)
     sample = _scene() if image is None else _users_sample(image, question)
@@ -65,7 +67,6 @@ def ask(
     stages = parse(method, **budget)
     inputs = inputs_of(vlm, processor, [sample])
     before = _answer(vlm, processor, inputs, max_new_tokens)
-    options: dict[str, Any] = {"positions": positions, "budget_scope": budget_scope, "separators": separators}
     with attach(vlm, stages, processor=processor, **options) as sieve:
         after = _answer(vlm, processor, inputs, max_new_tokens)
     reduction = together(sieve.last[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -89,22 +89,26 @@ def batch(
     from tokensieve.batch.vllm import available, check
     from tokensieve.evaluate.plan import Settings
     from tokensieve.loading import find
+    from tokensieve.methods.spec import expand
 
     if loading.device.startswith("cuda:"):
         raise Refusal(f"Ray gives each worker its GPUs; leave --device {loading.device} out, or use cuda")
+    given: dict[str, Any] = {"budget_scope": budget_scope, "separators": "kept-lines", "positions": "original"}
+    specs, options = expand(split_specs(methods), **given)
     in_vllm = engine == "vllm" or (engine == "auto" and available())
     job = Job(
         model=model,
         data=data,
-        methods=tuple(split_specs(methods)),
+        methods=tuple(specs),
         keeps=() if keep is None else tuple(split_budgets(keep)),
         settings=Settings(
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             metric=metric,
             seeds=seeds,
-            budget_scope=budget_scope,
-            separators="none" if in_vllm else "kept-lines",  # what vLLM always does, and the default of attach
+            budget_scope=options["budget_scope"],
+            separators="none" if in_vllm else options["separators"],  # vLLM never keeps them
+            positions=options["positions"],
             prompt=prompt,
             measure=False,
         ),
@@ -114,7 +118,7 @@ def batch(
         fetch_images=fetch_images,
         rows_per_part=rows_per_part,
     )
-    check_scopes(budget_scope, job.entries())  # a bad spec is refused before anything starts
+    check_scopes(options["budget_scope"], job.entries())  # a bad spec is refused before anything starts
     find(model, loading.revision)
     if job.engine == "vllm":
         try:
@@ -123,7 +127,7 @@ def batch(
             if engine == "vllm":
                 raise
             note(f"note: transformers answers, not vLLM: {error}")
-            job = replace(job, engine="transformers", settings=replace(job.settings, separators="kept-lines"))
+            job = replace(job, engine="transformers", settings=replace(job.settings, separators=options["separators"]))
     if data != "reference":
         note_foreign_images(model)
     with progress() as bar:

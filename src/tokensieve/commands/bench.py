@@ -106,9 +106,11 @@ def bench(
     from tokensieve.evaluate.data import check_text
     from tokensieve.evaluate.plan import plan
     from tokensieve.measure import measure_costs
+    from tokensieve.methods.spec import expand
 
     specs, keeps = split_specs(methods), split_budgets(keep)
-    check_scopes(budget_scope, plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
+    specs, options = expand(specs, budget_scope=budget_scope, separators=separators, positions="original")
+    check_scopes(options["budget_scope"], plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
     check_text(question, "the question")
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)
     vlm, processor = load_model(model, loading, classifiers=True)
@@ -120,9 +122,7 @@ def bench(
     inputs = inputs_of(vlm, processor, [Sample("bench", lambda: picture, question, ())] * batch_size)
     if image is not None:
         note_foreign_images(model)
-    costs = measure_costs(
-        vlm, inputs, stages, processor=processor, repeats=repeats, budget_scope=budget_scope, separators=separators
-    )
+    costs = measure_costs(vlm, inputs, stages, processor=processor, repeats=repeats, **options)
     if json:
         print_json([cost.to_json() | _rates(cost, answer_tokens) for cost in costs])
     else:

@@ -91,21 +91,22 @@ def compare(
     from tokensieve.evaluate.compare import RESULTS, Comparison, skipped_note
     from tokensieve.evaluate.plan import Settings
     from tokensieve.evaluate.processes import Processes
+    from tokensieve.methods.spec import expand
 
     specs, keeps = split_specs(methods), split_budgets(keep)
+    specs, options = expand(specs, budget_scope=budget_scope, separators=separators, positions="original")
     settings = Settings(
         batch_size=_batch_size(batch_size),
         max_new_tokens=max_new_tokens,
         metric=metric,
         seeds=seeds,
         keep_means=keep_means,
-        budget_scope=budget_scope,
-        separators=separators,
         prompt=prompt,
         measure=measure,
         strict=strict,
+        **options,
     )
-    check_scopes(budget_scope, settings.plan(specs, keeps))  # a bad spec is refused before a model is loaded
+    check_scopes(settings.budget_scope, settings.plan(specs, keeps))  # a bad spec is refused before a model is loaded
     if report:
         from tokensieve.report.extra import check_report_extra
 

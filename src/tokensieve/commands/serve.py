@@ -69,12 +69,15 @@ def serve(
     """
     from tokensieve.budget import parse_budget
     from tokensieve.methods import parse
+    from tokensieve.methods.spec import expand
     from tokensieve.serve import Limits, Settings
     from tokensieve.serve.listening import listen
 
+    given: dict[str, Any] = {"positions": positions, "budget_scope": budget_scope, "separators": "kept-lines"}
+    (method, *allow_method), options = expand([method, *(allow_method or [])], **given)
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     parse(method, **budget)  # a bad spec is refused before a model is loaded
-    for spec in allow_method or []:
+    for spec in allow_method:
         parse(spec)
     for path in allow_path or []:
         if not path.startswith("/"):
@@ -94,7 +97,7 @@ def serve(
         models=(served,),
         limits=limits,
         allow_urls=allow_urls,
-        methods=tuple(dict.fromkeys([method, *(allow_method or [])])) if allow_method else (),
+        methods=tuple(dict.fromkeys([method, *allow_method])) if allow_method else (),
         allow_keep=allow_keep,
         paths=tuple(allow_path or ()),
     )
@@ -102,8 +105,8 @@ def serve(
     if engine == "vllm" and not vllm:
         raise MissingExtra("--engine vllm needs vllm", "vllm")
     if engine == "vllm" or (engine == "auto" and vllm):
-        if budget_scope != "image":
-            raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {budget_scope}")
+        if options["budget_scope"] != "image":
+            raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {options['budget_scope']}")
         listen(host, port).close()  # vLLM itself ends in a traceback where the address is in use
         find(model, loading.revision)  # a wrong path is refused in the words of the other commands
         from tokensieve.serve.vllm_command import command, run
@@ -111,7 +114,8 @@ def serve(
         from tokensieve.vllm.private import installed
 
         try:
-            options = engine_options(
+            positions = options["positions"]
+            vllm_options = engine_options(
                 model, method, allowed=settings.methods[1:], positions=positions, from_tokens=from_tokens, **budget
             )
         except Refusal as error:
@@ -120,7 +124,7 @@ def serve(
         begin_of_text = not renders_begin_of_text(folder)
         settings = replace(settings, begin_of_text=begin_of_text, placeholders=placeholders(folder))
         address: dict[str, Any] = {"host": host, "port": port, "grace": grace}
-        arguments = command(folder, options, settings, loading, **address, release=installed(), further=further)
+        arguments = command(folder, vllm_options, settings, loading, **address, release=installed(), further=further)
         run(arguments, settings)
     if from_tokens:
         raise Refusal("--from-tokens is for vLLM: transformers reduces images of all sizes")
@@ -136,7 +140,7 @@ def serve(
 
     listener = listen(host, port)
     vlm, processor = load_model(model, loading)
-    attached = embedded.Attached(vlm, processor, method, budget.get("keep"), positions, budget_scope)
+    attached = embedded.Attached(vlm, processor, method, budget.get("keep"), **options)
     for spec in settings.methods:
         attached.attach({METHOD: spec})  # one that the model cannot run is refused now
     attached.attach({})

@@ -15,6 +15,7 @@ from tokensieve.engine.llm import LlmSieve
 from tokensieve.engine.wrapped import unwrapped
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions, parse
+from tokensieve.methods.spec_file import is_spec_file, read_spec_file
 from tokensieve.models.layout import Separators
 from tokensieve.models.versions import warn_if_untested
 from tokensieve.reduction import Reduction
@@ -42,8 +43,10 @@ def attach(
             ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens. A
             PEFT model may stand around it.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
-            stage), or decisions `[sample][image]` as in ``sieve.last``. Decisions are replayed at the connector: for
-            methods inside the LLM or the vision encoder this is a different computation with the same tokens.
+            stage), the path of a spec file such as ``"best.json"`` (its options replace the defaults of positions,
+            budget_scope and separators), or decisions `[sample][image]` as in ``sieve.last``. Decisions are replayed
+            at the connector: for methods inside the LLM or the vision encoder this is a different computation with the
+            same tokens.
         positions: "original" keeps the position ids of the remaining tokens; "contiguous" renumbers them, as most
             official codes do, at the cost of grounding.
         processor: the model's processor; its chat template separates the user's words, for text-informed methods.
@@ -60,6 +63,9 @@ def attach(
         Refusal: a ``ValueError``, for an unknown method or parameter, a model of unknown family, evidence that the
             model cannot give, or a model that has a method attached already.
     """
+    if isinstance(method, str) and is_spec_file(method):
+        options = read_spec_file(method).merged(positions=positions, separators=separators, budget_scope=budget_scope)
+        positions, separators, budget_scope = (options[name] for name in ("positions", "separators", "budget_scope"))
     if positions not in ("original", "contiguous"):
         raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     if separators not in get_args(Separators):

@@ -76,7 +76,7 @@ def wilson(successes: float, total: float) -> tuple[float, float]:
     return max(0.0, centre - half) if share > 0 else 0.0, min(1.0, centre + half) if share < 1 else 1.0
 
 
-def tango(gained: ArrayLike, lost: ArrayLike, total: ArrayLike) -> tuple[Floats, Floats]:
+def tango(gained: ArrayLike, lost: ArrayLike, total: ArrayLike, z: float = Z95) -> tuple[Floats, Floats]:
     """Return the 95 % score interval of a difference of paired proportions (Tango, Statistics in Medicine 17, 1998).
 
     With b questions gained, c lost and n in all, the interval holds each D with ``|T(D)| <= 1.96``:
@@ -90,6 +90,7 @@ def tango(gained: ArrayLike, lost: ArrayLike, total: ArrayLike) -> tuple[Floats,
 
     Args:
         gained, lost, total: counts, which may be fractions; arrays give arrays.
+        z: the normal quantile of another confidence than 95 %.
     """
     b, c, n = np.broadcast_arrays(*(np.asarray(count, dtype=np.float64) for count in (gained, lost, total)))
 
@@ -106,7 +107,7 @@ def tango(gained: ArrayLike, lost: ArrayLike, total: ArrayLike) -> tuple[Floats,
         inside, outside = observed, np.full_like(observed, end)
         for _ in range(60):
             middle = (inside + outside) / 2
-            within = np.abs(statistic(middle)) <= Z95
+            within = np.abs(statistic(middle)) <= z
             inside, outside = np.where(within, middle, inside), np.where(within, outside, middle)
         return np.asarray(outside)
 

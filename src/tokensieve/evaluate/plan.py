@@ -14,8 +14,8 @@ from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.rows import FULL, ORACLE
-from tokensieve.methods import Method, MethodInfo, parse
-from tokensieve.methods.base import Positions
+from tokensieve.methods import Method, MethodInfo, Positions, parse
+from tokensieve.methods.spec import expand
 from tokensieve.models.layout import Separators
 
 FINE_TUNED = "fine-tuned"
@@ -130,6 +130,7 @@ def plan(
         Refusal: unknown method, parameter or meaning, bad budget, fewer than one seed.
     """
     _check(seeds, keep_means)
+    methods, _ = expand(methods)
     entries = [_entry(FULL, {}, 1)]
     for spec in methods:
         name = _open_budget(spec, keep_means)

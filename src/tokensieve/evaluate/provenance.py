@@ -20,7 +20,7 @@ from tokensieve.version import __version__
 
 PROBES = 1024  # values read from each weight tensor
 PACKAGE = Path(__file__).parents[1]
-NO_ANSWERS = ("check", "cli.py", "commands", "measure", "report", "train")  # code that changes no answer
+NO_ANSWERS = ("check", "cli.py", "commands", "measure", "report", "train", "tune")  # code that changes no answer
 
 
 def model_name(model: Any) -> str:

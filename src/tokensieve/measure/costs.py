@@ -21,8 +21,7 @@ from tokensieve.measure.busy import CpuReading, cpu_quota, read_cpu, timing_note
 from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch, in_rounds, stopwatch
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
-from tokensieve.methods import Method, parse
-from tokensieve.methods.base import Positions
+from tokensieve.methods import Method, Positions, parse
 from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 
@@ -163,8 +162,8 @@ def measure_costs(
         raise Refusal(f"repeats and decode_tokens must be at least 1; got {repeats} and {decode_tokens}")
     prompts = {id(host): _Prompts(host, inputs) for host in (model, *(models or ()))}
     hosts = [prompts[id(host)] for host in models or [model] * len(methods)]
-    options: dict[str, Any] = {"processor": processor, "budget_scope": budget_scope, "separators": separators}
-    options["positions"] = positions
+    scope: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "positions": positions}
+    options = {"processor": processor, **scope}
     full = _Contender.unhooked(prompts[id(model)])
     contenders = [full, *(_Contender.of(m, host, options) for m, host in zip(methods, hosts, strict=True))]
     start = read()
@@ -182,6 +181,25 @@ def measure_costs(
     )
     timings = [Timing.of_full(rounds[0]), *(Timing.of_method(rounds[0], own_rounds) for own_rounds in rounds[1:])]
     return [contender.cost(timing, full.flops, note) for contender, timing in zip(contenders, timings, strict=True)]
+
+
+def prefill_flops(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    method: str | Sequence[Method],
+    *,
+    processor: Any = None,
+    budget_scope: BudgetScope = "image",
+    separators: Separators = "kept-lines",
+    positions: Positions = "original",
+) -> int:
+    """Count the FLOPs of one prefill with a method; arguments as for :func:`measure_costs`, which times it, too."""
+    prompts = _Prompts(model, inputs)
+    if method == "full":
+        return count_flops(prompts.prefill)
+    scope: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "positions": positions}
+    with attach(model, method, processor=processor, **scope):
+        return count_flops(prompts.prefill)
 
 
 class _Prompts:

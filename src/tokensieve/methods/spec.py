@@ -1,15 +1,17 @@
-"""Parse method specs: ``name`` or ``name(key=literal, …)``, joined by ``+``."""
+"""Parse method specs: ``name`` or ``name(key=literal, …)``, joined by ``+``; or the path of a spec file."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from tokensieve.errors import Refusal, nearest
 from tokensieve.methods.base import Method
 from tokensieve.methods.registry import find
+from tokensieve.methods.spec_file import DEFAULTS, is_spec_file, read_spec_file
 
 NAME = re.compile(r"\s*([\w./\\:~-]+)")
 # what ast raises, beside SyntaxError: no literal, {[]: 1}, and an expression that is nested too deeply
@@ -20,12 +22,18 @@ def parse(spec: str, **parameters: Any) -> list[Method]:
     """Return the methods of a spec such as ``"visionzip(keep=192) + fastv(layer=8, keep=64)"``.
 
     Args:
-        spec: the text. A name is a registered method or ``path/to/file.py:ClassName``.
+        spec: the text. A name is a registered method or ``path/to/file.py:ClassName``. A text that ends in ``.json`` is
+            the path of a spec file; its options are those of ``attach``, which reads them (see :func:`expand`).
         parameters: values for parameters that the spec leaves open, each passed to the methods that have it.
 
     Raises:
         Refusal: on an unknown method or parameter (it names the nearest), a bad value, or an unreadable spec.
     """
+    if is_spec_file(spec):
+        if parameters:
+            raise Refusal(f"{spec} gives all parameters; got {', '.join(parameters)}: leave it out, or edit the file")
+        file = read_spec_file(spec)
+        return parse(file.method, **file.parameters)
     methods: list[Method] = []
     used: set[str] = set()
     for name, arguments in _split(spec):
@@ -43,8 +51,32 @@ def parse(spec: str, **parameters: Any) -> list[Method]:
     for key in parameters:
         if key not in used:
             names = sorted({f.name for method in methods for f in dataclasses.fields(method)})
-            raise Refusal(f"{spec} has no open parameter {key!r}; {nearest(key, names)}")
+            reason = "the spec gives it: leave one of the two out" if key in names else nearest(key, names)
+            raise Refusal(f"{spec} has no open parameter {key!r}; {reason}")
     return methods
+
+
+def expand(specs: Sequence[str], **options: Any) -> tuple[list[str], dict[str, Any]]:
+    """Replace paths of spec files by the specs inside, each with its budget; return the specs and the options.
+
+    Args:
+        options: the given positions, separators and budget_scope, as far as the caller can set them. Those of the files
+            take their place, and hold for all specs.
+
+    Raises:
+        Refusal: a file cannot be read, files disagree, or an option differs from the file's, or cannot be set here.
+    """
+    files = [read_spec_file(spec) for spec in specs if is_spec_file(spec)]
+    for file in files:
+        if file.options != files[0].options:
+            raise Refusal(f"{files[0].name} and {file.name} differ in their options: use one of them at a time")
+    if files:
+        merged = files[0].merged(**options)
+        for name in merged.keys() - options.keys():
+            if merged[name] != DEFAULTS[name]:
+                raise Refusal(f"{files[0].name} says {name}={merged[name]!r}, which cannot be set here")
+        options = {name: merged[name] for name in options}
+    return [" + ".join(map(str, parse(spec))) if is_spec_file(spec) else spec for spec in specs], options
 
 
 def _split(spec: str) -> list[tuple[str, dict[str, Any]]]:

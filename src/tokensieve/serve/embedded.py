@@ -43,6 +43,7 @@ from tokensieve.images import decode_image
 from tokensieve.loading import devices_of, to_model
 from tokensieve.measure.latency import synchroniser
 from tokensieve.methods import Method, Positions, parse
+from tokensieve.models.layout import Separators
 from tokensieve.serve.body import image_bytes, texts_of
 from tokensieve.serve.guard import Guard
 from tokensieve.serve.metrics import Prefill
@@ -63,7 +64,7 @@ class Attached:
         model, processor: as loaded.
         method: spec of requests that choose none.
         keep: budget of requests that choose none; ``None`` leaves it to the spec.
-        positions, budget_scope: as in :func:`tokensieve.attach`.
+        positions, budget_scope, separators: as in :func:`tokensieve.attach`.
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Attached:
         keep: int | float | None = None,
         positions: Positions = "original",
         budget_scope: BudgetScope = "image",
+        separators: Separators = "kept-lines",
     ) -> None:
         self.model, self.processor = model, processor
         self.prefill = Prefill()
         self._method, self._keep = method, keep
-        self._options: dict[str, Any] = {"positions": positions, "budget_scope": budget_scope, "processor": processor}
+        options = {"positions": positions, "budget_scope": budget_scope, "separators": separators}
+        self._options: dict[str, Any] = {**options, "processor": processor}
         self._sieve: Sieve | None = None
         self._spec = ""
         self._wait = synchroniser(devices_of(model))

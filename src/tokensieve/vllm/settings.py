@@ -12,6 +12,7 @@ from typing import Any, get_args
 from tokensieve.budget import check_budget
 from tokensieve.errors import Refusal, first_line, nearest
 from tokensieve.methods import Method, Positions, parse
+from tokensieve.methods.spec import expand
 from tokensieve.vllm.families import FAMILIES, REFUSED, ServedFamily
 
 KEEP, METHOD = "tokensieve_keep", "tokensieve_method"
@@ -160,6 +161,9 @@ def engine_options(
         raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     if isinstance(from_tokens, bool) or not isinstance(from_tokens, int) or from_tokens < 0:
         raise Refusal(f"from_tokens must be a whole number of tokens >= 0; got {from_tokens!r}")
+    # the engine keeps no separator, whatever a spec file says
+    (method, *allowed), options = expand([method, *allowed], positions=positions, separators="kept-lines")
+    positions = options["positions"]
     default = served_method(method, **parameters)
     others = {text: one for text in allowed if (one := served_method(text)) != default}
     config = read_config(checkpoint(model))
