@@ -81,14 +81,18 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 5,
     measure: Annotated[bool, typer.Option(help="Measure FLOPs, latency and memory, too.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="End at the first image that cannot be read.")] = False,
+    referee: Annotated[
+        bool, typer.Option(help="Also answer without the images (blind), and with the example images moved a little.")
+    ] = True,
     report: Annotated[bool, typer.Option(help="Write report.html (needs the 'report' extra).")] = True,
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
     from tokensieve.evaluate import load_data
-    from tokensieve.evaluate.compare import RESULTS, Comparison, skipped_note
+    from tokensieve.evaluate.compare import Comparison
     from tokensieve.evaluate.plan import Settings
     from tokensieve.evaluate.processes import Processes
+    from tokensieve.evaluate.results import RESULTS, skipped_note
 
     specs, keeps = split_specs(methods), split_budgets(keep)
     settings = Settings(
@@ -102,6 +106,7 @@ def compare(
         prompt=prompt,
         measure=measure,
         strict=strict,
+        referee=referee,
     )
     check_scopes(budget_scope, settings.plan(specs, keeps))  # a bad spec is refused before a model is loaded
     if report:
@@ -158,12 +163,15 @@ def _batch_size(text: str) -> int | Literal["auto"]:
 def print_rows(results: Any) -> None:
     """Print the decision, then two tables that fit 100 columns: accuracy, and costs if they were measured."""
     from tokensieve.report.decision import Decision
+    from tokensieve.report.referee import GUARD, brief
     from tokensieve.report.remarks import warnings
     from tokensieve.report.table import ACCURACY, COSTS, KEEP, METHOD
 
     decision = Decision(results)
-    print_lines([*warnings(decision), *decision.sentences()])
-    for columns in (ACCURACY, COSTS) if decision.measured else (ACCURACY,):
+    print_lines([*warnings(decision), *decision.sentences(), *brief(decision)])
+    guarded = any(line.row.referee and line.row.referee.guards for line in decision.lines)
+    accuracy = (*ACCURACY[:-1], GUARD, ACCURACY[-1]) if guarded else ACCURACY
+    for columns in (accuracy, COSTS) if decision.measured else (accuracy,):
         shown = (METHOD, KEEP, *(column for column in columns if not column.page_only))
         rows = [[column.text(line) for column in shown] for line in decision.lines]
         headers = [column.header for column in shown]
