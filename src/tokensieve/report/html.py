@@ -19,7 +19,7 @@ from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra
 from tokensieve.report.overlay import overlay
 from tokensieve.report.plots import curve, time_saved
-from tokensieve.report.referee import GUARD, findings, tables
+from tokensieve.report.referee import GUARD, findings, hidden_losses, tables
 from tokensieve.report.remarks import explanations, remarks, warnings
 from tokensieve.report.table import (
     ACCURACY,
@@ -111,7 +111,7 @@ def render(results: Results, folder: Path, *, crop: Crop | None = None, command:
         decision=decision,
         best=[group.choice.best for group in decision.budgets if group.choice],
         warnings=warnings(decision),
-        remarks=remarks(decision),
+        remarks=[*hidden_losses(decision), *remarks(decision)],
         explanations=explanations(decision),
         accuracy=accuracy,
         costs=COSTS,
@@ -163,10 +163,8 @@ def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, 
         reduction = Reduction.from_json(entry["reductions"][0])
         if reduction.grid is not None or reduction.whole:
             pictures.append(Drawing(caption, overlay(image, reduction, side=384), answer, right[caption]))
-    answers = tuple(dict.fromkeys(example.answers))
-    return ShownExample(
-        example.question, answers, tuple(pictures), *_summary(right, right.pop(FULL, True), right.pop(BLIND, None))
-    )
+    answers, full, blind = tuple(dict.fromkeys(example.answers)), right.pop(FULL, True), right.pop(BLIND, None)
+    return ShownExample(example.question, answers, tuple(pictures), *_summary(right, full, blind))
 
 
 def _summary(right: dict[str, bool], full: bool, blind: bool | None) -> tuple[str, int]:

@@ -29,16 +29,23 @@ REFERENCES: tuple[Reference, ...] = ("full", "random", "downsample", "runner-up"
 
 
 def brief(decision: Decision) -> list[str]:
-    """Return the findings that nobody should miss: hidden losses, the blind share, and baselines of equal time."""
-    return [*_guards(decision), *_blind(decision), *_equal_time(decision)]
+    """Return the findings for the terminal: hidden losses, the blind share, and baselines of equal time."""
+    return [*hidden_losses(decision), *_blind(decision), *_equal_time(decision)]
 
 
 def findings(decision: Decision) -> list[str]:
-    """Return all findings in plain sentences."""
-    return [*brief(decision), *_hard(decision), *_corrected(decision), *_unstable(decision)]
+    """Return the findings of the page's section in plain sentences; hidden losses stand above the results."""
+    return [
+        *_blind(decision),
+        *_hard(decision),
+        *_equal_time(decision),
+        *_corrected(decision),
+        *_unstable(decision),
+    ]
 
 
-def _guards(decision: Decision) -> Iterator[str]:
+def hidden_losses(decision: Decision) -> Iterator[str]:
+    """Yield a sentence for each guarded question type that loses while the mean looks fine."""
     for line, verdict in _verdicts(decision):
         for guard in verdict.guards:
             yield (

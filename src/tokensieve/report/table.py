@@ -153,7 +153,8 @@ def _to_full(line: Line) -> Cell:
 
 
 def _p(line: Line) -> Cell:
-    p = line.row.difference_p
+    verdict = line.row.referee and line.row.referee.to("full")
+    p = verdict.p if verdict else line.row.difference_p  # the referee's also joins the seeds
     return Cell(NONE if line.kind == "full" or p is None else p_value(p))
 
 
@@ -230,7 +231,7 @@ ACCURACY: tuple[Column, ...] = (
     Column(
         "p",
         "McNemar's exact test against the full model, whole images exchanged; can exceed .05 where the interval just "
-        "excludes 0, as exact tests are cautious; none for several seeds or graded scores",
+        "excludes 0, as exact tests are cautious; none for graded scores",
         _p,
     ),
     Column("Pareto", "no other row is as accurate at a lower cost: prefill FLOPs, prefill time, or both", _pareto),
