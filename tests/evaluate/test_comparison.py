@@ -35,7 +35,7 @@ TIMING = (
     "break_even_tokens, break_even_low, break_even_high, break_even, timing_note"
 )
 METHODS = ["vtc-cls", "random", "pool"]
-MODULE = sys.modules["tokensieve.evaluate.compare"]  # the attribute of the package is the function
+MODULE = sys.modules["tokensieve.evaluate.costs"]
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def run(model, processor, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "generate", lambda *args, **kw: (calls.append(1), generate(*args, **kw))[1])
 
     def run(methods=METHODS, keeps=(9,), **changes):
-        options = {"output": tmp_path / "out", "batch_size": 4, "max_new_tokens": 2, "measure": False} | changes
+        options = {"output": tmp_path / "out", "batch_size": 4, "max_new_tokens": 2, "measure": False, "referee": False}
+        options |= changes
         calls.clear()
         results = compare(model, processor, options.pop("samples", samples), methods, list(keeps), **options)
         assert Results.load(options["output"] / "results.json") == results
@@ -372,7 +373,7 @@ def test_identities(model, samples, write, tmp_path):
 
 def test_answers_of_other_code_are_not_reused(run, monkeypatch):
     run(methods=["uniform"])
-    monkeypatch.setattr(MODULE, "code_digest", lambda: "edited")
+    monkeypatch.setattr(sys.modules["tokensieve.evaluate.compare"], "code_digest", lambda: "edited")
     with pytest.raises(ResumeError, match=r"\(code differ\)"):
         run(methods=["uniform"])
 

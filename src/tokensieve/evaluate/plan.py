@@ -14,7 +14,7 @@ from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.rows import BLIND, FULL, ORACLE
-from tokensieve.methods import Method, MethodInfo, parse
+from tokensieve.methods import Method, MethodInfo, Positions, parse
 from tokensieve.models.layout import Separators
 
 FINE_TUNED = "fine-tuned"
@@ -34,7 +34,7 @@ class Settings:
         seeds: runs of a method whose ``seed`` is open.
         keep_means: meaning of a budget for methods inside the LLM: "final" tokens, or the "average" over its layers.
             Each row reports both.
-        budget_scope, separators: as for ``attach``.
+        budget_scope, separators, positions: as for ``attach``.
         prompt: text of the user turn; ``{question}`` is replaced.
         processor_for_text: pass the processor to ``attach``, so that text-informed methods use the user's words only.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
@@ -59,6 +59,7 @@ class Settings:
     measure: bool = True
     examples: int = 4
     strict: bool = False
+    positions: Positions = "original"
     referee: bool = True
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class Settings:
 
     def attach_options(self) -> dict[str, Any]:
         """Return the settings that ``attach`` takes."""
-        return {"budget_scope": self.budget_scope, "separators": self.separators}
+        return {"budget_scope": self.budget_scope, "separators": self.separators, "positions": self.positions}
 
     def prediction_setup(self) -> dict[str, Any]:
         """Return the settings that change a prediction. Predictions made under other ones are not reused."""

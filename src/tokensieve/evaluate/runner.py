@@ -33,10 +33,12 @@ class Runner:
         comparison: names the samples that are left out of every row.
         answerer: answers the questions.
         journal: holds the answers.
+        optional: a question that cannot be answered is left out here, and in no row.
     """
 
-    def __init__(self, comparison: Comparison, answerer: Answerer, journal: Journal) -> None:
+    def __init__(self, comparison: Comparison, answerer: Answerer, journal: Journal, *, optional: bool = False) -> None:
         self.comparison, self.journal, self.answerer, self.keys = comparison, journal, answerer, answerer.keys
+        self.optional = optional
 
     def complete(self, run: Run, keep: Budget | None, report: Report) -> None:
         """Answer the questions that have no answer in the journal for this run."""
@@ -47,7 +49,7 @@ class Runner:
         else:
             attached = replaying(answerer.model, partial(self._oracle_decision, keep))
         done = answerer.finished(journal.answers.get(run.key, {}))
-        report(run.key, len(done | {self.keys[entry.id] for entry in comparison.skipped}))
+        report(run.key, len(done | (self.keys.values() & journal.skipped.keys())))
         for batch in answerer.run(attached, done, journal.skipped, processes.rank, processes.count):
             parts = processes.exchange(batch)
             answerer.adapt([part.size for part in parts])
@@ -56,9 +58,12 @@ class Runner:
                 new = [answer for answer in part.answers if answer.sample not in done]
                 journal.add(run.key, new)
                 report(run.key, len(new) + len(part.skipped.keys() - done))
-                if part.skipped:
+                if self.optional:
+                    journal.skip(part.skipped)
+                elif part.skipped:
                     comparison.leave_out(journal, self.keys, part.skipped)
-            if failures := [part.failure for part in parts if part.failure]:
+            failures = [part.failure for part in parts if part.failure]
+            if failures and not self.optional:
                 method = run.key.partition(" #")[0]  # without the digest of its code
                 raise Refusal(f"{method}: {failures[0]}; the answers so far are kept in {journal.path}")
 

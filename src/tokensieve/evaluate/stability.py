@@ -107,7 +107,7 @@ def row_overlaps(
     runners = []
     if samples:
         answerers = [comparison.answerer(model, moved_samples, moved_keys, moved_keys.keys()) for model in models]
-        runners = [Runner(comparison, answerer, journal) for answerer in answerers]
+        runners = [Runner(comparison, answerer, journal, optional=True) for answerer in answerers]
     for entry in entries:
         run = entry.runs[0]
         if not runners or not run.stages or entry.method == FULL:  # the oracle and the blind row have no stages
