@@ -24,7 +24,13 @@ ERRORS = [
 @pytest.fixture
 def run(model, processor, samples, tmp_path):
     def run(methods=("vtc-cls",), **changes):
-        options = {"output": tmp_path / "out", "batch_size": 8, "max_new_tokens": 2, "measure": False, "referee": False} | changes
+        options = {
+            "output": tmp_path / "out",
+            "batch_size": 8,
+            "max_new_tokens": 2,
+            "measure": False,
+            "referee": False,
+        } | changes
         return compare(model, processor, samples, list(methods), [9], **options)
 
     return run

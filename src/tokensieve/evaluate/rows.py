@@ -184,7 +184,8 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields in order, for JSON."""
-        return {**asdict(self), "types": [asdict(score) for score in self.types]}
+        referee = None if self.referee is None else self.referee.to_json()
+        return {**asdict(self), "types": [asdict(score) for score in self.types], "referee": referee}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:

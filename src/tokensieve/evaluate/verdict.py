@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 Reference: TypeAlias = Literal["full", "random", "downsample", "runner-up", "equal time"]
@@ -132,9 +132,14 @@ class Verdict:
         """Return the accuracy on a group of questions; ``None`` if no row chose it."""
         return next((score for score in self.groups if score.group == name), None)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields in order, for JSON."""
+        fields = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Verdict:
-        """Invert ``dataclasses.asdict``."""
+        """Invert :meth:`to_json`."""
         return cls(
             **{
                 **data,

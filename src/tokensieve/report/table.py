@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -237,7 +237,7 @@ ACCURACY: tuple[Column, ...] = (
     Column("Pareto", "no other row is as accurate at a lower cost: prefill FLOPs, prefill time, or both", _pareto),
 )
 COSTS: tuple[Column, ...] = (
-    TOKENS,
+    replace(TOKENS, page_only=True),  # the terminal shows both above, for the same rows
     FLOPS,
     Column(
         "prefill ms",
