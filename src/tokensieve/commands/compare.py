@@ -37,6 +37,9 @@ from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model
 
 
+COMPARED = f"{METHODS}, downsample"  # the referee's hard questions are those that downsample gets wrong
+
+
 @with_load_options()
 @in_all_processes
 def compare(
@@ -49,7 +52,7 @@ def compare(
     data: Data = "reference",
     split: Split = None,
     fetch_images: FetchImages = False,
-    methods: Methods = METHODS,
+    methods: Methods = COMPARED,
     keep: Keeps = KEEPS,
     keep_means: Annotated[
         Literal["final", "average"],
@@ -124,8 +127,8 @@ def compare(
     )
     vlm, processor = load_model(model, loading, classifiers=True)
     note_crowd(vlm)
-    if methods == METHODS and not vlm.can_generate():
-        specs = [trained_spec(model, vlm)]
+    if methods == COMPARED:
+        specs = _default_specs(model, vlm)
     trained = None
     if unreduced := unreduced or COMPARED_WITH.get(model):
         # the unreduced fine-tune is another checkpoint: the revision and the adapter are those of --model
@@ -152,6 +155,19 @@ def compare(
     note(f"results: {output / RESULTS}")
     if report:
         note(f"report:  {_write_report(results, output, processor)}")
+
+
+def _default_specs(name: str, vlm: Any) -> list[str]:
+    """Return the methods that are compared by default; without downsample where the model cannot resize images."""
+    from tokensieve.engine import attach
+
+    if not vlm.can_generate():
+        return [trained_spec(name, vlm)]
+    try:
+        attach(vlm, "downsample").detach()
+    except Refusal:
+        return split_specs(METHODS)
+    return split_specs(COMPARED)
 
 
 def _batch_size(text: str) -> int | Literal["auto"]:
