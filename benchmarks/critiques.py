@@ -186,7 +186,7 @@ def renumbered(original: Results, contiguous: Results) -> Finding:
     unharmed = sum(test.low >= -EQUAL for test in places)
     means = [100 * sum(test.difference for test in part) / len(part) for part in (places, control)]
     return Finding(
-        f"3. Renumbered positions ruin places: {_types(types[about_places])} (contiguous minus original)",
+        f"3. Renumbered positions ruin questions about places, {_types(types[about_places])} (contiguous - original)",
         verdict(ruined, unharmed, len(places)),
         f"{ruined} of {len(places)} rows lose, {means[0]:+.1f} points in the mean; {means[1]:+.1f} on the control "
         f"questions ({_types(types[~about_places])})",
