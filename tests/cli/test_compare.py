@@ -44,7 +44,6 @@ def stopped(call: list[str], predictions: Path, lines: int, with_signal: signal.
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores Ctrl-C by default
     )
     deadline = time.monotonic() + 300
     while running.poll() is None and time.monotonic() < deadline:

@@ -10,6 +10,7 @@ import pytest
 from tokensieve import list_methods
 from tokensieve.evaluate import VsRandom
 from tokensieve.methods.registry import find
+from tokensieve.reproduce.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs"))
@@ -52,7 +53,7 @@ def test_a_docstring_says_what_a_page_needs(name):
 
 def test_published_rows_are_whole_and_have_a_method():
     named = set()
-    for table in json.loads((ROOT / "docs" / "published.json").read_text("utf-8"))["tables"]:
+    for table in json.loads(PUBLISHED.read_text("utf-8"))["tables"]:
         assert all(len(row) == 2 + len(table["columns"]) for row in table["rows"])
         assert table["full"] is None or len(table["full"]) == len(table["columns"])
         named |= {name for row in table["rows"] for name in make_methods._names(row[0])}

@@ -111,11 +111,14 @@ def test_ctrl_c_leaves_the_finished_rounds(server: FakeServer, tmp_path: Path):
     process = subprocess.Popen(
         [*program, "--output", tmp_path / "cut"], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 60
-    while (not rounds.exists() or rounds.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 60
+        while (not rounds.exists() or rounds.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert b"interrupted; resume with the same command" in err
     assert b"Traceback" not in err

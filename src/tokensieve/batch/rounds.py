@@ -16,11 +16,11 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from tokensieve.batch.job import Job
 from tokensieve.batch.parts import AnswerRow, Format, Output, Totals, check_rows
@@ -33,6 +33,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 CORES = 4  # CPU cores of a worker without a GPU
 ROUNDS = 3  # rounds in a row that answer no part, after which a part is held to end its worker
 IN_FLIGHT = 2  # parts that wait at a worker: the next one is there when one ends, and few are lost with it
+CHECK_SECONDS = 5  # how often a worker asks whether its round goes on
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
     import ray
     from ray.data import ActorPoolStrategy
 
+    in_round = ray.remote(num_cpus=0, max_restarts=-1)(_Round).remote()
     # one part in a block: a block's answers are handed on when all of it is done
     items = [{"part": json.dumps(asdict(part))} for part in parts]
     # at least one worker starts the round; a lost node does not end it
@@ -164,8 +166,8 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray 2.60 has no other place for these two, and announces one
         outcomes = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            Worker,
-            fn_constructor_args=(job, share.threads),
+            _WorkerInRound,
+            fn_constructor_args=(in_round, Worker, job, share.threads),
             batch_size=1,
             compute=pool,
             num_cpus=share.cpus,
@@ -177,6 +179,49 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
             yield json.loads(row["outcome"])
     except ray.exceptions.RayError as error:
         yield str(error).strip().splitlines()[-1]  # after Ray's own lines and the traceback in the worker
+    finally:
+        ray.kill(in_round)
+
+
+class _Round:
+    """An actor that lives as long as its round."""
+
+    def check(self) -> None:
+        """Do nothing. The call raises once the round has ended."""
+
+
+class _WorkerInRound:
+    """A worker that ends with its round.
+
+    Ray Data stops its workers, but one that Ray is just starting again outlives its pool (Ray 2.60) and keeps its cores
+    as long as the driver runs: the next round would wait for them.
+
+    Args:
+        in_round: handle of the :class:`_Round`.
+        kind: class of the worker.
+        arguments: of the class.
+    """
+
+    def __init__(self, in_round: Any, kind: Callable[..., Worker], *arguments: Any) -> None:
+        import ray
+
+        ray.get(in_round.check.remote())  # an error while it starts ends an actor for good
+        self.worker = kind(*arguments)
+        threading.Thread(target=_end_with, args=(in_round,), daemon=True).start()
+
+    def __call__(self, block: Mapping[str, Any]) -> dict[str, list[str]]:
+        return self.worker(block)
+
+
+def _end_with(in_round: Any) -> NoReturn:
+    """End this process soon after the round."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        while True:
+            ray.get(in_round.check.remote())
+            time.sleep(CHECK_SECONDS)
+    os._exit(0)
 
 
 @contextmanager

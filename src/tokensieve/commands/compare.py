@@ -36,7 +36,6 @@ from tokensieve.commands.loading import COMPARED_WITH, note_crowd, note_foreign_
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model
 
-
 COMPARED = f"{METHODS}, downsample"  # the referee's hard questions are those that downsample gets wrong
 
 
@@ -73,7 +72,9 @@ def compare(
         str,
         typer.Option(
             help="Score of an answer: exact (equal), contains (occurs in it), vqa (several annotators), anls (DocVQA), "
-            "relaxed (5 % for numbers, ChartQA), choice (letter of an option) or yes_no (POPE, with F1)."
+            "relaxed (5 % for numbers, ChartQA), choice (letter of an option), yes_no (POPE, with F1); as official "
+            "scripts read answers: yes_no_prefix (MME), gqa (GQA), letter (SEED), scienceqa (ScienceQA) or mmbench "
+            "(MMBench)."
         ),
     ] = "exact",
     image_column: ImageColumn = "image",

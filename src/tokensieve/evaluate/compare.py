@@ -43,7 +43,7 @@ from tokensieve.evaluate.provenance import (
 from tokensieve.evaluate.referee import referee as refereed
 from tokensieve.evaluate.results import RESULTS, Example, Results, Skipped, skipped_note
 from tokensieve.evaluate.rows import BLIND
-from tokensieve.evaluate.runner import Callback, Progress, Runner
+from tokensieve.evaluate.runner import Progress, Runner, Steps
 from tokensieve.evaluate.stability import row_overlaps
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.loading import DEFAULTS, LoadOptions
@@ -74,7 +74,7 @@ def compare(
     examples: int = 4,
     strict: bool = False,
     referee: bool = True,
-    progress: Callback | None = None,
+    progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> Results:
     """Answer every sample with every method at every budget, greedily, and score the answers.
@@ -179,7 +179,7 @@ class Comparison:
         self.text_processor = processor if settings.processor_for_text else None
 
     def run(
-        self, methods: Sequence[str], keeps: Sequence[Budget], output: Path, progress: Callback | None = None
+        self, methods: Sequence[str], keeps: Sequence[Budget], output: Path, progress: Progress | None = None
     ) -> Results:
         """Fill the table row by row and save it after each; return the results.
 
@@ -190,14 +190,14 @@ class Comparison:
             with locked(output) if self.processes.first else nullcontext():
                 return self._run(entries, output, progress)
 
-    def _run(self, entries: Sequence[Entry], output: Path, progress: Callback | None) -> Results:
+    def _run(self, entries: Sequence[Entry], output: Path, progress: Progress | None) -> Results:
         journal, keys, examples = self._start(output)
         machine = environment(self.model)
         models = [model for model in (self.model, self.trained) if model is not None]
         example_ids = {sample.id for sample in examples}
         runners = [Runner(self, self.answerer(model, self.all_samples, keys, example_ids), journal) for model in models]
         blind = Runner(self, blind_answerer(self, keys, journal), journal)
-        report = Progress(progress, len(self.all_samples) * sum(len(entry.runs) for entry in entries))
+        report = Steps(progress, len(self.all_samples) * sum(len(entry.runs) for entry in entries))
         stored = store(examples, output) if self.processes.first else []
         table, added = self._table(stored), list[Entry]()
         results: Any = None  # of the first process only

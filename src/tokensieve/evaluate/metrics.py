@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from tokensieve.errors import DataError
 from tokensieve.evaluate.data import LETTERS, Sample
+from tokensieve.evaluate.vqa_words import vqa_words
 
 Metric = Callable[[str, Sequence[str]], float]
 """(prediction, accepted answers) -> 0 … 1."""
@@ -32,11 +33,13 @@ def contains(prediction: str, answers: Sequence[str]) -> float:
 def vqa(prediction: str, answers: Sequence[str]) -> float:
     """Return VQA accuracy: min(1, agreeing annotators / 3), averaged over leaving out each annotator in turn.
 
-    With n < 4 annotators the divisor is n - 1; with one this is :func:`exact`.
+    Texts are normalised as in the official evaluation (:func:`~tokensieve.evaluate.vqa_words.vqa_words`). With n < 4
+    annotators the divisor is n - 1; with one this is :func:`exact`.
     """
     if len(answers) == 1:
         return exact(prediction, answers)
-    agrees = [normalise(prediction) == normalise(answer) for answer in answers]
+    text = vqa_words(prediction)
+    agrees = [text == vqa_words(answer) for answer in answers]
     needed = min(3, len(answers) - 1)
     return sum(min(1.0, (sum(agrees) - left_out) / needed) for left_out in agrees) / len(agrees)
 
@@ -84,9 +87,43 @@ def yes_no(prediction: str, answers: Sequence[str]) -> float:
     return float(any(says_yes(prediction) == says_yes(answer) for answer in answers))
 
 
-METRICS: dict[str, Metric] = {
-    function.__name__: function for function in (exact, contains, vqa, anls, relaxed, choice, yes_no)
-}
+def yes_no_prefix(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 if "yes" or "no" among the first four characters is the answer, as in the official evaluation of MME.
+
+    A prediction with neither is wrong (Fu et al. 2023, arXiv:2306.13394).
+    """
+    return float(any(_yes_no_prefix(prediction) == _yes_no_prefix(answer) for answer in answers))
+
+
+def gqa(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 if the prediction equals an answer but for case and full stops at its end, as LLaVA is scored on GQA."""
+    return float(prediction.rstrip(".").lower() in {answer.rstrip(".").lower() for answer in answers})
+
+
+def letter(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 if the prediction is an answer, to the letter, as LLaVA is scored on SEED-Bench: "B." is wrong."""
+    return float(prediction in answers)
+
+
+def scienceqa(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 for the letter of the answer, read from "B", "B. text" or "The answer is B." only.
+
+    This is the reading of LLaVA's evaluation on ScienceQA (Lu et al. 2022, arXiv:2209.09513).
+    """
+    return float(prediction in answers or read_scienceqa(prediction) in answers)
+
+
+def mmbench(prediction: str, answers: Sequence[str]) -> float:
+    """Return 1 for the letter of the answer, read by the rules of MMBench's evaluation (arXiv:2307.06281).
+
+    One letter A to E stands alone, before a punctuation mark, or in brackets. The official evaluation lets a language
+    model read predictions without a letter; here they are wrong.
+    """
+    return float(prediction in answers or read_mmbench(prediction) in answers)
+
+
+_ALL = (exact, contains, vqa, anls, relaxed, choice, yes_no, yes_no_prefix, gqa, letter, scienceqa, mmbench)
+METRICS: dict[str, Metric] = {function.__name__: function for function in _ALL}
 
 
 # -- parts of the metrics -------------------------------------------------------------------------------------------
@@ -114,16 +151,42 @@ def accepted_answers(sample: Sample) -> tuple[str, ...]:
 
 def check_answers(metric: str, samples: Sequence[Sample]) -> None:
     """Refuse right answers that the metric cannot read: every text without a no would be a yes for ``yes_no``."""
-    for sample in samples if metric == "yes_no" else ():
+    for sample in samples if metric in ("yes_no", "yes_no_prefix") else ():
         for answer in sample.answers:
             if says_yes(answer) and "yes" not in normalise(answer).split():
                 place = sample.where or f"the sample {sample.id!r}"
-                raise DataError(f"{place}: the metric yes_no needs the answer yes or no; got {answer!r}")
+                raise DataError(f"{place}: the metric {metric} needs the answer yes or no; got {answer!r}")
 
 
 def says_yes(text: str) -> bool:
     """Return False if the first sentence contains "no" or "not"."""
     return not {"no", "not"} & set(re.findall(r"[\w']+", text.split(".")[0].lower()))
+
+
+def _yes_no_prefix(text: str) -> str:
+    text = text.lower().strip().replace(".", "")
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text, "")
+    return next((word for word in ("yes", "no") if word in text[:4]), "")
+
+
+def read_scienceqa(prediction: str) -> str:
+    """Return the letter A to E that a prediction names, or ""."""
+    if re.fullmatch("[A-E]", prediction) or re.match(r"[A-E]\. ", prediction):
+        return prediction[0]
+    named = re.findall(r"The answer is ([A-Z]).", prediction)
+    return named[0] if len(named) == 1 else ""
+
+
+def read_mmbench(prediction: str) -> str:
+    """Return the letter A to E that a prediction names, or ""."""
+    words = prediction.split()
+    for before, after in _AROUND_A_LETTER:
+        named = [character for character in "ABCDE" if f"{before}{character}{after}" in words]
+        # in a longer text, "A" alone is an article, and no other letter alone is read either
+        if len(named) == 1 and not (before == after == "" and "A" in words and len(words) > 3):
+            return named[0]
+    return ""
 
 
 def read_choice(prediction: str) -> tuple[str, str]:
@@ -136,6 +199,10 @@ def read_choice(prediction: str) -> tuple[str, str]:
             return letters.pop().upper(), ""
     return "", prediction
 
+
+# what stands before and after a letter, in the order of the official rules
+_AROUND_A_LETTER = [("", ""), ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ").")]
+_AROUND_A_LETTER += [("(", ")"), ("(", ")."), (":", ""), (":", ","), (":", "."), (":", ")"), (":", ").")]
 
 _CHOICES = [
     re.compile(pattern)

@@ -7,8 +7,11 @@ import json
 import os
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +174,20 @@ def _parquet(path: Path) -> Iterator[Record]:
     except ImportError as error:
         raise MissingExtra("reading parquet needs pyarrow", "data") from error
     try:
-        table = parquet.read_table(path)
+        file = parquet.ParquetFile(path)
     except (ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a parquet file ({first_line(error)})") from None
-    yield from _table(str(path), path.parent, len(table), lambda number: table.slice(number, 1).to_pylist()[0])
+    # images are large: only the part of the file that was read last stays in memory
+    part = lru_cache(maxsize=1)(file.read_row_group)
+    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    starts = list(accumulate(counts, initial=0))
+
+    def row(number: int) -> dict[str, Any]:
+        group = bisect_right(starts, number) - 1
+        values: dict[str, Any] = part(group).slice(number - starts[group], 1).to_pylist()[0]
+        return values
+
+    yield from _table(str(path), path.parent, starts[-1], row)
 
 
 def _table(name: str, folder: Path, count: int, read: Callable[[int], dict[str, Any]]) -> Iterator[Record]:

@@ -20,7 +20,7 @@ from tokensieve.reduction import Reduction
 if TYPE_CHECKING:
     from tokensieve.evaluate.compare import Comparison
 
-Callback: TypeAlias = Callable[[int, int, str], None]
+Progress: TypeAlias = Callable[[int, int, str], None]
 """Called with questions done, questions in all, current run."""
 Report: TypeAlias = Callable[[str, int], None]
 """Called with the current run, further questions done."""
@@ -79,10 +79,10 @@ class Runner:
         return oracle(sample.boxes, sample.open().size, runs[FULL][key].before, next(filter(None, grids), None), keep)
 
 
-class Progress:
+class Steps:
     """Sums the finished questions for the caller's callback."""
 
-    def __init__(self, callback: Callback | None, total: int) -> None:
+    def __init__(self, callback: Progress | None, total: int) -> None:
         self.callback, self.total, self.done = callback, total, 0
 
     def __call__(self, label: str, more: int) -> None:

@@ -21,7 +21,8 @@ from tokensieve.measure.busy import CpuReading, cpu_quota, read_cpu, timing_note
 from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch, in_rounds, stopwatch
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
-from tokensieve.methods import Method, Positions, parse
+from tokensieve.methods import Method, parse
+from tokensieve.methods.base import Positions
 from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 
@@ -162,8 +163,8 @@ def measure_costs(
         raise Refusal(f"repeats and decode_tokens must be at least 1; got {repeats} and {decode_tokens}")
     prompts = {id(host): _Prompts(host, inputs) for host in (model, *(models or ()))}
     hosts = [prompts[id(host)] for host in models or [model] * len(methods)]
-    scope: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "positions": positions}
-    options = {"processor": processor, **scope}
+    options: dict[str, Any] = {"processor": processor, "budget_scope": budget_scope, "separators": separators}
+    options["positions"] = positions
     full = _Contender.unhooked(prompts[id(model)])
     contenders = [full, *(_Contender.of(m, host, options) for m, host in zip(methods, hosts, strict=True))]
     start = read()
