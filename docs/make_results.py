@@ -127,7 +127,9 @@ def _cell(row: Entry | None, *, tokens: bool = False) -> str:
 
 def against_random(entries: Sequence[Entry]) -> Iterator[str]:
     """Who is below random with about as many tokens, or not told apart from it, at each budget."""
-    methods = [entry for entry in entries if entry.method.partition("(")[0] not in ("full", "random", "oracle")]
+    methods = [
+        entry for entry in entries if entry.method.partition("(")[0] not in ("full", "random", "oracle", "blind")
+    ]
     for budget in [*_budgets(entries), None]:
         here = [entry for entry in methods if entry.keep == budget]
         lost = [entry for entry in here if entry.mark == " ↓"]

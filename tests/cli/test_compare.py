@@ -26,7 +26,7 @@ PINNED = [
     "decode_speedup_low", "decode_speedup_high", "break_even_tokens", "break_even_low", "break_even_high", "break_even",
     "timing_note",
 ]  # fmt: skip
-SAMPLES, RUNS = 48, 5  # full, vtc-cls and pool at one budget, an oracle and one seed of random
+SAMPLES, RUNS = 48, 6  # full, vtc-cls and pool at one budget, an oracle, one seed of random, and blind
 METHODS = "vtc-cls(first_layer=0), pool, random"
 
 
@@ -104,7 +104,8 @@ def _is_json(line: str) -> bool:
 
 def test_json_is_only_the_rows_with_the_pinned_fields_first(finished: Outcome) -> None:
     rows = json.loads(finished.out)
-    assert [row["method"] for row in rows] == ["full", "vtc-cls(first_layer=0)", "pool", "random", "oracle"]
+    assert [row["method"] for row in rows] == ["full", "vtc-cls(first_layer=0)", "pool", "random", "oracle", "blind"]
+    assert (rows[-1]["tokens_after"], rows[-1]["prefill_ms"], rows[-1]["samples"]) == (0, None, SAMPLES)
     for row in rows:
         assert list(row)[: len(PINNED)] == PINNED
         assert sum(score["samples"] for score in row["types"]) == SAMPLES
@@ -114,11 +115,29 @@ def test_json_is_only_the_rows_with_the_pinned_fields_first(finished: Outcome) -
     assert (rows[1]["keep"], rows[1]["tokens_after"]) == (0.11, 16)
     assert rows[1]["flops_ratio"] < 1
     assert rows[1]["kv_mb"] < rows[0]["kv_mb"]
-    for row in rows:
+    for row in rows[:-1]:
         assert row["prefill_ms"] * row["prefill_speedup"] == pytest.approx(rows[0]["prefill_ms"])
         assert row["decode_ms_per_token"] * row["decode_speedup"] == pytest.approx(rows[0]["decode_ms_per_token"])
         assert row["prefill_ms_low"] <= row["prefill_ms"] <= row["prefill_ms_high"]
-    assert [row["break_even"] is None for row in rows] == [True, False, False, False, False]
+    assert [row["break_even"] is None for row in rows] == [True, False, False, False, False, True]
+
+
+def test_the_referee_examines_every_row(finished: Outcome) -> None:
+    full, vtc, pool, random, oracle, blind = (row["referee"] for row in json.loads(finished.out))
+    assert [part["reference"] for part in vtc["against"]] == ["full", "random", "runner-up", "equal time"] or [
+        part["reference"] for part in vtc["against"]
+    ] == ["full", "random", "equal time"]  # without a runner-up it is the last of its budget
+    for part in vtc["against"]:
+        assert 0 < part["p"] <= part["p_holm"] <= 1
+        assert part["low"] <= part["difference"] <= part["high"]
+    assert [part["group"] for part in vtc["groups"]] == [
+        "needs image", "hard", "easy", "hard, full right", "easy, full right",
+    ]  # fmt: skip
+    assert vtc["groups"][1]["by"] == "pool at 11%"  # downsample did not run
+    assert vtc["groups"][1]["samples"] + vtc["groups"][2]["samples"] == SAMPLES
+    assert 0 <= vtc["overlap"]["shift"] <= 1
+    assert (pool["overlap"]["shift"], random["overlap"]["seeds"]) == (1, None)  # the same cells; one seed
+    assert (full["overlap"], oracle["overlap"], blind["groups"]) == (None, None, [])
 
 
 def test_the_paths_are_printed_apart_from_the_rows(finished: Outcome, output: Path) -> None:
@@ -179,7 +198,9 @@ def test_the_report_in_a_browser(finished: Outcome, output: Path, tmp_path: Path
     with Browser(tmp_path / "profile") as browser:
         browser.open(output / "report.html", 1200)
         assert browser.faults([390, 1200]) == {}
-        assert browser.evaluate("document.images.length") >= RUNS
+        assert browser.evaluate("document.images.length") >= RUNS - 1  # blind has no tokens to show
+        assert browser.evaluate("document.querySelectorAll('#referee table').length") == 3
+        assert "Without the image the model answers" in browser.evaluate("document.querySelector('#referee').innerText")
         assert browser.evaluate("[...document.images].filter(image => !image.naturalWidth).length") == 0
         heights = browser.evaluate(
             "[...document.querySelectorAll('svg')].map(svg => svg.getBoundingClientRect().height)"
@@ -225,9 +246,10 @@ def test_data_of_every_kind(model: str, photo: Path, tmp_path: Path) -> None:
         "no split": ["compare", "--data", tmp_path / "saved", "--output", tmp_path / "c", *options],
     }
     outcomes = run_many(calls)
-    full, pool = json.loads(outcomes["file"].out)
+    full, pool, blind = json.loads(outcomes["file"].out)
+    assert blind["method"] == "blind"
     assert (full["tokens_before"], pool["tokens_after"]) == (144 * 4 / 3, 36 * 4 / 3)
-    assert [row["samples"] for row in json.loads(outcomes["folder"].out)] == [1, 1]
+    assert [row["samples"] for row in json.loads(outcomes["folder"].out)] == [1, 1, 1]
     assert "the splits are train, test; choose one with --split" in outcomes["no split"].err.splitlines()[-1]
 
 
@@ -251,7 +273,7 @@ def test_images_on_the_web(model: str, photo: Path, tmp_path: Path) -> None:
     call = ["compare", "--data", tmp_path / "data.jsonl", *options]
     outcome = run(*call, "--fetch-images", XDG_CACHE_HOME=str(tmp_path / "cache"))
     server.shutdown()
-    assert [row["samples"] for row in json.loads(outcome.out)] == [1, 1, 1], outcome.err
+    assert [row["samples"] for row in json.loads(outcome.out)] == [1, 1, 1, 1], outcome.err
     (fetched,) = (tmp_path / "cache" / "tokensieve" / "images").iterdir()
     assert fetched.read_bytes() == photo.read_bytes()
     assert "images on the web are not fetched" in run(*call).refused()

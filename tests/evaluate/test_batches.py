@@ -24,7 +24,13 @@ ERRORS = [
 @pytest.fixture
 def run(model, processor, samples, tmp_path):
     def run(methods=("vtc-cls",), **changes):
-        options = {"output": tmp_path / "out", "batch_size": 8, "max_new_tokens": 2, "measure": False} | changes
+        options = {
+            "output": tmp_path / "out",
+            "batch_size": 8,
+            "max_new_tokens": 2,
+            "measure": False,
+            "referee": False,
+        } | changes
         return compare(model, processor, samples, list(methods), [9], **options)
 
     return run
@@ -186,7 +192,7 @@ def test_costs_that_do_not_fit_are_refused_in_one_line_and_the_answers_stay(run,
     def measure_costs(*args, **options):
         raise error
 
-    monkeypatch.setattr(sys.modules["tokensieve.evaluate.compare"], "measure_costs", measure_costs)
+    monkeypatch.setattr(sys.modules["tokensieve.evaluate.costs"], "measure_costs", measure_costs)
     with pytest.raises(Refusal, match=r"memory ran out while the costs .*--no-measure"):
         run(measure=True)
     assert run().complete

@@ -35,7 +35,7 @@ TIMING = (
     "break_even_tokens, break_even_low, break_even_high, break_even, timing_note"
 )
 METHODS = ["vtc-cls", "random", "pool"]
-MODULE = sys.modules["tokensieve.evaluate.compare"]  # the attribute of the package is the function
+MODULE = sys.modules["tokensieve.evaluate.costs"]
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def run(model, processor, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "generate", lambda *args, **kw: (calls.append(1), generate(*args, **kw))[1])
 
     def run(methods=METHODS, keeps=(9,), **changes):
-        options = {"output": tmp_path / "out", "batch_size": 4, "max_new_tokens": 2, "measure": False} | changes
+        options = {"output": tmp_path / "out", "batch_size": 4, "max_new_tokens": 2, "measure": False, "referee": False}
+        options |= changes
         calls.clear()
         results = compare(model, processor, options.pop("samples", samples), methods, list(keeps), **options)
         assert Results.load(options["output"] / "results.json") == results
@@ -180,7 +181,7 @@ def test_an_interrupted_run_continues_where_it_was(run, tmp_path):
     early = Results.load(tmp_path / "out" / "results.json")
     assert not early.complete
     # random has not run yet
-    assert list(early.rows) == [replace(row, random=None) for row in whole[:2]]
+    assert list(early.rows) == [replace(row, random=None, referee=None) for row in whole[:2]]
 
     progress = []
     rows, again = run(progress=lambda done, total, label: progress.append(done))
@@ -261,7 +262,8 @@ def test_rows_of_two_sessions_are_never_mixed(run, sessions, samples, tmp_path):
     more, _ = run(methods=["uniform", "pool"], **few)
     assert [len(session) for session in sessions] == [1, 2], "a new row is measured together with the old ones"
     fewer, batches = run(methods=["pool"], **few)
-    assert (fewer, batches, len(sessions)) == ([more[0], more[2]], 0, 2)
+    plain = [replace(row, referee=None) for row in (more[0], more[2])]  # the referee sees other rows beside them
+    assert ([replace(row, referee=None) for row in fewer], batches, len(sessions)) == (plain, 0, 2)
     run(methods=["pool"], samples=samples[1:4], measure=True)
     assert len(sessions) == 3, "another prompt is measured anew"
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
@@ -372,7 +374,7 @@ def test_identities(model, samples, write, tmp_path):
 
 def test_answers_of_other_code_are_not_reused(run, monkeypatch):
     run(methods=["uniform"])
-    monkeypatch.setattr(MODULE, "code_digest", lambda: "edited")
+    monkeypatch.setattr(sys.modules["tokensieve.evaluate.compare"], "code_digest", lambda: "edited")
     with pytest.raises(ResumeError, match=r"\(code differ\)"):
         run(methods=["uniform"])
 

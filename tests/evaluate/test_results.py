@@ -273,7 +273,7 @@ def test_the_example_on_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "comparing.md", "exec"), {})
     printed = capsys.readouterr().out
-    assert "Results(4 rows, 40 questions" in printed
+    assert "Results(5 rows, 40 questions" in printed
     assert re.search(r"^[+-][\d.]+ \([+-][\d.]+ to [+-][\d.]+\)$", printed, re.M)
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "rows.csv", "accuracy.png"}
 

@@ -67,7 +67,7 @@ def test_changed_questions_get_new_answers_and_changed_references_do_not(run, wr
     (tmp_path / "data.jsonl").write_text(text.replace("is there a star?", "is there a moon?", 1))
     run(samples=load_data(tmp_path / "data.jsonl"))
     new = journal.read_text().splitlines()[len(lines) :]
-    assert len(new) == 4  # one question: full, two seeds of random, pool
+    assert len(new) == 5  # one question: full, two seeds of random, pool, blind
     assert all('"sample": "2 ' in line for line in new)
 
 

@@ -38,7 +38,7 @@ def test_a_comparison_answers_as_one_question_at_a_time(name, several, model, pr
     model, processor = (model, processor) if name == "llava" else (build(name), tiny_processor(name))
     methods = ["divprune", "random", "fastv(layer=1)"]
     for size in (4, 1):
-        options = {"batch_size": size, "seeds": 1, "measure": False, "max_new_tokens": 6}
+        options = {"batch_size": size, "seeds": 1, "measure": False, "max_new_tokens": 6, "referee": False}
         rows = compare(model, processor, several, methods, [0.25], output=tmp_path / str(size), **options).rows
     together, alone = (predictions(tmp_path / size) for size in ("4", "1"))
     assert len(together) == 16
@@ -69,7 +69,7 @@ def test_each_image_of_a_batch_is_encoded_once(several, model, processor):
 
 def test_boxes_give_no_oracle_among_several_images(several, model, processor, tmp_path):
     boxed = [replace(sample, boxes=((0, 0, 9, 9),)) for sample in several]
-    options = {"output": tmp_path / "out", "measure": False, "max_new_tokens": 1}
+    options = {"output": tmp_path / "out", "measure": False, "max_new_tokens": 1, "referee": False}
     assert [row.method for row in compare(model, processor, boxed, ["pool"], [0.25], **options).rows] == [
         "full",
         "pool",

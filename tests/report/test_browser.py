@@ -8,6 +8,7 @@ import pytest
 from tests.report.report_rows import Draft, results, row
 from tests.support.browser import CHROMIUM, Browser
 from tokensieve.evaluate import Results, Skipped
+from tokensieve.evaluate.referee import referee
 from tokensieve.report.html import write_report
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
@@ -143,6 +144,26 @@ def test_text_is_readable_in_light_dark_and_print(browser: Browser, page: Path, 
     back, worst = browser.evaluate(CONTRAST)
     assert (back < 0.1) == (dark and media == "screen")
     assert worst >= 4.5  # the contrast that the Web Content Accessibility Guidelines require
+
+
+def test_the_referees_tables_are_shown_whole(browser: Browser, tmp_path: Path) -> None:
+    """Fold them out at the width of a phone and of a desktop: nothing is cut off, and a hidden loss is marked."""
+    full, blind = row("full", None, 0.93), row("blind", None, 0.3, tokens_after=0, tokens_average=0)
+    hidden = row("fastv(layer=1)", 0.25, (0.93, 0.84), tokens_average=63.0)
+    drafts = [full, *rows(0.25), hidden, row("downsample", 0.25, 0.4), blind]
+    browser.open(write_report(referee(results(drafts)), tmp_path), 1280)
+    browser.evaluate("document.querySelectorAll('#referee details').forEach(part => part.open = true)")
+    assert browser.evaluate("document.querySelectorAll('#referee table').length") == 3
+    shown = browser.evaluate("document.querySelector('#referee').innerText")
+    for part in ("Without the image the model answers 30.0 % right", "downsample at 25% gets 240 questions wrong"):
+        assert part in shown
+    for part in ("Holm", "to random", "n=240", "5 seeds", "36 (63)"):
+        assert part in shown
+    body = browser.evaluate("document.body.innerText")
+    assert "Hidden loss: fastv(layer=1) at 25% loses 9.0 points on where" in body
+    marked = "[...document.querySelectorAll('td[data-label=\"hidden loss\"]')].map(cell => cell.innerText.trim())"
+    assert browser.evaluate(marked).count("where") == 1
+    assert browser.faults([390, 1280]) == {}
 
 
 def test_print_unfolds_the_details(browser: Browser, page: Path) -> None:

@@ -9,11 +9,12 @@ import pytest
 
 from tests.report.report_rows import results, row, unmeasured
 from tokensieve.evaluate import OutputError, Skipped
+from tokensieve.evaluate.kinds import baseline_methods, kind_of
 from tokensieve.evaluate.rows import label
 from tokensieve.report.decision import Decision
 from tokensieve.report.html import render, write_report
 from tokensieve.report.plots import COLOURS, curve, saved_ms, time_saved
-from tokensieve.report.table import Cost, baseline_methods, kind_of
+from tokensieve.report.table import Cost
 
 ROWS = [row("full", None, 0.93), row("vtc-cls", 36, 0.90), row("random", 36, 0.60), row("pool", 36, 0.55)]
 
@@ -24,9 +25,10 @@ def decision(**options: object) -> Decision:
 
 def test_the_kind_of_a_row_follows_from_the_registry() -> None:
     specs = ["full", "oracle", "random(seed=3)", "pool", "downsample(keep=9)", "uniform", "vtc-cls", "my/file.py:Mine"]
-    specs.append("random fine-tuned")
+    specs += ["random fine-tuned", "downsample(keep=0.5) + divprune(keep=9)", "blind"]
     kinds = [kind_of(spec, baseline_methods()) for spec in specs]
-    assert kinds == ["full", "oracle", "random", "baseline", "baseline", "baseline", "method", "method", "method"]
+    assert kinds[:6] == ["full", "oracle", "random", "baseline", "baseline", "baseline"]
+    assert kinds[6:] == ["method", "method", "method", "method", "blind"]
 
 
 def test_labels_are_written_as_by_the_user() -> None:

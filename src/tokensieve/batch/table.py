@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tokensieve.batch.job import Job
 from tokensieve.batch.parts import AnswerRow, Format, Output
-from tokensieve.evaluate.compare import RESULTS
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.metrics import METRICS, check_answers
-from tokensieve.evaluate.results import Results, Skipped
+from tokensieve.evaluate.results import RESULTS, Results, Skipped
 from tokensieve.evaluate.rows import FULL
 from tokensieve.evaluate.table import Table
 from tokensieve.loading import without_folder

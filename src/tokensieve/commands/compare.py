@@ -36,6 +36,8 @@ from tokensieve.commands.loading import COMPARED_WITH, note_crowd, note_foreign_
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model
 
+COMPARED = f"{METHODS}, downsample"  # the referee's hard questions are those that downsample gets wrong
+
 
 @with_load_options()
 @in_all_processes
@@ -49,7 +51,7 @@ def compare(
     data: Data = "reference",
     split: Split = None,
     fetch_images: FetchImages = False,
-    methods: Methods = METHODS,
+    methods: Methods = COMPARED,
     keep: Keeps = KEEPS,
     keep_means: Annotated[
         Literal["final", "average"],
@@ -83,14 +85,18 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 5,
     measure: Annotated[bool, typer.Option(help="Measure FLOPs, latency and memory, too.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="End at the first image that cannot be read.")] = False,
+    referee: Annotated[
+        bool, typer.Option(help="Also answer without the images (blind), and with the example images moved a little.")
+    ] = True,
     report: Annotated[bool, typer.Option(help="Write report.html (needs the 'report' extra).")] = True,
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
     from tokensieve.evaluate import load_data
-    from tokensieve.evaluate.compare import RESULTS, Comparison, skipped_note
+    from tokensieve.evaluate.compare import Comparison
     from tokensieve.evaluate.plan import Settings
     from tokensieve.evaluate.processes import Processes
+    from tokensieve.evaluate.results import RESULTS, skipped_note
     from tokensieve.methods.spec import expand
 
     specs, keeps = split_specs(methods), split_budgets(keep)
@@ -105,6 +111,7 @@ def compare(
         measure=measure,
         strict=strict,
         **options,
+        referee=referee,
     )
     check_scopes(settings.budget_scope, settings.plan(specs, keeps))  # a bad spec is refused before a model is loaded
     if report:
@@ -122,8 +129,8 @@ def compare(
     )
     vlm, processor = load_model(model, loading, classifiers=True)
     note_crowd(vlm)
-    if methods == METHODS and not vlm.can_generate():
-        specs = [trained_spec(model, vlm)]
+    if methods == COMPARED:
+        specs = _default_specs(model, vlm)
     trained = None
     if unreduced := unreduced or COMPARED_WITH.get(model):
         # the unreduced fine-tune is another checkpoint: the revision and the adapter are those of --model
@@ -152,6 +159,19 @@ def compare(
         note(f"report:  {_write_report(results, output, processor)}")
 
 
+def _default_specs(name: str, vlm: Any) -> list[str]:
+    """Return the methods that are compared by default; without downsample where the model cannot resize images."""
+    from tokensieve.engine import attach
+
+    if not vlm.can_generate():
+        return [trained_spec(name, vlm)]
+    try:
+        attach(vlm, "downsample").detach()
+    except Refusal:
+        return split_specs(METHODS)
+    return split_specs(COMPARED)
+
+
 def _batch_size(text: str) -> int | Literal["auto"]:
     if text != "auto" and not text.isdecimal():
         raise Refusal(f"--batch-size is 'auto' or a number; got {text!r}")
@@ -161,12 +181,15 @@ def _batch_size(text: str) -> int | Literal["auto"]:
 def print_rows(results: Any) -> None:
     """Print the decision, then two tables that fit 100 columns: accuracy, and costs if they were measured."""
     from tokensieve.report.decision import Decision
+    from tokensieve.report.referee import GUARD, brief
     from tokensieve.report.remarks import warnings
     from tokensieve.report.table import ACCURACY, COSTS, KEEP, METHOD
 
     decision = Decision(results)
-    print_lines([*warnings(decision), *decision.sentences()])
-    for columns in (ACCURACY, COSTS) if decision.measured else (ACCURACY,):
+    print_lines([*warnings(decision), *decision.sentences(), *brief(decision)])
+    guarded = any(line.row.referee and line.row.referee.guards for line in decision.lines)
+    accuracy = (*ACCURACY[:-1], GUARD, ACCURACY[-1]) if guarded else ACCURACY
+    for columns in (accuracy, COSTS) if decision.measured else (accuracy,):
         shown = (METHOD, KEEP, *(column for column in columns if not column.page_only))
         rows = [[column.text(line) for column in shown] for line in decision.lines]
         headers = [column.header for column in shown]

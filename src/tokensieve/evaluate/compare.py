@@ -6,11 +6,11 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
@@ -19,16 +19,14 @@ from tokensieve.evaluate.answer import (
     Attached,
     Classifier,
     attaching,
-    is_out_of_memory,
-    replaying,
     unreadable,
 )
-from tokensieve.evaluate.costs import session_costs
+from tokensieve.evaluate.blind import blind_answerer, refusal
+from tokensieve.evaluate.costs import row_costs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.lock import locked
 from tokensieve.evaluate.metrics import METRICS, check_answers
-from tokensieve.evaluate.oracle import oracle
 from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import check_one_image, check_texts
@@ -42,18 +40,15 @@ from tokensieve.evaluate.provenance import (
     processor_identity,
     sample_key,
 )
-from tokensieve.evaluate.results import Example, Results, Skipped
-from tokensieve.evaluate.rows import FULL
+from tokensieve.evaluate.referee import referee as refereed
+from tokensieve.evaluate.results import RESULTS, Example, Results, Skipped, skipped_note
+from tokensieve.evaluate.rows import BLIND
+from tokensieve.evaluate.runner import Progress, Runner, Steps
+from tokensieve.evaluate.stability import row_overlaps
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.loading import DEFAULTS, LoadOptions
-from tokensieve.measure import Candidate, Cost, measure_costs
 from tokensieve.models.layout import Separators
-from tokensieve.reduction import Reduction
 from tokensieve.version import __version__
-
-RESULTS = "results.json"
-NAMED = 10  # skipped questions that the note names
-Progress: TypeAlias = Callable[[int, int, str], None]
 
 
 def compare(
@@ -78,13 +73,16 @@ def compare(
     measure: bool = True,
     examples: int = 4,
     strict: bool = False,
+    referee: bool = True,
     progress: Progress | None = None,
     processes: Processes | None = None,
 ) -> Results:
     """Answer every sample with every method at every budget, greedily, and score the answers.
 
     The unhooked model ("full") always runs, and first. A method with an open ``seed`` runs with ``seeds`` of them. A
-    spec that gives its own ``keep`` runs once, at that budget. Data with boxes adds an "oracle" row per budget.
+    spec that gives its own ``keep`` runs once, at that budget. Data with boxes adds an "oracle" row per budget. The
+    last row is "blind", the model without the image, unless the processor makes no such prompt. Every row carries the
+    findings of the :mod:`~tokensieve.evaluate.referee`.
 
     A question whose image cannot be read is skipped in every row, listed in ``Results.skipped`` and named in a warning.
 
@@ -94,7 +92,7 @@ def compare(
 
     Args:
         model: a vision-language model with nothing attached, in eval mode on its device; or a cross-modal encoder that
-            classifies answers (a ViLT or METER for question answering), which gets no oracle row.
+            classifies answers (a ViLT or METER for question answering), which gets no oracle row and no blind one.
         processor: its processor.
         samples: see :func:`~tokensieve.evaluate.load_data`.
         methods: method specs.
@@ -106,7 +104,7 @@ def compare(
         processes: share the work with other processes of a launcher, each of which makes this call:
             ``Processes.launched()``.
         batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, prompt,
-            processor_for_text, measure, examples, strict: see :class:`~tokensieve.evaluate.plan.Settings`.
+            processor_for_text, measure, examples, strict, referee: see :class:`~tokensieve.evaluate.plan.Settings`.
 
     Raises:
         Refusal: unknown method, metric or parameter; a bad budget; nothing to run. Also a method that refuses a sample,
@@ -129,6 +127,7 @@ def compare(
         measure=measure,
         examples=examples,
         strict=strict,
+        referee=referee,
     )
     comparison = Comparison(model, processor, samples, settings, trained, loading, processes)
     results = comparison.run(methods, keeps, Path(output), progress)
@@ -137,24 +136,13 @@ def compare(
     return results
 
 
-def skipped_note(results: Results) -> str:
-    """Return one line that names the first questions that were skipped, and the reason of the first."""
-    skipped, numbers = results.skipped, dict[str, list[str]]()
-    for entry in skipped[:NAMED]:
-        place, _, number = entry.where.rpartition(" ")  # "data.jsonl, line" and "7"
-        numbers.setdefault(place or "question", []).append(number or entry.id)
-    places = [f"{place}{'s' * (len(listed) > 1)} {', '.join(listed)}" for place, listed in numbers.items()]
-    more = [f"{len(skipped) - NAMED} more in {RESULTS}"] if len(skipped) > NAMED else []
-    text, total = "; ".join([*places, *more]), len(skipped) + len(results.questions)
-    return f"{len(skipped)} of {total} questions skipped: images cannot be read ({text}: {skipped[0].reason})"
-
-
 class Comparison:
     """One model and one data set under fixed settings. Arguments as for :func:`compare`.
 
     Attributes:
         samples: those that can be read, as far as it is known.
         skipped: the others.
+        no_blind: the reason why there is no blind row; "" if there is one.
 
     Raises:
         Refusal: no samples, an id that two have, a placeholder in a question, or a model that cannot be compared.
@@ -187,6 +175,7 @@ class Comparison:
         self.all_samples, self.settings, self.processes = samples, settings, processes or Processes()
         self.samples, self.skipped = list(samples), list[Skipped]()
         self.loading = loading
+        self.no_blind = refusal(model, processor, samples[0], settings.prompt)
         self.text_processor = processor if settings.processor_for_text else None
 
     def run(
@@ -204,17 +193,16 @@ class Comparison:
     def _run(self, entries: Sequence[Entry], output: Path, progress: Progress | None) -> Results:
         journal, keys, examples = self._start(output)
         machine = environment(self.model)
-        runners = [
-            _Runner(self, model, keys, {sample.id for sample in examples}, journal)
-            for model in (self.model, self.trained)
-            if model is not None
-        ]
-        report = _Progress(progress, len(self.all_samples) * sum(len(entry.runs) for entry in entries))
+        models = [model for model in (self.model, self.trained) if model is not None]
+        example_ids = {sample.id for sample in examples}
+        runners = [Runner(self, self.answerer(model, self.all_samples, keys, example_ids), journal) for model in models]
+        blind = Runner(self, blind_answerer(self, keys, journal), journal)
+        report = Steps(progress, len(self.all_samples) * sum(len(entry.runs) for entry in entries))
         stored = store(examples, output) if self.processes.first else []
         table, added = self._table(stored), list[Entry]()
         results: Any = None  # of the first process only
         for entry in entries:
-            runner = runners[entry.trained]
+            runner = blind if entry.method == BLIND else runners[entry.trained]
             for run in entry.runs:
                 runner.complete(run, entry.keep, report)
             if not self.processes.first:
@@ -226,19 +214,31 @@ class Comparison:
             for row in new:
                 runs = [journal.answers[run.key] for run in row.runs]
                 table.add(row, [{s.id: answers[keys[s.id]] for s in self.samples} for answers in runs])
-            complete = entry is entries[-1] and not self.settings.measure
-            results = self._save(table, output, machine, complete=complete)
-        if self.processes.first and self.settings.measure:
-            report("timing", 0)
-            table.add_costs(self._costs(entries, runners, journal, machine))
+            self._save(table, output, machine, complete=False)
+        shown = [sample for sample in examples if sample in self.samples] if self.settings.referee else []
+        overlaps = row_overlaps(self, entries, shown, keys, journal, report)
+        if self.processes.first:
+            table.add_overlaps(overlaps)
+            if self.settings.measure:
+                report("timing", 0)
+                table.add_costs(row_costs(self, entries, runners, journal, machine))
             results = self._save(table, output, machine, complete=True)
         all_results: list[Results] = self.processes.exchange(results)
         return all_results[0]
 
     def _save(self, table: Table, output: Path, machine: dict[str, Any], *, complete: bool) -> Results:
         results = table.results(complete=complete, environment=machine, settings=self._facts(), skipped=self.skipped)
+        if complete:
+            results = refereed(results)
         results.save(output / RESULTS)
         return results
+
+    def answerer(
+        self, model: Any, samples: Sequence[Sample], keys: Mapping[str, str], examples: AbstractSet[str]
+    ) -> Answerer:
+        """Return what answers with one of the models."""
+        answering = Answerer if model.can_generate() else Classifier
+        return answering(model, self.processor, samples, self.settings, keys, examples)
 
     def _start(self, output: Path) -> tuple[Journal, dict[str, str], list[Sample]]:
         """Return the journal, the samples' keys in it and the examples: read by the first process, sent to all."""
@@ -287,42 +287,13 @@ class Comparison:
             count = "" if self.settings.strict else f"none of the {len(self.all_samples)} images can be read; "
             raise DataError(f"{count}{first.where or first.id}: {first.reason}")
 
-    def _costs(
-        self, entries: Sequence[Entry], runners: Sequence[_Runner], journal: Journal, machine: dict[str, Any]
-    ) -> list[Cost]:
-        """Return the cost of every row, from one session of rounds that all rows share, on the first sample.
-
-        Rows of the fine-tuned model are paired with the compared model, too.
-        """
-        sample, others = self.samples[0], entries[1:]
-
-        def measure() -> list[Cost]:
-            return measure_costs(
-                self.model,
-                runners[0].answerer.inputs([sample]),
-                [runners[entry.trained].candidate(entry, sample) for entry in others],
-                models=[runners[entry.trained].answerer.model for entry in others],
-                processor=self.text_processor,
-                **self.settings.attach_options(),
-            )
-
-        keys = [entry.runs[0].key for entry in entries]
-        try:
-            return session_costs(journal, {**machine, "sample": sample_key(sample)}, keys, measure)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise Refusal(
-                "memory ran out while the costs of one prompt were measured; the answers are kept, and the same "
-                "comparison without measuring (--no-measure, measure=False) gives their results"
-            ) from error
-
     def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""
         # boxes are places in one image
         one_image = all(len(sample.images) == 1 for sample in self.samples)
         oracle = self.model.can_generate() and one_image and any(sample.boxes for sample in self.samples)
-        full, *others = self.settings.plan(methods, keeps, oracle=oracle)
+        blind = self.settings.referee and not self.no_blind
+        full, *others = self.settings.plan(methods, keeps, oracle=oracle, blind=blind)
         for run in (run for entry in (full, *others) for run in entry.runs if run.stages):
             self.attached(self.model, run)(self.samples[:1]).detach()
         if self.trained is not None:
@@ -343,68 +314,10 @@ class Comparison:
         """Return the settings as the report shows them."""
         names = ("metric", "seeds", "keep_means", "batch_size")
         about: dict[str, Any] = {"model": model_name(self.model), "samples": len(self.samples)}
+        if self.settings.referee and self.no_blind:
+            about["no_blind"] = self.no_blind
         if loaded := loading_facts(self.model, self.loading):
             about["loading"] = loaded
         if is_bundled(self.model) and any(sample.where for sample in self.all_samples):
             about["foreign_images"] = True  # the data are a user's file, the model knows its own scenes only
         return self.settings.prediction_setup() | about | {name: getattr(self.settings, name) for name in names}
-
-
-class _Runner:
-    """Answers of the runs on one of the models, read from the journal or produced and appended to it."""
-
-    def __init__(
-        self, comparison: Comparison, model: Any, keys: Mapping[str, str], examples: set[str], journal: Journal
-    ) -> None:
-        answering = Answerer if model.can_generate() else Classifier
-        self.comparison, self.journal, self.keys = comparison, journal, keys
-        self.answerer = answering(
-            model, comparison.processor, comparison.all_samples, comparison.settings, keys, examples
-        )
-
-    def complete(self, run: Run, keep: Budget | None, report: _Progress) -> None:
-        """Answer the questions that have no answer in the journal for this run."""
-        comparison, answerer, journal = self.comparison, self.answerer, self.journal
-        processes = comparison.processes
-        if run.stages:
-            attached = comparison.attached(answerer.model, run)
-        else:
-            attached = replaying(answerer.model, partial(self._oracle_decision, keep))
-        done = answerer.finished(journal.answers.get(run.key, {}))
-        report(run.key, len(done | {self.keys[entry.id] for entry in comparison.skipped}))
-        for batch in answerer.run(attached, done, journal.skipped, processes.rank, processes.count):
-            parts = processes.exchange(batch)
-            answerer.adapt([part.size for part in parts])
-            for part in parts:
-                # a batch is answered whole; its answers from an earlier call stay as they are
-                new = [answer for answer in part.answers if answer.sample not in done]
-                journal.add(run.key, new)
-                report(run.key, len(new) + len(part.skipped.keys() - done))
-                if part.skipped:
-                    comparison.leave_out(journal, self.keys, part.skipped)
-            if failures := [part.failure for part in parts if part.failure]:
-                method = run.key.partition(" #")[0]  # without the digest of its code
-                raise Refusal(f"{method}: {failures[0]}; the answers so far are kept in {journal.path}")
-
-    def candidate(self, entry: Entry, sample: Sample) -> Candidate:
-        """Return the method of a row's first run, or the oracle's decision for the sample."""
-        return entry.runs[0].stages or [[self._oracle_decision(entry.keep, sample)]]
-
-    def _oracle_decision(self, keep: Budget | None, sample: Sample) -> Reduction:
-        """Return the oracle's decision for a sample, on the token grid that an earlier run recorded."""
-        assert keep is not None
-        runs, key = self.journal.answers, self.answerer.keys[sample.id]
-        grids = (answers[key].grid for answers in runs.values() if key in answers)
-        return oracle(sample.boxes, sample.open().size, runs[FULL][key].before, next(filter(None, grids), None), keep)
-
-
-class _Progress:
-    """Sums the finished questions for the caller's callback."""
-
-    def __init__(self, callback: Progress | None, total: int) -> None:
-        self.callback, self.total, self.done = callback, total, 0
-
-    def __call__(self, label: str, more: int) -> None:
-        self.done += more
-        if self.callback is not None:
-            self.callback(self.done, self.total, label)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
-from tokensieve.evaluate.rows import FULL, ORACLE
+from tokensieve.evaluate.rows import BLIND, FULL, ORACLE
 from tokensieve.methods import Method, MethodInfo, Positions, parse
 from tokensieve.methods.spec import expand
 from tokensieve.models.layout import Separators
@@ -41,6 +41,8 @@ class Settings:
         measure: also measure FLOPs, latency and memory, on the first sample alone.
         examples: number of images whose decisions are recorded for the report.
         strict: end at the first image that cannot be read, instead of skipping its questions.
+        referee: also answer every question without its image (the "blind" row), and answer the examples again with
+            their images moved by a few pixels.
 
     Raises:
         Refusal: naming the option, the value and the allowed ones.
@@ -59,6 +61,7 @@ class Settings:
     examples: int = 4
     strict: bool = False
     positions: Positions = "original"
+    referee: bool = True
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -69,9 +72,11 @@ class Settings:
             raise Refusal(f"the prompt must contain {{question}}; got {self.prompt!r}")
         _check(self.seeds, self.keep_means)
 
-    def plan(self, methods: Sequence[str], keeps: Sequence[Budget], *, oracle: bool = False) -> list[Entry]:
+    def plan(
+        self, methods: Sequence[str], keeps: Sequence[Budget], *, oracle: bool = False, blind: bool = False
+    ) -> list[Entry]:
         """Return the rows of a comparison under these settings, see :func:`plan`."""
-        return plan(methods, keeps, seeds=self.seeds, oracle=oracle, keep_means=self.keep_means)
+        return plan(methods, keeps, seeds=self.seeds, oracle=oracle, blind=blind, keep_means=self.keep_means)
 
     def attach_options(self) -> dict[str, Any]:
         """Return the settings that ``attach`` takes."""
@@ -89,7 +94,7 @@ class Run:
 
     Attributes:
         key: the full spec (with budget and seed) and, for methods that are not built in, a digest of their code.
-        stages: the methods; empty for the oracle.
+        stages: the methods; empty for the oracle and for the blind row.
     """
 
     key: str
@@ -116,9 +121,15 @@ class Entry:
 
 
 def plan(
-    methods: Sequence[str], keeps: Sequence[Budget], *, seeds: int, oracle: bool, keep_means: KeepMeans = "final"
+    methods: Sequence[str],
+    keeps: Sequence[Budget],
+    *,
+    seeds: int,
+    oracle: bool,
+    blind: bool = False,
+    keep_means: KeepMeans = "final",
 ) -> list[Entry]:
-    """Return the rows of a comparison, full first and the oracle's last, without duplicates.
+    """Return the rows of a comparison without duplicates: full first, the oracle's and the blind row last.
 
     A spec with an open budget runs at each of ``keeps``, or at its default if there are none. A spec that gives its
     budget runs once, at that budget.
@@ -138,6 +149,7 @@ def plan(
         entries += [_entry(spec, parameters, seeds) for parameters in budgets or [{}]]
     if oracle:
         entries += [Entry(ORACLE, keep, (Run(f"{ORACLE}(keep={keep!r})", ()),)) for keep in keeps]
+    entries += [Entry(BLIND, None, (Run(BLIND, ()),))] if blind else []
     unique: dict[tuple[str, ...], Entry] = {}
     for entry in entries:
         unique.setdefault(tuple(run.key for run in entry.runs), entry)

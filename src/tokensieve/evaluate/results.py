@@ -18,6 +18,8 @@ from tokensieve.evaluate.intervals import Clusters, PairedDifference, Scores, pa
 from tokensieve.evaluate.rows import Row, VsRandom, YesNo, label
 
 VERSION = 3
+RESULTS = "results.json"
+NAMED = 10  # skipped questions that the note names
 Table: TypeAlias = Literal["rows", "types", "questions"]
 """One line per row of the table; per row and question type; or per row, seed and question."""
 
@@ -168,7 +170,7 @@ class Results:
             for name, kind in nested.items()
             if any(getattr(row, name) is not None for row in self.rows)
         }
-        plain = [field.name for field in fields(Row) if field.name not in (*nested, "types")]
+        plain = [field.name for field in fields(Row) if field.name not in (*nested, "types", "referee")]
         for row in self.rows:
             record = {name: getattr(row, name) for name in plain}
             for name, inner in columns.items():
@@ -289,3 +291,15 @@ class Results:
 
 def _example(data: Mapping[str, Any]) -> Example:
     return Example(**{**data, "answers": tuple(data["answers"]), "kept": tuple(data["kept"])})
+
+
+def skipped_note(results: Results) -> str:
+    """Return one line that names the first questions that were skipped, and the reason of the first."""
+    skipped, numbers = results.skipped, dict[str, list[str]]()
+    for entry in skipped[:NAMED]:
+        place, _, number = entry.where.rpartition(" ")  # "data.jsonl, line" and "7"
+        numbers.setdefault(place or "question", []).append(number or entry.id)
+    places = [f"{place}{'s' * (len(listed) > 1)} {', '.join(listed)}" for place, listed in numbers.items()]
+    more = [f"{len(skipped) - NAMED} more in {RESULTS}"] if len(skipped) > NAMED else []
+    text, total = "; ".join([*places, *more]), len(skipped) + len(results.questions)
+    return f"{len(skipped)} of {total} questions skipped: images cannot be read ({text}: {skipped[0].reason})"

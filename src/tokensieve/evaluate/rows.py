@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from tokensieve.budget import Budget, budget_text
 from tokensieve.evaluate.intervals import Clusters, Scores, in_points, ratio
+from tokensieve.evaluate.verdict import Verdict
 
-FULL, ORACLE = "full", "oracle"  # names of the two rows that are no method's
+FULL, ORACLE, BLIND = "full", "oracle", "blind"  # names of the rows that are no method's
 
 
 def label(method: str, keep: Budget | None) -> str:
@@ -110,7 +111,8 @@ class Row:
 
     Attributes:
         method: the spec as the user wrote it. "full" is the unhooked model. "oracle" is no method: it keeps the
-            tokens of the asked object first (data with boxes only).
+            tokens of the asked object first (data with boxes only). "blind" is the model without the image: the
+            prompt has no visual token.
         keep: the budget; ``None`` for full and for methods without one. Under ``keep_means="average"`` it is the
             requested average for methods inside the LLM.
         tokens_before, tokens_after: visual tokens per image, mean over the samples.
@@ -136,6 +138,7 @@ class Row:
             a similar number of tokens.
         types: accuracy by question type; empty when the data has no types.
         yes_no: F1 and its parts, for the metric ``yes_no``.
+        referee: the referee's findings, see :mod:`tokensieve.evaluate.referee`; ``None`` while rows are missing.
     """
 
     method: str
@@ -177,17 +180,21 @@ class Row:
     random: VsRandom | None = None
     types: tuple[TypeScore, ...] = ()
     yes_no: YesNo | None = None
+    referee: Verdict | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields in order, for JSON."""
-        return {**asdict(self), "types": [asdict(score) for score in self.types]}
+        referee = None if self.referee is None else self.referee.to_json()
+        return {**asdict(self), "types": [asdict(score) for score in self.types], "referee": referee}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Row:
         """Invert :meth:`to_json`."""
         random, yes_no = (data[name] and kind(**data[name]) for name, kind in (("random", VsRandom), ("yes_no", YesNo)))
         types = tuple(TypeScore(**score) for score in data["types"])
-        return cls(**{**data, "random": random, "types": types, "yes_no": yes_no})
+        verdict = data.get("referee")  # not in older files
+        referee = verdict and Verdict.from_json(verdict)
+        return cls(**{**data, "random": random, "types": types, "yes_no": yes_no, "referee": referee})
 
     @property
     def label(self) -> str:
@@ -196,6 +203,8 @@ class Row:
 
     def __repr__(self) -> str:
         tokens = f"{self.tokens_after:.4g} of {self.tokens_before:.4g} tokens"
+        if self.tokens_average != self.tokens_after:
+            tokens += f" ({self.tokens_average:.4g} on average)"
         accuracy = f"accuracy {in_points(self.accuracy, self.accuracy_low, self.accuracy_high)} %"
         if self.difference is not None and self.difference_low is not None and self.difference_high is not None:
             accuracy += f", {in_points(self.difference, self.difference_low, self.difference_high, sign='+')} to full"

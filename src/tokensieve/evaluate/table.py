@@ -16,12 +16,13 @@ from tokensieve.evaluate.intervals import Clusters, Scores, interval, paired_dif
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.metrics import Metric, accepted_answers, choice, says_yes, yes_no
 from tokensieve.evaluate.plan import Entry, is_random_baseline
+from tokensieve.evaluate.referee import SIMILAR
 from tokensieve.evaluate.results import Example, Question, Results, Skipped
-from tokensieve.evaluate.rows import Row, TypeScore, VsRandom, YesNo
+from tokensieve.evaluate.rows import BLIND, Row, TypeScore, VsRandom, YesNo
+from tokensieve.evaluate.verdict import Overlap, Verdict
 from tokensieve.measure import Cost
 
 MB = 1e6
-SIMILAR = 1.2  # a row is compared with random runs that have at most so many times its tokens, or as many times fewer
 SPREADS = ("prefill_ms", "prefill_speedup", "method_ms", "decode_ms_per_token", "decode_speedup")
 FOLDER = "examples"
 LARGEST = 512  # px, longer side of a stored image
@@ -86,8 +87,15 @@ class Table:
         self.examples = tuple(_with_row(example, entry, runs[0][example.id]) for example in self.examples)
 
     def add_costs(self, costs: Sequence[Cost]) -> None:
-        """Complete all rows with their costs, which come from one session."""
-        self.rows = [replace(row, **_measured(cost)) for row, cost in zip(self.rows, costs, strict=True)]
+        """Complete the rows with their costs, which come from one session; the blind row, the last, has none."""
+        blind = [row for row in self.rows if row.method == BLIND]
+        timed = [row for row in self.rows if row.method != BLIND]
+        self.rows = [replace(row, **_measured(cost)) for row, cost in zip(timed, costs, strict=True)] + blind
+
+    def add_overlaps(self, overlaps: Sequence[Overlap | None]) -> None:
+        """Complete all rows with the stability of their kept places."""
+        verdicts = [None if overlap is None else Verdict(overlap=overlap) for overlap in overlaps]
+        self.rows = [replace(row, referee=verdict) for row, verdict in zip(self.rows, verdicts, strict=True)]
 
     def results(
         self,
@@ -227,6 +235,6 @@ def _with_row(example: Example, entry: Entry, answer: Answer) -> Example:
         "method": entry.method,
         "keep": entry.keep,
         "prediction": answer.text,
-        "reductions": [answer.reduction],
+        "reductions": [] if answer.reduction is None else [answer.reduction],  # the blind row has no tokens to show
     }
     return replace(example, kept=(*example.kept, row))

@@ -9,12 +9,11 @@ from statistics import median_low
 
 from tokensieve.budget import budget_text
 from tokensieve.evaluate import PairedDifference, Results, Row
-from tokensieve.evaluate.table import SIMILAR
+from tokensieve.evaluate.kinds import REDUCING, baseline_methods, kind_of
+from tokensieve.evaluate.referee import similar
 from tokensieve.report.table import (
     Cost,
     Line,
-    baseline_methods,
-    kind_of,
     number,
     percent,
     points,
@@ -27,7 +26,6 @@ from tokensieve.report.table import (
 EQUAL = 1.02  # budgets written differently ("25%" and "36") are one if their tokens differ by at most this factor
 UNSURE = 0.05  # a possible loss of accuracy beyond which "not told apart from full" recommends nothing
 MEASURED: tuple[Cost, ...] = ("flops_ratio", "prefill_ms")
-METHODS = ("method", "baseline", "random")
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,7 @@ class Decision:
         results: the results.
         costs: the costs that were measured, FLOPs first; tokens if none was.
         full: the line of the unhooked model; ``None`` if it is missing.
+        blind: the line of the model without the image; ``None`` if it is missing.
         budgets: one group per budget, the largest first.
     """
 
@@ -113,18 +112,21 @@ class Decision:
         kinds = {id(row): kind_of(row.method, baselines) for row in rows}
         measured = tuple(cost for cost in MEASURED if any(getattr(row, cost) is not None for row in rows))
         self.costs: tuple[Cost, ...] = measured or ("tokens_average",)
-        # the oracle is given the answer's place, so it is on no front; uncertain times make no front
-        self._candidates = [row for row in rows if kinds[id(row)] != "oracle"]
+        # the oracle is given the answer's place, and blind makes no use of the image, so both are on no front;
+        # uncertain times make no front
+        self._candidates = [row for row in rows if kinds[id(row)] not in ("oracle", "blind")]
         fronts = {cost: self.front(cost) for cost in self.costs}
 
         def line(row: Row, ranked: bool) -> Line:
             on = tuple(cost for cost in self.costs if any(row is member for member in fronts[cost]))
-            return Line(row, kinds[id(row)], ranked and kinds[id(row)] in METHODS, on)
+            return Line(row, kinds[id(row)], ranked and kinds[id(row)] in REDUCING, on)
 
-        self.full = next((line(row, False) for row in rows if kinds[id(row)] == "full"), None)
+        self.full, self.blind = (
+            next((line(row, False) for row in rows if kinds[id(row)] == kind), None) for kind in ("full", "blind")
+        )
         self.budgets: tuple[BudgetRows, ...] = tuple(
-            self._arranged(group, [line(row, _similar(row.tokens_average, group.tokens)) for row in group.members])
-            for group in _by_budget([row for row in rows if kinds[id(row)] != "full"])
+            self._arranged(group, [line(row, similar(row.tokens_average, group.tokens)) for row in group.members])
+            for group in _by_budget([row for row in rows if kinds[id(row)] not in ("full", "blind")])
         )
 
     def _arranged(self, group: _Group, lines: Sequence[Line]) -> BudgetRows:
@@ -136,11 +138,15 @@ class Decision:
             choice = Choice(best, gaps)
         return BudgetRows(group.name, group.tokens, tuple(lines), choice)
 
+    @property
+    def without_budget(self) -> tuple[Line, ...]:
+        """Return the lines of full and blind, as far as they ran."""
+        return tuple(line for line in (self.full, self.blind) if line is not None)
+
     @cached_property
     def lines(self) -> tuple[Line, ...]:
-        """Return all lines in the order of the table: full, then the budgets."""
-        full = (self.full,) if self.full else ()
-        return (*full, *(line for group in self.budgets for line in group.lines))
+        """Return all lines in the order of the table: full, blind, then the budgets."""
+        return (*self.without_budget, *(line for group in self.budgets for line in group.lines))
 
     def front(self, cost: Cost) -> list[Row]:
         """Return the Pareto front by a cost; empty for times that a note calls uncertain."""
@@ -154,14 +160,14 @@ class Decision:
     @cached_property
     def cheapest(self) -> Row | None:
         """Return the cheapest row whose interval is not below the full model; the most accurate of equal costs."""
-        candidates = [(line.row, to_full(line.row)) for line in self.lines if line.kind in METHODS]
+        candidates = [(line.row, to_full(line.row)) for line in self.lines if line.kind in REDUCING]
         level = [row for row, gap in candidates if gap is not None and gap[2] >= 0]
         return min(level, key=lambda row: (_cost_of(row), -row.accuracy), default=None)
 
     @property
     def cheapest_sentence(self) -> str:
         """Return the cheapest row that is not below the full model, in words."""
-        if self.full is None or not any(line.kind in METHODS for line in self.lines):
+        if self.full is None or not any(line.kind in REDUCING for line in self.lines):
             return ""
         row = self.cheapest
         gap = None if row is None else to_full(row)
@@ -285,10 +291,6 @@ def _as_shown(row: Row, cost: Cost) -> float:
     return float(format(getattr(row, cost), forms[cost]))
 
 
-def _similar(tokens: float, others: float, factor: float = SIMILAR) -> bool:
-    return max(tokens, others) <= factor * max(min(tokens, others), 1e-9)
-
-
 def _by_budget(rows: Sequence[Row]) -> list[_Group]:
     """Return the rows per budget, the largest first.
 
@@ -302,7 +304,7 @@ def _by_budget(rows: Sequence[Row]) -> list[_Group]:
     groups: list[_Group] = []
     for name, members in by_name.items():
         tokens = _tokens(members)
-        twin = next((group for group in groups if _similar(group.tokens, tokens, EQUAL)), None)
+        twin = next((group for group in groups if similar(group.tokens, tokens, EQUAL)), None)
         if twin is None:
             groups.append(_Group(name, tokens, members))
         else:
@@ -311,7 +313,7 @@ def _by_budget(rows: Sequence[Row]) -> list[_Group]:
         near = [
             (abs(g.tokens - row.tokens_average), i)
             for i, g in enumerate(groups)
-            if _similar(g.tokens, row.tokens_average)
+            if similar(g.tokens, row.tokens_average)
         ]
         if near:
             groups[min(near)[1]].members.append(row)

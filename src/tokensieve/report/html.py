@@ -13,12 +13,13 @@ from pathlib import Path
 from PIL import Image
 
 from tokensieve.evaluate import METRICS, Example, OutputError, Results
-from tokensieve.evaluate.rows import FULL, label
+from tokensieve.evaluate.rows import BLIND, FULL, label
 from tokensieve.reduction import Reduction
 from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra
 from tokensieve.report.overlay import overlay
 from tokensieve.report.plots import curve, time_saved
+from tokensieve.report.referee import GUARD, findings, hidden_losses, tables
 from tokensieve.report.remarks import explanations, remarks, warnings
 from tokensieve.report.table import (
     ACCURACY,
@@ -26,6 +27,7 @@ from tokensieve.report.table import (
     COSTS,
     FLOPS,
     SPEEDUP,
+    TOKENS,
     Column,
     Cost,
     percent,
@@ -97,7 +99,9 @@ def render(results: Results, folder: Path, *, crop: Crop | None = None, command:
     decision = Decision(results)
     examples = [_shown(example, results, folder, crop, decision) for example in results.examples]
     examples.sort(key=lambda shown: shown.order)
-    accuracy = (*ACCURACY[:-1], *((FLOPS, SPEEDUP, BREAK_EVEN) if decision.measured else ()), ACCURACY[-1])
+    guarded = (GUARD,) if any(line.row.referee and line.row.referee.guards for line in decision.lines) else ()
+    costs = (FLOPS, SPEEDUP, BREAK_EVEN) if decision.measured else ()
+    accuracy = (*ACCURACY[:-1], *guarded, *costs, ACCURACY[-1])
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page.filters["id"] = id
     template = page.from_string(files("tokensieve.report").joinpath("report.html.j2").read_text("utf-8"))
@@ -107,13 +111,15 @@ def render(results: Results, folder: Path, *, crop: Crop | None = None, command:
         decision=decision,
         best=[group.choice.best for group in decision.budgets if group.choice],
         warnings=warnings(decision),
-        remarks=remarks(decision),
+        remarks=[*hidden_losses(decision), *remarks(decision)],
         explanations=explanations(decision),
         accuracy=accuracy,
         costs=COSTS,
         columns=dict.fromkeys((*accuracy[:-1], *(COSTS if decision.measured else ()))),
         measured=decision.measured,
         types=_type_tables(decision),
+        findings=findings(decision),
+        referee_tables=tables(decision),
         curves=[Markup(svg) for svg in _plots(decision)],
         examples=examples,
         uris=_data_uris([picture for shown in examples for picture in shown.pictures]),
@@ -136,7 +142,7 @@ def _type_tables(decision: Decision) -> list[list[Column]]:
     columns = [type_column(kind, samples) for kind, samples in counts.items()]
     tables = math.ceil(len(columns) / TYPES)
     width = math.ceil(len(columns) / tables) if tables else 1
-    return [columns[start : start + width] for start in range(0, len(columns), width)]
+    return [[TOKENS, *columns[start : start + width]] for start in range(0, len(columns), width)]
 
 
 def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, decision: Decision) -> ShownExample:
@@ -150,24 +156,27 @@ def _shown(example: Example, results: Results, folder: Path, crop: Crop | None, 
     right: dict[str, bool] = {}
     pictures = []
     for entry in kept:
-        reduction, caption = Reduction.from_json(entry["reductions"][0]), label(entry["method"], entry["keep"])
-        answer = str(entry["prediction"])
+        caption, answer = label(entry["method"], entry["keep"]), str(entry["prediction"])
         right[caption] = metric(answer, example.answers) > 0
+        if not entry["reductions"]:  # the blind row
+            continue
+        reduction = Reduction.from_json(entry["reductions"][0])
         if reduction.grid is not None or reduction.whole:
             pictures.append(Drawing(caption, overlay(image, reduction, side=384), answer, right[caption]))
-    answers = tuple(dict.fromkeys(example.answers))
-    return ShownExample(example.question, answers, tuple(pictures), *_summary(right, right.pop(FULL, True)))
+    answers, full, blind = tuple(dict.fromkeys(example.answers)), right.pop(FULL, True), right.pop(BLIND, None)
+    return ShownExample(example.question, answers, tuple(pictures), *_summary(right, full, blind))
 
 
-def _summary(right: dict[str, bool], full: bool) -> tuple[str, int]:
+def _summary(right: dict[str, bool], full: bool, blind: bool | None) -> tuple[str, int]:
     """Return an example's summary in words, and its place: questions on which the methods disagree come first.
 
     Args:
         right: {method and budget: whether its answer is right}, without the full model.
         full: whether the full model's answer is right.
+        blind: whether the model is right without the image; ``None`` without a blind row.
     """
     count = sum(right.values())
-    start = f"full model {'right' if full else 'wrong'}; "
+    start = f"full model {'right' if full else 'wrong'}; " + "right without the image; " * bool(blind)
     if count == len(right):
         return start + "all methods right", 1 if not full else 2
     wrong = [caption for caption, is_right in right.items() if not is_right]

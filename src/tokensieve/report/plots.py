@@ -11,9 +11,10 @@ from itertools import cycle
 from typing import Any, TypeAlias
 
 from tokensieve.evaluate import Row
+from tokensieve.evaluate.kinds import baseline_methods, plain_name
 from tokensieve.report.decision import Decision
 from tokensieve.report.extra import needs_report_extra
-from tokensieve.report.table import Cost, baseline_methods, plain_name
+from tokensieve.report.table import Cost
 
 # Colour-blind safe on light and on dark: Okabe and Ito's, the palest darkened. Shape and dash repeat the distinction.
 COLOURS = ("#0084c6", "#d55e00", "#00976d", "#c9649a", "#b98500", "#7a6ff0", "#5f9ea8", "#9a6a3a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tokensieve.evaluate import Results, Row, TypeScore
+from tokensieve.evaluate.kinds import REDUCING
 from tokensieve.report.decision import Decision, faster
 from tokensieve.report.table import Line, percent, points, points_interval, ratio, to_full
 
@@ -74,7 +75,7 @@ def _kept_whole(decision: Decision) -> Iterator[str]:
     rows = [
         line.row
         for line in decision.lines
-        if line.kind not in ("full", "oracle") and line.row.tokens_average >= line.row.tokens_before
+        if line.kind in REDUCING and line.row.tokens_average >= line.row.tokens_before
     ]
     if rows:
         yield f"Dropped no token, so that these rows are the full model with the method's cost: {_list(rows)}."
@@ -176,6 +177,8 @@ def explanations(decision: Decision) -> list[tuple[str, str]]:
     seeds = _seeds(decision)
     average = decision.results.settings.get("keep_means") == "average"
     terms = [("full", "the model without a method.")] if "full" in kinds else []
+    if "blind" in kinds:
+        terms.append(("blind", "the model without the image: no visual token, the same question."))
     if "oracle" in kinds:
         terms.append(
             (

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 from tokensieve.budget import budget_text
 from tokensieve.evaluate import Row, TypeScore
-from tokensieve.evaluate.plan import is_random_baseline
-from tokensieve.evaluate.rows import FULL, ORACLE
+from tokensieve.evaluate.kinds import Kind
 from tokensieve.measure import ratio_digits
-from tokensieve.methods import MethodInfo, list_methods
 
-Kind: TypeAlias = Literal["full", "oracle", "random", "baseline", "method"]
 Cost: TypeAlias = Literal["flops_ratio", "prefill_ms", "tokens_average"]
 NONE = "–"
 
@@ -35,24 +32,6 @@ class Line:
     kind: Kind
     ranked: bool
     front: tuple[Cost, ...]
-
-
-def baseline_methods() -> dict[str, MethodInfo]:
-    """Return {name: info} of the registered baselines without the unhooked model, sorted by name."""
-    return {info.name: info for info in list_methods() if info.paper == "baseline" and info.name != FULL}
-
-
-def plain_name(spec: str) -> str:
-    """Return the method of a spec without its arguments."""
-    return spec.partition("(")[0].strip()
-
-
-def kind_of(spec: str, baselines: Mapping[str, MethodInfo]) -> Kind:
-    """Return the kind of a row from its method spec."""
-    name = plain_name(spec)
-    if name in baselines:
-        return "random" if is_random_baseline(baselines[name]) else "baseline"
-    return "full" if name == FULL else "oracle" if name == ORACLE else "method"
 
 
 def percent(share: float) -> str:
@@ -151,8 +130,14 @@ def _plain(text: Callable[[Row], str]) -> Callable[[Line], Cell]:
 
 def _keep(line: Line) -> Cell:
     if line.row.keep is None:
-        return Cell("all" if line.kind == "full" else NONE)  # the method chooses its number of tokens
+        return Cell({"full": "all", "blind": "none"}.get(line.kind, NONE))  # the method chooses its number of tokens
     return Cell(budget_text(line.row.keep))
+
+
+def _tokens(line: Line) -> Cell:
+    """Return the tokens by both conventions."""
+    after, average = number(line.row.tokens_after, ".4g"), number(line.row.tokens_average, ".4g")
+    return Cell(after if after == average else f"{after} ({average})")
 
 
 def _accuracy(line: Line) -> Cell:
@@ -168,7 +153,8 @@ def _to_full(line: Line) -> Cell:
 
 
 def _p(line: Line) -> Cell:
-    p = line.row.difference_p
+    verdict = line.row.referee and line.row.referee.to("full")
+    p = verdict.p if verdict else line.row.difference_p  # the referee's also joins the seeds
     return Cell(NONE if line.kind == "full" or p is None else p_value(p))
 
 
@@ -208,6 +194,11 @@ def _break_even(line: Line) -> Cell:
 
 
 METHOD = Column("method", "method spec", _plain(lambda row: row.method))
+TOKENS = Column(
+    "tokens",
+    "visual tokens per image that stay at the end; in brackets averaged over the LLM's layers, where that differs",
+    _tokens,
+)
 KEEP = Column("keep", "budget: tokens per image, or a share of them", _keep)
 FLOPS = Column(
     "FLOPs",
@@ -240,12 +231,13 @@ ACCURACY: tuple[Column, ...] = (
     Column(
         "p",
         "McNemar's exact test against the full model, whole images exchanged; can exceed .05 where the interval just "
-        "excludes 0, as exact tests are cautious; none for several seeds or graded scores",
+        "excludes 0, as exact tests are cautious; none for graded scores",
         _p,
     ),
     Column("Pareto", "no other row is as accurate at a lower cost: prefill FLOPs, prefill time, or both", _pareto),
 )
 COSTS: tuple[Column, ...] = (
+    replace(TOKENS, page_only=True),  # the terminal shows both above, for the same rows
     FLOPS,
     Column(
         "prefill ms",

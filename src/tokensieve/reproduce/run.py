@@ -12,11 +12,12 @@ import numpy as np
 
 from tokensieve.errors import Refusal
 from tokensieve.evaluate import Processes, Results, Row
-from tokensieve.evaluate.compare import Comparison, Progress
+from tokensieve.evaluate.compare import Comparison
 from tokensieve.evaluate.intervals import interval, paired_difference
 from tokensieve.evaluate.journal import NAME
 from tokensieve.evaluate.plan import Settings
 from tokensieve.evaluate.rows import FULL
+from tokensieve.evaluate.runner import Progress
 from tokensieve.loading import LoadOptions
 from tokensieve.reproduce.files import fetch
 from tokensieve.reproduce.published import Published, Target
@@ -105,7 +106,7 @@ def reproduce(
         max_new_tokens=benchmark.max_new_tokens,
         positions="contiguous" if target.renumbers else "original",
         measure=False,
-        **{"keep_means": target.keep_means, **settings},
+        **{"keep_means": target.keep_means, "referee": False, **settings},
     )
     methods = [] if target.method == FULL else [target.method, RANDOM]
     comparison = Comparison(model, processor, chosen.samples, options, None, loading, Processes.launched())
