@@ -125,6 +125,9 @@ def notebook_page(notebook: Path) -> str:
     cells = []
     for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
         text = "".join(cell["source"])
-        cells.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        if cell["cell_type"] == "code":
+            cells.append(f"```python\n{text}\n```")
+        else:
+            cells.append(site_links(text, f"docs/notebooks/{notebook.name}"))
     note = f"*This page is a notebook: [download it]({notebook.name}). It needs no network and no GPU.*"
     return "\n\n".join([cells[0], note, *cells[1:]]) + "\n"
