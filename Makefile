@@ -1,4 +1,4 @@
-# `make demo` and `make test` each make .venv, install Tokensieve into it, and run. A second call starts at once.
+# `make demo`, `make test` and `make docs` (the site, into site/) each make .venv, install Tokensieve into it, and run. A second call starts at once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,13 +10,16 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,-c constraints-cpu.txt)
 VLLM ?= 0.32.0
 VLLM_VENV ?= .venv-vllm
 
-.PHONY: demo test install-vllm test-vllm clean
+.PHONY: demo test docs install-vllm test-vllm clean
 
 demo: $(VENV)/.installed-all
 	$(BIN)/tokensieve compare --limit 400 --output runs/demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 # one stamp per extra: the install is repeated only when one of these files has changed
 $(VENV)/.installed-%: pyproject.toml constraints-cpu.txt
@@ -45,4 +48,4 @@ $(VLLM_VENV)/.installed-%: pyproject.toml $(wildcard tests/vllm/constraints-*.tx
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) build dist site

@@ -1,4 +1,4 @@
-"""Make ``overlays.png``, the README's picture: what each method keeps of two benchmark images, and what is answered."""
+"""Make ``overlays.png``, the picture of README and site: what each method keeps of two benchmark images, and what is answered."""
 
 from pathlib import Path
 

@@ -27,7 +27,9 @@ def on_config(config: Any) -> Any:
     index = (ROOT / "docs" / "methods" / "README.md").read_text("utf-8")
     for section in re.split(r"^## ", index, flags=re.M)[1:]:
         stage = section.partition(":")[0]
-        methods.append({stage: [{name: f"methods/{name}.md"} for name in re.findall(r"^\| \[`(.+?)`\]", section, re.M)]})
+        methods.append(
+            {stage: [{name: f"methods/{name}.md"} for name in re.findall(r"^\| \[`(.+?)`\]", section, re.M)]}
+        )
     return config
 
 
@@ -62,6 +64,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if not uri.startswith(("contributing", "changelog", "source/", "notebooks/")):  # made above, with such links
         markdown = site_links(markdown, f"docs/{uri}")
     return "".join(part if number % 2 else plain(part) for number, part in enumerate(FENCE.split(markdown)))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Remove the roles of docstrings in the API: a role names the kind of a link, which this page does not need."""
+    html = re.sub(r":\w+:<code>([^<&]+?) &lt;[^<]*&gt;</code>", r"<code>\1</code>", html)
+    return re.sub(r":\w+:<code>(?:~[\w.]*\.)?([^<]+)</code>", r"<code>\1</code>", html)
 
 
 def plain(markdown: str) -> str:
