@@ -1,7 +1,7 @@
 """Make the pictures of ``concepts.md`` in ``docs/pictures``: the stages, the positions, and one scene by its tokens.
 
-``python docs/make_concepts.py`` writes ``stages.svg``, ``positions.svg`` and ``tokens.png``. The picture of the scene comes
-from the bundled model.
+``python docs/make_concepts.py`` writes ``stages.svg``, ``positions.svg`` and ``tokens.png``. The picture of the scene
+comes from the bundled model.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def stages() -> str:
             parts += [f'<path d="M{x + 158} 128h14m-6 -5l6 5l-6 5" stroke="{INK}" fill="none" stroke-width="1.5"/>']
         if stage:
             parts += [text(x + 78, 236, stage, "middle")]
-    note = "Yellow: visual tokens. Blue: text tokens, which always stay. The KV cache of a layer holds what the layer holds."
+    note = "Yellow: visual tokens. Blue: text tokens, which always stay. A layer's KV cache holds what the layer holds."
     return svg(900, 290, "The stages at which visual tokens can leave", [*parts, text(20, 270, note, "small")])
 
 

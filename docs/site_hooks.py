@@ -41,7 +41,7 @@ def on_files(files: Any, config: Any) -> Any:
         name = f"notebooks/{notebook.stem}.md"
         files.append(File.generated(config, name, content=notebook_page(notebook)))
     # a card links to another card: repeat until no page adds one
-    waiting = [file for file in files.documentation_pages()]
+    waiting = list(files.documentation_pages())
     while waiting:
         page = waiting.pop()
         folder = dirname(repository_path(page.src_uri))

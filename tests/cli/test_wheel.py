@@ -9,13 +9,13 @@ import site
 import subprocess
 import sys
 import tarfile
-import tomllib
 import zipfile
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import tokensieve
 
