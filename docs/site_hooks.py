@@ -63,13 +63,30 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     uri = page.file.src_uri
     if not uri.startswith(("contributing", "changelog", "source/", "notebooks/")):  # made above, with such links
         markdown = site_links(markdown, f"docs/{uri}")
-    return "".join(part if number % 2 else plain(part) for number, part in enumerate(FENCE.split(markdown)))
+    parts = FENCE.split(nested(markdown))
+    return "".join(part if number % 2 else plain(part) for number, part in enumerate(parts))
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """Remove the roles of docstrings in the API: a role names the kind of a link, which this page does not need."""
     html = re.sub(r":\w+:<code>([^<&]+?) &lt;[^<]*&gt;</code>", r"<code>\1</code>", html)
     return re.sub(r":\w+:<code>(?:~[\w.]*\.)?([^<]+)</code>", r"<code>\1</code>", html)
+
+
+def nested(markdown: str) -> str:
+    """Return Markdown in which the content of a list's item is indented by four columns, not by its marker's width."""
+    lines, width, in_code = [], 0, False
+    for line in markdown.split("\n"):
+        if line.startswith("```"):
+            in_code, width = not in_code, 0
+        item = None if in_code else re.match(r"([-*]|\d+\.) ", line)
+        if item:
+            width = len(item[0])
+        elif line and not line.startswith(" " * width):
+            width = 0
+        inside = width and not item and line.strip()
+        lines.append("    " + line[width:] if inside else line)
+    return "\n".join(lines)
 
 
 def plain(markdown: str) -> str:

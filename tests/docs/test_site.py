@@ -10,6 +10,9 @@ import pytest
 
 pytest.importorskip("mkdocs", reason="the site needs the extra docs")
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "docs"))
+import site_hooks  # noqa: E402
+
 LOADING = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
 IN_CSS = re.compile(r"""(?:url\(\s*["']?|@import\s+["'])((?:https?:)?//[^"')]+)""")
 
@@ -71,3 +74,25 @@ def test_the_api_is_there(site: Path) -> None:
     names = re.findall(r"^::: tokensieve\.(\S+)", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M)
     assert len(names) > 20
     assert [name for name in names if f'id="tokensieve.{name}"' not in page] == []
+
+
+def test_links_lead_to_pages_of_the_site() -> None:
+    links = (
+        "[a](../CONTRIBUTING.md#style) [b](../src/x.py) [c](methods/trsm.md) [d](notebooks/n.ipynb) [e](https://h/x.md)"
+    )
+    assert site_hooks.site_links(links, "docs/index.md") == (
+        "[a](contributing.md#style) [b](source/src/x.py.md) [c](methods/trsm.md) [d](notebooks/n.md) [e](https://h/x.md)"
+    )
+    assert site_hooks.site_links("[a](docs/index.md)", "CHANGELOG.md") == "[a](index.md)"
+    assert site_hooks.site_links("[a](../card/README.md)", "src/w/README.md") == "[a](../card/README.md.md)"
+
+
+def test_lists_are_nested_by_four_columns() -> None:
+    text = "1. item:\n\n   ```python\n   f()\n   ```\n\n2. other\n   - inner\n\nText.\n\n```yaml\n- a\n  b\n```"
+    wide = "1. item:\n\n    ```python\n    f()\n    ```\n\n2. other\n    - inner\n\nText.\n\n```yaml\n- a\n  b\n```"
+    assert site_hooks.nested(text) == wide
+
+
+def test_a_list_below_a_paragraph_and_bars_in_code_are_read_as_on_a_code_hosting_page() -> None:
+    assert site_hooks.plain("So:\n- one\n- two") == "So:\n\n- one\n- two"
+    assert site_hooks.plain(r"| `int \| None` | a \| b |") == r"| `int | None` | a \| b |"
