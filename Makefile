@@ -1,4 +1,4 @@
-# `make demo` and `make test` each make .venv, install Tokensieve into it, and run. A second call starts at once.
+# `make demo`, `make test` and `make docs` (the site, into site/) each make .venv, install Tokensieve into it, and run. A second call starts at once.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,13 +19,16 @@ LM_EVAL ?= 0.4.13
 VLMEVAL ?= 0.0.20
 HARNESS_VENV ?= .venv-harness
 
-.PHONY: demo test test-demo install-vllm test-vllm install-harness test-harness clean
+.PHONY: demo test docs test-demo install-vllm test-vllm install-harness test-harness clean
 
 demo: $(VENV)/.installed-all
 	$(BIN)/tokensieve compare --limit 400 --output runs/demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 # one stamp per extra: the install is repeated only when one of these files has changed
 $(VENV)/.installed-%: pyproject.toml constraints-cpu.txt
@@ -79,4 +82,4 @@ $(HARNESS_VENV)/.installed-%: pyproject.toml constraints-cpu.txt tests/harness/r
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_VENV) $(HARNESS_VENV) build dist
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_VENV) $(HARNESS_VENV) build dist site

@@ -1,4 +1,4 @@
-"""Make ``overlays.png``, the README's picture: what each method keeps of two benchmark images, and what is answered."""
+"""Make ``overlays.png``, for README and site: the tokens that methods keep of two benchmark images, and the answers."""
 
 from pathlib import Path
 

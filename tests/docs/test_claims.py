@@ -1,4 +1,4 @@
-"""Each claim of the README has a command, and the command has something to run."""
+"""Each claim of docs/claims.md has a command, and the command has something to run."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ import pytest
 from tokensieve.cli import app
 
 ROOT = Path(__file__).parents[2]
-SECTION = re.search(r"^## What is claimed.*?(?=^## )", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+SECTION = re.search(r"^## What is claimed.*?(?=^## )", (ROOT / "docs" / "claims.md").read_text("utf-8"), re.M | re.S)
 ROWS = re.findall(r"^\| (\*\*.+?) \| (`.+?) \|$", SECTION[0] if SECTION else "", re.M)
 COMMANDS = [(claim, command) for claim, cell in ROWS for command in re.findall(r"`([^`]+)`", cell)]
 

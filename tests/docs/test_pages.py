@@ -14,6 +14,7 @@ from tokensieve.reproduce.published import PUBLISHED
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "docs"))
+import make_concepts  # noqa: E402
 import make_engines  # noqa: E402
 import make_methods  # noqa: E402
 import make_results  # noqa: E402
@@ -37,6 +38,11 @@ def test_the_results_page_is_what_the_generator_writes():
 def test_the_engines_page_is_what_the_generator_writes():
     text = (ROOT / "docs" / "engines.md").read_text("utf-8")
     assert make_engines.page(text) == text, "run python docs/make_engines.py"
+
+
+def test_the_pictures_of_the_concepts_are_what_the_script_makes():
+    for name, picture in (("stages.svg", make_concepts.stages()), ("positions.svg", make_concepts.positions())):
+        assert (make_concepts.FOLDER / name).read_text("utf-8") == picture, "run python docs/make_concepts.py"
 
 
 @pytest.mark.parametrize("name", [info.name for info in list_methods()])
