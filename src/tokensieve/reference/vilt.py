@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tokensieve.reference.benchmark import PUBLISHED
 from tokensieve.reference.model import build_tokenizer, vocabulary
-from tokensieve.reference.questions import ANSWERS
+from tokensieve.reference.questions import ANSWERS, Type
 from tokensieve.reference.things import CANVAS, TOKEN
 
 if TYPE_CHECKING:
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
     from transformers import ViltForQuestionAnswering, ViltProcessor
 
 COPIED, JOINT = 5, 3  # layers from the CLIP encoder, up to the features that the LLaVA uses; new layers above them
-LABELS = tuple(dict.fromkeys(answer for type in PUBLISHED for answer in ANSWERS[type]))
+# its classifier has one-word answers to one question about one image
+ASKED: tuple[Type, ...] = ("colour", "name", "where", "frame", "read", "count", "exist")
+LABELS = tuple(dict.fromkeys(answer for type in ASKED for answer in ANSWERS[type]))
 WORDS = 16  # positions for text: the longest question has 9 tokens, with `<s>` and question mark
 
 
