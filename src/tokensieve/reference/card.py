@@ -28,12 +28,19 @@ def answers(
     texts: list[str] = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        prompts = [f"USER: {'<image>' * image}\n{row.question} ASSISTANT:" for row in part]
-        images = {"images": [row.image for row in part]} if image else {}
+        prompts = [_prompt(row, image) for row in part]
+        images = {"images": [drawn.image for row in part for drawn in row.scenes]} if image else {}
         inputs = processor(text=prompts, padding=True, return_tensors="pt", **images)
         output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
         texts += processor.tokenizer.batch_decode(output, skip_special_tokens=True)
     return texts
+
+
+def _prompt(row: Row, image: bool) -> str:
+    """Return the conversation up to the answer, as the chat template writes it."""
+    turns = "".join(f"{question} ASSISTANT: {answer}</s>USER: " for question, answer in row.turns)
+    pictures = "<image>\n" * len(row.scenes) if image else "\n"
+    return f"USER: {pictures}{turns}{row.question} ASSISTANT:"
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ def shares(rows: Sequence[Row], texts: Sequence[str]) -> dict[str, Share]:
     """Return the share of right answers per question type, and of `all`."""
     right: dict[str, list[bool]] = {}
     for row, answer in zip(rows, texts, strict=True):
-        right.setdefault(row.type, []).append(answer == row.answer)
-        right.setdefault("all", []).append(answer == row.answer)
+        right.setdefault(row.type, []).append(answer in row.accepted)
+        right.setdefault("all", []).append(answer in row.accepted)
     return {type: Share(sum(hits), len(hits)) for type, hits in right.items()}
 
 

@@ -85,7 +85,7 @@ class Packs:
 def make_packs(split: str, indices: Sequence[int], *, seed: int = 0, variants: int = 3, turned: float = 0.5) -> Packs:
     """Make packs for the scenes of a split with these indices; `turned` is the share of questions turned round."""
     count, listed = len(indices), len(SEEN) + len(COLOURS)
-    labels = tuple(np.full((count, TOKENS), IGNORE, np.int8) for _ in range(4))
+    shown, colour, frame, neighbour = (np.full((count, TOKENS), IGNORE, np.int8) for _ in range(4))
     images, present = np.empty((count, 120, 120, 3), np.uint8), np.zeros((count, listed), np.bool_)
     single = _empty(count, variants, LENGTH, TOKENS)
     pairs = _empty(count // 2, variants, PAIR_LENGTH, 2 * TOKENS)
@@ -94,7 +94,7 @@ def make_packs(split: str, indices: Sequence[int], *, seed: int = 0, variants: i
         drawn = scene(split, index, seed)
         rng = np.random.default_rng((7, drawn.seed, drawn.index))
         images[number] = np.asarray(drawn.render())
-        _label(drawn, [label[number] for label in labels], present[number])
+        _label(drawn, [label[number] for label in (shown, colour, frame, neighbour)], present[number])
         for variant in range(variants):
             _pack(single, (number, variant), [ask(drawn, type, rng) for type in SLOTS], turned, rng)
         if before and number % 2 and shared(before, drawn):
@@ -102,7 +102,7 @@ def make_packs(split: str, indices: Sequence[int], *, seed: int = 0, variants: i
                 questions = [ask_second(before, drawn, rng) for _ in PAIR_SLOTS]
                 _pack(pairs, (number // 2, variant), questions, turned, rng)
         before = drawn
-    return Packs(images, *labels, present, single, pairs)
+    return Packs(images, shown, colour, frame, neighbour, present, single, pairs)
 
 
 def _empty(count: int, variants: int, length: int, tokens: int) -> Texts:
@@ -149,10 +149,10 @@ def _pack(
         part = (*row, slice(start, end))
         texts.tokens[part], texts.places[part], texts.slots[part] = ids[:-1], range(end - start), number
         # each word of the answer, and `</s>`, is the target of the token before it
-        texts.targets[*row, end - len(answers) : end] = ids[-len(answers) :]
+        texts.targets[(*row, slice(end - len(answers), end))] = ids[-len(answers) :]
         for box in question.boxes:
             # the question's scene is the last of its images
-            texts.needed[*row, np.array(covered(box)) + len(question.before) * TOKENS] |= 1 << number
+            texts.needed[(*row, np.array(covered(box)) + len(question.before) * TOKENS)] |= 1 << number
 
 
 def _ordered(text: str, turned: float, rng: np.random.Generator) -> list[str]:

@@ -126,9 +126,9 @@ def ask(scene: Scene, type: Type, rng: np.random.Generator) -> Question:
         return _second_turn(scene, phrase, rng)
     thing = scene.objects[_draw(scene.objects, rng)]
     if type == "point":
-        cells = tuple(f"{COLUMNS[cell % GRID]} {ROWS[cell // GRID]}" for cell in covered(thing.box))
-        answer = cells[rng.integers(len(cells))]
-        return Question(phrase.format(thing.name), answer, type, (thing.box,), accepted=cells)
+        points = cells(thing.box)
+        answer = points[rng.integers(len(points))]
+        return Question(phrase.format(thing.name), answer, type, (thing.box,), accepted=points)
     named = thing.colour if type == "name" else _with_article(thing.name) if type == "exist" else thing.name
     answers: dict[str, str] = {
         "colour": thing.colour, "name": thing.name, "where": thing.place, "frame": thing.frame, "exist": "yes"
@@ -136,13 +136,16 @@ def ask(scene: Scene, type: Type, rng: np.random.Generator) -> Question:
     return Question(phrase.format(named), answers[type], type, (thing.box,))
 
 
+def cells(box: Box) -> tuple[str, ...]:
+    """Return the points on the token grid, "x7 y3", that lie on a thing."""
+    return tuple(f"{COLUMNS[cell % GRID]} {ROWS[cell // GRID]}" for cell in covered(box))
+
+
 def ask_second(first: Scene, second: Scene, rng: np.random.Generator) -> Question:
     """Draw a question about the second of two scenes, about a thing that has another colour in the first."""
     things = shared(first, second)
     thing = things[_draw(things, rng)]
-    return Question(
-        _phrase("images", rng).format(thing.name), thing.colour, "images", (thing.box,), before=(first,)
-    )
+    return Question(_phrase("images", rng).format(thing.name), thing.colour, "images", (thing.box,), before=(first,))
 
 
 def shared(first: Scene, second: Scene) -> list[Thing]:

@@ -68,7 +68,9 @@ class Questions:
         for n in range(scenes):
             for v in range(variants):
                 for q, slot in enumerate(ASKED):
-                    (*words_of, _, answer) = packs.single.tokens[n, v][packs.single.slots[n, v] == slot]  # …, "ASSISTANT:", answer
+                    (*words_of, _, answer) = packs.single.tokens[n, v][
+                        packs.single.slots[n, v] == slot
+                    ]  # …, "ASSISTANT:", answer
                     tokens[n, v, q, : len(words_of) + 1] = [begin, *words_of]
                     lengths[n, v, q], answers[n, v, q] = len(words_of) + 1, answer
         last = torch.from_numpy(lengths - 2)  # the question mark is the last token
