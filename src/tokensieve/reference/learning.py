@@ -25,7 +25,7 @@ PREFIX = [vocabulary().index(word) for word in ("<s>", "USER:")]
 SEEN_IDS = [vocabulary().index(name) for name in SEEN]
 NOTHING = len(SEEN)  # class of a patch that shows no object and no sign
 PARTS = (len(SEEN) + 1, len(COLOURS), len(FRAMES), ALONE + 1)  # outputs of the patch head
-LISTED_WEIGHT, BACKGROUND_WEIGHT, NEIGHBOUR_WEIGHT = 5.0, 0.1, 3.0
+LISTED_WEIGHT, BACKGROUND_WEIGHT, NEIGHBOUR_WEIGHT, PLACE_WEIGHT = 5.0, 0.1, 3.0, 2.0
 WORD_WEIGHT, WORD_TEMPERATURE = 0.05, 0.1
 
 
@@ -175,7 +175,11 @@ def _block_mask(slots: Tensor, visible: Tensor) -> Tensor:
 
 
 def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch) -> Tensor:
-    """Train CLS to list the scene, and patches to name their thing, its colour, frame and neighbouring icon."""
+    """Train CLS to list the scene, and patches to name their thing, its colour, frame and neighbouring icon.
+
+    The features of a place are pulled to the mean over all places, so that a linear map cannot read the place from
+    them: the language model has it from the position ids, which is what reduction methods keep or renumber.
+    """
     listed = F.binary_cross_entropy_with_logits(trainee.cls_head(pooled).float(), batch.present)
     shown, colour, frame, neighbour = trainee.patch_head(features).float().flatten(0, 1).split(PARTS, -1)
     truth = batch.shown.flatten()
@@ -185,7 +189,9 @@ def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch
     patch = patch + F.cross_entropy(colour, batch.colour.flatten(), ignore_index=IGNORE)
     patch = patch + F.cross_entropy(frame, batch.frame.flatten(), ignore_index=IGNORE)
     patch = patch + NEIGHBOUR_WEIGHT * F.cross_entropy(neighbour, batch.neighbour.flatten(), ignore_index=IGNORE)
-    return LISTED_WEIGHT * listed + patch
+    centred = features.float() - features.float().mean((0, 1))
+    placed = centred.mean(0).square().mean() / centred.square().mean()
+    return LISTED_WEIGHT * listed + patch + PLACE_WEIGHT * placed
 
 
 def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept, batch: Batch) -> Tensor:

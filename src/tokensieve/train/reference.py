@@ -28,6 +28,7 @@ from tokensieve.reference.card import write_card
 from tokensieve.reference.learning import PARTS, Batch, Kept, Trainee, answering_loss, drop, seeing_loss
 from tokensieve.reference.model import build_model, build_processor, vocabulary
 from tokensieve.reference.packing import IGNORE, PAIR_SLOTS, SLOTS, TOKENS, make_packs
+from tokensieve.reference.places import place_marks
 from tokensieve.reference.vocabulary import COLUMNS, GRID, ROWS
 from tokensieve.train.stages import Stage, prepare
 
@@ -39,6 +40,7 @@ COUNTS = {TOKENS: 0.4, 48: 0.35, 24: 0.25}  # number of visual tokens that a ste
 EASY, EASED = 48, 0.6  # tokens in easy steps, and the share of the reader stage in which steps are easy
 END = vocabulary().index("</s>")
 POINT_IDS = torch.tensor([[vocabulary().index(word) for word in words] for words in (COLUMNS, ROWS)])
+MARKS = 0.4  # root mean square of the marks of places; that of a patch embedding is 0.7
 PAIRED = 0.2  # share of the steps that ask about pairs of images
 # pointing is learned under original positions only, as real models are that never saw renumbered ones
 POINTING = [number for number, type in enumerate(SLOTS) if type == "point"]
@@ -332,13 +334,23 @@ def export(trainee: Trainee, directory: Path) -> None:
 
 
 def _fresh(seed: int) -> Trainee:
-    """Build a model with its training heads."""
+    """Build a model with its training heads, and with the places of the patches in the tower's position embeddings."""
     model = build_model(seed)
+    mark_places(model)
     # on a CPU, eager attention trains faster than SDPA, whose backward is slow
     model.set_attn_implementation("eager")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Trainee(model)
+
+
+def mark_places(model: LlavaForConditionalGeneration) -> None:
+    """Add the marks of the patches' places to the tower's position embeddings, unless they are there already."""
+    table = model.model.vision_tower.embeddings.position_embedding.weight
+    marks = place_marks(table.shape[1], MARKS)
+    with torch.no_grad():
+        if (table * marks).sum() < 0.5 * marks.square().sum():
+            table += marks
 
 
 def copy_weights(directory: Path, model: LlavaForConditionalGeneration) -> None:
@@ -357,3 +369,4 @@ def copy_weights(directory: Path, model: LlavaForConditionalGeneration) -> None:
         if name not in weights or weights[name][:grown].shape != value.shape:
             raise Refusal(f"{directory} is no earlier model of this recipe: its weight {name} does not fit")
         weights[name][:grown] = value  # a view of the model's own weight
+    mark_places(model)  # those of the first generation had none
