@@ -81,8 +81,8 @@ class Batch:
 
     def without(self, slots: Sequence[int]) -> Batch:
         """Return the batch without the targets of some questions."""
-        asked = torch.isin(self.slots, torch.tensor(slots))
-        return replace(self, targets=self.targets.masked_fill(asked, IGNORE))
+        excluded = torch.isin(self.slots, torch.tensor(slots))
+        return replace(self, targets=self.targets.masked_fill(excluded, IGNORE))
 
 
 @dataclass(frozen=True)

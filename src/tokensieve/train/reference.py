@@ -273,9 +273,9 @@ class _Run:
             for name, part in zip(("shown", "colour", "frame", "neighbour"), parts, strict=True):
                 truth = getattr(batch, name)
                 hits.setdefault(f"patch {name}", []).append((part.argmax(-1) == truth)[truth != IGNORE])
-            for slots, asked, scores in ((SLOTS, batch, logits), (PAIR_SLOTS, paired, logits_of_pairs)):
+            for slots, questions, scores in ((SLOTS, batch, logits), (PAIR_SLOTS, paired, logits_of_pairs)):
                 for number, type in enumerate(slots):
-                    hits.setdefault(type, []).append(_right(asked, scores.argmax(-1), number, type))
+                    hits.setdefault(type, []).append(_right(questions, scores.argmax(-1), number, type))
         return {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
 
     def _save(self) -> None:
