@@ -21,6 +21,7 @@ from tokensieve.reference.model import build_model, build_processor, vocabulary
 from tokensieve.reference.packing import IGNORE, SLOTS, make_packs
 from tokensieve.reference.vocabulary import COLUMNS, ROWS
 from tokensieve.train import reference as recipe
+from tokensieve.train import reference_weights as weights
 from tokensieve.train.reference import Stage, train_reference
 
 STAGES = (Stage("tower", 1, 4, 1e-3, seeing=1.0), Stage("reader", 2, 4, 1e-3), Stage("joint", 2, 4, 1e-3, seeing=0.2))
@@ -65,10 +66,10 @@ def test_other_settings_do_not_continue_a_run(tmp_path: Path) -> None:
 
 def test_a_new_run_starts_from_earlier_weights_with_fewer_words(tmp_path: Path) -> None:
     """Known words keep their weights, new ones are new, and patches are told their places once."""
-    earlier, model = reference.load()[0], recipe._fresh(1).model
+    earlier, model = reference.load()[0], weights.new_trainee(1).model
     new = model.get_input_embeddings().weight.detach().clone()
     words = earlier.get_input_embeddings().weight.detach()
-    recipe.copy_weights(reference.path(), model)
+    weights.copy_weights(reference.path(), model)
     embeddings = model.get_input_embeddings().weight.detach()
     assert torch.equal(embeddings[: len(words)], words)
     assert torch.equal(embeddings[len(words) :], new[len(words) :])
@@ -79,8 +80,8 @@ def test_a_new_run_starts_from_earlier_weights_with_fewer_words(tmp_path: Path) 
     )
     table = model.model.vision_tower.embeddings.position_embedding.weight
     places = table.detach().clone()
-    assert places[1:].square().mean().sqrt() == pytest.approx(recipe.MARKS, rel=0.1)
-    recipe.mark_places(model)
+    assert places[1:].square().mean().sqrt() == pytest.approx(weights.MARKS, rel=0.1)
+    weights.mark_places(model)
     assert torch.equal(table, places)
 
 
@@ -88,11 +89,11 @@ def test_weights_of_another_recipe_are_refused(tmp_path: Path) -> None:
     build_model(width=64).save_pretrained(tmp_path)
     build_processor().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is no earlier model of this recipe: its weight .* does not fit"):
-        recipe.copy_weights(tmp_path, recipe._fresh(0).model)
+        weights.copy_weights(tmp_path, weights.new_trainee(0).model)
     words = (tmp_path / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(words.replace('"anchor"', '"boat"'))
     with pytest.raises(ValueError, match="has other words than this recipe, or in another order"):
-        recipe.copy_weights(tmp_path, recipe._fresh(0).model)
+        weights.copy_weights(tmp_path, weights.new_trainee(0).model)
 
 
 def test_a_point_is_right_anywhere_on_the_thing() -> None:

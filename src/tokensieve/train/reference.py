@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,22 +24,18 @@ from torch import Tensor, nn
 
 from tokensieve.errors import Refusal
 from tokensieve.reference.card import write_card
-from tokensieve.reference.learning import PARTS, Batch, Kept, Trainee, answering_loss, drop, seeing_loss
-from tokensieve.reference.model import build_model, build_processor, vocabulary
+from tokensieve.reference.learning import PARTS, Batch, Kept, answering_loss, drop, seeing_loss
+from tokensieve.reference.model import vocabulary
 from tokensieve.reference.packing import IGNORE, PAIR_SLOTS, SLOTS, TOKENS, make_packs
-from tokensieve.reference.places import place_marks
 from tokensieve.reference.vocabulary import COLUMNS, GRID, ROWS
+from tokensieve.train.reference_weights import copy_weights, export, new_trainee
 from tokensieve.train.stages import Stage, prepare
-
-if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration
 
 VALIDATION_SCENES = 256
 COUNTS = {TOKENS: 0.4, 48: 0.35, 24: 0.25}  # number of visual tokens that a step keeps, and how often
 EASY, EASED = 48, 0.6  # tokens in easy steps, and the share of the reader stage in which steps are easy
 END = vocabulary().index("</s>")
 POINT_IDS = torch.tensor([[vocabulary().index(word) for word in words] for words in (COLUMNS, ROWS)])
-MARKS = 0.4  # root mean square of the marks of places; that of a patch embedding is 0.7
 PAIRED = 0.2  # share of the steps that ask about pairs of images
 # pointing is learned under original positions only, as real models are that never saw renumbered ones
 POINTING = [number for number, type in enumerate(SLOTS) if type == "point"]
@@ -154,7 +149,7 @@ class _Run:
         self.rank, self.output, self.stages, self.identity = rank, output, stages, identity
         self.processes, self.seed = identity["processes"], identity["seed"]
         self.stage, self.step, self.seconds = 0, 0, 0.0
-        self.trainee = _fresh(self.seed)
+        self.trainee = new_trainee(self.seed)
         if start is not None:
             copy_weights(start, self.trainee.model)
         self.optimiser = self._new_optimiser()
@@ -320,53 +315,3 @@ def _right(batch: Batch, words: Tensor, number: int, type: str) -> Tensor:
     column, row = named.int().argmax(-1).unbind(1)
     on_thing = (batch.needed[rows].gather(1, (row * GRID + column).unsqueeze(1)).squeeze(1) >> number) & 1
     return named.any(-1).all(1) & (on_thing > 0)
-
-
-def export(trainee: Trainee, directory: Path) -> None:
-    """Save model and processor for `from_pretrained`; weights are stored in bfloat16 and load as float32."""
-    weights = {name: value.bfloat16() for name, value in trainee.model.state_dict().items()}
-    part = directory.with_name(directory.name + ".part")
-    build_model().save_pretrained(part, state_dict=weights)
-    build_processor().save_pretrained(part)
-    (part / "model.safetensors").chmod(0o644)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
-
-
-def _fresh(seed: int) -> Trainee:
-    """Build a model with its training heads, and with the places of the patches in the tower's position embeddings."""
-    model = build_model(seed)
-    mark_places(model)
-    # on a CPU, eager attention trains faster than SDPA, whose backward is slow
-    model.set_attn_implementation("eager")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Trainee(model)
-
-
-def mark_places(model: LlavaForConditionalGeneration) -> None:
-    """Add the marks of the patches' places to the tower's position embeddings, unless they are there already."""
-    table = model.model.vision_tower.embeddings.position_embedding.weight
-    marks = place_marks(table.shape[1], MARKS)
-    with torch.no_grad():
-        if (table * marks).sum() < 0.5 * marks.square().sum():
-            table += marks
-
-
-def copy_weights(directory: Path, model: LlavaForConditionalGeneration) -> None:
-    """Copy the weights of an earlier model; words that it lacks keep their new weights.
-
-    Raises:
-        Refusal: if its words are not the first words of this model, or another weight has another shape.
-    """
-    words = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
-    if sorted(words, key=words.__getitem__) != vocabulary()[: len(words)]:
-        raise Refusal(f"{directory} has other words than this recipe, or in another order")
-    earlier = type(model).from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    weights = model.state_dict()
-    for name, value in earlier.state_dict().items():
-        grown = len(words) if name.endswith(("embed_tokens.weight", "lm_head.weight")) else len(value)
-        if name not in weights or weights[name][:grown].shape != value.shape:
-            raise Refusal(f"{directory} is no earlier model of this recipe: its weight {name} does not fit")
-        weights[name][:grown] = value  # a view of the model's own weight
-    mark_places(model)  # those of the first generation had none
