@@ -214,7 +214,8 @@ turned round so that the named thing comes last, which lets binding form where p
 1. `tower`: the CLS token lists names, words and colours (so CLS attention means something); a linear head reads from
    every patch what it shows, its colour and frame, and from a digit's patches which icon is beside it. Real CLIP has no
    such patch labels: they are what makes minutes of training enough. Position embeddings start with cosines of row and
-   column, without which the tower never learns what is beside what; another loss keeps the place out of the features.
+   column, without which the tower did not learn what is beside what; a weak loss pulls the mean features of the places
+   together, so that they say less about the place.
 2. `reader`: tower frozen; projector and language model learn to answer. At first many questions see little beyond what
    they need, so that finding the right thing is learned among few before it is among many; then with token dropping.
 3. `joint`: everything, with dropping: 144, 48 or 24 tokens, at random, objects first, or one question's objects first,
@@ -236,7 +237,7 @@ Validation accuracy (natural phrasing, all tokens) on the way:
 - The CLS token was trained to list objects on dim backgrounds, so its attention is cleaner than a real CLIP's, which
   favours methods that rank patches by it.
 - Token dropping was part of training, so reduced inputs cost this model less than one that never saw them.
-- Pointing was never trained under renumbered positions, and the features hold no place that a linear map could read,
-  so renumbering costs `point` more than a model whose features hold the place.
+- Pointing was never trained under renumbered positions, and a loss kept some of the place out of the features. Both
+  make renumbering dearer for `point` than training without them would.
 - Closed vocabulary: other words become `<unk>`. At most two images and two turns per prompt.
 """

@@ -177,8 +177,8 @@ def _block_mask(slots: Tensor, visible: Tensor) -> Tensor:
 def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch) -> Tensor:
     """Train CLS to list the scene, and patches to name their thing, its colour, frame and neighbouring icon.
 
-    The features of a place are pulled to the mean over all places, so that a linear map cannot read the place from
-    them: the language model has it from the position ids, which is what reduction methods keep or renumber.
+    The mean features of the places are pulled together: the language model is to take the place of a patch from its
+    position id, which reduction methods keep or renumber, rather than from its features.
     """
     listed = F.binary_cross_entropy_with_logits(trainee.cls_head(pooled).float(), batch.present)
     shown, colour, frame, neighbour = trainee.patch_head(features).float().flatten(0, 1).split(PARTS, -1)
