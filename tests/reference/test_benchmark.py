@@ -64,6 +64,7 @@ def test_shortcuts_lie_between_chance_and_certainty() -> None:
     assert values["hop"].best == pytest.approx(1 / 3, abs=0.05)
     assert values["point"].chance == pytest.approx(4 / 144)
     assert values["images"].best == 0.5
+    assert values["absent"].best == pytest.approx(max(values["absent"].majority, 1 - values["absent"].majority))
 
 
 def test_a_scene_has_a_companion_whatever_the_number_of_scenes() -> None:

@@ -196,6 +196,8 @@ _RULES: dict[Type, dict[str, Callable[[Row], list[str]]]] = {
     },
     "images": {"colour of the thing in either image": _colours_in_images},
     "hop": {"colour of any digit that is beside an icon": lambda row: [digit.colour for _, digit in row.scene.pairs]},
+    # the rule sees the thing in question, but takes every premise for true
+    "absent": {"the right answer, but never nothing": lambda row: [row.answer if row.boxes else ""]},
     "turn": {
         "colour of any object of the asked kind, but not that of the first turn": lambda row: [
             colour for colour in _colours_of_kind(row) if (colour,) not in {turn[1:] for turn in row.turns}
