@@ -33,9 +33,14 @@ def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{questio
         Refusal: a question that holds a placeholder, or a processor that :func:`left_padded_batch` refuses.
     """
     check_texts(processor, samples, prompt)
+    return left_padded_batch(processor, _open_images(samples), *user_turns(samples, prompt))
+
+
+def user_turns(samples: Sequence[Sample], prompt: str) -> tuple[list[str], list[list[tuple[str, str]]]]:
+    """Return the text of the last user turn of each sample, and the earlier turns, (text, answer), of each."""
     texts = [prompt.replace("{question}", sample.text) for sample in samples]
     turns = [[(prompt.replace("{question}", text), answer) for text, answer in sample.turns] for sample in samples]
-    return left_padded_batch(processor, _open_images(samples), texts, turns)
+    return texts, turns
 
 
 def left_padded_batch(
