@@ -11,7 +11,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 
 from tokensieve.reference import benchmark as module
-from tokensieve.reference.benchmark import benchmark, questions_sha256, shortcuts
+from tokensieve.reference.benchmark import benchmark, hallucinated, questions_sha256, shortcuts
 from tokensieve.reference.questions import TYPES
 
 
@@ -49,7 +49,8 @@ def test_a_question_does_not_depend_on_its_company() -> None:
 
 def test_hash_sees_every_field() -> None:
     rows = benchmark("validation", scenes=1)
-    for change in ({"question": "?"}, {"answer": "x"}, {"boxes": ((0, 0, 1, 1),)}, {"id": "x"}):
+    changes = {"question": "?", "answer": "x", "boxes": ((0, 0, 1, 1),), "id": "x", "accepted": ("x", "y")}
+    for change in ({name: value} for name, value in (changes | {"turns": (("?", "x"),)}).items()):
         assert questions_sha256([dataclasses.replace(rows[0], **change), *rows[1:]]) != questions_sha256(rows)
 
 
@@ -60,3 +61,25 @@ def test_shortcuts_lie_between_chance_and_certainty() -> None:
         assert 0 < value.chance <= 0.5
         assert value.majority <= value.best < 0.6
     assert values["beside"].best == pytest.approx(1 / 3, abs=0.05)  # three or four digits stand beside an icon
+    assert values["hop"].best == pytest.approx(1 / 3, abs=0.05)
+    assert values["point"].chance == pytest.approx(4 / 144)
+    assert values["images"].best == 0.5
+    assert values["absent"].best == pytest.approx(max(values["absent"].majority, 1 - values["absent"].majority))
+
+
+def test_a_scene_has_a_companion_whatever_the_number_of_scenes() -> None:
+    rows = benchmark("validation", scenes=3, types=("images",))
+    assert rows == benchmark("validation", scenes=40, types=("images",))[:3]
+    assert all(len(row.scenes) == 2 and row.scenes[1] is row.scene for row in rows)
+
+
+def test_hallucinations_are_answers_about_absent_things() -> None:
+    rows = benchmark("validation", scenes=20, types=("absent",))
+    absent = [row.answer == "nothing" for row in rows]
+    assert hallucinated(rows, ["nothing"] * 20) == 0
+    assert hallucinated(rows, ["red"] * 20) == 1
+    texts = [
+        "red" if first else row.answer
+        for row, first in zip(rows, [absent.index(True) == n for n in range(20)], strict=True)
+    ]
+    assert hallucinated(rows, texts) == 1 / sum(absent)

@@ -78,3 +78,18 @@ def test_shipped_weights_answer_held_out_questions(loaded) -> None:
             right[row.type] += processor.tokenizer.decode(ids, skip_special_tokens=True) == row.answer
     assert right.total() / asked.total() > 0.85
     assert all(right[type] / asked[type] > 0.6 for type in asked)
+
+
+def test_the_gate_measures_every_type(loaded) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    pytest.importorskip("matplotlib")
+    from tokensieve.reference.card import gate
+    from tokensieve.reference.questions import TYPES
+
+    head, _, *lines = gate(reference.path(), "validation", scenes=8).splitlines()
+    assert head == "| type | accuracy (95 %) | no image | chance | majority | best shortcut | which |"
+    table = {line.split(" | ")[0].strip("| *"): line.split(" | ")[1] for line in lines if line.startswith("|")}
+    assert tuple(table) == (*TYPES, "all")
+    assert float(table["turn"].split()[0]) > 0.5  # a colour after another is within the first weights' reach
+    assert "it invents an answer in" in lines[-1]

@@ -12,10 +12,10 @@ pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
 
 from tokensieve.reference import sources
-from tokensieve.reference.packing import covered
 from tokensieve.reference.questions import ANSWERS, TYPES, ask
 from tokensieve.reference.scenes import CANVAS, Scene, _layout, _owner, scene
 from tokensieve.reference.sources import SPLITS
+from tokensieve.reference.things import Thing, covered
 from tokensieve.reference.vocabulary import DIGITS
 
 
@@ -98,7 +98,89 @@ def test_questions_have_allowed_answers_and_boxes_of_things() -> None:
         boxes = {thing.box for thing in drawn.things}
         for type in TYPES:
             question = ask(drawn, type, rng)
-            assert question.answer in ANSWERS[type]
+            assert question.answer in question.accepted
+            assert set(question.accepted) <= set(ANSWERS[type])
             assert question.text.endswith("?")
             assert set(question.boxes) <= boxes
-            assert bool(question.boxes) == (question.answer != "no")
+            assert bool(question.boxes) == (question.answer not in ("no", "nothing"))
+            assert bool(question.turns) == (type == "turn")
+            assert bool(question.before) == (type == "images")
+
+
+def named(drawn: Scene, text: str) -> Thing | None:
+    """Return the thing of a scene that a question names, apart from the scene's own account of the answer."""
+    words = text.removesuffix("?").split()
+    return next((thing for thing in drawn.objects if thing.name in words), None)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_point_lies_in_the_box_and_every_point_there_is_right(split: str) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(60):
+        drawn = scene(split, index)
+        question = ask(drawn, "point", rng)
+        thing = named(drawn, question.text)
+        assert thing is not None
+        left, top, right, bottom = thing.box
+        inside = {
+            f"x{x} y{y}"
+            for x, y in itertools.product(range(12), range(12))
+            if left <= 10 * x + 5 < right and top <= 10 * y + 5 < bottom
+        }
+        assert set(question.accepted) == inside
+        assert len(inside) == 4
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_second_of_two_images_decides(split: str) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        drawn = scene(split, index)
+        question = ask(drawn, "images", rng)
+        (first,) = question.before
+        here, there = named(drawn, question.text), named(first, question.text)
+        assert here is not None
+        assert there is not None
+        assert question.answer == here.colour != there.colour
+        assert question.boxes == (here.box,)
+        assert first.split == split
+        assert first.index != index
+
+
+def test_two_hops_end_at_the_neighbour() -> None:
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        drawn = scene("test", index)
+        question = ask(drawn, "hop", rng)
+        icon = named(drawn, question.text)
+        assert icon is not None
+        assert icon.partner is not None
+        digit = drawn.things[icon.partner]
+        assert digit.kind == "digit"
+        assert question.answer == digit.colour
+        assert question.boxes == (icon.box, digit.box)
+
+
+def test_half_of_the_premises_are_false() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [scene("test", index % 60) for index in range(400)]
+    questions = [ask(one, "absent", rng) for one in drawn]
+    for one, question in zip(drawn, questions, strict=True):
+        thing = named(one, question.text)
+        assert (thing is None) == (question.answer == "nothing")
+        assert thing is None or question.answer in (thing.colour, thing.place, thing.frame)
+    assert 160 < sum(question.answer == "nothing" for question in questions) < 240
+
+
+def test_the_second_turn_is_about_another_thing() -> None:
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        drawn = scene("test", index)
+        question = ask(drawn, "turn", rng)
+        ((text, answer),) = question.turns
+        first, second = named(drawn, text), named(drawn, question.text)
+        assert first is not None
+        assert second is not None
+        assert (answer, question.answer) == (first.colour, second.colour)
+        assert first is not second
+        assert question.boxes == (second.box,)

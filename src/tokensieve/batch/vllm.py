@@ -103,8 +103,8 @@ class VllmModel:
         """Return (answer, visual tokens) or an error for each sample; requests are sent one by one if a batch fails."""
         if not samples:
             return []
-        messages = [self._messages(sample, images[sample.id]) for sample in samples]
         try:
+            messages = [self._messages(sample, images[sample.id]) for sample in samples]
             outputs = self.engine.chat(
                 messages,
                 self.sampling,
@@ -112,7 +112,7 @@ class VllmModel:
                 tokenization_kwargs={"add_special_tokens": self.begin_of_text},
                 mm_processor_kwargs={"tokensieve_method": _spec(run)},
             )
-        except ValueError as error:  # a prompt that is too long, an image that the processor refuses
+        except ValueError as error:  # a prompt that is too long, an image that the processor refuses, earlier turns
             if is_out_of_memory(error):
                 raise
             if len(samples) == 1:
@@ -121,6 +121,8 @@ class VllmModel:
         return [(o.outputs[0].text.strip(), list(o.prompt_token_ids).count(self.placeholder)) for o in outputs]
 
     def _messages(self, sample: Sample, images: Sequence[Any]) -> list[dict[str, Any]]:
+        if sample.turns:  # vLLM would decide on the whole conversation, not on its first turn
+            raise Refusal(f"earlier turns need --engine transformers; got {len(sample.turns)}")
         text = self.settings.prompt.replace("{question}", sample.text)
         pictures = [{"type": "image_pil", "image_pil": image} for image in images]
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]

@@ -25,6 +25,7 @@ def reference(
     effort: Annotated[float, typer.Option(min=0.0, help="Share of the recipe's steps.")] = 1.0,
     scenes: Annotated[int, typer.Option(min=1, help="Training images, about 90 KB of memory each.")] = 32_000,
     seed: Annotated[int, typer.Option(help="Of data, weights and order.")] = 0,
+    start: Annotated[Path | None, typer.Option(help="Earlier model of this recipe to start from.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes of one thread; the result depends on it.")] = 2,
     resume: Annotated[bool, typer.Option(help="Continue from the folder's checkpoint.")] = True,
     compiled: Annotated[bool, typer.Option(help="Use torch.compile: a slow start, then fast steps.")] = False,
@@ -33,7 +34,14 @@ def reference(
     from tokensieve.train.reference import train_reference
 
     folder = train_reference(
-        output, scenes=scenes, effort=effort, seed=seed, resume=resume, processes=processes, compiled=compiled
+        output,
+        scenes=scenes,
+        effort=effort,
+        seed=seed,
+        start=start,
+        resume=resume,
+        processes=processes,
+        compiled=compiled,
     )
     note(f"model: {folder}")
 

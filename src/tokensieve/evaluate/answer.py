@@ -23,11 +23,15 @@ from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.plan import Settings
 from tokensieve.evaluate.prompt import (
     Inputs,
+    added_by_turns,
+    continued,
     decode,
     encode,
     encode_pairs,
+    first_turn,
     generate_arguments,
     image_numbers,
+    later_tokens,
     without_repetitions,
 )
 from tokensieve.evaluate.results import Skipped
@@ -153,13 +157,13 @@ class Answerer:
 
     def texts(self, inputs: Inputs) -> list[str]:
         """Return the model's answers to one batch."""
-        generated = self.model.generate(
-            **generate_arguments(self.model, inputs),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=self.settings.max_new_tokens,
-        )
-        return decode(self.processor, generated, inputs.tensors["input_ids"].shape[1])
+        arguments, greedy = generate_arguments(self.model, inputs), {"do_sample": False, "num_beams": 1}
+        if inputs.later is not None:
+            # the method decides on the first turn; its cache then lacks what the method dropped
+            first = self.model.generate(**arguments, **greedy, max_new_tokens=1, return_dict_in_generate=True)
+            arguments = continued(inputs, first.past_key_values)
+        generated = self.model.generate(**arguments, **greedy, max_new_tokens=self.settings.max_new_tokens)
+        return decode(self.processor, generated, arguments["input_ids"].shape[1])
 
     def _batch(self, batch: Sequence[Sample], attached: Attached) -> Batch:
         """Answer a batch, without samples that cannot be read, and in parts where it does not fit into memory."""
@@ -202,10 +206,24 @@ class Answerer:
         torch.cuda.empty_cache()
 
     def _answer(self, batch: Sequence[Sample], attached: Attached) -> list[Answer]:
-        inputs = self._batch_inputs(batch)
-        with attached(batch) as sieve, torch.inference_mode():
-            texts = self.texts(inputs)
-        return [self._record(*row) for row in zip(batch, texts, sieve.last, sieve.tokens, strict=True)]
+        answers: dict[str, Answer] = {}
+        for group in self._alike(batch):
+            inputs = self._batch_inputs(group)
+            with attached(group) as sieve, torch.inference_mode():
+                texts = self.texts(inputs)
+            rows = zip(group, texts, sieve.last, sieve.tokens, strict=True)
+            answers |= {sample.id: self._record(sample, text, images, tokens) for sample, text, images, tokens in rows}
+        return [answers[sample.id] for sample in batch]
+
+    def _alike(self, batch: Sequence[Sample]) -> list[Sequence[Sample]]:
+        """Return the batch in groups whose later turns add equally many tokens, so that no padding lies between."""
+        if not any(sample.turns for sample in batch):
+            return [batch]
+        groups: dict[int, list[Sample]] = {}
+        added = added_by_turns(self.encode([first_turn(sample) for sample in batch]), self.encode(batch))
+        for sample, number in zip(batch, added, strict=True):
+            groups.setdefault(number, []).append(sample)
+        return list(groups.values())
 
     def _record(self, sample: Sample, text: str, images: list[Reduction], tokens: list[list[int]]) -> Answer:
         # tokens: [image][layer]; a sample's tokens in a layer are those of all its images
@@ -219,7 +237,9 @@ class Answerer:
         if name in self._inputs:
             return self._inputs[name]
         try:
-            inputs = self._shared(self.inputs(batch), image_numbers(batch))
+            inputs = self._shared(self.inputs([first_turn(sample) for sample in batch]), image_numbers(batch))
+            if batch[0].turns:
+                inputs = replace(inputs, later=later_tokens(inputs.tensors, self.inputs(batch)))
         except Exception as error:  # processors raise many types at images of a shape that they do not expect
             if isinstance(error, Refusal) or is_out_of_memory(error) or not self._damaged(batch):
                 raise

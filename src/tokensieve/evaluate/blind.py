@@ -11,7 +11,7 @@ from tokensieve.errors import first_line
 from tokensieve.evaluate.answer import Answerer, Attached
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer, Journal
-from tokensieve.evaluate.prompt import decode, left_padded_batch
+from tokensieve.evaluate.prompt import decode, left_padded_batch, user_turns
 from tokensieve.evaluate.rows import FULL
 from tokensieve.loading import to_model
 
@@ -60,8 +60,7 @@ def blind_answerer(comparison: Comparison, keys: Mapping[str, str], journal: Jou
 
 def encode_texts(processor: Any, samples: Sequence[Sample], prompt: str) -> dict[str, torch.Tensor]:
     """Return one left-padded batch of the questions without their images."""
-    texts = [prompt.replace("{question}", sample.text) for sample in samples]
-    return left_padded_batch(processor, [()] * len(samples), texts)
+    return left_padded_batch(processor, [()] * len(samples), *user_turns(samples, prompt))
 
 
 def refusal(model: Any, processor: Any, sample: Sample, prompt: str) -> str:

@@ -21,6 +21,7 @@ from tokensieve.evaluate.pictures import Picture, open_picture, picture_of
 from tokensieve.evaluate.records import Record, read_records
 
 Box = tuple[float, float, float, float]
+IMAGE_COLUMN = "image"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -39,6 +40,7 @@ class Sample:
         where: file and line of the sample, for errors.
         choices: the options of a multiple-choice question; the prompt lists them with the letters A, B, C… The answer
             is the text of a choice or its letter.
+        turns: (question, answer) of earlier turns of the conversation; the images belong to the first.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Sample:
     boxes: tuple[Box, ...] = ()
     where: str = ""
     choices: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def images(self) -> tuple[Picture, ...]:
@@ -81,7 +84,7 @@ class Sample:
 def load_data(
     source: str | Path,
     *,
-    image_column: str = "image",
+    image_column: str = IMAGE_COLUMN,
     question_column: str = "question",
     answer_column: str = "answer",
     split: str | None = None,
@@ -100,7 +103,8 @@ def load_data(
         limit: largest number of samples: a fixed random choice of images with all their questions. A larger limit
             includes the samples of a smaller one.
 
-    The columns ``id``, ``type`` and ``choices`` are used if they exist.
+    The columns ``id``, ``type``, ``choices`` and ``turns`` are used if they exist; ``turns`` is a list of earlier turns
+    of the conversation, each a list of question and answer. ``images`` may stand for the column ``image``.
 
     Raises:
         DataError: one line naming the file, the line and the mistake.
@@ -135,8 +139,21 @@ def _reference() -> list[Sample]:
     from tokensieve.reference.benchmark import benchmark
 
     rows = benchmark()
-    images: dict[Any, Callable[[], Image.Image]] = {row.scene: partial(getattr, row, "image") for row in rows}
-    return [Sample(r.id, images[r.scene], r.question, (r.answer,), r.type, r.boxes) for r in rows]
+    images: dict[Any, Callable[[], Image.Image]] = {
+        drawn: partial(getattr, drawn, "image") for row in rows for drawn in row.scenes
+    }
+    return [
+        Sample(
+            id=row.id,
+            image=tuple(images[drawn] for drawn in row.scenes) if row.before else images[row.scene],
+            question=row.question,
+            answers=row.accepted,
+            type=row.type,
+            boxes=() if row.before else row.boxes,
+            turns=row.turns,
+        )
+        for row in rows
+    ]
 
 
 def _read(source: str | Path, records: Any, columns: tuple[str, str, str], fetch_images: bool) -> list[Sample]:
@@ -182,6 +199,8 @@ def sample_of(
     row = record.values
     if "conversations" in row and question_column not in row:
         row = row | _first_turns(row["conversations"], question_column, answer_column)
+    if image_column == IMAGE_COLUMN and image_column not in row and "images" in row:
+        image_column = "images"
     values = _listed(_cell(row, image_column))
     several = isinstance(values, list)
 
@@ -220,6 +239,7 @@ def sample_of(
         type=_text(row.get("type"), "a type"),
         where=record.where,
         choices=choices,
+        turns=_turns(row.get("turns")),
     )
 
 
@@ -274,6 +294,18 @@ def _choices(value: Any) -> tuple[str, ...]:
     if len(choices) > len(LETTERS) or not all(choices):
         raise DataError(f"choices are at most {len(LETTERS)} texts, none empty; got {value!r:.100}")
     return choices
+
+
+def _turns(value: Any) -> tuple[tuple[str, str], ...]:
+    turns = _listed(value)
+    if turns in (None, "", []):
+        return ()
+    if not isinstance(turns, list) or not all(isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns):
+        raise DataError(f"turns are a list of [question, answer]; got {value!r:.100}")
+    texts = tuple((_text(turn[0], "a turn's question"), _text(turn[1], "a turn's answer")) for turn in turns)
+    if not all(text for turn in texts for text in turn):
+        raise DataError(f"turns hold no empty question or answer; got {value!r:.100}")
+    return texts
 
 
 def _check_choice(answers: tuple[str, ...], choices: tuple[str, ...]) -> None:

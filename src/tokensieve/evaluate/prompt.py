@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -20,41 +21,76 @@ CLASSIFIER_INPUTS = ("input_ids", "attention_mask", "pixel_values", "pixel_mask"
 def encode(processor: Any, samples: Sequence[Sample], *, prompt: str = "{question}") -> dict[str, Tensor]:
     """Return one left-padded batch of prompts, made with the processor's chat template if it has one.
 
+    A sample with earlier turns gives the whole conversation up to its question.
+
     Args:
         processor: the model's processor; its own padding side is not changed.
-        samples: one question each, about one image or several; the images stand before the text.
-        prompt: text of the user turn; ``{question}`` is replaced.
+        samples: one question each, about one image or several; the images stand before the first text.
+        prompt: text of a user turn; ``{question}`` is replaced.
 
     Raises:
         DataError: an image that cannot be decoded.
         Refusal: a question that holds a placeholder, or a processor that :func:`left_padded_batch` refuses.
     """
     check_texts(processor, samples, prompt)
+    return left_padded_batch(processor, _open_images(samples), *user_turns(samples, prompt))
+
+
+def user_turns(samples: Sequence[Sample], prompt: str) -> tuple[list[str], list[list[tuple[str, str]]]]:
+    """Return the text of the last user turn of each sample, and the earlier turns, (text, answer), of each."""
     texts = [prompt.replace("{question}", sample.text) for sample in samples]
-    return left_padded_batch(processor, _open_images(samples), texts)
+    turns = [[(prompt.replace("{question}", text), answer) for text, answer in sample.turns] for sample in samples]
+    return texts, turns
 
 
 def left_padded_batch(
-    processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]
+    processor: Any,
+    images: Sequence[Sequence[Image.Image]],
+    texts: Sequence[str],
+    turns: Sequence[Sequence[tuple[str, str]]] | None = None,
 ) -> dict[str, Tensor]:
     """Return one left-padded batch of prompts, each a user turn with its images before its text.
 
+    Args:
+        processor: the model's processor.
+        images: of each prompt.
+        texts: the last user turn of each prompt.
+        turns: (question, answer) of the earlier turns of each prompt; the images then belong to the first.
+
     Raises:
-        Refusal: a processor with neither a chat template nor an image token.
+        Refusal: a processor with neither a chat template nor an image token, or without a template for earlier turns.
     """
+    turns = turns or [[] for _ in texts]
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if getattr(processor, "chat_template", None):
-        contents = [
-            [*({"type": "image", "image": image} for image in pictures), {"type": "text", "text": text}]
-            for pictures, text in zip(images, texts, strict=True)
-        ]
-        turns = [[{"role": "user", "content": content}] for content in contents]
+        messages = [_messages(*row) for row in zip(images, texts, turns, strict=True)]
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        return dict(processor.apply_chat_template(turns, **template, processor_kwargs=options))
+        return dict(processor.apply_chat_template(messages, **template, processor_kwargs=options))
+    if any(turns):
+        raise Refusal(f"{type(processor).__name__} has no chat template, and earlier turns need one")
     if getattr(processor, "image_token", None):
         texts = [f"{processor.image_token * len(p)}\n{text}" for p, text in zip(images, texts, strict=True)]
         return dict(processor(images=images, text=texts, **options))
     raise Refusal(f"{type(processor).__name__} has neither a chat template nor an image token")
+
+
+def _messages(
+    images: Sequence[Image.Image], text: str, turns: Sequence[tuple[str, str]]
+) -> list[dict[str, str | list[dict[str, Any]]]]:
+    """Return a conversation in the form of chat templates; the images stand before its first text."""
+    questions, answers = [*(question for question, _ in turns), text], [answer for _, answer in turns]
+    messages: list[dict[str, str | list[dict[str, Any]]]] = []
+    for number, question in enumerate(questions):
+        pictures = [{"type": "image", "image": image} for image in images] if number == 0 else []
+        messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": question}]})
+        if number < len(answers):
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answers[number]}]})
+    return messages
+
+
+def first_turn(sample: Sample) -> Sample:
+    """Return the first question of a conversation as a sample, without choices and earlier turns."""
+    return replace(sample, question=sample.turns[0][0], choices=(), turns=()) if sample.turns else sample
 
 
 def encode_pairs(
@@ -66,7 +102,7 @@ def encode_pairs(
 
     Raises:
         DataError: an image that cannot be decoded.
-        Refusal: a question about several images.
+        Refusal: a question about several images, or with earlier turns.
     """
     check_one_image(samples)
     check_texts(processor, samples, prompt)
@@ -91,6 +127,7 @@ def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{quest
     """
     check_text(prompt, "the prompt")
     texts = [("the prompt: ", prompt), *((sample.error_prefix, sample.text) for sample in samples)]
+    texts += [(sample.error_prefix, text) for sample in samples for turn in sample.turns for text in turn]
     for sample in samples:
         check_text(sample.text, f"{sample.error_prefix}the question")
         # these are written to the results in the end
@@ -104,8 +141,12 @@ def check_texts(processor: Any, samples: Sequence[Sample], prompt: str = "{quest
 
 
 def check_one_image(samples: Sequence[Sample]) -> None:
-    """Refuse questions about several images."""
+    """Refuse questions about several images, or with earlier turns."""
     for sample in samples:
+        if sample.turns:
+            raise Refusal(
+                f"{sample.error_prefix}this model answers single questions; got {len(sample.turns)} earlier turns"
+            )
         if len(sample.images) > 1:
             raise Refusal(
                 f"{sample.error_prefix}this model answers questions about one image; got {len(sample.images)}"
@@ -140,10 +181,13 @@ class Inputs:
         tensors: the processor's tensors; if ``images`` is set, ``pixel_values`` holds each image once.
         images: for each image of the prompts, in order, its index; ``None`` where ``tensors`` are as the processor made
             them.
+        later: `[B, L]`, ids of what follows the first turn's question up to the last question's answer; ``None``
+            without earlier turns. ``tensors`` are the first turn then.
     """
 
     tensors: dict[str, Tensor]
     images: tuple[int, ...] | None
+    later: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -187,3 +231,41 @@ def generate_arguments(model: Any, inputs: Inputs) -> dict[str, Any]:
     repeated.pooler_output = pooled[index] if isinstance(pooled, Tensor) else [pooled[i] for i in index]
     outputs.select(index).attach_to(repeated)
     return {**arguments, "mm_encoder_outputs": {"image": repeated}}
+
+
+# -- later turns -----------------------------------------------------------------------------------------------------
+
+
+def added_by_turns(first: dict[str, Tensor], whole: dict[str, Tensor]) -> list[int]:
+    """Return the number of tokens that each conversation adds to its first turn's prompt.
+
+    Args:
+        first, whole: the left-padded batches of the first turns, and of the whole conversations.
+    """
+    lengths = [tensors["attention_mask"].sum(-1) for tensors in (whole, first)]
+    added: list[int] = (lengths[0] - lengths[1]).tolist()
+    return added
+
+
+def later_tokens(first: dict[str, Tensor], whole: dict[str, Tensor]) -> Tensor:
+    """Return the ids that conversations add to their first turns, `[B, L]`; all add equally many.
+
+    Raises:
+        Refusal: a conversation does not begin with its first turn's prompt, so that no cache could be continued.
+    """
+    width, ids = first["input_ids"].shape[1], whole["input_ids"]
+    if not torch.equal(ids[:, :width], first["input_ids"]):
+        raise Refusal("this chat template writes a first turn otherwise once it is answered: ask without earlier turns")
+    return ids[:, width:]
+
+
+def continued(inputs: Inputs, cache: Any) -> dict[str, Any]:
+    """Return the arguments for ``generate`` that continue the cache of the first turn with the later ones."""
+    assert inputs.later is not None
+    arguments: dict[str, Any] = {"past_key_values": cache}
+    for name, value in (("input_ids", None), ("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
+        if name in inputs.tensors:
+            before = inputs.tensors[name]
+            added = inputs.later if value is None else torch.full_like(inputs.later, value, dtype=before.dtype)
+            arguments[name] = torch.cat([before, added], 1)
+    return arguments

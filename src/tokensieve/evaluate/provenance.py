@@ -86,7 +86,7 @@ def loading_facts(model: Any, options: LoadOptions) -> dict[str, Any]:
 def sample_key(sample: Sample) -> str:
     """Return the sample's id and a digest of its text and of the content of its images, whatever their names."""
     contents = [key for key in map(content_key, sample.images) if key is not None]
-    digest = hashlib.sha256(json.dumps([sample.text, *contents]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([sample.text, *contents, *sample.turns]).encode()).hexdigest()[:8]
     return f"{sample.id} {digest}"
 
 

@@ -112,6 +112,10 @@ def export(
     if not name.isidentifier():
         raise Refusal(f"a task's name is letters, digits and _; got {name!r}")
     for sample in samples:
+        if sample.turns:
+            raise Refusal(
+                f"{sample.error_prefix}the harnesses ask single questions; got {len(sample.turns)} earlier turns"
+            )
         if PLACEHOLDER in prompt + sample.text:
             raise Refusal(f"{sample.error_prefix}lm-eval puts an image where a text has {PLACEHOLDER}; leave it out")
     try:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokensieve.reference.model import vocabulary
-from tokensieve.reference.packing import ALONE, IGNORE, LENGTH, SEEN, SLOTS, TOKENS, Packs
+from tokensieve.reference.packing import ALONE, IGNORE, SEEN, TOKENS, Packs, Texts
 from tokensieve.reference.vocabulary import COLOURS, FRAMES
 
 if TYPE_CHECKING:
@@ -25,45 +25,64 @@ PREFIX = [vocabulary().index(word) for word in ("<s>", "USER:")]
 SEEN_IDS = [vocabulary().index(name) for name in SEEN]
 NOTHING = len(SEEN)  # class of a patch that shows no object and no sign
 PARTS = (len(SEEN) + 1, len(COLOURS), len(FRAMES), ALONE + 1)  # outputs of the patch head
-LISTED_WEIGHT, BACKGROUND_WEIGHT, WORD_WEIGHT, WORD_TEMPERATURE = 5.0, 0.1, 0.05, 0.1
+LISTED_WEIGHT, BACKGROUND_WEIGHT, NEIGHBOUR_WEIGHT, PLACE_WEIGHT = 5.0, 0.1, 3.0, 2.0
+WORD_WEIGHT, WORD_TEMPERATURE = 0.05, 0.1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The arrays of `Packs` for B scenes and one pack each, as tensors."""
+    """The arrays of `Packs` for B packs about one or two scenes each, as tensors.
 
-    images: Tensor  # [B, 120, 120, 3] uint8
-    shown: Tensor  # [B, 144]
-    colour: Tensor  # [B, 144]
-    frame: Tensor  # [B, 144]
-    neighbour: Tensor  # [B, 144]
-    present: Tensor  # [B, names + signs + colours] float
-    tokens: Tensor  # [B, 92]
-    targets: Tensor  # [B, 92]
-    places: Tensor  # [B, 92]
-    slots: Tensor  # [B, 92]
-    needed: Tensor  # [B, 144]
+    `I` is 144 image tokens for each scene of a pack, and `L` the text tokens of a pack.
+    """
+
+    images: Tensor  # [scenes, 120, 120, 3] uint8; the scenes of a pack follow each other
+    shown: Tensor  # [scenes, 144]
+    colour: Tensor  # [scenes, 144]
+    frame: Tensor  # [scenes, 144]
+    neighbour: Tensor  # [scenes, 144]
+    present: Tensor  # [scenes, names + signs + colours] float
+    tokens: Tensor  # [B, L]
+    targets: Tensor  # [B, L]
+    places: Tensor  # [B, L]
+    slots: Tensor  # [B, L]
+    needed: Tensor  # [B, I]
 
     @classmethod
     def of(cls, packs: Packs, rows: NDArray[np.int64], variants: NDArray[np.int64]) -> Batch:
         """Select the scenes `rows`, each with its pack number `variants`."""
+        return cls._select(packs, rows, packs.single, (rows, variants))
 
-        def pick(part: NDArray[Any], *index: NDArray[np.int64]) -> Tensor:
+    @classmethod
+    def of_pairs(cls, packs: Packs, rows: NDArray[np.int64], variants: NDArray[np.int64]) -> Batch:
+        """Select the pairs of scenes `rows`, each with its pack number `variants`."""
+        return cls._select(packs, np.stack([2 * rows, 2 * rows + 1], 1).flatten(), packs.pairs, (rows, variants))
+
+    @classmethod
+    def _select(
+        cls, packs: Packs, scenes: NDArray[np.int64], texts: Texts, rows: tuple[NDArray[np.int64], ...]
+    ) -> Batch:
+        def pick(part: NDArray[Any], index: Any) -> Tensor:
             return torch.from_numpy(part[index]).long()
 
         return cls(
-            images=torch.from_numpy(packs.images[rows]),
-            shown=pick(packs.shown, rows),
-            colour=pick(packs.colour, rows),
-            frame=pick(packs.frame, rows),
-            neighbour=pick(packs.neighbour, rows),
-            present=pick(packs.present, rows).float(),
-            tokens=pick(packs.tokens, rows, variants),
-            targets=pick(packs.targets, rows, variants),
-            places=pick(packs.places, rows, variants),
-            slots=pick(packs.slots, rows, variants),
-            needed=pick(packs.needed, rows, variants),
+            images=torch.from_numpy(packs.images[scenes]),
+            shown=pick(packs.shown, scenes),
+            colour=pick(packs.colour, scenes),
+            frame=pick(packs.frame, scenes),
+            neighbour=pick(packs.neighbour, scenes),
+            present=pick(packs.present, scenes).float(),
+            tokens=pick(texts.tokens, rows),
+            targets=pick(texts.targets, rows),
+            places=pick(texts.places, rows),
+            slots=pick(texts.slots, rows),
+            needed=pick(texts.needed, rows),
         )
+
+    def without(self, slots: Sequence[int]) -> Batch:
+        """Return the batch without the targets of some questions."""
+        excluded = torch.isin(self.slots, torch.tensor(slots))
+        return replace(self, targets=self.targets.masked_fill(excluded, IGNORE))
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,7 @@ class Kept:
         indices: `[B, K]`, ascending.
         positions: `[B, K]`, their position ids.
         end: the position id at which the text begins.
-        visible: `[B, 92, K]`, the tokens to which each text token can attend.
+        visible: `[B, L, K]`, the tokens to which each text token can attend.
     """
 
     indices: Tensor
@@ -89,10 +108,11 @@ class Kept:
         return replace(self, positions=positions, end=torch.tensor(count))
 
     @classmethod
-    def everything(cls, size: int) -> Kept:
-        """Keep all 144 tokens of `size` images."""
-        indices = torch.arange(TOKENS).repeat(size, 1)
-        return cls(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, TOKENS, dtype=torch.bool))
+    def everything(cls, batch: Batch) -> Kept:
+        """Keep all tokens."""
+        size, count = batch.needed.shape
+        indices = torch.arange(count).repeat(size, 1)
+        return cls(indices, indices, torch.tensor(count), torch.ones(*batch.tokens.shape, count, dtype=torch.bool))
 
 
 class Trainee(nn.Module):
@@ -115,8 +135,12 @@ class Trainee(nn.Module):
         return hidden[:, 1:], tower.post_layernorm(last[:, 0])
 
     def answer(self, features: Tensor, kept: Kept, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return logits `[B, 92, V]` of packed questions on the kept tokens, and these tokens projected `[B, K, D]`."""
+        """Return logits `[B, L, V]` of packed questions on the kept tokens, and these tokens projected `[B, K, D]`.
+
+        `features` are `[scenes, 144, D]`.
+        """
         language, (size, count) = self.model.model.language_model, kept.indices.shape
+        features = features.reshape(size, -1, features.shape[-1])  # the scenes of a pack side by side
         chosen = features.gather(1, kept.indices.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
         visual = self.model.model.multi_modal_projector(chosen)
         embed, prefix_length = language.embed_tokens, len(PREFIX)
@@ -140,18 +164,22 @@ def normalised(images: Tensor) -> Tensor:
 
 def _block_mask(slots: Tensor, visible: Tensor) -> Tensor:
     """Return a causal mask `[B, 1, S, S]` (additive): a question attends to prefix, visible tokens and itself."""
-    size, _, count = visible.shape
+    size, text_length, count = visible.shape
     prefix_length = len(PREFIX)
-    length = prefix_length + count + LENGTH
+    length = prefix_length + count + text_length
     causal = torch.ones(size, length, length, dtype=torch.bool).tril()
-    prefix = torch.ones(size, LENGTH, prefix_length, dtype=torch.bool)
+    prefix = torch.ones(size, text_length, prefix_length, dtype=torch.bool)
     rows = torch.cat([prefix, visible, slots.unsqueeze(1) == slots.unsqueeze(2)], 2)
     allowed = causal & torch.cat([torch.ones(size, prefix_length + count, length, dtype=torch.bool), rows], 1)
     return torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill(~allowed, -1e4).unsqueeze(1)
 
 
 def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch) -> Tensor:
-    """Train CLS to list the scene, and patches to name their thing, its colour, frame and neighbouring icon."""
+    """Train CLS to list the scene, and patches to name their thing, its colour, frame and neighbouring icon.
+
+    The mean features of the places are pulled together: the language model is to take the place of a patch from its
+    position id, which reduction methods keep or renumber, rather than from its features.
+    """
     listed = F.binary_cross_entropy_with_logits(trainee.cls_head(pooled).float(), batch.present)
     shown, colour, frame, neighbour = trainee.patch_head(features).float().flatten(0, 1).split(PARTS, -1)
     truth = batch.shown.flatten()
@@ -160,8 +188,10 @@ def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch
     patch = (named * weight).sum() / weight.sum()
     patch = patch + F.cross_entropy(colour, batch.colour.flatten(), ignore_index=IGNORE)
     patch = patch + F.cross_entropy(frame, batch.frame.flatten(), ignore_index=IGNORE)
-    patch = patch + F.cross_entropy(neighbour, batch.neighbour.flatten(), ignore_index=IGNORE)
-    return LISTED_WEIGHT * listed + patch
+    patch = patch + NEIGHBOUR_WEIGHT * F.cross_entropy(neighbour, batch.neighbour.flatten(), ignore_index=IGNORE)
+    centred = features.float() - features.float().mean((0, 1))
+    placed = centred.mean(0).square().mean() / centred.square().mean()
+    return LISTED_WEIGHT * listed + patch + PLACE_WEIGHT * placed
 
 
 def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept, batch: Batch) -> Tensor:
@@ -169,31 +199,37 @@ def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept,
     answers = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
     words = F.normalize(trainee.model.model.language_model.embed_tokens(torch.tensor(SEEN_IDS)).float(), dim=-1)
     cosine = F.normalize(visual.float(), dim=-1) @ words.T
-    shown = batch.shown.gather(1, kept.indices).flatten()
+    shown = batch.shown.view(len(kept.indices), -1).gather(1, kept.indices).flatten()
     named = F.cross_entropy((cosine / WORD_TEMPERATURE).flatten(0, 1), shown, ignore_index=IGNORE)
     return answers + WORD_WEIGHT * named
 
 
 def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) -> Kept:
-    """Keep `count` tokens of each image, by one of three policies per image.
+    """Keep `count` tokens of each scene, by one of three policies per image.
 
     The policies are: at random; objects first, as in CLS-guided methods; the tokens that a question depends on first,
     as in text-guided methods. An `ease` above 0 always keeps objects first, and hides from this share of the questions
     many of the tokens that they do not depend on, so that a thing is found among few tokens before it is among many.
     """
-    size = len(batch.shown)
-    noise = torch.from_numpy(rng.random((size, TOKENS)))
+    size, width = batch.needed.shape
+    scenes, number = width // TOKENS, int(batch.slots.max()) + 1
+    noise = torch.from_numpy(rng.random((size, width)))
     policy = torch.full((size, 1), 1) if ease else torch.from_numpy(rng.integers(0, 3, (size, 1)))
-    question = torch.from_numpy(rng.integers(0, len(SLOTS), (size, 1)))
+    question = torch.from_numpy(rng.integers(0, number, (size, 1)))
     # noise is below 1: weights 0.9 and 2.0 put objects mostly, and needed tokens always, before the others
-    score = noise + (policy > 0) * 0.9 * (batch.shown != IGNORE) + (policy > 1) * 2.0 * ((batch.needed >> question) & 1)
-    indices = score.topk(count).indices.sort(-1).values
-    kept = Kept(indices, indices, torch.tensor(TOKENS), torch.ones(size, LENGTH, count, dtype=torch.bool))
+    things = (batch.shown != IGNORE).view(size, width)
+    score = noise + (policy > 0) * 0.9 * things + (policy > 1) * 2.0 * ((batch.needed >> question) & 1)
+    indices = score.view(size, scenes, TOKENS).topk(count).indices.sort(-1).values
+    indices = (indices + TOKENS * torch.arange(scenes).view(-1, 1)).flatten(1)
+    kept = Kept(
+        indices, indices, torch.tensor(width), torch.ones(*batch.tokens.shape, scenes * count, dtype=torch.bool)
+    )
     if not ease:
         return kept
-    visible = visible_tokens(batch.needed.gather(1, indices), range(len(SLOTS)), ease, rng)
-    # [B, questions, K] to [B, 92, K]: each text token takes the row of its question
-    return replace(kept, visible=visible.gather(1, batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, count)))
+    visible = visible_tokens(batch.needed.gather(1, indices), range(number), ease, rng)
+    # [B, questions, K] to [B, L, K]: each text token takes the row of its question
+    rows = batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, indices.shape[1])
+    return replace(kept, visible=visible.gather(1, rows))
 
 
 def visible_tokens(needed: Tensor, questions: Sequence[int], ease: float, rng: np.random.Generator) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tokensieve.reference.questions import ANSWERS, PHRASES
+from tokensieve.reference.questions import ANSWERS, PHRASES, TYPES
 from tokensieve.reference.things import CANVAS, TOKEN
 from tokensieve.reference.vocabulary import COLOURS, NAMES
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 SPECIAL: tuple[str, ...] = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
+
+GENERATIONS = (TYPES[:8], TYPES[8:])  # question types in the order in which they were added
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -31,13 +33,17 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Return all tokens, special ones first; the index of a token is its id."""
-    words = {"?", "a", "an", *NAMES, *COLOURS}
-    for phrases in PHRASES.values():
-        words.update(word for phrase in phrases for word in phrase.replace("{}", "").replace("?", "").split())
-    for answers in ANSWERS.values():
-        words.update(answers)
-    return [*SPECIAL, *sorted(words)]
+    """Return all tokens; the index of a token is its id.
+
+    Special tokens come first. The words of each generation of question types follow those of the one before, so that
+    a word keeps its id where types are added.
+    """
+    words: dict[str, None] = {}
+    for types, others in zip(GENERATIONS, ({"?", "a", "an", *NAMES, *COLOURS}, set[str]()), strict=True):
+        texts = [text for type in types for text in (*PHRASES[type], *ANSWERS[type])]
+        added = others.union(*(text.replace("{}", "").replace("?", "").split() for text in texts))
+        words |= dict.fromkeys(sorted(added))
+    return [*SPECIAL, *words]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

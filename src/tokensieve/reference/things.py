@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tokensieve.reference.vocabulary import PLACES
+from tokensieve.reference.vocabulary import GRID, PLACES
 
-CANVAS = 120  # px
 TOKEN = 10  # px
+CANVAS = GRID * TOKEN  # px
 CELL = 20  # px: one object and its frame
 Box = tuple[int, int, int, int]  # left, top, right, bottom in px; right and bottom exclusive
 Kind = Literal["digit", "icon", "sign", "clutter"]
@@ -39,3 +39,18 @@ class Thing:
         right = self.box[0] + self.box[2] > CANVAS
         low = self.box[1] + self.box[3] > CANVAS
         return PLACES[2 * low + right]
+
+
+def covered(box: Box) -> list[int]:
+    """Return the row-major indices of the visual tokens that a box covers by more than a third of their area."""
+    left, top, right, bottom = box
+
+    def overlap(low: int, high: int, token: int) -> int:
+        return max(0, min(high, (token + 1) * TOKEN) - max(low, token * TOKEN))
+
+    return [
+        row * GRID + column
+        for row in range(top // TOKEN, min(GRID, bottom // TOKEN + 1))
+        for column in range(left // TOKEN, min(GRID, right // TOKEN + 1))
+        if overlap(top, bottom, row) * overlap(left, right, column) * 3 > TOKEN * TOKEN
+    ]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tokensieve.reference.benchmark import PUBLISHED
 from tokensieve.reference.model import build_tokenizer, vocabulary
-from tokensieve.reference.questions import ANSWERS
+from tokensieve.reference.places import place_marks
+from tokensieve.reference.questions import ANSWERS, Type
 from tokensieve.reference.things import CANVAS, TOKEN
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import ViltForQuestionAnswering, ViltProcessor
 
 COPIED, JOINT = 5, 3  # layers from the CLIP encoder, up to the features that the LLaVA uses; new layers above them
-LABELS = tuple(dict.fromkeys(answer for type in PUBLISHED for answer in ANSWERS[type]))
+# its classifier has one-word answers to one question about one image
+ASKED: tuple[Type, ...] = ("colour", "name", "where", "frame", "read", "count", "exist")
+LABELS = tuple(dict.fromkeys(answer for type in ASKED for answer in ANSWERS[type]))
 WORDS = 16  # positions for text: the longest question has 9 tokens, with `<s>` and question mark
 
 
@@ -95,23 +97,16 @@ def copy_tower(tower: Any, model: ViltForQuestionAnswering, pixels: Tensor) -> N
             target.load_state_dict(source.state_dict())
 
 
-def mark_places(model: ViltForQuestionAnswering, size: float = 0.9, waves: int = 4, seed: int = 0) -> Tensor:
+def mark_places(model: ViltForQuestionAnswering, size: float = 0.9) -> Tensor:
     """Add row and column of each patch to its position embedding; return the added rows, `[145, D]`.
 
-    They are slow cosines of row and column along random directions. The encoder's features hardly depend on the place:
-    a linear probe cannot read from them in which corner a patch is. `size` is the root mean square of the added rows; a
-    token's is 0.9.
+    The encoder's features hardly depend on the place: a linear probe cannot read from them in which corner a patch is.
+    `size` is the root mean square of the added rows; a token's is 0.9.
     """
     import torch
 
-    table, side = model.vilt.embeddings.position_embeddings, CANVAS // TOKEN
-    angles = (torch.arange(side) + 0.5) * torch.pi / side
-    cosines = torch.stack([(wave * angles).cos() / wave for wave in range(1, waves + 1)], 1)
-    rows, columns = cosines.repeat_interleave(side, 0), cosines.repeat(side, 1)
-    generator = torch.Generator().manual_seed(seed)
-    places = torch.cat([rows, columns], 1) @ torch.randn(2 * waves, table.shape[-1], generator=generator)
-    # [CLS] has no place: its row is zero
-    marks = torch.cat([places.new_zeros(1, places.shape[1]), places * size / places.square().mean().sqrt()])
+    table = model.vilt.embeddings.position_embeddings
+    marks = place_marks(table.shape[-1], size)
     with torch.no_grad():
         table += marks
     return marks

@@ -50,3 +50,9 @@ PLACES: tuple[str, ...] = ("top-left", "top-right", "bottom-left", "bottom-right
 NUMBERS: dict[int, str] = {3: "three", 4: "four", 5: "five", 6: "six"}
 
 NAMES: tuple[str, ...] = (*DIGITS, *ICONS)
+
+GRID = 12  # visual tokens per side of a scene
+COLUMNS: tuple[str, ...] = tuple(f"x{number}" for number in range(GRID))
+ROWS: tuple[str, ...] = tuple(f"y{number}" for number in range(GRID))
+
+NOTHING = "nothing"  # the answer to a question about a thing that is not there

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 import warnings
@@ -25,21 +24,27 @@ from torch import Tensor, nn
 
 from tokensieve.errors import Refusal
 from tokensieve.reference.card import write_card
-from tokensieve.reference.learning import PARTS, Batch, Kept, Trainee, answering_loss, drop, seeing_loss
-from tokensieve.reference.model import build_model, build_processor, vocabulary
-from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, make_packs
+from tokensieve.reference.learning import PARTS, Batch, Kept, answering_loss, drop, seeing_loss
+from tokensieve.reference.model import vocabulary
+from tokensieve.reference.packing import IGNORE, PAIR_SLOTS, SLOTS, TOKENS, make_packs
+from tokensieve.reference.vocabulary import COLUMNS, GRID, ROWS
+from tokensieve.train.reference_weights import copy_weights, export, new_trainee
 from tokensieve.train.stages import Stage, prepare
 
 VALIDATION_SCENES = 256
 COUNTS = {TOKENS: 0.4, 48: 0.35, 24: 0.25}  # number of visual tokens that a step keeps, and how often
 EASY, EASED = 48, 0.6  # tokens in easy steps, and the share of the reader stage in which steps are easy
 END = vocabulary().index("</s>")
+POINT_IDS = torch.tensor([[vocabulary().index(word) for word in words] for words in (COLUMNS, ROWS)])
+PAIRED = 0.2  # share of the steps that ask about pairs of images
+# pointing is learned under original positions only, as real models are that never saw renumbered ones
+POINTING = [number for number, type in enumerate(SLOTS) if type == "point"]
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("tower", 1400, 64, 1e-3, seeing=1.0),
-    Stage("reader", 2250, 32, 2e-3),
-    Stage("joint", 1200, 32, 8e-4, seeing=0.5),
+    Stage("tower", 2000, 64, 1e-3, seeing=1.0),
+    Stage("reader", 4000, 32, 2e-3),
+    Stage("joint", 2000, 32, 8e-4, seeing=0.5),
 )
 
 
@@ -50,6 +55,7 @@ def train_reference(
     stages: tuple[Stage, ...] = STAGES,
     effort: float = 1.0,
     seed: int = 0,
+    start: Path | None = None,
     resume: bool = True,
     processes: int = 2,
     compiled: bool = False,
@@ -61,6 +67,8 @@ def train_reference(
 
     Every `report_every` steps, the state is saved to `checkpoint.pt`, from which a later call continues (`resume`), and
     one line of losses and validation accuracies is added to `metrics.jsonl`. `effort` scales the steps of all stages.
+    `start` is the directory of an earlier model of this recipe, perhaps with fewer words, whose weights a new run
+    starts from.
     Each of `processes` single-thread processes trains on its share of the scenes and of each batch; gradients are
     averaged, and the result depends on the number of processes. `compiled` uses torch.compile (needs a C++ compiler).
     `card` measures the test split at the end and writes the model's README.md. Takes about 90 KB of memory per scene.
@@ -74,7 +82,7 @@ def train_reference(
         saved = torch.load(output / "checkpoint.pt", weights_only=True)["identity"]
         if saved != identity:
             raise Refusal(f"{output} holds a run with {saved}, got {identity}; or start anew with resume=False")
-    arguments = (output, stages, identity, compiled, report_every, progress)
+    arguments = (output, stages, identity, start, compiled, report_every, progress)
     if processes == 1:
         _work(0, *arguments)
     else:
@@ -103,6 +111,7 @@ def _work(
     output: Path,
     stages: tuple[Stage, ...],
     identity: dict[str, int],
+    start: Path | None,
     compiled: bool,
     report_every: int,
     progress: bool,
@@ -110,7 +119,7 @@ def _work(
     """Train all stages; the first process reports, saves and shows progress."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    run = _Run(rank, output, stages, identity, compiled)
+    run = _Run(rank, output, stages, identity, start, compiled)
     note = TextColumn("{task.fields[note]}")
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), note)
     with Progress(*columns, disable=not progress or rank > 0) as bar:
@@ -129,12 +138,20 @@ class _Run:
     """A training run in a directory: its data, its model and optimiser, and its progress."""
 
     def __init__(
-        self, rank: int, output: Path, stages: tuple[Stage, ...], identity: dict[str, int], compiled: bool
+        self,
+        rank: int,
+        output: Path,
+        stages: tuple[Stage, ...],
+        identity: dict[str, int],
+        start: Path | None,
+        compiled: bool,
     ) -> None:
         self.rank, self.output, self.stages, self.identity = rank, output, stages, identity
         self.processes, self.seed = identity["processes"], identity["seed"]
         self.stage, self.step, self.seconds = 0, 0, 0.0
-        self.trainee = _fresh(self.seed)
+        self.trainee = new_trainee(self.seed)
+        if start is not None:
+            copy_weights(start, self.trainee.model)
         self.optimiser = self._new_optimiser()
         self._restore()
         self.packs = make_packs("train", range(rank, identity["scenes"], self.processes), seed=self.seed)
@@ -150,14 +167,18 @@ class _Run:
         common = np.random.default_rng((self.seed, self.stage, self.step))
         rng = np.random.default_rng((self.seed, self.stage, self.step, self.rank))
         size = stage.batch // self.processes
-        rows = rng.integers(0, len(self.packs), size)
-        batch = Batch.of(self.packs, rows, rng.integers(0, self.packs.tokens.shape[1], size))
+        paired = stage.name != "tower" and common.random() < PAIRED
+        texts = self.packs.pairs if paired else self.packs.single
+        rows = rng.integers(0, len(texts.tokens), size // 2 if paired else size)
+        variants = rng.integers(0, texts.tokens.shape[1], len(rows))
+        batch = (Batch.of_pairs if paired else Batch.of)(self.packs, rows, variants)
         for group in self.optimiser.param_groups:
             group["lr"] = stage.rate_at(self.step)
         loss = torch.zeros(())
         with torch.autocast("cpu", torch.bfloat16):
             if stage.name == "reader":
-                features = self._cached_features()[torch.from_numpy(rows)]
+                scenes = torch.from_numpy(np.stack([2 * rows, 2 * rows + 1], 1).flatten() if paired else rows)
+                features = self._cached_features()[scenes]
             else:
                 features, pooled = self.trainee.see(batch.images)
                 seeing = seeing_loss(self.trainee, features, pooled, batch)
@@ -167,7 +188,8 @@ class _Run:
                 ease = max(0.0, 1 - self.step / (EASED * stage.steps)) if stage.name == "reader" else 0.0
                 count = EASY if ease else int(common.choice(list(COUNTS), p=list(COUNTS.values())))
                 kept = drop(batch, count, rng, ease)
-                kept = kept.renumbered() if not ease and common.integers(2) else kept
+                if not ease and common.integers(2):
+                    kept, batch = kept.renumbered(), batch if paired else batch.without(POINTING)
                 logits, visual = self.answer(features, kept, batch)
                 answering = answering_loss(self.trainee, logits, visual, kept, batch)
                 loss = loss + answering
@@ -236,16 +258,19 @@ class _Run:
         hits: dict[str, list[Tensor]] = {}
         for rows in np.split(np.arange(VALIDATION_SCENES), VALIDATION_SCENES // 64):
             batch = Batch.of(self.held_out, rows, np.zeros_like(rows))
+            pairs = rows[::2] // 2
             with torch.autocast("cpu", torch.bfloat16):
                 features, _ = self.trainee.see(batch.images)
-                logits, _ = self.trainee.answer(features, Kept.everything(len(rows)), batch)
                 parts = self.trainee.patch_head(features).split(PARTS, -1)
+                logits, _ = self.trainee.answer(features, Kept.everything(batch), batch)
+                paired = Batch.of_pairs(self.held_out, pairs, np.zeros_like(pairs))
+                logits_of_pairs, _ = self.trainee.answer(features, Kept.everything(paired), paired)
             for name, part in zip(("shown", "colour", "frame", "neighbour"), parts, strict=True):
                 truth = getattr(batch, name)
                 hits.setdefault(f"patch {name}", []).append((part.argmax(-1) == truth)[truth != IGNORE])
-            right, word = logits.argmax(-1) == batch.targets, (batch.targets != IGNORE) & (batch.targets != END)
-            for number, type in enumerate(SLOTS):
-                hits.setdefault(type, []).append(right[word & (batch.slots == number)])
+            for slots, questions, scores in ((SLOTS, batch, logits), (PAIR_SLOTS, paired, logits_of_pairs)):
+                for number, type in enumerate(slots):
+                    hits.setdefault(type, []).append(_right(questions, scores.argmax(-1), number, type))
         return {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
 
     def _save(self) -> None:
@@ -276,22 +301,17 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
 
 
-def export(trainee: Trainee, directory: Path) -> None:
-    """Save model and processor for `from_pretrained`; weights are stored in bfloat16 and load as float32."""
-    weights = {name: value.bfloat16() for name, value in trainee.model.state_dict().items()}
-    part = directory.with_name(directory.name + ".part")
-    build_model().save_pretrained(part, state_dict=weights)
-    build_processor().save_pretrained(part)
-    (part / "model.safetensors").chmod(0o644)
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
+def _right(batch: Batch, words: Tensor, number: int, type: str) -> Tensor:
+    """Return whether the answers to one question of each pack are right, `[B]`, from the next words `[B, L]`.
 
-
-def _fresh(seed: int) -> Trainee:
-    """Build a model with its training heads."""
-    model = build_model(seed)
-    # on a CPU, eager attention trains faster than SDPA, whose backward is slow
-    model.set_attn_implementation("eager")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Trainee(model)
+    Packs without the question are left out.
+    """
+    answers = (batch.slots == number) & (batch.targets != IGNORE) & (batch.targets != END)
+    rows = answers.any(1)
+    if type != "point":
+        return ((words == batch.targets) | ~answers).all(1)[rows]
+    # a point is right on every patch of the thing
+    named = words[answers].view(-1, 2, 1) == POINT_IDS
+    column, row = named.int().argmax(-1).unbind(1)
+    on_thing = (batch.needed[rows].gather(1, (row * GRID + column).unsqueeze(1)).squeeze(1) >> number) & 1
+    return named.any(-1).all(1) & (on_thing > 0)

@@ -23,14 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokensieve.reference import load
+from tokensieve.reference import load, vilt
 from tokensieve.reference.learning import normalised, visible_tokens
 from tokensieve.reference.model import vocabulary
 from tokensieve.reference.packing import IGNORE, SLOTS, TOKENS, Packs, make_packs
 from tokensieve.reference.vilt import COPIED, LABELS, WORDS, build_model, build_processor, copy_tower, mark_places
 from tokensieve.train.stages import Stage, prepare
 
-ASKED = tuple(number for number, type in enumerate(SLOTS) if type != "beside")
+ASKED = tuple(number for number, type in enumerate(SLOTS) if type in vilt.ASKED)
 VALIDATION_SCENES = 128
 EASY, EASED = 48, 0.6  # patches in easy steps, and the share of the stage in which steps are easy
 HIDDEN = -1e4
@@ -60,7 +60,7 @@ class Questions:
         """Unpack packs without turned questions."""
         words = vocabulary()
         label = torch.tensor([LABELS.index(word) if word in LABELS else IGNORE for word in words])
-        scenes, variants, _ = packs.tokens.shape
+        scenes, variants, _ = packs.single.tokens.shape
         tokens = np.zeros((scenes, variants, len(ASKED), WORDS), np.int64)
         lengths = np.zeros((scenes, variants, len(ASKED)), np.int64)
         answers = np.zeros_like(lengths)
@@ -68,7 +68,9 @@ class Questions:
         for n in range(scenes):
             for v in range(variants):
                 for q, slot in enumerate(ASKED):
-                    (*words_of, _, answer) = packs.tokens[n, v][packs.slots[n, v] == slot]  # …, "ASSISTANT:", answer
+                    (*words_of, _, answer) = packs.single.tokens[n, v][
+                        packs.single.slots[n, v] == slot
+                    ]  # …, "ASSISTANT:", answer
                     tokens[n, v, q, : len(words_of) + 1] = [begin, *words_of]
                     lengths[n, v, q], answers[n, v, q] = len(words_of) + 1, answer
         last = torch.from_numpy(lengths - 2)  # the question mark is the last token
@@ -76,7 +78,7 @@ class Questions:
             torch.from_numpy(tokens[..., : lengths.max()]),
             last,
             label[torch.from_numpy(answers)],
-            torch.from_numpy(packs.needed),
+            torch.from_numpy(packs.single.needed),
         )
 
 
