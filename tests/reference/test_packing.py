@@ -105,6 +105,20 @@ def test_dropping_keeps_equally_many_tokens_of_each_scene(packs: Packs, pairs: b
         assert int(kept.end) == batch.needed.shape[1]
 
 
+def test_eased_questions_about_a_neighbour_see_all_kept_digits_and_not_the_icon(packs: Packs) -> None:
+    rows = np.arange(4)
+    batch = Batch.of(packs, rows, np.zeros_like(rows))
+    kept = drop(batch, 60, np.random.default_rng(0), ease=1.0)
+    digits = (batch.neighbour != IGNORE).gather(1, kept.indices)
+    for slot in (SLOTS.index("beside"), SLOTS.index("hop")):
+        depends = ((batch.needed.gather(1, kept.indices) >> slot) & 1).bool()
+        assert (depends & digits).any(1).all() and (depends & ~digits).any(1).all(), "a digit and an icon"
+        for row in range(len(rows)):
+            seen = kept.visible[row][batch.slots[row] == slot]
+            assert seen[:, digits[row]].all()
+            assert not seen[:, (depends & ~digits)[row]].any()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pairs", [False, True])
 def test_a_packed_answer_is_that_of_the_stock_model(packs: Packs, trainee: Trainee, pairs: bool) -> None:

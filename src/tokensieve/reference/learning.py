@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokensieve.reference.model import vocabulary
-from tokensieve.reference.packing import ALONE, IGNORE, SEEN, TOKENS, Packs, Texts
+from tokensieve.reference.packing import ALONE, IGNORE, SEEN, SLOTS, TOKENS, Packs, Texts
 from tokensieve.reference.vocabulary import COLOURS, FRAMES
 
 if TYPE_CHECKING:
@@ -226,10 +226,33 @@ def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) 
     )
     if not ease:
         return kept
-    visible = visible_tokens(batch.needed.gather(1, indices), range(number), ease, rng)
+    needed = batch.needed.gather(1, indices)
+    visible = visible_tokens(needed, range(number), ease, rng)
+    if scenes == 1:
+        visible = _digits_without_icon(visible, needed, (batch.neighbour != IGNORE).gather(1, indices), ease, rng)
     # [B, questions, K] to [B, L, K]: each text token takes the row of its question
     rows = batch.slots.clamp(min=0).unsqueeze(-1).expand(-1, -1, indices.shape[1])
     return replace(kept, visible=visible.gather(1, rows))
+
+
+def _digits_without_icon(
+    visible: Tensor, needed: Tensor, digits: Tensor, ease: float, rng: np.random.Generator
+) -> Tensor:
+    """Show this share of the questions about a neighbour all digits, and hide the icon that they name.
+
+    Then only a digit's own patches tell which icon is beside it. With the icon in sight, and few digits, a model takes
+    any digit in sight and learns no more.
+
+    Args:
+        visible: `[B, Q, K]` bool.
+        needed: `[B, K]`, bits by question.
+        digits: `[B, K]` bool, the tokens of digits.
+    """
+    number = visible.shape[1]
+    asked = torch.tensor([SLOTS[question] in ("beside", "hop") for question in range(number)]).view(1, -1, 1)
+    chosen = asked & (torch.from_numpy(rng.random((len(visible), number, 1))) < ease)
+    icon = ((needed.unsqueeze(1) >> torch.arange(number).view(1, -1, 1)) & 1 > 0) & ~digits.unsqueeze(1)
+    return torch.where(chosen, (visible | digits.unsqueeze(1)) & ~icon, visible)
 
 
 def visible_tokens(needed: Tensor, questions: Sequence[int], ease: float, rng: np.random.Generator) -> Tensor:
