@@ -47,7 +47,7 @@ def answered(cluster, questions, tmp_path_factory):
 @pytest.fixture(scope="module")
 def compared(questions, tmp_path_factory):
     model, processor = load_model("reference")
-    options = {"max_new_tokens": SETTINGS.max_new_tokens, "measure": False, "seeds": 1}
+    options = {"max_new_tokens": SETTINGS.max_new_tokens, "measure": False, "seeds": 1, "referee": False}
     output = tmp_path_factory.mktemp("compared")
     compared = compare(model, processor, load_data(questions), METHODS[1:], [], output=output, **options)
     return compared, output / "predictions.jsonl"

@@ -53,11 +53,11 @@ def test_a_comparison_runs_while_questions_are_answered(bench: Workbench, data: 
     assert meanwhile
     assert all(answers == alone for answers in meanwhile)
     assert any(0 < state.done < state.total for state in states)
-    assert jobs.status.done == jobs.status.total == 21 * (1 + 1 + 5)
+    assert jobs.status.done == jobs.status.total == 21 * (1 + 1 + 5 + 1)  # full, trsm, five seeds of random, blind
     assert jobs.reports() == ["first"]
     assert "Visual-token reduction" in jobs.report("first")
     rows = json.loads((tmp_path / "first" / "results.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == {"full", "trsm", "random"}
+    assert {row["method"] for row in rows} == {"full", "trsm", "random", "blind"}
 
 
 def test_a_cancelled_comparison_continues(bench: Workbench, data: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tokensieve.batch.parts import AnswerRow, Format, Output
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.metrics import METRICS, check_answers
+from tokensieve.evaluate.referee import referee
 from tokensieve.evaluate.results import RESULTS, Results, Skipped
 from tokensieve.evaluate.rows import FULL
 from tokensieve.evaluate.table import Table
@@ -52,7 +53,8 @@ def results(job: Job, folder: Path, file_format: Format = "jsonl") -> Results | 
         about["loading"] = loaded
     environment = folder / "environment.json"
     machine = json.loads(environment.read_text("utf-8")) if environment.exists() else {}
-    table_results = table.results(complete=True, environment=machine, settings=about, skipped=list(skipped.values()))
+    unexamined = table.results(complete=True, environment=machine, settings=about, skipped=list(skipped.values()))
+    table_results = referee(unexamined)
     table_results.save(folder / RESULTS)
     return table_results
 
