@@ -24,6 +24,7 @@ from tokensieve.evaluate.prompt import Inputs
 from tokensieve.evaluate.rows import FULL, label
 from tokensieve.measure import Cost, measure_costs
 from tokensieve.methods import Positions
+from tokensieve.methods.spec_file import is_spec_file
 from tokensieve.reduction import Reduction
 from tokensieve.report.overlay import as_seen, overlay
 
@@ -207,7 +208,8 @@ class Workbench:
 
 def file_of(spec: str) -> str | None:
     """Return the file that a spec takes its method from, with what stands before it; ``None`` for a known method."""
-    return spec.rpartition(".py:")[0] or None
+    # a spec file may name a method of a file
+    return spec.strip() if is_spec_file(spec) else spec.rpartition(".py:")[0] or None
 
 
 def average_tokens(per_layer: Sequence[Sequence[int]]) -> float:
