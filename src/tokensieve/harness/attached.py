@@ -16,7 +16,7 @@ import torch
 from tokensieve.budget import parse_budget
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal, first_line
-from tokensieve.evaluate.answer import is_out_of_memory
+from tokensieve.evaluate.answer import average_tokens, is_out_of_memory
 from tokensieve.loading import find
 from tokensieve.methods.spec import expand
 from tokensieve.methods.spec_file import DEFAULTS
@@ -131,7 +131,7 @@ class Attachment:
                     images=len(images),
                     before=sum(image.total for image in images),
                     after=sum(image.slots for image in images),
-                    average=sum(sum(tokens) / len(tokens) for tokens in layers),
+                    average=average_tokens(layers) if layers else 0.0,
                 )
         self._publish()
         return output
