@@ -102,10 +102,10 @@ def scores_of(results: Results, row: Row) -> np.ndarray:
     return np.array(results.scores[results.rows.index(row)], dtype=float)
 
 
-def paired(results: Results, row: Row, other: Row, chosen: np.ndarray, name: str) -> Test:
-    """Compare two rows on the chosen questions, `[questions]` bool."""
+def paired(results: Results, row: Row, other: Row, chosen: np.ndarray, name: str, base: Results | None = None) -> Test:
+    """Compare two rows on the chosen questions, `[questions]` bool; ``base`` holds the other row if results do not."""
     clusters = np.array([question.cluster for question in results.questions])[chosen]
-    scores, others = scores_of(results, row)[:, chosen], scores_of(results, other)[:, chosen]
+    scores, others = scores_of(results, row)[:, chosen], scores_of(base or results, other)[:, chosen]
     gap = paired_difference(scores, others, clusters)
     p = exact_p(scores, others, clusters)
     assert p is not None  # the benchmark's answers are right or wrong
@@ -172,14 +172,9 @@ def renumbered(original: Results, contiguous: Results) -> Finding:
     about_places = np.isin(types, PLACES)
     tests = []
     for chosen, words in ((about_places, "places"), (~about_places, "control")):
-        clusters = np.array([question.cluster for question in original.questions])[chosen]
         for method in PLACE_METHODS:
-            row, other = original.row(method, MILD[1]), contiguous.row(method, MILD[1])
-            before, after = scores_of(original, row)[:, chosen], scores_of(contiguous, other)[:, chosen]
-            gap, p = paired_difference(after, before, clusters), exact_p(after, before, clusters)
-            assert p is not None
-            name = f"{row.label}, {words}"
-            tests.append(Test(name, int(chosen.sum()), gap.difference, gap.low, gap.high, p))
+            before, after = original.row(method, MILD[1]), contiguous.row(method, MILD[1])
+            tests.append(paired(contiguous, after, before, chosen, f"{before.label}, {words}", base=original))
     joined = corrected(tests)
     places, control = joined[: len(PLACE_METHODS)], joined[len(PLACE_METHODS) :]
     ruined = sum(test.difference < 0 and test.p_holm < ALPHA for test in places)

@@ -23,7 +23,7 @@ from tokensieve.commands.arguments import split_budgets, split_specs
 from tokensieve.evaluate import Sample, environment, load_data
 from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.plan import Settings
-from tokensieve.evaluate.provenance import code_digest, model_identity
+from tokensieve.evaluate.provenance import predictions_setup
 from tokensieve.evaluate.table import clusters
 from tokensieve.reference import load
 from tokensieve.tune import Candidate, space, tune
@@ -50,10 +50,10 @@ class Replay(Asker):
 def run(args: argparse.Namespace) -> dict[str, Any]:
     model, processor = load()
     samples = load_data("reference", limit=args.limit)
-    settings = Settings(batch_size=args.batch_size, max_new_tokens=4, seeds=1, measure=False, examples=0)
+    settings = Settings(batch_size=args.batch_size, max_new_tokens=4)
     methods, keeps = split_specs(args.methods), split_budgets(args.keep)
     candidates, refused = attachable(model, space(methods, keeps), processor=processor, **settings.attach_options())
-    setup = {"code": code_digest(), **settings.prediction_setup(), **model_identity(model)}
+    setup = predictions_setup(model, processor, settings)
     asker = Asker(model, processor, samples, settings, Journal(args.folder / "exhaustive", setup))
     for number, candidate in enumerate([None, *candidates]):
         asker.ask(candidate, samples)

@@ -136,6 +136,7 @@ WRONG = {
     "unknown parameter": ({"methods": ("trsm(kep=2)",)}, "trsm has no parameter 'kep'"),
     "a file": ({"methods": ("/etc/mine.py:Mine",)}, "takes no method from a file"),
     "a file among others": ({"methods": ("trsm + /etc/mine.py:Mine",)}, "takes no method from a file"),
+    "a spec file, which may name a file": ({"methods": ("/tmp/any.json",)}, "takes no method from a file"),
     "budget 0": ({"keep": 0}, "keep must be"),
     "budget 1.5": ({"keep": 1.5}, "keep must be"),
     "rounds": ({"rounds": 51}, "timed rounds must be a whole number from 0 to 50; got 51"),

@@ -374,7 +374,7 @@ def test_identities(model, samples, write, tmp_path):
 
 def test_answers_of_other_code_are_not_reused(run, monkeypatch):
     run(methods=["uniform"])
-    monkeypatch.setattr(sys.modules["tokensieve.evaluate.compare"], "code_digest", lambda: "edited")
+    monkeypatch.setattr(sys.modules["tokensieve.evaluate.provenance"], "code_digest", lambda: "edited")
     with pytest.raises(ResumeError, match=r"\(code differ\)"):
         run(methods=["uniform"])
 

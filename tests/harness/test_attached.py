@@ -1,5 +1,6 @@
 """A method on a harness's model: its options, its counts, and errors that no harness can catch."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tokensieve import Refusal, reference
 from tokensieve.evaluate.data import load_data
 from tokensieve.evaluate.prompt import encode
 from tokensieve.harness.attached import Attachment, check_arguments, loud, processor_of, take_options
+from tokensieve.methods.spec_file import SpecFile
 
 pytestmark = pytest.mark.skipif(not (reference.path() / "model.safetensors").is_file(), reason="no trained weights")
 
@@ -42,6 +44,15 @@ def test_the_record_holds_the_means_per_image() -> None:
         "tokens_after": 36.0,
         "tokens_average": 63.0,
     }
+
+
+def test_the_record_shows_the_options_of_a_spec_file(tmp_path: Path) -> None:
+    options = {"positions": "contiguous", "budget_scope": "sample", "separators": "none"}
+    (tmp_path / "best.json").write_text(json.dumps(SpecFile("divprune", 36, options).to_json()))
+    record = Attachment(*reference.load(), method=str(tmp_path / "best.json")).record()
+    assert {name: record[name] for name in ("method", *options)} == {"method": "divprune(keep=36)"} | options
+    with pytest.raises(Refusal, match=r"best.json says separators='none'; got separators='kept'"):
+        Attachment(*reference.load(), method=str(tmp_path / "best.json"), separators="kept")
 
 
 def test_a_prompt_without_images_is_a_question() -> None:

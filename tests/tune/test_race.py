@@ -1,13 +1,18 @@
 """Successive halving and the order of the finalists, on answers that are given."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from tokensieve import Refusal
 from tokensieve.evaluate import Sample
+from tokensieve.evaluate.journal import Answer
+from tokensieve.measure import Spread
 from tokensieve.tune.race import FINALISTS, Race, Standing, finalists, rounds
 from tokensieve.tune.search import split
 from tokensieve.tune.space import space
+from tokensieve.tune.steps import Search
 
 CANDIDATES = space(["divprune", "vtc-cls"], [0.5, 0.33, 0.25, 0.16, 0.11], trials=10)
 
@@ -75,6 +80,40 @@ def test_a_method_that_refuses_a_question_leaves_and_its_reason_is_kept():
     standings = race.run(CANDIDATES, rounds(questions(100, 1), len(CANDIDATES)))
     assert CANDIDATES[0] not in [standing.candidate for standing in standings]
     assert race.failed == {CANDIDATES[0].run.key: "no such token"}
+
+
+class HeldOutAnswers(GivenAnswers):
+    """The parts of an asker that the held-out questions need."""
+
+    def __init__(self, chances: dict[str, float], samples: list[Sample]) -> None:
+        super().__init__(chances)
+        self.keys = {sample.id: sample.id for sample in samples}
+        self.journal = SimpleNamespace(skipped={}, answers={})
+
+    def answers(self, candidate):
+        return {key: Answer(key, "yes", 144, 72, 72.0) for key in self.keys}
+
+
+@pytest.mark.parametrize("refusing", [1, 3])
+def test_a_finalist_that_refuses_a_held_out_question_leaves_the_others(refusing, monkeypatch):
+    samples = [sample for image in questions(400, 1) for sample in image]
+    costs = {candidate.run.key: 0.8 - 0.1 * number for number, candidate in enumerate(CANDIDATES[:3])}
+    tested = [Standing(candidate, costs[candidate.run.key], 0.9, 0.0) for candidate in CANDIDATES[:3]]
+    search = Search(
+        HeldOutAnswers(dict.fromkeys(list(costs)[refusing:], 1.0), samples), 0.02, None, None, "flops", 0, None
+    )
+    search.flops = costs
+    search.facts |= {"candidates": 3, "refused": {}, "search_questions": 200, "held_out_questions": 400}
+    cost = SimpleNamespace(prefill_speedup=Spread(1.2, 1.1, 1.3))
+    monkeypatch.setattr(search, "_times", lambda *arguments: dict.fromkeys(costs, cost))
+    if refusing == 3:
+        with pytest.raises(Refusal, match="each remaining configuration refuses a held-out question; no such token"):
+            search._judge(tested, samples, samples)
+        return
+    result = search._judge(tested, samples, samples)
+    assert (result.verdict, result.chosen.flops) == ("use", min(costs.values()))
+    assert [finalist.spec for finalist in result.tested] == [str(candidate) for candidate in CANDIDATES[1:3]]
+    assert result.refused == {CANDIDATES[0].run.key: "no such token"}
 
 
 def test_finalists_run_from_the_safest_to_the_cheapest():

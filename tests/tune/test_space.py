@@ -1,8 +1,11 @@
 """The configurations of a search."""
 
+import json
+
 import pytest
 
 from tokensieve import Refusal
+from tokensieve.methods.spec_file import DEFAULTS, SpecFile
 from tokensieve.tune.space import attachable, space
 
 
@@ -42,6 +45,15 @@ def test_parameters_and_budgets_that_a_spec_gives_are_not_varied():
         "downsample(keep=16) + divprune(keep=9)",
         "downsample(keep=16) + divprune(keep=9) positions=contiguous",
     }
+
+
+def test_a_spec_file_stands_for_the_spec_inside(tmp_path):
+    file = tmp_path / "best.json"
+    file.write_text(json.dumps(SpecFile("trsm", 36).to_json()))
+    assert keys([str(file)], [0.5]) == keys(["trsm(keep=36)"], [0.5])
+    file.write_text(json.dumps(SpecFile("trsm", 36, {**DEFAULTS, "separators": "none"}).to_json()))
+    with pytest.raises(Refusal, match=r"best.json says separators='none', which cannot be set here"):
+        space([str(file)], [0.5])
 
 
 def test_a_method_without_a_budget_is_tried_once():

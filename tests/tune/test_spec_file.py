@@ -13,7 +13,7 @@ from tokensieve import Refusal
 from tokensieve.evaluate.plan import Settings, plan
 from tokensieve.evaluate.prompt import left_padded_batch
 from tokensieve.methods.spec import expand, parse
-from tokensieve.methods.spec_file import SpecFile, read_spec_file
+from tokensieve.methods.spec_file import DEFAULTS, SpecFile, read_spec_file
 from tokensieve.reference.model import build_model, build_processor
 
 GOOD = {"tokensieve_spec": 1, "method": "downsample(keep=0.5) + divprune", "keep": 9, "positions": "contiguous"}
@@ -129,12 +129,15 @@ def test_the_commands_take_the_file_of_a_search(best: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     spec = SpecFile(**{key: json.loads(best.read_text())[key] for key in ("method", "keep")})
     (method,) = map(str, parse(spec.method, **spec.parameters))
+    none = tmp_path / "none.json"
+    none.write_text(json.dumps(SpecFile("vtc-cls", 36, {**DEFAULTS, "separators": "none"}).to_json()))
     few = ["--limit", "7", "--no-measure", "--no-report", "--max-new-tokens", "4"]
     outcomes = run_many(
         {
             "ask": ["ask", "--method", best, "--json"],
             "compare": ["compare", "--methods", f"{best}, uniform", "--keep", "16", *few, "--output", "c", "--json"],
             "bench": ["bench", "--method", best, "--repeats", "1", "--json"],
+            "check": ["check", "--method", str(none), "--json"],
             "ask keep": ["ask", "--method", best, "--keep", "9"],
             "ask positions": ["ask", "--method", best, "--positions", "contiguous"],
             "serve": ["serve", "reference", "--method", "nowhere.json"],
@@ -144,6 +147,7 @@ def test_the_commands_take_the_file_of_a_search(best: Path, tmp_path: Path, monk
     assert json.loads(outcomes["ask"].out)["method"] == method
     assert [row["method"] for row in json.loads(outcomes["compare"].out)][:2] == ["full", method]
     assert [row["method"] for row in json.loads(outcomes["bench"].out)] == ["full", method]
+    assert json.loads(outcomes["check"].out)["separators"] == "none"
     assert "has no open parameter 'keep'; the spec gives it" in outcomes["ask keep"].refused()
     assert "says positions='original'; got positions='contiguous'" in outcomes["ask positions"].refused()
     for name in ("serve", "batch"):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tokensieve.batch.job import Job, Outcome
-from tokensieve.evaluate.answer import Answerer, Attached, Classifier, attaching, in_order
+from tokensieve.evaluate.answer import Answerer, Attached, answerer_class, attaching, in_order
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.provenance import environment
 from tokensieve.loading import load_model
@@ -44,9 +44,8 @@ class AttachedModel:
                 yield from ((key, name, outcome) for name, outcome in outcomes.items())
 
     def _answerer(self, samples: Sequence[Sample]) -> Answerer:
-        answering = Answerer if self.model.can_generate() else Classifier
         keys = {sample.id: sample.id for sample in samples}
-        return answering(self.model, self.processor, samples, self.settings, keys)
+        return answerer_class(self.model)(self.model, self.processor, samples, self.settings, keys)
 
     def _outcomes(self, answerer: Answerer, attached: Attached) -> Mapping[str, Outcome]:
         """Return the outcome of each sample of a batch by its id."""

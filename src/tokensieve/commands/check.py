@@ -52,15 +52,17 @@ def check(
     from tokensieve.budget import parse_budget
     from tokensieve.check import Laws
     from tokensieve.evaluate.plan import plan
+    from tokensieve.methods.spec import expand
 
-    entries = plan(list(method or METHODS), [parse_budget(keep)], seeds=1, oracle=False)
+    specs, options = expand(list(method or METHODS), budget_scope=budget_scope, separators=separators)
+    entries = plan(specs, [parse_budget(keep)], seeds=1, oracle=False)
     # the first entry is the unhooked model
     candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]
     vlm, processor = load_model(model, loading, random=random)
     torch.manual_seed(0)
     with progress() as report:
         report(0, len(candidates), "the unmodified model")
-        laws = Laws(vlm, prompts(processor, vlm), len(QUESTIONS), processor, budget_scope, separators)
+        laws = Laws(vlm, prompts(processor, vlm), len(QUESTIONS), processor, **options)
         verdicts: list[list[Verdict]] = []
         for done, stages in enumerate(candidates):
             report(done, len(candidates), " + ".join(map(str, stages)))
@@ -69,7 +71,7 @@ def check(
     if json:
         about = {"model": model, "model_type": vlm.config.model_type, "dtype": precision, "random_weights": random}
         about["loading"] = loading.to_json()
-        about |= {"budget_scope": budget_scope, "separators": separators}
+        about |= options
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         noise = {"noise_floor": laws.floor, "allowed": laws.allowed}
         print_json({**about, **versions, **noise, "verdicts": [asdict(v) for row in verdicts for v in row]})

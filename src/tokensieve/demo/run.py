@@ -16,7 +16,7 @@ from tokensieve.budget import Budget
 from tokensieve.engine import attach
 from tokensieve.errors import DataError, Refusal, first_line
 from tokensieve.evaluate import METRICS, Sample
-from tokensieve.evaluate.answer import Answerer, Classifier, is_out_of_memory, together
+from tokensieve.evaluate.answer import Answerer, answerer_class, average_tokens, is_out_of_memory, together
 from tokensieve.evaluate.data import check_text
 from tokensieve.evaluate.pictures import Picture
 from tokensieve.evaluate.plan import Entry, Settings
@@ -24,6 +24,7 @@ from tokensieve.evaluate.prompt import Inputs
 from tokensieve.evaluate.rows import FULL, label
 from tokensieve.measure import Cost, measure_costs
 from tokensieve.methods import Positions
+from tokensieve.methods.spec_file import is_spec_file
 from tokensieve.reduction import Reduction
 from tokensieve.report.overlay import as_seen, overlay
 
@@ -179,9 +180,8 @@ class Workbench:
         return [row if row.refusal else replace(row, cost=next(left_over)) for row in rows]
 
     def _answerer(self, request: Request) -> Answerer:
-        kind = Answerer if self.model.can_generate() else Classifier
         settings = Settings(max_new_tokens=request.max_new_tokens)
-        return kind(self.model, self.processor, [request.sample], settings, {})
+        return answerer_class(self.model)(self.model, self.processor, [request.sample], settings, {})
 
     def _inputs(self, answerer: Answerer, sample: Sample) -> dict[str, torch.Tensor]:
         try:
@@ -207,13 +207,8 @@ class Workbench:
 
 def file_of(spec: str) -> str | None:
     """Return the file that a spec takes its method from, with what stands before it; ``None`` for a known method."""
-    return spec.rpartition(".py:")[0] or None
-
-
-def average_tokens(per_layer: Sequence[Sequence[int]]) -> float:
-    """Return the visual tokens of a sample averaged over the LLM's layers, from ``sieve.tokens[sample]``."""
-    layers = len(per_layer[0])
-    return sum(map(sum, per_layer)) / layers
+    # a spec file may name a method of a file
+    return spec.strip() if is_spec_file(spec) else spec.rpartition(".py:")[0] or None
 
 
 def draw(image: Image.Image, decision: Reduction, processor: Any) -> Image.Image:

@@ -13,7 +13,6 @@ from tokensieve.budget import Budget
 from tokensieve.demo.run import (
     LONGEST_ANSWER,
     Workbench,
-    average_tokens,
     check_number,
     check_question,
     draw,
@@ -22,9 +21,9 @@ from tokensieve.demo.run import (
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal
 from tokensieve.evaluate import Sample, decode
-from tokensieve.evaluate.answer import together
+from tokensieve.evaluate.answer import average_tokens, together
 from tokensieve.evaluate.pictures import Picture
-from tokensieve.evaluate.prompt import check_texts
+from tokensieve.evaluate.prompt import check_texts, left_padded_batch
 from tokensieve.evaluate.rows import label
 from tokensieve.loading import to_model
 from tokensieve.methods import Method, Positions
@@ -208,12 +207,4 @@ class Conversation:
 
 def conversation_inputs(processor: Any, image: Image.Image, turns: list[Turn], question: str) -> dict[str, Tensor]:
     """Return the processor's tensors of a conversation, `[1, L]`: the image stands before the first question."""
-    messages: list[dict[str, Any]] = []
-    for text in (*(turn.question for turn in turns), question):
-        picture = [] if messages else [{"type": "image", "image": image}]
-        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": text}]})
-        if len(messages) // 2 < len(turns):
-            answer = turns[len(messages) // 2].answer
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return dict(processor.apply_chat_template(messages, **template))
+    return left_padded_batch(processor, [[image]], [question], [[(turn.question, turn.answer) for turn in turns]])

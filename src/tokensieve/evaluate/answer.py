@@ -226,9 +226,7 @@ class Answerer:
         return list(groups.values())
 
     def _record(self, sample: Sample, text: str, images: list[Reduction], tokens: list[list[int]]) -> Answer:
-        # tokens: [image][layer]; a sample's tokens in a layer are those of all its images
-        reduction, per_layer = together(images), [sum(counts) for counts in zip(*tokens, strict=True)]
-        average = sum(per_layer) / len(per_layer)
+        reduction, average = together(images), average_tokens(tokens)
         recorded = reduction.to_json() if sample.id in self.examples else None
         return Answer(self.keys[sample.id], text, reduction.total, reduction.slots, average, reduction.grid, recorded)
 
@@ -284,9 +282,23 @@ class Classifier(Answerer):
         return Inputs(tensors, None)
 
 
+def answerer_class(model: Any) -> type[Answerer]:
+    """Return the class that answers with a model: it generates answers, or it chooses among those it knows."""
+    return Answerer if model.can_generate() else Classifier
+
+
 def together(images: Sequence[Reduction]) -> Reduction:
     """Join the decisions about one sample: it has several images, or the model takes each tile of one for an image."""
     return TokenLayout(sum(reduction.total for reduction in images)).merge_parts(images)
+
+
+def average_tokens(tokens: Sequence[Sequence[int]]) -> float:
+    """Return a sample's visual tokens, those of all its images, averaged over the LLM's layers.
+
+    Args:
+        tokens: `[image][layer]`, as in ``sieve.tokens[sample]``.
+    """
+    return sum(map(sum, tokens)) / len(tokens[0])
 
 
 def in_order(samples: Sequence[Sample]) -> list[Sample]:

@@ -14,13 +14,7 @@ from typing import Any, Literal
 
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
-from tokensieve.evaluate.answer import (
-    Answerer,
-    Attached,
-    Classifier,
-    attaching,
-    unreadable,
-)
+from tokensieve.evaluate.answer import Answerer, Attached, answerer_class, attaching, unreadable
 from tokensieve.evaluate.blind import blind_answerer, refusal
 from tokensieve.evaluate.costs import row_costs
 from tokensieve.evaluate.data import Sample
@@ -31,13 +25,12 @@ from tokensieve.evaluate.plan import Entry, KeepMeans, Run, Settings
 from tokensieve.evaluate.processes import Processes
 from tokensieve.evaluate.prompt import check_one_image, check_texts
 from tokensieve.evaluate.provenance import (
-    code_digest,
     environment,
     is_bundled,
     loading_facts,
     model_identity,
     model_name,
-    processor_identity,
+    predictions_setup,
     sample_key,
 )
 from tokensieve.evaluate.referee import referee as refereed
@@ -48,7 +41,6 @@ from tokensieve.evaluate.stability import row_overlaps
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.models.layout import Separators
-from tokensieve.version import __version__
 
 
 def compare(
@@ -136,6 +128,24 @@ def compare(
     return results
 
 
+def check_inputs(model: Any, processor: Any, samples: Sequence[Sample], settings: Settings) -> None:
+    """Refuse a model or samples that no question can be asked with.
+
+    Raises:
+        Refusal: no samples, an id that two have, a model in training mode, or a placeholder in a text.
+        DataError: a right answer that the metric cannot read.
+    """
+    if not samples:
+        raise Refusal("there are no samples")
+    ids = Counter(sample.id for sample in samples)
+    if repeated := [name for name, count in ids.items() if count > 1]:
+        raise Refusal(f"the id {repeated[0]!r} is used twice; ids of samples are unique")
+    if model.training:
+        raise Refusal("the model is in training mode; call model.eval() first")
+    check_texts(processor, samples, settings.prompt)
+    check_answers(settings.metric, samples)
+
+
 class Comparison:
     """One model and one data set under fixed settings. Arguments as for :func:`compare`.
 
@@ -158,17 +168,9 @@ class Comparison:
         loading: LoadOptions = DEFAULTS,
         processes: Processes | None = None,
     ) -> None:
-        if not samples:
-            raise Refusal("no samples to compare on")
-        ids = Counter(sample.id for sample in samples)
-        if repeated := [name for name, count in ids.items() if count > 1]:
-            raise Refusal(f"the id {repeated[0]!r} is used twice; ids of samples are unique")
-        if model.training:
-            raise Refusal("the model is in training mode; call model.eval() first")
+        check_inputs(model, processor, samples, settings)
         if trained is not None and type(trained) is not type(model):
             raise Refusal(f"a {type(trained).__name__} cannot be compared with a {type(model).__name__}")
-        check_texts(processor, samples, settings.prompt)
-        check_answers(settings.metric, samples)
         if not model.can_generate():
             check_one_image(samples)
         self.model, self.trained, self.processor = model, trained, processor
@@ -237,8 +239,7 @@ class Comparison:
         self, model: Any, samples: Sequence[Sample], keys: Mapping[str, str], examples: AbstractSet[str]
     ) -> Answerer:
         """Return what answers with one of the models."""
-        answering = Answerer if model.can_generate() else Classifier
-        return answering(model, self.processor, samples, self.settings, keys, examples)
+        return answerer_class(model)(model, self.processor, samples, self.settings, keys, examples)
 
     def _start(self, output: Path) -> tuple[Journal, dict[str, str], list[Sample]]:
         """Return the journal, the samples' keys in it and the examples: read by the first process, sent to all."""
@@ -307,8 +308,7 @@ class Comparison:
     def _journal_setup(self) -> dict[str, Any]:
         """Return all that two calls must have in common to share predictions."""
         trained = {} if self.trained is None else {"trained": model_identity(self.trained)}
-        versions = {"tokensieve": __version__, "code": code_digest(), "processor": processor_identity(self.processor)}
-        return versions | self.settings.prediction_setup() | model_identity(self.model) | trained
+        return predictions_setup(self.model, self.processor, self.settings) | trained
 
     def _facts(self) -> dict[str, Any]:
         """Return the settings as the report shows them."""

@@ -8,14 +8,10 @@ from collections.abc import Callable, Sequence
 
 from tokensieve.errors import DataError
 from tokensieve.evaluate.data import LETTERS, Sample
-from tokensieve.evaluate.vqa_words import vqa_words
+from tokensieve.evaluate.vqa_words import ARTICLES, DIGITS, vqa_words
 
 Metric = Callable[[str, Sequence[str]], float]
 """(prediction, accepted answers) -> 0 … 1."""
-
-_ARTICLES = {"a", "an", "the"}
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 
 
 def exact(prediction: str, answers: Sequence[str]) -> float:
@@ -135,8 +131,13 @@ def normalise(text: str) -> str:
     A text of articles only stays as it is: "A" may name a choice.
     """
     words = [word.strip(".,;:!?\"'`()[]{}") for word in text.lower().split()]
-    kept = [word for word in words if word not in _ARTICLES] if set(words) - _ARTICLES else words
-    return " ".join(_DIGITS.get(word, word) for word in kept if word)
+    kept = [word for word in words if word not in ARTICLES] if set(words) - ARTICLES else words
+    return " ".join(DIGITS.get(word, word) for word in kept if word)
+
+
+def answers_for(metric: Metric, sample: Sample) -> tuple[str, ...]:
+    """Return the answers that a metric compares a prediction with: for ``choice`` the letters as well."""
+    return accepted_answers(sample) if metric is choice else sample.answers
 
 
 def accepted_answers(sample: Sample) -> tuple[str, ...]:

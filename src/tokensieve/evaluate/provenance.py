@@ -15,6 +15,7 @@ import transformers
 from tokensieve import reference
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.pictures import content_key
+from tokensieve.evaluate.plan import Settings
 from tokensieve.loading import LoadOptions, device_of, without_folder
 from tokensieve.version import __version__
 
@@ -75,6 +76,12 @@ def processor_identity(processor: Any) -> str:
     """Return a digest of the processor's settings and of its chat template: both decide the tokens of a prompt."""
     text = f"{processor.to_json_string()}{getattr(processor, 'chat_template', None)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def predictions_setup(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
+    """Return all that two calls must have in common to share the answers of a model."""
+    versions = {"tokensieve": __version__, "code": code_digest(), "processor": processor_identity(processor)}
+    return versions | settings.prediction_setup() | model_identity(model)
 
 
 def loading_facts(model: Any, options: LoadOptions) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Runner:
         processes = comparison.processes
         if run.stages:
             attached: Attached = comparison.attached(answerer.model, run)
-        else:
+        else:  # the oracle; the blind row attaches nothing
             attached = replaying(answerer.model, partial(self._oracle_decision, keep))
         done = answerer.finished(journal.answers.get(run.key, {}))
         report(run.key, len(done | (self.keys.values() & journal.skipped.keys())))

@@ -14,7 +14,7 @@ from tokensieve.errors import OutputError
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.intervals import Clusters, Scores, interval, paired_difference
 from tokensieve.evaluate.journal import Answer
-from tokensieve.evaluate.metrics import Metric, accepted_answers, choice, says_yes, yes_no
+from tokensieve.evaluate.metrics import Metric, answers_for, says_yes, yes_no
 from tokensieve.evaluate.plan import Entry, is_random_baseline
 from tokensieve.evaluate.referee import SIMILAR
 from tokensieve.evaluate.results import Example, Question, Results, Skipped
@@ -40,7 +40,7 @@ class Table:
     def __init__(self, samples: Sequence[Sample], metric: Metric, examples: Sequence[Example]) -> None:
         self.samples, self.metric = samples, metric
         self.rows: list[Row] = []
-        self._answers = {s.id: accepted_answers(s) if metric is choice else s.answers for s in samples}
+        self._answers = {s.id: answers_for(metric, s) for s in samples}
         self.examples = tuple(replace(example, answers=self._answers[example.id]) for example in examples)
         self._clusters = clusters(samples)
         self._positive = np.array([says_yes(s.answers[0]) for s in samples]) if metric is yes_no else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
-_ARTICLES = {"a", "an", "the"}
+ARTICLES = {"a", "an", "the"}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-_DIGITS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBERS)}
+DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+_DIGITS_OF_VQA = {"none": "0"} | DIGITS
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _MOST_FULL_STOPS = 32  # the official call passes a flag (re.UNICODE, 32) where the number of replacements stands
 
@@ -41,5 +42,5 @@ def vqa_words(text: str) -> str:
         ("" if character in beside_space else " ") if character in _PUNCTUATION else character for character in text
     )
     text = re.sub(r"\.(?!\d)", "", text, count=_MOST_FULL_STOPS)
-    words = [_DIGITS.get(word, word) for word in text.split()]
-    return " ".join(_COMPLETED.get(word, word) for word in words if word not in _ARTICLES)
+    words = [_DIGITS_OF_VQA.get(word, word) for word in text.split()]
+    return " ".join(_COMPLETED.get(word, word) for word in words if word not in ARTICLES)

@@ -16,8 +16,10 @@ import torch
 from tokensieve.budget import parse_budget
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal, first_line
-from tokensieve.evaluate.answer import is_out_of_memory
+from tokensieve.evaluate.answer import average_tokens, is_out_of_memory
 from tokensieve.loading import find
+from tokensieve.methods.spec import expand
+from tokensieve.methods.spec_file import DEFAULTS
 from tokensieve.version import __version__
 
 OPTIONS = ("method", "keep", "positions", "budget_scope", "separators")
@@ -90,7 +92,7 @@ class Attachment:
     Args:
         model: the Hugging Face model that the harness calls ``generate`` on.
         processor: its processor, for the words that the user wrote.
-        method: a spec, also in quotes, which lmms-eval leaves around a spec with commas.
+        method: a spec or the path of a spec file, also in quotes, which lmms-eval leaves around a spec with commas.
         keep: a budget such as 64, 0.25 or "25%", if the spec leaves it open.
         positions, budget_scope, separators: as for :func:`tokensieve.attach`.
 
@@ -106,8 +108,9 @@ class Attachment:
 
     def __init__(self, model: Any, processor: Any, *, method: str = "full", keep: Any = None, **options: Any) -> None:
         budget: dict[str, Any] = {} if keep is None else {"keep": parse_budget(str(keep))}
-        self.sieve = attach(model, str(method).strip("\"'"), processor=processor, **options, **budget)
-        self.options = {"positions": "original", "budget_scope": "image", "separators": "kept-lines"} | options
+        # a spec file holds options, which the record must show as well
+        (spec,), self.options = expand([str(method).strip("\"'")], **DEFAULTS | options)
+        self.sieve = attach(model, spec, processor=processor, **self.options, **budget)
         self.counts, self._number = Counts(), next(self._numbers)
         # a reference: VLMEvalKit takes the process group down before the record is read
         self._store, self._rank, self._processes = _processes()
@@ -128,7 +131,7 @@ class Attachment:
                     images=len(images),
                     before=sum(image.total for image in images),
                     after=sum(image.slots for image in images),
-                    average=sum(sum(tokens) / len(tokens) for tokens in layers),
+                    average=average_tokens(layers) if layers else 0.0,
                 )
         self._publish()
         return output

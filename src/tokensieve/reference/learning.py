@@ -249,8 +249,8 @@ def _digits_without_icon(
         digits: `[B, K]` bool, the tokens of digits.
     """
     number = visible.shape[1]
-    asked = torch.tensor([SLOTS[question] in ("beside", "hop") for question in range(number)]).view(1, -1, 1)
-    chosen = asked & (torch.from_numpy(rng.random((len(visible), number, 1))) < ease)
+    about_neighbour = torch.tensor([SLOTS[question] in ("beside", "hop") for question in range(number)]).view(1, -1, 1)
+    chosen = about_neighbour & (torch.from_numpy(rng.random((len(visible), number, 1))) < ease)
     icon = ((needed.unsqueeze(1) >> torch.arange(number).view(1, -1, 1)) & 1 > 0) & ~digits.unsqueeze(1)
     return torch.where(chosen, (visible | digits.unsqueeze(1)) & ~icon, visible)
 

@@ -105,13 +105,15 @@ def reproduce(
         metric=benchmark.metric,
         max_new_tokens=benchmark.max_new_tokens,
         positions="contiguous" if target.renumbers else "original",
+        keep_means=target.keep_means,
         measure=False,
-        **{"keep_means": target.keep_means, "referee": False, **settings},
+        referee=False,
+        **settings,
     )
     methods = [] if target.method == FULL else [target.method, RANDOM]
     comparison = Comparison(model, processor, chosen.samples, options, None, loading, Processes.launched())
     results = comparison.run(methods, [] if target.tokens is None else [target.tokens], output, progress)
-    obstacles = [*obstacles_of(target, model, processor), *_gaps(target, chosen, results)]
+    obstacles = [*obstacles_of(target, model, processor), *_gaps(target, results)]
     done = _measured(target, chosen, results, obstacles)
     if benchmark.judge:
         files = _write_answers(target, chosen, results, output) if comparison.processes.first else ()
@@ -159,7 +161,7 @@ def _rendered(processor: Any) -> str:
     return str(text).removeprefix("<s>").strip()
 
 
-def _gaps(target: Target, chosen: Questions, results: Results) -> list[str]:
+def _gaps(target: Target, results: Results) -> list[str]:
     gaps = [f"{len(results.skipped)} questions have no readable image"] if results.skipped else []
     if target.benchmark.only is not None and target.benchmark.total == "pairs":
         present = {question.type for question in results.questions}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tokensieve.engine import attach
 from tokensieve.errors import DataError, Refusal
-from tokensieve.evaluate.answer import Answerer, Attached
+from tokensieve.evaluate.answer import Answerer, Attached, attaching
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.intervals import Floats
 from tokensieve.evaluate.journal import Answer, Journal
-from tokensieve.evaluate.metrics import METRICS, accepted_answers, choice
+from tokensieve.evaluate.metrics import METRICS, answers_for
 from tokensieve.evaluate.plan import Settings
 from tokensieve.evaluate.provenance import sample_key
 from tokensieve.evaluate.rows import FULL
@@ -73,8 +71,7 @@ class Asker:
         for number, sample in enumerate(samples):
             answer = answers.get(self.keys[sample.id])
             if answer is not None:
-                right = accepted_answers(sample) if metric is choice else sample.answers
-                scores[number] = metric(answer.text, right)
+                scores[number] = metric(answer.text, answers_for(metric, sample))
         return scores
 
     def answers(self, candidate: Candidate | None) -> Mapping[str, Answer]:
@@ -98,6 +95,5 @@ class Asker:
     def _attached(self, candidate: Candidate | None) -> Attached:
         method = FULL if candidate is None else candidate.run.stages
         positions = "original" if candidate is None else candidate.positions
-        options = {"processor": self.processor, **self.settings.attach_options(), "positions": positions}
-        context = partial(attach, self.model, method, **options)
-        return lambda batch: context()
+        options = self.settings.attach_options() | {"positions": positions}
+        return attaching(self.model, method, self.processor, **options)

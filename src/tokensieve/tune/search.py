@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from tokensieve.budget import Budget
-from tokensieve.errors import DataError, Refusal
+from tokensieve.errors import Refusal
+from tokensieve.evaluate.compare import check_inputs
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.lock import locked
-from tokensieve.evaluate.metrics import check_answers
 from tokensieve.evaluate.plan import Settings
-from tokensieve.evaluate.prompt import check_texts
-from tokensieve.evaluate.provenance import code_digest, model_identity, processor_identity
+from tokensieve.evaluate.provenance import predictions_setup
 from tokensieve.tune.asking import Asker
 from tokensieve.tune.costs import CostKind, Limit
 from tokensieve.tune.race import Progress
 from tokensieve.tune.result import TuneResult, write_json
 from tokensieve.tune.space import KEEPS, METHODS, space
 from tokensieve.tune.steps import Search
-from tokensieve.version import __version__
 
 SPEC_FILE, RESULT = "best.json", "tune.json"
 SEARCH_SHARE = 0.4  # of the questions; the others prove the choice
@@ -74,7 +71,7 @@ def tune(
         ResumeError: ``output`` holds the answers of another model or prompt.
         OutputError: another process writes to ``output``, or a file cannot be written.
     """
-    settings = replace(settings or Settings(), seeds=1, measure=False, examples=0)
+    settings = settings or Settings()
     check_bound(max_drop)
     if cost not in get_args(CostKind):
         raise Refusal(f"cost must be 'flops' or 'latency'; got {cost!r}")
@@ -82,11 +79,13 @@ def tune(
     if trials is not None and trials < 1:
         raise Refusal(f"trials must be at least 1; got {trials}")
     candidates = space(methods, keeps, trials=trials, seed=seed)
-    _check_inputs(model, processor, samples, settings)
+    check_inputs(model, processor, samples, settings)
+    if not model.can_generate():
+        raise Refusal(f"a search needs a model that generates answers; got {type(model).__name__}")
     held_images, search_images = split(samples, seed)
-    output = Path(output)
+    output, setup = Path(output), predictions_setup(model, processor, settings)
     with locked(output, "search"):
-        asker = Asker(model, processor, samples, settings, Journal(output, _setup(model, processor, settings)))
+        asker = Asker(model, processor, samples, settings, Journal(output, setup))
         search = Search(asker, max_drop, max_latency, limit, cost, seed, progress)
         result = search.run(candidates, search_images, [sample for image in held_images for sample in image])
         if result.chosen is None:
@@ -128,24 +127,3 @@ def split(samples: Sequence[Sample], seed: int) -> tuple[list[list[Sample]], lis
     while len(images) > 1 and sum(map(len, searched)) + len(images[-1]) / 2 <= SEARCH_SHARE * count:
         searched.append(images.pop())
     return images, searched
-
-
-def _check_inputs(model: Any, processor: Any, samples: Sequence[Sample], settings: Settings) -> None:
-    """Refuse what no search can start with."""
-    if not samples:
-        raise DataError("no samples to search on")
-    if model.training:
-        raise Refusal("the model is in training mode; call model.eval() first")
-    if not model.can_generate():
-        raise Refusal(f"a search needs a model that generates answers; got {type(model).__name__}")
-    name, count = Counter(sample.id for sample in samples).most_common(1)[0]
-    if count > 1:
-        raise Refusal(f"the id {name!r} is used twice; ids of samples are unique")
-    check_texts(processor, samples, settings.prompt)
-    check_answers(settings.metric, samples)
-
-
-def _setup(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
-    """Return all that two calls must have in common to share answers."""
-    versions = {"tokensieve": __version__, "code": code_digest(), "processor": processor_identity(processor)}
-    return versions | settings.prediction_setup() | model_identity(model)

@@ -14,6 +14,7 @@ from tokensieve.engine import attach
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.plan import Run, plan
 from tokensieve.methods import Method, Positions, list_methods, parse
+from tokensieve.methods.spec import expand
 from tokensieve.methods.validate import hint_of
 
 ALL = "all"
@@ -72,7 +73,7 @@ def space(
         Refusal: unknown method or parameter, bad budget.
     """
     named = [info.name for info in list_methods() if "keep" in info.parameters and "seed" not in info.parameters]
-    specs = [spec for text in methods for spec in (named if text == ALL else [text])]
+    specs, _ = expand([spec for text in methods for spec in (named if text == ALL else [text])])
     if not specs or not keeps:
         raise Refusal(f"the search needs a method and a budget; got {list(methods)} and {list(keeps)}")
     plain = [candidate for spec in specs for candidate in _at_each(spec, keeps, "original")]

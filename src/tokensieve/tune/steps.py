@@ -107,7 +107,11 @@ class Search:
             raise Refusal("memory ran out while the times of one prompt were measured; the answers are kept") from error
 
     def _judge(self, tested: Sequence[Standing], searched: Sequence[Sample], held_out: Sequence[Sample]) -> TuneResult:
-        """Ask the held-out questions, the safest configuration first, until one breaks the bound."""
+        """Ask the held-out questions, the safest configuration first, until one breaks the bound.
+
+        A configuration that refuses a held-out question leaves, as in the race. The proof of the others holds: the
+        refusal depends on the question, not on whether answers are right.
+        """
         asker, numbers = self.asker, clusters(held_out)
         times = self._times([standing.candidate for standing in tested], searched, REPEATS)
         judged: list[Finalist] = []
@@ -118,7 +122,11 @@ class Search:
         for number, standing in enumerate(tested, 1):
             candidate = standing.candidate
             self.progress(number * len(held_out), total, f"held-out questions: {candidate}")
-            asker.ask(candidate, held_out)
+            try:
+                asker.ask(candidate, held_out)
+            except Refusal as error:
+                self.facts["refused"] = self.facts["refused"] | {candidate.run.key: str(error)}
+                continue
             drop = drop_of(full, asker.scores(candidate, held_out), numbers)
             answers = [a for s in held_out if (a := asker.answers(candidate).get(asker.keys[s.id])) is not None]
             finalist = Finalist(
@@ -138,6 +146,9 @@ class Search:
             judged.append(finalist)
             if not finalist.holds:
                 break
+        if not judged:
+            reason = next(reversed(self.facts["refused"].values()))
+            raise Refusal(f"each remaining configuration refuses a held-out question; {reason}")
         skipped = asker.journal.skipped
         self.facts["held_out_questions"] = judged[0].drop.questions
         self.facts["search_questions"] = sum(asker.keys[sample.id] not in skipped for sample in searched)
