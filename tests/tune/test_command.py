@@ -90,6 +90,10 @@ WRONG = {
     "bound in words": (["--max-drop", "little"], "--max-drop is a share such as 1% or 0.01; got 'little'"),
     "nan": (["--max-drop", "nan"], "got nan"),
     "latency": (["--max-drop", "1%", "--max-latency", "2s"], "(60%, 0.6) or a time (12ms); got '2s'"),
+    "latency, before the model": (
+        ["--max-drop", "1%", "--max-latency", "fast", "--model", "nowhere/model"],
+        "a largest latency is a share below 100% (60%, 0.6) or a time (12ms); got 'fast'",
+    ),
     "latency above full": (["--max-drop", "1%", "--max-latency", "120%"], "a share below 100%"),
     "missing file": (["--max-drop", "1%", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "unknown method": (["--max-drop", "1%", "--methods", "vtc-clz"], "did you mean vtc-cls?"),
