@@ -65,6 +65,22 @@ def test_reduction_that_loses_too_much_is_not_recommended(tmp_path: Path) -> Non
 
 
 @needs_weights
+def test_a_bound_proves_nothing_where_the_full_model_is_wrong_already(tmp_path: Path) -> None:
+    rows = []
+    for number in range(24):
+        (tmp_path / f"{number}.png").write_bytes(_png())
+        rows.append({"image": f"{number}.png", "question": "what colour is the ball?", "answer": "never this"})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", tmp_path / "data.jsonl", "--methods", "pool(keep=36)", "--max-new-tokens", "4"]
+    outcome = run("tune", "--max-drop", "20%", *options, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    text = " ".join(outcome.out.replace("│", " ").split())
+    assert "Do not reduce: the full model fails" in text
+    assert "answers 0.00% of the held-out questions right" in text
+    assert not (tmp_path / "out" / "best.json").exists()
+
+
+@needs_weights
 def test_answers_that_need_no_question(tmp_path: Path) -> None:
     options = ["--methods", "divprune", "--keep", "25%", "--max-new-tokens", "4"]
     outcomes = run_many(
