@@ -39,9 +39,10 @@ class MissingExtra(Refusal, ImportError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return 'did you mean a, b?' or, when no name is near, the whole list."""
+    """Return 'did you mean a, b?' or, when no name is near, the whole list. Capital letters make no distance."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    by_lower = {entry.lower(): entry for entry in known}
+    close = [by_lower[entry] for entry in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
 
 

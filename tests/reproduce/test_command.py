@@ -128,6 +128,7 @@ def others(folder: Path) -> dict[str, Outcome]:
             "json": ["reproduce", "--list", "--json"],
             "plan": ["reproduce", "llava-1.5-7b/textvqa/fastv@64", "--dry-run", "--data", folder / "plan"],
             "plan json": ["reproduce", pope, "--dry-run", "--json"],
+            "plan judged": ["reproduce", "llava-1.5-7b/mm-vet/vtc-cls@64", "--dry-run", "--json"],
             "model": ["reproduce", "llava-1.5-8b/pope/vtc-cls@64"],
             "benchmark": ["reproduce", "llava-1.5-7b/popes/vtc-cls@64"],
             "method": ["reproduce", "llava-1.5-7b/pope/vtc-clz@64"],
@@ -164,9 +165,11 @@ def test_a_dry_run_shows_the_plan_and_a_prompt(others, folder):
     assert "64 tokens on average over the LLM's layers" in out
     assert "USER: <image>\nWhat does it say?\nReference OCR token: STOP, now\nAnswer the question using" in out
     facts = json.loads(others["plan json"].out)
-    assert facts["data"].startswith("lmms-lab-encoder/POPE (test), size unknown")
+    assert facts["data"].startswith("lmms-lab-encoder/POPE (test), size unknown: the hub gives no list")
     assert facts["questions"] == "9,000"
     assert facts["published"] == ["78.8 (VTC-CLS (arXiv:2412.05819), also in the README of its code.)"]
+    judged = json.loads(others["plan judged"].out)
+    assert judged["metric"] == "none here: the answers are written for GPT-4 (the evaluator of MM-Vet)"
     assert not (folder / "unused").exists()
 
 

@@ -65,6 +65,22 @@ def test_reduction_that_loses_too_much_is_not_recommended(tmp_path: Path) -> Non
 
 
 @needs_weights
+def test_a_bound_proves_nothing_where_the_full_model_is_wrong_already(tmp_path: Path) -> None:
+    rows = []
+    for number in range(24):
+        (tmp_path / f"{number}.png").write_bytes(_png())
+        rows.append({"image": f"{number}.png", "question": "what colour is the ball?", "answer": "never this"})
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", tmp_path / "data.jsonl", "--methods", "pool(keep=36)", "--max-new-tokens", "4"]
+    outcome = run("tune", "--max-drop", "20%", *options, "--output", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    text = " ".join(outcome.out.replace("│", " ").split())
+    assert "Do not reduce: the full model fails" in text
+    assert "answers 0.00% of the held-out questions right" in text
+    assert not (tmp_path / "out" / "best.json").exists()
+
+
+@needs_weights
 def test_answers_that_need_no_question(tmp_path: Path) -> None:
     options = ["--methods", "divprune", "--keep", "25%", "--max-new-tokens", "4"]
     outcomes = run_many(
@@ -90,6 +106,10 @@ WRONG = {
     "bound in words": (["--max-drop", "little"], "--max-drop is a share such as 1% or 0.01; got 'little'"),
     "nan": (["--max-drop", "nan"], "got nan"),
     "latency": (["--max-drop", "1%", "--max-latency", "2s"], "(60%, 0.6) or a time (12ms); got '2s'"),
+    "latency, before the model": (
+        ["--max-drop", "1%", "--max-latency", "fast", "--model", "nowhere/model"],
+        "a largest latency is a share below 100% (60%, 0.6) or a time (12ms); got 'fast'",
+    ),
     "latency above full": (["--max-drop", "1%", "--max-latency", "120%"], "a share below 100%"),
     "missing file": (["--max-drop", "1%", "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     "unknown method": (["--max-drop", "1%", "--methods", "vtc-clz"], "did you mean vtc-cls?"),

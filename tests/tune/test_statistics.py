@@ -30,6 +30,11 @@ def test_a_drop_counts_questions_that_both_have_answered():
     assert drop.mean < drop.high < 0.05
 
 
+def test_no_drop_is_a_positive_zero():
+    full, reduced = scores(0, 0)
+    assert f"{drop_of(full, reduced, np.arange(len(full))).mean:.2%}" == "0.00%"
+
+
 @pytest.mark.parametrize(("changed", "true_drop"), [(0.04, 0.01), (0.08, 0.02), (0.02, 0.02), (0.1, 0.0)])
 def test_the_bound_covers_the_true_drop_in_95_of_100_samples(changed, true_drop):
     random, covered = np.random.default_rng(5), []

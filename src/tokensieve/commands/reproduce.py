@@ -28,7 +28,7 @@ def reproduce(
         str | None,
         typer.Argument(help="model/benchmark/method@tokens; without it, everything is listed.", show_default=False),
     ] = None,
-    listing: Annotated[bool, typer.Option("--list", help="List models, benchmarks and published rows.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="List the benchmarks and the published rows.")] = False,
     model: Annotated[
         str | None, typer.Option(help="Folder of the model, or another hub name.", show_default="the recipe's")
     ] = None,
@@ -131,16 +131,16 @@ def _print_plan(target: Target, model: str, data: Path | None, limit: int | None
         "rows": "full" if target.tokens is None else f"full, {method}, {RANDOM}",
         "budget": target.budget_text,
         "positions": "contiguous, as in the authors' code" if target.renumbers else "original",
-        "metric": f"{benchmark.metric}, then {benchmark.total} × {benchmark.scale:g}",
+        "metric": (
+            f"none here: the answers are written for {benchmark.judge}"
+            if benchmark.judge
+            else f"{benchmark.metric}, then {benchmark.total} × {benchmark.scale:g}"
+        ),
         "longest answer": f"{benchmark.max_new_tokens} tokens, greedy",
         "images": "padded to a square" if target.model.square else "as they are",
         "output": str(output),
         "published": [f"{row.value:g} ({row.source})" for row in target.published] or ["no number"],
-        "notes": [
-            text
-            for text in (benchmark.judge and f"scored by {benchmark.judge}", benchmark.differs, benchmark.note)
-            if text
-        ],
+        "notes": [text for text in (benchmark.differs, benchmark.note) if text],
         "prompt": conversation(target.model, text),
     }
     if json:

@@ -77,7 +77,7 @@ def tune(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Most questions per forward. Halved where memory runs out.")
-    ] = (16),
+    ] = 16,
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     json: Json = False,
@@ -85,11 +85,14 @@ def tune(
     """Find the cheapest reduction that keeps the accuracy, prove it on held-out questions, and write its spec file."""
     from tokensieve.evaluate import load_data
     from tokensieve.evaluate.plan import Settings
+    from tokensieve.tune.costs import Limit
     from tokensieve.tune.search import check_bound
     from tokensieve.tune.search import tune as search
     from tokensieve.tune.space import METHODS, space
 
     bound = check_bound(_share(max_drop))
+    if max_latency is not None:
+        Limit.of(max_latency)  # a bad value is refused before a model is loaded
     settings = Settings(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,

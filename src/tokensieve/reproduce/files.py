@@ -29,7 +29,7 @@ class HubFiles:
     def __str__(self) -> str:
         """Return their number and size: "3 files, 0.26 GB"."""
         if self.error:
-            return f"size unknown: {self.error}"
+            return f"size unknown: the hub gives no list of these files ({self.error})"
         return f"{len(self.sizes)} files, {sum(size or 0 for size in self.sizes.values()) / 1e9:.2f} GB"
 
 

@@ -138,7 +138,9 @@ def find_target(name: str, rows: Sequence[Published] | None = None) -> Target:
         budgets = sorted({row.tokens for row in rows if row.method == plain and row.tokens})
         if not budget.isdecimal() or int(budget) not in budgets:
             listed = ", ".join(f"{method}@{count}" for count in budgets)
-            raise Refusal(f"no published number of {plain} at {budget or 'no'} tokens on {place}; published: {listed}")
+            if not budget:
+                raise Refusal(f"{name!r} lacks the number of tokens; published on {place}: {listed}")
+            raise Refusal(f"no published number of {plain} at {budget} tokens on {place}; published: {listed}")
         tokens = int(budget)
     matching = tuple(row for row in rows if (row.method, row.tokens) == (plain, tokens))
     return Target(name, MODELS[model], BENCHMARKS[benchmark], OFFICIAL.get(method, method), tokens, matching)

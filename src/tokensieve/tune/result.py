@@ -15,7 +15,9 @@ from tokensieve.methods import Positions
 from tokensieve.tune.costs import CostKind
 from tokensieve.tune.statistics import Drop
 
-Verdict: TypeAlias = Literal["use", "too few questions", "no configuration holds the bound", "not faster"]
+Verdict: TypeAlias = Literal[
+    "use", "too few questions", "no configuration holds the bound", "not faster", "the full model fails"
+]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def drop_of(full: Floats, reduced: Floats, clusters: Clusters) -> Drop:
     paired = (reduced - full)[common]
     low, _ = tango(*effective_counts(paired, clusters[common]), z=Z)
     return Drop(
-        mean=float(-paired.mean()),
+        mean=0.0 - float(paired.mean()),  # not -0.0, which prints as -0.00%
         high=float(-low),
         lost=float(np.maximum(-paired, 0).sum()),
         gained=float(np.maximum(paired, 0).sum()),

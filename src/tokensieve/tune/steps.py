@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.answer import is_out_of_memory
 from tokensieve.evaluate.data import Sample
@@ -119,6 +121,15 @@ class Search:
         self.progress(0, total, "held-out questions: the unreduced model")
         asker.ask(None, held_out)
         full = asker.scores(None, held_out)
+        accuracy = float(np.nanmean(full))
+        if accuracy <= self.max_drop:  # any answers would hold the bound, so it would prove nothing
+            self.facts |= {"full_accuracy": accuracy}
+            why = (
+                f"The unreduced model answers {accuracy:.2%} of the held-out questions right. With a drop of at most "
+                f"{self.max_drop:.2%} allowed, a configuration without one right answer could pass. "
+                "Check model, prompt, metric and the answers in the data."
+            )
+            return self._result("the full model fails", why)
         for number, standing in enumerate(tested, 1):
             candidate = standing.candidate
             self.progress(number * len(held_out), total, f"held-out questions: {candidate}")
