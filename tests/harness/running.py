@@ -90,7 +90,7 @@ def make_bench(folder: Path) -> Bench:
     assert exported.code == 0, exported.err
     compared = command(
         "tokensieve", "compare", "--data", first / "mixed.jsonl", "--methods", ", ".join(SPECS[1:]), "--keep", 36,
-        "--no-measure", "--no-report", "--output", folder / "compare",
+        "--no-measure", "--no-referee", "--no-report", "--output", folder / "compare",
     )  # fmt: skip
     assert compared.code == 0, compared.err
     answers: dict[str, dict[str, str]] = {}
