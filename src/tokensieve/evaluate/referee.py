@@ -35,7 +35,6 @@ from tokensieve.evaluate.intervals import (
 )
 from tokensieve.evaluate.kinds import BASELINES, REDUCING, Kind, baseline_methods, kind_of, plain_name
 from tokensieve.evaluate.results import Results
-from tokensieve.evaluate.rows import Row
 from tokensieve.evaluate.verdict import Against, Group, GroupScore, Guard, Reference, Verdict
 
 SIMILAR = 1.2  # rows are compared if one has at most so many times the tokens of the other
