@@ -217,6 +217,18 @@ def test_guards_flag_what_the_mean_hides():
     assert refereed.row("pool").referee.guards == ()
 
 
+def test_rows_without_a_loss_are_seldom_flagged():
+    """Eight guarded types of 50 questions: 5 % of the rows at most, and not 5 % of each type."""
+    random, types = np.random.default_rng(2), tuple(f"where {number}" for number in range(8))
+    flagged = 0
+    for _ in range(40):
+        full = (random.random(400) < 0.7).astype(int).tolist()
+        equal = [(random.random(400) < 0.7).astype(int).tolist() for _ in range(5)]
+        drafts = [scored("full", None, full), *(scored("trsm", 36 + i, right) for i, right in enumerate(equal))]
+        flagged += sum(bool(row.referee.guards) for row in examined(*drafts, types=types).rows)
+    assert flagged / 200 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 200)
+
+
 def test_guarded_types():
     names = ["colour", "where", "count", "read", "point"]
     assert guarded_types(names, "exact") == ["where", "read", "point"]

@@ -1,6 +1,7 @@
 """Metrics and totals against vectors that the authors' scripts made, and the rule of the verdict."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tokensieve.evaluate import METRICS, Question, YesNo
 from tokensieve.evaluate.intervals import interval
 from tokensieve.evaluate.metrics import read_mmbench, read_scienceqa, says_yes
 from tokensieve.evaluate.vqa_words import vqa_words
-from tokensieve.reproduce import BENCHMARKS
+from tokensieve.reproduce import BENCHMARKS, Published
 from tokensieve.reproduce.recipes import COGNITION, PERCEPTION
 from tokensieve.reproduce.totals import units
 from tokensieve.reproduce.verdict import judge
@@ -137,3 +138,17 @@ def test_the_rule_of_the_verdict(published, interval_of_ours, obstacles, answer)
     verdict = judge(published, *interval_of_ours, obstacles)
     assert verdict.answer == answer
     assert bool(verdict.reason) == (answer != "reproduced")
+
+
+def test_rounding_of_the_printed_number_is_no_difference():
+    assert judge(60.0, 60.6, 60.04, 61.2, rounding=0.05).answer == "reproduced"
+    assert judge(60.0, 60.6, 60.06, 61.2, rounding=0.05).answer == "not reproduced"
+    row = Published("llava-1.5-7b", "pope", "vtc-cls", 64, 78.8, 85.9, None, "", "")
+    assert row.rounding == 0.05
+    exact = [100 * value / full for value in (78.75, 78.85) for full in (85.85, 85.95)]
+    printed = 100 * 78.8 / 85.9
+    assert max(abs(share - printed) for share in exact) == pytest.approx(row.relative_rounding, rel=0.01)
+    mme = replace(row, benchmark="mme-total", value=1343, full=1862)
+    assert mme.rounding == 0.5
+    assert replace(mme, value=1510.7).rounding == 0.05
+    assert replace(mme, full=None).relative_rounding == 0

@@ -93,7 +93,7 @@ def test_answers_that_need_no_question(tmp_path: Path) -> None:
     assert few.code == slow.code == 0, few.err + slow.err
     text = " ".join(few.out.replace("│", " ").split())
     assert "too few questions" in text
-    assert "that takes 268, and 447 questions in all" in text
+    assert "that takes 316, and 527 questions in all" in text
     assert "not faster" in slow.out
     assert "within 0.01 ms" in " ".join(slow.out.replace("│", " ").split())
     assert answers_in(tmp_path / "few") == answers_in(tmp_path / "slow") == []

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tokensieve import Refusal
 from tokensieve.evaluate import Sample
 from tokensieve.evaluate.journal import Answer
+from tokensieve.evaluate.table import clusters
 from tokensieve.measure import Spread
 from tokensieve.tune.race import FINALISTS, Race, Standing, finalists, rounds
 from tokensieve.tune.search import split
@@ -140,3 +142,26 @@ def test_no_image_is_in_both_parts_and_the_seed_decides():
 def test_one_image_is_refused():
     with pytest.raises(Refusal, match="at least two images, one of them held out; got 7 questions about 1"):
         split(questions(1, 7)[0], seed=0)
+
+
+def test_no_image_is_searched_and_held_out_also_where_questions_share_several():
+    alone = [Sample(f"{i}", f"{i}.png", "?", ("yes",)) for i in range(40)]
+    pairs = [Sample(f"{i} {i + 1}", (f"{i}.png", f"{i + 1}.png"), "?", ("yes",)) for i in range(0, 40, 2)]
+    for seed in range(5):
+        parts = [
+            {picture for image in part for sample in image for picture in sample.images}
+            for part in split([*alone, *pairs], seed)
+        ]
+        assert len(parts[0] | parts[1]) == 40
+        assert not parts[0] & parts[1]
+    with pytest.raises(Refusal, match="3 questions about 1; images that questions show together count as one"):
+        split([*alone[:2], pairs[0]], seed=0)
+
+
+def test_files_with_equal_content_are_one_image(tmp_path):
+    for number in range(8):
+        Image.new("RGB", (8, 8), (30 * (number // 2), 0, 0)).save(tmp_path / f"{number}.png")
+    samples = [Sample(str(number), tmp_path / f"{number}.png", "?", ("yes",)) for number in range(8)]
+    assert clusters(samples).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    held_out, searched = split(samples, seed=0)
+    assert {len(image) for image in [*held_out, *searched]} == {2}

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
-from tokensieve.tune.statistics import Z, chance, drop_of, fewest, needed, surely_worse
+from tokensieve.evaluate.intervals import tango
+from tokensieve.tune.statistics import CORRECTION, Z, chance, drop_of, fewest, needed, surely_worse
 
 ALONE = np.arange(400)  # each question has an image of its own
 
@@ -85,3 +86,25 @@ def test_a_chance_follows_the_drop_and_the_questions():
     assert chance(*mild, 2000, 0.02) > chance(*mild, 200, 0.02)
     assert surely_worse(*bad, 0.05)
     assert not surely_worse(*mild, 0.001)
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.02, 0.05])
+def test_a_true_drop_at_the_bound_is_proven_in_at_most_5_of_100_samples(bound):
+    """Exact, over all outcomes: even where hardly an answer changes, and at the least number of questions."""
+    for total in sorted({round(fewest(bound) * share) for share in (1, 1.1, 1.3, 1.6, 2, 3, 5)}):
+        for gain in (0, bound / 10, bound / 2, bound):
+            loss = bound + gain
+            lost, gained = np.meshgrid(
+                *(np.arange(int(total * rate + 6 * np.sqrt(total * rate) + 5)) for rate in (loss, gain))
+            )
+            chances = binom.pmf(lost, total, loss) * binom.pmf(gained, total - lost, gain / (1 - loss))
+            low, _ = tango(gained, lost + CORRECTION, np.full_like(lost, total), z=Z)
+            assert chances[-low <= bound].sum() <= 0.05
+
+
+def test_a_bound_counts_a_share_of_a_question_as_lost():
+    low, _ = tango(4, 12 + CORRECTION, 400, z=Z)
+    # one more question that differs, of 16, is part of the estimate of the effective number
+    assert drop_of(*scores(12, 4), ALONE).high == pytest.approx(-low, rel=0.02)
+    uncorrected, _ = tango(4, 12, 400, z=Z)
+    assert drop_of(*scores(12, 4), ALONE).high > -uncorrected

@@ -18,19 +18,29 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokensieve.evaluate.intervals import Clusters, Scores, interval, paired_difference, sign_flip_p
+from tokensieve.evaluate.intervals import (
+    Clusters,
+    Scores,
+    between_seeds,
+    effective_counts,
+    interval,
+    paired_difference,
+    sign_flip_p,
+    tango,
+)
 from tokensieve.evaluate.kinds import BASELINES, REDUCING, Kind, baseline_methods, kind_of, plain_name
 from tokensieve.evaluate.results import Results
-from tokensieve.evaluate.rows import Row
 from tokensieve.evaluate.verdict import Against, Group, GroupScore, Guard, Reference, Verdict
 
 SIMILAR = 1.2  # rows are compared if one has at most so many times the tokens of the other
 FEW = 30  # a group of fewer questions decides nothing
 HIDDEN_LOSS = 0.05  # a guarded type may lose so much while the mean loses less
+FALSE_ALARMS = 0.05  # chance that a row without any loss is flagged, over all its guarded types
 SAME_TIME = 1.25  # prefill times further apart are not called equal
 SPLITTERS = ("downsample", "pool")  # pool makes the hard group where no row resizes images
 GUARDED = re.compile(
@@ -133,7 +143,7 @@ class _Court:
             seed_high=float(means.max()) if seeds > 1 else None,
             against=tuple(self._comparisons(number)) if reducing else (),
             groups=tuple(self._groups(number)),
-            guards=tuple(self._guards(row)) if reducing else (),
+            guards=tuple(self._guards(number)) if reducing else (),
             overlap=None if row.referee is None else row.referee.overlap,
         )
 
@@ -239,16 +249,29 @@ class _Court:
 
     # -- guarded types --------------------------------------------------------------------------------------------
 
-    def _guards(self, row: Row) -> Iterator[Guard]:
+    def _guards(self, number: int) -> Iterator[Guard]:
+        row = self.rows[number]
         if row.difference is None or row.difference <= -HIDDEN_LOSS:  # the mean shows the loss
             return
         names = [score.type for score in row.types]
+        guarded = guarded_types(names, str(self.results.settings.get("metric")))
         for score in row.types:
             gap, low, high = score.difference, score.difference_low, score.difference_high
-            if score.type not in guarded_types(names, str(self.results.settings.get("metric"))):
+            if score.type not in guarded or gap is None or low is None or high is None:
                 continue
-            if gap is not None and low is not None and high is not None and gap < -HIDDEN_LOSS and high < 0:
+            if gap < -HIDDEN_LOSS and high < 0 and self._loses(number, score.type, FALSE_ALARMS / len(guarded)):
                 yield Guard(score.type, score.samples, gap, low, high, row.difference)
+
+    def _loses(self, number: int, type: str, alpha: float) -> bool:
+        """Return whether a row is below full on a question type, tested one-sided at the level ``alpha``."""
+        if self.full is None:
+            return False
+        chosen = np.array([question.type == type for question in self.results.questions])
+        scores, full = self.scores[number][:, chosen], self.scores[self.full][:, chosen]
+        seeds = between_seeds(scores) + between_seeds(full)
+        counts = effective_counts(scores.mean(0) - full.mean(0), self.clusters[chosen], seeds)
+        _, high = tango(*counts, z=NormalDist().inv_cdf(1 - alpha))
+        return bool(high < 0)
 
     # -- rows -----------------------------------------------------------------------------------------------------
 

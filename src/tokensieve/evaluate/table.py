@@ -15,6 +15,7 @@ from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.intervals import Clusters, Scores, interval, paired_difference
 from tokensieve.evaluate.journal import Answer
 from tokensieve.evaluate.metrics import Metric, answers_for, says_yes, yes_no
+from tokensieve.evaluate.pictures import Picture, content_key
 from tokensieve.evaluate.plan import Entry, is_random_baseline
 from tokensieve.evaluate.referee import SIMILAR
 from tokensieve.evaluate.results import Example, Question, Results, Skipped
@@ -166,10 +167,13 @@ class Table:
 def clusters(samples: Sequence[Sample]) -> Clusters:
     """Number the images in order of appearance and return the number of each sample's image, `[samples]`.
 
-    Images that a sample shows together share a number, directly or through further samples.
+    Images that a sample shows together share a number, directly or through further samples. Files with equal content
+    are one image, whatever their names.
     """
-    images = {image: i for i, image in enumerate(dict.fromkeys(image for sample in samples for image in sample.images))}
-    parents = list(range(len(images)))
+    pictures = dict.fromkeys(image for sample in samples for image in sample.images)
+    numbers_by_content: dict[Any, int] = {}
+    images = {picture: numbers_by_content.setdefault(_content(picture), i) for i, picture in enumerate(pictures)}
+    parents = list(range(len(pictures)))
 
     def first(number: int) -> int:
         while parents[number] != number:
@@ -181,6 +185,12 @@ def clusters(samples: Sequence[Sample]) -> Clusters:
         for number in numbers:
             parents[number] = min(numbers)
     return np.unique([first(images[sample.images[0]]) for sample in samples], return_inverse=True)[1]
+
+
+def _content(picture: Picture) -> Any:
+    """Return a value that equal images share: the digest of the content, where it can be read."""
+    key = content_key(picture)
+    return picture if key in (None, "unreadable") else key
 
 
 def choose(samples: Sequence[Sample], count: int) -> list[Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -40,6 +40,20 @@ class Published:
     keep_means: KeepMeans | None
     source: str
     note: str
+
+    @property
+    def rounding(self) -> float:
+        """Half of the last printed digit: tables have one decimal, and often none in MME's sums."""
+        whole = BENCHMARKS[self.benchmark].scale > 100 and float(self.value).is_integer()
+        return 0.5 if whole else 0.05
+
+    @property
+    def relative_rounding(self) -> float:
+        """The largest error of per cent of full that comes from the rounding of both numbers; 0 without full."""
+        if not self.full:
+            return 0.0
+        full_rounding = replace(self, value=self.full).rounding
+        return 100 * (self.rounding + self.value / self.full * full_rounding) / self.full
 
     @property
     def name(self) -> str:

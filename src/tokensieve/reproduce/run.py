@@ -190,10 +190,11 @@ def _measured(target: Target, chosen: Questions, results: Results, obstacles: Se
     absolute, relative = [], []
     for published in target.published:
         interval95 = measured.value, measured.low, measured.high
-        absolute.append((published, judge(published.value, *interval95, obstacles)))
+        absolute.append((published, judge(published.value, *interval95, obstacles, published.rounding)))
         if published.full and measured.relative is not None:
             share = 100 * published.value / published.full
-            relative.append((published, judge(share, *measured.relative, obstacles)))
+            verdict = judge(share, *measured.relative, obstacles, published.relative_rounding)
+            relative.append((published, verdict))
     return Reproduction(target.name, len(results.questions), tuple(numbers), tuple(absolute), tuple(relative))
 
 

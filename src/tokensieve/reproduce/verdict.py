@@ -26,15 +26,19 @@ class Verdict:
     reason: str
 
 
-def judge(published: float, value: float, low: float, high: float, obstacles: Sequence[str] = ()) -> Verdict:
+def judge(
+    published: float, value: float, low: float, high: float, obstacles: Sequence[str] = (), rounding: float = 0.0
+) -> Verdict:
     """Compare a published number with a measured one and its 95 % interval.
+
+    A published number is inside if any number that is printed so is inside: it may be off by ``rounding``.
 
     - *cannot tell*: something other than the method differs from the published protocol (``obstacles``), or the
       published number is inside an interval whose half is wider than 5 % of it;
     - *reproduced*: the published number is inside the interval;
     - *not reproduced*: it is outside.
     """
-    inside = low <= published <= high
+    inside = low - rounding <= published <= high + rounding
     half = (high - low) / 2
     if obstacles:
         answer, reason = "cannot tell", "; ".join(obstacles)

@@ -16,6 +16,7 @@ from tokensieve.evaluate.journal import Journal
 from tokensieve.evaluate.lock import locked
 from tokensieve.evaluate.plan import Settings
 from tokensieve.evaluate.provenance import predictions_setup
+from tokensieve.evaluate.table import clusters
 from tokensieve.tune.asking import Asker
 from tokensieve.tune.costs import CostKind, Limit
 from tokensieve.tune.race import Progress
@@ -112,16 +113,20 @@ def check_bound(max_drop: float) -> float:
 def split(samples: Sequence[Sample], seed: int) -> tuple[list[list[Sample]], list[list[Sample]]]:
     """Return the held-out questions and those of the search, in random order, grouped by image.
 
+    Images that a question shows together, directly or through further questions, are one group, and so are files with
+    equal content: no image is in both parts.
+
     Raises:
-        Refusal: there are fewer than two images.
+        Refusal: there are fewer than two groups.
     """
-    by_image: dict[Any, list[Sample]] = {}
-    for sample in samples:
-        by_image.setdefault(sample.image, []).append(sample)
+    by_image: dict[int, list[Sample]] = {}
+    for sample, number in zip(samples, clusters(samples).tolist(), strict=True):
+        by_image.setdefault(number, []).append(sample)
     images = list(by_image.values())
     if len(images) < 2:
         got = f"{len(samples)} question{'s' * (len(samples) != 1)} about {len(images)}"
-        raise Refusal(f"a search needs questions about at least two images, one of them held out; got {got}")
+        together = "; images that questions show together count as one" * any(len(s.images) > 1 for s in samples)
+        raise Refusal(f"a search needs questions about at least two images, one of them held out; got {got}{together}")
     random.Random(seed).shuffle(images)
     searched, count = [images.pop()], len(samples)
     while len(images) > 1 and sum(map(len, searched)) + len(images[-1]) / 2 <= SEARCH_SHARE * count:
