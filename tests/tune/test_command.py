@@ -68,7 +68,7 @@ def test_reduction_that_loses_too_much_is_not_recommended(tmp_path: Path) -> Non
 def test_a_bound_proves_nothing_where_the_full_model_is_wrong_already(tmp_path: Path) -> None:
     rows = []
     for number in range(24):
-        (tmp_path / f"{number}.png").write_bytes(_png())
+        (tmp_path / f"{number}.png").write_bytes(_png(number))
         rows.append({"image": f"{number}.png", "question": "what colour is the ball?", "answer": "never this"})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--data", tmp_path / "data.jsonl", "--methods", "pool(keep=36)", "--max-new-tokens", "4"]
@@ -137,13 +137,13 @@ def refusals(tmp_path_factory: pytest.TempPathFactory):
     return run_many(calls)
 
 
-def _png() -> bytes:
+def _png(red: int = 255) -> bytes:
     from io import BytesIO
 
     from PIL import Image
 
     file = BytesIO()
-    Image.new("RGB", (20, 20), "red").save(file, "PNG")
+    Image.new("RGB", (20, 20), (red, 0, 0)).save(file, "PNG")
     return file.getvalue()
 
 
