@@ -233,7 +233,8 @@ Validation accuracy (natural phrasing, all tokens) on the way:
 - Nothing here says how a method fares on real photographs and open questions; it says whether an implementation works
   and how methods differ when small, faint, unnamed or numerous things matter.
 - A weak loss (weight 0.05) pulls projected patches towards the word for what they show. It favours methods that compare
-  patches with words; real LLaVA has no such loss.
+  patches with words; real LLaVA has no such loss. Another one (weight 0.1) has a head read from projected
+  digits which icon is beside them.
 - The CLS token was trained to list objects on dim backgrounds, so its attention is cleaner than a real CLIP's, which
   favours methods that rank patches by it.
 - Token dropping was part of training, so reduced inputs cost this model less than one that never saw them.

@@ -26,7 +26,7 @@ SEEN_IDS = [vocabulary().index(name) for name in SEEN]
 NOTHING = len(SEEN)  # class of a patch that shows no object and no sign
 PARTS = (len(SEEN) + 1, len(COLOURS), len(FRAMES), ALONE + 1)  # outputs of the patch head
 LISTED_WEIGHT, BACKGROUND_WEIGHT, NEIGHBOUR_WEIGHT, PLACE_WEIGHT = 5.0, 0.1, 3.0, 2.0
-WORD_WEIGHT, WORD_TEMPERATURE = 0.05, 0.1
+WORD_WEIGHT, WORD_TEMPERATURE, BESIDE_WEIGHT = 0.05, 0.1, 0.1
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class Trainee(nn.Module):
         width = model.config.vision_config.hidden_size
         self.patch_head = nn.Linear(width, sum(PARTS))
         self.cls_head = nn.Linear(width, len(SEEN) + len(COLOURS))
+        self.neighbour_head = nn.Linear(model.config.text_config.hidden_size, ALONE + 1)
 
     def see(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images `[B, 120, 120, 3]` to penultimate patch features `[B, 144, D]` and the pooled CLS `[B, D]`."""
@@ -195,13 +196,21 @@ def seeing_loss(trainee: Trainee, features: Tensor, pooled: Tensor, batch: Batch
 
 
 def answering_loss(trainee: Trainee, logits: Tensor, visual: Tensor, kept: Kept, batch: Batch) -> Tensor:
-    """Train the answers by next-word loss, and weakly pull projected tokens towards the word for their thing."""
+    """Train the answers by next-word loss, and weakly what projected tokens show.
+
+    They are pulled towards the word for their thing, and a head for training only reads the icon beside a digit from
+    them. Without it, the projector drops what is beside a digit before the language model asks for it.
+    """
     answers = F.cross_entropy(logits.float().flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
     words = F.normalize(trainee.model.model.language_model.embed_tokens(torch.tensor(SEEN_IDS)).float(), dim=-1)
     cosine = F.normalize(visual.float(), dim=-1) @ words.T
     shown = batch.shown.view(len(kept.indices), -1).gather(1, kept.indices).flatten()
     named = F.cross_entropy((cosine / WORD_TEMPERATURE).flatten(0, 1), shown, ignore_index=IGNORE)
-    return answers + WORD_WEIGHT * named
+    # unit length, so that the direction of a token must tell its neighbour; scaled to a mean square of about 1
+    directions = F.normalize(visual.float(), dim=-1) * visual.shape[-1] ** 0.5
+    neighbour = batch.neighbour.view(len(kept.indices), -1).gather(1, kept.indices).flatten()
+    beside = F.cross_entropy(trainee.neighbour_head(directions).float().flatten(0, 1), neighbour, ignore_index=IGNORE)
+    return answers + WORD_WEIGHT * named + BESIDE_WEIGHT * beside
 
 
 def drop(batch: Batch, count: int, rng: np.random.Generator, ease: float = 0.0) -> Kept:
