@@ -307,7 +307,9 @@ def test_a_worker_that_outlives_its_pool_ends_with_the_round(cluster):
         def __call__(self, block):
             return block
 
-    in_round = ray.remote(num_cpus=0)(rounds._Round).remote()
+    # Ray learns late of the node that the test before killed
+    wait_for(lambda: sum(node["Alive"] for node in ray.nodes()) == 1)
+    in_round = rounds._start_round()
     worker = ray.remote(num_cpus=1, max_restarts=-1)(rounds._WorkerInRound).remote(in_round, Echo)
     assert ray.get(worker.__call__.remote({"part": []})) == {"part": []}
     ray.kill(in_round)

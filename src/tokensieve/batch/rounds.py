@@ -150,7 +150,7 @@ def _outcomes(job: Job, parts: Sequence[Part], share: Share) -> Generator[dict[s
     import ray
     from ray.data import ActorPoolStrategy
 
-    in_round = ray.remote(num_cpus=0, max_restarts=-1)(_Round).remote()
+    in_round = _start_round()
     # one part in a block: a block's answers are handed on when all of it is done
     items = [{"part": json.dumps(asdict(part))} for part in parts]
     # at least one worker starts the round; a lost node does not end it
@@ -188,6 +188,15 @@ class _Round:
 
     def check(self) -> None:
         """Do nothing. The call raises once the round has ended."""
+
+
+def _start_round() -> Any:
+    """Return the handle of a round on this process's node: the loss of another node does not end it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(_Round).remote()
 
 
 class _WorkerInRound:
