@@ -236,6 +236,14 @@ def test_the_oracle_keeps_the_tokens_in_the_boxes(run, samples, tmp_path):
     assert "oracle" in kept[3]["reductions"][0]["notes"][0]
 
 
+def test_the_oracle_looks_into_the_last_of_several_images(run, samples, tmp_path):
+    two = replace(samples[0], image=(samples[1].image, samples[0].image), boxes=((0, 0, 8, 5),), id="two")
+    rows, _ = run(samples=[two, samples[2]], methods=["pool"], keeps=[1])
+    assert [(row.method, row.tokens_after) for row in rows[2:]] == [("oracle", 1.5)]
+    (joined,) = Results.load(tmp_path / "out" / "results.json").examples[0].kept[2]["reductions"]
+    assert joined["anchors"] == [72, 144]  # the middle of the first image, the corner of the second
+
+
 def test_measured_rows_are_full_of_numbers_and_measured_once(run, sessions):
     rows, _ = run(methods=["uniform", "downsample"], measure=True)
     full, uniform, downsample = rows

@@ -340,6 +340,6 @@ def attaching(model: Any, stages: Sequence[Any], processor: Any, **options: Any)
     return lambda batch: attach(model, stages, processor=processor, **options)
 
 
-def replaying(model: Any, decide: Callable[[Sample], Reduction]) -> Attached:
-    """Attach a given decision for every sample."""
-    return lambda batch: attach(model, [[decide(sample)] for sample in batch])
+def replaying(model: Any, decide: Callable[[Sample], list[Reduction]]) -> Attached:
+    """Attach a given decision for every image of every sample."""
+    return lambda batch: attach(model, [decide(sample) for sample in batch])

@@ -36,7 +36,7 @@ class Sample:
         question: never empty.
         answers: accepted answers, or those of several annotators.
         type: kind of question; "" when the data has none.
-        boxes: (left, top, right, bottom) px of the objects that answer the question, if known; of one image only.
+        boxes: (left, top, right, bottom) px of the objects that answer the question, if known, in the last image.
         where: file and line of the sample, for errors.
         choices: the options of a multiple-choice question; the prompt lists them with the letters A, B, C… The answer
             is the text of a choice or its letter.
@@ -153,7 +153,7 @@ def _reference() -> list[Sample]:
             question=row.question,
             answers=row.accepted,
             type=row.type,
-            boxes=() if row.before else row.boxes,
+            boxes=row.boxes,
             turns=row.turns,
         )
         for row in rows
