@@ -48,7 +48,8 @@ class Runner:
         if run.stages:
             attached: Attached = comparison.attached(answerer.model, run)
         else:  # the oracle; the blind row attaches nothing
-            attached = replaying(answerer.model, partial(self._oracle_decision, keep))
+            decide = partial(self._oracle_decision, keep)
+            attached = replaying(answerer.model, decide, comparison.settings.positions)
         done = answerer.finished(journal.answers.get(run.key, {}))
         report(run.key, len(done | (self.keys.values() & journal.skipped.keys())))
         for batch in answerer.run(attached, done, journal.skipped, processes.rank, processes.count):
