@@ -160,6 +160,7 @@ class DecoderNeeds(StageNeeds):
 
     Attributes:
         attention: attention rows of the last prompt token ("last") or of every word of the user ("words").
+        separator_attention: attention rows of the token that follows each image, which sees no later word.
         same_layer: read attention and keys in the layer before which tokens leave (one extra partial forward). By
             default those of the previous layer are reused.
         keys: the key states.
@@ -169,11 +170,13 @@ class DecoderNeeds(StageNeeds):
         final_norm: apply the LLM's final norm to the features.
         rope_gain: a vector of ones, rotated by the rotary embedding at each token's position.
         connector_scores: the scores that the connector method ranked the tokens by.
-        user_text: the hidden states of the user's words.
+        user_text: the hidden states of the user's words; "all": of every token after the last image, with the chat
+            template, and "words" are these tokens.
         grid: the coordinates of the tokens on their image's grid.
     """
 
     attention: Literal["last", "words"] | None = evidence("LLM attention of {}", default=None)
+    separator_attention: bool = evidence("LLM attention of the token after the image")
     same_layer: bool = evidence()
     keys: bool = evidence(read=ops.keys_joined)
     layer_input: bool = evidence(hidden="layer input")
@@ -182,9 +185,9 @@ class DecoderNeeds(StageNeeds):
     final_norm: bool = evidence()
     rope_gain: bool = evidence(rope=ops.rope_gain)
     connector_scores: bool = evidence()
-    user_text: bool = evidence("text")
+    user_text: bool | Literal["all"] = evidence("text")
     grid: bool = evidence("grid")
 
     @property
     def reads_attention(self) -> bool:
-        return self.attention is not None or super().reads_attention
+        return self.attention is not None or self.separator_attention or super().reads_attention

@@ -63,6 +63,23 @@ def word_rows(sequence: Sequence, image: int) -> Tensor:
     return sequence.layers[-1].attention[:, sequence.words][:, :, sequence.images[image]]
 
 
+def after_images(sequence: Sequence) -> range:
+    """Rows of the prompt behind its last image."""
+    return range(max(max(image) for image in sequence.images) + 1, sequence.prompt)
+
+
+def priortr(query):
+    def decide(sequence, image, layer, count):
+        tokens, attention = sequence.images[image], sequence.layers[-1].attention.mean(0)
+        rows = after_images(sequence) if query == "all" else [sequence.prompt - 1]
+        task = attention[list(rows)][:, tokens].mean(0)
+        prior = attention[tokens[-1] + 1, tokens]
+        task, prior = task / task.sum(), prior / prior.sum()
+        return pick(best(task * (task / prior).log(), count), len(tokens))
+
+    return decide
+
+
 def fastv(sequence, image, layer, count):
     scores = last_row(sequence, image)
     return pick(best(scores, count), len(scores))
@@ -271,6 +288,8 @@ RULES = {
     "text-correlation(layer=2, keep=0.4)": Rule([2], text_correlation, share(0.4)),
     "illava-llm(layer=2, keep=0.4)": Rule([2], illava, share(0.4)),
     "pool-decoder(layer=1, stride=3)": Rule([1], pool(3)),
+    "priortr(layer=3, keep=0.4)": Rule([3], priortr("all"), share(0.4)),
+    "priortr(layer=1, keep=0.4, query='last')": Rule([1], priortr("last"), share(0.4)),
 }
 # a connector method, the rule inside, and the spec of both
 COMPOSED = {
@@ -283,5 +302,5 @@ COMPOSED = {
 WHOLE = (
     "fastv(keep=1.0)", "window-fastv(keep=1.0)", "pyramiddrop(keep=1.0)", "sparsevlm(keep=1.0)", "sparsevlm+(keep=1.0)",
     "dart(keep=1.0)", "topv(keep=1.0)", "text-correlation(keep=1.0)", "illava-llm(keep=1.0)", "fastv(average=10_000)",
-    "pool-decoder(stride=1)",
+    "pool-decoder(stride=1)", "priortr(keep=1.0)",
 )  # fmt: skip

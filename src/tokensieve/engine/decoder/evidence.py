@@ -114,13 +114,18 @@ class DecoderEvidence:
         reading = {
             name: kind.read(query, key, scaling, mask) for name, kind in self.requested.items() if kind.read is not None
         }
+        rows = {}
         if self.needs.attention is not None:
             columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)  # the last token
             if self.needs.attention == "words":
                 assert state.sequence.text is not None
                 columns = state.sequence.text[0]
-            mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else state.sequence.mask
-            reading["attention"] = attention_of_queries(query, key, scaling, columns, mask, softcap)
+            rows["attention"] = columns
+        if self.needs.separator_attention:
+            rows["separator_attention"] = state.columns_after_images()
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else state.sequence.mask
+        for name, columns in rows.items():
+            reading[name] = attention_of_queries(query, key, scaling, columns, mask, softcap)
         return reading
 
     # -- handing out --------------------------------------------------------------------------------------------------
@@ -162,6 +167,9 @@ class DecoderEvidence:
         for name, sequence in per_column.items():
             if name == "attention":  # `[B, H, Q, n]`: the columns are on the last axis
                 about_image[name] = sequence[rows].take_along_dim(columns[:, None, None], -1)
+            elif name == "separator_attention":  # `[B, H, I, n]`: one query for each image of a row
+                numbers = on_device([number for _, number in members], hidden.device)
+                about_image[name] = sequence[rows, :, numbers].take_along_dim(columns[:, None], -1)
             elif name in self._copied("LLM input"):
                 about_image[name] = take(sequence, torch.stack([_entry_columns(state, member) for member in members]))
             else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.handoff import ImageReduction, Prefill
@@ -139,6 +140,12 @@ class PrefillState:
 
     def columns(self, member: Member) -> Tensor:
         return self.sequence.images[member[0]][member[1]]
+
+    def columns_after_images(self) -> Tensor:
+        """Return the column that follows each image of a row, `[B, I]`; the last column if none follows."""
+        columns = self.sequence.columns.index
+        ends = [torch.stack([c[-1] for c in images]) if images else columns[0, :1] for images in self.sequence.images]
+        return (pad_sequence(ends, batch_first=True) + 1).clamp(max=columns.shape[1] - 1)
 
     def batch_key(self, member: Member) -> tuple[Any, ...]:
         """Return what images of equal size must have in common, besides, to be decided about in one call."""
