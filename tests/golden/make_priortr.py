@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tests.golden.drawn import attention_rows, bells, fill
+from tests.golden.drawn import attention_rows, bells, fill, positive
 from tests.golden.small_llava import llava_around
 from tests.golden.storing import commit, package, store
 from tests.support.families import BOS, IMAGE
@@ -75,8 +75,56 @@ def priortr_model_cases(strategy):
         yield query, h, {"scores": scores, "kept": strategy.select_tokens(scores, TOKENS, config).short()}
 
 
+def states_of(h: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw hidden states of the image at the LLM's input and in a later layer, `[1, N, 64]`; some do not change."""
+    first = bells(h["seed"] + 1, 1, h["tokens"], 64)
+    change = bells(h["seed"] + 2, 1, h["tokens"], 64) * positive(h["seed"] + 3, 1, h["tokens"], 1)
+    change[:, ::7] = 0
+    return first, first + change
+
+
+@torch.no_grad()
+def clse_cases(clse):
+    for number, (keep, stage) in enumerate([(192, 0), (128, 0), (64, 0), (64, 1), (192, 2)]):
+        h = {"seed": 2200 + 10 * number, "heads": 4, "tokens": TOKENS, "keep": keep, "stage": stage}
+        config, strategy = official({"keep_tokens": keep}), clse.CLSEStrategy()
+        config.prune_layers = [1, 11, 21]
+        first, now = states_of(h)
+        columns = torch.zeros(1, START + TOKENS + TEXT, 64)
+        columns[:, START : START + TOKENS] = now
+        context = {"layer_idx": (0, 10, 20)[stage], "z_ref": first, "hidden_states": columns}
+        scores = strategy.compute_scores(whole(rows_of(h)), (START, START + TOKENS), config, **context)
+        kept = strategy.select_tokens(scores, TOKENS, config)
+        yield f"{keep}_stage_{stage}", h | {"count": len(kept)}, {"scores": scores, "kept": kept.short()}
+
+
+@torch.no_grad()
+def clse_grid_cases(clse):
+    for number, grid in enumerate([(24, 24), (12, 48), (23, 25), (2, 9)]):
+        h = {"seed": 2300 + 10 * number, "grid": grid, "tokens": grid[0] * grid[1]}
+        attention = attention_rows(h["seed"], 1, 1, h["tokens"])[:, 0]
+        scores = clse._calculate_evolution_score(*states_of(h), attention, grid, 0.1, "clse_attn")
+        yield f"{grid[0]}x{grid[1]}", h, {"scores": scores[0]}
+
+
+@torch.no_grad()
+def clse_model_cases(clse):
+    h = {"seed": 2400, "sharp": 0.5, "keep": 64}
+    model, inputs = small_llava(h)
+    model.set_attn_implementation("eager")
+    out = model(**inputs, output_attentions=True, output_hidden_states=True)
+    config, strategy = official({"keep_tokens": h["keep"]}), clse.CLSEStrategy()
+    config.prune_layers = [1, 11, 21]
+    first, now = out.hidden_states[:2]
+    context = {"layer_idx": 0, "z_ref": first[:, 1 : 1 + TOKENS], "hidden_states": now}
+    scores = strategy.compute_scores(out.attentions[0], (1, 1 + TOKENS), config, **context)
+    kept = strategy.select_tokens(scores, TOKENS, config)
+    yield "first_stage", h | {"count": len(kept)}, {"scores": scores, "kept": kept.short()}
+
+
 def main(checkout: Path) -> None:
     package("vtr", checkout / "image/LLaVA/llava/vtr")
+    clse = importlib.import_module("vtr.strategy.clse")
     priortr = importlib.import_module("vtr.strategy.priortr").PriorTRStrategy()
     repository = {"repo": "CodeChildCZJ/PriorTR", "commit": commit(checkout)}
     folder = "image/LLaVA/llava/vtr/strategy"
@@ -92,11 +140,25 @@ def main(checkout: Path) -> None:
         {"method": "priortr", **common, "deviations": [drawn]},
         {"method": "priortr_model", **common, "deviations": [small]},
     ]
-    store(
-        "priortr",
-        entries,
-        {"priortr": list(priortr_cases(priortr)), "priortr_model": list(priortr_model_cases(priortr))},
-    )
+    common = {
+        **repository,
+        "paper": "arXiv:2606.24165",
+        "title": "Spectral Evolution-Guided Token Pruning in Multimodal Large Language Models",
+        "source": [f"{folder}/clse.py: CLSEStrategy, _calculate_evolution_score"],
+    }
+    entries += [
+        {"method": "clse", **common, "deviations": [drawn, "hidden states: make_priortr.states_of"]},
+        {"method": "clse_grid", **common, "deviations": ["scores alone, on other grids"]},
+        {"method": "clse_model", **common, "deviations": [small, "the first of three layers"]},
+    ]
+    cases = {
+        "priortr": priortr_cases(priortr),
+        "priortr_model": priortr_model_cases(priortr),
+        "clse": clse_cases(clse),
+        "clse_grid": clse_grid_cases(clse),
+        "clse_model": clse_model_cases(clse),
+    }
+    store("priortr", entries, {method: list(of_method) for method, of_method in cases.items()})
 
 
 if __name__ == "__main__":

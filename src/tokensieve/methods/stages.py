@@ -42,6 +42,8 @@ class DecoderMethod(InsideMethod):
     or, for a method with several layers, ``counts`` (tokens after each of them; shares are rounded down).
     """
 
+    adaptive: ClassVar[bool] = False  # the numbers after each layer follow the image: see :meth:`schedule`
+
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = getattr(self, "counts", None)
@@ -73,6 +75,15 @@ class DecoderMethod(InsideMethod):
                 f"{self}: an average of {average:.4g} of the tokens is out of reach if they leave at layers "
                 f"{list(layers)} of {depth}; reachable: above {lowest:.4g}, up to 1"
             )
+
+    def schedule(self, image: DecoderTokens, layers: Sequence[int], depth: int) -> list[list[int]]:
+        """Return the tokens that stay of each image after each of the ``layers``, `[image][layer]`.
+
+        The engine calls it for an ``adaptive`` method, once, before the first of its layers, with the evidence there.
+        From then on, ``image.budget`` follows the image's own numbers. :meth:`stage_budgets` gives those of an image
+        that is not known.
+        """
+        raise NotImplementedError(f"{self.info.name} is adaptive: define schedule()")
 
     @abstractmethod
     def reduce(self, image: DecoderTokens) -> Reduction: ...

@@ -181,9 +181,11 @@ class DecoderEvidence:
         if self.needs.grid and decision.grid is not None:
             anchors, width = torch.stack([image.anchors for image in images]), decision.grid[1]
             about_image["coordinates"] = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
+        whole = len(images[0].anchors) == decision.total
         return DecoderTokens(
             take(features, columns),
-            grid=decision.grid if len(images[0].anchors) == decision.total else None,
+            grid=decision.grid if whole else None,
+            frames=images[0].layout.frames if whole else None,
             budget=budget,
             entered=images[0].entered,
             user_text=DecoderUserText(**about_text) if about_text else None,

@@ -101,6 +101,7 @@ class PrefillState:
         sequence: the sequences as the next layer receives them.
         images: `[row][image]`, the decisions so far.
         methods: `[row][image]`, the method with the image's budget.
+        schedules: {image: tokens after each of the method's layers}, if the method is adaptive.
         prefixes: {layer: prefix} for each layer that received fewer tokens than the first.
         tokens: {layer: `[row][image]`}, the visual tokens that each layer received.
         layer_inputs: by kind of attention, positions and mask of ``sequence``; shared by all layers until tokens leave.
@@ -113,6 +114,7 @@ class PrefillState:
     sequence: SequenceLayout
     images: list[list[ImageReduction]]
     methods: list[list[DecoderMethod]]
+    schedules: dict[Member, list[int]] = field(default_factory=dict)
     prefixes: dict[int, PrefixInfo] = field(default_factory=dict)
     tokens: dict[int, list[list[int]]] = field(default_factory=dict)
     layer_inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -150,7 +152,7 @@ class PrefillState:
     def batch_key(self, member: Member) -> tuple[Any, ...]:
         """Return what images of equal size must have in common, besides, to be decided about in one call."""
         image = self.image(member)
-        return image.entered, image.decision.grid, self.method(member).budget
+        return image.entered, image.decision.grid, image.layout.frames, self.method(member).budget
 
     @property
     def untouched(self) -> bool:
