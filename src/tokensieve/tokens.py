@@ -289,6 +289,7 @@ class DecoderTokens(VisualTokens):
         entered: tokens of each image that entered the LLM; ``None``: N.
         attention: `[B, H, Q, N]`, post-softmax attention of the last token, or of each word, to the tokens.
         separator_attention: `[B, H, N]`, post-softmax attention of the token that follows the image, to its tokens.
+        gradient: `[B, N, D]`, of the cross-entropy of the layer's own guess to ``features``.
         keys: `[B, N, E]`, key states with the heads side by side.
         layer_input: `[B, N, D]`, the hidden states that entered the previous layer.
         mlp_input: `[B, N, D]`, the rows that entered the MLP of the previous layer.
@@ -302,6 +303,7 @@ class DecoderTokens(VisualTokens):
     entered: int | None = None
     attention: Tensor | None = None
     separator_attention: Tensor | None = None
+    gradient: Tensor | None = None
     keys: Tensor | None = None
     layer_input: Tensor | None = None
     mlp_input: Tensor | None = None

@@ -27,7 +27,7 @@ def functions(file: Path, *names: str, **needed: Any) -> types.SimpleNamespace:
     """Run only these definitions of a file, with ``needed`` as its globals: its imports are left out."""
     ast = importlib.import_module("ast")
     tree = ast.parse(file.read_text("utf-8"))
-    tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
+    tree.body = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in names]
     scope = {"torch": torch, **needed}
     exec(compile(tree, str(file), "exec"), scope)
     return types.SimpleNamespace(**{name: scope[name] for name in names})

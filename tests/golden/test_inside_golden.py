@@ -1,5 +1,6 @@
 """Newer in-LLM methods against the authors' code at 576 tokens; ``make_*.py`` beside this file made the numbers."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
@@ -7,6 +8,7 @@ import tokensieve
 from tests.golden import make_autoprune
 from tests.golden.drawn import attention_rows
 from tests.golden.make_priortr import START, TOKENS, rows_of, small_llava, states_of
+from tests.golden.make_trio import llava_with_head
 from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import parse
 from tokensieve.methods.autoprune import AutoPrune, information
@@ -115,3 +117,14 @@ def test_autoprune_layer(name):
         "kept"
     ].tolist()
     assert_close(rows[count:], expected["merged"], **CLOSE)
+
+
+@cases("trio_model")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_trio_attached(name, mode):
+    _, expected, h = load("trio_model", name)
+    model, inputs = llava_with_head(h)
+    with tokensieve.attach(model, f"trio(layers=({h['layer']},), keep={h['keep']})") as sieve, mode():
+        model(**inputs)
+    assert sieve.last[0][0].kept.tolist() == expected["kept"].tolist()
+    assert all(weight.grad is None for weight in model.parameters())

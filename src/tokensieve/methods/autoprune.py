@@ -24,30 +24,28 @@ from tokensieve.tokens import DecoderTokens, given
 class AutoPrune(DecoderMethod):
     """Drop the tokens that the text attends to least before every layer, along a logistic curve.
 
-    The curve is ``0.75 / (1 + exp(k * (x - centre - k)))`` of layer x, scaled so that every image has the same number
-    of tokens averaged over all layers. Its slope ``k = max(0, k0 - gamma * I)`` follows the mutual information I of
-    text and visual tokens in the attention of the layer before ``layer``. The best pruned tokens are recycled as in
-    ``sparsevlm``, and count.
+    The curve over layers x is ``0.75 / (1 + exp(k * (x - centre - k)))``, scaled to the average ``keep``. Its slope
+    ``k = max(0, k0 - gamma * I)`` follows the mutual information I of text and visual tokens in the attention of the
+    layer before ``layer``. The best pruned tokens are recycled as in ``sparsevlm``, and count.
 
     Args:
         keep: tokens averaged over all layers of the LLM, or a share of those that entered: of every image alike, since
             only the numbers of single layers adapt.
-        layer: the first layer that receives a shorter sequence; tokens leave before this and every later layer.
+        layer: tokens leave before this and every later layer; a float is a share of the depth (official: 2 of 32).
         k0, gamma: slope without information, and its change per bit; for an LLM of 32 layers with 32 heads.
         centre: the layer of half height, in an LLM of 32 layers.
         recycle: share of the pruned tokens that is clustered in each layer.
         appended, noise_seed: as of ``sparsevlm``; the official code is ``appended=True`` with noise.
 
-    Cost: per layer, O(M·L·D) time and O(M·L) extra memory per head for the rows of M tokens over L positions, and
-    O(R²·D) time to cluster R recycled tokens.
+    Cost: in every layer that of ``sparsevlm`` in one, with all text after the image in place of the user's words.
     Paper: "Each Complexity Deserves a Pruning Policy", NeurIPS 2025.
-    Official code: keeps 2.5 times the budget behind the first layer, nearly all by [CLS] attention; here a connector
-    method does this: ``"fastervlm(keep=160) + autoprune(keep=64)"``. It counts the first layer with these tokens, and
-    the others one layer early: its 64 is about 82 over all layers. Renumbers positions (``positions="contiguous"``).
+    Official code: first keeps 2.5 times the budget, nearly all by [CLS] attention; here a connector method does this:
+    ``"fastervlm(keep=160) + autoprune(keep=64)"``. Counts the first layer as so reduced, and the others one layer
+    early: its 64 is about 82 over all layers. Renumbers positions (``positions="contiguous"``).
     """
 
-    keep: Budget = 0.25
-    layer: int | float = 2
+    keep: Budget = 0.333
+    layer: int | float = 0.0625
     k0: float = 0.4
     gamma: float = 0.2
     centre: float = 14.9
@@ -56,6 +54,10 @@ class AutoPrune(DecoderMethod):
     noise_seed: int | None = None
     adaptive: ClassVar = True
     proportions: ClassVar = ("recycle",)
+
+    @property
+    def mean(self) -> Budget:
+        return self.keep
 
     def layer_numbers(self, depth: int) -> list[int]:
         return list(range(super().layer_numbers(depth)[0], depth))
@@ -94,7 +96,7 @@ class AutoPrune(DecoderMethod):
         return best
 
     def reduce(self, image: DecoderTokens) -> Reduction:
-        # a sum over the words ranks like their mean
+        # summed over the words, which ranks like the mean
         scores = (given(image.attention).mean(1) * given(image.user_text).mask[..., None]).sum(1)
         return recycle(image, scores, top_k(scores, image.budget), self.recycle, self.appended, self.noise_seed)
 
@@ -105,5 +107,4 @@ def information(image: DecoderTokens) -> Tensor:
     words = mask.sum(2, keepdim=True)
     joint = given(image.attention) * mask / words  # p(word, token) of equally likely words, [B, H, M, N]
     ratio = joint / (joint.sum(2, keepdim=True) / words + 1e-6)
-    bits = (joint * torch.log2(ratio.clamp(min=1e-6))).sum((-1, -2))
-    return 32 * bits.mean(1)
+    return 32 * (joint * torch.log2(ratio.clamp(min=1e-6))).sum((-1, -2)).mean(1)

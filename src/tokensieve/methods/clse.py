@@ -77,4 +77,5 @@ def high_frequencies(rows: Tensor, cutoff: float) -> Tensor:
     sigma = max(min(height // 2, width // 2) * cutoff, 1e-6)
     passed = 1 - (-squares / (2 * sigma**2)).exp()
     spectrum = torch.fft.fft2(rows, dim=(-3, -2)) * passed[..., None]
-    return torch.fft.ifft2(spectrum, dim=(-3, -2)).abs().mean(-1)
+    sizes: Tensor = torch.fft.ifft2(spectrum, dim=(-3, -2)).abs()
+    return sizes.mean(-1)

@@ -163,6 +163,8 @@ class DecoderNeeds(StageNeeds):
         separator_attention: attention rows of the token that follows each image, which sees no later word.
         same_layer: read attention and keys in the layer before which tokens leave (one extra partial forward). By
             default those of the previous layer are reused.
+        gradient: the gradient of the layer's own guess to the hidden states that enter the layer before which tokens
+            leave: of the cross-entropy at these places, counted from the end, with the likeliest words as labels.
         keys: the key states.
         layer_input: the hidden states that entered the previous layer.
         mlp_input: the rows that entered the MLP of the previous layer.
@@ -178,6 +180,7 @@ class DecoderNeeds(StageNeeds):
     attention: Literal["last", "words"] | None = evidence("LLM attention of {}", default=None)
     separator_attention: bool = evidence("LLM attention of the token after the image")
     same_layer: bool = evidence()
+    gradient: tuple[int, ...] | None = evidence("gradient of the guess", default=None)
     keys: bool = evidence(read=ops.keys_joined)
     layer_input: bool = evidence(hidden="layer input")
     mlp_input: bool = evidence(hidden="MLP input")

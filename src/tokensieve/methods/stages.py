@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from tokensieve.budget import check_budget, count, stage_counts
+from tokensieve.budget import Budget, check_budget, count, stage_counts
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
@@ -67,9 +67,15 @@ class DecoderMethod(InsideMethod):
             return None
         return stage_counts(total, depth, layers, self.budget, getattr(self, "average", None))
 
+    @property
+    def mean(self) -> Budget | None:
+        """The budget as an average over all layers of the LLM; ``None`` if it has another meaning."""
+        average: Budget | None = getattr(self, "average", None)
+        return average
+
     def check_average(self, layers: Sequence[int], depth: int) -> None:
         """Refuse, before there is an image, an average that no image can reach."""
-        average, lowest = getattr(self, "average", None), layers[0] / depth  # all tokens pass the first layers
+        average, lowest = self.mean, layers[0] / depth  # all tokens pass the first layers
         if getattr(self, "counts", None) is None and isinstance(average, float) and average <= lowest:
             raise Refusal(
                 f"{self}: an average of {average:.4g} of the tokens is out of reach if they leave at layers "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,6 +107,33 @@ def clse(sequence, image, layer, count):
         change = ((now - first).abs() / (first + first.mean())).clamp(max=1)
         scores = scores * ((change - change.mean()) / change.std() / 0.1).sigmoid().float()
     return pick(best(scores, count), len(tokens))
+
+
+def gradient_norms(sequence: Sequence, layer: Layer, places: list[int]) -> Tensor:
+    """Return the norm `[prompt]` of the gradient of the layer's guesses at some places of the prompt to its input."""
+    with torch.enable_grad():
+        rows = sequence.rows[: sequence.prompt].detach().clone().requires_grad_()
+        alone = replace(layer, rows=rows, position_ids=layer.position_ids[..., : sequence.prompt])
+        module = layer.decoder.layers[layer.number]
+        states = rows + alone.attended[0]
+        states = states + module.mlp(module.post_attention_layernorm(states))
+        for place in places:
+            words = layer.head(layer.decoder.norm(states[place])).log_softmax(-1)
+            (-words.max()).backward(retain_graph=True)
+    return rows.grad.norm(dim=-1)
+
+
+def trio(places):
+    def decide(sequence, image, layer, count):
+        tokens = sequence.images[image]
+        scores = gradient_norms(sequence, layer, places)[tokens]
+        rows = torch.nn.functional.normalize(sequence.rows[tokens], dim=-1)
+        chosen, waiting = [], []
+        for token in best(scores, len(tokens)):
+            (waiting if any(rows[token] @ rows[i] >= 0.8 for i in chosen) else chosen).append(token)
+        return pick((chosen + waiting)[:count], len(tokens))
+
+    return decide
 
 
 def fastv(sequence, image, layer, count):
@@ -362,8 +389,10 @@ RULES = {
     "text-correlation(layer=2, keep=0.4)": Rule([2], text_correlation, share(0.4)),
     "illava-llm(layer=2, keep=0.4)": Rule([2], illava, share(0.4)),
     "pool-decoder(layer=1, stride=3)": Rule([1], pool(3)),
-    "autoprune(keep=0.6)": Rule([2, 3, 4, 5], autoprune(0.6)),
+    "autoprune(keep=0.6, layer=2)": Rule([2, 3, 4, 5], autoprune(0.6)),
     "clse(layers=(1, 3), counts=(0.6, 0.3))": Rule([1, 3], clse, down(0.6, 0.3)),
+    "trio(layers=(1, 3), counts=(0.6, 0.3))": Rule([1, 3], trio([-2, -3, -4, -5]), down(0.6, 0.3)),
+    "trio(layers=(2,), keep=0.4, guesses=2, skip=0)": Rule([2], trio([-1, -2]), share(0.4)),
     "priortr(layer=3, keep=0.4)": Rule([3], priortr("all"), share(0.4)),
     "priortr(layer=1, keep=0.4, query='last')": Rule([1], priortr("last"), share(0.4)),
 }
@@ -379,4 +408,5 @@ WHOLE = (
     "fastv(keep=1.0)", "window-fastv(keep=1.0)", "pyramiddrop(keep=1.0)", "sparsevlm(keep=1.0)", "sparsevlm+(keep=1.0)",
     "dart(keep=1.0)", "topv(keep=1.0)", "text-correlation(keep=1.0)", "illava-llm(keep=1.0)", "fastv(average=10_000)",
     "pool-decoder(stride=1)", "priortr(keep=1.0)", "clse(keep=1.0)", "autoprune(keep=1.0)",
+    "trio(keep=1.0)",
 )  # fmt: skip

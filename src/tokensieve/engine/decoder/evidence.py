@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 
 from tokensieve.engine.decoder.sequence import Member, PrefillState
 from tokensieve.engine.inflight import InFlight
@@ -27,18 +29,29 @@ class DecoderEvidence:
 
     Args:
         decoder: the LLM.
+        head: maps its normed output to logits.
         method: the method.
         layers: the layers before which it drops tokens.
         kinds: the kind of attention of each layer.
 
     Raises:
-        Refusal: if the method requests the rotary embedding, and layers have different ones.
+        Refusal: if the method requests the rotary embedding, and layers have different ones; or a gradient, and the
+            weights cannot be in a graph.
     """
 
     def __init__(
-        self, decoder: Any, method: DecoderMethod, layers: Sequence[int], kinds: Sequence[str], flight: InFlight
+        self,
+        decoder: Any,
+        head: Any,
+        method: DecoderMethod,
+        layers: Sequence[int],
+        kinds: Sequence[str],
+        flight: InFlight,
     ) -> None:
         assert isinstance(method.needs, DecoderNeeds)
+        if method.needs.gradient and any(weight.is_inference() for weight in decoder.parameters()):
+            raise Refusal(f"{method} goes by a gradient; load the model outside of torch.inference_mode()")
+        self.head = head
         self.decoder, self.needs, self.layers, self.flight = decoder, method.needs, layers, flight
         self.requested = self.needs.requested()
         if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
@@ -88,6 +101,8 @@ class DecoderEvidence:
         Args:
             hidden, kwargs: the input `[B, n, D]` of ``layer``, before which tokens leave, and its other arguments.
         """
+        if self.needs.gradient:
+            state.evidence["gradient"] = self._gradient(layer, hidden, kwargs, self.needs.gradient)
         if layer not in self.probes:
             return
         probe = self.probes[layer]
@@ -96,6 +111,25 @@ class DecoderEvidence:
                 self.decoder.layers[layer].forward(hidden, **{**kwargs, "past_key_values": None})
         (reading,) = probe.take()
         state.evidence |= reading
+
+    def _gradient(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], places: tuple[int, ...]) -> Tensor:
+        """Return the gradient `[B, n, D]` of the guesses at these places to the input of a layer.
+
+        No weight gets a gradient. The sum over the batch keeps samples apart, because none sees another.
+        """
+
+        def usable(part: Tensor) -> Tensor:  # a tensor of inference mode cannot be in a graph, a copy of it can
+            return part.clone() if part.is_inference() else part
+
+        with torch.inference_mode(False), torch.enable_grad():
+            entering = usable(hidden).detach().clone().requires_grad_()
+            others = tree_map_only(Tensor, usable, {**kwargs, "past_key_values": None})
+            output = self.decoder.layers[layer].forward(entering, **others)
+            output = output[0] if isinstance(output, tuple) else output
+            logits = self.head(self.decoder.norm(output[:, list(places)])).float().flatten(0, 1)
+            loss = cross_entropy(logits, logits.argmax(-1), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, entering)
+        return gradient
 
     def _copied(self, hidden_state: str) -> list[str]:
         """Return the requested evidence that is a copy of these hidden states."""

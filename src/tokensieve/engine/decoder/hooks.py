@@ -90,7 +90,8 @@ class DecoderHooks:
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
-        self.evidence = DecoderEvidence(self.decoder, method, self.layers, self.kinds, flight)
+        head = model.get_output_embeddings()
+        self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
@@ -120,7 +121,7 @@ class DecoderHooks:
                 "the LLM twice: turn it off, use a connector method, or install a newer release"
             )
         logits = kwargs.get("logits_to_keep")
-        reads_end = self.evidence.probes or self.method.needs.requests("user_text")
+        reads_end = self.evidence.probes or any(map(self.method.needs.requests, ("user_text", "gradient")))
         if reads_end and isinstance(logits, int) and logits > 1:
             raise Refusal(
                 f"{self.method.info.name} goes by the end of the prompt, which assisted decoding hides behind "
@@ -198,7 +199,7 @@ class DecoderHooks:
                 yield members, self.evidence.tokens(state, hidden, rope, members, columns, budgets[members[0]])
 
         if stage == 0 and self.method.adaptive:
-            schedules = {}
+            schedules: dict[Member, list[int]] = {}
             for members, tokens in equal_images():
                 numbers = state.method(members[0]).schedule(tokens, self.layers, self.depth)
                 schedules |= dict(zip(members, numbers, strict=True))
