@@ -60,11 +60,11 @@ class Clse(ScoreMethod, DecoderMethod):
             return attention
         frames, (height, width) = image.frames or 1, image.grid
         shape = (len(attention), frames, height // frames, width, -1)  # the frames are stacked vertically
-        first, now = (
+        first, later = (
             high_frequencies(rows.float().reshape(shape), self.cutoff).flatten(1)
             for rows in (given(image.input_embeddings), image.features)
         )
-        change = ((now - first).abs() / (first.mean(-1, keepdim=True) + first + 1e-6)).clamp(max=1)
+        change = ((later - first).abs() / (first.mean(-1, keepdim=True) + first + 1e-6)).clamp(max=1)
         z = (change - change.mean(-1, keepdim=True)) / (change.std(-1, keepdim=True) + 1e-6)
         return attention * (z / self.temperature).sigmoid()
 

@@ -123,8 +123,8 @@ class DecoderEvidence:
 
         with torch.inference_mode(False), torch.enable_grad():
             entering = usable(hidden).detach().clone().requires_grad_()
-            others = tree_map_only(Tensor, usable, {**kwargs, "past_key_values": None})
-            output = self.decoder.layers[layer].forward(entering, **others)
+            arguments = tree_map_only(Tensor, usable, {**kwargs, "past_key_values": None})
+            output = self.decoder.layers[layer].forward(entering, **arguments)
             output = output[0] if isinstance(output, tuple) else output
             logits = self.head(self.decoder.norm(output[:, list(places)])).float().flatten(0, 1)
             loss = cross_entropy(logits, logits.argmax(-1), reduction="sum")
