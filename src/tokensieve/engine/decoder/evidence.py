@@ -29,14 +29,14 @@ class DecoderEvidence:
 
     Args:
         decoder: the LLM.
-        head: maps its normed output to logits.
+        head: maps its normed output to logits; ``None`` if the model has no output head.
         method: the method.
         layers: the layers before which it drops tokens.
         kinds: the kind of attention of each layer.
 
     Raises:
         Refusal: if the method requests the rotary embedding, and layers have different ones; or a gradient, and the
-            weights cannot be in a graph.
+            model has no output head or weights that cannot be in a graph.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class DecoderEvidence:
         flight: InFlight,
     ) -> None:
         assert isinstance(method.needs, DecoderNeeds)
+        if method.needs.gradient and head is None:
+            raise Refusal(f"{method} guesses words by the model's output head; this model has none")
         if method.needs.gradient and any(weight.is_inference() for weight in decoder.parameters()):
             raise Refusal(f"{method} goes by a gradient; load the model outside of torch.inference_mode()")
         self.head = head
