@@ -66,8 +66,9 @@ def test_an_average_that_one_image_cannot_reach(model, inputs, unused):
 
 
 def test_a_gradient_of_weights_that_were_made_in_inference_mode():
+    shared = models.unhooked(FAMILY)  # made outside: other tests use it
     with torch.inference_mode():
-        frozen = copy.deepcopy(models.unhooked(FAMILY))
+        frozen = copy.deepcopy(shared)
     with pytest.raises(tokensieve.Refusal, match="load the model outside"):
         tokensieve.attach(frozen, "trio(layers=(2,))")
 
