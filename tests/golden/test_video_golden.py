@@ -3,17 +3,22 @@
 The inputs are drawn (``drawn.py``); ``make_video.py`` wrote the outputs.
 """
 
-from tests.golden.make_video import rows_of
-from tests.golden.vectors import cases, load
+from math import ceil
+
+import torch
+
+from tests.golden.drawn import bells
+from tests.golden.make_video import attention_of, rows_of
+from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import parse
-from tokensieve.tokens import ConnectorTokens
+from tokensieve.tokens import ByLayer, ConnectorTokens
 
 
 def decide(spec, case, **parameters):
     """Return the decision of one method about the video of a case."""
-    rows = rows_of(case)
+    rows, attention = rows_of(case), ByLayer({0: attention_of(case).view(1, -1)})
     (method,) = parse(spec, **parameters)
-    return method(ConnectorTokens(rows.flatten(0, 1)[None], frames=len(rows)))[0]
+    return method(ConnectorTokens(rows.flatten(0, 1)[None], frames=len(rows), cls_attention=attention))[0]
 
 
 def assert_kept(reduction, expected, case):
@@ -52,3 +57,24 @@ def test_vidcom2_keeps_what_the_official_code_keeps(name):
 def test_v_cast_keeps_what_the_official_code_keeps(name):
     _, expected, case = load("v_cast", name)
     assert_kept(decide("v-cast", case, keep=case["share"]), expected, case)
+
+
+@cases("flashvid")
+def test_flashvid_merges_as_the_official_code(name):
+    _, expected, case = load("flashvid", name)
+    keep = int(expected["tokens_of_a_frame"]) * case["frames"]
+    parameters = {"keep": keep, "segments": case["segments"], "relevance": case["relevance"]}
+    reduction = decide("flashvid", case, **parameters, official=True)
+    theirs, numbers = expected["kept_indices"].long(), expected["numbers"]
+    assert decide("flashvid", case, **parameters).slots == keep <= reduction.slots <= len(theirs)
+    if name == "frames_alone":  # theirs clusters kept tokens again
+        assert len(theirs.unique()) < len(theirs)
+        return
+    rows = reduction.apply(rows_of(case).flatten(0, 1))
+    ours = torch.stack([rows.sum(-1), rows @ bells(case["seed"] + 3, case["width"])], -1)
+    differ, frame = theirs[theirs != reduction.kept] // case["size"], theirs // case["size"]
+    for other in differ.unique():  # of two mutual neighbours neither is denser: with two clusters noise decides there
+        assert int((frame == other).sum()) - ceil(0.7 * keep / case["frames"]) == 2
+    assert len(differ.unique()) <= case["frames"] // 4
+    same = ~torch.isin(frame, differ)
+    torch.testing.assert_close(ours[same], numbers[same], atol=2e-4, rtol=CLOSE["rtol"])  # sums of up to 96 numbers
