@@ -53,9 +53,9 @@ def nearest_in_previous(rows: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
     cosine, place = torch.full(free.shape, -1.0, device=rows.device), torch.zeros_like(free, dtype=torch.int64)
     step = max(1, CHUNK // size)  # frames at once
     for first in range(1, frames, step):
-        now, before = slice(first, first + step), slice(first - 1, min(first + step, frames) - 1)
-        table = normalise(rows[now]) @ normalise(rows[before]).mT
-        cosine[now], place[now] = table.masked_fill(~free[before, None], -1).max(-1)
+        current, before = slice(first, first + step), slice(first - 1, min(first + step, frames) - 1)
+        table = normalise(rows[current]) @ normalise(rows[before]).mT
+        cosine[current], place[current] = table.masked_fill(~free[before, None], -1).max(-1)
     start = (torch.arange(frames, device=rows.device) - 1).clamp(min=0) * size  # of the previous frame
     return cosine.masked_fill(~free, -1), start[:, None] + place
 
@@ -66,14 +66,14 @@ def segments_at(cut: Tensor) -> list[Segment]:
     return list(pairwise(edges))
 
 
-def changing_segments(rows: Tensor, alike: float, least: int) -> list[Segment]:
-    """Cut a video `[T, n, D]` where the means of consecutive frames have a cosine below ``alike``.
+def changing_segments(rows: Tensor, threshold: float, least: int) -> list[Segment]:
+    """Cut a video `[T, n, D]` where the means of consecutive frames have a cosine below ``threshold``.
 
     The video is also cut where the cosines are lowest, until there are ``least`` segments.
     """
     mean = normalise(rows.mean(1, dtype=torch.float32))
     cosine = (mean[1:] * mean[:-1]).sum(-1)
-    return segments_at((cosine < alike).scatter(0, top_k(-cosine, least - 1), True))
+    return segments_at((cosine < threshold).scatter(0, top_k(-cosine, least - 1), True))
 
 
 def max_static_segments(static: Tensor) -> list[Segment]:
