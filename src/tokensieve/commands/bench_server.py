@@ -346,8 +346,10 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number], least: float
     return list(dict.fromkeys(numbers))
 
 
-def _budget(text: str) -> int | float:
-    return _only("--keep", split_budgets(text))
+def _budget(text: str) -> Number:
+    """Return the one budget, a number: a request to a server names it."""
+    budget: Budget = _only("--keep", split_budgets(text))
+    return number(budget)
 
 
 Item = TypeVar("Item")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from tokensieve.budget import BudgetScope
-from tokensieve.engine.budget_scope import check_scope
+from tokensieve.engine.budget_scope import check_calibrated, check_scope
 from tokensieve.engine.fusion.families import is_fusion
 from tokensieve.engine.fusion.handle import FusionSieve
 from tokensieve.engine.handle import Sieve, install
@@ -74,6 +74,7 @@ def attach(
     model = unwrapped(model)
     methods, replay = _read(method, parameters)
     check_scope(budget_scope, methods)
+    check_calibrated(methods)
     unreduced = all(stage_method.keeps_everything for stage_method in methods) and replay is None
     if any(stage_method.info.stage == "fusion" for stage_method in methods) or (unreduced and is_fusion(model)):
         return install(model, lambda: FusionSieve(model, methods, positions))

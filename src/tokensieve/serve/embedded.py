@@ -72,7 +72,7 @@ class Attached:
         model: Any,
         processor: Any,
         method: str,
-        keep: int | float | None = None,
+        keep: Budget | None = None,
         positions: Positions = "original",
         budget_scope: BudgetScope = "image",
         separators: Separators = "kept-lines",

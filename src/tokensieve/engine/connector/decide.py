@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget, BudgetScope, count, share_out
+from tokensieve.budget import Budget, BudgetRule, BudgetScope, count, rule_of, share_out
 from tokensieve.engine.budget_scope import methods_per_image
 from tokensieve.engine.handoff import EncoderOutputs
+from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import equal_groups, on_device
 from tokensieve.methods import Method
+from tokensieve.methods.adaptive import bounds, curve, cut
 from tokensieve.models import TokenLayout
 from tokensieve.models.layout import Grid
 from tokensieve.ops import hash_of, top_k
@@ -108,14 +110,30 @@ class ConnectorEvidence:
 
 
 def decide(
-    method: Method, scope: BudgetScope, evidence: ConnectorEvidence, samples: Sequence[Sequence[int]]
+    method: Method,
+    scope: BudgetScope,
+    evidence: ConnectorEvidence,
+    samples: Sequence[Sequence[int]],
+    layer_budget: LayerBudget | None = None,
+    originals: Sequence[int] = (),
 ) -> list[Reduction]:
     """Return the method's decision about the rows of each image, all images in order.
 
     Args:
         scope: the scope of the budget.
         samples: `[sample][image]`, the number of patches of each image.
+        layer_budget: works out the budget of each image, if it is an average over the layers of the LLM.
+        originals: the number of patches of each image before any stage, for ``layer_budget``.
     """
+    rule = rule_of(method.budget)
+    if rule is not None:
+        sizes = [size for row in samples for size in row]
+        if layer_budget is not None and rule.mean == "layers":
+            budgets = list(map(layer_budget.entering, originals, sizes))
+        else:
+            budgets = counts_by_content(rule, method, evidence)
+        decisions = _decide_units([method.with_budget(budget) for budget in budgets], scope, evidence)
+        return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
     methods = methods_per_image(method, scope, samples)
     if scope == "sample-score" and method.budget is not None:
         ranked = _decide_units([method.with_budget(1)] * len(evidence.layouts), scope, evidence)  # only for its scores
@@ -124,6 +142,32 @@ def decide(
         methods = [[method.with_budget(share) for share in row] for row in shares]
     decisions = _decide_units([of_image for row in methods for of_image in row], scope, evidence)
     return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
+
+
+def curves_of(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> list[Tensor]:
+    """Return the curve of each image that a threshold cuts; see ``methods/adaptive.py``.
+
+    Each image is read alone: its number of tokens then does not depend on the others in the batch, to the last bit.
+    """
+    curves, one = [], method.with_budget(1)  # the budget plays no part
+    for image, layout in enumerate(evidence.layouts):
+        unit = DecisionUnit(image, slice(0, layout.patches), layout.stacked, layout.frames, one)
+        most = bounds(rule.wanted, layout.patches)[1]
+        curves.append(curve(rule.criterion, evidence.tokens([unit]), method, most))
+    return curves
+
+
+def counts_by_content(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> list[int]:
+    """Return the number of tokens of each image under an average over the data."""
+    if rule.threshold is None:
+        raise ValueError("a rule without a threshold is refused when the method is attached")
+    curves = curves_of(rule, method, evidence)
+    heights = torch.cat(curves).tolist()  # one transfer from the device for all images
+    counts, start = [], 0
+    for one, layout in zip(curves, evidence.layouts, strict=True):
+        counts.append(cut(heights[start : start + len(one)], rule.threshold, rule.wanted, layout.patches))
+        start += len(one)
+    return counts
 
 
 def _decide_units(methods: Sequence[Method], scope: BudgetScope, evidence: ConnectorEvidence) -> list[list[Reduction]]:

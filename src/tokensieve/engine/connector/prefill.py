@@ -28,6 +28,7 @@ from tokensieve.engine.connector.shorten import (
     untouched_prefix,
 )
 from tokensieve.engine.handoff import Decisions, EncoderOutputs, ImageReduction, Prefill
+from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
@@ -56,6 +57,7 @@ class Connector:
         replay: decisions to apply as they are, instead of a method's.
         scope: the scope of the budget.
         separators: the separators that a reduced image keeps.
+        layer_budget: works out ``keep``, if it is an average over the layers of the LLM.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class Connector:
         replay: Decisions | None,
         scope: BudgetScope,
         separators: Separators,
+        layer_budget: LayerBudget | None = None,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
+        self.layer_budget = layer_budget
 
     def prefill(self, kwargs: dict[str, Any], earlier_turns: CacheInfo | None = None) -> Prefill:
         """Shorten a prompt with images or videos.
@@ -220,7 +224,8 @@ class Connector:
         evidence = self._evidence(kwargs, prompt, images, layouts)
         counts = iter(map(len, evidence.features))
         samples = [[next(counts) for _ in row] for row in prompt.placeholders.images]
-        decisions = decide(self.method, self.scope, evidence, samples)
+        originals = [image.layout.patches for image in images]
+        decisions = decide(self.method, self.scope, evidence, samples, self.layer_budget, originals)
         return [image.then_connector(decision) for image, decision in zip(images, decisions, strict=True)]
 
     def _evidence(
