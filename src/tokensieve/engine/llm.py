@@ -72,6 +72,11 @@ class LlmSieve(Sieve):
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
+    @property
+    def curves(self) -> list[list[float]]:
+        """The curve of each image of the latest prefill, if ``keep`` is an average over the data; for calibration."""
+        return self._connector.curves
+
     def _compose(self) -> Decisions:
         return [[image.final() for image in images] for images in self._images]
 

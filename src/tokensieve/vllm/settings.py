@@ -128,7 +128,8 @@ def unserved(method: Method) -> str | None:
         remedy = ": give keep" if "keep" in method.info.parameters else ""
         return f"the image's content decides how many tokens stay, and vLLM reserves them before it encodes{remedy}"
     if rule_of(method.budget) is not None:
-        return f"keep={method.budget!r} is worked out from the encoded image, and vLLM reserves tokens before: give a number"
+        worked_out = f"keep={method.budget!r} is worked out for each image once it is encoded"
+        return f"{worked_out}, and vLLM reserves tokens before: give a number"
     if method.slots(1, (1, 1)) is None:
         return "with these parameters it decides by the image's content how many tokens stay"
     return None

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget, BudgetRule, BudgetScope, count, rule_of, share_out
+from tokensieve.budget import Budget, BudgetRule, BudgetScope, count, share_out
 from tokensieve.engine.budget_scope import methods_per_image
 from tokensieve.engine.handoff import EncoderOutputs
-from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import equal_groups, on_device
 from tokensieve.methods import Method
-from tokensieve.methods.adaptive import bounds, curve, cut
+from tokensieve.methods.adaptive import bounds, curve
 from tokensieve.models import TokenLayout
 from tokensieve.models.layout import Grid
 from tokensieve.ops import hash_of, top_k
@@ -114,24 +114,16 @@ def decide(
     scope: BudgetScope,
     evidence: ConnectorEvidence,
     samples: Sequence[Sequence[int]],
-    layer_budget: LayerBudget | None = None,
-    originals: Sequence[int] = (),
+    budgets: Sequence[int] | None = None,
 ) -> list[Reduction]:
     """Return the method's decision about the rows of each image, all images in order.
 
     Args:
         scope: the scope of the budget.
         samples: `[sample][image]`, the number of patches of each image.
-        layer_budget: works out the budget of each image, if it is an average over the layers of the LLM.
-        originals: the number of patches of each image before any stage, for ``layer_budget``.
+        budgets: the tokens to keep of each image, where ``keep`` is a rule.
     """
-    rule = rule_of(method.budget)
-    if rule is not None:
-        sizes = [size for row in samples for size in row]
-        if layer_budget is not None and rule.mean == "layers":
-            budgets = list(map(layer_budget.entering, originals, sizes))
-        else:
-            budgets = counts_by_content(rule, method, evidence)
+    if budgets is not None:
         decisions = _decide_units([method.with_budget(budget) for budget in budgets], scope, evidence)
         return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
     methods = methods_per_image(method, scope, samples)
@@ -144,7 +136,7 @@ def decide(
     return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
 
 
-def curves_of(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> list[Tensor]:
+def curves_of(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> list[list[float]]:
     """Return the curve of each image that a threshold cuts; see ``methods/adaptive.py``.
 
     Each image is read alone: its number of tokens then does not depend on the others in the batch, to the last bit.
@@ -154,20 +146,8 @@ def curves_of(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> 
         unit = DecisionUnit(image, slice(0, layout.patches), layout.stacked, layout.frames, one)
         most = bounds(rule.wanted, layout.patches)[1]
         curves.append(curve(rule.criterion, evidence.tokens([unit]), method, most))
-    return curves
-
-
-def counts_by_content(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> list[int]:
-    """Return the number of tokens of each image under an average over the data."""
-    if rule.threshold is None:
-        raise ValueError("a rule without a threshold is refused when the method is attached")
-    curves = curves_of(rule, method, evidence)
-    heights = torch.cat(curves).tolist()  # one transfer from the device for all images
-    counts, start = [], 0
-    for one, layout in zip(curves, evidence.layouts, strict=True):
-        counts.append(cut(heights[start : start + len(one)], rule.threshold, rule.wanted, layout.patches))
-        start += len(one)
-    return counts
+    heights = iter(torch.cat(curves).tolist())  # one transfer from the device for all images
+    return [list(islice(heights, len(one_curve))) for one_curve in curves]
 
 
 def _decide_units(methods: Sequence[Method], scope: BudgetScope, evidence: ConnectorEvidence) -> list[list[Reduction]]:
