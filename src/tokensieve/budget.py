@@ -38,7 +38,7 @@ class BudgetRule:
     threshold: float | None = None
 
     def __str__(self) -> str:
-        text = f"{self.mean}:{budget_text(self.wanted)}"
+        text = f"{self.mean}:{self.wanted!r}"
         if self.mean == "average":
             text += f":{self.criterion}"
         return text if self.threshold is None else f"{text}:{self.threshold!r}"
@@ -123,8 +123,10 @@ def parse_number(text: str) -> Number:
 
 def budget_text(keep: Budget) -> str:
     """Return a budget as a user writes it: ``36`` tokens, a share ``25%``, or a rule without its threshold."""
-    if isinstance(keep, str):
-        return ":".join(keep.split(":")[:3])
+    rule = rule_of(keep)
+    if rule is not None:
+        return f"{rule.mean}:{budget_text(rule.wanted)}" + (f":{rule.criterion}" if rule.mean == "average" else "")
+    assert not isinstance(keep, str)
     return f"{100 * keep:.4g}%" if isinstance(keep, float) else str(keep)
 
 

@@ -77,6 +77,11 @@ class LlmSieve(Sieve):
         """The curve of each image of the latest prefill, if ``keep`` is an average over the data; for calibration."""
         return self._connector.curves
 
+    @property
+    def curve_totals(self) -> list[int]:
+        """The number of tokens of each image of :attr:`curves`."""
+        return self._connector.curve_totals
+
     def _compose(self) -> Decisions:
         return [[image.final() for image in images] for images in self._images]
 

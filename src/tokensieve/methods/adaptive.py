@@ -70,11 +70,12 @@ def _mass(image: ConnectorTokens, method: Method, most: int) -> Tensor:
 
 def _rank(image: ConnectorTokens, method: Method, most: int) -> Tensor:
     """Return the effective rank of the features over the number of tokens, 1 to ``most`` (AgilePruner's measure)."""
-    rows = normalise(image.features)[0]
+    rows = normalise(image.features)[0].nan_to_num(0.0, 0.0, 0.0)  # LAPACK refuses what is not finite
     squares = torch.linalg.eigvalsh(rows @ rows.mT if len(rows) <= rows.shape[1] else rows.mT @ rows)
     values = squares.clamp(min=0).sqrt()  # the singular values
     entropy = torch.special.entr(values / values.sum().clamp(min=1e-12)).sum()
-    return entropy.exp() / torch.arange(1, most + 1, device=rows.device)
+    worth: Tensor = entropy.exp() / torch.arange(1, most + 1, device=rows.device)
+    return worth
 
 
 CURVES: dict[str, Callable[[ConnectorTokens, Method, int], Tensor]] = {"gain": _gain, "mass": _mass, "rank": _rank}

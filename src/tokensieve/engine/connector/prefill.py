@@ -62,6 +62,7 @@ class Connector:
 
     Attributes:
         curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
+        curve_totals: the number of tokens of each of these images.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Connector:
         self.replay, self.scope, self.separators = replay, scope, separators
         self.layer_budget = layer_budget
         self.curves: list[list[float]] = []
+        self.curve_totals: list[int] = []
 
     def prefill(self, kwargs: dict[str, Any], earlier_turns: CacheInfo | None = None) -> Prefill:
         """Shorten a prompt with images or videos.
@@ -243,7 +245,7 @@ class Connector:
             return list(map(self.layer_budget.entering, (image.layout.patches for image in images), received))
         if rule.threshold is None:
             raise ValueError("a rule without a threshold is refused when the method is attached")
-        self.curves = curves_of(rule, self.method, evidence)
+        self.curves, self.curve_totals = curves_of(rule, self.method, evidence), received
         by_image = zip(self.curves, received, strict=True)
         return [cut(curve, rule.threshold, rule.wanted, total) for curve, total in by_image]
 
