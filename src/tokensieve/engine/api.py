@@ -57,7 +57,9 @@ def attach(
         separators: tokens of a reduced image that show no patch, such as the newlines of LLaVA-NeXT. "kept-lines" keeps
             those of lines that keep a token; "none" keeps none, as in vLLM, where the number of tokens must be known
             before the image is encoded.
-        parameters: values for parameters of a spec, e.g. ``keep=64``.
+        parameters: values for parameters of a spec, e.g. ``keep=64``. ``keep="layers:64"`` is an average over the
+            layers of the LLM; ``keep="average:64:gain:0.01"`` is one over the data, by a threshold that ``tokensieve
+            calibrate average`` finds.
 
     Raises:
         Refusal: a ``ValueError``, for an unknown method or parameter, a model of unknown family, evidence that the

@@ -66,7 +66,10 @@ def uncalibrated(stages: Sequence[Method]) -> BudgetRule | None:
 
 def one_per_image(samples: Sequence[Sample], limit: int) -> list[Sample]:
     """Return one sample for each image, at most ``limit``, spread over the data."""
-    distinct = list({sample.image: sample for sample in reversed(samples)}.values())[::-1]
+    first: dict[Any, Sample] = {}
+    for sample in samples:
+        first.setdefault(sample.image, sample)
+    distinct = list(first.values())
     chosen = min(limit, len(distinct))
     return [distinct[number * len(distinct) // chosen] for number in range(chosen)]
 
