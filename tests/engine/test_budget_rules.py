@@ -13,7 +13,11 @@ from tokensieve.vllm.settings import unserved, with_keep
 
 NAMES = ("qwen2.5-vl", "llava-next", "idefics3")  # images of unequal sizes; newlines; tiles that are images
 DEEP = "llava-clip-deep"
-CURVES = ("divprune(keep='average:8:gain:0.02')", "fastervlm(keep='average:8:mass:0.3')", "pool(keep='average:30%:rank:2')")
+CURVES = (
+    "divprune(keep='average:8:gain:0.02')",
+    "fastervlm(keep='average:8:mass:0.3')",
+    "pool(keep='average:30%:rank:2')",
+)
 
 
 def prefill(name, samples, method, **more):
@@ -92,7 +96,10 @@ def test_averages_that_cannot_be_are_refused_when_attached(spec, message):
     [
         ("fastv(layer=3, keep='layers:9')", "an average of 9 of 25 tokens is out of reach"),
         ("uniform(keep='layers:20') + fastv(layer=2, keep=2)", "an average of 20 of 25 tokens over the layers is out"),
-        ("uniform(keep=0.2) + fastv(layer=2, keep='layers:20')", "an average of 20 of 25 tokens over the layers is out"),
+        (
+            "uniform(keep=0.2) + fastv(layer=2, keep='layers:20')",
+            "an average of 20 of 25 tokens over the layers is out",
+        ),
     ],
 )
 def test_averages_that_an_image_cannot_have_are_refused_in_the_prefill(spec, message):

@@ -81,7 +81,7 @@ def test_equal_flat_curves_are_refused():
 
 
 def tokens_of(rows, attention=None):
-    layers = {} if attention is None else {layer: attention for layer in range(4)}
+    layers = {} if attention is None else dict.fromkeys(range(4), attention)
     return ConnectorTokens(rows, cls_attention=ByLayer(layers, 4))
 
 
