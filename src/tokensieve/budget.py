@@ -56,14 +56,14 @@ def rule_of(keep: Budget | None) -> BudgetRule | None:
     if mean not in RULES or not 1 <= len(parts) <= (3 if mean == "average" else 1):
         forms = "'layers:64', 'average:64', 'average:25%:mass' or 'average:64:gain:0.01'"
         raise Refusal(f"a budget in words is {forms}; got {keep!r}")
-    wanted = parse_number(parts[0])
+    average = parse_number(parts[0])
     if mean == "layers":
-        return BudgetRule("layers", wanted)
+        return BudgetRule("layers", average)
     criterion = parts[1] if len(parts) > 1 else "gain"
     if criterion not in get_args(Criterion):
         raise Refusal(f"{keep!r}: unknown criterion {criterion!r}; {nearest(criterion, get_args(Criterion))}")
     threshold = _threshold(parts[2], keep) if len(parts) > 2 else None
-    return BudgetRule("average", wanted, cast(Criterion, criterion), threshold)
+    return BudgetRule("average", average, cast(Criterion, criterion), threshold)
 
 
 def _threshold(text: str, keep: str) -> float:

@@ -15,7 +15,7 @@ MANY = 1 << 16  # tokens of an image in the check of a share: large enough that 
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """The numbers by which the tokens of an image, averaged over all layers of the LLM, are what ``keep`` asks for.
+    """The numbers by which the tokens of an image, averaged over all layers of the LLM, are what ``keep`` solves for.
 
     Two stages have two unknowns. The stage inside the LLM keeps its published share (the default of its ``keep``) of
     what enters, and the number that enters is solved for by bisection. Where all tokens may enter, and to make up for
@@ -38,7 +38,7 @@ class LayerBudget:
 
     @classmethod
     def of(cls, methods: Sequence[Method], depth: int) -> LayerBudget | None:
-        """Return the budgets of these stages; ``None`` if none asks for an average over the layers.
+        """Return the budgets of these stages; ``None`` if none solves for an average over the layers.
 
         Raises:
             Refusal: a stage inside the LLM without a budget that can be solved for, or an average out of reach.
@@ -46,19 +46,19 @@ class LayerBudget:
         by_stage = {method.info.stage: method for method in methods}
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
         rules = [rule_of(method.budget) if method is not None else None for method in (connector, decoder)]
-        wanted = [rule is not None and rule.mean == "layers" for rule in rules]
-        rule = next((rule for rule, asks in zip(rules, wanted, strict=True) if rule is not None and asks), None)
+        solves = [rule is not None and rule.mean == "layers" for rule in rules]
+        rule = next((rule for rule, solved in zip(rules, solves, strict=True) if solved), None)
         if rule is None:
             return None
         layers: list[int] = []
         if isinstance(decoder, DecoderMethod):
             layers = decoder.layer_numbers(depth)
-            if wanted[1]:
+            if solves[1]:
                 decoder = _published(decoder, str(rule))
             if decoder.stage_budgets(MANY, layers, depth) is None:
                 raise Refusal(f"keep={str(rule)!r} must know how many tokens leave; {decoder} decides by the content")
-        solves_decoder = wanted[1] and getattr(decoder, "counts", None) is None
-        budget = cls(rule.wanted, connector, decoder, layers, depth, wanted[0], solves_decoder)  # type: ignore[arg-type]
+        solves_decoder = solves[1] and getattr(decoder, "counts", None) is None
+        budget = cls(rule.wanted, connector, decoder, layers, depth, solves[0], solves_decoder)  # type: ignore[arg-type]
         budget.check()
         return budget
 

@@ -73,6 +73,11 @@ class LlmSieve(Sieve):
         ]
 
     @property
+    def entered(self) -> Decisions:
+        """`[sample][image]`, the decisions of the stages before the LLM in the latest prefill."""
+        return [[image.decision for image in images] for images in self._images]
+
+    @property
     def curves(self) -> list[list[float]]:
         """The curve of each image of the latest prefill, if ``keep`` is an average over the data; for calibration."""
         return self._connector.curves

@@ -115,7 +115,7 @@ def calibrate_average(
             curves += sieve.curves  # type: ignore[attr-defined]  # of an LlmSieve
             totals += sieve.curve_totals  # type: ignore[attr-defined]
     threshold = threshold_for(rule, curves, totals)
-    counts = [cut(one, threshold, rule.wanted, total) for one, total in zip(curves, totals, strict=True)]
+    counts = [cut(curve, threshold, rule.wanted, total) for curve, total in zip(curves, totals, strict=True)]
     return AverageCalibration(
         method=" + ".join(map(str, with_threshold(stages, threshold))),
         keep=str(replace(rule, threshold=threshold)),
@@ -159,8 +159,8 @@ class Thresholds:
             damaged = unreadable(chosen)
             samples = [sample for sample in chosen if sample.id not in damaged]
             texts = {"prompt": self.prompt, "text_processor": self.text_processor}
-            found = calibrate_average(self.model, self.processor, samples, stages, **texts)
-            self.known[key] = self.processes.exchange(found.threshold)[0]
+            result = calibrate_average(self.model, self.processor, samples, stages, **texts)
+            self.known[key] = self.processes.exchange(result.threshold)[0]
         return with_threshold(stages, self.known[key])
 
 

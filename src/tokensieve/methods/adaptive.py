@@ -24,9 +24,9 @@ STEPS = 8  # counts are multiples of an eighth of the average
 HALVINGS = 60  # of the interval of thresholds: more than a float32 can tell apart
 
 
-def bounds(wanted: Number, total: int) -> tuple[int, int, int]:
+def bounds(mean: Number, total: int) -> tuple[int, int, int]:
     """Return (least, most, step): the counts that an image of ``total`` tokens may have under this average."""
-    average = count(wanted, total)
+    average = count(mean, total)
     step, most = max(1, round(average / STEPS)), min(total, SPREAD * average)
     if average == total:
         return total, total, step  # an image of no more tokens than the average stays whole, as with a number
@@ -81,9 +81,9 @@ def _rank(image: ConnectorTokens, method: Method, most: int) -> Tensor:
 CURVES: dict[str, Callable[[ConnectorTokens, Method, int], Tensor]] = {"gain": _gain, "mass": _mass, "rank": _rank}
 
 
-def cut(worth: Sequence[float], threshold: float, wanted: Number, total: int) -> int:
+def cut(worth: Sequence[float], threshold: float, mean: Number, total: int) -> int:
     """Return the number of tokens of an image of ``total`` tokens whose curve is ``worth``."""
-    least, most, step = bounds(wanted, total)
+    least, most, step = bounds(mean, total)
     above = sum(value >= threshold for value in worth)
     return min(max(step * round(above / step), least), most)
 
@@ -98,22 +98,22 @@ def threshold_for(rule: BudgetRule, curves: Sequence[Sequence[float]], totals: S
     Raises:
         Refusal: the average is missed by more than one step, because the curves of many images are equal or flat.
     """
-    wanted = sum(count(rule.wanted, total) for total in totals)
+    target = sum(count(rule.wanted, total) for total in totals)
 
     def missed(threshold: float) -> int:
-        kept = (cut(one, threshold, rule.wanted, total) for one, total in zip(curves, totals, strict=True))
-        return sum(kept) - wanted
+        kept = (cut(worth, threshold, rule.wanted, total) for worth, total in zip(curves, totals, strict=True))
+        return sum(kept) - target
 
-    low, high = 0.0, max(max(one) for one in curves) * 1.01 + 1e-12
+    low, high = 0.0, max(map(max, curves)) * 1.01 + 1e-12
     for _ in range(HALVINGS):  # bisection: counts fall as the threshold rises
         middle = (low + high) / 2
         low, high = (middle, high) if missed(middle) > 0 else (low, middle)
     best = min((high, low), key=lambda threshold: abs(missed(threshold)))
     steps = sum(bounds(rule.wanted, total)[2] for total in totals)
     if abs(missed(best)) > steps:
-        mean = (missed(best) + wanted) / len(totals)
+        mean = (missed(best) + target) / len(totals)
         raise Refusal(
-            f"an average of {wanted / len(totals):.4g} tokens is out of reach on these {len(totals)} images by "
+            f"an average of {target / len(totals):.4g} tokens is out of reach on these {len(totals)} images by "
             f"{rule.criterion!r}: the nearest is {mean:.4g}, because their curves are equal or flat there"
         )
     return best

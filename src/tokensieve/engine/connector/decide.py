@@ -141,13 +141,13 @@ def curves_of(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> 
 
     Each image is read alone: its number of tokens then does not depend on the others in the batch, to the last bit.
     """
-    curves, one = [], method.with_budget(1)  # the budget plays no part
+    curves, method_of_one = [], method.with_budget(1)  # the budget plays no part
     for image, layout in enumerate(evidence.layouts):
-        unit = DecisionUnit(image, slice(0, layout.patches), layout.stacked, layout.frames, one)
+        unit = DecisionUnit(image, slice(0, layout.patches), layout.stacked, layout.frames, method_of_one)
         most = bounds(rule.wanted, layout.patches)[1]
         curves.append(curve(rule.criterion, evidence.tokens([unit]), method, most))
     heights = iter(torch.cat(curves).tolist())  # one transfer from the device for all images
-    return [list(islice(heights, len(one_curve))) for one_curve in curves]
+    return [list(islice(heights, len(image_curve))) for image_curve in curves]
 
 
 def _decide_units(methods: Sequence[Method], scope: BudgetScope, evidence: ConnectorEvidence) -> list[list[Reduction]]:
