@@ -15,7 +15,7 @@ MANY = 1 << 16  # tokens of an image in the check of a share: large enough that 
 
 @dataclass(frozen=True)
 class LayerBudget:
-    """The numbers by which the tokens of an image, averaged over all layers of the LLM, are what ``keep`` solves for.
+    """The numbers by which the tokens of an image, averaged over all layers of the LLM, are what ``keep`` asks for.
 
     Two stages have two unknowns. The stage inside the LLM keeps its published share (the default of its ``keep``) of
     what enters, and the number that enters is solved for by bisection. Where all tokens may enter, and to make up for
@@ -38,7 +38,7 @@ class LayerBudget:
 
     @classmethod
     def of(cls, methods: Sequence[Method], depth: int) -> LayerBudget | None:
-        """Return the budgets of these stages; ``None`` if none solves for an average over the layers.
+        """Return the budgets of these stages; ``None`` if none asks for an average over the layers.
 
         Raises:
             Refusal: a stage inside the LLM without a budget that can be solved for, or an average out of reach.
