@@ -29,6 +29,8 @@ METHODS = (
     "visionzip(keep=7, before_projector=False)",
     "fastv(layer=1, keep=5)",
     "uniform(keep=8) + fastv(layer=2, keep=3)",
+    "uniform(keep='layers:8') + fastv(layer=2, keep='layers:8')",
+    "divprune(keep='average:30%:gain:0.03')",
 )
 SOUND = (("llava-clip", "sdpa"), ("qwen3-vl", "eager"))
 

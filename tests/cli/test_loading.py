@@ -229,7 +229,7 @@ def test_a_missing_package_is_named(model: str, option: list[str], package: str,
     assert f'needs {package}: in the checkout, pip install -e ".[{extra}]"' in line
 
 
-@pytest.mark.parametrize("command", ["ask", "bench", "calibrate vtw", "check", "compare"])
+@pytest.mark.parametrize("command", ["ask", "bench", "calibrate average", "calibrate vtw", "check", "compare"])
 def test_every_command_has_the_same_options(command: str) -> None:
     shown = run(*command.split(), "--help").out
     options = ("dtype", "device", "device-map", "attn", "revision", "quantize", "trust-remote-code", "adapter",

@@ -45,6 +45,13 @@ def test_average_budgets_reach_the_methods_that_know_them():
     assert found["uniform", 72] == ["uniform(keep=72)"]
     assert found["vtw", None] == ["vtw"]
     assert found["fastv(average=70)", 70] == ["fastv(keep=0.5, average=70)"]
+    pipelines = ["uniform + fastv", "uniform(keep=9) + fastv"]
+    found = keys(plan(pipelines, [72, 0.4], seeds=1, oracle=False, keep_means="average"))
+    assert found["uniform + fastv", 72] == ["uniform(keep='layers:72') + fastv(keep='layers:72')"]
+    assert found["uniform + fastv", 0.4] == ["uniform(keep='layers:0.4') + fastv(keep='layers:0.4')"]
+    assert found["uniform(keep=9) + fastv", 72] == ["uniform(keep=9) + fastv(keep=0.5, average=72)"]
+    with pytest.raises(ValueError, match="is for budgets that are numbers; got 'average:8'"):
+        plan(["uniform"], ["average:8"], seeds=1, oracle=False, keep_means="average")
     with pytest.raises(ValueError, match="'final' or 'average'"):
         plan(["uniform"], [8], seeds=1, oracle=False, keep_means="mean")
 

@@ -24,10 +24,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from tokensieve.budget import BudgetScope
+from tokensieve.budget import BudgetScope, rule_of
 from tokensieve.check.oracle import dropped_columns, hidden, merged
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, attention_kinds
+from tokensieve.engine.llm import LlmSieve
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, parse
 from tokensieve.models.layout import Separators
@@ -303,9 +304,11 @@ class _Trial:
         """Return the decisions before the LLM, made by the stages before the one inside it."""
         if len(self.stages) == 1:
             return [[Reduction.identity(r.total, device=r.anchors.device) for r in row] for row in self.decisions]
-        with self._attached(self.stages[:-1]) as sieve:
+        solved_for = any((rule := rule_of(stage.budget)) and rule.mean == "layers" for stage in self.stages)
+        # a budget that is an average over the layers is another one without the stage inside the LLM
+        with self._attached(self.stages if solved_for else self.stages[:-1]) as sieve:
             self.laws.generate(self.laws.batch)
-            return sieve.last
+            return sieve.entered if solved_for and isinstance(sieve, LlmSieve) else sieve.last
 
     def _check_rounding(self, agreement: float) -> None:
         """Accept that a row of a batch chooses other tokens than its own run only where rounding is coarse."""

@@ -40,7 +40,8 @@ QuestionColumn: TypeAlias = Annotated[str, typer.Option(help="Column of question
 Prompt: TypeAlias = Annotated[str, typer.Option(help="Text of the user turn; {question} is replaced.")]
 Methods: TypeAlias = Annotated[str, typer.Option(help="Method specs with commas between: 'vtc-cls, random(seed=1)'.")]
 Keeps: TypeAlias = Annotated[
-    str, typer.Option("--keep", help="Budgets with commas between: tokens per image (64) or shares (0.25, 11%).")
+    str,
+    typer.Option("--keep", help="Budgets with commas between: tokens per image (64), shares (11%), rules (layers:64)."),
 ]
 BudgetScope: TypeAlias = Annotated[
     Scope, typer.Option(help="Unit of a budget: each image, all of a sample (by size or by score), each tile…")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, TypeVar
 
 import typer
 
+from tokensieve.budget import check_number
 from tokensieve.commands.arguments import split_budgets, split_specs
 from tokensieve.commands.console import note, print_json, print_lines, print_table
 from tokensieve.errors import OutputError, Refusal
@@ -347,7 +348,8 @@ def _numbers(option: str, text: str, kind: Callable[[str], Number], least: float
 
 
 def _budget(text: str) -> int | float:
-    return _only("--keep", split_budgets(text))
+    """Return the one budget. It is a number, because a request to a server names it."""
+    return check_number(_only("--keep", split_budgets(text)))
 
 
 Item = TypeVar("Item")

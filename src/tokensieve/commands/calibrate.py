@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from tokensieve.budget import parse_number
 from tokensieve.commands.arguments import (
     Data,
     FetchImages,
@@ -76,3 +77,56 @@ def vtw(
         print_table(("layer", "KL", ""), [[str(n), f"{kl:.2g}", "←" * (n == result.layer)] for n, kl in rows])
     result.save(output)
     note(f"result: {output}")
+
+
+@app.command()
+@with_load_options()
+def average(
+    loading: LoadOptions,
+    method: Annotated[str, typer.Option(help="Method spec that leaves its budget open.")] = "scope",
+    keep: Annotated[str, typer.Option(help="Wanted average: tokens per image (64) or a share (11%).")] = "25%",
+    by: Annotated[
+        Literal["gain", "mass", "rank"],
+        typer.Option(help="What an image's tokens are worth: further coverage, score mass or effective rank."),
+    ] = "gain",
+    model: Model = "reference",
+    data: Data = "reference",
+    split: Split = None,
+    fetch_images: FetchImages = False,
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of images, spread over the data.")] = 50,
+    output: Annotated[Path, typer.Option(help="The spec file of the result.")] = Path("average.json"),
+    image_column: ImageColumn = "image",
+    question_column: QuestionColumn = "question",
+    answer_column: Annotated[str, typer.Option(help="Column of answers; not used here.")] = "answer",
+    prompt: Prompt = "{question}",
+    json: Json = False,
+) -> None:
+    """Find the threshold at which images keep different numbers of tokens, with a wanted average over the data."""
+    from tokensieve.engine.budget_scope import check_scope
+    from tokensieve.evaluate import load_data
+    from tokensieve.evaluate.average import calibrate_average, one_per_image
+    from tokensieve.methods import parse
+
+    stages = parse(method, keep=f"average:{parse_number(keep)!r}:{by}")
+    check_scope("image", stages)  # a method that cannot have such a budget is refused before a model is loaded
+    samples = load_data(
+        data,
+        image_column=image_column,
+        question_column=question_column,
+        answer_column=answer_column,
+        split=split,
+        fetch_images=fetch_images,
+    )
+    vlm, processor = load_model(model, loading)
+    if data != "reference":
+        note_foreign_images(model)
+    texts = {"prompt": prompt, "text_processor": processor}
+    with progress() as bar:
+        result = calibrate_average(vlm, processor, one_per_image(samples, limit), stages, **texts, progress=bar)
+    if json:
+        print_json(asdict(result))
+    else:
+        tokens = f"{result.mean:.4g} on average, {result.fewest} to {result.most}"
+        print_table(("budget", "images", "tokens"), [[result.keep, str(result.images), tokens]])
+    result.save(output)
+    note(f"spec file: {output}")

@@ -67,4 +67,6 @@ def type_of(hint: Any) -> str:
     """Return an annotation as a reader writes it."""
     if get_origin(hint) is Literal:
         return " | ".join(map(repr, get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return str(hint).replace("int | float | str", "int | float")  # budgets in words have a page of their own

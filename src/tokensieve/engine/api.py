@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from tokensieve.budget import BudgetScope
-from tokensieve.engine.budget_scope import check_scope
+from tokensieve.engine.budget_scope import check_calibrated, check_scope
 from tokensieve.engine.fusion.families import is_fusion
 from tokensieve.engine.fusion.handle import FusionSieve
 from tokensieve.engine.handle import Sieve, install
@@ -57,7 +57,9 @@ def attach(
         separators: tokens of a reduced image that show no patch, such as the newlines of LLaVA-NeXT. "kept-lines" keeps
             those of lines that keep a token; "none" keeps none, as in vLLM, where the number of tokens must be known
             before the image is encoded.
-        parameters: values for parameters of a spec, e.g. ``keep=64``.
+        parameters: values for parameters of a spec, e.g. ``keep=64``. ``keep="layers:64"`` is an average over the
+            layers of the LLM; ``keep="average:64:gain:0.01"`` is one over the data, by a threshold that ``tokensieve
+            calibrate average`` finds.
 
     Raises:
         Refusal: a ``ValueError``, for an unknown method or parameter, a model of unknown family, evidence that the
@@ -74,6 +76,7 @@ def attach(
     model = unwrapped(model)
     methods, replay = _read(method, parameters)
     check_scope(budget_scope, methods)
+    check_calibrated(methods)
     unreduced = all(stage_method.keeps_everything for stage_method in methods) and replay is None
     if any(stage_method.info.stage == "fusion" for stage_method in methods) or (unreduced and is_fusion(model)):
         return install(model, lambda: FusionSieve(model, methods, positions))

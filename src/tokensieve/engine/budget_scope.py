@@ -1,11 +1,11 @@
-"""The scope of a budget: each image, each tile or frame, or all images of a sample together."""
+"""The budget of each image: the scope of a number, and the rules that are worked out in the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import get_args
 
-from tokensieve.budget import BudgetScope, share_out
+from tokensieve.budget import BudgetScope, number, rule_of, share_out
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method
 from tokensieve.methods.base import AnyMethod
@@ -16,6 +16,7 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
     if scope not in get_args(BudgetScope):
         allowed = ", ".join(map(repr, get_args(BudgetScope)))
         raise Refusal(f"budget_scope must be one of {allowed}; got {scope!r}")
+    _check_rules(scope, methods)
     if scope in ("image", "clip"):
         return
     stages = ("connector",) if scope in ("tile", "frame", "sample-score") else ("connector", "decoder")
@@ -35,6 +36,39 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
             )
 
 
+def _check_rules(scope: str, methods: Sequence[Method]) -> None:
+    """Refuse rules of stages and scopes that cannot have them, and two rules for the layers that differ."""
+    layer_rules = set()
+    for method in methods:
+        rule = rule_of(method.budget)
+        if rule is None:
+            continue
+        if scope not in ("image", "clip"):
+            raise Refusal(f"keep={method.budget!r} is a budget of each image; got budget_scope={scope!r}")
+        stages = ("connector",) if rule.mean == "average" else ("connector", "decoder")
+        if method.info.stage not in stages:
+            raise Refusal(
+                f"keep={method.budget!r} is for methods that act in the {' or '.join(stages)}; {method.info.name} acts "
+                f"in the {method.info.stage}: give it a number, as in {method.info.name}(keep=0.5)"
+            )
+        layer_rules |= {rule} if rule.mean == "layers" else set()
+    if len(layer_rules) > 1:
+        raise Refusal(
+            f"one average over the layers holds for all stages; got {' and '.join(sorted(map(str, layer_rules)))}"
+        )
+
+
+def check_calibrated(methods: Sequence[Method]) -> None:
+    """Refuse an average over the data without a threshold."""
+    for method in methods:
+        rule = rule_of(method.budget)
+        if rule is not None and rule.mean == "average" and rule.threshold is None:
+            raise Refusal(
+                f"keep={method.budget!r} has no threshold yet: `tokensieve calibrate average` finds one on images of "
+                "yours, and `compare` on those that it compares"
+            )
+
+
 def methods_per_image(method: AnyMethod, scope: BudgetScope, samples: Sequence[Sequence[int]]) -> list[list[AnyMethod]]:
     """Return the method with the budget of each image, `[sample][image]`.
 
@@ -43,4 +77,5 @@ def methods_per_image(method: AnyMethod, scope: BudgetScope, samples: Sequence[S
     """
     if scope != "sample" or method.budget is None:
         return [[method] * len(sizes) for sizes in samples]
-    return [[method.with_budget(share) for share in share_out(method.budget, sizes)] for sizes in samples]
+    keep = number(method.budget)
+    return [[method.with_budget(share) for share in share_out(keep, sizes)] for sizes in samples]

@@ -17,6 +17,7 @@ from tokensieve.engine.encoder.hooks import EncoderHooks
 from tokensieve.engine.handle import Sieve
 from tokensieve.engine.handoff import Decisions, ImageReduction
 from tokensieve.engine.inflight import InFlight
+from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, Positions
@@ -43,6 +44,7 @@ class LlmSieve(Sieve):
         _check_stages(family, methods)
         by_stage = {method.info.stage: method for method in methods}
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
+        layer_budget = LayerBudget.of(methods, _depth(model))
         self._family, self._flight = family, InFlight()
         self._images: list[list[ImageReduction]] = []
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -52,7 +54,7 @@ class LlmSieve(Sieve):
             if method.needs.requests("user_text")
         }
         self._connector = Connector(
-            family, model, connector, positions, finders.get("connector"), replay, scope, separators
+            family, model, connector, positions, finders.get("connector"), replay, scope, separators, layer_budget
         )
         needs = _connector_needs(connector, replay)
         self._encoder = EncoderHooks(family, model, needs, by_stage.get("encoder"), self._flight)
@@ -60,7 +62,7 @@ class LlmSieve(Sieve):
         if isinstance(decoder, DecoderMethod):
             try:
                 self._decoder = DecoderHooks(
-                    family, model, decoder, positions, finders.get("decoder"), scope, self._flight
+                    family, model, decoder, positions, finders.get("decoder"), scope, self._flight, layer_budget
                 )
             except Exception:
                 self._encoder.remove()
@@ -69,6 +71,21 @@ class LlmSieve(Sieve):
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
         ]
+
+    @property
+    def entered(self) -> Decisions:
+        """`[sample][image]`, the decisions of the stages before the LLM in the latest prefill."""
+        return [[image.decision for image in images] for images in self._images]
+
+    @property
+    def curves(self) -> list[list[float]]:
+        """The curve of each image of the latest prefill, if ``keep`` is an average over the data; for calibration."""
+        return self._connector.curves
+
+    @property
+    def curve_totals(self) -> list[int]:
+        """The number of tokens of each image of :attr:`curves`."""
+        return self._connector.curve_totals
 
     def _compose(self) -> Decisions:
         return [[image.final() for image in images] for images in self._images]
@@ -150,8 +167,7 @@ class LlmSieve(Sieve):
         self, rows: list[list[ImageReduction]], state: PrefillState | None, copies: int
     ) -> list[list[list[int]]]:
         """Return the tokens of each image that each layer of the LLM received, `[sample][image][layer]`."""
-        layers = getattr(self.model.get_decoder(), "layers", None)
-        depth = self.model.config.get_text_config().num_hidden_layers if layers is None else len(layers)
+        depth = _depth(self.model)
         by_layer = {} if state is None else {layer: counts[::copies] for layer, counts in state.tokens.items()}
         return [
             [
@@ -160,6 +176,12 @@ class LlmSieve(Sieve):
             ]
             for row, images in enumerate(rows)
         ]
+
+
+def _depth(model: Any) -> int:
+    """Return the number of layers of the LLM."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    return int(model.config.get_text_config().num_hidden_layers) if layers is None else len(layers)
 
 
 def _check_stages(family: Family, methods: Sequence[Method]) -> None:

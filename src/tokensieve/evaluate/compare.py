@@ -15,6 +15,7 @@ from typing import Any, Literal
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.answer import Answerer, Attached, answerer_class, attaching, unreadable
+from tokensieve.evaluate.average import Thresholds
 from tokensieve.evaluate.blind import blind_answerer, refusal
 from tokensieve.evaluate.costs import row_costs
 from tokensieve.evaluate.data import Sample
@@ -293,6 +294,10 @@ class Comparison:
         oracle = self.model.can_generate() and any(sample.boxes for sample in self.samples)
         blind = self.settings.referee and not self.no_blind
         full, *others = self.settings.plan(methods, keeps, oracle=oracle, blind=blind)
+        thresholds = Thresholds(
+            self.model, self.processor, self.samples, self.settings.prompt, self.text_processor, self.processes
+        )
+        others = [entry.with_stages_of(thresholds.fill_in) for entry in others]
         for run in (run for entry in (full, *others) for run in entry.runs if run.stages):
             self.attached(self.model, run)(self.samples[:1]).detach()
         if self.trained is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from tokensieve.budget import Budget, BudgetScope
+from tokensieve.budget import Budget, BudgetScope, rule_of
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.rows import BLIND, FULL, ORACLE
@@ -119,6 +119,13 @@ class Entry:
         runs = tuple(replace(run, key=f"{run.key} {FINE_TUNED}") for run in self.runs)
         return Entry(f"{self.method} {FINE_TUNED}", self.keep, runs, trained=True)
 
+    def with_stages_of(self, calibrate: Callable[[Sequence[Method]], Sequence[Method]]) -> Entry:
+        """Return the same row with other stages in each run, those that ``calibrate`` returns."""
+        stages = [tuple(calibrate(run.stages)) for run in self.runs]
+        if stages == [run.stages for run in self.runs]:
+            return self
+        return replace(self, keep=_budget_of(stages[0]), runs=tuple(Run(_key(one), one) for one in stages))
+
 
 def plan(
     methods: Sequence[str],
@@ -141,14 +148,20 @@ def plan(
         Refusal: unknown method, parameter or meaning, bad budget, fewer than one seed.
     """
     _check(seeds, keep_means)
+    if keep_means == "average" and (rules := [keep for keep in keeps if rule_of(keep)]):
+        raise Refusal(f"keep_means='average' is for budgets that are numbers; got {rules[0]!r}")
     methods, _ = expand(methods)
     entries = [_entry(FULL, {}, 1)]
     for spec in methods:
         name = _open_budget(spec, keep_means)
+        if keeps and name == "average" and _is_solved_for(spec):  # the budgets of both stages are worked out together
+            entries += [replace(_entry(spec, {"keep": f"layers:{keep!r}"}, seeds), keep=keep) for keep in keeps]
+            continue
         budgets: list[dict[str, Any]] = [{name: keep} for keep in keeps] if name else []
         entries += [_entry(spec, parameters, seeds) for parameters in budgets or [{}]]
     if oracle:
-        entries += [Entry(ORACLE, keep, (Run(f"{ORACLE}(keep={keep!r})", ()),)) for keep in keeps]
+        limits = [rule.wanted if (rule := rule_of(keep)) else keep for keep in keeps]
+        entries += [Entry(ORACLE, keep, (Run(f"{ORACLE}(keep={keep!r})", ()),)) for keep in limits]
     entries += [Entry(BLIND, None, (Run(BLIND, ()),))] if blind else []
     unique: dict[tuple[str, ...], Entry] = {}
     for entry in entries:
@@ -179,14 +192,26 @@ def _open_budget(spec: str, keep_means: KeepMeans) -> str | None:
 
 def _entry(spec: str, parameters: dict[str, Any], seeds: int) -> Entry:
     stages = parse(spec, **parameters)
-    budgets = [getattr(stage, "average", None) or stage.keep for stage in stages if hasattr(stage, "keep")]
     runs = [parse(spec, **parameters, seed=seed) for seed in range(seeds)] if _is_open(spec, "seed") else [stages]
-    return Entry(spec, budgets[-1] if budgets else None, tuple(Run(_key(run), tuple(run)) for run in runs))
+    return Entry(spec, _budget_of(stages), tuple(Run(_key(run), tuple(run)) for run in runs))
+
+
+def _budget_of(stages: Sequence[Method]) -> Budget | None:
+    """Return the budget of the last stage that has one."""
+    budgets = [getattr(stage, "average", None) or stage.keep for stage in stages if hasattr(stage, "keep")]
+    return budgets[-1] if budgets else None
 
 
 def _is_open(spec: str, parameter: str) -> bool:
     """Return whether some stage has the parameter and the spec does not give it."""
     return sum(hasattr(stage, parameter) for stage in parse(spec)) > _times_given(spec, parameter)
+
+
+def _is_solved_for(spec: str) -> bool:
+    """Return whether the connector stage of a pipeline leaves its budget open, as the stage inside the LLM does."""
+    parts = [(part.info.stage, "keep" in part.info.parameters) for part in parse(spec)]
+    stages = [stage for stage, budgeted in parts if budgeted]
+    return stages == ["connector", "decoder"] and _times_given(spec, "keep") == 0
 
 
 def _times_given(spec: str, parameter: str) -> int:

@@ -142,7 +142,7 @@ class Row:
     """
 
     method: str
-    keep: int | float | None
+    keep: Budget | None
     tokens_before: float
     tokens_after: float
     tokens_average: float

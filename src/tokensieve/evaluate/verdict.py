@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
+from tokensieve.budget import Budget
+
 Reference: TypeAlias = Literal["full", "random", "downsample", "runner-up", "equal time"]
 Group: TypeAlias = Literal["needs image", "hard", "easy", "hard, full right", "easy, full right"]
 
@@ -26,7 +28,7 @@ class Against:
 
     reference: Reference
     method: str
-    keep: int | float | None
+    keep: Budget | None
     tokens: float
     difference: float
     low: float

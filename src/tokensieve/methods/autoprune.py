@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget
+from tokensieve.budget import Budget, check_number
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.methods.recycling import recycle, recycled_and_clusters
@@ -75,12 +75,13 @@ class AutoPrune(DecoderMethod):
         Raises:
             Refusal: if the average is out of reach, because all tokens pass the first layers.
         """
-        target = (self.keep if isinstance(self.keep, int) else self.keep * total) * depth
+        keep = check_number(self.keep)
+        target = depth * (keep if isinstance(keep, int) else keep * total)
         if target >= depth * total:
             return [total] * len(layers)
         if target <= (lowest := layers[0] * total + len(layers)):
-            reachable = f"all pass the first {layers[0]} of {depth} layers; reachable: above {lowest / depth:g}"
-            raise Refusal(f"{self}: an average of {target / depth:g} of {total} tokens is out of reach: {reachable}")
+            why = f"all pass the first {layers[0]} of {depth} layers; reachable: above {lowest / depth:g}"
+            raise Refusal(f"{self}: an average of {target / depth:g} of {total} tokens is out of reach: {why}")
         positions = ((number - 1) * 32 / depth for number in layers)  # the authors count from the layer before
         shares = [0.75 / (1 + math.exp(min(slope * (x - self.centre - slope), 700))) for x in positions]
         low, high, best, nearest = 0.0, 20.0, [total] * len(layers), math.inf

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget, check_budget, count
+from tokensieve.budget import Budget, check_budget, check_number, count
 from tokensieve.errors import Refusal
 from tokensieve.methods.needs import StageNeeds
 from tokensieve.methods.validate import describe, fits, hint_of, plain
@@ -55,7 +55,7 @@ class Method(ABC):
             object.__setattr__(self, field.name, value)  # as a literal, so that parse() reads the printed spec back
             allowed = get_args(hint)
             if field.name in ("keep", "average") and not (value is None and type(None) in allowed):
-                check_budget(value)
+                (check_budget if field.name == "keep" else check_number)(value)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise Refusal(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
             elif not fits(value, hint):
@@ -77,7 +77,7 @@ class Method(ABC):
 
     @property
     def budget(self) -> Budget | None:
-        """The field ``keep``; ``None`` for a method without one, or that adapts to the image."""
+        """The field ``keep``: a number or a rule; ``None`` for a method without one, or that adapts to the image."""
         keep: Budget | None = getattr(self, "keep", None)
         return keep
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from tokensieve.budget import Budget, check_budget, count, stage_counts
+from tokensieve.budget import Budget, check_number, count, stage_counts
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
@@ -52,7 +52,7 @@ class DecoderMethod(InsideMethod):
             if len(counts) != stages or any(later > earlier for earlier, later in pairwise(counts)):
                 raise Refusal(f"counts must be {stages} budgets, none larger than the one before; got {counts!r}")
             for budget in counts:
-                check_budget(budget)
+                check_number(budget)
 
     def layer_numbers(self, depth: int) -> list[int]:
         numbers = number_layers(self.stated_layers, depth, first=1)

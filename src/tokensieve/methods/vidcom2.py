@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget, count
+from tokensieve.budget import Budget, check_number, count
 from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import CHUNK, normalise, padded_nonzero
 from tokensieve.reduction import Reduction
@@ -47,7 +47,8 @@ class VidCom2(Method):
 
     def stage_budgets(self, total: int, layers: Sequence[int], depth: int) -> list[int] | None:
         # rounded down, as by vLLM: the share also sets how many tokens a frame has
-        return [count(self.keep if isinstance(self.keep, int) else max(1, int(self.keep * total)), total)]
+        keep = check_number(self.keep)
+        return [count(keep if isinstance(keep, int) else max(1, int(keep * total)), total)]
 
     def slots(self, budget: int, grid: tuple[int, int] | None) -> int | None:
         return super().slots(budget, grid) if self.exact else None

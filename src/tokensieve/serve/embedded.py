@@ -36,7 +36,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality, _GenerationCancelled
 
 from tokensieve import tally
-from tokensieve.budget import BudgetScope
+from tokensieve.budget import Budget, BudgetScope
 from tokensieve.engine import Sieve, attach
 from tokensieve.errors import Refusal, first_line
 from tokensieve.images import decode_image
@@ -72,7 +72,7 @@ class Attached:
         model: Any,
         processor: Any,
         method: str,
-        keep: int | float | None = None,
+        keep: Budget | None = None,
         positions: Positions = "original",
         budget_scope: BudgetScope = "image",
         separators: Separators = "kept-lines",

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from tokensieve.budget import check_budget
+from tokensieve.budget import check_number, rule_of
 from tokensieve.errors import Refusal, first_line, nearest
 from tokensieve.methods import Method, Positions, parse
 from tokensieve.methods.spec import expand
@@ -87,7 +87,7 @@ def with_keep(methods: Sequence[Method], keep: Any) -> list[Method]:
     Raises:
         Refusal: the budget is impossible, or none of the methods has one.
     """
-    keep = check_budget(keep)
+    keep = check_number(keep)
     if not any("keep" in method.info.parameters for method in methods):
         raise Refusal(f"{KEEP}: {' + '.join(method.info.name for method in methods)} has no budget; got {keep}")
     return [method.with_budget(keep) if "keep" in method.info.parameters else method for method in methods]
@@ -127,6 +127,9 @@ def unserved(method: Method) -> str | None:
     if method.budget is None:
         remedy = ": give keep" if "keep" in method.info.parameters else ""
         return f"the image's content decides how many tokens stay, and vLLM reserves them before it encodes{remedy}"
+    if rule_of(method.budget) is not None:
+        worked_out = f"keep={method.budget!r} is worked out for each image once it is encoded"
+        return f"{worked_out}, and vLLM reserves tokens before: give a number"
     if method.slots(1, (1, 1)) is None:
         return "with these parameters it decides by the image's content how many tokens stay"
     return None

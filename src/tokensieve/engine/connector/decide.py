@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokensieve.budget import Budget, BudgetScope, count, share_out
+from tokensieve.budget import Budget, BudgetRule, BudgetScope, count, share_out
 from tokensieve.engine.budget_scope import methods_per_image
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.engine.prompt.placeholders import equal_groups, on_device
 from tokensieve.methods import Method
+from tokensieve.methods.adaptive import bounds, curve
 from tokensieve.models import TokenLayout
 from tokensieve.models.layout import Grid
 from tokensieve.ops import hash_of, top_k
@@ -108,14 +110,22 @@ class ConnectorEvidence:
 
 
 def decide(
-    method: Method, scope: BudgetScope, evidence: ConnectorEvidence, samples: Sequence[Sequence[int]]
+    method: Method,
+    scope: BudgetScope,
+    evidence: ConnectorEvidence,
+    samples: Sequence[Sequence[int]],
+    budgets: Sequence[int] | None = None,
 ) -> list[Reduction]:
     """Return the method's decision about the rows of each image, all images in order.
 
     Args:
         scope: the scope of the budget.
         samples: `[sample][image]`, the number of patches of each image.
+        budgets: the tokens to keep of each image, where ``keep`` is a rule.
     """
+    if budgets is not None:
+        decisions = _decide_units([method.with_budget(budget) for budget in budgets], scope, evidence)
+        return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
     methods = methods_per_image(method, scope, samples)
     if scope == "sample-score" and method.budget is not None:
         ranked = _decide_units([method.with_budget(1)] * len(evidence.layouts), scope, evidence)  # only for its scores
@@ -124,6 +134,20 @@ def decide(
         methods = [[method.with_budget(share) for share in row] for row in shares]
     decisions = _decide_units([of_image for row in methods for of_image in row], scope, evidence)
     return [layout.merge_parts(parts) for layout, parts in zip(evidence.layouts, decisions, strict=True)]
+
+
+def curves_of(rule: BudgetRule, method: Method, evidence: ConnectorEvidence) -> list[list[float]]:
+    """Return the curve of each image that a threshold cuts; see ``methods/adaptive.py``.
+
+    Each image is read alone: its number of tokens then does not depend on the others in the batch, to the last bit.
+    """
+    curves, method_of_one = [], method.with_budget(1)  # the budget plays no part
+    for image, layout in enumerate(evidence.layouts):
+        unit = DecisionUnit(image, slice(0, layout.patches), layout.stacked, layout.frames, method_of_one)
+        most = bounds(rule.wanted, layout.patches)[1]
+        curves.append(curve(rule.criterion, evidence.tokens([unit]), method, most))
+    heights = iter(torch.cat(curves).tolist())  # one transfer from the device for all images
+    return [list(islice(heights, len(image_curve))) for image_curve in curves]
 
 
 def _decide_units(methods: Sequence[Method], scope: BudgetScope, evidence: ConnectorEvidence) -> list[list[Reduction]]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from tokensieve.budget import BudgetScope
+from tokensieve.budget import BudgetScope, rule_of
 from tokensieve.engine.cache import CacheInfo, PrefixInfo, check_cache, prefix_of_cache
-from tokensieve.engine.connector.decide import ConnectorEvidence, decide
+from tokensieve.engine.connector.decide import ConnectorEvidence, curves_of, decide
 from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.connector.shorten import (
     PADDING_OF,
@@ -28,10 +28,12 @@ from tokensieve.engine.connector.shorten import (
     untouched_prefix,
 )
 from tokensieve.engine.handoff import Decisions, EncoderOutputs, ImageReduction, Prefill
+from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions
+from tokensieve.methods.adaptive import cut
 from tokensieve.models import Family, TokenLayout
 from tokensieve.models.family import PIXELS, Modality
 from tokensieve.models.layout import Separators
@@ -56,6 +58,11 @@ class Connector:
         replay: decisions to apply as they are, instead of a method's.
         scope: the scope of the budget.
         separators: the separators that a reduced image keeps.
+        layer_budget: works out ``keep``, if it is an average over the layers of the LLM.
+
+    Attributes:
+        curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
+        curve_totals: the number of tokens of each of these images.
     """
 
     def __init__(
@@ -68,10 +75,14 @@ class Connector:
         replay: Decisions | None,
         scope: BudgetScope,
         separators: Separators,
+        layer_budget: LayerBudget | None = None,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
+        self.layer_budget = layer_budget
+        self.curves: list[list[float]] = []
+        self.curve_totals: list[int] = []
 
     def prefill(self, kwargs: dict[str, Any], earlier_turns: CacheInfo | None = None) -> Prefill:
         """Shorten a prompt with images or videos.
@@ -220,8 +231,23 @@ class Connector:
         evidence = self._evidence(kwargs, prompt, images, layouts)
         counts = iter(map(len, evidence.features))
         samples = [[next(counts) for _ in row] for row in prompt.placeholders.images]
-        decisions = decide(self.method, self.scope, evidence, samples)
+        decisions = decide(self.method, self.scope, evidence, samples, self._budgets(evidence, images))
         return [image.then_connector(decision) for image, decision in zip(images, decisions, strict=True)]
+
+    def _budgets(self, evidence: ConnectorEvidence, images: list[ImageReduction]) -> list[int] | None:
+        """Return the tokens to keep of each image, if ``keep`` is a rule; ``None`` for a number."""
+        assert self.method is not None
+        rule = rule_of(self.method.budget)
+        if rule is None:
+            return None
+        received = [layout.patches for layout in evidence.layouts]
+        if self.layer_budget is not None and rule.mean == "layers":
+            return list(map(self.layer_budget.entering, (image.layout.patches for image in images), received))
+        if rule.threshold is None:
+            raise ValueError("a rule without a threshold is refused when the method is attached")
+        self.curves, self.curve_totals = curves_of(rule, self.method, evidence), received
+        by_image = zip(self.curves, received, strict=True)
+        return [cut(curve, rule.threshold, rule.wanted, total) for curve, total in by_image]
 
     def _evidence(
         self, kwargs: dict[str, Any], prompt: PromptImages, images: list[ImageReduction], layouts: list[TokenLayout]

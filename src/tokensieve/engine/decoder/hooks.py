@@ -34,6 +34,7 @@ from tokensieve.engine.decoder.masks import (
 from tokensieve.engine.decoder.sequence import Member, PrefillState
 from tokensieve.engine.handoff import Prefill
 from tokensieve.engine.inflight import InFlight
+from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import equal_groups
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.wrapped import uncompiled
@@ -76,9 +77,11 @@ class DecoderHooks:
         text_finder: UserTextFinder | None,
         scope: BudgetScope,
         flight: InFlight,
+        layer_budget: LayerBudget | None = None,
     ) -> None:
         self.decoder, self.method, self.positions = uncompiled(model.get_decoder()), method, positions
         self.text_finder, self.scope, self.flight = text_finder, scope, flight
+        self.layer_budget = layer_budget
         self.first_position = family.first_position
         layers, config = list(self.decoder.layers), self.decoder.config
         self.depth, self.kinds = len(layers), attention_kinds(config)
@@ -135,7 +138,11 @@ class DecoderHooks:
             Refusal: if a budget is out of reach for an image, or a row has no user text.
         """
         entered = [[image.entered for image in images] for images in prefill.images]
-        methods = methods_per_image(self.method, self.scope, entered)
+        if self.layer_budget is None:
+            methods = methods_per_image(self.method, self.scope, entered)
+        else:
+            inside = self.layer_budget.inside
+            methods = [[inside(image.layout.patches, image.entered) for image in images] for images in prefill.images]
         for row_methods, sizes in zip(methods, entered, strict=True):
             for method, patches in zip(row_methods, sizes, strict=True):
                 method.stage_budgets(patches, self.layers, self.depth)

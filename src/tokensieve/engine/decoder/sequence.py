@@ -151,8 +151,8 @@ class PrefillState:
 
     def batch_key(self, member: Member) -> tuple[Any, ...]:
         """Return what images of equal size must have in common, besides, to be decided about in one call."""
-        image = self.image(member)
-        return image.entered, image.decision.grid, image.layout.frames, self.method(member).budget
+        image, method = self.image(member), self.method(member)
+        return image.entered, image.decision.grid, image.layout.frames, method.budget, getattr(method, "average", None)
 
     @property
     def untouched(self) -> bool:
