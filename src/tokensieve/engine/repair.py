@@ -42,14 +42,14 @@ class RepairPass:
         entry: the prefix as it entered the LLM.
         layers: {layer: prefix} for the layers that received fewer tokens; it grows while a prefill runs.
         by_distance: add the bias of distance, too.
-        added: what the layers have received so far, by the objects that it was made from, which are held here as well.
-        keys: `[B, keys]`, the bias in the running layer; read by :func:`augmented`.
+        added: the mask and the bias of size of the layers so far, by the objects that they were made from.
+        keys: `[B, keys]`, the bias of size in the latest layer, for flash kernels and readers of attention.
     """
 
     entry: PrefixInfo
     layers: Mapping[int, PrefixInfo]
     by_distance: bool = False
-    added: dict[tuple[Any, ...], tuple[Tensor, Any]] = field(default_factory=dict)
+    added: dict[tuple[Any, ...], tuple[Tensor | None, Tensor, Any]] = field(default_factory=dict)
     keys: Tensor | None = None
 
 
@@ -158,17 +158,12 @@ class RepairHooks:
         if key not in running.added:
             later = columns - prefix.bias.shape[-1]  # text after the last image, in this turn or a later one
             bias = pad(prefix.bias[0 if first else -1], (0, later))[:, columns - keys :]
-            if self._configs:
-                added = bias
-            else:
+            if not self._configs:  # flash kernels keep their mask
                 causal = bool(getattr(self.modules[number], "is_causal", True))
-                added = _with_bias(mask, bias, self._distance(rope, bias, running), queries, causal, hidden.dtype)
-            running.added[key] = added, made_from  # held, so that no other object gets their ids
-        added, _ = running.added[key]
-        if self._configs:
-            running.keys = added
-            return None
-        return args, {**kwargs, "attention_mask": added}
+                mask = _with_bias(mask, bias, self._distance(rope, bias, running), queries, causal, hidden.dtype)
+            running.added[key] = mask, bias, made_from  # held, so that no other object gets their ids
+        mask, running.keys, _ = running.added[key]
+        return args, {**kwargs, "attention_mask": mask}
 
     def _distance(self, rope: Any, bias: Tensor, running: RepairPass) -> Tensor | None:
         """Return the bias of distance, `[B, n, n]`: log(2 − c), c the mean cosine of the angles between two positions.

@@ -119,8 +119,12 @@ class DecoderEvidence:
             if self.needs.attention == "words":
                 assert state.sequence.text is not None
                 columns = state.sequence.text[0]
-            mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else state.sequence.mask
-            reading["attention"] = attention_of_queries(query, key, scaling, columns, mask, softcap)
+            explicit = isinstance(mask, Tensor) and mask.ndim == 4
+            mask = mask if explicit else state.sequence.mask
+            bias = None  # of repaired attention; the mask has it, unless the layer was run for this reading alone
+            if self.flight.repair is not None and (self.needs.same_layer or not explicit):
+                bias = self.flight.repair.keys
+            reading["attention"] = attention_of_queries(query, key, scaling, columns, mask, softcap, bias)
         return reading
 
     # -- handing out --------------------------------------------------------------------------------------------------
