@@ -9,6 +9,7 @@ LLaVA-1.5-shaped model with random weights (CLIP-L/14-336 encoder, 576 tokens). 
 from __future__ import annotations
 
 import argparse
+import time
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from tokensieve.evaluate import environment
 from tokensieve.measure import interleave, paired_ratio
 
 WAYS = {"none": None, "size": "size", "restore": "restore"}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @torch.inference_mode()
@@ -44,8 +46,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         around = [partial(tokensieve.attach, model, args.method, repair=repair) for repair in WAYS.values()]
         row: dict[str, Any] = {"batch": batch}
-        for name, call in {"prefill": prefill, "answer": answer}.items():
-            times = interleave([call] * len(WAYS), around=around, repeats=args.repeats, warmup=1, device=device)
+        calls = {"prefill": prefill, "answer": answer} if args.tokens else {"prefill": prefill}
+        for name, call in calls.items():
+            rounds: dict[str, Any] = {
+                "repeats": args.repeats,
+                "warmup": 1,
+                "device": device,
+                "clock": CLOCKS[args.clock],
+            }
+            times = interleave([call] * len(WAYS), around=around, **rounds)
             by_way = dict(zip(WAYS, times, strict=True))
             for way in ("size", "restore"):
                 row[f"{name}_{way}_over_none"] = vars(paired_ratio(by_way[way], by_way["none"]))
@@ -61,7 +70,10 @@ def main() -> None:
     parser.add_argument("--llm", choices=["tiny", *LLM], default="mid")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--method", default="divprune(keep=64)")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens of an answer; 0: prefill alone")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: the process's own time, on a busy CPU"
+    )
     parser.add_argument("--repeats", type=int, default=9)
     run_script(parser, run)
 
