@@ -217,8 +217,8 @@ def augmented(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: 
     """
     exact = bias / scaling
     rounded = exact.to(key.dtype)
-    lost = (exact - rounded.float()).to(key.dtype)
-    channels = pad(torch.stack([rounded, lost], -1), (0, CHANNELS - 2))[:, None].expand(-1, key.shape[1], -1, -1)
+    remainder = (exact - rounded.float()).to(key.dtype)
+    channels = pad(torch.stack([rounded, remainder], -1), (0, CHANNELS - 2))[:, None].expand(-1, key.shape[1], -1, -1)
     ones = pad(query.new_ones(2), (0, CHANNELS - 2)).expand(*query.shape[:-1], -1)
     return torch.cat([query, ones], -1), torch.cat([key, channels], -1), pad(value, (0, CHANNELS))
 
@@ -241,13 +241,13 @@ def _attention(
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     )
-    running, shown = hooks.flight.repair, _Module(module, config)
+    running, view = hooks.flight.repair, _Module(module, config)
     bias = None if running is None else running.keys
     if bias is None:
-        return kernel(shown, query, key, value, mask, **kwargs)
+        return kernel(view, query, key, value, mask, **kwargs)
     scaling, channels = kwargs.pop("scaling", None) or query.shape[-1] ** -0.5, value.shape[-1]
-    output, *others = kernel(shown, *augmented(query, key, value, bias, scaling), mask, scaling=scaling, **kwargs)
-    return (output[..., :channels], *others)
+    output, *further = kernel(view, *augmented(query, key, value, bias, scaling), mask, scaling=scaling, **kwargs)
+    return (output[..., :channels], *further)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
