@@ -17,6 +17,7 @@ from tokensieve.check import LAWS, Laws
 from tokensieve.check.oracle import dropped_columns, hidden, merged
 from tokensieve.engine import llm
 from tokensieve.engine.connector import prefill
+from tokensieve.engine.connector.sizes import bias_of
 from tokensieve.engine.llm import LlmSieve
 from tokensieve.evaluate import Sample, encode
 from tokensieve.reference.benchmark import benchmark
@@ -35,9 +36,9 @@ METHODS = (
 SOUND = (("llava-clip", "sdpa"), ("qwen3-vl", "eager"))
 
 
-def build(family: str, model) -> Laws:
+def build(family: str, model, **options) -> Laws:
     samples = [*prompts.batch(family, "ragged")[:2], *prompts.batch(family, "two-images")]
-    return Laws(model, lambda numbers: prompts.collate(family, [samples[i] for i in numbers]))
+    return Laws(model, lambda numbers: prompts.collate(family, [samples[i] for i in numbers]), **options)
 
 
 @cache
@@ -336,3 +337,34 @@ def bundled():
         return Laws(model, prompts(processor, model), 3, processor)
 
     return build
+
+
+@cache
+def repaired(family: str, attention: str, method: str, repair: str) -> tuple:
+    return tuple(build(family, models.tiny_model(family, attention), repair=repair).check(method))
+
+
+@pytest.mark.parametrize("method", ["divprune(keep=0.3)", "fastv(layer=1, keep=5)", METHODS[-1]])
+@pytest.mark.parametrize(("family", "attention"), SOUND)
+def test_the_laws_of_repair_hold(family, attention, method):
+    """The oracle of sizes shows copies of the kept tokens: prefill, decoding and a second turn, at each stage."""
+    verdicts_of = {verdict.law: verdict for verdict in repaired(family, attention, method, "size")}
+    assert {verdict.status for verdict in verdicts_of.values()} == {"pass"}, verdicts_of
+    assert verdicts_of["identity"].deviation == 0.0
+    assert max(verdicts_of[law].deviation for law in ("oracle", "batch", "continuation")) <= NOISE
+
+
+def test_no_oracle_has_the_bias_of_distance():
+    verdicts_of = {verdict.law: verdict for verdict in repaired("llava-clip", "sdpa", "divprune(keep=0.3)", "restore")}
+    assert [law for law in LAWS if verdicts_of[law].status == "skipped"] == ["oracle", "continuation"]
+    assert "no other run has the bias of distance" in verdicts_of["oracle"].reason
+
+
+def test_oracle_notices_wrong_sizes(monkeypatch):
+    def doubled(*args):
+        return 2 * bias_of(*args)
+
+    monkeypatch.setattr(prefill, "bias_of", doubled)
+    checker = build("llava-clip", models.tiny_model("llava-clip"), repair="size")
+    verdicts_of = {verdict.law: verdict.status for verdict in checker.check("divprune(keep=0.3)")}
+    assert (verdicts_of["oracle"], verdicts_of["batch"]) == ("FAIL", "pass")

@@ -86,6 +86,7 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--separators", "some"],
         ["some", "kept-lines", "none"],
     ),
+    "unknown repair": (lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--repair", "both"], ["both", "restore"]),
     "unknown scope": (lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--budget-scope", "photo"], ["photo", "sample"]),
     "scope of an encoder method": (
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--method", "downsample", "--budget-scope", "sample"],

@@ -37,6 +37,7 @@ def test_the_record_holds_the_means_per_image() -> None:
         "positions": "contiguous",
         "budget_scope": "image",
         "separators": "kept-lines",
+        "repair": None,
         "processes": 1,
         "questions": 5,
         "images": 5,
@@ -47,7 +48,7 @@ def test_the_record_holds_the_means_per_image() -> None:
 
 
 def test_the_record_shows_the_options_of_a_spec_file(tmp_path: Path) -> None:
-    options = {"positions": "contiguous", "budget_scope": "sample", "separators": "none"}
+    options = {"positions": "contiguous", "budget_scope": "sample", "separators": "none", "repair": None}
     (tmp_path / "best.json").write_text(json.dumps(SpecFile("divprune", 36, options).to_json()))
     record = Attachment(*reference.load(), method=str(tmp_path / "best.json")).record()
     assert {name: record[name] for name in ("method", *options)} == {"method": "divprune(keep=36)"} | options

@@ -39,6 +39,8 @@ def check(job: Job) -> None:
         )
     if job.settings.budget_scope != "image":
         raise Refusal(f"vLLM takes budgets per image; got {job.settings.budget_scope!r}: --engine transformers")
+    if job.settings.repair is not None:
+        raise Refusal(f"vLLM's attention takes no bias; got --repair {job.settings.repair}: --engine transformers")
     engine_arguments(job)
 
 

@@ -2,6 +2,7 @@
 
 1. identity: keeping all tokens changes no bit of the logits. Detaching the method restores the model.
 2. oracle: a reduced run equals the unmodified model with the dropped tokens hidden (:mod:`~tokensieve.check.oracle`).
+   With ``repair="size"``, with each dropped token a copy of the kept token that counts for it.
 3. batch: every row of a ragged batch equals its own run.
 4. continuation: a second turn on the returned cache equals a second turn of the oracle.
 5. conservation: every visual token is kept, merged into a known slot, or dropped.
@@ -25,12 +26,12 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import BudgetScope, rule_of
-from tokensieve.check.oracle import dropped_columns, hidden, merged
+from tokensieve.check.oracle import copied, dropped_columns, hidden, merged, stand_ins
 from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, attention_kinds
 from tokensieve.engine.llm import LlmSieve
 from tokensieve.errors import Refusal
-from tokensieve.methods import DecoderMethod, Method, parse
+from tokensieve.methods import DecoderMethod, Method, Repair, parse
 from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 
@@ -94,7 +95,7 @@ class Laws:
         prompts: returns the left-padded inputs of the prompts with these numbers, on the model's device. The prompts
             differ in length; one of them has several images, if the model takes several.
         count: number of prompts.
-        processor, budget_scope, separators: as for ``attach``.
+        processor, budget_scope, separators, repair: as for ``attach``.
 
     Attributes:
         floor: largest difference of a logit by rounding alone.
@@ -109,10 +110,11 @@ class Laws:
         processor: Any = None,
         budget_scope: BudgetScope = "image",
         separators: Separators = "kept-lines",
+        repair: Repair | None = None,
     ) -> None:
         self.model, self.token = model, int(model.config.image_token_id)
-        self.processor = processor
-        self.options: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators}
+        self.processor, self.repair = processor, repair
+        self.options: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "repair": repair}
         self.batch, self.singles = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.unreduced = self.generate(self.batch)
         # kernels of quantised layers round activations to half precision or 8 bits, whatever the dtype around them
@@ -186,6 +188,7 @@ class _Trial:
         with self._attached(stages) as sieve:
             self.reduced = laws.generate(laws.batch)
             self.decisions, self.tokens_per_layer = sieve.last, sieve.tokens
+            self.sizes = getattr(sieve, "sizes", [])
             self.second = self._second_turn(self.reduced)
 
     def identity(self) -> tuple[float, str]:
@@ -214,7 +217,7 @@ class _Trial:
                 self._check_rounding(agreement)
                 remarks.append(f"{1 - agreement:.0%} of the tokens of prompt {i} are chosen otherwise, by rounding")
                 # compare logits under equal decisions: replay those of the batch
-                with attach(self.laws.model, [self.decisions[i]]):
+                with attach(self.laws.model, [self.decisions[i]], repair=self.laws.repair):
                     single = self.laws.generate(inputs)
             worst = max(worst, _deviation(_row(self.reduced, i), single))
         return worst, "; ".join(remarks)
@@ -284,31 +287,50 @@ class _Trial:
         drops_before = len(self.stages) > (inside is not None)
         if drops_before and SLIDING in kinds and text_config.sliding_window < ids.shape[1] + 3 * STEPS:
             raise NotCheckable("hidden tokens would count in this model's sliding window")
-        at_entry = self.decisions if inside is None else self._decisions_at_entry()
+        if laws.repair == "restore":
+            raise NotCheckable("no other run has the bias of distance that repair='restore' adds")
+        at_entry, sizes = (self.decisions, self.sizes) if inside is None else self._decisions_at_entry()
         if any(stage.info.stage == "encoder" for stage in self.stages):
             raise NotCheckable("it changes the image inside the vision encoder")
         if not all(image.projected for row in at_entry for image in row):
             raise NotCheckable("it merges before the projector")
         with ExitStack() as stack:
             stack.enter_context(merged(laws.model, at_entry))
-            stack.enter_context(hidden(laws.model, dropped_columns(ids, laws.token, at_entry)))
+            self._replace(stack, at_entry, sizes, 0)
             if inside is not None:
                 layers = inside.layer_numbers(text_config.num_hidden_layers)
                 if len(layers) > 1 or any(r.mixing is not None for row in self.decisions for r in row):
                     raise NotCheckable("tokens leave this LLM at several layers, or merge in it")
-                columns = dropped_columns(ids, laws.token, self.decisions)
-                stack.enter_context(hidden(laws.model, columns, layers[0]))
+                self._replace(stack, self.decisions, self.sizes, layers[0])
             yield
 
-    def _decisions_at_entry(self) -> Decisions:
-        """Return the decisions before the LLM, made by the stages before the one inside it."""
+    def _replace(self, stack: ExitStack, decisions: Decisions, sizes: list[list[Tensor]], layer: int) -> None:
+        """Hide the dropped tokens from a layer on; under ``repair="size"``, let them show the tokens kept for them."""
+        model, ids, token = self.laws.model, self.laws.batch["input_ids"], self.laws.token
+        columns = dropped_columns(ids, token, decisions)
+        if self.laws.repair is not None:
+            if any(bool(((part - part.round()).abs() > 1e-3).any()) for row in sizes for part in row):
+                raise NotCheckable("it shares a token out over several, so no number of copies has their sizes")
+            shown = stand_ins(ids, token, decisions, sizes)
+            stack.enter_context(copied(model, shown, layer))
+            columns &= shown == torch.arange(ids.shape[1], device=ids.device)
+        stack.enter_context(hidden(model, columns, layer))
+
+    def _decisions_at_entry(self) -> tuple[Decisions, list[list[Tensor]]]:
+        """Return decisions and sizes before the LLM, made by the stages before the one inside it."""
         if len(self.stages) == 1:
-            return [[Reduction.identity(r.total, device=r.anchors.device) for r in row] for row in self.decisions]
-        solved_for = any((rule := rule_of(stage.budget)) and rule.mean == "layers" for stage in self.stages)
-        # a budget that is an average over the layers is another one without the stage inside the LLM
-        with self._attached(self.stages if solved_for else self.stages[:-1]) as sieve:
+            whole = [[Reduction.identity(r.total, device=r.anchors.device) for r in row] for row in self.decisions]
+            return whole, [[image.counts for image in row] for row in whole]
+        if any((rule := rule_of(stage.budget)) and rule.mean == "layers" for stage in self.stages):
+            # a budget that is an average over the layers is another one without the stage inside the LLM
+            if self.laws.repair is not None:
+                raise NotCheckable("the sizes of the tokens that enter the LLM are not known with keep='layers:…'")
+            with self._attached(self.stages) as sieve:
+                self.laws.generate(self.laws.batch)
+                return sieve.entered if isinstance(sieve, LlmSieve) else sieve.last, []
+        with self._attached(self.stages[:-1]) as sieve:
             self.laws.generate(self.laws.batch)
-            return sieve.entered if solved_for and isinstance(sieve, LlmSieve) else sieve.last
+            return sieve.last, getattr(sieve, "sizes", [])
 
     def _check_rounding(self, agreement: float) -> None:
         """Accept that a row of a batch chooses other tokens than its own run only where rounding is coarse."""

@@ -75,6 +75,57 @@ def _hide_in_layer(columns: Tensor) -> Callable[..., Any]:
     return hook
 
 
+def stand_ins(
+    ids: Tensor, token: int, decisions: Sequence[Sequence[Reduction]], sizes: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Return for each column of the prompts ``ids`` `[B, L]` the column whose token it shows, `[B, L]`.
+
+    A kept token of size s is shown by itself and by s − 1 columns of dropped tokens; all other columns show themselves.
+    """
+    shown = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
+    for row, images in enumerate(decisions):
+        columns = (ids[row] == token).nonzero().flatten()
+        per_image = torch.split(columns, [image.total for image in images])
+        for image, image_columns, image_sizes in zip(images, per_image, sizes[row], strict=True):
+            copies = image_columns[image.kept].repeat_interleave(image_sizes.round().long() - 1)
+            dropped = torch.ones_like(image_columns, dtype=torch.bool).index_fill(0, image.kept, False)
+            shown[row, image_columns[dropped][: len(copies)]] = copies
+    return shown
+
+
+@contextmanager
+def copied(model: Any, shown: Tensor, first_layer: int = 0) -> Iterator[None]:
+    """Let columns of the prompt show the tokens of ``shown`` `[B, L]` in the LLM's layers from ``first_layer`` on.
+
+    A copy has row, position and visibility of its token, and attends as that token does.
+    """
+    layers = model.get_decoder().layers[first_layer:]
+    handles = [layer.register_forward_pre_hook(_copy_in_layer(shown), with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copy_in_layer(shown: Tensor) -> Callable[..., Any]:
+    def hook(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        rows, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
+        cache, (batch, length) = kwargs["past_key_values"], shown.shape
+        if rows.shape[1] != length or cache.get_seq_length(layer.self_attn.layer_idx):
+            return None  # a later step: the cache holds the copies
+        each = torch.arange(batch, device=rows.device)[:, None]
+        if mask is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=rows.device).tril()[None, None]
+        mask = mask.expand(batch, -1, -1, -1)[each[..., None], 0, shown[:, :, None], shown[:, None]][:, None]
+        rope = tuple(part.expand(batch, -1, -1)[each, shown] for part in kwargs["position_embeddings"])
+        kwargs = {**kwargs, "attention_mask": mask, "position_embeddings": rope}
+        kwargs.pop("hidden_states", None)
+        return (rows[each, shown], *args[1:]), kwargs
+
+    return hook
+
+
 @contextmanager
 def merged(model: Any, decisions: Sequence[Sequence[Reduction]]) -> Iterator[None]:
     """Replace the row at each anchor of an image by its decision's mixture of rows, in this context."""

@@ -50,6 +50,12 @@ Separators: TypeAlias = Annotated[
     Literal["kept-lines", "none"],
     typer.Option(help="Newline tokens of a reduced image: those of lines that keep a token, or none, as in vLLM."),
 ]
+Repair: TypeAlias = Annotated[
+    Literal["size", "restore"] | None,
+    typer.Option(
+        help="Repair attention: by the tokens that each one stands for, or also by distance.", show_default="no"
+    ),
+]
 ImageFile: TypeAlias = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 Command: TypeAlias = Callable[..., None]
 

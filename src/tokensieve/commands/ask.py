@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, Json, Model, Separators, with_load_options
+from tokensieve.commands.arguments import BudgetScope, Json, Model, Repair, Separators, with_load_options
 from tokensieve.commands.console import note, print_json
 from tokensieve.commands.loading import inputs_of, note_foreign_images, trained_spec
 from tokensieve.errors import OutputError, Refusal
@@ -35,6 +35,7 @@ def ask(
     ] = None,
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair = None,
     overlay: Annotated[Path | None, typer.Option(help="Save a picture of the kept tokens.", show_default=False)] = None,
     model: Model = "reference",
     positions: Annotated[
@@ -55,7 +56,9 @@ def ask(
     from tokensieve.methods import parse
     from tokensieve.methods.spec import expand
 
-    (method,), options = expand([method], positions=positions, budget_scope=budget_scope, separators=separators)
+    (method,), options = expand(
+        [method], positions=positions, budget_scope=budget_scope, separators=separators, repair=repair
+    )
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     check_scope(options["budget_scope"], parse(method, **budget))  # a bad spec is refused before a model is loaded
     if overlay is not None:

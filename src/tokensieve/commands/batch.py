@@ -16,6 +16,7 @@ from tokensieve.commands.arguments import (
     Model,
     Prompt,
     QuestionColumn,
+    Repair,
     check_scopes,
     split_budgets,
     split_specs,
@@ -49,6 +50,7 @@ def batch(
         ),
     ] = None,
     budget_scope: BudgetScope = "image",
+    repair: Repair = None,
     file_format: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="Format of the answers.")] = (
         "jsonl"
     ),
@@ -94,7 +96,7 @@ def batch(
     if loading.device.startswith("cuda:"):
         raise Refusal(f"Ray gives each worker its GPUs; leave --device {loading.device} out, or use cuda")
     given: dict[str, Any] = {"budget_scope": budget_scope, "separators": "kept-lines", "positions": "original"}
-    specs, options = expand(split_specs(methods), **given)
+    specs, options = expand(split_specs(methods), **given, repair=repair)
     in_vllm = engine == "vllm" or (engine == "auto" and available())
     job = Job(
         model=model,
@@ -109,6 +111,7 @@ def batch(
             budget_scope=options["budget_scope"],
             separators="none" if in_vllm else options["separators"],  # vLLM never keeps them
             positions=options["positions"],
+            repair=options["repair"],
             prompt=prompt,
             measure=False,
         ),

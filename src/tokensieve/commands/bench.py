@@ -17,6 +17,7 @@ from tokensieve.commands.arguments import (
     Json,
     Keeps,
     Model,
+    Repair,
     Separators,
     check_scopes,
     split_budgets,
@@ -49,6 +50,7 @@ def bench(
     keep: Keeps = KEEPS,
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Equal prompts per forward.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds timed; each runs every method once.")] = 10,
     answer_tokens: Annotated[
@@ -109,7 +111,9 @@ def bench(
     from tokensieve.methods.spec import expand
 
     specs, keeps = split_specs(methods), split_budgets(keep)
-    specs, options = expand(specs, budget_scope=budget_scope, separators=separators, positions="original")
+    specs, options = expand(
+        specs, budget_scope=budget_scope, separators=separators, positions="original", repair=repair
+    )
     check_scopes(options["budget_scope"], plan(specs, keeps, seeds=1, oracle=False))  # before a model is loaded
     check_text(question, "the question")
     picture = Image.linear_gradient("L").resize((448, 448)).convert("RGB") if image is None else open_image(image)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, Json, Separators, with_load_options
+from tokensieve.commands.arguments import BudgetScope, Json, Repair, Separators, with_load_options
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model, to_model
@@ -37,6 +37,7 @@ def check(
     keep: Annotated[str, typer.Option(help="Budget where a spec leaves it open: tokens or a share.")] = "25%",
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair = None,
     random: Annotated[
         bool, typer.Option("--random", help="Random weights and few layers: only the config is used.")
     ] = False,
@@ -54,7 +55,7 @@ def check(
     from tokensieve.evaluate.plan import plan
     from tokensieve.methods.spec import expand
 
-    specs, options = expand(list(method or METHODS), budget_scope=budget_scope, separators=separators)
+    specs, options = expand(list(method or METHODS), budget_scope=budget_scope, separators=separators, repair=repair)
     entries = plan(specs, [parse_budget(keep)], seeds=1, oracle=False)
     # the first entry is the unhooked model
     candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]

@@ -24,6 +24,7 @@ from tokensieve.commands.arguments import (
     Model,
     Prompt,
     QuestionColumn,
+    Repair,
     Separators,
     Split,
     check_scopes,
@@ -59,6 +60,7 @@ def compare(
     ] = "final",
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair = None,
     types: Annotated[
         str | None, typer.Option(help="Question types to keep, with commas between.", show_default="all")
     ] = None,
@@ -104,7 +106,9 @@ def compare(
     from tokensieve.methods.spec import expand
 
     specs, keeps = split_specs(methods), split_budgets(keep)
-    specs, options = expand(specs, budget_scope=budget_scope, separators=separators, positions="original")
+    specs, options = expand(
+        specs, budget_scope=budget_scope, separators=separators, positions="original", repair=repair
+    )
     settings = Settings(
         batch_size=_batch_size(batch_size),
         max_new_tokens=max_new_tokens,

@@ -13,6 +13,7 @@ from tokensieve.commands.arguments import (
     FetchImages,
     Model,
     Prompt,
+    Repair,
     Separators,
     Split,
     with_load_options,
@@ -75,6 +76,7 @@ def vlmevalkit(
     ] = "original",
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     name: Annotated[str, typer.Option(help="Name of the model in VLMEvalKit's files.")] = "tokensieve",
     work_dir: Annotated[Path, typer.Option(help="Folder of VLMEvalKit's results.")] = Path("outputs"),
@@ -95,5 +97,6 @@ def vlmevalkit(
             "positions": positions,
             "budget_scope": budget_scope,
             "separators": separators,
+            "repair": repair,
         },
     )

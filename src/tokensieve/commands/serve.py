@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, with_load_options
+from tokensieve.commands.arguments import BudgetScope, Repair, with_load_options
 from tokensieve.commands.console import note
 from tokensieve.errors import MissingExtra, Refusal
 from tokensieve.loading import LoadOptions, find, load_model, without_folder
@@ -51,6 +51,7 @@ def serve(
         Literal["original", "contiguous"], typer.Option(help="Whether kept tokens keep their position ids.")
     ] = "original",
     budget_scope: BudgetScope = "image",
+    repair: Repair = None,
     from_tokens: Annotated[int, typer.Option(min=0, help="On vLLM: images of fewer tokens stay whole.")] = 0,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a body.", rich_help_panel=LIMITS)] = 32_000_000,
     max_body_seconds: Annotated[
@@ -74,7 +75,7 @@ def serve(
     from tokensieve.serve.listening import listen
 
     given: dict[str, Any] = {"positions": positions, "budget_scope": budget_scope, "separators": "kept-lines"}
-    (method, *allow_method), options = expand([method, *(allow_method or [])], **given)
+    (method, *allow_method), options = expand([method, *(allow_method or [])], **given, repair=repair)
     budget = {} if keep is None else {"keep": parse_budget(keep)}
     parse(method, **budget)  # a bad spec is refused before a model is loaded
     for spec in allow_method:
@@ -107,6 +108,8 @@ def serve(
     if engine == "vllm" or (engine == "auto" and vllm):
         if options["budget_scope"] != "image":
             raise Refusal(f"vLLM serves budgets of each image; got --budget-scope {options['budget_scope']}")
+        if options["repair"] is not None:
+            raise Refusal(f"vLLM's attention takes no bias; got --repair {options['repair']}: --engine transformers")
         listen(host, port).close()  # vLLM itself ends in a traceback where the address is in use
         find(model, loading.revision)  # a wrong path is refused in the words of the other commands
         from tokensieve.serve.vllm_command import command, run

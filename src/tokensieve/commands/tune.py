@@ -16,6 +16,7 @@ from tokensieve.commands.arguments import (
     Model,
     Prompt,
     QuestionColumn,
+    Repair,
     Separators,
     Split,
     check_scopes,
@@ -80,6 +81,7 @@ def tune(
     ] = 16,
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair = None,
     json: Json = False,
 ) -> None:
     """Find the cheapest reduction that keeps the accuracy, prove it on held-out questions, and write its spec file."""
@@ -99,6 +101,7 @@ def tune(
         metric=metric,
         budget_scope=budget_scope,
         separators=separators,
+        repair=repair,
         prompt=prompt,
     )
     specs, keeps = list(METHODS) if methods is None else split_specs(methods), split_budgets(keep)

@@ -14,7 +14,7 @@ from tokensieve.engine.handoff import Decisions
 from tokensieve.engine.llm import LlmSieve
 from tokensieve.engine.wrapped import unwrapped
 from tokensieve.errors import Refusal
-from tokensieve.methods import Method, Positions, parse
+from tokensieve.methods import Method, Positions, Repair, parse
 from tokensieve.methods.spec_file import is_spec_file, read_spec_file
 from tokensieve.models.layout import Separators
 from tokensieve.models.versions import warn_if_untested
@@ -31,6 +31,7 @@ def attach(
     processor: Any = None,
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair | None = None,
     **parameters: Any,
 ) -> Sieve:
     """Make every later call of ``model`` drop visual tokens: ``generate`` and ``forward``, any batch.
@@ -44,9 +45,9 @@ def attach(
             PEFT model may stand around it.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
             stage), the path of a spec file such as ``"best.json"`` (its options replace the defaults of positions,
-            budget_scope and separators), or decisions `[sample][image]` as in ``sieve.last``. Decisions are replayed
-            at the connector: for methods inside the LLM or the vision encoder this is a different computation with the
-            same tokens.
+            budget_scope, separators and repair), or decisions `[sample][image]` as in ``sieve.last``. Decisions are
+            replayed at the connector: for methods inside the LLM or the vision encoder this is a different computation
+            with the same tokens.
         positions: "original" keeps the position ids of the remaining tokens; "contiguous" renumbers them, as most
             official codes do, at the cost of grounding.
         processor: the model's processor; its chat template separates the user's words, for text-informed methods.
@@ -57,6 +58,9 @@ def attach(
         separators: tokens of a reduced image that show no patch, such as the newlines of LLaVA-NeXT. "kept-lines" keeps
             those of lines that keep a token; "none" keeps none, as in vLLM, where the number of tokens must be known
             before the image is encoded.
+        repair: "size" adds to the LLM's attention scores the log of the number of tokens that each visual token stands
+            for, in prefill and decoding; "restore" also adds a bias of distance, as in RESTORE (arXiv:2606.01711).
+            ``None`` adds nothing.
         parameters: values for parameters of a spec, e.g. ``keep=64``. ``keep="layers:64"`` is an average over the
             layers of the LLM; ``keep="average:64:gain:0.01"`` is one over the data, by a threshold that ``tokensieve
             calibrate average`` finds.
@@ -66,12 +70,18 @@ def attach(
             model cannot give, or a model that has a method attached already.
     """
     if isinstance(method, str) and is_spec_file(method):
-        options = read_spec_file(method).merged(positions=positions, separators=separators, budget_scope=budget_scope)
-        positions, separators, budget_scope = (options[name] for name in ("positions", "separators", "budget_scope"))
+        options = read_spec_file(method).merged(
+            positions=positions, separators=separators, budget_scope=budget_scope, repair=repair
+        )
+        positions, separators, budget_scope, repair = (
+            options[name] for name in ("positions", "separators", "budget_scope", "repair")
+        )
     if positions not in ("original", "contiguous"):
         raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
     if separators not in get_args(Separators):
         raise Refusal(f"separators must be 'kept-lines' or 'none'; got {separators!r}")
+    if repair not in (None, *get_args(Repair)):
+        raise Refusal(f"repair must be None, 'size' or 'restore'; got {repair!r}")
     warn_if_untested()
     model = unwrapped(model)
     methods, replay = _read(method, parameters)
@@ -79,8 +89,12 @@ def attach(
     check_calibrated(methods)
     unreduced = all(stage_method.keeps_everything for stage_method in methods) and replay is None
     if any(stage_method.info.stage == "fusion" for stage_method in methods) or (unreduced and is_fusion(model)):
+        if repair is not None:
+            raise Refusal(f"repair={repair!r} acts in the LLM, which a cross-modal encoder does not have; leave it out")
         return install(model, lambda: FusionSieve(model, methods, positions))
-    return install(model, lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope, separators))
+    return install(
+        model, lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope, separators, repair)
+    )
 
 
 def _read(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
+from tokensieve.engine.sizes import joined_bias
 from tokensieve.errors import Refusal
 
 ATTRIBUTE = "_tokensieve_cache_info"
@@ -27,6 +28,8 @@ class PrefixInfo:
         renumbered_rows: in the prefix of one layer, `[B, 1]` bool, the rows with contiguous positions; ``None``: all.
         original_columns: in the prefix of one layer of an LLM with sliding windows, `[B, P]`: the place of each column
             when it entered the LLM, as the caller counts.
+        bias: `[1, B, P]` float32, added to the attention scores of the columns where attention is repaired;
+            `[2, B, P]`: the LLM's first layer has the first one. ``None``: nothing is added.
     """
 
     mask: Tensor
@@ -35,6 +38,7 @@ class PrefixInfo:
     shift: Tensor | None = None
     renumbered_rows: Tensor | None = None
     original_columns: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def dropped(self) -> int:
@@ -44,7 +48,7 @@ class PrefixInfo:
     @property
     def matters(self) -> bool:
         """Whether decode steps need it: a batch may keep its width, and still have new padding or positions."""
-        return self.dropped > 0 or self.padded or self.shift is not None
+        return self.dropped > 0 or self.padded or self.shift is not None or self.bias is not None
 
     def after(self, earlier: PrefixInfo) -> PrefixInfo:
         """Return the prefix that consists of ``earlier`` and then this one."""
@@ -52,7 +56,8 @@ class PrefixInfo:
         if earlier.shift is not None and self.shift is not None:
             shift = earlier.shift + self.shift
         mask = torch.cat([earlier.mask, self.mask], 1)
-        return PrefixInfo(mask, earlier.padded or self.padded, earlier.length + self.length, shift)
+        bias = joined_bias(earlier.bias, earlier.mask.shape[1], self.bias, self.mask.shape[1])
+        return PrefixInfo(mask, earlier.padded or self.padded, earlier.length + self.length, shift, bias=bias)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,11 @@ class CacheInfo:
 
     entry: PrefixInfo
     layers: dict[int, PrefixInfo]
+
+    @property
+    def repaired(self) -> bool:
+        """Whether the attention to some layer's columns has a bias."""
+        return any(prefix.bias is not None for prefix in (self.entry, *self.layers.values()))
 
 
 class _Reduced:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.prompt.placeholders import ColumnSelection, Placeholders
+from tokensieve.engine.sizes import median_order, reordered
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 
@@ -120,6 +121,7 @@ class ImageReduction:
         features: of the same stages, on the rows that the vision encoder made.
         inside: of each decoder stage, on the rows that it received.
         connector_scores: the scores that the connector method ranked the tokens by that entered the LLM, if it did.
+        sizes: `[K]` float32, the original tokens that each token that is left stands for; ``None``: not requested.
     """
 
     layout: TokenLayout
@@ -127,15 +129,25 @@ class ImageReduction:
     features: Reduction
     inside: tuple[Reduction, ...] = ()
     connector_scores: Tensor | None = None
+    sizes: Tensor | None = None
 
-    def then_connector(self, following: Reduction) -> ImageReduction:
+    def then_connector(self, following: Reduction, sizes: Tensor | None = None) -> ImageReduction:
         """Add a connector method's decision about the rows that are left."""
         decision, features = following.after(self.decision), following.after(self.features)
-        return replace(self, decision=decision, features=features, connector_scores=following.ranking)
+        return replace(self, decision=decision, features=features, connector_scores=following.ranking, sizes=sizes)
 
-    def then_decoder(self, following: Reduction) -> ImageReduction:
+    def then_decoder(self, following: Reduction, sizes: Tensor | None = None) -> ImageReduction:
         """Add a decoder stage's decision about the rows that are left."""
-        return replace(self, inside=(*self.inside, following))
+        return replace(self, inside=(*self.inside, following), sizes=sizes)
+
+    def at_medians(self) -> ImageReduction:
+        """Move each token that was merged before the LLM to the median place of its group."""
+        if self.decision.mixing is None or not self.decision.slots:
+            return self
+        medians, order = median_order(self.decision)
+        scores, sizes = (rows if rows is None else rows[order] for rows in (self.connector_scores, self.sizes))
+        decision, features = reordered(self.decision, order, medians), reordered(self.features, order)
+        return replace(self, decision=decision, features=features, connector_scores=scores, sizes=sizes)
 
     @property
     def anchors(self) -> Tensor:

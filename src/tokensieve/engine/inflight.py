@@ -15,6 +15,7 @@ class InFlight(threading.local):
         encoding: the encode call that is running (a ``RecordedCall`` of the encoder stage); ``None`` outside of one.
         prefill: the prompt as the connector stage shortened it; ``None`` outside of a prefill.
         decoding: the LLM's forward that is running (a ``PrefillState`` or a ``DecodeStep`` of the decoder stage).
+        repair: the repair of attention in that forward (a ``RepairPass``); ``None``: nothing is added.
         readings: {probe: what it has read}; a probe reads only while it stands here.
         stop_after_reading: the probe whose reading ends the forward.
     """
@@ -23,6 +24,7 @@ class InFlight(threading.local):
         self.encoding: Any = None
         self.prefill: Prefill | None = None
         self.decoding: Any = None
+        self.repair: Any = None
         self.readings: dict[object, list[Any]] = {}
         self.stop_after_reading: object = None
 
@@ -33,5 +35,5 @@ class InFlight(threading.local):
 
     def end_forward(self) -> None:
         """Forget the forward of the whole model, whether it returned or failed."""
-        self.prefill, self.decoding, self.stop_after_reading = None, None, None
+        self.prefill, self.decoding, self.repair, self.stop_after_reading = None, None, None, None
         self.readings.clear()

@@ -19,8 +19,9 @@ from tokensieve.engine.handoff import Decisions, ImageReduction
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.engine.repair import RepairHooks
 from tokensieve.errors import Refusal
-from tokensieve.methods import DecoderMethod, Method, Needs, Positions
+from tokensieve.methods import DecoderMethod, Method, Needs, Positions, Repair
 from tokensieve.models import Family, family_of
 from tokensieve.models.layout import Separators
 from tokensieve.models.versions import before_5_23
@@ -38,6 +39,7 @@ class LlmSieve(Sieve):
         processor: Any,
         scope: BudgetScope,
         separators: Separators,
+        repair: Repair | None = None,
     ) -> None:
         super().__init__(model, methods)
         family = family_of(model)
@@ -54,19 +56,35 @@ class LlmSieve(Sieve):
             if method.needs.requests("user_text")
         }
         self._connector = Connector(
-            family, model, connector, positions, finders.get("connector"), replay, scope, separators, layer_budget
+            family,
+            model,
+            connector,
+            positions,
+            finders.get("connector"),
+            replay,
+            scope,
+            separators,
+            layer_budget,
+            repair,
         )
         needs = _connector_needs(connector, replay)
         self._encoder = EncoderHooks(family, model, needs, by_stage.get("encoder"), self._flight)
         self._decoder: DecoderHooks | None = None
-        if isinstance(decoder, DecoderMethod):
-            try:
+        self._repair: RepairHooks | None = None
+        try:
+            if repair is not None:  # first: probes of the decoder stage call the kernel that they find
+                self._repair = RepairHooks(family, model, repair, self._flight)
+            if isinstance(decoder, DecoderMethod):
                 self._decoder = DecoderHooks(
-                    family, model, decoder, positions, finders.get("decoder"), scope, self._flight, layer_budget
+                    family, model, decoder, positions, finders.get("decoder"), scope, self._flight, layer_budget, repair
                 )
-            except Exception:
-                self._encoder.remove()
-                raise
+        except Exception:
+            self._encoder.remove()
+            if self._repair is not None:
+                self._repair.remove()
+            raise
+        if self._repair is not None:
+            self._repair.install()
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
@@ -87,6 +105,14 @@ class LlmSieve(Sieve):
         """The number of tokens of each image of :attr:`curves`."""
         return self._connector.curve_totals
 
+    @property
+    def sizes(self) -> list[list[Tensor]]:
+        """`[sample][image]`, `[K]` float32: the original tokens that each token at the end of the LLM stands for.
+
+        Empty without ``repair``.
+        """
+        return [[image.sizes for image in images if image.sizes is not None] for images in self._images]
+
     def _compose(self) -> Decisions:
         return [[image.final() for image in images] for images in self._images]
 
@@ -96,6 +122,8 @@ class LlmSieve(Sieve):
         self._encoder.remove()
         if self._decoder is not None:
             self._decoder.remove()
+        if self._repair is not None:
+            self._repair.remove()
 
     # -- the top-level forward ----------------------------------------------------------------------------------------
 
@@ -112,6 +140,8 @@ class LlmSieve(Sieve):
                 "tokens left this cache inside the LLM: continue with the decoder method attached, and without new "
                 "images"
             )
+        if earlier is not None and earlier.repaired and self._repair is None:
+            raise Refusal("this cache was filled with repaired attention: continue with the same repair attached")
         if any(shows(kwargs, modality) for modality in self._family.modalities):
             return (), self._start_prefill(kwargs, earlier)
         if before_5_23():
@@ -122,6 +152,8 @@ class LlmSieve(Sieve):
             return None
         if self._decoder is not None:
             self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
+        if self._repair is not None:
+            self._repair.start_decoding(earlier)
         return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
 
     def _refuse_lost_images(self, ids: Tensor | None) -> None:
@@ -143,6 +175,9 @@ class LlmSieve(Sieve):
         prefill = self._flight.prefill = self._connector.prefill(kwargs, earlier)
         if self._decoder is not None:
             self._decoder.start_prefill(prefill)
+        if self._repair is not None:
+            cache, state = kwargs.get("past_key_values"), self._flight.decoding
+            self._repair.start_prefill(prefill.prefix, state, cache is None or not cache.get_seq_length())
         return prefill.kwargs
 
     def _after_forward(self, model: Any, args: Any, output: Any) -> None:

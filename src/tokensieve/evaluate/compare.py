@@ -41,6 +41,7 @@ from tokensieve.evaluate.runner import Progress, Runner, Steps
 from tokensieve.evaluate.stability import row_overlaps
 from tokensieve.evaluate.table import Table, choose, store
 from tokensieve.loading import DEFAULTS, LoadOptions
+from tokensieve.methods import Repair
 from tokensieve.models.layout import Separators
 
 
@@ -59,6 +60,7 @@ def compare(
     keep_means: KeepMeans = "final",
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    repair: Repair | None = None,
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,
@@ -96,7 +98,7 @@ def compare(
         progress: called with (questions done, questions in all, current run).
         processes: share the work with other processes of a launcher, each of which makes this call:
             ``Processes.launched()``.
-        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, prompt,
+        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, repair, prompt,
             processor_for_text, measure, examples, strict, referee: see :class:`~tokensieve.evaluate.plan.Settings`.
 
     Raises:
@@ -115,6 +117,7 @@ def compare(
         keep_means=keep_means,
         budget_scope=budget_scope,
         separators=separators,
+        repair=repair,
         prompt=prompt,
         processor_for_text=processor_for_text,
         measure=measure,

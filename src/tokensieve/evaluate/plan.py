@@ -14,7 +14,7 @@ from tokensieve.budget import Budget, BudgetScope, rule_of
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.rows import BLIND, FULL, ORACLE
-from tokensieve.methods import Method, MethodInfo, Positions, parse
+from tokensieve.methods import Method, MethodInfo, Positions, Repair, parse
 from tokensieve.methods.spec import expand
 from tokensieve.models.layout import Separators
 
@@ -35,7 +35,7 @@ class Settings:
         seeds: runs of a method whose ``seed`` is open.
         keep_means: meaning of a budget for methods inside the LLM: "final" tokens, or the "average" over its layers.
             Each row reports both.
-        budget_scope, separators, positions: as for ``attach``.
+        budget_scope, separators, positions, repair: as for ``attach``.
         prompt: text of the user turn; ``{question}`` is replaced.
         processor_for_text: pass the processor to ``attach``, so that text-informed methods use the user's words only.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
@@ -61,6 +61,7 @@ class Settings:
     examples: int = 4
     strict: bool = False
     positions: Positions = "original"
+    repair: Repair | None = None
     referee: bool = True
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class Settings:
             raise Refusal(f"batch_size must be 'auto' or a number of at least 1; got {self.batch_size!r}")
         if "{question}" not in self.prompt:
             raise Refusal(f"the prompt must contain {{question}}; got {self.prompt!r}")
+        if self.repair not in (None, *get_args(Repair)):
+            raise Refusal(f"repair must be None, 'size' or 'restore'; got {self.repair!r}")
         _check(self.seeds, self.keep_means)
 
     def plan(
@@ -80,12 +83,16 @@ class Settings:
 
     def attach_options(self) -> dict[str, Any]:
         """Return the settings that ``attach`` takes."""
-        return {"budget_scope": self.budget_scope, "separators": self.separators, "positions": self.positions}
+        names = ("budget_scope", "separators", "positions", "repair")
+        return {name: getattr(self, name) for name in names}
 
     def prediction_setup(self) -> dict[str, Any]:
         """Return the settings that change a prediction. Predictions made under other ones are not reused."""
         names = ("prompt", "max_new_tokens", "processor_for_text")
-        return {name: getattr(self, name) for name in names} | self.attach_options()
+        options = self.attach_options()
+        if self.repair is None:  # predictions of releases without it can be continued
+            del options["repair"]
+        return {name: getattr(self, name) for name in names} | options
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tokensieve.methods.spec import expand
 from tokensieve.methods.spec_file import DEFAULTS
 from tokensieve.version import __version__
 
-OPTIONS = ("method", "keep", "positions", "budget_scope", "separators")
+OPTIONS = ("method", "keep", "positions", "budget_scope", "separators", "repair")
 PROCESSORS = ("processor", "_processor", "_image_processor", "image_processor")
 
 
@@ -94,7 +94,7 @@ class Attachment:
         processor: its processor, for the words that the user wrote.
         method: a spec or the path of a spec file, also in quotes, which lmms-eval leaves around a spec with commas.
         keep: a budget such as 64, 0.25 or "25%", if the spec leaves it open.
-        positions, budget_scope, separators: as for :func:`tokensieve.attach`.
+        positions, budget_scope, separators, repair: as for :func:`tokensieve.attach`.
 
     Attributes:
         sieve: the attached method.

@@ -21,7 +21,7 @@ from tokensieve.measure.busy import CpuReading, cpu_quota, read_cpu, timing_note
 from tokensieve.measure.latency import Clock, Context, Spread, decode_stopwatch, in_rounds, stopwatch
 from tokensieve.measure.paired import BreakEven, Rounds, Timing
 from tokensieve.measure.resources import count_flops, kv_bytes, peak_activation_bytes
-from tokensieve.methods import Method, Positions, parse
+from tokensieve.methods import Method, Positions, Repair, parse
 from tokensieve.models.layout import Separators
 from tokensieve.reduction import Reduction
 
@@ -136,6 +136,7 @@ def measure_costs(
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     positions: Positions = "original",
+    repair: Repair | None = None,
     clock: Clock = time.perf_counter,
     read: Callable[[], CpuReading] = read_cpu,
 ) -> list[Cost]:
@@ -150,7 +151,7 @@ def measure_costs(
         methods: specs, methods, lists of methods (stages in order), or decisions to replay, as for ``attach``.
         models: for each method the model that it runs on, such as ``model`` fine-tuned; by default ``model``. All rows
             are paired with ``model``.
-        processor, budget_scope, separators, positions: as for ``attach``.
+        processor, budget_scope, separators, positions, repair: as for ``attach``.
         repeats, warmup: timed rounds, and untimed rounds before them.
         decode_tokens: tokens generated to time decoding, after the first.
         clock, read: the clock of the rounds, and the CPU time that shows a busy machine.
@@ -162,7 +163,12 @@ def measure_costs(
         raise Refusal(f"repeats and decode_tokens must be at least 1; got {repeats} and {decode_tokens}")
     prompts = {id(host): _Prompts(host, inputs) for host in (model, *(models or ()))}
     hosts = [prompts[id(host)] for host in models or [model] * len(methods)]
-    scope: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "positions": positions}
+    scope: dict[str, Any] = {
+        "budget_scope": budget_scope,
+        "separators": separators,
+        "positions": positions,
+        "repair": repair,
+    }
     options = {"processor": processor, **scope}
     full = _Contender.unhooked(prompts[id(model)])
     contenders = [full, *(_Contender.of(m, host, options) for m, host in zip(methods, hosts, strict=True))]
@@ -192,12 +198,18 @@ def prefill_flops(
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     positions: Positions = "original",
+    repair: Repair | None = None,
 ) -> int:
     """Count the FLOPs of one prefill with a method; arguments as for :func:`measure_costs`, which times it, too."""
     prompts = _Prompts(model, inputs)
     if method == "full":
         return count_flops(prompts.prefill)
-    scope: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "positions": positions}
+    scope: dict[str, Any] = {
+        "budget_scope": budget_scope,
+        "separators": separators,
+        "positions": positions,
+        "repair": repair,
+    }
     with attach(model, method, processor=processor, **scope):
         return count_flops(prompts.prefill)
 

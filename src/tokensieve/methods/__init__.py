@@ -1,6 +1,6 @@
 """Hold one file per method: a frozen dataclass whose ``reduce`` turns visual tokens into a Reduction."""
 
-from tokensieve.methods.base import ConnectorMethod, Method, MethodInfo, Positions, ScoreMethod, Stage
+from tokensieve.methods.base import ConnectorMethod, Method, MethodInfo, Positions, Repair, ScoreMethod, Stage
 from tokensieve.methods.fusion import FusionMethod
 from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNeeds
 from tokensieve.methods.registry import info, list_methods, register
@@ -18,6 +18,7 @@ __all__ = [
     "MethodInfo",
     "Needs",
     "Positions",
+    "Repair",
     "ResizeMethod",
     "ScoreMethod",
     "Stage",

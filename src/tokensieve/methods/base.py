@@ -21,6 +21,7 @@ from tokensieve.tokens import ConnectorTokens
 
 Stage: TypeAlias = Literal["encoder", "connector", "decoder", "fusion"]
 Positions: TypeAlias = Literal["original", "contiguous"]
+Repair: TypeAlias = Literal["size", "restore"]
 AnyMethod = TypeVar("AnyMethod", bound="Method")
 
 

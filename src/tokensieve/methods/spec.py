@@ -60,8 +60,8 @@ def expand(specs: Sequence[str], **options: Any) -> tuple[list[str], dict[str, A
     """Replace paths of spec files by the specs inside, each with its budget; return the specs and the options.
 
     Args:
-        options: the given positions, separators and budget_scope, as far as the caller can set them. Those of the files
-            take their place, and hold for all specs.
+        options: the given positions, separators, budget_scope and repair, as far as the caller can set them. Those of
+            the files take their place, and hold for all specs.
 
     Raises:
         Refusal: a file cannot be read, files disagree, or an option differs from the file's, or cannot be set here.

@@ -10,15 +10,21 @@ from typing import Any, get_args
 
 from tokensieve.budget import Budget, BudgetScope, check_budget
 from tokensieve.errors import Refusal
-from tokensieve.methods.base import Positions
+from tokensieve.methods.base import Positions, Repair
 
 VERSION = 1
-DEFAULTS: dict[str, Any] = {"positions": "original", "separators": "kept-lines", "budget_scope": "image"}
+DEFAULTS: dict[str, Any] = {
+    "positions": "original",
+    "separators": "kept-lines",
+    "budget_scope": "image",
+    "repair": None,
+}
 """Options of ``attach`` that a file holds; one that is missing has its default."""
 ALLOWED = {
     "positions": get_args(Positions),
     "separators": ("kept-lines", "none"),
     "budget_scope": get_args(BudgetScope),
+    "repair": (None, *get_args(Repair)),
 }
 KEYS = ("tokensieve_spec", "method", "keep", *DEFAULTS, "evidence")
 
@@ -29,7 +35,7 @@ class SpecFile:
 
     Attributes:
         method: a spec; ``keep`` is the budget of the stages that leave theirs open, if there are any.
-        options: positions, separators and budget_scope, as for ``attach``.
+        options: positions, separators, budget_scope and repair, as for ``attach``.
         evidence: the measurements that led to this choice, for the reader.
         name: the file's name, for errors.
     """

@@ -62,7 +62,13 @@ def keys_joined(query: Tensor, key: Tensor, scaling: float, mask: Tensor | None 
 
 
 def attention_of_queries(
-    query: Tensor, key: Tensor, scaling: float, columns: Tensor, mask: Tensor | None, softcap: float | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    columns: Tensor,
+    mask: Tensor | None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return the post-softmax attention of chosen queries, `[B, H, Q, N]` float32, in O(Q·N).
 
@@ -73,6 +79,7 @@ def attention_of_queries(
         mask: the layer's own, `[B or 1, 1, N, N]` (bool or additive); else attention is causal, and this is `[B, N]`, 0
             on padding, or ``None``.
         softcap: the bound that the LLM keeps scores below; ``None``: no bound.
+        bias: `[B, N]`, added to the scores of each key.
     """
     chosen = query.take_along_dim(columns[:, None, :, None], -2)
     # [B, H/g, g, Q, d] against [B, H/g, 1, N, d]: shared keys are broadcast over their group, never repeated in memory
@@ -80,6 +87,8 @@ def attention_of_queries(
     scores = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2).float() * scaling
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
+    if bias is not None:
+        scores = scores + bias[:, None, None]
     if mask is not None and mask.ndim == 4:
         mask_of_query = mask[:, 0].expand(len(columns), -1, -1)
         mask = mask_of_query.take_along_dim(columns[..., None], 1)

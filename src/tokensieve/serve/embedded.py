@@ -42,7 +42,7 @@ from tokensieve.errors import Refusal, first_line
 from tokensieve.images import decode_image
 from tokensieve.loading import devices_of, to_model
 from tokensieve.measure.latency import synchroniser
-from tokensieve.methods import Method, Positions, parse
+from tokensieve.methods import Method, Positions, Repair, parse
 from tokensieve.models.layout import Separators
 from tokensieve.serve.body import image_bytes, texts_of
 from tokensieve.serve.guard import Guard
@@ -64,7 +64,7 @@ class Attached:
         model, processor: as loaded.
         method: spec of requests that choose none.
         keep: budget of requests that choose none; ``None`` leaves it to the spec.
-        positions, budget_scope, separators: as in :func:`tokensieve.attach`.
+        positions, budget_scope, separators, repair: as in :func:`tokensieve.attach`.
     """
 
     def __init__(
@@ -76,11 +76,12 @@ class Attached:
         positions: Positions = "original",
         budget_scope: BudgetScope = "image",
         separators: Separators = "kept-lines",
+        repair: Repair | None = None,
     ) -> None:
         self.model, self.processor = model, processor
         self.prefill = Prefill()
         self._method, self._keep = method, keep
-        options = {"positions": positions, "budget_scope": budget_scope, "separators": separators}
+        options = {"positions": positions, "budget_scope": budget_scope, "separators": separators, "repair": repair}
         self._options: dict[str, Any] = {**options, "processor": processor}
         self._sieve: Sieve | None = None
         self._spec = ""

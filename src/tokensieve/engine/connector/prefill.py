@@ -27,12 +27,13 @@ from tokensieve.engine.connector.shorten import (
     shorten_inputs,
     untouched_prefix,
 )
+from tokensieve.engine.connector.sizes import bias_of, sized, sizes_after
 from tokensieve.engine.handoff import Decisions, EncoderOutputs, ImageReduction, Prefill
 from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.errors import Refusal
-from tokensieve.methods import Method, Positions
+from tokensieve.methods import Method, Positions, Repair
 from tokensieve.methods.adaptive import cut
 from tokensieve.models import Family, TokenLayout
 from tokensieve.models.family import PIXELS, Modality
@@ -59,6 +60,7 @@ class Connector:
         scope: the scope of the budget.
         separators: the separators that a reduced image keeps.
         layer_budget: works out ``keep``, if it is an average over the layers of the LLM.
+        repair: the repair of attention; it needs the sizes of the tokens.
 
     Attributes:
         curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
@@ -76,11 +78,12 @@ class Connector:
         scope: BudgetScope,
         separators: Separators,
         layer_budget: LayerBudget | None = None,
+        repair: Repair | None = None,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
-        self.layer_budget = layer_budget
+        self.layer_budget, self.repair = layer_budget, repair
         self.curves: list[list[float]] = []
         self.curve_totals: list[int] = []
 
@@ -102,6 +105,8 @@ class Connector:
         encoded = kwargs["mm_encoder_outputs"] = self._encode(kwargs)
         prompt = self._images(kwargs, encoded)
         images, placeholders = self._decide(kwargs, prompt), prompt.placeholders
+        if self.repair == "restore":
+            images = [image.at_medians() for image in images]
         per_image = iter(images)
         by_row = [[next(per_image) for _ in sizes] for sizes in placeholders.images]
         videos = prompt.by_modality.get("video", [])
@@ -120,6 +125,9 @@ class Connector:
             end, padding = placeholders.end, padding_id(self.model)
             prefix = shorten_inputs(kwargs, columns, positions, end, renumbered_rows, padding)
             visual = columns.take(placeholders.visual) & columns.valid
+            if self.repair is not None:
+                bias = bias_of(visual, images, self.repair)
+                prefix = replace(prefix, bias=bias[..., : prefix.mask.shape[1]])
         if earlier is not None:
             prefix = self._append(kwargs, prefix, earlier)
         return Prefill(kwargs, by_row, prompt.copies, visual, placeholders, videos, columns, lengths, prefix)
@@ -217,12 +225,14 @@ class Connector:
             placeholders = prompt.placeholders
             replayed = _replayed(self.replay, placeholders.images[:: prompt.copies], placeholders.visual.device)
             by_image = zip(layouts, (replayed[origin] for origin in origins), strict=True)
-            return [ImageReduction(layout, decision, decision) for layout, decision in by_image]
+            images = [ImageReduction(layout, decision, decision) for layout, decision in by_image]
+            return images if self.repair is None else sized(images, prompt.features)
         if outputs.reductions is None:
-            images = [_whole(layout, rows.device) for layout, rows in zip(layouts, prompt.features, strict=True)]
+            images = [self._whole(layout, rows.device) for layout, rows in zip(layouts, prompt.features, strict=True)]
         else:  # the vision encoder has merged the rows already: the features need only be picked
             in_encoder = [outputs.reductions[origin] for origin in origins]
             images = [ImageReduction(TokenLayout(r.total), r, Reduction(r.total, r.anchors)) for r in in_encoder]
+            images = images if self.repair is None else sized(images)
             layouts = [_fitting(outputs.layouts[i], r.slots) for i, r in zip(origins, in_encoder, strict=True)]
         if self.method is None:
             return images
@@ -232,7 +242,13 @@ class Connector:
         counts = iter(map(len, evidence.features))
         samples = [[next(counts) for _ in row] for row in prompt.placeholders.images]
         decisions = decide(self.method, self.scope, evidence, samples, self._budgets(evidence, images))
-        return [image.then_connector(decision) for image, decision in zip(images, decisions, strict=True)]
+        after = zip(images, decisions, sizes_after(images, decisions, prompt.features, layouts), strict=True)
+        return [image.then_connector(decision, sizes_left) for image, decision, sizes_left in after]
+
+    def _whole(self, layout: TokenLayout, device: torch.device) -> ImageReduction:
+        whole = Reduction.identity(layout.total, device=device, grid=layout.grid)
+        sizes = None if self.repair is None else torch.ones(layout.total, device=device)
+        return ImageReduction(layout, whole, whole, sizes=sizes)
 
     def _budgets(self, evidence: ConnectorEvidence, images: list[ImageReduction]) -> list[int] | None:
         """Return the tokens to keep of each image, if ``keep`` is a rule; ``None`` for a number."""
@@ -271,11 +287,6 @@ class Connector:
 def _fitting(layout: TokenLayout, total: int) -> TokenLayout:
     """Return the layout, if it is one of ``total`` tokens; else only their number is known."""
     return layout if layout.total == total else TokenLayout(total)
-
-
-def _whole(layout: TokenLayout, device: torch.device) -> ImageReduction:
-    whole = Reduction.identity(layout.total, device=device, grid=layout.grid)
-    return ImageReduction(layout, whole, whole)
 
 
 def _replayed(decisions: Decisions, images: list[list[int]], device: torch.device) -> list[Reduction]:

@@ -159,9 +159,13 @@ class DecoderEvidence:
             rows["attention"] = columns
         if self.needs.separator_attention:
             rows["separator_attention"] = state.columns_after_images()
-        mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else state.sequence.mask
+        explicit = isinstance(mask, Tensor) and mask.ndim == 4
+        mask = mask if explicit else state.sequence.mask
+        bias = None  # of repaired attention; the mask has it, unless the layer was run for this reading alone
+        if self.flight.repair is not None and (self.needs.same_layer or not explicit):
+            bias = self.flight.repair.keys
         for name, columns in rows.items():
-            reading[name] = attention_of_queries(query, key, scaling, columns, mask, softcap)
+            reading[name] = attention_of_queries(query, key, scaling, columns, mask, softcap, bias)
         return reading
 
     # -- handing out --------------------------------------------------------------------------------------------------

@@ -37,9 +37,10 @@ from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import equal_groups
 from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.engine.sizes import at_medians, carried_sizes, key_bias
 from tokensieve.engine.wrapped import uncompiled
 from tokensieve.errors import Refusal
-from tokensieve.methods import DecoderMethod, Positions
+from tokensieve.methods import DecoderMethod, Positions, Repair
 from tokensieve.models import Family
 from tokensieve.models.versions import before_5_23, checkpoints_activations
 from tokensieve.tokens import DecoderTokens
@@ -78,10 +79,11 @@ class DecoderHooks:
         scope: BudgetScope,
         flight: InFlight,
         layer_budget: LayerBudget | None = None,
+        repair: Repair | None = None,
     ) -> None:
         self.decoder, self.method, self.positions = uncompiled(model.get_decoder()), method, positions
         self.text_finder, self.scope, self.flight = text_finder, scope, flight
-        self.layer_budget = layer_budget
+        self.layer_budget, self.repair = layer_budget, repair
         self.first_position = family.first_position
         layers, config = list(self.decoder.layers), self.decoder.config
         self.depth, self.kinds = len(layers), attention_kinds(config)
@@ -215,12 +217,15 @@ class DecoderHooks:
             decisions = state.method(members[0])(tokens)
             for member, about_patches in zip(members, decisions, strict=True):
                 decision = layouts[member].merge_parts([about_patches])
-                (row, image), columns = member, state.columns(member)
+                decision = at_medians(decision) if self.repair == "restore" else decision
+                (row, image), columns, sizes = member, state.columns(member), state.image(member).sizes
+                if sizes is not None:
+                    sizes = carried_sizes(sizes, decision, hidden[row, columns], layouts[member].separator)
                 kept[row][image] = columns[decision.anchors]
                 if decision.mixing is not None:  # merged rows take their anchors' places before the others leave
                     hidden, cloned = hidden if cloned else hidden.clone(), True
                     hidden[row, kept[row][image]] = decision.apply(hidden[row, columns])
-                state.images[row][image] = state.images[row][image].then_decoder(decision)
+                state.images[row][image] = state.images[row][image].then_decoder(decision, sizes)
         if number == self.layers[-1]:
             state.evidence.clear()  # nothing reads it any more: free the memory
         selection = state.drop(kept)
@@ -307,12 +312,14 @@ class DecoderHooks:
         after_images = state.prefill.visual.shape[1] - entry.mask.shape[1]
         end = sequence.visual.shape[1] - after_images
         mask = torch.ones_like(sequence.visual, dtype=torch.long) if sequence.mask is None else sequence.mask
+        sizes = [image.sizes for of_row in state.images for image in of_row if image.sizes is not None]
         return PrefixInfo(
             mask[:, :end],
             sequence.columns.padded,
             entry.length,
             renumbered_rows=state.renumbered_rows() if self.positions == "contiguous" else None,
             original_columns=sequence.columns.index[:, :end] + entry.dropped if self.window else None,
+            bias=key_bias(sequence.visual, sizes)[None, :, :end] if sizes else None,
         )
 
     def _deepstack(self, process: Any, hidden: Tensor, visual: Tensor, features: Tensor) -> Tensor:
