@@ -63,7 +63,8 @@ def table(chance: random.Random, size: Size) -> Image.Image:
     width, height = size
     page = Image.new("RGB", size, "white")
     canvas, margin, columns, step = ImageDraw.Draw(page), width // 12, chance.randint(3, 6), chance.choice((32, 40, 48))
-    rows = chance.randint(8, min(18, (height - 2 * margin) // step - 2))
+    most = max(1, min(18, (height - 2 * margin) // step - 2))
+    rows = chance.randint(min(8, most), most)
     wide, font = (width - 2 * margin) // columns, ImageFont.load_default(15)
     canvas.text((margin, margin // 2), _words(chance, 4).capitalize(), "black", ImageFont.load_default(18))
     for row in range(rows + 1):
