@@ -20,23 +20,22 @@ from tokensieve.tokens import VisualTokens
 class PixelPrune(PixelMethod):
     """Drop the tokens whose pixels equal those predicted from their neighbours, before the vision encoder.
 
-    The image is scanned by rows of tokens. Each token is predicted as a copy of its upper neighbour if an edge runs
-    down between the upper-left and the upper one (the upper-left one equals the left one, but not the upper one). Else
-    it is predicted as a copy of its left neighbour. A token that equals its prediction leaves: its pixels follow from
-    the pixels of the kept tokens, and the kept ones are scanned in the same way. The first token always stays. An image
-    without such tokens, as a photograph, stays whole.
+    Each token is predicted as a copy of its left neighbour. Where an edge runs down between its upper-left and its upper
+    neighbour (the upper-left one equals the left one, but not the upper one), it is predicted as a copy of the upper
+    one. A token that equals its prediction leaves: its pixels can be rebuilt from those of the tokens before it. The
+    first token always stays. An image without equal neighbours, such as a photograph, stays whole.
 
     Args:
-        tolerance: the largest difference of any pixel at which two tokens count as equal; white is 1, black 0, so that
-            one of 256 levels is 1/255. 0: no pixel differs, and nothing is lost. Above 0, neighbours that left are
-            compared by the kept pixels that stand for them, so that differences do not add up.
+        tolerance: the largest difference of a pixel at which two tokens count as equal. White is 1 and black 0, so one
+            of 256 levels is 1/255. With 0, the dropped pixels can be rebuilt exactly. Above 0, a neighbour that left is
+            compared by the kept pixels that it is rebuilt from, so differences do not add up.
 
-    Cost: O(N·d) time and memory for the d pixels of a token, once for 0, and in one step per diagonal of the image
-        above 0; the vision encoder and the LLM then process K tokens instead of N.
+    Cost: O(N·d) time and memory for the d pixels of a token, in one step for 0 and in one step per diagonal of the
+        image above 0. The vision encoder and the LLM then process K tokens instead of N.
     Paper: "PixelPrune: Pixel-Level Adaptive Visual Token Reduction via Predictive Coding", 2026.
-    Official code: decides the same (its default scan ``pred_2d`` and metric ``max``), for Qwen3-VL and Qwen3.5. It
-        reads pixels as normalised by mean and deviation 0.5; here Qwen2-VL and Qwen2.5-VL have their own. It takes one
-        sample at a time where a batch has several images; here any batch works.
+    Official code: makes the same decision (scan ``pred_2d``, metric ``max``, both its defaults), for Qwen3-VL and
+        Qwen3.5. It assumes pixels normalised by mean and deviation 0.5; Qwen2-VL and Qwen2.5-VL have those of CLIP
+        here. Its transformers patch is for one sample at a time; any batch works here.
     """
 
     tolerance: float = 0.0
