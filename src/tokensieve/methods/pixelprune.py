@@ -20,9 +20,9 @@ from tokensieve.tokens import VisualTokens
 class PixelPrune(PixelMethod):
     """Drop the tokens whose pixels equal those predicted from their neighbours, before the vision encoder.
 
-    Each token is predicted as a copy of its left neighbour. Where an edge runs down between its upper-left and its upper
-    neighbour (the upper-left one equals the left one, but not the upper one), it is predicted as a copy of the upper
-    one. A token that equals its prediction leaves: its pixels can be rebuilt from those of the tokens before it. The
+    Each token is predicted as a copy of its left neighbour. Where an edge runs down between its upper-left and
+    its upper neighbour (the upper-left one equals the left one, but not the upper one), it is predicted as a copy of
+    the upper one. A token that equals its prediction leaves: its pixels can be rebuilt from those before it. The
     first token always stays. An image without equal neighbours, such as a photograph, stays whole.
 
     Args:
