@@ -75,11 +75,11 @@ def _follows_within(pixels: Tensor, tolerance: float) -> Tensor:
 
     for diagonal in range(1, height + width - 1):  # the neighbours of its tokens lie on the two diagonals before
         first = max(0, diagonal - width + 1)
-        here = torch.arange(first, min(diagonal, height - 1) + 1, device=rows.device) * (width - 1) + diagonal
+        tokens = torch.arange(first, min(diagonal, height - 1) + 1, device=rows.device) * (width - 1) + diagonal
         # at the borders only one neighbour exists: it takes the part of all three
-        left = rebuilt_from[torch.where(column[here] > 0, here - 1, here - width)]
-        upper = torch.where(row[here] > 0, rebuilt_from[here - width], left)
-        corner = torch.where((row[here] > 0) & (column[here] > 0), rebuilt_from[here - width - 1], upper)
+        left = rebuilt_from[torch.where(column[tokens] > 0, tokens - 1, tokens - width)]
+        upper = torch.where(row[tokens] > 0, rebuilt_from[tokens - width], left)
+        corner = torch.where((row[tokens] > 0) & (column[tokens] > 0), rebuilt_from[tokens - width - 1], upper)
         predicted = torch.where(equal(corner, left) & ~equal(corner, upper), upper, left)
-        rebuilt_from[here] = torch.where(equal(here, predicted), predicted, here)
+        rebuilt_from[tokens] = torch.where(equal(tokens, predicted), predicted, tokens)
     return (rebuilt_from != token).view(height, width)
