@@ -11,7 +11,7 @@ from torch import Tensor
 import tokensieve
 from tests.support.oracle import Decision
 from tokensieve import MethodInfo, Reduction, list_methods
-from tokensieve.methods import EncoderMethod
+from tokensieve.methods import EncoderMethod, PixelMethod
 from tokensieve.methods.registry import find
 
 # 13 tokens: fewer than some images have, more than others (those stay whole); 0.3: a share of any
@@ -61,10 +61,15 @@ def inside_encoder(info: MethodInfo) -> bool:
     return issubclass(find(info.name), EncoderMethod)
 
 
+def by_pixels(info: MethodInfo) -> bool:
+    return issubclass(find(info.name), PixelMethod)
+
+
 def before_llm() -> list[MethodInfo]:
     """Methods for images that decide before the LLM, between vision encoder and LLM or about the image's size."""
     early = [info for info in list_methods() if info.stage in ("encoder", "connector")]
-    images = [info for info in early if not info.needs.requests("video") and not inside_encoder(info)]
+    images = [info for info in early if not info.needs.requests("video")]
+    images = [info for info in images if not inside_encoder(info) and not by_pixels(info)]
     return [info for info in images if info.name not in FIRST_TUNED]
 
 

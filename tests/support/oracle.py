@@ -465,6 +465,7 @@ def logits_inside(
     answer: list[int],
     entered: Any = None,
     policy: str = "original",
+    encoded: list[Encoded] | None = None,
 ) -> Tensor:
     """Return the same where tokens leave inside the LLM.
 
@@ -472,9 +473,10 @@ def logits_inside(
         stages: before which layers; per image, original indices of the tokens that are left then.
         entered: per image, original indices of the tokens that entered it; ``None``: all.
         policy: of positions.
+        encoded: per image, the rows that entered it; ``None``: those of the unmodified encoder.
     """
     entered = entered or everything(sample)
-    features = [
+    features = encoded or [
         Encoded(e.rows[i], [p[i] for p in e.planes]) for e, i in zip(encode(model, name, sample), entered, strict=True)
     ]
 

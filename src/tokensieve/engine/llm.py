@@ -21,8 +21,8 @@ from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
 from tokensieve.errors import Refusal
-from tokensieve.methods import DecoderMethod, Method, Needs, Positions, Repair
-from tokensieve.models import Family, family_of
+from tokensieve.methods import DecoderMethod, Method, Needs, PixelMethod, Positions, Repair
+from tokensieve.models import Family, families, family_of
 from tokensieve.models.layout import Separators
 from tokensieve.models.versions import before_5_23
 
@@ -223,7 +223,14 @@ def _check_stages(family: Family, methods: Sequence[Method]) -> None:
     """Refuse methods of stages, or for videos, that the family does not support."""
     for method in methods:
         stage = method.info.stage
-        if stage not in family.stages:
+        if isinstance(method, PixelMethod):
+            if not family.takes_subsets:
+                able = "; ".join(able.title for able in families() if able.takes_subsets)
+                raise Refusal(
+                    f"{method} drops patches before the vision encoder, which is supported in {able}; "
+                    f"got {family.title}"
+                )
+        elif stage not in family.stages:
             reason = f": {family.decoder_unsupported}" if stage == "decoder" else ""
             raise Refusal(f"{method} acts in the {stage}, which is not supported in {family.title}{reason}")
         if method.needs.requests("video") and "video" not in family.modalities:

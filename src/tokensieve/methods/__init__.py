@@ -5,7 +5,7 @@ from tokensieve.methods.fusion import FusionMethod
 from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNeeds
 from tokensieve.methods.registry import info, list_methods, register
 from tokensieve.methods.spec import parse
-from tokensieve.methods.stages import DecoderMethod, EncoderMethod, ResizeMethod
+from tokensieve.methods.stages import DecoderMethod, EncoderMethod, PixelMethod, ResizeMethod
 
 __all__ = [
     "ConnectorMethod",
@@ -17,6 +17,7 @@ __all__ = [
     "Method",
     "MethodInfo",
     "Needs",
+    "PixelMethod",
     "Positions",
     "Repair",
     "ResizeMethod",

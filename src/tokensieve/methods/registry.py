@@ -20,7 +20,7 @@ from tokensieve.errors import Refusal, nearest
 from tokensieve.methods.base import Method, MethodInfo, Stage
 from tokensieve.methods.fusion import FusionMethod
 from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNeeds
-from tokensieve.methods.stages import DecoderMethod, EncoderMethod, ResizeMethod
+from tokensieve.methods.stages import DecoderMethod, EncoderMethod, PixelMethod, ResizeMethod
 
 ENTRY_POINTS = "tokensieve.methods"
 _registry: dict[str, type[Method]] = {}
@@ -32,7 +32,7 @@ NEEDS: dict[Stage, type[StageNeeds]] = {
     "fusion": StageNeeds,
 }
 BASES: dict[Stage, tuple[type[Method], ...]] = {
-    "encoder": (EncoderMethod, ResizeMethod),
+    "encoder": (EncoderMethod, ResizeMethod, PixelMethod),
     "connector": (Method,),
     "decoder": (DecoderMethod,),
     "fusion": (FusionMethod,),

@@ -139,6 +139,18 @@ class ResizeMethod(Method):
     def reduce(self, image: VisualTokens) -> Reduction: ...
 
 
+@dataclass(frozen=True)
+class PixelMethod(Method):
+    """Base of methods that choose tokens by their pixels: the vision encoder then processes the kept patches only.
+
+    :meth:`reduce` receives one still image. Its ``features`` `[1, N, d]` are the d pixel values of each token, float32,
+    white 1 and black 0.
+    """
+
+    @abstractmethod
+    def reduce(self, image: VisualTokens) -> Reduction: ...
+
+
 def number_layers(layers: Sequence[int | float], depth: int, *, first: int) -> list[int]:
     """Return layer numbers: a float is a share of the depth, and shares that fall on one layer take the next ones."""
     numbers: list[int] = []

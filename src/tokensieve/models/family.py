@@ -63,6 +63,7 @@ class Family(ABC):
         untested: the family is discovered instead of declared; every call checks the discovered layout again.
         first_position: the position id of a prompt's first token.
         encoder_unreadable: the reason why encoder evidence cannot be mapped to visual tokens; empty if it can.
+        takes_subsets: the vision encoder can process the patches of some of an image's tokens only (:meth:`subset`).
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class Family(ABC):
     first_position: ClassVar[int] = 0
     joins_tiles: ClassVar[bool] = False
     encoder_unreadable: ClassVar[str] = ""
+    takes_subsets: ClassVar[bool] = False
 
     @property
     def limits(self) -> str:
@@ -189,8 +191,20 @@ class Family(ABC):
         """Resize the images in the encoder's inputs so that image i has a grid of ``cells[i]`` visual tokens."""
         raise NotImplementedError
 
+    def token_pixels(self, model: Any, call: EncodeCall, method: str) -> list[Tensor]:
+        """Return the pixels of the visual tokens of each image, `[height, width, d]` float32; white is 1, black 0.
+
+        Raises:
+            Refusal: for videos; names the method.
+        """
+        raise NotImplementedError
+
+    def subset(self, tower: Any, inputs: dict[str, Any], reductions: Sequence[Reduction]) -> dict[str, Any]:
+        """Return the encoder's inputs for the patches of the kept tokens only, each at its own place in its image."""
+        raise NotImplementedError
+
     def restore(self, tower: Any, output: Any, reductions: Sequence[Reduction]) -> None:
-        """Scatter the rows of resized images to their anchors, in place, so that the model receives its usual shapes.
+        """Scatter the rows of smaller images to their anchors, in place, so that the model receives its usual shapes.
 
         The other rows are zero; the connector stage drops them.
         """

@@ -16,6 +16,7 @@ class Glm4v(QwenVL):
     model_types = ("glm4v",)
     stages = ("connector", "decoder")
     modalities = ("image",)  # its videos appear in the prompt as images
+    takes_subsets = False
 
     def patches(self, model: Any, call: EncodeCall, rows: Tensor) -> Tensor:
         return rows

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers.vision_utils import get_vision_window_index
 
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Stage
 from tokensieve.models.family import EncodeCall, Family, Modality, scatter_to_anchors
 from tokensieve.models.layout import Grid, TokenLayout, to_device
+from tokensieve.models.qwen_subset import subset, token_pixels, windows
 from tokensieve.reduction import Reduction
 
 
@@ -23,6 +23,7 @@ class QwenVL(Family):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     stages: ClassVar[tuple[Stage, ...]] = ("encoder", "connector", "decoder")
     modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
+    takes_subsets: ClassVar[bool] = True
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         layers = getattr(tower, "fullatt_block_indexes", range(len(tower.blocks)))
@@ -67,9 +68,9 @@ class QwenVL(Family):
         tower: Any = self.tower(model)
         if not hasattr(tower, "fullatt_block_indexes"):
             return units
-        config = tower.config  # the encoder permutes units so that each window is contiguous
-        grid = call.encoder_inputs["grid_thw"].cpu()
-        window, _ = get_vision_window_index(grid, config.spatial_merge_size, config.window_size, config.patch_size)
+        window = call.encoder_inputs.get("window_index")  # of the kept units, if some were dropped before the encoder
+        if window is None:
+            window, _ = windows(tower, call.encoder_inputs["grid_thw"].cpu())
         return units[to_device(window.argsort(), units.device)]  # argsort inverts a permutation
 
     def resize(self, tower: Any, inputs: dict[str, Any], cells: Sequence[Grid]) -> dict[str, Any]:
@@ -83,6 +84,15 @@ class QwenVL(Family):
         ]
         thw = torch.tensor([[1, h * merge, w * merge] for h, w in cells], device=grids.device, dtype=grids.dtype)
         return {**inputs, "hidden_states": torch.cat(resized), "grid_thw": thw}
+
+    def token_pixels(self, model: Any, call: EncodeCall, method: str) -> list[Tensor]:
+        grids = call.encoder_inputs["grid_thw"].tolist()
+        if call.modality == "video" or any(frames > 1 for frames, _, _ in grids):
+            raise Refusal(f"{method} compares the pixels of images; videos are not supported")
+        return token_pixels(self.pixels(call), grids, self.tower(model).config)
+
+    def subset(self, tower: Any, inputs: dict[str, Any], reductions: Sequence[Reduction]) -> dict[str, Any]:
+        return subset(tower, inputs, reductions)
 
     def restore(self, tower: Any, output: Any, reductions: Sequence[Reduction]) -> None:
         def restored(rows: Tensor) -> Tensor:

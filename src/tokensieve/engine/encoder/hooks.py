@@ -16,20 +16,21 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tokensieve.engine.encoder.before import reduce_before
 from tokensieve.engine.encoder.steps import TowerPass, TowerResult
 from tokensieve.engine.encoder.tower import TowerHooks
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.probe import Probe, Read, probe_of
 from tokensieve.errors import Refusal
-from tokensieve.methods import EncoderMethod, Method, Needs, ResizeMethod
+from tokensieve.methods import EncoderMethod, Method, Needs, PixelMethod, ResizeMethod
 from tokensieve.models import EncodeCall, Family, TokenLayout
 from tokensieve.models.family import Modality, scatter_to_anchors
 from tokensieve.models.layout import to_device
 from tokensieve.models.vit import Pooling
 from tokensieve.ops import pixel_hash
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import VisualTokens, resolve_layers
+from tokensieve.tokens import resolve_layers
 
 Reads: TypeAlias = dict[str, Read]
 RECEIVED_FOR_CLS = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
@@ -74,7 +75,6 @@ class EncoderHooks:
         self.family, self.model, self.base, self.flight = family, model, model.base_model, flight
         self.method = method
         self.tower_hooks = TowerHooks(family, model, method, flight) if isinstance(method, EncoderMethod) else None
-        self.resize = method if isinstance(method, ResizeMethod) else None
         self.needs = needs
         self.depth, self.cls_replaced = 0, False
         self.pooling: Pooling | None = None
@@ -187,8 +187,8 @@ class EncoderHooks:
         if call is None:
             return None
         call.encoder_inputs = dict(zip(self._tower_arguments, args, strict=False)) | kwargs
-        if self.resize is not None:
-            self._resize(tower, call, self.resize)
+        if isinstance(self.method, ResizeMethod | PixelMethod):
+            call.reductions = reduce_before(self.family, self.model, tower, call, self.method)
         if self.tower_hooks is not None:
             grid, features = self.family.tile(self.model, call), call.inputs.get("vision_feature_layer")
             call.tower_pass = self.tower_hooks.start(call.encoder_inputs, grid, features)
@@ -201,20 +201,6 @@ class EncoderHooks:
         call = self._call
         if call is not None and call.projector_input is None:
             call.projector_input = args[0] if args else next(iter(kwargs.values()))
-
-    def _resize(self, tower: nn.Module, call: RecordedCall, method: ResizeMethod) -> None:
-        """Replace the images in the vision encoder's inputs by smaller ones."""
-        device = next(value.device for value in call.encoder_inputs.values() if isinstance(value, Tensor))
-        grids = [layout.grid or (1, layout.total) for layout in self.family.layouts(self.model, call)]
-        call.reductions, cells = [], []
-        for height, width in grids:
-            budget = method.image_budget(height * width) or height * width
-            no_features = torch.empty(1, height * width, 0, device=device)
-            reduction = method(VisualTokens(no_features, grid=(height, width), budget=budget))[0]
-            call.reductions.append(reduction)
-            cells.append((height, width) if reduction.whole else method.cells((height, width), budget))
-        if not all(reduction.whole for reduction in call.reductions):
-            call.encoder_inputs = self.family.resize(tower, call.encoder_inputs, cells)
 
     def _after_tower(self, probes: dict[int, Probe], tower: nn.Module, args: Any, output: Any) -> None:
         call = self._call
@@ -252,6 +238,9 @@ class EncoderHooks:
         family, model = self.family, self.model
         device = call.output.pooler_output[0].device
         layouts = [layout.to(device) for layout in family.layouts(model, call)]
+        if isinstance(self.method, PixelMethod) and call.reductions is not None:  # the encoder had no rows of the rest
+            kept = zip(layouts, call.reductions, strict=True)
+            layouts = [layout if decision.whole else TokenLayout(decision.slots) for layout, decision in kept]
         reads_anything = call.by_layer or call.projector_input is not None or call.pooled
         if reads_anything and not all(layout.mapped for layout in layouts):
             raise Refusal(
