@@ -53,6 +53,8 @@ TUNED = (
     "par(keep=6, threshold=0.3)",
     "setok-cluster(threshold=9, fallback=3)",
     "setok-cluster(threshold=0.9)",
+    "hiprune(keep=9, alpha=0.7)",
+    "hiprune(keep=0.4, layer=0, official_borders=True)",
 )
 FIRST_TUNED = {spec.split("(")[0]: spec for spec in reversed(TUNED)}
 

@@ -98,7 +98,8 @@ class StageNeeds:
 
 @dataclass(frozen=True)
 class Needs(StageNeeds):
-    """Evidence for a connector method. Layers are those of the vision encoder; negative ones count from the last.
+    """Evidence for a connector method. Layers are those of the vision encoder: negative ones count from the last, and a
+    float is a share of the depth.
 
     Attributes:
         cls_attention: layers in which the attention of the [CLS] token is read: one, several or a slice.

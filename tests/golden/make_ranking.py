@@ -1,0 +1,106 @@
+"""Write ``ranking.safetensors`` and its manifest: ``python -m tests.golden.make_ranking FOLDER``.
+
+FOLDER holds the authors' repositories, checked out as ``OWNER+NAME``, at the commits that the entries below name. Their
+functions run alone, on inputs that ``drawn.py`` draws from the seed of each case; only outputs are stored.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.golden.drawn import clustered, received
+from tests.golden.official import functions, write
+
+ENTRIES: list[dict[str, Any]] = [
+    {
+        "method": "hiprune",
+        "paper": "arXiv:2508.00553",
+        "title": "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in Vision-Language Models",
+        "repo": "Danielement321/HiPrune",
+        "commit": "6e83a1240874e99a25df34f54221a29bb24b7bc2",
+        "source": ["LLaVA/llava/model/llava_arch.py: LlavaMetaForCausalLM.encode_images"],
+        "deviations": ["the vision tower returns drawn attention, all of it that of one query; identity projector"],
+        "law": "attention received in layer 8 is received(seed, batch, levels), in layer 22 of 24 that of seed + 1",
+        "cases": [
+            {"case": "keep_192", "hyperparameters": {"seed": 1, "batch": 1, "keep": 192, "alpha": 0.1}},
+            {"case": "keep_128", "hyperparameters": {"seed": 3, "batch": 1, "keep": 128, "alpha": 0.1}},
+            {"case": "keep_64", "hyperparameters": {"seed": 5, "batch": 1, "keep": 64, "alpha": 0.1}},
+            {"case": "many_anchors", "hyperparameters": {"seed": 7, "batch": 3, "keep": 192, "alpha": 0.6}},
+            {"case": "ties", "hyperparameters": {"seed": 9, "batch": 1, "keep": 128, "alpha": 0.3, "levels": 40}},
+        ],
+    },
+    {
+        "method": "otprune",
+        "paper": "arXiv:2602.20205",
+        "title": "OTPrune: Distribution-Aligned Visual Token Pruning via Optimal Transport",
+        "repo": "xiwenc1/OTPrune",
+        "commit": "3414730f39daa57e0629138d898f98ee682f0b2b",
+        "source": ["LLaVA/llava/model/llava_arch.py: OTPrune, greedy_select"],
+        "deviations": [],
+        "law": "projected tokens are clustered(seed, tokens, width, clusters); kept is ascending",
+        "cases": [
+            {
+                "case": "keep_64",
+                "hyperparameters": {"seed": 21, "tokens": 576, "keep": 64, "width": 64, "clusters": 12},
+            },
+            {
+                "case": "keep_56",
+                "hyperparameters": {"seed": 23, "tokens": 576, "keep": 56, "width": 256, "clusters": 40},
+            },
+            {
+                "case": "keep_192",
+                "hyperparameters": {"seed": 25, "tokens": 576, "keep": 192, "width": 96, "clusters": 5},
+            },
+            {
+                "case": "no_cluster",
+                "hyperparameters": {"seed": 27, "tokens": 729, "keep": 73, "width": 64, "clusters": 0},
+            },
+        ],
+    },
+]
+
+
+def hiprune(folder: Path, h: dict[str, Any]) -> dict[str, Tensor]:
+    file = folder / "Danielement321+HiPrune/LLaVA/llava/model/llava_arch.py"
+    encode = functions(file, "encode_images", os=os)["encode_images"]
+    os.environ |= {"HIPRUNE_RETENTION": str(h["keep"] * h["batch"]), "HIPRUNE_ALPHA": str(h["alpha"])}
+    os.environ["HIPRUNE_OBJECT_LAYER"] = "9"
+    attention = [torch.zeros(h["batch"], 1, 577, 577) for _ in range(24)]
+    for layer, seed in ((8, h["seed"]), (22, h["seed"] + 1)):  # all of the attention is that of one query
+        attention[layer][:, 0, 0, 1:] = 577 * received(seed, h["batch"], h.get("levels", 0))
+    tower = SimpleNamespace(
+        get_vision_tower=lambda: lambda images: (torch.zeros(h["batch"], 576, 1), attention),
+        mm_projector=lambda rows: rows,
+    )
+    model = SimpleNamespace(get_model=lambda: tower, config=SimpleNamespace(mm_vision_select_layer=-2))
+    _, kept = encode(model, None)
+    return {"kept": kept}
+
+
+def otprune(folder: Path, h: dict[str, Any]) -> dict[str, Tensor]:
+    file = folder / "xiwenc1+OTPrune/LLaVA/llava/model/llava_arch.py"
+    official = functions(file, "greedy_select", "OTPrune")
+    rows = clustered(h["seed"], h["tokens"], h["width"], h["clusters"])
+    kept, _ = official["OTPrune"](None, rows, h["tokens"], None, threshold_ratio=h["keep"] / h["tokens"])
+    return {"kept": kept.sort().values.short()}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.Tensor.cuda = lambda rows: rows  # type: ignore[method-assign, assignment]
+    tensors = {
+        f"{entry['method']}/{case['case']}/{name}": rows
+        for entry in ENTRIES
+        for case in entry["cases"]
+        for name, rows in globals()[entry["method"]](folder, case["hyperparameters"]).items()
+    }
+    write("ranking", ENTRIES, tensors, __doc__.split("\n\n")[1].replace("\n", " "))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
