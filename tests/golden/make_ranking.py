@@ -62,6 +62,41 @@ ENTRIES: list[dict[str, Any]] = [
             },
         ],
     },
+    {
+        "method": "apet",
+        "paper": "arXiv:2602.19870",
+        "title": "ApET: Approximation-Error Guided Token Compression for Efficient VLMs",
+        "repo": "Maqkccx/ApET",
+        "commit": "70cc01b215f4d74c5661c699919fe3aeda48bed0",
+        "source": ["llava/model/llava_arch.py: encode_images, token_merging", "llava/model/utils.py: fps"],
+        "deviations": ["the first basis row is the longest, not drawn; float32 for float16; identity projector"],
+        "law": "the vision tower returns clustered(seed, 576, width, clusters); places is ascending",
+        "cases": [
+            {"case": "keep_96", "hyperparameters": {"seed": 31, "keep": 96, "basis": 10, "width": 64, "clusters": 12}},
+            {"case": "keep_64", "hyperparameters": {"seed": 34, "keep": 64, "basis": 10, "width": 128, "clusters": 30}},
+            {"case": "basis_30", "hyperparameters": {"seed": 37, "keep": 40, "basis": 30, "width": 64, "clusters": 5}},
+        ],
+    },
+    {
+        "method": "apet_llm",
+        "paper": "arXiv:2602.19870",
+        "title": "ApET: Approximation-Error Guided Token Compression for Efficient VLMs",
+        "repo": "Maqkccx/ApET",
+        "commit": "70cc01b215f4d74c5661c699919fe3aeda48bed0",
+        "source": ["llava/model/modeling_llama_x.py: layer_prune, token_merging", "llava/model/utils.py: fps"],
+        "deviations": ["the first basis row is the longest, not drawn; float32 in place of float16"],
+        "law": "the hidden states of the image are clustered(seed, tokens, width, clusters)",
+        "cases": [
+            {
+                "case": "96_to_32",
+                "hyperparameters": {"seed": 41, "tokens": 96, "keep": 32, "basis": 10, "width": 64, "clusters": 6},
+            },
+            {
+                "case": "576_to_64",
+                "hyperparameters": {"seed": 44, "tokens": 576, "keep": 64, "basis": 10, "width": 96, "clusters": 20},
+            },
+        ],
+    },
 ]
 
 
@@ -90,9 +125,51 @@ def otprune(folder: Path, h: dict[str, Any]) -> dict[str, Tensor]:
     return {"kept": kept.sort().values.short()}
 
 
+def longest(rows: Tensor) -> Any:
+    """Return ``torch`` with a ``randint`` that returns the longest of the rows `[N, D]`."""
+    return SimpleNamespace(**vars(torch) | {"randint": lambda *_, **__: rows.norm(dim=-1).argmax()[None]})
+
+
+def apet(folder: Path, h: dict[str, Any]) -> dict[str, Tensor]:
+    model, rows = folder / "Maqkccx+ApET/llava/model", clustered(h["seed"], 576, h["width"], h["clusters"])
+    fps = functions(model / "utils.py", "fps", torch=longest(rows))["fps"]
+    official = functions(model / "llava_arch.py", "encode_images", "token_merging", fps=fps)
+    tower = SimpleNamespace(
+        get_vision_tower=lambda: lambda images: (torch.nn.functional.pad(rows, (0, 0, 1, 0))[None], None),
+        mm_projector=lambda rows: rows,
+    )
+    official_self = SimpleNamespace(
+        get_model=lambda: tower,
+        model=SimpleNamespace(basis_token_num=h["basis"]),
+        get_visual_token_num=lambda: h["keep"],
+    )
+    official_self.token_merging = lambda *args: official["token_merging"](official_self, *args)
+    merged, kept = official["encode_images"](official_self, None)
+    return {"places": kept[0].nonzero().flatten().short(), "rows": merged[0][kept[0]]}
+
+
+def apet_llm(folder: Path, h: dict[str, Any]) -> dict[str, Tensor]:
+    model, rows = folder / "Maqkccx+ApET/llava/model", clustered(h["seed"], h["tokens"], h["width"], h["clusters"])
+    fps = functions(model / "utils.py", "fps", torch=longest(rows))["fps"]
+    merge = functions(model / "modeling_llama_x.py", "token_merging")["token_merging"]
+    prune = functions(model / "modeling_llama_x.py", "layer_prune", token_merging=merge, fps=fps, IGNORE_INDEX=-100)
+    official_self = SimpleNamespace(
+        config=SimpleNamespace(),
+        basis_token_num=h["basis"],
+        image_token_list=[h["tokens"], h["keep"]],
+        image_tokens=[h["tokens"]],
+        image_token_posi=[35],
+    )
+    features = torch.nn.functional.pad(rows, (0, 0, 35, 12))[None]
+    arguments = {"position_ids": None, "attention_mask": None, "labels": None, "selected_indices": None}
+    arguments |= {"sum_visual_attention": None, "indices_attention": None}
+    _, _, states, _ = prune["layer_prune"](official_self, 0, 16, features, **arguments)
+    return {"rows": states[0, 35:-12]}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    torch.Tensor.cuda = lambda rows: rows  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = torch.Tensor.half = lambda rows: rows  # type: ignore[method-assign, assignment]
     tensors = {
         f"{entry['method']}/{case['case']}/{name}": rows
         for entry in ENTRIES

@@ -3,9 +3,9 @@
 import torch
 
 from tests.golden.drawn import clustered, received
-from tests.golden.vectors import cases, load
+from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import parse
-from tokensieve.tokens import ByLayer, ConnectorTokens
+from tokensieve.tokens import ByLayer, ConnectorTokens, DecoderTokens
 
 
 def one(spec: str, **parameters):
@@ -51,3 +51,30 @@ def test_otprune(name):
     _, expected, h = load("otprune", name)
     image = ConnectorTokens(clustered(h["seed"], h["tokens"], h["width"], h["clusters"])[None])
     assert one("otprune", keep=h["keep"])(image)[0].kept.tolist() == expected["kept"].tolist()
+
+
+@cases("apet")
+def test_apet(name):
+    _, expected, h = load("apet", name)
+    rows = clustered(h["seed"], 576, h["width"], h["clusters"])
+    image = ConnectorTokens(rows[None], patches=rows[None])
+    official, ours = (
+        one("apet", keep=h["keep"], basis=h["basis"], official_places=places)(image)[0] for places in (True, False)
+    )
+    assert official.kept.tolist() == expected["places"].tolist()
+    torch.testing.assert_close(official.apply(rows), expected["rows"], **CLOSE)
+    # without the official places: the same basis rows, alone and at their own places, and no token is lost
+    entries = official.matrix() * (torch.arange(576) != official.kept[:, None])
+    basis = entries[(official.matrix() > 0).sum(-1) == 1].sum(0).nonzero().flatten()
+    assert len(basis) == h["basis"]
+    alone = ours.kept[(ours.counts == 1)]
+    assert bool(torch.isin(basis, alone).all())
+    assert int(ours.counts.sum()) == 576
+
+
+@cases("apet_llm")
+def test_apet_llm(name):
+    _, expected, h = load("apet_llm", name)
+    rows = clustered(h["seed"], h["tokens"], h["width"], h["clusters"])
+    spec = f"apet-llm(keep={h['keep']}, basis={h['basis']}, official_places=True)"
+    torch.testing.assert_close(one(spec)(DecoderTokens(rows[None]))[0].apply(rows), expected["rows"], **CLOSE)

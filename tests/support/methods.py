@@ -55,6 +55,9 @@ TUNED = (
     "setok-cluster(threshold=0.9)",
     "hiprune(keep=9, alpha=0.7)",
     "hiprune(keep=0.4, layer=0, official_borders=True)",
+    "apet(keep=9, basis=4)",
+    "apet(keep=7, basis=3, official_places=True)",
+    "apet(keep=1)",
 )
 FIRST_TUNED = {spec.split("(")[0]: spec for spec in reversed(TUNED)}
 

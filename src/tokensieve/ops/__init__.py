@@ -14,7 +14,15 @@ from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_
 from tokensieve.ops.draw import hash_of, pixel_hash, random_scores
 from tokensieve.ops.greedy import coverage, dpp_map, max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
-from tokensieve.ops.merge import area_pool, keep_and_average, merge_by_rank, nearest, pooled_grid, sizes_of
+from tokensieve.ops.merge import (
+    area_pool,
+    keep_and_average,
+    merge_by_error,
+    merge_by_rank,
+    nearest,
+    pooled_grid,
+    sizes_of,
+)
 from tokensieve.ops.score import (
     CHUNK,
     attention,
@@ -89,6 +97,7 @@ __all__ = [
     "max_min",
     "max_static_segments",
     "mean_pairwise_cosine",
+    "merge_by_error",
     "merge_by_rank",
     "merge_groups",
     "nearest",
