@@ -6,6 +6,7 @@ functions run alone, on inputs that ``drawn.py`` draws from the seed of each cas
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,22 @@ ENTRIES: list[dict[str, Any]] = [
             },
         ],
     },
+    {
+        "method": "vscan",
+        "paper": "arXiv:2505.22654",
+        "title": "VScan: Rethinking Visual Token Reduction for Efficient Large Vision-Language Models",
+        "repo": "Tencent/SelfEvolvingAgent",
+        "commit": "a82450e1b5e15070bee79ee8b79f8d9a97cb85f7",
+        "source": ["VScan/llava/model/llava_arch.py: encode_images, window_cls_selection, token_merging"],
+        "deviations": ["the vision tower returns drawn attention and rows; identity projector"],
+        "law": "attention of [CLS] in layer 5 is received(seed, batch) / 576, in layer 22 of 24 that of seed + 1; "
+        "rows of image i are clustered(seed + 2 + 3 * i, 576, width, clusters)",
+        "cases": [
+            {"case": "keep_96", "hyperparameters": {"seed": 51, "batch": 1, "keep": 96, "width": 64, "clusters": 12}},
+            {"case": "keep_64", "hyperparameters": {"seed": 61, "batch": 1, "keep": 64, "width": 128, "clusters": 0}},
+            {"case": "batch_3", "hyperparameters": {"seed": 71, "batch": 3, "keep": 160, "width": 64, "clusters": 30}},
+        ],
+    },
 ]
 
 
@@ -123,6 +140,20 @@ def otprune(folder: Path, h: dict[str, Any]) -> dict[str, Tensor]:
     rows = clustered(h["seed"], h["tokens"], h["width"], h["clusters"])
     kept, _ = official["OTPrune"](None, rows, h["tokens"], None, threshold_ratio=h["keep"] / h["tokens"])
     return {"kept": kept.sort().values.short()}
+
+
+def vscan(folder: Path, h: dict[str, Any]) -> dict[str, Tensor]:
+    file, batch = folder / "Tencent+SelfEvolvingAgent/VScan/llava/model/llava_arch.py", h["batch"]
+    official = functions(file, "encode_images", "window_cls_selection", "token_merging")
+    rows = torch.stack([clustered(h["seed"] + 2 + 3 * i, 576, h["width"], h["clusters"]) for i in range(batch)])
+    attention = torch.zeros(24, batch, 1, 576)
+    attention[5, :, 0], attention[22, :, 0] = received(h["seed"], batch) / 576, received(h["seed"] + 1, batch) / 576
+    tower = SimpleNamespace(get_vision_tower=lambda: lambda images: (rows, attention), mm_projector=lambda rows: rows)
+    official_self = SimpleNamespace(get_model=lambda: tower, get_visual_token_num=lambda: h["keep"])
+    for name in ("window_cls_selection", "token_merging"):
+        setattr(official_self, name, partial(official[name], official_self))
+    merged, kept, _ = official["encode_images"](official_self, None)
+    return {"kept": kept, "rows": merged[kept].view(batch, h["keep"], -1)}
 
 
 def longest(rows: Tensor) -> Any:

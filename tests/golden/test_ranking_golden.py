@@ -78,3 +78,14 @@ def test_apet_llm(name):
     rows = clustered(h["seed"], h["tokens"], h["width"], h["clusters"])
     spec = f"apet-llm(keep={h['keep']}, basis={h['basis']}, official_places=True)"
     torch.testing.assert_close(one(spec)(DecoderTokens(rows[None]))[0].apply(rows), expected["rows"], **CLOSE)
+
+
+@cases("vscan")
+def test_vscan(name):
+    _, expected, h = load("vscan", name)
+    rows = torch.stack([clustered(h["seed"] + 2 + 3 * i, 576, h["width"], h["clusters"]) for i in range(h["batch"])])
+    attention = {5: received(h["seed"], h["batch"]) / 576, 22: received(h["seed"] + 1, h["batch"]) / 576}
+    image = ConnectorTokens(rows, cls_attention=ByLayer(attention, 24), grid=(24, 24))
+    decision = one("vscan", keep=h["keep"])(image)
+    assert torch.equal(kept_mask(decision), expected["kept"])
+    torch.testing.assert_close(decision.apply(rows), expected["rows"], **CLOSE)
