@@ -6,7 +6,7 @@ the vision encoder, and :class:`DecoderTokens` are inside the LLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeAlias, TypeVar
 
@@ -244,6 +244,7 @@ class ConnectorTokens(VisualTokens):
         encoder_keys: by encoder layer `[B, N, H, E]`, the keys.
         cls_similarity: `[B, N]`, cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: `[B, N, C]`, the rows that enter the projector.
+        project: the projector, from rows `[R, C]` like the patches to rows `[R, D]` like the features.
         pixel_hash: `[B]` int64, a number that depends on the image's pixels alone.
         user_text: the user's words, as the LLM's input embeddings.
         tiles: where the vision encoder received the image in tiles; else ``None``.
@@ -255,6 +256,7 @@ class ConnectorTokens(VisualTokens):
     encoder_keys: ByLayer = field(default_factory=ByLayer)
     cls_similarity: Tensor | None = None
     patches: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
     pixel_hash: Tensor | None = None
     user_text: UserText | None = None
     tiles: Tiles | None = None

@@ -59,6 +59,7 @@ TUNED = (
     "apet(keep=7, basis=3, official_places=True)",
     "apet(keep=1)",
     "vscan(keep=9, window=2)",
+    "zoo-prune(keep=6, directions=3)",
     "vscan(keep=12, window=3, layer=0, local=0.8)",
 )
 FIRST_TUNED = {spec.split("(")[0]: spec for spec in reversed(TUNED)}
