@@ -6,7 +6,7 @@ the vision encoder, and :class:`DecoderTokens` are inside the LLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeAlias, TypeVar
 
@@ -17,13 +17,13 @@ from tokensieve.errors import Refusal
 from tokensieve.ops import padded_nonzero
 from tokensieve.reduction import Mixing, Reduction
 
-Layers: TypeAlias = int | slice | tuple[int, ...]
+Layers: TypeAlias = int | float | slice | tuple[int | float, ...]
 T = TypeVar("T")
 AnyTokens = TypeVar("AnyTokens", bound="VisualTokens")
 
 
 class ByLayer(Mapping[int, Tensor]):
-    """Evidence by layer of the vision encoder. Negative layers count from the last.
+    """Evidence by layer of the vision encoder. Negative layers count from the last; a float is a share of the depth.
 
     Args:
         rows: {layer: `[B, N, ...]`}.
@@ -34,9 +34,10 @@ class ByLayer(Mapping[int, Tensor]):
         self._rows = dict(rows or {})
         self.depth = max(self._rows, default=-1) + 1 if depth is None else depth
 
-    def __getitem__(self, layer: int) -> Tensor:
+    def __getitem__(self, layer: int | float) -> Tensor:
         """Return the evidence of one layer, float32; ``KeyError`` if it was not requested."""
-        number = layer + self.depth if layer < 0 else layer
+        number = _layer_number(layer, self.depth)
+        number = number + self.depth if number < 0 else number
         if number not in self._rows:
             raise KeyError(f"no evidence of encoder layer {layer}; requested: {sorted(self._rows)} of {self.depth}")
         return self._rows[number].float()
@@ -243,6 +244,7 @@ class ConnectorTokens(VisualTokens):
         encoder_keys: by encoder layer `[B, N, H, E]`, the keys.
         cls_similarity: `[B, N]`, cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: `[B, N, C]`, the rows that enter the projector.
+        project: the projector, from rows `[R, C]` like the patches to rows `[R, D]` like the features.
         pixel_hash: `[B]` int64, a number that depends on the image's pixels alone.
         user_text: the user's words, as the LLM's input embeddings.
         tiles: where the vision encoder received the image in tiles; else ``None``.
@@ -254,6 +256,7 @@ class ConnectorTokens(VisualTokens):
     encoder_keys: ByLayer = field(default_factory=ByLayer)
     cls_similarity: Tensor | None = None
     patches: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
     pixel_hash: Tensor | None = None
     user_text: UserText | None = None
     tiles: Tiles | None = None
@@ -344,16 +347,25 @@ def _in_order(anchors: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Te
 def resolve_layers(layers: Layers, depth: int) -> list[int]:
     """Return the layer numbers 0 … depth−1 meant by an int, several ints, or a slice, with Python's meaning.
 
+    A float in the place of an int is a share of the depth: 0.35 of 24 layers is layer 8.
+
     Raises:
         Refusal: if the vision encoder has no such layer.
     """
     numbers = list(range(depth))
     try:
-        chosen = [numbers[layer] for layer in layers] if isinstance(layers, tuple) else numbers[layers]
+        if isinstance(layers, slice):
+            chosen = numbers[layers]
+        else:
+            chosen = [numbers[_layer_number(n, depth)] for n in (layers if isinstance(layers, tuple) else (layers,))]
     except IndexError:
         raise Refusal(f"the encoder has layers 0 to {depth - 1}; got {layers}") from None
-    chosen = [chosen] if isinstance(chosen, int) else chosen
     if not chosen:
         assert isinstance(layers, slice)
         raise Refusal(f"no encoder layer in {layers.start}:{layers.stop}; the encoder has layers 0 to {depth - 1}")
     return chosen
+
+
+def _layer_number(layer: int | float, depth: int) -> int:
+    """Return the number of a layer; a float up to 1 is a share of the depth, and 1.0 is the last layer."""
+    return layer if isinstance(layer, int) else min(round(layer * depth), depth - 1 if layer <= 1 else depth)

@@ -31,6 +31,20 @@ def attention_rows(seed: int, batch: int, heads: int, total: int, levels: int = 
     return rows if not levels else (rows * levels).round() / levels
 
 
+def received(seed: int, batch: int, levels: int = 0, total: int = 576) -> Tensor:
+    """Draw attention received, `[B, N]`; with few ``levels``, ties are broken by place, the first patch first."""
+    rows = attention_rows(seed, batch, 1, total, levels)[:, 0]
+    return rows - torch.arange(total) * 2.0**-20 if levels else rows
+
+
+def clustered(seed: int, total: int, width: int, clusters: int) -> Tensor:
+    """Draw rows `[N, D]` around so many centres, in turn, beside a direction that all of them share; 0: without any."""
+    noise = bells(seed, total, width)
+    if not clusters:
+        return noise
+    return noise + 2 * bells(seed + 1, clusters, width)[torch.arange(total) % clusters] + bells(seed + 2, 1, width)
+
+
 def rows_with_copies(seed: int, total: int, width: int, copies: int = 0, zeros: int = 0) -> Tensor:
     """Draw rows `[N, D]`, of which the last ``copies`` repeat the first ones and ``zeros`` more are zero."""
     rows = bells(seed, total, width)

@@ -40,6 +40,7 @@ def tokens(needs: Needs, grid: tuple[int, int], seed: int) -> ConnectorTokens:
         attention_received=by_layer(),
         encoder_keys=by_layer(2, 4),
         patches=rows(WIDTH),
+        project=torch.tanh,
         pixel_hash=torch.randint(1 << 40, (2,), generator=draw),
         user_text=text,
     )

@@ -53,6 +53,14 @@ TUNED = (
     "par(keep=6, threshold=0.3)",
     "setok-cluster(threshold=9, fallback=3)",
     "setok-cluster(threshold=0.9)",
+    "hiprune(keep=9, alpha=0.7)",
+    "hiprune(keep=0.4, layer=0, official_borders=True)",
+    "apet(keep=9, basis=4)",
+    "apet(keep=7, basis=3, official_places=True)",
+    "apet(keep=1)",
+    "vscan(keep=9, window=2)",
+    "zoo-prune(keep=6, directions=3)",
+    "vscan(keep=12, window=3, layer=0, local=0.8)",
 )
 FIRST_TUNED = {spec.split("(")[0]: spec for spec in reversed(TUNED)}
 

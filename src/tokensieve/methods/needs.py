@@ -98,7 +98,8 @@ class StageNeeds:
 
 @dataclass(frozen=True)
 class Needs(StageNeeds):
-    """Evidence for a connector method. Layers are those of the vision encoder; negative ones count from the last.
+    """Evidence for a connector method. Layers are those of the vision encoder: negative ones count from the last, and a
+    float is a share of the depth.
 
     Attributes:
         cls_attention: layers in which the attention of the [CLS] token is read: one, several or a slice.
@@ -107,6 +108,7 @@ class Needs(StageNeeds):
         encoder_keys: layers whose keys are read.
         cls_similarity: cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: the rows that enter the projector.
+        project: the projector, to run on other rows.
         pixel_hash: a number that depends on the image's pixels alone.
         user_text: the embeddings of the user's words.
         grid: the tokens must form a grid.
@@ -121,6 +123,7 @@ class Needs(StageNeeds):
     )
     encoder_keys: Layers | None = evidence("encoder keys", default=None, read=ops.keys_by_head)
     patches: bool = evidence("patches")
+    project: bool = evidence("projector")
     pixel_hash: bool = evidence()
     user_text: bool = evidence("text")
     grid: bool = evidence("grid")

@@ -12,9 +12,17 @@ from tokensieve.ops.attention_rows import (
 )
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.draw import hash_of, pixel_hash, random_scores
-from tokensieve.ops.greedy import coverage, dpp_map, max_min
+from tokensieve.ops.greedy import coverage, dpp_map, max_min, weighted_max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
-from tokensieve.ops.merge import area_pool, keep_and_average, merge_by_rank, nearest, pooled_grid, sizes_of
+from tokensieve.ops.merge import (
+    area_pool,
+    keep_and_average,
+    merge_by_error,
+    merge_by_rank,
+    nearest,
+    pooled_grid,
+    sizes_of,
+)
 from tokensieve.ops.score import (
     CHUNK,
     attention,
@@ -92,6 +100,7 @@ __all__ = [
     "max_min",
     "max_static_segments",
     "mean_pairwise_cosine",
+    "merge_by_error",
     "merge_by_rank",
     "merge_groups",
     "nearest",
@@ -118,5 +127,6 @@ __all__ = [
     "top_k",
     "top_k_per_group",
     "uniform",
+    "weighted_max_min",
     "without_sinks",
 ]

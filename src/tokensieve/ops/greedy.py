@@ -67,6 +67,27 @@ def max_min(rows: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     return torch.cat(chosen, -1).view(*lead, k)
 
 
+@torch.no_grad()
+def weighted_max_min(rows: Tensor, weight: Tensor, k: int) -> Tensor:
+    """Select ``k`` rows, each with the largest weight times cosine distance to the nearest selected one, `[B, k]`.
+
+    The first is the row with the largest weight. O(K·N·D) time, O(N·D) extra memory.
+
+    Args:
+        rows: `[B, N, D]`.
+        weight: `[B, N]`, not negative.
+    """
+    rows, weight = normalise(rows), _finite(weight)
+    distance, taken, chosen = torch.full_like(weight, 2), torch.zeros_like(weight), []
+    for _ in range(k):
+        best = (weight * distance + taken).argmax(-1, keepdim=True)
+        chosen.append(best)
+        taken.scatter_(-1, best, -torch.inf)
+        to_best = 1 - (rows @ rows_at(rows, best).transpose(-1, -2)).squeeze(-1)
+        distance = torch.fmin(distance, to_best.clamp(min=0))  # fmin ignores NaN
+    return torch.cat(chosen, -1)
+
+
 def _to_nearest_other(rows: Tensor, places: Tensor) -> Tensor:
     """Return the distance of the unit rows at ``places`` `[c]` to their nearest other rows, `[B, c]`."""
     distance = 1 - rows[:, places] @ rows.transpose(-1, -2)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tokensieve.ops.score import CHUNK, normalise
+from tokensieve.ops.score import CHUNK, normalise, rows_at
 
 Grid = tuple[int, int]
 
@@ -120,3 +120,67 @@ def merge_by_rank(scores: Tensor, keep: int, favour_best: bool) -> tuple[Tensor,
     slot = order_of_anchors.argsort(-1)  # argsort inverts the sort: the slot of each kept token, then of the merged one
     slot = torch.cat([slot[:, :-1], slot[:, -1:].expand_as(merged)], -1)
     return anchors, slot, order, torch.cat([torch.ones_like(kept, dtype=torch.float32), weight.expand_as(merged)], -1)
+
+
+def merge_by_error(rows: Tensor, keep: int, basis: int, official: str = "") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keep some basis rows and the rows that they approximate worst; average the others into the latter (ApET).
+
+    Each other row joins the row of highest cosine among those that stay for their error. At most ``keep`` − 1 of the
+    basis rows stay.
+
+    Args:
+        rows: `[B, N, D]`.
+        keep: rows that stay.
+        basis: basis rows, the result of :func:`farthest`.
+        official: "by place" or "by error": as in the official code, the basis rows stand at the places of the rows of
+            least error among ``keep``, in the order of these places or of their errors, and are averaged like the
+            others besides. The rows of these places are lost.
+
+    Returns:
+        anchors `[B, keep]`, and slot, source and weight of each entry.
+    """
+    rows, token = rows.float(), torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[:2])
+    chosen = farthest(rows, min(basis, rows.shape[1]))
+    errors, chosen = approximation_error(rows, rows_at(rows, chosen)), chosen[:, : keep - 1]
+    few = chosen.shape[1]
+    # without the official places, a basis row ranks last: it stays for another reason than its error
+    ranked = errors if official else errors.scatter(1, chosen, -torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    worst, places = order[:, : keep - few], order[:, keep - few : keep]
+    slot = nearest(rows, rows_at(rows, worst)).squeeze(-1).scatter(1, worst, token[:, : keep - few])
+    numbers = token[:, keep - few : keep]  # the slots of the basis rows, after the others
+    if not official:
+        slot = slot.scatter(1, chosen, numbers)
+        return torch.cat([worst, chosen], 1), slot, token, 1 / sizes_of(slot, keep).gather(1, slot)
+    places = places.sort(-1).values if official == "by place" else places
+    stays = torch.ones_like(errors).scatter(1, places, 0)
+    weight = stays / torch.zeros_like(errors).scatter_add(1, slot, stays).gather(1, slot)
+    slot, source = torch.cat([slot, numbers], 1), torch.cat([token, chosen], 1)
+    return torch.cat([worst, places], 1), slot, source, torch.cat([weight, torch.ones_like(weight[:, :few])], 1)
+
+
+@torch.no_grad()
+def farthest(rows: Tensor, k: int) -> Tensor:
+    """Select ``k`` rows `[B, N, D]`: the longest, then each time the farthest from those before it, `[B, k]`."""
+    distance = torch.full_like(rows[..., 0], torch.inf)
+    best, chosen = rows.norm(dim=-1).argmax(-1, keepdim=True), []
+    for _ in range(k):
+        chosen.append(best)
+        # to the nearest selected row; a selected row is never the farthest again, and fmin ignores NaN
+        squares = (rows - rows_at(rows, best)).square().sum(-1)
+        distance = torch.fmin(distance, squares).scatter(-1, best, -1)
+        best = distance.argmax(-1, keepdim=True)
+    return torch.cat(chosen, -1)
+
+
+def approximation_error(rows: Tensor, basis: Tensor) -> Tensor:
+    """Return the distance of rows `[B, N, D]` to their best combination of ``basis`` `[B, F, D]`, `[B, N]`.
+
+    The diagonal of the basis' products grows by 1e-5, as in ApET's code.
+    """
+    # in float64, the products of equal basis rows can be solved as well
+    products = (basis @ basis.mT).double()
+    ridge = 1e-5 * torch.eye(basis.shape[1], dtype=products.dtype, device=rows.device)
+    weights = torch.linalg.solve(products + ridge, (basis @ rows.mT).double()).to(rows.dtype)
+    errors: Tensor = (rows - weights.mT @ basis).norm(dim=-1)
+    return errors

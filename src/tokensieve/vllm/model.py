@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
@@ -167,7 +168,8 @@ class Reduced:
             patches = [outputs.patches[part] for part in parts] if outputs.patches else []
             text = None if words is None else self._user_text([words[number] for number in numbers], device)
             row_of = [row for row, number in enumerate(numbers) for _ in members[number]]
-            evidence = ConnectorEvidence(in_parts, features, patches, outputs, parts, text, row_of)
+            project = partial(self.family.project, self)
+            evidence = ConnectorEvidence(in_parts, features, patches, outputs, parts, text, row_of, project)
             chosen = self.settings.methods[method].with_budget(budget)
             decided = iter(decide(chosen, "image", evidence, [[layout.patches] for layout in in_parts]))
             for number in numbers:

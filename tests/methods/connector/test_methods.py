@@ -10,7 +10,8 @@ import tokensieve
 from tests.support.methods import VARIANTS, before_llm, connector_specs
 from tests.support.oracle import area_matrix, largest_grid
 from tokensieve.budget import count, parse_budget
-from tokensieve.tokens import ByLayer, ConnectorTokens, UserText
+from tokensieve.errors import Refusal
+from tokensieve.tokens import ByLayer, ConnectorTokens, UserText, resolve_layers
 
 GRID, DEPTH = (5, 6), 6
 BUDGETED = [info.name for info in before_llm() if "keep" in info.parameters]
@@ -179,3 +180,20 @@ def test_the_public_record(info):
 def test_specs_read_back(spec):
     stages = tokensieve.parse(spec)
     assert tokensieve.parse(" + ".join(map(str, stages))) == stages
+
+
+@pytest.mark.parametrize(
+    ("layer", "number"), [(0.35, 8), (0.2, 5), (0.0, 0), (1.0, 23), (-2, 22), ((0.2, -2), [5, 22])]
+)
+def test_a_float_is_a_share_of_the_encoders_depth(layer, number):
+    numbers = number if isinstance(number, list) else [number]
+    assert resolve_layers(layer, 24) == numbers
+    if not isinstance(layer, tuple):
+        rows = torch.rand(1, 30)
+        assert torch.equal(ByLayer({number: rows}, 24)[layer], rows)
+
+
+@pytest.mark.parametrize("layer", [24, -25, 1.5])
+def test_a_layer_that_the_encoder_lacks_is_refused(layer):
+    with pytest.raises(Refusal, match=f"the encoder has layers 0 to 23; got {layer}"):
+        resolve_layers(layer, 24)

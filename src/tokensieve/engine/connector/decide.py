@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import prod
@@ -65,6 +65,7 @@ class ConnectorEvidence:
         patches: per image `[M, C]`, the rows that entered the projector; empty if they were not requested.
         outputs: the record of the encode call; ``origins`` gives the number of each image in it.
         user_text: the words of every row of the batch, if they were requested; ``row_of`` gives the row of each image.
+        project: the projector, from rows `[R, C]` to `[R, D]`.
     """
 
     layouts: list[TokenLayout]
@@ -74,6 +75,7 @@ class ConnectorEvidence:
     origins: list[int]
     user_text: UserText | None
     row_of: list[int]
+    project: Callable[[Tensor], Tensor]
 
     def tokens(self, units: Sequence[DecisionUnit]) -> ConnectorTokens:
         """Return the tokens of equal units, `[B, N, D]`."""
@@ -96,6 +98,7 @@ class ConnectorEvidence:
             cls_similarity=torch.stack([similarity[image][part] for image, part in origins]) if similarity else None,
             patches=torch.stack([self.patches[unit.image][unit.rows] for unit in units]) if self.patches else None,
             # the views of one image are told apart by their first row
+            project=self.project,
             pixel_hash=torch.stack([hash_of(hashes[i]) + part.start for i, part in origins]) if hashes else None,
             user_text=self._text_of(units),
             tiles=_tiles_of(units),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -281,7 +282,8 @@ class Connector:
         if outputs.reductions is not None:  # not strict: there are no patches if they were not requested
             patches = [image.features.apply(rows) for image, rows in zip(images, patches, strict=False)]
         row_of = [row for row, sizes in enumerate(placeholders.images) for _ in sizes]
-        return ConnectorEvidence(layouts, features, patches, outputs, prompt.origins, text, row_of)
+        project = partial(self.family.project, self.model)
+        return ConnectorEvidence(layouts, features, patches, outputs, prompt.origins, text, row_of, project)
 
 
 def _fitting(layout: TokenLayout, total: int) -> TokenLayout:
