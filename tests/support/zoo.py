@@ -1,21 +1,18 @@
 """A tiny random model of every image-text-to-text type of transformers, made by shrinking the type's default config.
 
-``models.py`` builds the families that Tokensieve declares, with their processors' layouts by hand. This file asks less:
-sizes are replaced by name (``SIZES``), an image is drawn by the arguments of ``get_image_features``, and the number of
-its placeholders is the number of rows that the model makes of it. ``CHANGES`` names what a type needs besides.
+``models.py`` builds the families that Tokensieve declares. Here, sizes are replaced by name (``TEXT``, ``VISION``,
+``TOP``), and ``CHANGES`` names what a type needs besides. ``zoo_prompts.py`` draws their images and prompts.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from torch.nn.functional import pad
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 PAD, BOS, START, END, VIDEO, IMAGE, VOCABULARY = 0, 1, 196, 197, 198, 199, 200
@@ -24,47 +21,158 @@ TYPES: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 LAYERS = 4
 
 SHARED = {
-    "num_channels": 3, "in_channels": 3, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": LAYERS, "depth": LAYERS,
-}  # fmt: skip
+    "num_channels": 3,
+    "in_channels": 3,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": LAYERS,
+    "depth": LAYERS,
+}
 TEXT = SHARED | {
-    "vocab_size": VOCABULARY, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": BOS,
-    "eos_token_id": 2, "sliding_window": 512, "sliding_window_size": 512, "attention_chunk_size": 512,
-    "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
-    "shared_expert_intermediate_size": 32, "shared_experts_intermediate_size": 32, "shared_intermediate_size": 32,
-    "dense_intermediate_size": 96, "intermediate_size_mlp": 96, "share_expert_dim": 32, "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": VOCABULARY, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "index_topk": 512, "index_head_dim": 16, "index_n_heads": 2,
-    "laurel_rank": 8, "num_kv_shared_layers": 0, "rotary_dim": 8, "global_head_dim": 16, "unpadded_vocab_size": VOCABULARY,
-    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16, "num_sliding_attention_heads": 4,
-    "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "max_window_layers": LAYERS,
-    "moe_shared_expert_intermediate_size": 32, "moe_hidden_size": 64, "additional_vocab_size": 8, "chunk_size": 16,
-    "linear_head_dim": 8, "linear_num_heads": 4, "hc_lowrank": 8, "ple_embed_dim": 16, "ngram_vocab_size_base": 64,
-    "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1, "block_multiple_of": 8, "merger_hidden_size": 64,
-    "hidden_dropout": 0.0, "attention_dropout": 0.0, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": 2,
+    "sliding_window": 512,
+    "sliding_window_size": 512,
+    "attention_chunk_size": 512,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+    "shared_experts_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "dense_intermediate_size": 96,
+    "intermediate_size_mlp": 96,
+    "share_expert_dim": 32,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "index_topk": 512,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 0,
+    "rotary_dim": 8,
+    "global_head_dim": 16,
+    "unpadded_vocab_size": VOCABULARY,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
+    "num_sliding_attention_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "max_window_layers": LAYERS,
+    "moe_shared_expert_intermediate_size": 32,
+    "moe_hidden_size": 64,
+    "additional_vocab_size": 8,
+    "chunk_size": 16,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "hc_lowrank": 8,
+    "ple_embed_dim": 16,
+    "ngram_vocab_size_base": 64,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 1,
+    "block_multiple_of": 8,
+    "merger_hidden_size": 64,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+}
 VISION = SHARED | {
-    "hidden_size": 32, "num_key_value_heads": 4, "head_dim": 8, "out_hidden_size": 64, "text_hidden_size": 64,
-    "embed_dim": 32, "projection_dim": 64, "projection_hidden_dim": 64, "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0, 1, 2], "fullatt_block_indexes": [1, 2, 3], "window_size": 56, "max_position_embeddings": 64,
-    "pos_emb_height": 8, "pos_emb_width": 8, "mlp_dim": 64, "output_channels": 32, "global_attn_indexes": [1, 3],
-    "num_patches": 64, "projector_hidden_size": 64, "vision_output_dim": 64, "projector_input_dim": 64,
-    "projector_output_dim": 64, "position_embedding_size": 64, "vocab_size": 32, "projection_intermediate_size": 64,
-    "drop_path_rate": 0.0, "posemb_grid_size": 8, "max_img_size": 128, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "out_hidden_size": 64,
+    "text_hidden_size": 64,
+    "embed_dim": 32,
+    "projection_dim": 64,
+    "projection_hidden_dim": 64,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1, 2],
+    "fullatt_block_indexes": [1, 2, 3],
+    "window_size": 56,
+    "max_position_embeddings": 64,
+    "pos_emb_height": 8,
+    "pos_emb_width": 8,
+    "mlp_dim": 64,
+    "output_channels": 32,
+    "global_attn_indexes": [1, 3],
+    "num_patches": 64,
+    "projector_hidden_size": 64,
+    "vision_output_dim": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+    "position_embedding_size": 64,
+    "vocab_size": 32,
+    "projection_intermediate_size": 64,
+    "drop_path_rate": 0.0,
+    "posemb_grid_size": 8,
+    "max_img_size": 128,
+    "pad_token_id": 0,
+}
 TOP = {
-    "image_token_id": IMAGE, "image_token_index": IMAGE, "video_token_id": VIDEO, "video_token_index": VIDEO,
-    "vision_start_token_id": START, "vision_end_token_id": END, "image_start_token_id": START, "image_end_token_id": END,
-    "video_start_token_id": 194, "video_end_token_id": 195, "boi_token_id": START, "boi_token_index": START,
-    "eoi_token_id": END, "eoi_token_index": END, "audio_token_id": 193, "audio_token_index": 193, "boa_token_id": 192,
-    "eoa_token_id": 191, "eoa_token_index": 191, "audio_start_token_id": 190, "audio_end_token_id": 189,
-    "projector_hidden_size": 64, "projection_hidden_size": 64, "merged_hidden_size": 64, "out_hidden_size": 64,
-    "tie_word_embeddings": False, "image_bos_token_id": START, "audio_bos_token_id": 188, "im_start_id": START,
-    "im_end_id": END, "im_newline_id": 187, "image_patch_id": IMAGE, "low_res_image_start_token_id": START,
-    "frame_start_token_id": 186, "frame_end_token_id": 185, "vision_hidden_size": 32,
-}  # fmt: skip
+    "image_token_id": IMAGE,
+    "image_token_index": IMAGE,
+    "video_token_id": VIDEO,
+    "video_token_index": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+    "image_start_token_id": START,
+    "image_end_token_id": END,
+    "video_start_token_id": 194,
+    "video_end_token_id": 195,
+    "boi_token_id": START,
+    "boi_token_index": START,
+    "eoi_token_id": END,
+    "eoi_token_index": END,
+    "audio_token_id": 193,
+    "audio_token_index": 193,
+    "boa_token_id": 192,
+    "eoa_token_id": 191,
+    "eoa_token_index": 191,
+    "audio_start_token_id": 190,
+    "audio_end_token_id": 189,
+    "projector_hidden_size": 64,
+    "projection_hidden_size": 64,
+    "merged_hidden_size": 64,
+    "out_hidden_size": 64,
+    "tie_word_embeddings": False,
+    "image_bos_token_id": START,
+    "audio_bos_token_id": 188,
+    "im_start_id": START,
+    "im_end_id": END,
+    "im_newline_id": 187,
+    "image_patch_id": IMAGE,
+    "low_res_image_start_token_id": START,
+    "frame_start_token_id": 186,
+    "frame_end_token_id": 185,
+    "vision_hidden_size": 32,
+}
 
 # What a type needs besides, at the path of its config: {type: {path: value}}. "" is the config itself.
 CLIP, SIGLIP, PIXTRAL = "clip_vision_model", "siglip_vision_model", "pixtral"
@@ -72,32 +180,67 @@ HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
 SAM = {"num_pos_feats": 16, "downsample_channels": [32, 32]}
 VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 32, "latent_channels": 8, "embed_dim": 8}
 OMNI_AUDIO = {
-    "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16, "output_dim": 64,
-    "max_source_positions": 32, "downsample_hidden_size": 8, "num_mel_bins": 16,
-}  # fmt: skip
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "d_model": 16,
+    "output_dim": 64,
+    "max_source_positions": 32,
+    "downsample_hidden_size": 8,
+    "num_mel_bins": 16,
+}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = ("glm4v_text", "qwen3_vl_text", "qwen2_vl_text", "qwen3_5_text")
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "aria": {"": {"projector_patch_to_query_dict": {64: 9}, "max_value_projector_patch_to_query_dict": 9}},
-    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [2, 3, 3]},
-                                                           "sliding_attention": ROPE | {"mrope_section": [2, 3, 3]}}}},
+    "cohere_compass": {
+        "text_config": {
+            "rope_parameters": {
+                "full_attention": ROPE | {"mrope_section": [2, 3, 3]},
+                "sliding_attention": ROPE | {"mrope_section": [2, 3, 3]},
+            }
+        }
+    },
     "deepseek_ocr2": {
         "text_config": {"mlp_layer_types": ["dense", "sparse"] * 2},
         "vision_config.sam_config": SAM | {"output_channels": 32},
     },
     "deepseek_vl_hybrid": {"high_res_vision_config": {"num_pos_feats": 16, "scale": 1.0}},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"adapter_in_dim": 32, "adapter_input_size": 32},
+    },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}}},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision", "pooling_kernel_size": 2}},
-    "gemma4_unified": {"vision_config": {"model_type": "gemma4_unified_vision"}},
+    "gemma4_unified": {
+        "vision_config": {
+            "model_type": "gemma4_unified_vision",
+            "mm_embed_dim": 32,
+            "output_proj_dims": 32,
+            "mm_posemb_size": 64,
+            "pooling_kernel_size": 1,
+        }
+    },
     "glm5_next": {"text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0}},
     "granite4_vision": {
-        "": {"downsample_rate": "2/4", "deepstack_layer_map": [[-2, 0], [-3, 1]], "spatial_target_layers": [0, 1, 2, 3],
-             "image_grid_pinpoints": [[256, 512], [512, 256]]},
-        "qformer_config": {"encoder_hidden_size": 32, "cross_attention_frequency": 1, "num_hidden_layers": 1},
+        "": {
+            "downsample_rate": "2/4",
+            "deepstack_layer_map": [[-2, 0], [-3, 1]],
+            "spatial_target_layers": [0, 1, 2, 3],
+            "image_grid_pinpoints": [[256, 512], [512, 256]],
+        },
+        "qformer_config": {
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "encoder_hidden_size": 32,
+            "cross_attention_frequency": 1,
+            "num_hidden_layers": 1,
+        },
     },
-    "janus": {"vision_config": {"mlp_ratio": 2.0, "num_image_tokens": 64, "depth": 2},
-              "vq_config": VQ | {"projection_dim": 64, "image_token_embed_dim": 64, "num_patches": 8}},
+    "janus": {
+        "vision_config": {"mlp_ratio": 2.0, "num_image_tokens": 64, "depth": 2},
+        "vq_config": VQ | {"projection_dim": 64, "image_token_embed_dim": 64, "num_patches": 8},
+    },
     "lighton_ocr": {"vision_config": {"model_type": PIXTRAL, "image_size": 224}},
     "llama4": {"vision_config": {"intermediate_size": 128, "projector_input_dim": 64}},
     "inkling2": {"vision_config": {"temporal_patch_size": 1}},
@@ -105,19 +248,33 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "minicpmv4_7": {"": {"insert_layer_id": 1}, "vision_config": {"insert_layer_id": 1}},
     "minicpm_ocr": {"": {"insert_layer_id": 1}, "vision_config": {"insert_layer_id": 1}},
     "mistral_large4": {"vision_config": {"image_size": 224}, "text_config": {"num_key_value_heads": 4}},
-    "kimi_k25": {"": {"projection_hidden_size": 32}},
+    "kimi_k25": {"": {"projection_hidden_size": 32}, "text_config": {"num_key_value_heads": 4, "head_dim": 8}},
     "got_ocr2": {"": {"image_seq_length": 4}, "vision_config": SAM | {"output_channels": 32}},
     "pp_chart2table": {"": {"image_seq_length": 4}, "vision_config": SAM | {"output_channels": 32}},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [3, 1], "hidden_size": 32, "head_dim": 8,
-                                  "intermediate_size": 64, "text_hidden_size": 64}},
+    "molmo2": {
+        "adapter_config": {
+            "vision_feature_layer": [3, 1],
+            "hidden_size": 32,
+            "head_dim": 8,
+            "intermediate_size": 64,
+            "text_hidden_size": 64,
+        }
+    },
     "qwen2_5_omni_thinker": {"": {"vision_start_token_id": START}, "audio_config": OMNI_AUDIO},
     "qwen3_omni_moe_thinker": {"": {"vision_start_token_id": START}, "audio_config": OMNI_AUDIO},
     "muse_spark": {"audio_config": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_hidden_size": 64}},
     "muse_glimmer": {"": {"out_hidden_size": 128}},
-    "qwen4_exp": {"text_config": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
-                                  "indexer_budget": 512, "indexer_compress_ratio": 4}},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 512,
+            "indexer_compress_ratio": 4,
+        }
+    },
     "unlimited_ocr": {"vision_config.sam_config": SAM},
-}  # fmt: skip
+}
 
 
 def changed(config: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,6 +301,8 @@ def changed(config: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
         side = 8 * out["patch_size"]
         out["image_size"] = [side, side] if isinstance(out["image_size"], list | tuple) else side
     out.pop("per_layer_config", None)
+    if "global_attn_indexes" in out:  # SAM: 16x smaller in the end
+        out["image_size"] = 4 * out["patch_size"]
     return out
 
 
@@ -177,7 +336,7 @@ def tiny_config(model_type: str) -> Any:
     changes, default = CHANGES.get(model_type, {}), config_class().to_dict()
     for path, values in changes.items():  # before shrinking: parts of another type, parts that the default lacks
         if "model_type" in values and path:
-            part = getattr(transformers.AutoConfig, "for_model")(values["model_type"]).to_dict()
+            part = transformers.AutoConfig.for_model(values["model_type"]).to_dict()
             default[path] = part
     shrunk = shrink(default, "")
     for path, values in changes.items():
@@ -216,172 +375,3 @@ def tiny_model(model_type: str, attention: str = "sdpa") -> Any:
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         torch.nn.init.zeros_(head.weight[WORDS.stop :])  # never the likeliest: an answer holds no placeholder
     return model
-
-
-# -- prompts --------------------------------------------------------------------------------------------------------
-
-
-def packed(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw an image of packed patches, (height, width) in units of the patches that are merged."""
-    vision = model.config.vision_config
-    side = getattr(vision, "spatial_merge_size", None) or getattr(vision, "merge_size", None) or 2
-    patch, channels = vision.patch_size, getattr(vision, "in_channels", None) or getattr(vision, "num_channels", 3)
-    frames = getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1)
-    count = height * width * side * side
-    pixels = torch.randn(count, channels * frames * patch * patch, generator=generator)
-    grid = torch.tensor([[1, height * side, width * side]])
-    return {"pixel_values": pixels, "image_grid_thw": grid}
-
-
-def tiles(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw one square image of the encoder's size."""
-    config = model.config
-    side = getattr(getattr(config, "vision_config", config), "image_size", 128)
-    side = side if isinstance(side, int) else side[0]
-    return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
-
-
-def as_pictures(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw packed patches that keep their pixels' axes."""
-    drawn, patch = packed(model, height, width, generator), model.config.vision_config.patch_size
-    return drawn | {"pixel_values": drawn["pixel_values"].unflatten(1, (3, patch, patch))}
-
-
-def pixtral(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw an image of any size, in units of 2x2 patches."""
-    cell = 2 * model.config.vision_config.patch_size
-    size = (cell * height, cell * width)
-    return {"pixel_values": torch.randn(1, 3, *size, generator=generator), "image_sizes": torch.tensor([size])}
-
-
-def padded_patches(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw patches in a row that is padded to the longest image's."""
-    vision, count = model.config.vision_config, 4 * height * width
-    mask = (torch.arange(64) < count).long()[None]
-    pixels = torch.randn(1, 64, 3 * vision.patch_size**2, generator=generator) * mask[..., None]
-    shapes = torch.tensor([[2 * height, 2 * width]])
-    return {"pixel_values": pixels, "spatial_shapes": shapes, "pixel_attention_mask": mask}
-
-
-def positioned_patches(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw patches with their coordinates, -1 on padding."""
-    vision = model.config.vision_config
-    side, total = getattr(vision, "pooling_kernel_size", 1), 64
-    y, x = torch.meshgrid(torch.arange(side * height), torch.arange(side * width), indexing="ij")
-    positions = torch.full((1, total, 2), -1)
-    positions[0, : x.numel()] = torch.stack([x.flatten(), y.flatten()], -1)
-    pixels = torch.rand(1, total, 3 * vision.patch_size**2, generator=generator)
-    return {"pixel_values": pixels * (positions[..., :1] >= 0), "image_position_ids": positions}
-
-
-def strip(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw patches side by side in one long picture, as MiniCPM-V packs them."""
-    patch, rows, columns = model.config.vision_config.patch_size, 4 * ((height + 1) // 2), 4 * ((width + 1) // 2)
-    pixels = torch.randn(1, 3, patch, rows * columns * patch, generator=generator)
-    return {"pixel_values": pixels, "target_sizes": torch.tensor([[rows, columns]], dtype=torch.int32)}
-
-
-def grid_only(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    patch = model.config.vision_config.patch_size
-    pixels = torch.randn(4 * height * width, 3 * patch**2, generator=generator)
-    return {"pixel_values": pixels, "image_grid_hw": torch.tensor([[2 * height, 2 * width]])}
-
-
-def merged_by(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    return packed(model, height, width, generator) | {"image_merge_sizes": torch.tensor([2])}
-
-
-def both_resolutions(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    high = model.config.high_res_vision_config.image_size
-    drawn = tiles(model, height, width, generator)
-    return drawn | {"high_res_pixel_values": torch.randn(1, 3, high, high, generator=generator)}
-
-
-def per_sample(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw one image of a sample, [sample, image, 3, H, W]."""
-    return {"pixel_values": tiles(model, height, width, generator)["pixel_values"][None]}
-
-
-def masked_tiles(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    drawn = per_sample(model, height, width, generator)
-    return drawn | {"pixel_attention_mask": torch.ones(1, 1, dtype=torch.bool)}
-
-
-def tiled(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw a base tile and two more."""
-    side = model.config.vision_config.image_size
-    pixels = torch.randn(1, 3, 3, side, side, generator=generator)
-    return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, 2 * side]])}
-
-
-def pooled_patches(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw one crop, and the patches that each of its tokens averages: 2x2."""
-    patch = model.config.vision_config.patch_size
-    pixels = torch.randn(1, 1, 64, 3 * patch**2, generator=generator)
-    index = torch.arange(64).view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
-    return {"pixel_values": pixels, "image_token_pooling": index, "image_grids": torch.tensor([[4, 4, 0, 0]])}
-
-
-DRAW: dict[str, Callable[..., dict[str, Tensor]]] = {
-    "deepseek_vl_hybrid": both_resolutions, "gemma4": positioned_patches, "gemma4_unified": positioned_patches,
-    "granite4_vision": tiled, "granite_docling": masked_tiles, "idefics2": per_sample, "kimi_k25": as_pictures,
-    "lfm2_vl": padded_patches, "lighton_ocr": pixtral, "minicpm_ocr": strip, "minicpmv4_6": strip, "minicpmv4_7": strip,
-    "mistral_large4": pixtral, "molmo2": pooled_patches, "nemotron_h_omni": grid_only, "paddleocr_vl": as_pictures,
-    "video_llama_3": merged_by,
-}  # fmt: skip
-
-
-def draw(model: Any, model_type: str, shape: tuple[int, int], seed: int) -> dict[str, Tensor]:
-    arguments = inspect.signature(model.base_model.get_image_features).parameters
-    drawn = DRAW.get(model_type, packed if "image_grid_thw" in arguments else tiles)
-    return drawn(model, *shape, torch.Generator().manual_seed(seed))
-
-
-def concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first axis, the others padded with zeros."""
-    sizes = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        room = [size - length for size, length in zip(sizes, tensor.shape[1:], strict=True)]
-        padded.append(pad(tensor, [n for extra in reversed(room) for n in (0, extra)]))
-    return torch.cat(padded)
-
-
-def rows(pooled: Any) -> int:
-    """Return the number of visual tokens in the output of an encode call."""
-    parts = [pooled] if isinstance(pooled, Tensor) else list(pooled)
-    return sum(part.numel() // part.shape[-1] for part in parts)
-
-
-PROMPTS = ((3, ((3, 4),), 5), (4, ((2, 5), (4, 2)), 7), (2, ((3, 3),), 9))
-"""(words before, shapes of the images, words after) of three prompts."""
-
-
-def prompts(model: Any, model_type: str) -> Callable[[Sequence[int]], dict[str, Tensor]]:
-    """Return a function from numbers of ``PROMPTS`` to one left-padded batch."""
-    samples, forward = [], inspect.signature(type(model).forward).parameters
-    for number, (before, shapes, after) in enumerate(PROMPTS):
-        generator = torch.Generator().manual_seed(number)
-
-        def words(count: int, generator: torch.Generator = generator) -> list[int]:
-            return torch.randint(WORDS.start, WORDS.stop, (count,), generator=generator).tolist()
-
-        images = [draw(model, model_type, shape, 10 * number + i) for i, shape in enumerate(shapes)]
-        ids = [BOS, *words(before)]
-        for image in images:
-            with torch.inference_mode():
-                output = model.base_model.get_image_features(**image, return_dict=True)
-            ids += [START, *[IMAGE] * rows(output.pooler_output), END, *words(2)]
-        samples.append(([*ids, *words(after)], images))
-
-    def batch(numbers: Sequence[int]) -> dict[str, Tensor]:
-        chosen = [samples[number] for number in numbers]
-        width = max(len(ids) for ids, _ in chosen)
-        ids = torch.tensor([[PAD] * (width - len(ids)) + ids for ids, _ in chosen])
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids, _ in chosen])
-        images = [image for _, of_sample in chosen for image in of_sample]
-        inputs = {name: concatenated([image[name] for image in images]) for name in images[0]}
-        types = {name: (ids == IMAGE).long() for name in ("mm_token_type_ids", "token_type_ids") if name in forward}
-        return {"input_ids": ids, "attention_mask": mask, **inputs, **types}
-
-    return batch

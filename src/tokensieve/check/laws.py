@@ -172,7 +172,8 @@ class Laws:
                 return_dict_in_generate=True,
                 output_logits=True,
             )
-        columns = [layer.keys.shape[-2] if hasattr(layer, "keys") else 0 for layer in out.past_key_values.layers]
+        held = [getattr(layer, "keys", None) for layer in out.past_key_values.layers]
+        columns = [0 if keys is None else keys.shape[-2] for keys in held]
         logits, tokens = torch.stack(out.logits, 1).float(), out.sequences[:, -STEPS:]
         return Generated(inputs, logits, tokens, out.past_key_values, columns)
 

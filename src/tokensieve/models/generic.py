@@ -20,11 +20,12 @@ NO_PLACEHOLDERS = "no placeholder tokens stand for the image in its prompt"
 REFUSED = {
     "mllama": CROSS_ATTENTION,
     "idefics": CROSS_ATTENTION,
-    "evolla": CROSS_ATTENTION,
+    "evolla": "it reads proteins instead of images",
     "blip": CROSS_ATTENTION,
     "blip-2": QUERIES,
     "instructblip": QUERIES,
     "instructblipvideo": QUERIES,
+    "fuyu": "its encode function returns no features per image (pooler_output)",
     "git": NO_PLACEHOLDERS,
     "florence2": "its visual tokens enter a text encoder, not a decoder-only LLM",
     "t5gemma2": "its visual tokens enter a text encoder, not a decoder-only LLM",
@@ -38,6 +39,7 @@ REFUSED = {
     "diffusion_gemma": "it generates text by diffusion: there is no causal prefill to shorten",
     "chameleon": "its images are discrete codes of a vocabulary, embedded like words",
     "emu3": "its images are discrete codes of a vocabulary, embedded like words",
+    "llama4": "its projector runs in the forward of the LLM, after its images were encoded",
     "mistral4": "it is a text-only LLM: its config has no vision encoder",
 }
 """Model types that cannot be supported, with the reason."""
@@ -56,6 +58,8 @@ class Generic(Family):
     def __init__(self, model: Any) -> None:
         self.title = f"{type(model).__name__} (untested)"  # type: ignore[misc]
         self._rule: str | None = None
+        if model.get_encoder(modality="image") is model:
+            self.encoder_unreadable = "it has no vision encoder: its patches enter the LLM"  # type: ignore[misc]
         decoder = model.get_decoder()
         if not hasattr(decoder, "layers"):
             reason = f"the layers of its {type(decoder).__name__} cannot be found"

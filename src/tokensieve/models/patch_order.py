@@ -46,9 +46,7 @@ def discover_rule(model: Any, tower: Any, call: EncodeCall, rows: int, sizes: Se
     return next(iter(rules))
 
 
-def unit_of_row(
-    rule: str, tower: Any, inputs: Mapping[str, Any], rows: int, sizes: Sequence[int]
-) -> Tensor | None:
+def unit_of_row(rule: str, tower: Any, inputs: Mapping[str, Any], rows: int, sizes: Sequence[int]) -> Tensor | None:
     """Return the visual token of each row by a rule, `[rows]` (-1: none); ``None`` if the rule does not fit."""
     grids = inputs.get("image_grid_thw")
     if grids is not None:
