@@ -45,6 +45,7 @@ def run(types: list[str], output: Path | None, kept: dict[str, Any]) -> dict[str
     import transformers
 
     from tests.support.evidence import evidence
+    from tests.support.zoo import TYPES
 
     entries: dict[str, Any] = {}
     for model_type in types:
@@ -57,7 +58,8 @@ def run(types: list[str], output: Path | None, kept: dict[str, Any]) -> dict[str
         short = {stage: outcome[:90] for stage, outcome in outcomes(entries[model_type]).items()}
         print(f"{model_type}: {short}, {time.perf_counter() - start:.1f} s", flush=True)
         if output is not None:
-            record = {"transformers": transformers.__version__, "types": dict(sorted({**kept, **entries}.items()))}
+            record: dict[str, Any] = {"transformers": transformers.__version__, "types_of_the_release": len(TYPES)}
+            record["types"] = dict(sorted({**kept, **entries}.items()))
             output.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return entries
 

@@ -24,7 +24,7 @@ import make_models  # noqa: E402
 import families as script  # noqa: E402
 
 RECORD = json.loads((ROOT / "docs" / "models.json").read_text("utf-8"))
-ALWAYS = ("qwen3_vl_moe", "kimi_k25", "gemma4", "lfm3_vl")  # discovered: all stages, raster order, refusals
+ALWAYS = ("cosmos3_omni", "ernie4_5_vl_moe", "glm46v", "gemma4")  # discovered: in order, with a refusal
 DISCOVERED = [name for name, entry in RECORD["types"].items() if entry.get("recognised") == "discovered"]
 ROTATING = [name for name in DISCOVERED if name not in ALWAYS][datetime.now(UTC).toordinal() % 7 :: 7]
 
@@ -46,8 +46,9 @@ def test_the_page_is_what_the_generator_writes():
 
 
 @same_release
-def test_every_type_has_evidence():
-    assert set(RECORD["types"]) == set(zoo.TYPES)
+def test_the_evidence_is_about_types_of_the_release():
+    assert set(RECORD["types"]) <= set(zoo.TYPES)
+    assert RECORD["types_of_the_release"] == len(zoo.TYPES)
 
 
 def test_no_type_fails():
