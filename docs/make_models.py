@@ -27,8 +27,8 @@ def table(record: dict[str, Any]) -> str:
     passed = [name for name, entry in types.items() if _passes(entry)]
     whole = [name for name in passed if all(_status(types[name], stage) == "passed" for stage in STAGES)]
     lines = [
-        f"transformers {record['transformers']} has {record['types_of_the_release']} image-text-to-text types. The checks "
-        f"have run on {len(types)} of them: {len(passed)} pass "
+        f"transformers {record['transformers']} has {record['types_of_the_release']} image-text-to-text types. The "
+        f"checks have run on {len(types)} of them: {len(passed)} pass "
         f"with methods that read features or the prompt, {len(whole)} of these at all three stages.",
         "",
         "| model type | recognised | features, prompt | attention of the encoder | inside the LLM |",
