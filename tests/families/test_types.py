@@ -85,9 +85,11 @@ def test_the_discovered_token_of_each_patch_is_the_one_that_it_changes(name, rul
     before, last = torch.cat(list(call.output.pooler_output)), (getattr(tower, "blocks", None) or tower.layers)[-1]
     for patch in range(48):
         row = torch.zeros(48, 1).index_fill(0, torch.tensor([patch]), 1)
-        handle = last.register_forward_hook(
-            lambda layer, args, out, row=row: out + row.view(*out.shape[:-1], 1) * out.roll(1, -1)
-        )
+
+        def disturb(layer, args, out, row=row):
+            return out + row.view(*out.shape[:-1], 1) * out.roll(1, -1)  # a norm does not undo it
+
+        handle = last.register_forward_hook(disturb)
         with torch.no_grad():
             after = torch.cat(list(base.get_image_features(**inputs, return_dict=True).pooler_output))
         handle.remove()
