@@ -19,11 +19,12 @@ from tokensieve.batch import Job, Place
 from tokensieve.batch import run as run_batch
 from tokensieve.evaluate.plan import Settings
 from tokensieve.reference.benchmark import SCENES, benchmark
+from tokensieve.reference.vilt import ASKED
 
 
 def write_data(rows: int, folder: Path) -> Path:
     """Write the bundled benchmark as JSONL beside its images, repeated with distinct ids up to ``rows`` rows."""
-    questions = benchmark(scenes=min(SCENES, -(-rows // 7)))
+    questions = benchmark(scenes=min(SCENES, -(-rows // len(ASKED))), types=ASKED)
     numbers = {scene: n for n, scene in enumerate(dict.fromkeys(row.scene for row in questions))}
     for scene, number in numbers.items():
         scene.image.save(folder / f"{number}.png")

@@ -10,7 +10,7 @@ The script prints for each critique whether it holds here: on another model it m
 McNemar's exact ones, paired by question with whole images exchanged, and corrected by Holm within a critique; seeds of
 `random` are joined by Rüger's rule. An interrupted run continues from the answers in the output folder.
 
-    python benchmarks/critiques.py                              # 1,050 questions, and 900 for the third critique
+    python benchmarks/critiques.py                              # 1,040 questions, and 1,200 for the third critique
     python benchmarks/critiques.py --scenes 20 --place-scenes 40    # fewer
 """
 
@@ -36,7 +36,7 @@ from tokensieve.reference import load
 MILD = (0.33, 0.22)  # two thirds and 78 % of the tokens dropped
 METHODS = ("vtc-cls", "fastervlm", "visionzip", "prumerge+", "vispruner", "divprune", "trsm", "fastv(layer=1)")
 PLACE_METHODS = ("vtc-cls", "divprune", "scope", "random(seed=0)", "uniform")
-PLACES = ("where", "point")  # question types about places; those that the benchmark publishes are used
+PLACES = ("where", "point")  # question types about places
 ALPHA = 0.05
 EQUAL = 0.05  # rows whose interval ends below 5 points are called equal; a wide interval decides nothing
 
@@ -238,16 +238,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_images(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return all questions about the first images."""
-    images = list(dict.fromkeys(sample.image for sample in samples))[:count]
-    return [sample for sample in samples if sample.image in images]
+    """Return all questions about the first images; one about two images is about the last of them."""
+    images = set(list(dict.fromkeys(sample.images[-1] for sample in samples))[:count])
+    return [sample for sample in samples if sample.images[-1] in images]
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--scenes", type=int, default=150, help="images of the first two critiques, 7 questions each")
+    parser.add_argument("--scenes", type=int, default=80, help="images of the first two critiques, 13 questions each")
     parser.add_argument(
-        "--place-scenes", type=int, default=300, help="images of the third, one question about a place each"
+        "--place-scenes", type=int, default=300, help="images of the third, two questions about a place each"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/critiques"), help="folder of the answers")
     run_script(parser, run)

@@ -36,6 +36,7 @@ import tokensieve
 from tokensieve import reference
 from tokensieve.evaluate import decode
 from tokensieve.reference.benchmark import benchmark
+from tokensieve.reference.vilt import ASKED
 
 KEEP = 36
 START_SECONDS = 600
@@ -52,7 +53,7 @@ class Soak:
 
     def __init__(self, folder, engine):
         self.folder, self.engine = folder, engine
-        self.rows = benchmark(scenes=10)
+        self.rows = benchmark(scenes=10, types=ASKED)
         self.right = right_answers(self.rows)
         self.images = {row.id: image_url(row.image) for row in self.rows}
         with socket.socket() as listener:

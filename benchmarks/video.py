@@ -18,7 +18,7 @@ import torch
 from tokensieve import parse
 from tokensieve.tokens import ByLayer, ConnectorTokens
 
-METHODS = ("evs", "dycoke", "fastvid", "prunevid", "holitom")
+METHODS = ("evs", "dycoke", "fastvid", "prunevid", "holitom", "vidcom2", "v-cast", "flashvid")
 SIZE, WIDTH, SCENE = 196, 896, 8
 
 

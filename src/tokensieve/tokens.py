@@ -288,6 +288,8 @@ class DecoderTokens(VisualTokens):
         coordinates: `[B, N, 2]`, row and column of each token in its image, if the tokens once formed one grid.
         entered: tokens of each image that entered the LLM; ``None``: N.
         attention: `[B, H, Q, N]`, post-softmax attention of the last token, or of each word, to the tokens.
+        separator_attention: `[B, H, N]`, post-softmax attention of the token that follows the image, to its tokens.
+        gradient: `[B, N, D]`, of the cross-entropy of the layer's own guess to ``features``.
         keys: `[B, N, E]`, key states with the heads side by side.
         layer_input: `[B, N, D]`, the hidden states that entered the previous layer.
         mlp_input: `[B, N, D]`, the rows that entered the MLP of the previous layer.
@@ -300,6 +302,8 @@ class DecoderTokens(VisualTokens):
     coordinates: Tensor | None = None
     entered: int | None = None
     attention: Tensor | None = None
+    separator_attention: Tensor | None = None
+    gradient: Tensor | None = None
     keys: Tensor | None = None
     layer_input: Tensor | None = None
     mlp_input: Tensor | None = None
@@ -308,7 +312,7 @@ class DecoderTokens(VisualTokens):
     connector_scores: Tensor | None = None
     user_text: DecoderUserText | None = None
 
-    other_shapes: ClassVar = ("attention", "input_embeddings")
+    other_shapes: ClassVar = ("attention", "separator_attention", "input_embeddings")
 
 
 def given(evidence: T | None) -> T:

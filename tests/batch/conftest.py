@@ -12,6 +12,7 @@ import pytest
 from tokensieve.batch import Job
 from tokensieve.evaluate.plan import Settings
 from tokensieve.reference.benchmark import benchmark
+from tokensieve.reference.vilt import ASKED
 
 ROWS, PER_PART = 210, 30
 SETTINGS = Settings(seeds=1, measure=False, max_new_tokens=4)
@@ -28,7 +29,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a JSONL file of 210 bundled questions about 30 images that lie beside it."""
     folder = tmp_path_factory.mktemp("questions")
     rows, numbers = [], {}
-    for row in benchmark(scenes=ROWS // 7):
+    for row in benchmark(scenes=ROWS // len(ASKED), types=ASKED):
         name = f"images/{numbers.setdefault(row.scene, len(numbers))}.png"
         (folder / "images").mkdir(exist_ok=True)
         if not (folder / name).exists():

@@ -1,5 +1,7 @@
 """Impossible requests are refused before the LLM runs, with advice, and nothing is broken afterwards."""
 
+import copy
+
 import pytest
 import torch
 
@@ -37,6 +39,7 @@ def unused(model):
         ("pyramiddrop(layers=(3, 2, 4))", "ascending"),
         ("sparsevlm(layers=())", "layers 1 to 5"),
         ("fastv(layer=3, average=0.4)", "reachable: above"),  # three full blocks of six
+        ("autoprune(keep=0.3, layer=2)", "reachable: above"),  # two full blocks of six
         ("pyramiddrop(counts=(0.5, 0.2))", "counts must be 3 budgets"),
         ("pyramiddrop(counts=(0.2, 0.3, 0.1))", "none larger than the one before"),
         ("sparsevlm(recycle=2.0)", "recycle must be a share"),
@@ -55,6 +58,19 @@ def test_at_attach(model, unused, spec, words):
         tokensieve.attach(model, spec)
     assert models.hooks(model) == before
     assert "_deepstack_process" not in vars(model.model.language_model)
+
+
+def test_an_average_that_one_image_cannot_reach(model, inputs, unused):
+    with tokensieve.attach(model, "autoprune(keep=8, layer=2)"), pytest.raises(tokensieve.Refusal, match="reachable"):
+        model(**inputs)
+
+
+def test_a_gradient_of_weights_that_were_made_in_inference_mode():
+    shared = models.unhooked(FAMILY)  # made outside: other tests use it
+    with torch.inference_mode():
+        frozen = copy.deepcopy(shared)
+    with pytest.raises(tokensieve.Refusal, match="load the model outside"):
+        tokensieve.attach(frozen, "trio(layers=(2,))")
 
 
 def test_a_family_without_a_decoder_stage(model, unused, monkeypatch):

@@ -1,5 +1,6 @@
 """The comparison from end to end: rows, resuming, and what goes wrong on the way."""
 
+import importlib
 import json
 import sys
 from dataclasses import dataclass, fields, replace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tokensieve
 from tests.support.clocks import Cpu, Ticking
 from tokensieve import Method, attach, reference
 from tokensieve.evaluate import (
@@ -22,6 +24,8 @@ from tokensieve.evaluate import (
     encode,
     wilson,
 )
+from tokensieve.evaluate.compare import Comparison
+from tokensieve.evaluate.plan import Settings
 from tokensieve.evaluate.provenance import code_digest, model_identity, model_name, sample_key
 from tokensieve.measure import measure_costs
 
@@ -234,6 +238,28 @@ def test_the_oracle_keeps_the_tokens_in_the_boxes(run, samples, tmp_path):
     kept = Results.load(tmp_path / "out" / "results.json").examples[0].kept
     assert kept[3]["reductions"][0]["anchors"] == [0]
     assert "oracle" in kept[3]["reductions"][0]["notes"][0]
+
+
+def test_the_oracle_looks_into_the_last_of_several_images(run, samples, tmp_path):
+    two = replace(samples[0], image=(samples[1].image, samples[0].image), boxes=((0, 0, 8, 5),), id="two")
+    rows, _ = run(samples=[two, samples[2]], methods=["pool"], keeps=[1])
+    assert [(row.method, row.tokens_after) for row in rows[2:]] == [("oracle", 1.5)]
+    (joined,) = Results.load(tmp_path / "out" / "results.json").examples[0].kept[2]["reductions"]
+    assert joined["anchors"] == [72, 144]  # the middle of the first image, the corner of the second
+
+
+def test_the_oracle_has_the_positions_of_the_other_rows(model, processor, samples, tmp_path, monkeypatch):
+    positions = []
+
+    def attach(*arguments, **options):
+        positions.append(options["positions"])
+        return tokensieve.attach(*arguments, **options)
+
+    monkeypatch.setattr(importlib.import_module("tokensieve.evaluate.answer"), "attach", attach)
+    settings = Settings(measure=False, referee=False, max_new_tokens=1, positions="contiguous")
+    boxed = [replace(samples[0], boxes=((0, 0, 8, 5),))]
+    Comparison(model, processor, boxed, settings).run(["pool"], [4], tmp_path / "out")
+    assert positions.count("contiguous") == len(positions) > 2
 
 
 def test_measured_rows_are_full_of_numbers_and_measured_once(run, sessions):

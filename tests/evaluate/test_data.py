@@ -185,6 +185,16 @@ def test_a_limit_takes_whole_images_and_a_larger_one_contains_it(write):
     assert [s.id for s in more] == sorted((s.id for s in more), key=int)
 
 
+def test_types_are_kept_before_the_limit(write):
+    path = write([GOOD | {"type": "where" if i % 2 else "read"} for i in range(8)])
+    assert [sample.type for sample in load_data(path, types=["read"], limit=3)] == ["read"] * 3
+    assert len(load_data(path, types=["read", "where"])) == 8
+    with pytest.raises(DataError, match="no question of type 'hop'; they are read, where"):
+        load_data(path, types=["read", "hop"])
+    with pytest.raises(DataError, match="no question of type 'hop'; the data have no column 'type'"):
+        load_data(write([GOOD]), types=["hop"])
+
+
 def test_a_truncated_jpeg_is_found_when_it_is_opened(write, tmp_path):
     write([])
     Image.open(tmp_path / "0.png").save(tmp_path / "whole.jpg")

@@ -67,18 +67,6 @@ def test_each_image_of_a_batch_is_encoded_once(several, model, processor):
     assert len(shared.tensors["pixel_values"]) == 4
 
 
-def test_boxes_give_no_oracle_among_several_images(several, model, processor, tmp_path):
-    boxed = [replace(sample, boxes=((0, 0, 9, 9),)) for sample in several]
-    options = {"output": tmp_path / "out", "measure": False, "max_new_tokens": 1, "referee": False}
-    assert [row.method for row in compare(model, processor, boxed, ["pool"], [0.25], **options).rows] == [
-        "full",
-        "pool",
-    ]
-    alone = boxed[3:]
-    rows = compare(model, processor, alone, ["pool"], [0.25], **options | {"output": tmp_path / "one"}).rows
-    assert [row.method for row in rows] == ["full", "pool", "oracle"]
-
-
 def test_a_classifier_takes_one_image(several, processor):
     with pytest.raises(Refusal, match=r"data\.jsonl, line 1: this model answers questions about one image; got 2"):
         encode_pairs(processor, several, longest=40)

@@ -39,6 +39,13 @@ def rows_with_copies(seed: int, total: int, width: int, copies: int = 0, zeros: 
     return rows
 
 
+def clip_rows(seed: int, frames: int, size: int, width: int, scene: int = 4, noise: float = 0.3) -> Tensor:
+    """Draw a video `[T, n, D]` in scenes of ``scene`` frames; its first places stand still, the others vary."""
+    rows = bells(seed, -(-frames // scene), size, width).repeat_interleave(scene, 0)[:frames]
+    rows[:, size // 3 :] += noise * bells(seed + 1, frames, size - size // 3, width)
+    return rows
+
+
 def words_mask(words: int, lengths: list[int]) -> Tensor:
     """Return a mask `[B, words]`, 1 on the first ``lengths[b]`` words."""
     return (torch.arange(words) < torch.tensor(lengths)[:, None]).long()

@@ -17,6 +17,7 @@ from tokensieve.methods import Method
 STEPS = 3
 # with these parameters, if a method is among them; else as it comes
 TUNED = {"evs": "evs(keep=0.5)", "fastvid": "fastvid(keep=10)"}
+TUNED |= {"vidcom2": "vidcom2(keep=11)", "v-cast": "v-cast(keep=11)", "flashvid": "flashvid(keep=10)"}
 TUNED |= {"prunevid": "prunevid(keep=9)", "holitom": "holitom(keep=9)"}
 VIDEO_SPECS = [TUNED.get(info.name, info.name) for info in tokensieve.list_methods() if info.needs.requests("video")]
 SPECS = (
@@ -28,6 +29,7 @@ SPECS = (
     ("pool(keep=9)", ""),
 )
 DECODER = ("fastv(keep=6, layer=1)", "evs(keep=0.5) + vtw(layer=2)", "sparsevlm(layers=(1, 2), keep=4)")
+DECODER += ("flashvid(keep=0.5) + fastv(layer=1, keep=0.3)",)
 each_family = pytest.mark.parametrize("family", families.VIDEO_FAMILIES)
 
 
@@ -112,7 +114,7 @@ def assert_conserved(one, r, spec, scope):
             assert "this is an image" in r.notes[0]
         return
     patches = [token for token in r.kept.tolist() if token not in newlines]
-    if scope == "clip" or spec.startswith(("fastvid", "trsm")):
+    if scope == "clip" or spec.startswith(("fastvid", "flashvid", "trsm", "vidcom2", "v-cast")):
         assert len(patches) == method.keep
     if scope == "frame":
         h, w = one.grid

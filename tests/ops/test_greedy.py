@@ -83,6 +83,23 @@ def test_max_min_starts_at_the_first_of_two_that_are_each_others_nearest(most, s
         assert max_min(rows.flip(0), 2)[0] == n - 1 - second
 
 
+@FEW
+@given(size=sizes(30), seed=seeds, most=st.sampled_from([4, 1024]))
+def test_weighted_max_min_is_the_plain_one(size, seed, most):
+    n, k = size
+    assume(n > 1)
+    rows, weight = noise(n, 8, seed=seed), noise(n, seed=seed + 1).abs() + 0.1
+    distance = (1 - normalise(rows) @ normalise(rows).mT).fill_diagonal_(torch.inf)
+    chosen = [int((distance.amin(0) * weight).argmax())]
+    while len(chosen) < k:
+        nearest = (distance[chosen].amin(0) * weight).index_fill(0, torch.tensor(chosen), -torch.inf)
+        chosen.append(int(nearest.argmax()))
+    with chunk(most):
+        assert max_min(rows, k, weight).tolist() == chosen
+        nothing = max_min(rows, n, torch.full((n,), torch.nan))
+    assert sorted(nothing.tolist()) == list(range(n)), "of weights that are no numbers, none wins twice"
+
+
 def test_max_min_of_equal_rows_goes_by_index():
     assert max_min(torch.ones(6, 4), 4).tolist() == [0, 1, 2, 3]
     assert max_min(torch.zeros(6, 4), 4).tolist() == [0, 1, 2, 3]

@@ -65,10 +65,9 @@ def test_only_the_last_turn_is_learned(packs: Packs) -> None:
 def test_packed_words_are_those_of_the_prompt() -> None:
     """Every kind of question, as the tokenizer reads the prompt of the card and of the chat template."""
     from tokensieve.reference.benchmark import benchmark
-    from tokensieve.reference.questions import TYPES
 
     processor = build_processor()
-    for row in benchmark("validation", scenes=1, types=TYPES):
+    for row in benchmark("validation", scenes=1):
         turns = [(question, answer) for question, answer in row.turns]
         messages: list[dict[str, object]] = []
         for number, (question, answer) in enumerate([*turns, (row.question, "")]):

@@ -21,10 +21,11 @@ from tests.serve.server import Server, free_port
 from tokensieve import reference
 from tokensieve.evaluate import decode
 from tokensieve.reference.benchmark import Row, benchmark
+from tokensieve.reference.vilt import ASKED
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-ROWS = benchmark(scenes=6)[:40]
+ROWS = benchmark(scenes=6, types=ASKED)[:40]
 
 
 @pytest.fixture(scope="module")

@@ -373,6 +373,7 @@ class Layer:
     number: int
     rows: Tensor  # `[L, D]`, that enter it
     position_ids: Tensor
+    head: Any = None
 
     @cached_property
     def rotary(self) -> tuple[Tensor, Tensor]:
@@ -429,7 +430,7 @@ def layer_by_layer(
     decoder = language_model(model)
     whole, sequence.entry = masks(name, decoder.config, sequence), replace(sequence)
     for number, (layer, kind) in enumerate(zip(decoder.layers, layer_kinds(decoder.config), strict=True)):
-        decisions = decide(Layer(decoder, number, sequence.rows, axes(name, sequence)), sequence)
+        decisions = decide(Layer(decoder, number, sequence.rows, axes(name, sequence), model.lm_head), sequence)
         if decisions is not None:
             sequence.reduce(decisions, policy)
         sequence.counts.append([len(image) for image in sequence.images])

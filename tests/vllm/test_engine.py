@@ -14,6 +14,7 @@ from tests.vllm.apart import run_apart
 from tokensieve import reference
 from tokensieve.ops import pixel_hash
 from tokensieve.reference.benchmark import benchmark
+from tokensieve.reference.vilt import ASKED
 from tokensieve.vllm import checkpoint, engine_options
 
 METHODS = (
@@ -223,7 +224,7 @@ def assert_kept(kept: Kept, asked: Asked, expected: Any, spec: str, may_differ: 
 
 
 def of_benchmark(processor: Any, scenes: int, first: int = 0) -> Asked:
-    rows = benchmark(scenes=scenes)[7 * first :]
+    rows = benchmark(scenes=scenes, types=ASKED)[7 * first :]
     return Asked(processor, [(row.question, [row.image]) for row in rows])
 
 
@@ -258,7 +259,7 @@ def test_560_answers_of_each_method_equal_those_of_transformers(loaded):
 def test_a_prompt_may_be_cut_preempted_and_encoded_again(loaded):
     """Few tokens a step cut images; few blocks of cache preempt requests; small encoder caches forget images."""
     model, processor = loaded
-    rows = benchmark(scenes=12)
+    rows = benchmark(scenes=12, types=ASKED)
     images = [row.image for row in rows[::7]]
     mixed = [(rows[7 * n + 1].question, images[n : n + 1 + n % 3]) for n in range(9)]
     asked = Asked(processor, mixed)
@@ -336,7 +337,7 @@ def decide_twice() -> str:
 
 def test_wrong_requests_are_refused_and_the_engine_lives_on(loaded):
     model, processor = loaded
-    rows = benchmark(scenes=14)
+    rows = benchmark(scenes=14, types=ASKED)
     asked = of_benchmark(processor, 1)
     one = asked.prompts()[0]
     images = [row.image for row in rows[::7]]
@@ -384,7 +385,7 @@ WRONG_BUDGETS = ("x", "64", -1, 0, 0.0, 1e9, 1.5, float("nan"), float("inf"), Tr
 def test_an_answer_may_go_on_behind_the_last_position_of_the_model(loaded):
     """The prompt has 2,044 position ids before the reduction, the model 2,048, and the answer 24 tokens."""
     model, processor = loaded
-    rows = benchmark(scenes=13)
+    rows = benchmark(scenes=13, types=ASKED)
     text = " ".join([rows[0].question] * 30)
     for words in range(len(text.split()), 0, -1):
         asked = Asked(processor, [(" ".join(text.split()[:words]), [row.image for row in rows[::7]])])

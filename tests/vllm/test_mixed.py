@@ -16,6 +16,7 @@ from tests.vllm.test_engine import options, serve
 from tokensieve import reference
 from tokensieve.ops import pixel_hash
 from tokensieve.reference.benchmark import benchmark
+from tokensieve.reference.vilt import ASKED
 
 CHOICES = (
     ("vtc-cls", 36),
@@ -42,7 +43,7 @@ def turn(text: str, role: str = "user", images: int = 0) -> dict[str, Any]:
 
 def look_alikes() -> list[tuple[Chat, list[Image.Image]]]:
     """Return chats whose images or words differ little, or in their place only."""
-    rows = benchmark(scenes=3)
+    rows = benchmark(scenes=3, types=ASKED)
     first, second = rows[0].image, rows[7].image
     near = first.copy()
     red, green, blue = near.getpixel((0, 0))

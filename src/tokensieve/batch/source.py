@@ -291,5 +291,5 @@ def _reference() -> tuple[Row, ...]:
     from tokensieve.evaluate.data import load_data
 
     samples = load_data(REFERENCE)
-    numbers = {image: n for n, image in enumerate(dict.fromkeys(sample.image for sample in samples))}
-    return tuple(Row(s.id, s.id, s, images=(f"scene {numbers[s.image]}",)) for s in samples)
+    numbers = {image: n for n, image in enumerate(dict.fromkeys(image for s in samples for image in s.images))}
+    return tuple(Row(s.id, s.id, s, images=tuple(f"scene {numbers[image]}" for image in s.images)) for s in samples)

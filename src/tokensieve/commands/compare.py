@@ -59,6 +59,9 @@ def compare(
     ] = "final",
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
+    types: Annotated[
+        str | None, typer.Option(help="Question types to keep, with commas between.", show_default="all")
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Largest number of questions, spread over the data.", show_default="all")
     ] = None,
@@ -94,6 +97,7 @@ def compare(
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
     from tokensieve.evaluate import load_data
     from tokensieve.evaluate.compare import Comparison
+    from tokensieve.evaluate.data import types_known_to
     from tokensieve.evaluate.plan import Settings
     from tokensieve.evaluate.processes import Processes
     from tokensieve.evaluate.results import RESULTS, skipped_note
@@ -118,7 +122,8 @@ def compare(
         from tokensieve.report.extra import check_report_extra
 
         check_report_extra()
-    samples = load_data(
+    load = partial(
+        load_data,
         data,
         image_column=image_column,
         question_column=question_column,
@@ -127,7 +132,11 @@ def compare(
         fetch_images=fetch_images,
         limit=limit,
     )
+    asked = None if types is None else [name for text in types.split(",") if (name := text.strip())]
+    samples = load(types=asked)  # a mistake in the data is found before a model is loaded
     vlm, processor = load_model(model, loading, classifiers=True)
+    if asked is None and (known := types_known_to(vlm, data)):
+        samples = load(types=known)
     note_crowd(vlm)
     if methods == COMPARED:
         specs = _default_specs(model, vlm)

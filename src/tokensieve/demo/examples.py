@@ -39,6 +39,6 @@ def examples(data: str) -> list[Example]:
 def _scenes() -> Iterable[Sample]:
     from tokensieve.reference.benchmark import benchmark
 
-    rows = benchmark(scenes=COUNT)
+    rows = [row for row in benchmark(scenes=COUNT) if not row.before and not row.turns]  # one image, one question
     pictures = {row.scene: partial(getattr, row, "image") for row in rows}
-    return [Sample(row.id, pictures[row.scene], row.question, (row.answer,)) for row in rows]
+    return [Sample(row.id, pictures[row.scene], row.question, row.accepted) for row in rows]

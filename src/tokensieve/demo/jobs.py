@@ -16,6 +16,7 @@ from tokensieve.demo.run import Workbench, check_number
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate import load_data
 from tokensieve.evaluate.compare import Comparison
+from tokensieve.evaluate.data import types_known_to
 from tokensieve.evaluate.plan import Settings
 from tokensieve.loading import DEFAULTS, LoadOptions
 from tokensieve.report.extra import check_report_extra
@@ -127,8 +128,8 @@ class Jobs:
 
     def _run(self, folder: Path, methods: list[str], keeps: list[Budget], questions: int, settings: Settings) -> None:
         try:
-            samples = load_data(self._data, limit=questions)
             model, processor = self._bench.model, self._bench.processor
+            samples = load_data(self._data, types=types_known_to(model, self._data), limit=questions)
             with self._bench.lock:
                 comparison = Comparison(model, processor, samples, settings, loading=self._loading)
                 results = comparison.run(methods, keeps, folder, self._progress)

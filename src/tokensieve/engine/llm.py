@@ -47,7 +47,7 @@ class LlmSieve(Sieve):
         self._images: list[list[ImageReduction]] = []
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
         finders = {
-            stage: UserTextFinder(model, processor)
+            stage: UserTextFinder(model, processor, getattr(method.needs, "user_text", None) == "all")
             for stage, method in by_stage.items()
             if method.needs.requests("user_text")
         }

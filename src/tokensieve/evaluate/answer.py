@@ -36,6 +36,7 @@ from tokensieve.evaluate.prompt import (
 )
 from tokensieve.evaluate.results import Skipped
 from tokensieve.loading import device_of, to_model
+from tokensieve.methods import Positions
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
 
@@ -340,6 +341,6 @@ def attaching(model: Any, stages: Sequence[Any], processor: Any, **options: Any)
     return lambda batch: attach(model, stages, processor=processor, **options)
 
 
-def replaying(model: Any, decide: Callable[[Sample], Reduction]) -> Attached:
-    """Attach a given decision for every sample."""
-    return lambda batch: attach(model, [[decide(sample)] for sample in batch])
+def replaying(model: Any, decide: Callable[[Sample], list[Reduction]], positions: Positions) -> Attached:
+    """Attach a given decision for every image of every sample."""
+    return lambda batch: attach(model, [decide(sample) for sample in batch], positions=positions)

@@ -290,9 +290,7 @@ class Comparison:
 
     def _entries(self, methods: Sequence[str], keeps: Sequence[Budget]) -> list[Entry]:
         """Return the rows to run. A method that this model cannot run is refused here, before anything runs."""
-        # boxes are places in one image
-        one_image = all(len(sample.images) == 1 for sample in self.samples)
-        oracle = self.model.can_generate() and one_image and any(sample.boxes for sample in self.samples)
+        oracle = self.model.can_generate() and any(sample.boxes for sample in self.samples)
         blind = self.settings.referee and not self.no_blind
         full, *others = self.settings.plan(methods, keeps, oracle=oracle, blind=blind)
         for run in (run for entry in (full, *others) for run in entry.runs if run.stages):

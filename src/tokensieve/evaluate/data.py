@@ -36,7 +36,7 @@ class Sample:
         question: never empty.
         answers: accepted answers, or those of several annotators.
         type: kind of question; "" when the data has none.
-        boxes: (left, top, right, bottom) px of the objects that answer the question, if known; of one image only.
+        boxes: (left, top, right, bottom) px of the objects that answer the question, if known, in the last image.
         where: file and line of the sample, for errors.
         choices: the options of a multiple-choice question; the prompt lists them with the letters A, B, C… The answer
             is the text of a choice or its letter.
@@ -89,6 +89,7 @@ def load_data(
     answer_column: str = "answer",
     split: str | None = None,
     fetch_images: bool = False,
+    types: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> list[Sample]:
     """Read a data set and validate all of it except the pixels of the images.
@@ -100,6 +101,7 @@ def load_data(
         question_column, answer_column: text; an answer may be a list (several annotators).
         split: a split of a folder or of a data set of the hub, needed if it has several.
         fetch_images: allow images given as http(s) URLs, each fetched when it is opened first.
+        types: question types to keep; all of them if ``None``.
         limit: largest number of samples: a fixed random choice of images with all their questions. A larger limit
             includes the samples of a smaller one.
 
@@ -119,6 +121,8 @@ def load_data(
     else:
         columns = image_column, question_column, answer_column
         samples = _read(source, read_records(source, split), columns, fetch_images)
+    if types is not None:
+        samples = _of_types(samples, types)
     return samples if limit is None else _limited(samples, limit)
 
 
@@ -149,7 +153,7 @@ def _reference() -> list[Sample]:
             question=row.question,
             answers=row.accepted,
             type=row.type,
-            boxes=() if row.before else row.boxes,
+            boxes=row.boxes,
             turns=row.turns,
         )
         for row in rows
@@ -327,6 +331,25 @@ def _first_turns(turns: Any, question_column: str, answer_column: str) -> dict[s
     # images stand before the text anyway; a place inside the text is refused later, with the other placeholders
     question = re.sub(r"^(\s*<image>\s*)+|(\s*<image>\s*)+$", "", by_speaker["human"])
     return {question_column: question, answer_column: by_speaker["gpt"]}
+
+
+def types_known_to(model: Any, source: str | Path) -> tuple[str, ...] | None:
+    """Return the question types of the bundled benchmark that a classifier of answers knows; ``None`` means all.
+
+    A classifier answers in one word to one question about one image.
+    """
+    from tokensieve.reference.vilt import ASKED
+
+    return ASKED if str(source) == "reference" and not model.can_generate() else None
+
+
+def _of_types(samples: Sequence[Sample], types: Sequence[str]) -> list[Sample]:
+    known = list(dict.fromkeys(sample.type for sample in samples if sample.type))
+    for type in types:
+        if type not in known:
+            names = f"they are {', '.join(known)}" if known else "the data have no column 'type'"
+            raise DataError(f"no question of type {type!r}; {names}")
+    return [sample for sample in samples if sample.type in types]
 
 
 def _limited(samples: Sequence[Sample], limit: int) -> list[Sample]:

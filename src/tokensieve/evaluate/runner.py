@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, TypeAlias
 
 from tokensieve.budget import Budget
@@ -47,7 +48,8 @@ class Runner:
         if run.stages:
             attached: Attached = comparison.attached(answerer.model, run)
         else:  # the oracle; the blind row attaches nothing
-            attached = replaying(answerer.model, partial(self._oracle_decision, keep))
+            decide = partial(self._oracle_decision, keep)
+            attached = replaying(answerer.model, decide, comparison.settings.positions)
         done = answerer.finished(journal.answers.get(run.key, {}))
         report(run.key, len(done | (self.keys.values() & journal.skipped.keys())))
         for batch in answerer.run(attached, done, journal.skipped, processes.rank, processes.count):
@@ -69,14 +71,20 @@ class Runner:
 
     def candidate(self, entry: Entry, sample: Sample) -> Candidate:
         """Return the method of a row's first run, or the oracle's decision for the sample."""
-        return entry.runs[0].stages or [[self._oracle_decision(entry.keep, sample)]]
+        return entry.runs[0].stages or [self._oracle_decision(entry.keep, sample)]
 
-    def _oracle_decision(self, keep: Budget | None, sample: Sample) -> Reduction:
-        """Return the oracle's decision for a sample, on the token grid that an earlier run recorded."""
+    def _oracle_decision(self, keep: Budget | None, sample: Sample) -> list[Reduction]:
+        """Return the oracle's decision for each image of a sample, on the token grids that earlier runs recorded."""
         assert keep is not None
-        runs, key = self.journal.answers, self.answerer.keys[sample.id]
-        grids = (answers[key].grid for answers in runs.values() if key in answers)
-        return oracle(sample.boxes, sample.open().size, runs[FULL][key].before, next(filter(None, grids), None), keep)
+        runs, key, images = self.journal.answers, self.answerer.keys[sample.id], len(sample.images)
+        tokens = runs[FULL][key].before // images  # of an image; images of a sample with boxes have equally many
+        # the tokens of several images form no grid; that of a sample with one such image is the same
+        of_sample = (answers[key] for answers in runs.values() if key in answers)
+        of_others = (answer for answers in runs.values() for answer in answers.values() if images > 1)
+        answered = (answer for answer in chain(of_sample, of_others) if answer.before == tokens)
+        grid = next((answer.grid for answer in answered if answer.grid), None)
+        boxes = [()] * (images - 1) + [sample.boxes]  # places in the last image
+        return [oracle(b, sample.open(n).size, tokens, grid, keep) for n, b in enumerate(boxes)]
 
 
 class Steps:

@@ -32,7 +32,7 @@ class Evs(Method):
         frames = image.in_frames(image.features)
         tokens_per_frame = frames.shape[2]
         previous = (torch.arange(frames.shape[1], device=frames.device) - 1).clamp(min=0)
-        dissimilarity = (1 - same_place_cosine(frames, previous)).clamp(max=2)  # [B, T, n]
+        dissimilarity = 1 - same_place_cosine(frames, previous)  # [B, T, n]
         dissimilarity[:, 0] = 3  # above any dissimilarity, so that the first frame ranks first
         budget = max(image.budget, tokens_per_frame)
         if budget > image.budget:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokensieve.budget import Budget
 from tokensieve.methods import Method, Needs, register
-from tokensieve.ops import cluster_weights, in_proportion, nearest, normalise, peak_scores, segments_at, top_k
+from tokensieve.ops import changing_segments, cluster_weights, in_proportion, nearest, peak_scores, top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import ConnectorTokens
 
@@ -54,10 +54,8 @@ class FastVid(Method):
         salient = attention.sort(dim=-1, descending=True, stable=True).indices.argsort(-1) < (quota - context)[:, None]
         into = torch.arange(salient.numel(), device=rows.device).where(salient.flatten(), -1)
         weight = salient.flatten().float()
-        mean = normalise(rows.mean(1, dtype=torch.float32))
-        cosine, shares = (mean[1:] * mean[:-1]).sum(-1), context.tolist()
-        cut = (cosine < self.alike).scatter(0, top_k(-cosine, self.segments - 1), True)
-        for first, end in segments_at(cut):
+        shares = context.tolist()
+        for first, end in changing_segments(rows, self.alike, self.segments):
             if few := sum(shares[first:end]):
                 free = (~salient[first:end]).flatten().nonzero().squeeze(-1)  # places in the segment
                 anchors, flat = self.anchors(rows[first:end], salient[first:end], few), rows[first:end].flatten(0, 1)

@@ -160,8 +160,11 @@ class DecoderNeeds(StageNeeds):
 
     Attributes:
         attention: attention rows of the last prompt token ("last") or of every word of the user ("words").
+        separator_attention: attention rows of the token that follows each image, which sees no later word.
         same_layer: read attention and keys in the layer before which tokens leave (one extra partial forward). By
             default those of the previous layer are reused.
+        gradient: the gradient of the layer's own guess to the hidden states that enter the layer before which tokens
+            leave: of the cross-entropy at these places, counted from the end, with the likeliest words as labels.
         keys: the key states.
         layer_input: the hidden states that entered the previous layer.
         mlp_input: the rows that entered the MLP of the previous layer.
@@ -169,12 +172,15 @@ class DecoderNeeds(StageNeeds):
         final_norm: apply the LLM's final norm to the features.
         rope_gain: a vector of ones, rotated by the rotary embedding at each token's position.
         connector_scores: the scores that the connector method ranked the tokens by.
-        user_text: the hidden states of the user's words.
+        user_text: the hidden states of the user's words; "all": of every token after the last image, with the chat
+            template, and "words" are these tokens.
         grid: the coordinates of the tokens on their image's grid.
     """
 
     attention: Literal["last", "words"] | None = evidence("LLM attention of {}", default=None)
+    separator_attention: bool = evidence("LLM attention of the token after the image")
     same_layer: bool = evidence()
+    gradient: tuple[int, ...] | None = evidence("gradient of the guess", default=None)
     keys: bool = evidence(read=ops.keys_joined)
     layer_input: bool = evidence(hidden="layer input")
     mlp_input: bool = evidence(hidden="MLP input")
@@ -182,9 +188,9 @@ class DecoderNeeds(StageNeeds):
     final_norm: bool = evidence()
     rope_gain: bool = evidence(rope=ops.rope_gain)
     connector_scores: bool = evidence()
-    user_text: bool = evidence("text")
+    user_text: bool | Literal["all"] = evidence("text")
     grid: bool = evidence("grid")
 
     @property
     def reads_attention(self) -> bool:
-        return self.attention is not None or super().reads_attention
+        return self.attention is not None or self.separator_attention or super().reads_attention

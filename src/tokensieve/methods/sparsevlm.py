@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from tokensieve.budget import Budget
 from tokensieve.methods import DecoderMethod, DecoderNeeds, register
 from tokensieve.methods.raters import rater_attention
-from tokensieve.ops import density_peaks, keep_and_average, top_k
+from tokensieve.methods.recycling import recycle
+from tokensieve.ops import top_k
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens
 
@@ -58,20 +56,4 @@ class SparseVlm(DecoderMethod):
         attention, is_rater = rater_attention(image)
         scores = attention.sum(1) / is_rater.sum(-1, keepdim=True)
         kept = top_k(scores, image.budget)
-        return self.recycled(image, scores, kept) if self.recycle else image.keep(kept, scores)
-
-    def recycled(self, image: DecoderTokens, scores: Tensor, kept: Tensor) -> Reduction:
-        """Keep the kept tokens as they are, and the means of clusters of the best pruned ones."""
-        count = int(self.recycle * (image.total - kept.shape[-1])) + 1
-        clusters, noise = count // 10 + 1, None
-        # kept tokens rank last, so that the first `count` are the best pruned ones
-        order = scores.scatter(-1, kept, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-        sources = order[:, :count]
-        if self.noise_seed is not None:  # drawn on the CPU: the same noise on every device and in every batch
-            drawn = torch.rand(1, count, generator=torch.Generator().manual_seed(self.noise_seed))
-            noise = 1e-6 * drawn.to(scores.device)
-        rows = image.features.take_along_dim(sources[..., None], -2)
-        centres, cluster = density_peaks(rows, clusters, clusters, noise)
-        mixing = keep_and_average(kept, sources, cluster, centres, appended=self.appended)
-        notes = ("means of recycled tokens stand after the kept ones: no slot is at its token's place",) * self.appended
-        return image.merge(*mixing, *notes)
+        return recycle(image, scores, kept, self.recycle, self.appended, self.noise_seed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
-from tokensieve.budget import check_budget, count, stage_counts
+from tokensieve.budget import Budget, check_budget, count, stage_counts
 from tokensieve.errors import Refusal
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
@@ -42,6 +42,8 @@ class DecoderMethod(InsideMethod):
     or, for a method with several layers, ``counts`` (tokens after each of them; shares are rounded down).
     """
 
+    adaptive: ClassVar[bool] = False  # the numbers after each layer follow the image: see :meth:`schedule`
+
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = getattr(self, "counts", None)
@@ -65,14 +67,29 @@ class DecoderMethod(InsideMethod):
             return None
         return stage_counts(total, depth, layers, self.budget, getattr(self, "average", None))
 
+    @property
+    def mean(self) -> Budget | None:
+        """The budget as an average over all layers of the LLM; ``None`` if it has another meaning."""
+        average: Budget | None = getattr(self, "average", None)
+        return average
+
     def check_average(self, layers: Sequence[int], depth: int) -> None:
         """Refuse, before there is an image, an average that no image can reach."""
-        average, lowest = getattr(self, "average", None), layers[0] / depth  # all tokens pass the first layers
+        average, lowest = self.mean, layers[0] / depth  # all tokens pass the first layers
         if getattr(self, "counts", None) is None and isinstance(average, float) and average <= lowest:
             raise Refusal(
                 f"{self}: an average of {average:.4g} of the tokens is out of reach if they leave at layers "
                 f"{list(layers)} of {depth}; reachable: above {lowest:.4g}, up to 1"
             )
+
+    def schedule(self, image: DecoderTokens, layers: Sequence[int], depth: int) -> list[list[int]]:
+        """Return the tokens that stay of each image after each of the ``layers``, `[image][layer]`.
+
+        The engine calls it for an ``adaptive`` method, once, before the first of its layers, with the evidence there.
+        From then on, ``image.budget`` follows the image's own numbers. :meth:`stage_budgets` gives those of an image
+        that is not known.
+        """
+        raise NotImplementedError(f"{self.info.name} is adaptive: define schedule()")
 
     @abstractmethod
     def reduce(self, image: DecoderTokens) -> Reduction: ...

@@ -43,12 +43,14 @@ from tokensieve.ops.select import (
 )
 from tokensieve.ops.temporal import (
     Segment,
+    changing_segments,
     cluster_weights,
     group_sizes,
     in_proportion,
     max_static_segments,
     mean_pairwise_cosine,
     merge_groups,
+    nearest_in_previous,
     same_place_cosine,
     segments_at,
 )
@@ -67,6 +69,7 @@ __all__ = [
     "attention_received_single_head",
     "bipartite_match",
     "bipartite_thinning",
+    "changing_segments",
     "cluster_weights",
     "connected",
     "coverage",
@@ -92,6 +95,7 @@ __all__ = [
     "merge_by_rank",
     "merge_groups",
     "nearest",
+    "nearest_in_previous",
     "normalise",
     "outliers",
     "padded_nonzero",

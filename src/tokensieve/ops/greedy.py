@@ -26,7 +26,7 @@ TIE = 1e-6  # cosines that differ by less are equal
 
 
 @torch.no_grad()
-def max_min(rows: Tensor, k: int) -> Tensor:
+def max_min(rows: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     """Select ``k`` rows by greedy max–min diversity under cosine distance, in the order of selection, `[..., k]`.
 
     Starts at the row farthest from its nearest neighbour (the first such row, as two mutual neighbours tie), then adds
@@ -35,17 +35,25 @@ def max_min(rows: Tensor, k: int) -> Tensor:
 
     Args:
         rows: `[..., N, D]`.
+        weight: `[..., N]`, multiplies the distance of a row to the others; numbers that are not positive count as tiny.
     """
     rows, lead = _flat(normalise(rows))
     total = rows.shape[1]
+    factor = None if weight is None else _finite(weight.float()).reshape(rows.shape[:2]).clamp(min=1e-30)
     table = 1 - gram(rows) if total <= CHUNK else None
     if table is not None:
         table.diagonal(0, -2, -1).fill_(torch.inf)  # no row is its own neighbour
         isolation = table.amin(-1)
         table.diagonal(0, -2, -1).fill_(-torch.inf)  # a selected row is never the farthest again
-    else:
+    elif factor is None:
         isolation = nearest_distance(rows)
-    best = (isolation >= isolation.amax(-1, keepdim=True) - TIE).int().argmax(-1, keepdim=True)
+    else:  # a bound on the distance is none on the product, so that all distances are needed
+        parts = torch.split(torch.arange(total, device=rows.device), CHUNK)
+        isolation = torch.cat([_to_nearest_other(rows, part) for part in parts], -1)
+    if factor is not None:
+        isolation = isolation * factor
+    tie = TIE if factor is None else 0.0
+    best = (isolation >= isolation.amax(-1, keepdim=True) - tie).int().argmax(-1, keepdim=True)
     chosen, distance = [best], torch.full_like(isolation, torch.inf)
     for _ in range(k - 1):
         if table is not None:
@@ -54,9 +62,16 @@ def max_min(rows: Tensor, k: int) -> Tensor:
             to_best = 1 - (rows @ rows_at(rows, best).transpose(-1, -2)).squeeze(-1)
             to_best.scatter_(-1, best, -torch.inf)
         distance = torch.fmin(distance, to_best)  # to the nearest selected row; fmin ignores NaN
-        best = distance.argmax(-1, keepdim=True)
+        best = (distance if factor is None else distance * factor).argmax(-1, keepdim=True)
         chosen.append(best)
     return torch.cat(chosen, -1).view(*lead, k)
+
+
+def _to_nearest_other(rows: Tensor, places: Tensor) -> Tensor:
+    """Return the distance of the unit rows at ``places`` `[c]` to their nearest other rows, `[B, c]`."""
+    distance = 1 - rows[:, places] @ rows.transpose(-1, -2)
+    itself = places[:, None] == torch.arange(rows.shape[1], device=rows.device)
+    return distance.masked_fill(itself, torch.inf).amin(-1)
 
 
 def nearest_distance(rows: Tensor) -> Tensor:

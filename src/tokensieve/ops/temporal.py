@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokensieve.ops.merge import sizes_of
 from tokensieve.ops.score import CHUNK, normalise
+from tokensieve.ops.select import top_k
 
 Segment: TypeAlias = tuple[int, int]  # first frame, and the first frame after the segment
 
@@ -37,10 +38,42 @@ def mean_pairwise_cosine(rows: Tensor) -> Tensor:
     return (total.square().sum(-1) - itself) / (rows.shape[-3] * (rows.shape[-3] - 1))
 
 
+def nearest_in_previous(rows: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+    """Find the most similar token of the previous frame for each token, anywhere in the picture.
+
+    Args:
+        rows: `[T, n, D]`.
+        free: `[T, n]` bool; the other tokens neither look for one nor are found.
+
+    Returns:
+        The cosine, −1 in the first frame and for tokens that are not free, and the index of the token among all T · n,
+        both `[T, n]`.
+    """
+    frames, size = free.shape
+    cosine, place = torch.full(free.shape, -1.0, device=rows.device), torch.zeros_like(free, dtype=torch.int64)
+    step = max(1, CHUNK // size)  # frames at once
+    for first in range(1, frames, step):
+        current, before = slice(first, first + step), slice(first - 1, min(first + step, frames) - 1)
+        table = normalise(rows[current]) @ normalise(rows[before]).mT
+        cosine[current], place[current] = table.masked_fill(~free[before, None], -1).max(-1)
+    start = (torch.arange(frames, device=rows.device) - 1).clamp(min=0) * size  # of the previous frame
+    return cosine.masked_fill(~free, -1), start[:, None] + place
+
+
 def segments_at(cut: Tensor) -> list[Segment]:
     """Return the segments of T frames from `[T − 1]` bool, True where the next frame starts a segment."""
     edges = [0, *(frame + 1 for frame, new in enumerate(cut.tolist()) if new), len(cut) + 1]
     return list(pairwise(edges))
+
+
+def changing_segments(rows: Tensor, threshold: float, least: int) -> list[Segment]:
+    """Cut a video `[T, n, D]` where the means of consecutive frames have a cosine below ``threshold``.
+
+    The video is also cut where the cosines are lowest, until there are ``least`` segments.
+    """
+    mean = normalise(rows.mean(1, dtype=torch.float32))
+    cosine = (mean[1:] * mean[:-1]).sum(-1)
+    return segments_at((cosine < threshold).scatter(0, top_k(-cosine, least - 1), True))
 
 
 def max_static_segments(static: Tensor) -> list[Segment]:

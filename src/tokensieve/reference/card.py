@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokensieve.reference.benchmark import SCENES, Row, Shortcut, benchmark, hallucinated, shortcuts
-from tokensieve.reference.questions import TYPES
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -106,7 +105,7 @@ def gate(directory: Path, split: str = "test", scenes: int = SCENES) -> str:
 
     model = AutoModelForImageTextToText.from_pretrained(directory, local_files_only=True).eval()
     processor = AutoProcessor.from_pretrained(directory, local_files_only=True)
-    rows = benchmark(split, scenes, types=TYPES)
+    rows = benchmark(split, scenes)
     texts = answers(model, processor, rows)
     blind = shares(rows, answers(model, processor, rows, image=False))
     return f"{_results(shares(rows, texts), blind, shortcuts(rows))}\n\n{_hallucinations(rows, texts)}"

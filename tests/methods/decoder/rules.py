@@ -6,8 +6,9 @@ goes through the laws all the same: there its own decisions are replayed by hand
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +62,78 @@ def last_row(sequence: Sequence, image: int) -> Tensor:
 def word_rows(sequence: Sequence, image: int) -> Tensor:
     """`[H, M, N]`."""
     return sequence.layers[-1].attention[:, sequence.words][:, :, sequence.images[image]]
+
+
+def after_images(sequence: Sequence) -> range:
+    """Rows of the prompt behind its last image."""
+    return range(max(max(image) for image in sequence.images) + 1, sequence.prompt)
+
+
+def priortr(query):
+    def decide(sequence, image, layer, count):
+        tokens, attention = sequence.images[image], sequence.layers[-1].attention.mean(0)
+        rows = after_images(sequence) if query == "all" else [sequence.prompt - 1]
+        task = attention[list(rows)][:, tokens].mean(0)
+        prior = attention[tokens[-1] + 1, tokens]
+        task, prior = task / task.sum(), prior / prior.sum()
+        return pick(best(task * (task / prior).log(), count), len(tokens))
+
+    return decide
+
+
+def waves(size: int) -> Tensor:
+    """Return the discrete Fourier transform of ``size`` numbers as a matrix."""
+    steps = torch.arange(size, dtype=torch.float64)
+    return torch.exp(-2j * torch.pi * steps[:, None] * steps / size)
+
+
+def details(rows: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the size of what a filter of high frequencies leaves of each row, mean over channels."""
+    down, across = waves(grid[0]), waves(grid[1])
+    spectrum = torch.einsum("ay,yxc,bx->abc", down, rows.view(*grid, -1).to(down.dtype), across)
+    sigma = 0.1 * min(grid[0] // 2, grid[1] // 2)
+    for a in range(grid[0]):
+        for b in range(grid[1]):
+            distance = min(a, grid[0] - a) ** 2 + min(b, grid[1] - b) ** 2
+            spectrum[a, b] *= 1 - math.exp(-distance / (2 * sigma**2))
+    back = torch.einsum("ya,abc,xb->yxc", down.conj(), spectrum, across.conj()) / (grid[0] * grid[1])
+    return back.abs().mean(-1).flatten()
+
+
+def clse(sequence, image, layer, count):
+    tokens, scores, grid = sequence.images[image], last_row(sequence, image), sequence.grids[image]
+    if grid is not None and len(tokens) == grid[0] * grid[1]:
+        first, now = (details(rows[tokens], grid) for rows in (sequence.entry.rows, sequence.rows))
+        change = ((now - first).abs() / (first + first.mean())).clamp(max=1)
+        scores = scores * ((change - change.mean()) / change.std() / 0.1).sigmoid().float()
+    return pick(best(scores, count), len(tokens))
+
+
+def gradient_norms(sequence: Sequence, layer: Layer, places: list[int]) -> Tensor:
+    """Return the norm `[prompt]` of the gradient of the layer's guesses at some places of the prompt to its input."""
+    with torch.enable_grad():
+        rows = sequence.rows[: sequence.prompt].detach().clone().requires_grad_()
+        alone = replace(layer, rows=rows, position_ids=layer.position_ids[..., : sequence.prompt])
+        module = layer.decoder.layers[layer.number]
+        states = rows + alone.attended[0]
+        states = states + module.mlp(module.post_attention_layernorm(states))
+        for place in places:
+            words = layer.head(layer.decoder.norm(states[place])).log_softmax(-1)
+            (-words.max()).backward(retain_graph=True)
+    return rows.grad.norm(dim=-1)
+
+
+def trio(places):
+    def decide(sequence, image, layer, count):
+        tokens = sequence.images[image]
+        scores = gradient_norms(sequence, layer, places)[tokens]
+        rows = torch.nn.functional.normalize(sequence.rows[tokens], dim=-1)
+        chosen, waiting = [], []
+        for token in best(scores, len(tokens)):
+            (waiting if any(rows[token] @ rows[i] >= 0.8 for i in chosen) else chosen).append(token)
+        return pick((chosen + waiting)[:count], len(tokens))
+
+    return decide
 
 
 def fastv(sequence, image, layer, count):
@@ -128,6 +201,10 @@ def raters(sequence, image) -> list[int]:
 
 def sparsevlm(sequence, image, layer, count):
     scores = word_rows(sequence, image).mean(0)[raters(sequence, image)].mean(0)
+    return recycled(sequence, image, scores, count)
+
+
+def recycled(sequence, image, scores, count):
     kept = best(scores, count)
     pruned = [i for i in best(scores, len(scores)) if i not in kept]
     sources = pruned[: int(0.3 * len(pruned)) + 1]
@@ -150,6 +227,47 @@ def sparsevlm(sequence, image, layer, count):
     for centre, of in members.items():
         matrix[anchors.index(sources[centre]), [sources[i] for i in of]] = 1 / len(of)
     return matrix, anchors
+
+
+def autoprune(keep, k0=0.4, gamma=0.2, centre=14.9):
+    """Tokens leave before layers 2 to 5 of 6; the numbers follow the attention of layer 1, in which all tokens are."""
+
+    def schedule(sequence, image):
+        tokens = sequence.entry.images[image]
+        text = range(max(max(columns) for columns in sequence.entry.images) + 1, sequence.entry.prompt)
+        attention = sequence.layers[1].attention[:, list(text)][:, :, tokens]
+        bits = 0.0
+        for head in attention:
+            joint = head / len(text)
+            bits += float((joint * (joint / (joint.sum(0) / len(text) + 1e-6)).clamp(min=1e-6).log2()).sum())
+        slope, total = max(0.0, k0 - gamma * bits * 32 / len(attention)), len(tokens)
+        shares = [0.75 / (1 + math.exp(slope * ((layer - 1) * 32 / 6 - centre - slope))) for layer in (2, 3, 4, 5)]
+
+        def numbers(scale):
+            counts, through, left = [], 2 * total, total
+            for part in shares:
+                counts.append(max(1, min(math.ceil((total - 1) * scale * part), left)))
+                if counts[-1] < left:
+                    left = counts[-1] + (int(0.3 * (left - counts[-1])) + 1) // 10 + 1
+                through += left
+            return through - 6 * keep * total, counts
+
+        low, high, tried = 0.0, 20.0, []
+        for _ in range(60):
+            middle = (low + high) / 2
+            tried.append(numbers(middle))
+            low, high = (middle, high) if tried[-1][0] < 0 else (low, middle)
+        return min(tried, key=lambda pair: abs(pair[0]))[1]
+
+    def decide(sequence, image, layer, count):
+        tokens = sequence.images[image]
+        wanted = schedule(sequence, image)[layer.number - 2]
+        if wanted >= len(tokens):
+            return torch.eye(len(tokens)), list(range(len(tokens)))
+        rows = sequence.layers[-1].attention[:, list(after_images(sequence))][:, :, tokens]
+        return recycled(sequence, image, rows.mean((0, 1)), wanted)
+
+    return decide
 
 
 def sparsevlm_plus(sequence, image, layer, count):
@@ -271,6 +389,12 @@ RULES = {
     "text-correlation(layer=2, keep=0.4)": Rule([2], text_correlation, share(0.4)),
     "illava-llm(layer=2, keep=0.4)": Rule([2], illava, share(0.4)),
     "pool-decoder(layer=1, stride=3)": Rule([1], pool(3)),
+    "autoprune(keep=0.6, layer=2)": Rule([2, 3, 4, 5], autoprune(0.6)),
+    "clse(layers=(1, 3), counts=(0.6, 0.3))": Rule([1, 3], clse, down(0.6, 0.3)),
+    "trio(layers=(1, 3), counts=(0.6, 0.3))": Rule([1, 3], trio([-2, -3, -4, -5]), down(0.6, 0.3)),
+    "trio(layers=(2,), keep=0.4, guesses=2, skip=0)": Rule([2], trio([-1, -2]), share(0.4)),
+    "priortr(layer=3, keep=0.4)": Rule([3], priortr("all"), share(0.4)),
+    "priortr(layer=1, keep=0.4, query='last')": Rule([1], priortr("last"), share(0.4)),
 }
 # a connector method, the rule inside, and the spec of both
 COMPOSED = {
@@ -283,5 +407,6 @@ COMPOSED = {
 WHOLE = (
     "fastv(keep=1.0)", "window-fastv(keep=1.0)", "pyramiddrop(keep=1.0)", "sparsevlm(keep=1.0)", "sparsevlm+(keep=1.0)",
     "dart(keep=1.0)", "topv(keep=1.0)", "text-correlation(keep=1.0)", "illava-llm(keep=1.0)", "fastv(average=10_000)",
-    "pool-decoder(stride=1)",
+    "pool-decoder(stride=1)", "priortr(keep=1.0)", "clse(keep=1.0)", "autoprune(keep=1.0)",
+    "trio(keep=1.0)",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from tokensieve import Reduction, parse
 from tokensieve.budget import stage_counts
 from tokensieve.measure import count_flops
 from tokensieve.methods import DecoderMethod
-from tokensieve.tokens import DecoderTokens
+from tokensieve.tokens import DecoderTokens, DecoderUserText
 
 
 def per_stage(method, entered, depth):
@@ -30,6 +30,20 @@ def test_published_counts():
     assert per_stage(parse("sparsevlm(counts=(300, 200, 110))")[0], 576, 32) == [300, 200, 110]
     assert parse("sparsevlm")[0].layer_numbers(32) == parse("sparsevlm+")[0].layer_numbers(32) == [3, 7, 16]
     assert parse("pyramiddrop")[0].layer_numbers(32) == [8, 16, 24]
+
+
+@pytest.mark.parametrize(("gamma", "keep"), [(0.0, 64), (0.2, 192), (10.0, 0.25)])
+def test_autoprune_has_its_average_whatever_the_slope(gamma, keep):
+    """The curve adapts to the image; its area does not."""
+    (method,) = parse(f"autoprune(keep={keep}, gamma={gamma}, recycle=0.0)")
+    attention = torch.rand(2, 4, 9, 576, generator=torch.Generator().manual_seed(0)) / 900
+    attention[0] *= 4 * torch.eye(9, 576).add(0.01)  # the first image has much information
+    words = DecoderUserText(torch.zeros(2, 9, 1), torch.ones(2, 9, dtype=torch.bool))
+    image = DecoderTokens(torch.zeros(2, 576, 1), attention=attention, user_text=words)
+    for numbers in method.schedule(image, method.layer_numbers(32), 32):
+        average = (2 * 576 + sum(numbers)) / 32
+        assert abs(average - (keep if isinstance(keep, int) else keep * 576)) <= 0.5
+        assert numbers == sorted(numbers, reverse=True)
 
 
 def test_pyramiddrop_cannot_go_below_its_first_stage():

@@ -12,6 +12,7 @@ from tokensieve.evaluate.answer import Classifier, attaching
 from tokensieve.evaluate.data import Sample
 from tokensieve.evaluate.plan import Settings
 from tokensieve.reference.benchmark import benchmark, shortcuts
+from tokensieve.reference.vilt import ASKED
 
 NAMES = ("vilt-reference", "pumer-reference")
 SCENES = 40
@@ -32,7 +33,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def rows():
-    return benchmark("validation", scenes=SCENES)
+    return benchmark("validation", scenes=SCENES, types=ASKED)
 
 
 def right(model, processor, rows, method):

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from tests.methods.video.clips import DEPTH, clip
 from tokensieve import list_methods, parse
-from tokensieve.budget import count
 from tokensieve.methods import evs as methods_folder
 from tokensieve.ops import max_static_segments, merge, score, temporal
 from tokensieve.tokens import ByLayer, ConnectorTokens
 
 NAMES = tuple(info.name for info in list_methods() if info.needs.requests("video"))
 SPECS = (*NAMES, "dycoke(keep=0.5)", "prunevid(keep=0.2)", "fastvid(segments=2, alike=0.3, every=2)", "holitom(own=0)")
+SPECS += ("vidcom2(exact=False)", "vidcom2(channels=1.0, temperature=1.0)", "v-cast(temperature=0.01)")
+SPECS += ("flashvid(official=True)", "flashvid(segments=2, alike=0.3, follow=0.5, relevance=False)")
 FEW = settings(deadline=None, derandomize=True, database=None, max_examples=12)
 
 
@@ -247,6 +248,41 @@ def test_fastvid_is_the_plain_loop(keep, frames, seed):
     assert one.slots == wanted
 
 
+def test_flashvid_averages_a_tree_by_numbers():
+    """Three frames of two tokens: one token is kept, the other one moves to its place and back."""
+    kept, moving = torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0])
+    steps = [moving + torch.tensor([0, 0, x]) for x in (0.0, 0.1, 0.3)]
+    rows = torch.stack([kept, steps[0], steps[1], kept, kept, steps[2]])[None]
+    attention = ByLayer({0: torch.tensor([[0.9, 0.1, 0.1, 0.9, 0.9, 0.1]])}, 1)
+    tokens = ConnectorTokens(rows, frames=3, cls_attention=attention)
+    spec = "flashvid(salient=0.5, segments=1, relevance=False)"
+    one = {token: {token: 1} for token in (0, 3, 4)}
+    # the budget of 5 lets one token follow, the most similar one
+    assert_same(decide(spec, tokens, keep=5)[0], {**one, 1: {1: 1 / 2, 2: 1 / 2}, 5: {5: 1}})
+    assert_same(decide(spec, tokens, keep=4)[0], {**one, 1: {1: 1 / 3, 2: 1 / 3, 5: 1 / 3}})
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 9])
+def test_v_cast_shares_out_by_curvature(frames):
+    rows = clip(3, frames).features[0].view(frames, 12, 8)
+    mean = [frame.mean(0) / frame.mean(0).norm() for frame in rows]
+    turn = [1.0] * frames
+    for t in range(1, frames - 1):
+        turn[t] = 1 - cosine(mean[t] - mean[t - 1], mean[t + 1] - mean[t])
+    weight = torch.tensor(turn).div(0.7).softmax(0)
+    one = decide("v-cast", clip(3, frames), keep=5 * frames)[0]
+    numbers = [int((one.kept // 12 == t).sum()) for t in range(frames)]
+    exact = [float(w) * 4 * frames for w in weight]
+    assert sum(numbers) == 5 * frames
+    assert all(n >= min(12, 1 + int(x)) for n, x in zip(numbers, exact, strict=True))
+    for t, frame in enumerate(rows):
+        norm = frame.norm(dim=-1)
+        score = [1 - cosine(row, mean[t]) for row in frame]
+        score = [s + float(x) for s, x in zip(score, (norm - norm.min()) / (norm.max() - norm.min()), strict=True)]
+        best = sorted(range(12), key=lambda p: -score[p])[: numbers[t]]
+        assert (one.kept[one.kept // 12 == t] % 12).tolist() == sorted(best)
+
+
 # -- any video ------------------------------------------------------------------------------------------------------
 
 
@@ -264,20 +300,26 @@ def test_every_token_is_accounted_for(spec, seed, frames, grid, share, batch, dt
     tokens = clip(seed, frames, grid, batch, dtype=dtype)
     free = "keep" not in spec and spec not in ("dycoke", "prunevid")
     reduction = decide(spec, tokens, **({"keep": share} if free else {}))
-    asked = count(parse(spec, **({"keep": share} if free else {}))[0].keep or tokens.total, tokens.total)
+    asked = parse(spec, **({"keep": share} if free else {}))[0].image_budget(tokens.total) or tokens.total
     for one in reduction:
         assert bool((one.kept.diff() > 0).all())
         assert 0 <= int(one.kept[0]) <= int(one.kept[-1]) < tokens.total
         assert one.slots <= asked or any("more than the budget" in note for note in one.notes)
-        if spec.startswith(("evs", "fastvid")) and one.slots < asked:
+        if (
+            spec.startswith(("evs", "fastvid", "flashvid", "vidcom2", "v-cast"))
+            and "(exact" not in spec
+            and one.slots < asked
+        ):
             raise AssertionError("fewer tokens than asked for")
-        torch.testing.assert_close(one.weight_sums, torch.ones(one.slots))
+        if "official" not in spec:  # FlashVID's code does not divide by the size of a tree
+            torch.testing.assert_close(one.weight_sums, torch.ones(one.slots))
         assert set(one.source.tolist()) - {-1} == set(range(one.slots))
         assert one.source[one.kept].tolist() == list(range(one.slots))
-    out = reduction.apply(tokens.features)
-    assert out.dtype == dtype
-    dense = reduction.matrix() @ tokens.features.float()
-    torch.testing.assert_close(dense, out.float(), atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
+    for one, rows in zip(reduction, tokens.features, strict=True):
+        out = one.apply(rows)
+        assert out.dtype == dtype
+        dense = one.matrix() @ rows.float()
+        torch.testing.assert_close(dense, out.float(), atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -310,7 +352,10 @@ def test_a_still_video_leaves_no_token_twice(name):
     out = reduction.apply(tokens.features)[0]
     if name in ("prunevid", "holitom"):
         assert reduction.kept.tolist() == [list(range(12))]
-    if name != "fastvid":  # its anchors mix different places
+    if name in ("vidcom2", "v-cast"):  # frames are reduced one by one, so that each loses the same places
+        assert reduction.slots == 24
+        assert len({token % 12 for token in reduction.kept[0].tolist()}) == 4
+    elif name not in ("fastvid", "flashvid"):  # their anchors mix different places
         assert float(torch.cdist(frame[0], out).amin(-1).max()) < 1e-3
 
 
@@ -346,7 +391,7 @@ def test_a_bad_share_is_refused():
 def test_method_files_are_short():
     folder = Path(methods_folder.__file__).parent
     for name in NAMES:
-        assert len((folder / f"{name}.py").read_text().splitlines()) <= 80, name
+        assert len((folder / f"{name.replace('-', '_')}.py").read_text().splitlines()) <= 110, name
 
 
 # -- long videos ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 
 from tokensieve.engine.decoder.sequence import Member, PrefillState
 from tokensieve.engine.inflight import InFlight
@@ -27,18 +29,31 @@ class DecoderEvidence:
 
     Args:
         decoder: the LLM.
+        head: maps its normed output to logits; ``None`` if the model has no output head.
         method: the method.
         layers: the layers before which it drops tokens.
         kinds: the kind of attention of each layer.
 
     Raises:
-        Refusal: if the method requests the rotary embedding, and layers have different ones.
+        Refusal: if the method requests the rotary embedding, and layers have different ones; or a gradient, and the
+            model has no output head or weights that cannot be in a graph.
     """
 
     def __init__(
-        self, decoder: Any, method: DecoderMethod, layers: Sequence[int], kinds: Sequence[str], flight: InFlight
+        self,
+        decoder: Any,
+        head: Any,
+        method: DecoderMethod,
+        layers: Sequence[int],
+        kinds: Sequence[str],
+        flight: InFlight,
     ) -> None:
         assert isinstance(method.needs, DecoderNeeds)
+        if method.needs.gradient and head is None:
+            raise Refusal(f"{method} guesses words by the model's output head; this model has none")
+        if method.needs.gradient and any(weight.is_inference() for weight in decoder.parameters()):
+            raise Refusal(f"{method} goes by a gradient; load the model outside of torch.inference_mode()")
+        self.head = head
         self.decoder, self.needs, self.layers, self.flight = decoder, method.needs, layers, flight
         self.requested = self.needs.requested()
         if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
@@ -88,6 +103,8 @@ class DecoderEvidence:
         Args:
             hidden, kwargs: the input `[B, n, D]` of ``layer``, before which tokens leave, and its other arguments.
         """
+        if self.needs.gradient:
+            state.evidence["gradient"] = self._gradient(layer, hidden, kwargs, self.needs.gradient)
         if layer not in self.probes:
             return
         probe = self.probes[layer]
@@ -96,6 +113,25 @@ class DecoderEvidence:
                 self.decoder.layers[layer].forward(hidden, **{**kwargs, "past_key_values": None})
         (reading,) = probe.take()
         state.evidence |= reading
+
+    def _gradient(self, layer: int, hidden: Tensor, kwargs: dict[str, Any], places: tuple[int, ...]) -> Tensor:
+        """Return the gradient `[B, n, D]` of the guesses at these places to the input of a layer.
+
+        No weight gets a gradient. The sum over the batch keeps samples apart, because none sees another.
+        """
+
+        def usable(part: Tensor) -> Tensor:  # a tensor of inference mode cannot be in a graph, a copy of it can
+            return part.clone() if part.is_inference() else part
+
+        with torch.inference_mode(False), torch.enable_grad():
+            entering = usable(hidden).detach().clone().requires_grad_()
+            arguments = tree_map_only(Tensor, usable, {**kwargs, "past_key_values": None})
+            output = self.decoder.layers[layer].forward(entering, **arguments)
+            output = output[0] if isinstance(output, tuple) else output
+            logits = self.head(self.decoder.norm(output[:, list(places)])).float().flatten(0, 1)
+            loss = cross_entropy(logits, logits.argmax(-1), reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, entering)
+        return gradient
 
     def _copied(self, hidden_state: str) -> list[str]:
         """Return the requested evidence that is a copy of these hidden states."""
@@ -114,13 +150,18 @@ class DecoderEvidence:
         reading = {
             name: kind.read(query, key, scaling, mask) for name, kind in self.requested.items() if kind.read is not None
         }
+        rows = {}
         if self.needs.attention is not None:
             columns = torch.full((len(query), 1), query.shape[-2] - 1, device=query.device)  # the last token
             if self.needs.attention == "words":
                 assert state.sequence.text is not None
                 columns = state.sequence.text[0]
-            mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else state.sequence.mask
-            reading["attention"] = attention_of_queries(query, key, scaling, columns, mask, softcap)
+            rows["attention"] = columns
+        if self.needs.separator_attention:
+            rows["separator_attention"] = state.columns_after_images()
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 4 else state.sequence.mask
+        for name, columns in rows.items():
+            reading[name] = attention_of_queries(query, key, scaling, columns, mask, softcap)
         return reading
 
     # -- handing out --------------------------------------------------------------------------------------------------
@@ -162,6 +203,9 @@ class DecoderEvidence:
         for name, sequence in per_column.items():
             if name == "attention":  # `[B, H, Q, n]`: the columns are on the last axis
                 about_image[name] = sequence[rows].take_along_dim(columns[:, None, None], -1)
+            elif name == "separator_attention":  # `[B, H, I, n]`: one query for each image of a row
+                numbers = on_device([number for _, number in members], hidden.device)
+                about_image[name] = sequence[rows, :, numbers].take_along_dim(columns[:, None], -1)
             elif name in self._copied("LLM input"):
                 about_image[name] = take(sequence, torch.stack([_entry_columns(state, member) for member in members]))
             else:
@@ -173,9 +217,11 @@ class DecoderEvidence:
         if self.needs.grid and decision.grid is not None:
             anchors, width = torch.stack([image.anchors for image in images]), decision.grid[1]
             about_image["coordinates"] = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
+        whole = len(images[0].anchors) == decision.total
         return DecoderTokens(
             take(features, columns),
-            grid=decision.grid if len(images[0].anchors) == decision.total else None,
+            grid=decision.grid if whole else None,
+            frames=images[0].layout.frames if whole else None,
             budget=budget,
             entered=images[0].entered,
             user_text=DecoderUserText(**about_text) if about_text else None,

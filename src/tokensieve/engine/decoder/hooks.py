@@ -10,7 +10,7 @@ other code may call the LLM, too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,7 +31,7 @@ from tokensieve.engine.decoder.masks import (
     limit_to_window,
     shorten_mask,
 )
-from tokensieve.engine.decoder.sequence import PrefillState
+from tokensieve.engine.decoder.sequence import Member, PrefillState
 from tokensieve.engine.handoff import Prefill
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.prompt.placeholders import equal_groups
@@ -41,6 +41,7 @@ from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions
 from tokensieve.models import Family
 from tokensieve.models.versions import before_5_23, checkpoints_activations
+from tokensieve.tokens import DecoderTokens
 
 
 @dataclass
@@ -89,7 +90,8 @@ class DecoderHooks:
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
-        self.evidence = DecoderEvidence(self.decoder, method, self.layers, self.kinds, flight)
+        head = model.get_output_embeddings()
+        self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
@@ -119,7 +121,7 @@ class DecoderHooks:
                 "the LLM twice: turn it off, use a connector method, or install a newer release"
             )
         logits = kwargs.get("logits_to_keep")
-        reads_end = self.evidence.probes or self.method.needs.requests("user_text")
+        reads_end = self.evidence.probes or any(map(self.method.needs.requests, ("user_text", "gradient")))
         if reads_end and isinstance(logits, int) and logits > 1:
             raise Refusal(
                 f"{self.method.info.name} goes by the end of the prompt, which assisted decoding hides behind "
@@ -185,13 +187,25 @@ class DecoderHooks:
         for member, layout in layouts.items():
             columns = state.columns(member)
             patches[member] = columns if layout.patch_index is None else columns[layout.patch_index]
-        # images of equal size, now and at the start, are decided about in one call
-        for group in equal_groups([(len(patches[member]), *state.batch_key(member)) for member in state.members]):
-            members = [state.members[index] for index in group]
-            columns, rope = torch.stack([patches[member] for member in members]), inputs["position_embeddings"]
-            method, entered = state.method(members[0]), state.image(members[0]).entered
-            budget = method.image_budget(entered, self.layers, self.depth, self.layers.index(number))
-            decisions = method(self.evidence.tokens(state, hidden, rope, members, columns, budget))
+        rope, stage = inputs["position_embeddings"], self.layers.index(number)
+
+        def equal_images() -> Iterator[tuple[list[Member], DecoderTokens]]:
+            """Group images of equal size, now and at the start, and of equal budget: they are decided about at once."""
+            budgets = {member: self._budget(state, member, stage) for member in state.members}
+            keys = [(len(patches[m]), budgets[m], *state.batch_key(m)) for m in state.members]
+            for group in equal_groups(keys):
+                members = [state.members[index] for index in group]
+                columns = torch.stack([patches[member] for member in members])
+                yield members, self.evidence.tokens(state, hidden, rope, members, columns, budgets[members[0]])
+
+        if stage == 0 and self.method.adaptive:
+            schedules: dict[Member, list[int]] = {}
+            for members, tokens in equal_images():
+                numbers = state.method(members[0]).schedule(tokens, self.layers, self.depth)
+                schedules |= dict(zip(members, numbers, strict=True))
+            state.schedules = schedules
+        for members, tokens in equal_images():
+            decisions = state.method(members[0])(tokens)
             for member, about_patches in zip(members, decisions, strict=True):
                 decision = layouts[member].merge_parts([about_patches])
                 (row, image), columns = member, state.columns(member)
@@ -204,6 +218,12 @@ class DecoderHooks:
             state.evidence.clear()  # nothing reads it any more: free the memory
         selection = state.drop(kept)
         return hidden if selection is None else selection.take_rows(hidden)
+
+    def _budget(self, state: PrefillState, member: Member, stage: int) -> int:
+        """Return the tokens that stay of an image at one of the method's layers; 0 for a method without a budget."""
+        if member in state.schedules:
+            return state.schedules[member][stage]
+        return state.method(member).image_budget(state.image(member).entered, self.layers, self.depth, stage)
 
     def _shorten(self, state: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Give one layer the inputs of the shorter sequence, and record the bookkeeping for its cache."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.handoff import ImageReduction, Prefill
@@ -100,6 +101,7 @@ class PrefillState:
         sequence: the sequences as the next layer receives them.
         images: `[row][image]`, the decisions so far.
         methods: `[row][image]`, the method with the image's budget.
+        schedules: {image: tokens after each of the method's layers}, if the method is adaptive.
         prefixes: {layer: prefix} for each layer that received fewer tokens than the first.
         tokens: {layer: `[row][image]`}, the visual tokens that each layer received.
         layer_inputs: by kind of attention, positions and mask of ``sequence``; shared by all layers until tokens leave.
@@ -112,6 +114,7 @@ class PrefillState:
     sequence: SequenceLayout
     images: list[list[ImageReduction]]
     methods: list[list[DecoderMethod]]
+    schedules: dict[Member, list[int]] = field(default_factory=dict)
     prefixes: dict[int, PrefixInfo] = field(default_factory=dict)
     tokens: dict[int, list[list[int]]] = field(default_factory=dict)
     layer_inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -140,10 +143,16 @@ class PrefillState:
     def columns(self, member: Member) -> Tensor:
         return self.sequence.images[member[0]][member[1]]
 
+    def columns_after_images(self) -> Tensor:
+        """Return the column that follows each image of a row, `[B, I]`; the last column if none follows."""
+        columns = self.sequence.columns.index
+        ends = [torch.stack([c[-1] for c in images]) if images else columns[0, :1] for images in self.sequence.images]
+        return (pad_sequence(ends, batch_first=True) + 1).clamp(max=columns.shape[1] - 1)
+
     def batch_key(self, member: Member) -> tuple[Any, ...]:
         """Return what images of equal size must have in common, besides, to be decided about in one call."""
         image = self.image(member)
-        return image.entered, image.decision.grid, self.method(member).budget
+        return image.entered, image.decision.grid, image.layout.frames, self.method(member).budget
 
     @property
     def untouched(self) -> bool:

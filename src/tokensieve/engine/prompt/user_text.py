@@ -26,10 +26,11 @@ class UserTextFinder:
     Args:
         model: the top-level model; gives embeddings and special ids.
         processor: the model's processor or tokenizer, or ``None``.
+        with_template: every token after the last image counts as a word of the user.
     """
 
-    def __init__(self, model: Any, processor: Any = None) -> None:
-        self.model = model
+    def __init__(self, model: Any, processor: Any = None, with_template: bool = False) -> None:
+        self.model, self.with_template = model, with_template
         tokenizer = getattr(processor, "tokenizer", processor)
         self.placeholders = {model.config.image_token_id, getattr(model.config, "video_token_id", None)} - {None}
         self.special = _special_ids(model) | set(getattr(tokenizer, "all_special_ids", []))
@@ -38,7 +39,7 @@ class UserTextFinder:
         self.after_image: list[int] = []
         self.after_text: list[int] = []
         self.next_turn: list[int] = []
-        if processor is not None and getattr(processor, "chat_template", None):
+        if processor is not None and getattr(processor, "chat_template", None) and not with_template:
             self._learn_template(processor, tokenizer)
 
     def _learn_template(self, processor: Any, tokenizer: Any) -> None:
@@ -131,6 +132,9 @@ class UserTextFinder:
         first = next((column for column, token in enumerate(row) if token in self.placeholders), None)
         if first is None:
             return []
+        if self.with_template:
+            last = max(column for column, token in enumerate(row) if token in self.placeholders)
+            return list(range(last + 1, len(row)))
         if before_image:
             first = _end_of(row[:first], self.opening) or first
         template = [False] * len(row)

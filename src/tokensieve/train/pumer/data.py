@@ -53,13 +53,14 @@ def read_records(source: str, task: Task) -> Sequence[Mapping[str, Any]]:
 
 def _from_reference(source: str) -> list[dict[str, Any]]:
     """Return questions about scenes, which are drawn each time they are needed."""
-    from tokensieve.reference.benchmark import PUBLISHED, benchmark
+    from tokensieve.reference.benchmark import benchmark
+    from tokensieve.reference.vilt import ASKED
 
     match = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", source.removeprefix(REFERENCE))
     if match is None:
         raise Refusal(f"the bundled questions are reference:train or, for a part, reference:train[:700]; got {source}")
-    split, count = match[1], int(match[2] or SCENES * len(PUBLISHED))
-    rows = benchmark(split, scenes=-(-count // len(PUBLISHED)))[:count]
+    split, count = match[1], int(match[2] or SCENES * len(ASKED))
+    rows = benchmark(split, scenes=-(-count // len(ASKED)), types=ASKED)[:count]
     return [{"image": row.scene.render, "question": row.question, "answer": row.answer} for row in rows]
 
 
