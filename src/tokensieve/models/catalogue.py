@@ -35,6 +35,12 @@ def family_of(model: Any) -> Family:
     """
     config = getattr(model, "config", None)
     check_release(getattr(config, "model_type", None))
+    rate = getattr(config, "video_pruning_rate", None)  # as in Nemotron's EVS
+    if rate:
+        raise Refusal(
+            f"{type(model).__name__} drops visual tokens by itself (video_pruning_rate is {rate}): set it to 0 in the "
+            "model's config, or attach nothing"
+        )
     for family in families():
         if family.describes(config):
             return family

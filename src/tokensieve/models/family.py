@@ -104,10 +104,7 @@ class Family(ABC):
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         """Return the attention modules of the layers with full attention over an image's patches, first to last."""
-        lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention(m[0]) is not None]
-        # an encoder may hold other lists of modules: its layers are the longest list of one type
-        uniform = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
-        attentions = [_attention(layer) for layer in max(uniform, key=len, default=[])]
+        attentions = [_attention(layer) for layer in layer_list(tower)]
         return [attention for attention in attentions if attention is not None]
 
     def has_cls(self, tower: Any) -> bool:
@@ -227,6 +224,13 @@ def scatter_to_anchors(rows: Tensor, reduction: Reduction, specials: int = 0) ->
     out[:specials] = rows[:specials]
     out[specials + reduction.anchors] = rows[specials:]
     return out
+
+
+def layer_list(tower: nn.Module) -> list[nn.Module]:
+    """Return the layers of a vision encoder: its longest list of modules of one type that hold attention."""
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and _attention(m[0]) is not None]
+    uniform = [list(layers) for layers in lists if len({type(layer) for layer in layers}) == 1]
+    return max(uniform, key=len, default=[])
 
 
 def timm_attentions(blocks: nn.Module) -> list[nn.Module]:

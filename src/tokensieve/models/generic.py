@@ -3,39 +3,99 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from tokensieve.errors import Refusal
 from tokensieve.models.family import EncodeCall, Family
 from tokensieve.models.layout import TokenLayout
+from tokensieve.models.patch_order import discover_rule, unit_of_row
 
 QUERIES = "a Q-Former hands its LLM 32 tokens, and generate() bypasses the forward in which tokens would be dropped"
+CROSS_ATTENTION = "its LLM reads images by cross-attention: no visual token is in its sequence"
+NO_PLACEHOLDERS = "no placeholder tokens stand for the image in its prompt"
 REFUSED = {
-    "mllama": "its LLM reads images by cross-attention: no visual token is in its sequence",
+    "mllama": CROSS_ATTENTION,
+    "idefics": CROSS_ATTENTION,
+    "evolla": "it reads proteins instead of images",
+    "blip": CROSS_ATTENTION,
     "blip-2": QUERIES,
     "instructblip": QUERIES,
+    "instructblipvideo": QUERIES,
+    "fuyu": "its encode function returns no features per image (pooler_output)",
+    "git": NO_PLACEHOLDERS,
+    "florence2": "its visual tokens enter a text encoder, not a decoder-only LLM",
+    "t5gemma2": "its visual tokens enter a text encoder, not a decoder-only LLM",
+    "udop": "its patches enter a text encoder, not a decoder-only LLM",
+    "pix2struct": "its encoder reads the image alone; the decoder reads it by cross-attention",
+    "pp_formulanet": "its encoder reads the image alone; the decoder reads it by cross-attention",
+    "vision-encoder-decoder": "its encoder reads the image alone; the decoder reads it by cross-attention",
+    "kosmos-2": "its forward takes no encoded images (mm_encoder_outputs)",
+    "kosmos-2.5": "its forward takes no encoded images (mm_encoder_outputs)",
+    "pi0": "it predicts a robot's actions and generates no text",
+    "diffusion_gemma": "it generates text by diffusion: there is no causal prefill to shorten",
+    "chameleon": "its images are discrete codes of a vocabulary, embedded like words",
+    "emu3": "its images are discrete codes of a vocabulary, embedded like words",
+    "llama4": "its projector runs in the forward of the LLM, after its images were encoded",
+    "mistral4": "it is a text-only LLM: its config has no vision encoder",
 }
-"""Model types that discovery would accept but that cannot be supported, with the reason."""
+"""Model types that cannot be supported, with the reason."""
 
 
 class Generic(Family):
-    """Fallback for unregistered model types. It uses only what can be discovered at run time, and is untested.
+    """Fallback for unregistered model types. It uses only what can be discovered at run time.
 
-    Each entry of the encoder's output is taken as one image. Methods that read the encoder or need a grid are refused.
+    Each entry of the encoder's output is taken as one image. The order in which the rows of the vision encoder become
+    visual tokens is discovered on the first image (:mod:`~tokensieve.models.patch_order`).
     """
 
     name = "generic"
     untested = True
-    encoder_unreadable = "nothing is known about how its encoder's rows become visual tokens"
 
     def __init__(self, model: Any) -> None:
         self.title = f"{type(model).__name__} (untested)"  # type: ignore[misc]
-        if not hasattr(model.get_decoder(), "layers"):
-            self.stages = ("connector",)  # type: ignore[misc]
-            decoder = type(model.get_decoder()).__name__
-            self.decoder_unsupported = f"the layers of its {decoder} cannot be found"  # type: ignore[misc]
+        self._rule: str | None = None
+        if model.get_encoder(modality="image") is model:
+            self.encoder_unreadable = "it has no vision encoder: its patches enter the LLM"  # type: ignore[misc]
+        decoder = model.get_decoder()
+        if not hasattr(decoder, "layers"):
+            reason = f"the layers of its {type(decoder).__name__} cannot be found"
+        elif _per_layer_inputs(decoder):
+            reason = "each layer of its LLM receives further embeddings of all tokens"
+        else:
+            return
+        self.stages = ("connector",)  # type: ignore[misc]
+        self.decoder_unsupported = reason  # type: ignore[misc]
 
     def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
         return [TokenLayout(len(rows)) for rows in call.output.pooler_output]
+
+    def attentions(self, tower: Any) -> list[nn.Module]:
+        attentions, config = super().attentions(tower), tower.config
+        kinds = getattr(config, "layer_types", None) or []
+        full = getattr(tower, "fullatt_block_indexes", None)
+        if full is None and len(kinds) == len(attentions):
+            full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        return attentions if full is None else [attentions[layer] for layer in full]
+
+    def projector(self, model: Any) -> nn.Module:
+        raise Refusal(f"nothing is known about the rows that enter the projector of {self.title}")
+
+    def to_units(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
+        rows = torch.cat([read.flatten(0, 1) for read in reads])
+        tower, sizes = self.tower(model), [layout.total for layout in self.layouts(model, call)]
+        if self._rule is None:
+            self._rule = discover_rule(model, tower, call, len(rows), sizes)
+        unit = unit_of_row(self._rule, tower, call.inputs, len(rows), sizes)
+        assert unit is not None
+        unit = unit.to(rows.device)
+        shown, units = unit >= 0, unit[unit >= 0]  # -1: a row that no visual token shows, such as [CLS]
+        sums = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_add(0, units, rows[shown])
+        counts = torch.bincount(units, minlength=sum(sizes)).view(-1, *[1] * (rows.ndim - 1))
+        return sums / counts
 
 
 def discoverable(model: Any) -> bool:
@@ -43,3 +103,8 @@ def discoverable(model: Any) -> bool:
     encode = getattr(getattr(model, "base_model", None), "get_image_features", None)
     encoded = "mm_encoder_outputs" in inspect.signature(model.forward).parameters if encode is not None else False
     return encoded and isinstance(getattr(model.config, "image_token_id", None), int)
+
+
+def _per_layer_inputs(decoder: Any) -> bool:
+    """Return whether the layers take embeddings of all tokens beside the hidden states, as in Gemma 3n and Gemma 4."""
+    return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0))

@@ -81,13 +81,16 @@ class EncoderHooks:
         self.pooled_layers: dict[str, int] = {}  # {evidence: layer whose [CLS] row the pooling head replaces}
         self._probes: list[Probe] = []
         self._handles: list[Any] = []
-        if not family.encoder_unreadable:
+        reads = needs.patches or needs.cls_similarity or needs.reads_attention
+        if family.untested and not reads:
+            pass  # nothing is read in an unknown vision encoder: it stays untouched
+        elif not family.encoder_unreadable:
             projector = family.projector(model) if needs.patches else None
             for tower in family.towers(model):
                 self._hook_tower(tower)
             if projector is not None:
                 self._handles.append(projector.register_forward_pre_hook(self._before_projector, with_kwargs=True))
-        elif needs.patches or needs.cls_similarity or needs.reads_attention:
+        elif reads:
             raise Refusal(
                 f"the evidence of this method in the encoder is unknown in {family.title}: {family.encoder_unreadable}"
             )

@@ -1,0 +1,72 @@
+"""Write the table of model types in ``docs/models.md`` from the evidence in ``docs/models.json``.
+
+``python benchmarks/families.py --output docs/models.json`` makes the evidence by running the laws.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+START, END = "<!-- made by docs/make_models.py -->", "<!-- end of what docs/make_models.py makes -->"
+STAGES = ("features", "encoder", "decoder")
+
+
+def page(text: str, record: dict[str, Any]) -> str:
+    """Return the page with the table of its record."""
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    return f"{before}{START}\n{table(record)}\n{END}{after}"
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return the summary and the table of all types."""
+    types: dict[str, dict[str, Any]] = record["types"]
+    passed = [name for name, entry in types.items() if _passes(entry)]
+    whole = [name for name in passed if all(_status(types[name], stage) == "passed" for stage in STAGES)]
+    lines = [
+        f"transformers {record['transformers']} has {record['types_of_the_release']} image-text-to-text types. The "
+        f"checks have run on {len(types)} of them: {len(passed)} pass "
+        f"with methods that read features or the prompt, {len(whole)} of these at all three stages.",
+        "",
+        "| model type | recognised | features, prompt | attention of the encoder | inside the LLM |",
+        "|---|---|---|---|---|",
+    ]
+    for name, entry in types.items():
+        if "refused" in entry:
+            lines.append(f"| `{name}` | refused: {_cell(entry['refused'])} | – | – | – |")
+        else:
+            remark = f" ({_cell(entry['remark'])})" if entry["remark"] else ""
+            cells = " | ".join(_outcome(entry["stages"][stage]) for stage in STAGES)
+            lines.append(f"| `{name}` | {entry['recognised']}{remark} | {cells} |")
+    return "\n".join(lines)
+
+
+def _passes(entry: dict[str, Any]) -> bool:
+    return _status(entry, "features") == "passed"
+
+
+def _status(entry: dict[str, Any], stage: str) -> str:
+    return str(entry["stages"][stage]["status"]) if "stages" in entry else "refused"
+
+
+def _outcome(stage: dict[str, Any]) -> str:
+    if stage["status"] != "passed":
+        return f"{stage['status']}: {_cell(stage['reason'])}"
+    return "passed" if not stage["skipped"] else f"passed, without {' and '.join(stage['skipped'])}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main() -> None:
+    path = DOCS / "models.md"
+    record = json.loads((DOCS / "models.json").read_text("utf-8"))
+    path.write_text(page(path.read_text("utf-8"), record), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
