@@ -111,8 +111,10 @@ def test_json_is_only_the_rows_with_the_pinned_fields_first(finished: Outcome) -
         assert sum(score["samples"] for score in row["types"]) == SAMPLES
         assert row["samples"] == SAMPLES
         assert 0 <= row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] <= 1
-    assert (rows[0]["keep"], rows[0]["tokens_after"], rows[0]["flops_ratio"]) == (None, 144, 1)
-    assert (rows[1]["keep"], rows[1]["tokens_after"]) == (0.11, 16)
+    assert (rows[0]["keep"], rows[0]["flops_ratio"]) == (None, 1)
+    assert rows[0]["tokens_after"] == rows[0]["tokens_before"] > 144  # a question is about two images
+    assert rows[1]["keep"] == 0.11
+    assert rows[1]["tokens_after"] == pytest.approx(rows[0]["tokens_after"] / 9)
     assert rows[1]["flops_ratio"] < 1
     assert rows[1]["kv_mb"] < rows[0]["kv_mb"]
     for row in rows[:-1]:

@@ -10,7 +10,7 @@ from tokensieve import reference
 DOCS = Path(__file__).parents[2] / "docs"
 PRINTED = {
     "models.md": r"torch\.bfloat16 \{'dtype': 'bfloat16', 'attn': 'eager', 'processor': \{'do_rescale': True\}\}",
-    "pipeline.md": r"green 36\s+\['.*green', '.*3', '.*bottom-right'\] 3",
+    "pipeline.md": r"green 36\s+\['.*green', '.*1', '.*bottom-right'\] 3",
     "streaming.md": r"green",
     "trainer.md": r"\[36(, 36){7}\]",
     "peft.md": r"36 True\s+True",

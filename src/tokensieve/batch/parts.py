@@ -163,9 +163,11 @@ class Output:
                 file.flush()
                 os.fsync(file.fileno())  # a rename may reach the disk before the content
             temporary.replace(path)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C and SIGTERM, too
             with suppress(OSError):
-                temporary.unlink()
+                temporary.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise OutputError(
                 f"cannot write {path}: {error.strerror or error}; all parts written before are whole, "
                 "and the same command continues from them"

@@ -136,10 +136,10 @@ def compare(
         fetch_images=fetch_images,
         limit=limit,
     )
-    asked = None if types is None else [name for text in types.split(",") if (name := text.strip())]
-    samples = load(types=asked)  # a mistake in the data is found before a model is loaded
+    chosen_types = None if types is None else [name for text in types.split(",") if (name := text.strip())]
+    samples = load(types=chosen_types)  # a mistake in the data is found before a model is loaded
     vlm, processor = load_model(model, loading, classifiers=True)
-    if asked is None and (known := types_known_to(vlm, data)):
+    if chosen_types is None and (known := types_known_to(vlm, data)):
         samples = load(types=known)
     note_crowd(vlm)
     if methods == COMPARED:
