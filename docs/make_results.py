@@ -3,7 +3,7 @@
 ``python docs/make_results.py`` writes the tables of ``docs/results.md`` from the ledger ``docs/results.jsonl``;
 ``… runs/zoo/results.json …`` takes the rows of these results into the ledger first, in place of older ones;
 ``… --types runs/final/results.json`` prints one table with question types instead (the last one of ``results.md``);
-``… --repair runs/repair/results.json runs/zoo/results.json …`` prints the rows of the first file beside those without repair.
+``… --repair runs/repair/results.json runs/zoo/results.json …`` lists rows with repaired attention beside those without.
 """
 
 from __future__ import annotations
