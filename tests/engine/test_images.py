@@ -311,7 +311,10 @@ def test_an_unknown_family_of_the_same_shape(unknown, spec):
 def test_evidence_that_an_unknown_family_cannot_give_is_refused(unknown):
     model = unknown("vipllava")
     inputs = prompts.collate("vipllava", prompts.batch("vipllava", "single"))
-    with tokensieve.attach(model, "vtc-cls"), pytest.raises(ValueError, match="become visual tokens in an unknown order"):
+    with (
+        tokensieve.attach(model, "vtc-cls"),
+        pytest.raises(ValueError, match="become visual tokens in an unknown order"),
+    ):
         model.generate(**inputs, **GENERATE)
     with tokensieve.attach(model, "pool(keep=4)"), pytest.raises(ValueError, match="needs tokens on a grid"):
         model.generate(**inputs, **GENERATE)
