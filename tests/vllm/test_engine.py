@@ -311,7 +311,7 @@ def decide_twice() -> str:
     methods = (served_method("divprune(keep=5)"),)
     engine: Any = SimpleNamespace(
         config=config,
-        family=SimpleNamespace(project=None),
+        family=SimpleNamespace(project=lambda model, rows: rows),
         decisions=Decisions(),
         settings=SimpleNamespace(methods=methods),
         _user_text=None,

@@ -87,7 +87,7 @@ class LlmSieve(Sieve):
         if self._repair is not None:
             self._repair.install()
         # a compiled model runs these as plain Python: what they record must not be traced
-        before, after = torch.compiler.disable(self._before_forward), torch.compiler.disable(self._after_forward)
+        before, after = map(torch.compiler.disable, (self._before_forward, self._after_forward))
         self._handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after, always_call=True),
