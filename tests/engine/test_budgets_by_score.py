@@ -99,6 +99,13 @@ def test_everything_and_less_than_one_token_each(loudest):
     assert share_by_score(4, [torch.tensor([1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0])]) == [3, 1]  # ties: the earlier
 
 
+def test_a_prompt_without_an_image_may_stand_in_the_batch():
+    model, samples = models.tiny_model("llava-clip"), prompts.batch("llava-clip", "mixed")
+    with tokensieve.attach(model, "simignore", keep=13, budget_scope="sample-score") as sieve:
+        model.generate(**prompts.collate("llava-clip", samples), **GENERATE)
+        assert [sum(image.slots for image in row) for row in sieve.last] == [13, 13, 0, 13]
+
+
 def test_methods_without_a_budget_have_nothing_to_share():
     samples = prompts.batch("qwen2.5-vl", "one-and-two")
     assert all(r.whole for row in answers("qwen2.5-vl", samples, "full")[1] for r in row)

@@ -332,3 +332,13 @@ def test_a_call_that_fails_on_its_way_leaves_nothing_behind(family):
             broken.remove()
             assert torch.equal(tower(inputs["pixel_values"]).last_hidden_state, plain), "a direct call is not reduced"
             assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["hiprune", "vscan"])
+def test_a_method_for_grids_refuses_tokens_that_form_none(method):
+    model = models.tiny_model("llava-clip")
+    with (
+        tokensieve.attach(model, f"tome(keep=0.7) + {method}(keep=5)"),
+        pytest.raises(tokensieve.Refusal, match=f"{method} needs tokens on a grid; these 18 tokens have none"),
+    ):
+        model(**prompts.collate("llava-clip", prompts.batch("llava-clip", "single")))

@@ -140,6 +140,39 @@ def test_flash_kernels_are_augmented(family, spec, monkeypatch, deviation):
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llava-clip", "qwen3-vl"])
+def test_a_layer_run_for_its_attention_is_repaired(family, attention, repair, deviation):
+    """``pyramiddrop`` runs layer 1 once more, and ``fastv(layer=2)`` reads it as it runs: both see one attention."""
+    model, inputs = models.tiny_model(family, attention), prompts.collate(family, prompts.batch(family, "ragged"))
+    scores = []
+    for method in ("pyramiddrop(layers=(1,), keep=2)", "fastv(layer=2, keep=2)"):
+        with tokensieve.attach(model, f"divprune(keep=4) + {method}", repair=repair) as sieve:
+            generated(model, inputs, 1)
+        scores.append(torch.cat([decision.inside[0].scores for row in sieve._images for decision in row]))
+    assert deviation("of the attention of a layer run twice", *scores) <= 1e-6
+
+
+@pytest.mark.parametrize("layers", ["(1,)", "(1, 2)"])
+def test_a_gradient_is_that_of_repaired_attention(layers, monkeypatch, deviation):
+    """In the mask and in augmented channels alike, under inference mode, too; without the repair it is another one."""
+    family = "qwen3-vl"
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "ragged"))
+    spec = f"divprune(keep=6) + trio(layers={layers}, keep=2, similar=1.0)"
+
+    def gradients(repair):
+        with tokensieve.attach(model, spec, repair=repair) as sieve, torch.inference_mode():
+            model(**inputs)
+        return torch.cat([stage.scores for row in sieve._images for image in row for stage in image.inside])
+
+    expected, without = gradients("size"), gradients(None)
+    monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", FLASH)
+    scale = expected.abs().max()
+    assert deviation("of a gradient in augmented channels", gradients("size") / scale, expected / scale) <= NOISE
+    assert (without - expected).abs().max() / scale > 1e-3
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("spec", ["divprune(keep=1.0)", "fastv(layer=1, keep=1.0)", "full"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_keeping_all_changes_no_bit(attention, spec, repair):

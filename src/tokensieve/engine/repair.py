@@ -39,6 +39,7 @@ class RepairPass:
     """The repair of one forward of the LLM.
 
     Attributes:
+        hooks: those that add the biases.
         entry: the prefix as it entered the LLM.
         layers: {layer: prefix} for the layers that received fewer tokens; it grows while a prefill runs.
         by_distance: add the bias of distance, too.
@@ -46,11 +47,16 @@ class RepairPass:
         keys: `[B, keys]`, the bias of size in the latest layer, for flash kernels and readers of attention.
     """
 
+    hooks: RepairHooks
     entry: PrefixInfo
     layers: Mapping[int, PrefixInfo]
     by_distance: bool = False
     added: dict[tuple[Any, ...], tuple[Tensor | None, Tensor, Any]] = field(default_factory=dict)
     keys: Tensor | None = None
+
+    def of_reading(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a layer that runs for a reading, on the tokens that the layer before it received."""
+        return self.hooks.repaired(self, self.layers.get(number - 1, self.entry), number, hidden, kwargs)
 
 
 class RepairHooks:
@@ -127,24 +133,34 @@ class RepairHooks:
             raise Refusal(f"repair={self.repair!r} does not reach layers that are run again: turn checkpointing off")
         layers = {} if state is None else state.prefixes
         # the distances to a cached turn are not known, so a later turn has the bias of size alone
-        self.flight.repair = RepairPass(entry, layers, self.repair == "restore" and first_turn)
+        self.flight.repair = RepairPass(self, entry, layers, self.repair == "restore" and first_turn)
 
     def start_decoding(self, info: CacheInfo) -> None:
         """Start a step on a reduced cache. It has the bias of size alone, as in the authors' code."""
-        self.flight.repair = RepairPass(info.entry, info.layers)
+        self.flight.repair = RepairPass(self, info.entry, info.layers)
 
     # -- one layer ----------------------------------------------------------------------------------------------------
 
     def _before_layer(self, number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Add the bias of one layer to its mask, or leave it for the kernel."""
         running: RepairPass | None = self.flight.repair
-        prefix = None if running is None else running.layers.get(number, running.entry)
-        if running is None or prefix is None:
+        if running is None:
             return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return args, self.repaired(running, running.layers.get(number, running.entry), number, hidden, kwargs)
+
+    def repaired(
+        self, running: RepairPass, prefix: PrefixInfo, number: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of one layer with the bias of a prefix in its mask, or leave it for the kernel.
+
+        Args:
+            hidden: `[B, n, D]`, the input of layer ``number``.
+        """
         if prefix.bias is None:
             running.keys = None
-            return None
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
+            return kwargs
+        cache = kwargs.get("past_key_values")
         queries = keys = columns = hidden.shape[1]
         if cache is not None:
             keys, _ = cache.get_mask_sizes(queries, number)
@@ -163,7 +179,7 @@ class RepairHooks:
                 mask = _with_bias(mask, bias, self._distance(rope, bias, running), queries, causal, hidden.dtype)
             running.added[key] = mask, bias, made_from  # held, so that no other object gets their ids
         mask, running.keys, _ = running.added[key]
-        return args, {**kwargs, "attention_mask": mask}
+        return {**kwargs, "attention_mask": mask}
 
     def _distance(self, rope: Any, bias: Tensor, running: RepairPass) -> Tensor | None:
         """Return the bias of distance, `[B, n, n]`: log(2 − c), c the mean cosine of the angles between two positions.

@@ -76,7 +76,7 @@ class AutoPrune(DecoderMethod):
             Refusal: if the average is out of reach, because all tokens pass the first layers.
         """
         keep = check_number(self.keep)
-        target = depth * (keep if isinstance(keep, int) else keep * total)
+        target = depth * (keep if isinstance(keep, int) else max(1, keep * total))  # a share leaves one token at least
         if target >= depth * total:
             return [total] * len(layers)
         if target <= (lowest := layers[0] * total + len(layers)):

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import set_true, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import ConnectorTokens, given
+from tokensieve.tokens import ConnectorTokens
 
 NEEDS = Needs(attention_received=(0.35, -2), grid=True)
 DOWN, RIGHT = (0, 0, 0, -1, 1), (0, -1, 1, 0, 0)  # an anchor, and the steps from it to its four neighbours
@@ -50,10 +51,12 @@ class HiPrune(Method):
         return replace(NEEDS, attention_received=(self.layer, -2))
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
+        if image.grid is None:
+            raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
         middle, deep = image.attention_received[self.layer], image.attention_received[-2]
         anchors = top_k(middle, round(image.budget * self.alpha / 5))
         none = torch.zeros_like(deep, dtype=torch.bool)
-        beside = set_true(none, self.with_neighbours(anchors, *given(image.grid)))
+        beside = set_true(none, self.with_neighbours(anchors, *image.grid))
         # attention is at most 1, so neighbours rank before all others and anchors before their neighbours
         return image.keep(top_k(deep + 2 * beside + 2 * set_true(none, anchors), image.budget), deep)
 

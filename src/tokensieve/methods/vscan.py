@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 
 from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Needs, register
 from tokensieve.ops import nearest, rank_in_group, rows_at, sizes_of, top_k
 from tokensieve.reduction import Reduction
-from tokensieve.tokens import ConnectorTokens, given
+from tokensieve.tokens import ConnectorTokens
 
 NEEDS = Needs(cls_attention=(0.2, -2), grid=True)
 
@@ -49,8 +50,10 @@ class VScan(Method):
         return replace(NEEDS, cls_attention=(self.layer, -2))
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
+        if image.grid is None:
+            raise Refusal(f"{self.info.name} needs tokens on a grid; these {image.total} tokens have none")
         early, late = image.cls_attention[self.layer], image.cls_attention[-2]
-        height, width = given(image.grid)
+        height, width = image.grid
         across, down = -(-width // self.window), -(-height // self.window)
         token = torch.arange(image.total, device=late.device).expand_as(late)
         window_of = token // width // self.window * across + token % width // self.window

@@ -25,6 +25,14 @@ def test_published_averages_of_fastv(average, kept):
     assert per_stage(method, 576, 32) == [kept]
 
 
+def test_autoprune_leaves_an_image_of_one_token():
+    """A third of one token is one token, as for every other method; of two, all pass the first layers."""
+    (method,) = parse("autoprune(keep=0.333)")
+    assert per_stage(method, 1, 32) == [1] * 30
+    with pytest.raises(tokensieve.Refusal, match=r"reachable: above 1\.06"):
+        per_stage(method, 2, 32)
+
+
 def test_published_counts():
     assert per_stage(parse("pyramiddrop")[0], 576, 32) == [288, 144, 72]
     assert per_stage(parse("sparsevlm(counts=(300, 200, 110))")[0], 576, 32) == [300, 200, 110]

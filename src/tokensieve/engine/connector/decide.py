@@ -200,6 +200,8 @@ def share_by_score(keep: Budget, scores: Sequence[Tensor]) -> list[int]:
     The shares are exact in sum, and at least 1 each: fewer tokens than images leave one each. Of equal scores the
     earlier ranks higher.
     """
+    if not scores:
+        return []  # a prompt without an image
     # each image's best token gets the highest rank of all, so that no image is left without one
     with_best = [row.float().scatter(0, row.argmax(0, keepdim=True), torch.inf) for row in scores]
     joined, sizes = torch.cat(with_best), list(map(len, scores))

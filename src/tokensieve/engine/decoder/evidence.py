@@ -103,6 +103,8 @@ class DecoderEvidence:
         Args:
             hidden, kwargs: the input `[B, n, D]` of ``layer``, before which tokens leave, and its other arguments.
         """
+        if self.flight.repair is not None and (self.needs.gradient or self.needs.same_layer):
+            kwargs = self.flight.repair.of_reading(layer, hidden, kwargs)  # this run passes the layer's hooks by
         if self.needs.gradient:
             state.evidence["gradient"] = self._gradient(layer, hidden, kwargs, self.needs.gradient)
         if layer not in self.probes:
@@ -161,8 +163,8 @@ class DecoderEvidence:
             rows["separator_attention"] = state.columns_after_images()
         explicit = isinstance(mask, Tensor) and mask.ndim == 4
         mask = mask if explicit else state.sequence.mask
-        bias = None  # of repaired attention; the mask has it, unless the layer was run for this reading alone
-        if self.flight.repair is not None and (self.needs.same_layer or not explicit):
+        bias = None
+        if self.flight.repair is not None and not explicit:  # an explicit mask has the bias of repaired attention
             bias = self.flight.repair.keys
         for name, columns in rows.items():
             reading[name] = attention_of_queries(query, key, scaling, columns, mask, softcap, bias)
