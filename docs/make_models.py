@@ -11,6 +11,7 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 START, END = "<!-- made by docs/make_models.py -->", "<!-- end of what docs/make_models.py makes -->"
+NO_MODEL = "no tiny model of it runs"  # as benchmarks/families.py writes it
 STAGES = ("features", "encoder", "decoder")
 
 
@@ -26,17 +27,21 @@ def table(record: dict[str, Any]) -> str:
     types: dict[str, dict[str, Any]] = record["types"]
     passed = [name for name, entry in types.items() if _passes(entry)]
     whole = [name for name in passed if all(_status(types[name], stage) == "passed" for stage in STAGES)]
+    unchecked = [name for name, entry in types.items() if _unchecked(entry)]
+    absent = record["types_of_the_release"] - len(types)
     lines = [
         f"transformers {record['transformers']} has {record['types_of_the_release']} image-text-to-text types. The "
-        f"checks have run on {len(types)} of them: {len(passed)} pass "
-        f"with methods that read features or the prompt, {len(whole)} of these at all three stages.",
+        f"table has {len(types)} of them: {len(passed)} pass with methods that read features or the prompt, "
+        f"{len(whole)} of these at all three stages. {len(unchecked)} are not checked, because no tiny model of them "
+        "could be run; the others are refused." + f" {absent} have not been tried." * (absent > 0),
         "",
         "| model type | recognised | features, prompt | attention of the encoder | inside the LLM |",
         "|---|---|---|---|---|",
     ]
     for name, entry in types.items():
         if "refused" in entry:
-            lines.append(f"| `{name}` | refused: {_cell(entry['refused'])} | – | – | – |")
+            outcome = "not checked" if _unchecked(entry) else "refused"
+            lines.append(f"| `{name}` | {outcome}: {_cell(entry['refused'])} | – | – | – |")
         else:
             remark = f" ({_cell(entry['remark'])})" if entry["remark"] else ""
             cells = " | ".join(_outcome(entry["stages"][stage]) for stage in STAGES)
@@ -46,6 +51,10 @@ def table(record: dict[str, Any]) -> str:
 
 def _passes(entry: dict[str, Any]) -> bool:
     return _status(entry, "features") == "passed"
+
+
+def _unchecked(entry: dict[str, Any]) -> bool:
+    return str(entry.get("refused", "")).startswith(NO_MODEL)
 
 
 def _status(entry: dict[str, Any], stage: str) -> str:

@@ -2,7 +2,8 @@
 
 ``python docs/make_results.py`` writes the tables of ``docs/results.md`` from the ledger ``docs/results.jsonl``;
 ``… runs/zoo/results.json …`` takes the rows of these results into the ledger first, in place of older ones;
-``… --types runs/final/results.json`` prints one table with question types instead (the last one of ``results.md``).
+``… --types runs/final/results.json`` prints one table with question types instead (the last one of ``results.md``);
+``… --repair runs/repair/results.json runs/zoo/results.json …`` lists rows with repaired attention beside those without.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
+
 from tokensieve.evaluate import Results, Row, VsRandom
+from tokensieve.evaluate.intervals import in_points, paired_difference
 
 DOCS = Path(__file__).parent
 LEDGER, PAGE = DOCS / "results.jsonl", DOCS / "results.md"
@@ -158,10 +162,47 @@ def by_type(results: Results) -> Iterator[str]:
         yield f"| `{row.method}` | {row.tokens_after:.4g} | {interval(row)} | {flops} | {cells} |"
 
 
+def by_repair(repaired: Results, plain: Sequence[Results]) -> Iterator[str]:
+    """One row per method with repaired attention, and its difference to the same row without, paired by question."""
+    keeps = sorted({row.keep for row in repaired.rows if isinstance(row.keep, float)}, reverse=True)
+    yield f"| method | {' | '.join(f'{keep:.0%} | repair minus none' for keep in keeps)} |"
+    yield "|---|" + "---|---|" * len(keeps)
+    lifted, lowered, total = 0, 0, 0
+    for method in dict.fromkeys(row.method for row in repaired.rows if row.keep in keeps and row.method != "oracle"):
+        cells = []
+        for keep in keeps:
+            row = repaired.row(method, keep)
+            found = next(
+                results for results in plain if any((r.method, r.keep) == (method, keep) for r in results.rows)
+            )
+            gap = paired_difference(
+                scores_of(repaired, row), scores_of(found, found.row(method, keep)), clusters(found)
+            )
+            lifted, lowered, total = lifted + (gap.low > 0), lowered + (gap.high < 0), total + 1
+            mark = " ↑" if gap.low > 0 else " ↓" if gap.high < 0 else ""
+            cells.append(f"{interval(row)} | {in_points(gap.difference, gap.low, gap.high, sign='+')}{mark}")
+        yield f"| `{method}` | {' | '.join(cells)} |"
+    yield f"\nOf {total} rows, {lifted} are lifted and {lowered} lowered by their 95 % intervals."
+
+
+def scores_of(results: Results, row: Row) -> np.ndarray:
+    """Return the scores of a row, `[seeds, questions]`, in the order of the questions' ids."""
+    order = sorted(range(len(results.questions)), key=lambda n: results.questions[n].id)
+    return np.array(results.scores[results.rows.index(row)], dtype=float)[:, order]
+
+
+def clusters(results: Results) -> np.ndarray:
+    questions = sorted(results.questions, key=lambda question: question.id)
+    return np.array([question.cluster for question in questions])
+
+
 if __name__ == "__main__":
     options, files = [a for a in sys.argv[1:] if a.startswith("-")], [a for a in sys.argv[1:] if not a.startswith("-")]
     if options == ["--types"]:
         print("\n".join(line for file in files for line in by_type(Results.load(Path(file)))))
+    elif options == ["--repair"]:
+        repaired, *plain = (Results.load(Path(file)) for file in files)
+        print("\n".join(by_repair(repaired, plain)))
     else:
         for file in files:
             enter(Results.load(Path(file)))

@@ -103,7 +103,7 @@ def evidence_of(layout: TokenLayout, seed: int) -> ConnectorEvidence:
     by_layer = {name: {n: [torch.rand(count, generator=draw)] for n in range(4)} for name in ("cls_attention",)}
     by_layer |= {"encoder_keys": {n: [torch.rand(count, 2, 4, generator=draw)] for n in range(4)}}
     outputs = EncoderOutputs([layout], by_layer, rows, [], [torch.tensor([seed])], 4, (), None)
-    return ConnectorEvidence([layout], rows, rows, outputs, [0], None, [0])
+    return ConnectorEvidence([layout], rows, rows, outputs, [0], None, [0], lambda rows: rows)
 
 
 @pytest.mark.parametrize("name", ["llava-next", "llava-onevision"])

@@ -64,6 +64,18 @@ def test_a_run_is_compared_with_an_earlier_one():
     ]  # fmt: skip
 
 
+def test_an_error_of_several_lines_is_one_line_of_evidence(monkeypatch):
+    def fails(name):
+        raise ImportError("\n  it needs timm\n  install it")
+
+    monkeypatch.setattr("tests.support.evidence.evidence", fails)
+    entry = script.run(["some_type"], None, {})["some_type"]
+    assert entry == {"refused": "no tiny model of it runs: ImportError: it needs timm install it"}
+    record = {"transformers": "5.23.0", "types_of_the_release": 1, "types": {"some_type": entry}}
+    assert "1 are not checked" in make_models.table(record)
+    assert "| `some_type` | not checked: no tiny model" in make_models.table(record)
+
+
 def test_a_model_that_prunes_by_itself_is_refused():
     model = SimpleNamespace(config=SimpleNamespace(model_type="nemotron_h_omni", video_pruning_rate=0.5))
     with pytest.raises(Refusal, match="drops visual tokens by itself"):

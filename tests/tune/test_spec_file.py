@@ -114,7 +114,7 @@ def _folder(parent: Path) -> Path:
 
 
 def test_options_hold_for_all_specs_of_a_list(write) -> None:
-    options = {"positions": "original", "separators": "kept-lines", "budget_scope": "image"}
+    options = {"positions": "original", "separators": "kept-lines", "budget_scope": "image", "repair": None}
     specs, merged = expand(["pool", write()], **options)
     assert specs == ["pool", "downsample(keep=0.5) + divprune(keep=9)"]
     assert merged == options | {"positions": "contiguous"}

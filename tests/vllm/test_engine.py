@@ -310,7 +310,11 @@ def decide_twice() -> str:
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8))
     methods = (served_method("divprune(keep=5)"),)
     engine: Any = SimpleNamespace(
-        config=config, decisions=Decisions(), settings=SimpleNamespace(methods=methods), _user_text=None
+        config=config,
+        family=SimpleNamespace(project=None),
+        decisions=Decisions(),
+        settings=SimpleNamespace(methods=methods),
+        _user_text=None,
     )
     layout, plan = TokenLayout.grid_of(6, 6), ImagePlan(0, 5, 5, 36, (6, 6))
     features = torch.randn(36, 8, generator=torch.Generator().manual_seed(0)).half().float()

@@ -329,7 +329,7 @@ def rows_left(method: Any, height: int, width: int) -> int:
     outputs = EncoderOutputs([layout], {}, [], [], hashes, 4, (), None)
     generator = torch.Generator().manual_seed(height * width)
     features = [torch.randn(layout.total, 8, generator=generator)]
-    evidence = ConnectorEvidence([layout], features, [], outputs, [0], None, [0])
+    evidence = ConnectorEvidence([layout], features, [], outputs, [0], None, [0], lambda rows: rows)
     (decision,) = decide(method, "image", evidence, [[layout.patches]])
     return len(decision.apply(features[0]))
 

@@ -79,7 +79,9 @@ def rows_left(frontend, whole: list[int], fields: dict, name: str, keep) -> int:
     layouts = family.parts(family.layout(frontend.config, family.size(frontend.config, fields)))
     features = [torch.randn(layout.patches, 4) for layout in layouts]
     outputs = EncoderOutputs(layouts, {}, [], [], [], 0, (), None)
-    evidence = ConnectorEvidence(layouts, features, [], outputs, list(range(len(layouts))), None, [0] * len(layouts))
+    evidence = ConnectorEvidence(
+        layouts, features, [], outputs, list(range(len(layouts))), None, [0] * len(layouts), lambda rows: rows
+    )
     decisions = decide(parse(name, keep=keep)[0], "image", evidence, [[layout.patches] for layout in layouts])
     span = whole[whole.index(image) : len(whole) - whole[::-1].index(image)]
     return sum(len(decision.anchors) for decision in decisions) + len(span) - span.count(image)

@@ -45,7 +45,10 @@ def export(
     from tokensieve.harness.export import QUESTIONS
     from tokensieve.harness.export import export as write
 
-    samples = load_data(data, split=split, fetch_images=fetch_images, limit=limit)
+    loaded = load_data(data, split=split, fetch_images=fetch_images, limit=limit)
+    samples = [sample for sample in loaded if not sample.turns]
+    if later := len(loaded) - len(samples):
+        note(f"note: the harnesses ask single questions: {later} of {len(loaded)}, in a later turn, are left out")
     write(folder, samples, name=name, metric=metric, prompt=prompt, max_new_tokens=max_new_tokens)
     note(f"{len(samples)} questions: {folder / QUESTIONS}")
     note(f"lmms-eval:  --tasks {name} --include_path {folder / 'lmms_eval'}")

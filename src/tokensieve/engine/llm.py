@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokensieve.budget import BudgetScope
@@ -85,9 +86,11 @@ class LlmSieve(Sieve):
             raise
         if self._repair is not None:
             self._repair.install()
+        # a compiled model runs these as plain Python: what they record must not be traced
+        before, after = torch.compiler.disable(self._before_forward), torch.compiler.disable(self._after_forward)
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
         ]
 
     @property
