@@ -27,8 +27,8 @@ METHODS = {
 REFUSED = {
     "qwen3.5": {"inside": "linear"},
     "llava-onevision-resampled": {"attention": "resamples an image", "merging": "resamples an image"},
-    "lighton-ocr": {"attention": "nothing is known", "merging": "nothing is known"},
 }
+NO_PROJECTOR = ("ovis2", "lighton-ocr")  # there is none, or none is known
 
 each_kernel = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 each_batch = pytest.mark.parametrize("batch", ["single", "one-and-two"])
@@ -260,7 +260,7 @@ def test_a_method_inside_after_one_before(name, deviation):
 # -- rows before the projector --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in families.FAMILIES if "merging" in supported(n) and n != "ovis2"])
+@pytest.mark.parametrize("name", [n for n in families.FAMILIES if "merging" in supported(n) and n not in NO_PROJECTOR])
 def test_rows_before_the_projector_are_those_of_their_tokens(name, deviation):
     """A decision that mixes each token with nothing but itself, before the projector: its own features come out."""
     model, samples, inputs = models.tiny_model(name), prompts.batch(name, "one-and-two"), collate(name, "one-and-two")

@@ -24,7 +24,7 @@ import make_models  # noqa: E402
 import families as script  # noqa: E402
 
 RECORD = json.loads((ROOT / "docs" / "models.json").read_text("utf-8"))
-ALWAYS = ("cosmos3_omni", "ernie4_5_vl_moe", "glm46v", "gemma4")  # discovered: in order, with a refusal
+ALWAYS = ("cosmos3_omni", "ernie4_5_vl_moe", "glm46v", "gemma4", "mistral_large4")  # in order, packed, with a refusal
 DISCOVERED = [name for name, entry in RECORD["types"].items() if entry.get("recognised") == "discovered"]
 ROTATING = [name for name in DISCOVERED if name not in ALWAYS][datetime.now(UTC).toordinal() % 7 :: 7]
 

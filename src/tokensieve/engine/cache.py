@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from tokensieve.engine.sizes import joined_bias
@@ -129,6 +130,12 @@ REDUCED: dict[type, Any] = {
     DynamicSlidingWindowLayer: ReducedSlidingLayer,
     ReducedSlidingLayer: ReducedSlidingLayer,
 }
+if (_indexed := getattr(cache_utils, "DynamicIndexedLayer", None)) is not None:  # releases before it have no such LLM
+    REDUCED[_indexed] = type("ReducedIndexedLayer", (ReducedLayer, _indexed), {})  # the indexer's keys are shorter, too
+    REDUCED[REDUCED[_indexed]] = REDUCED[_indexed]
+
+NO_COLUMNS = tuple(filter(None, (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))))
+"""Cache layers that hold no columns, so nothing is dropped from them."""
 
 
 def info_of(cache: Cache | None) -> CacheInfo | None:
@@ -205,5 +212,5 @@ def check_cache(cache: Cache | None) -> None:
     if cache.is_compileable:
         raise Refusal("a static cache cannot hold a reduced prompt; use the default dynamic cache")
     for layer in cache.layers:
-        if type(layer) not in (*REDUCED, LinearAttentionLayer):
+        if type(layer) not in (*REDUCED, *NO_COLUMNS):
             raise Refusal(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

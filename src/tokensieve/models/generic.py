@@ -86,11 +86,16 @@ class Generic(Family):
 
     def to_units(self, model: Any, call: EncodeCall, reads: Sequence[Tensor]) -> Tensor:
         rows = torch.cat([read.flatten(0, 1) for read in reads])
-        tower, sizes = self.tower(model), [layout.total for layout in self.layouts(model, call)]
+        tower: Any = self.tower(model)
+        sizes = [layout.total for layout in self.layouts(model, call)]
+        packed = len(reads) == 1 and len(sizes) > 1 and call.inputs.get("image_sizes") is not None
+        if packed and "flash" in tower.config._attn_implementation:  # its calls have no block-diagonal mask
+            raise Refusal("the attention of several images at once cannot be read from a flash kernel; use sdpa")
         if self._rule is None:
             self._rule = discover_rule(model, tower, call, len(rows), sizes)
         unit = unit_of_row(self._rule, tower, call.inputs, len(rows), sizes)
-        assert unit is not None
+        if unit is None:
+            raise Refusal(f"the visual tokens of these images do not fit the order of the first one, {self._rule!r}")
         unit = unit.to(rows.device)
         shown, units = unit >= 0, unit[unit >= 0]  # -1: a row that no visual token shows, such as [CLS]
         sums = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_add(0, units, rows[shown])

@@ -51,6 +51,8 @@ def unit_of_row(rule: str, tower: Any, inputs: Mapping[str, Any], rows: int, siz
     grids = inputs.get("image_grid_thw")
     if grids is not None:
         shapes = [(t * h, w) for t, h, w in grids.tolist()]
+    elif (packed := _packed_shapes(tower, inputs, rows)) is not None:
+        shapes = packed
     else:  # tiles of equal size; rows that are no patch, such as [CLS], come first
         side = isqrt(rows // len(sizes))
         shapes = [(side, side)] * len(sizes)
@@ -67,6 +69,16 @@ def unit_of_row(rule: str, tower: Any, inputs: Mapping[str, Any], rows: int, siz
         first += tokens
     unit = torch.cat(units)
     return _by_windows(unit, tower, grids) if rule == "in windows" else unit
+
+
+def _packed_shapes(tower: Any, inputs: Mapping[str, Any], rows: int) -> list[tuple[int, int]] | None:
+    """Return each image's (height, width) in patches if images of any size stand one after another, as in Pixtral."""
+    sizes, patch = inputs.get("image_sizes"), getattr(tower.config, "patch_size", None)
+    if sizes is None or not isinstance(patch, int):
+        return None
+    shapes = [(height // patch, width // patch) for height, width in torch.as_tensor(sizes).tolist()]
+    # in models with tiles, these are the sizes of the whole images
+    return shapes if sum(map(prod, shapes)) == rows else None
 
 
 def _unit_of_patch(rule: str, height: int, width: int, tokens: int) -> Tensor | None:
