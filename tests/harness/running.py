@@ -56,11 +56,13 @@ class Bench:
     Attributes:
         folder: what ``tokensieve harness export`` wrote.
         ids: of the questions, in their order.
+        images: number of images, over all questions.
         answers: of ``tokensieve compare``: {run: {id: text}}.
     """
 
     folder: Path
     ids: list[str]
+    images: int
     answers: dict[str, dict[str, str]]
 
 
@@ -78,7 +80,7 @@ def command(name: str, *arguments: object, processes: int = 1, cwd: Path | None 
 def make_bench(folder: Path) -> Bench:
     """Export questions of the bundled benchmark, and some about two images; answer them with ``tokensieve compare``."""
     first, mixed = folder / "first", folder / "mixed"
-    exported = command("tokensieve", "harness", "export", first, "--limit", 40)
+    exported = command("tokensieve", "harness", "export", first, "--limit", 41)
     assert exported.code == 0, exported.err
     rows = read_lines(first / "questions.jsonl")
     pairs = [
@@ -97,11 +99,12 @@ def make_bench(folder: Path) -> Bench:
     for line in read_lines(folder / "compare" / "predictions.jsonl"):
         if "text" in line:
             answers.setdefault(line["run"], {})[line["sample"].rpartition(" ")[0]] = line["text"]
-    ids = [row["id"] for row in read_lines(mixed / "questions.jsonl")]
+    exported_rows = read_lines(mixed / "questions.jsonl")
+    ids = [row["id"] for row in exported_rows]
     assert len(ids) >= 40
     assert len({text for run in answers.values() for text in run.values()}) > 5, "equal answers would prove nothing"
     assert all(sorted(answers[spec]) == sorted(ids) for spec in SPECS)
-    return Bench(mixed, ids, answers)
+    return Bench(mixed, ids, sum(len(row["image"]) for row in exported_rows), answers)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -124,10 +127,9 @@ def read_run(folder: Path, bench: Bench) -> tuple[dict[str, str], dict[str, Any]
 def check_run(answers: dict[str, str], record: dict[str, Any], spec: str, bench: Bench, processes: int = 1) -> None:
     """Check every answer against that of ``compare``, and the record of the method."""
     assert answers == bench.answers[spec]
-    questions, images = len(bench.ids), len(bench.ids) + 3  # three questions are about two images
     assert record["method"] == spec
     assert (record["positions"], record["processes"]) == ("original", processes)
-    assert (record["questions"], record["images"]) == (questions, images)
+    assert (record["questions"], record["images"]) == (len(bench.ids), bench.images)
     assert (record["tokens_before"], record["tokens_after"]) == (144.0, TOKENS[spec])
     assert record["version"]
 
