@@ -115,7 +115,7 @@ class Row:
             prompt has no visual token.
         keep: the budget; ``None`` for full and for methods without one. Under ``keep_means="average"`` it is the
             requested average for methods inside the LLM.
-        tokens_before, tokens_after: visual tokens per image, mean over the samples.
+        tokens_before, tokens_after: visual tokens per question, mean over the samples.
         tokens_average: tokens per image averaged over the LLM's layers (equal to tokens_after for methods that act
             before the LLM).
         samples: questions.

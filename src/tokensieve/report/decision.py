@@ -74,7 +74,7 @@ class BudgetRows:
 
     Attributes:
         name: the budget as the user wrote it; the tokens of methods that choose their number.
-        tokens: visual tokens per image, averaged over the LLM's layers, that the ranked rows have (nearly).
+        tokens: visual tokens per question, averaged over the LLM's layers, that the ranked rows have (nearly).
         choice: the best row; ``None`` if no row is ranked.
     """
 

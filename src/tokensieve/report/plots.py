@@ -25,7 +25,7 @@ ORACLE_DASH: Any = (0, (8, 3))
 LABELS: dict[Cost, str] = {
     "flops_ratio": "prefill FLOPs, share of the full model",
     "prefill_ms": "prefill time, ms",
-    "tokens_average": "visual tokens per image, averaged over the LLM's layers",
+    "tokens_average": "visual tokens per question, averaged over the LLM's layers",
 }
 LEGEND = 60  # characters that fit side by side in a legend
 WIDTH, HEIGHT = 5.6, 3.8  # inches, the height without its legend

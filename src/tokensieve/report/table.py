@@ -196,7 +196,7 @@ def _break_even(line: Line) -> Cell:
 METHOD = Column("method", "method spec", _plain(lambda row: row.method))
 TOKENS = Column(
     "tokens",
-    "visual tokens per image that stay at the end; in brackets averaged over the LLM's layers, where that differs",
+    "visual tokens per question that stay at the end; in brackets averaged over the LLM's layers, where that differs",
     _tokens,
 )
 KEEP = Column("keep", "budget: tokens per image, or a share of them", _keep)
@@ -218,12 +218,12 @@ BREAK_EVEN = Column(
 ACCURACY: tuple[Column, ...] = (
     Column(
         "tokens",
-        "visual tokens per image that stay after the last stage, mean",
+        "visual tokens per question that stay after the last stage, mean",
         _plain(lambda row: number(row.tokens_after, ".4g")),
     ),
     Column(
         "on average",
-        "visual tokens per image averaged over the LLM's layers: larger for methods inside the LLM",
+        "visual tokens per question averaged over the LLM's layers: larger for methods inside the LLM",
         _plain(lambda row: number(row.tokens_average, ".4g")),
     ),
     Column("accuracy %", "with its 95 % interval", _accuracy),
