@@ -67,7 +67,7 @@ def test_one_method_has_a_page() -> None:
     assert set(re.findall(r"^ ([a-z][\w+-]*) ", outcomes["stage"].out, re.M)) == {"method", *in_encoder}
     for name in ("page", "stage", "list", "every page"):
         assert max(map(len, outcomes[name].out.splitlines())) <= 100, name
-    assert "did you mean vtc-cls" in outcomes["unknown"].refused()
+    assert "did you mean vtc-cls?" in outcomes["unknown"].refused()
     assert "--stage filters the list" in outcomes["both"].refused()
 
 
