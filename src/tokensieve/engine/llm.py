@@ -86,11 +86,9 @@ class LlmSieve(Sieve):
             raise
         if self._repair is not None:
             self._repair.install()
-        # a compiled model runs these as plain Python: what they record must not be traced
-        before, after = map(torch.compiler.disable, (self._before_forward, self._after_forward))
         self._handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, always_call=True),
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
     @property
@@ -130,6 +128,8 @@ class LlmSieve(Sieve):
 
     # -- the top-level forward ----------------------------------------------------------------------------------------
 
+    # a compiled model runs it as plain Python: what it records must not be traced
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Replace the arguments of a forward: of a prefill with images, or of a step on a reduced cache."""
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
@@ -183,6 +183,7 @@ class LlmSieve(Sieve):
             self._repair.start_prefill(prefill.prefix, state, cache is None or not cache.get_seq_length())
         return prefill.kwargs
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, model: Any, args: Any, output: Any) -> None:
         """Record the decisions of a prefill, and put the bookkeeping for decode steps on its cache."""
         prefill, state = self._flight.prefill, self._flight.decoding
