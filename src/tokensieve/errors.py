@@ -42,14 +42,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return 'did you mean a, b?' or, when no name is near, the whole list. Capital letters make no distance."""
     known = sorted(known)
     by_lower = {entry.lower(): entry for entry in known}
-    # a slip of a letter or two has one answer; farther names would only distract
-    matches = next((found for cutoff in (0.8, 0.5) if (found := _matches(name.lower(), by_lower, cutoff))), [])
+    matches: list[str] = []
+    for cutoff in (0.8, 0.5):  # a slip of a letter or two has one answer; farther names would only distract
+        matches = matches or difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=cutoff)
     close = [by_lower[entry] for entry in matches]
     return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known) or 'none'}"
-
-
-def _matches(name: str, known: Iterable[str], cutoff: float) -> list[str]:
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=cutoff)
 
 
 def first_line(error: BaseException) -> str:
