@@ -120,9 +120,9 @@ def upload(page: Any, file: Path) -> None:
         "name => [...document.querySelectorAll('input')].some(i => i.ariaLabel == name && !i.value)",
         arg="Questions on this example",
     )
-    with page.expect_response(lambda response: "/upload" in response.url):
-        page.locator("input[type=file]").first.set_input_files(str(file))
-    page.wait_for_timeout(1000)
+    page.locator("input[type=file]").first.set_input_files(str(file))
+    # the page shows the server's copy: from now on, it is what Ask sends
+    page.wait_for_function("name => [...document.images].some(i => i.src.endsWith(name))", arg=file.name)
 
 
 def test_methods_side_by_side(page: Any) -> None:

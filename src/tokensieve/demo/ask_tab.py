@@ -83,12 +83,12 @@ class AskTab:
                 whole(longest, "the longest answer"),
             )
             total, rows = len(self.bench.plan(methods, [request.keep])), list[Row]()
+            note = self.note if example is None else ""
             yield cards.cards(rows, total)
             for row in self.bench.rows(request):
                 rows.append(row)
-                yield cards.cards(rows, total, measuring=request.rounds > 0)
+                yield cards.cards(rows, total, measuring=request.rounds > 0, note=note)
             if request.rounds:
-                rows = self.bench.costs(request, rows)
-            yield cards.cards(rows, total, note=self.note if example is None else "")
+                yield cards.cards(self.bench.costs(request, rows), total, note=note)
         except (Refusal, OSError) as error:
             yield cards.message(one_line(error))
