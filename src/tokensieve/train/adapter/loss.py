@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from tokensieve.engine import attach
+from tokensieve.engine.connector.shorten import padding_id
 from tokensieve.engine.wrapped import unwrapped
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.prompt import generate_arguments, without_repetitions
 from tokensieve.methods import Method, parse
 from tokensieve.train.adapter.data import IGNORED
+from tokensieve.train.adapter.shared import SharedPrompts
 
 Batch = Mapping[str, Tensor]
 FULL = tuple(parse("full"))
@@ -38,6 +40,9 @@ def answer_logits(model: Any, batch: Batch, stages: Sequence[Method], processor:
         inputs = without_repetitions(inner, tensors, batch["image_numbers"].tolist())
         # decoder methods take all logits: they refuse a part, as the end of a prompt would be hidden
         part = {} if inside else {"logits_to_keep": width}
+        shared = SharedPrompts.of(inner, inputs, stages, padding_id(inner))
+        if shared is not None:
+            return shared.logits(model, inner, width, part)[:, :-1].float()
         logits: Tensor = model(**generate_arguments(inner, inputs), **part, use_cache=False).logits
     return logits[:, -width:-1].float()
 
