@@ -16,9 +16,10 @@ from tokensieve.cli import app
 from tokensieve.evaluate.prompt import encode
 from tokensieve.loading import LoadOptions, load_model
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
+import peft
 from safetensors.torch import load_file
 
 from tokensieve.train.adapter import Recipe, train_adapter
@@ -42,7 +43,7 @@ def tuned(llava, tmp_path_factory):
 
 def test_the_adapter_loads_in_both_ways_and_the_base_comes_back(llava, tuned):
     base, processor = load_model(str(llava))
-    inputs = encode(processor, read_samples(str(llava.parent / "train.jsonl"))[:2])
+    inputs = encode(processor, read_samples(str(llava.parent / "train.jsonl"))[0][:2])
     loaded, _ = load_model(str(llava), LoadOptions(adapter=str(tuned[0])))
     with torch.no_grad():
         before = base(**inputs).logits
@@ -65,7 +66,7 @@ def test_the_record_says_what_was_trained(llava, tuned):
     assert stored == json.loads(json.dumps({"format": 1, **record}))
     assert stored["schedule"] == [{"start": 0.0, "methods": ["pool(keep=0.25)", "pool(keep=0.05)"]}]
     assert [row["method"] for row in stored["metrics"]] == ["full", "pool(keep=0.25)", "pool(keep=0.05)"]
-    assert stored["step"] == 6 and stored["held_out"] == 3  # 9 of 12 questions twice, by 3; one image is held out
+    assert (stored["step"], stored["held_out"]) == (6, 3)  # 9 of 12 questions twice, by 3; one image is held out
     assert str(llava.parent) not in (folder / "training.json").read_text()
     assert not list(folder.glob("*part*"))
 
@@ -143,7 +144,8 @@ def test_resumes_past_a_broken_checkpoint(llava, tuned, tmp_path, monkeypatch):
     (broken / "adapter_model.safetensors").write_bytes(b"half")
     train(llava, tmp_path)
     once, twice = (load_file(folder / "adapter_model.safetensors") for folder in (tuned[0], tmp_path))
-    assert whole.name == "checkpoint-3" and once.keys() == twice.keys()
+    assert whole.name == "checkpoint-3"
+    assert once.keys() == twice.keys()
     for name, weight in once.items():
         assert torch.allclose(weight, twice[name], atol=1e-6)
     with pytest.raises(Refusal, match="a training with another recipe"):
@@ -161,8 +163,10 @@ def test_distillation_pulls_towards_the_unreduced_base(llava, tmp_path, tuned):
 
 def test_records_that_cannot_be_used_are_counted(llava, tmp_path, caplog):
     lines = [json.loads(line) for line in (llava.parent / "train.jsonl").read_text().splitlines()]
-    (tmp_path / "bad.png").write_bytes(b"no image")
-    bad = [{**lines[0], "image": str(tmp_path / "bad.png"), "id": name} for name in ("a", "b")]
+    (tmp_path / "none.png").write_bytes(b"no image")
+    (tmp_path / "cut.png").write_bytes((llava.parent / lines[0]["image"]).read_bytes()[:400])  # opens, but has no rows
+    bad = [{**lines[0], "image": str(tmp_path / name)} for name in ("none.png", "cut.png", "gone.png")]
+    bad.append({**lines[0], "question": " "})
     good = [{**line, "image": str(llava.parent / line["image"])} for line in lines]
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, [*bad, *good])))
     held_out = str(llava.parent / "train.jsonl")
@@ -170,8 +174,9 @@ def test_records_that_cannot_be_used_are_counted(llava, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = str(tmp_path / "mixed.jsonl")
         record = train_adapter(str(llava), data, tmp_path / "out", recipe=recipe, evaluation=held_out)
-    assert record["skipped"] == 2 and record["held_out"] == 12
-    assert "bad.png" in caplog.text
+    assert record["skipped"] == 4
+    assert record["held_out"] == 12
+    assert all(name in caplog.text for name in ("none.png", "cut.png", "gone.png", "the question is empty"))
 
 
 @pytest.mark.parametrize(

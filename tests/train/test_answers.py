@@ -32,7 +32,7 @@ SPECS = [
 @pytest.fixture(scope="module")
 def samples(llava):
     """Questions about images, one of them with an earlier turn and one about two images."""
-    return [*read_samples(str(llava.parent / "train.jsonl"))[:5], *read_samples("reference:train[:13]")]
+    return [*read_samples(str(llava.parent / "train.jsonl"))[0][:5], *read_samples("reference:train[:13]")[0]]
 
 
 def batch_of(processor, samples):
