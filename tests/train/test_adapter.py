@@ -164,9 +164,9 @@ def test_distillation_pulls_towards_the_unreduced_base(llava, tmp_path, tuned):
 def test_records_that_cannot_be_used_are_counted(llava, tmp_path, caplog):
     lines = [json.loads(line) for line in (llava.parent / "train.jsonl").read_text().splitlines()]
     (tmp_path / "none.png").write_bytes(b"no image")
-    (tmp_path / "cut.png").write_bytes((llava.parent / lines[0]["image"]).read_bytes()[:400])  # opens, but has no rows
+    (tmp_path / "cut.png").write_bytes((llava.parent / lines[0]["image"]).read_bytes()[:-400])  # the header is whole
     bad = [{**lines[0], "image": str(tmp_path / name)} for name in ("none.png", "cut.png", "gone.png")]
-    bad.append({**lines[0], "question": " "})
+    bad.append({**lines[0], "image": str(llava.parent / lines[0]["image"]), "question": " "})
     good = [{**line, "image": str(llava.parent / line["image"])} for line in lines]
     (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, [*bad, *good])))
     held_out = str(llava.parent / "train.jsonl")

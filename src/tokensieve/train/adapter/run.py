@@ -71,8 +71,11 @@ def train_adapter(
         measured, more = read_samples(evaluation)
         unusable += more
     vlm, processor = load_model(model, loading)
+    questions, held = Questions(in_training_order(training, recipe.epochs, recipe.seed)), Questions(measured)
+    collator = Collator(processor, recipe.prompt)
+    one = collator([questions[0]])
     for draw in schedule.draws:
-        check_method(draw.stages, processor)
+        check_method(draw.stages, vlm, processor, one)
         attach(vlm, list(draw.stages), processor=processor).detach()  # what does not fit is refused before training
     settings: dict[str, Any] = {
         "model": without_folder(model),
@@ -83,8 +86,6 @@ def train_adapter(
     _start(output, settings, resume)
     set_seed(recipe.seed)  # for the random half of new adapters
     tuned = prepared(vlm, recipe, model)
-    questions = Questions(in_training_order(training, recipe.epochs, recipe.seed))
-    collator = Collator(processor, recipe.prompt)
     trainer = AdapterTrainer(
         recipe,
         schedule,
@@ -98,7 +99,6 @@ def train_adapter(
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     record: dict[str, Any] = {**settings, "step": trainer.state.global_step, "skipped": unusable + len(questions.bad)}
     record["seconds"] = round(time.monotonic() - started)  # of this call: a resumed run counts its last part
-    held = Questions(measured)
     record["held_out"] = len(held)
     record["metrics"] = measure(tuned, held, collator, schedule.draws, recipe)
     record["skipped"] += len(held.bad)
