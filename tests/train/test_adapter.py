@@ -92,7 +92,7 @@ def test_a_schedule_switches_at_its_steps():
     schedule = Schedule.of({0.0: ["pool-decoder(stride=8)"], 0.25: ["random"], 0.75: ["full"]}, [0.25, 0.1])
     names = [" + ".join(stage.info.name for stage in schedule.stages(step, 8, seed=0)[0]) for step in range(8)]
     assert names == ["pool-decoder"] * 2 + ["random"] * 4 + ["full"] * 2
-    assert [stages[0].keep for stages in schedule.stages(3, 8, seed=0, every=True)] == [0.25, 0.1]
+    assert [stages[0].keep for stages in schedule.stages(3, 8, seed=0, joint=True)] == [0.25, 0.1]
     drawn = [schedule.stages(step, 800, seed=0)[0][0] for step in range(200, 400)]
     assert drawn == [schedule.stages(step, 800, seed=0)[0][0] for step in range(200, 400)]
     assert 60 < sum(method.keep == 0.1 for method in drawn) < 140

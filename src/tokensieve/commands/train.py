@@ -157,8 +157,8 @@ def adapter(
     schedule: Annotated[
         str | None, typer.Option(help="Methods by share of the steps: '0: pool-decoder(stride=8); 75%: full'.")
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--every", help="Run all methods and budgets in each step, as M3 does; else draw one.")
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Run all methods and budgets in each step, as M3 does; else draw one.")
     ] = False,
     parts: Annotated[
         Literal["projector", "lora", "all"],
@@ -191,7 +191,7 @@ def adapter(
     recipe = Recipe(
         phases=phases,
         keeps=split_budgets(keep),
-        every=every,
+        joint=joint,
         parts=parts,
         rank=rank,
         distillation=distillation,
