@@ -189,7 +189,6 @@ def test_records_that_cannot_be_used_are_counted(llava, tmp_path, caplog):
         (["--data", "gone.jsonl"], "gone.jsonl"),
         (["--data", "reference:train[7]"], r"reference:train\[:700\]"),
         (["--rate", "0"], "peak_rate must be larger than 0"),
-        (["--adapter", "other"], "a new adapter is trained on the model itself"),
     ],
 )
 def test_mistakes_end_in_one_line(options, text, llava, tmp_path):
@@ -199,6 +198,11 @@ def test_mistakes_end_in_one_line(options, text, llava, tmp_path):
     error = result.stderr.strip().splitlines()
     assert len([line for line in error if line.startswith("tokensieve")]) <= 1
     assert re.search(text, result.stderr), result.stderr
+
+
+def test_an_adapter_is_not_trained_on_another(llava, tuned, tmp_path):
+    with pytest.raises(Refusal, match="a new adapter is trained on the model itself"):
+        train(llava, tmp_path, loading=LoadOptions(adapter=str(tuned[0])))
 
 
 def test_the_commands_of_the_page_run(llava, tmp_path, monkeypatch):

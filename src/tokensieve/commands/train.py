@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from tokensieve.commands.console import note, print_json, print_table
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, find
 
+TRAINED_FROM = tuple(field.name for field in fields(LoadOptions) if field.name != "adapter")
 app = typer.Typer(no_args_is_help=True, help="Train the bundled model, adapters under a method, or PuMer.")
 
 
@@ -144,7 +146,7 @@ def pumer(
 
 
 @app.command()
-@with_load_options()
+@with_load_options(*TRAINED_FROM)
 def adapter(
     loading: LoadOptions,
     data: Annotated[
