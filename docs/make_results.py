@@ -183,7 +183,8 @@ def by_repair(repaired: Results, plain: Sequence[Results]) -> Iterator[str]:
 
 def by_average(adaptive: Results, plain: Sequence[Results]) -> Iterator[str]:
     """One row per method and average, with the difference of each criterion to the fixed budget of as many tokens."""
-    rules = [(row, *str(row.keep).split(":")[1:3]) for row in adaptive.rows if str(row.keep).startswith("average:")]
+    parts = [(row, str(row.keep).split(":")) for row in adaptive.rows]
+    rules = [(row, rule[1], rule[2]) for row, rule in parts if rule[0] == "average"]
     criteria = list(dict.fromkeys(criterion for _, _, criterion in rules))
     yield f"| method | tokens | fixed | {' | '.join(f'`{name}` minus fixed' for name in criteria)} |"
     yield "|---|---|---|" + "---|" * len(criteria)
