@@ -37,8 +37,8 @@ class FlowCut(EncoderMethod):
     Cost: per layer O(n·D) time; without [CLS] O(n²·D), for two kinds of attention received.
     Paper: "FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models", 2025.
     Official code: of a batch, every image loses as many as the image that loses most, and an attention of zero makes
-    the entropy undefined. Each tile of an image leaves the encoder with half of the budget, and layer 1 of the LLM ranks
-    all of these again. For Qwen2-VL it has another score, without attention by values. Neither is here.
+    the entropy undefined. Each tile of an image leaves the encoder with half of the budget, and layer 1 of the LLM
+    ranks all of these again. For Qwen2-VL it has another score, without attention by values. Neither is here.
     """
 
     keep: Budget = 64
