@@ -25,7 +25,7 @@ class PruneSID(ConnectorMethod):
     Args:
         keep: tokens per image, or a share of them (the paper: 192, 128 and 64 of 576).
 
-    Cost: O(N²·(N + C)) time for the components of N rows of width C, and N steps of O(N); O(N²) extra memory in float64.
+    Cost: O(N²·(N + C)) time for the components of N rows of width C, and N steps of O(N); O(N²) extra memory.
     Paper: "Prune Redundancy, Preserve Essence: Vision Token Compression in VLMs via Synergistic Importance-Diversity",
     2026. Its budget that follows the image is not here.
     Official code: for LLaVA, also passes on the encoder's [CLS] token as one of the K, and draws a random sketch to
@@ -57,7 +57,7 @@ def _components(rows: Tensor, number: int) -> Tensor:
     values = rows.float().sigmoid().double()
     values = values - values.mean(-1, keepdim=True)
     # the eigenvectors of all products of rows are the components' weights in the rows, ascending by eigenvalue
-    vectors = torch.linalg.eigh(values @ values.transpose(-1, -2)).eigenvectors
+    vectors: Tensor = torch.linalg.eigh(values @ values.transpose(-1, -2)).eigenvectors
     return vectors[..., -number:].flip(-1).abs().argmax(-1)
 
 
