@@ -71,9 +71,9 @@ def _quotas(sizes: Tensor, differing: Tensor, k: int) -> Tensor:
     least, most = sizes.clamp(max=1), torch.minimum(sizes, differing).clamp(max=5 * -(-k // 64))
     while bool((short := most.sum(-1, keepdim=True) < k).any()):  # the bounds leave out too many: redundant ones stay
         most = torch.minimum(most + short.long(), sizes)
-    rest = k - least.sum(-1, keepdim=True)
-    ends = ((differing / differing.sum(-1, keepdim=True)).cumsum(-1) * rest).round().long()
-    quota = torch.minimum(ends.diff(dim=-1, prepend=torch.zeros_like(rest)) + least, most)
+    shared_out = k - least.sum(-1, keepdim=True)
+    ends = ((differing / differing.sum(-1, keepdim=True)).cumsum(-1) * shared_out).round().long()
+    quota = torch.minimum(ends.diff(dim=-1, prepend=torch.zeros_like(shared_out)) + least, most)
     # what a bound cut off goes to the groups with the largest numbers of differing patches
     order = differing.sort(dim=-1, descending=True, stable=True).indices
     room = (most - quota).gather(-1, order)

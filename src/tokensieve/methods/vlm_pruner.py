@@ -79,9 +79,9 @@ class VlmPruner(DecoderMethod):
     def outwards(self, pivots: Tensor, cosine: Tensor, distance: Tensor, k: int) -> Tensor:
         """Return the mask of k tokens that stay, `[B, N]` bool, from the pivots `[B, P]` outwards."""
         kept = set_true(torch.zeros_like(cosine[..., 0], dtype=torch.bool), pivots)
-        everyone, threshold = torch.arange(kept.shape[1], device=kept.device).expand_as(kept), self.similar
+        tokens_in_order, threshold = torch.arange(kept.shape[1], device=kept.device).expand_as(kept), self.similar
         while bool((kept.sum(-1) < k).any()):
-            order = _likeness(everyone, kept, cosine, distance).sort(dim=-1, stable=True).indices
+            order = _likeness(tokens_in_order, kept, cosine, distance).sort(dim=-1, stable=True).indices
             for tokens in torch.split(order, self.batch, -1):
                 likeness = _likeness(tokens, kept, cosine, distance)
                 rank = likeness.sort(dim=-1, stable=True).indices.argsort(-1)
@@ -93,9 +93,9 @@ class VlmPruner(DecoderMethod):
 
 def _likeness(tokens: Tensor, kept: Tensor, cosine: Tensor, distance: Tensor) -> Tensor:
     """Return the likeness of tokens `[B, T]` to the kept ones `[B, N]`: see the class; infinite if they are kept."""
-    alike, away = (pairs.take_along_dim(tokens[..., None], 1) for pairs in (cosine, distance))  # [B, T, N]
-    nearest = away.masked_fill(~kept[:, None], torch.inf).amin(-1)
-    likeness = alike.masked_fill(~kept[:, None], -torch.inf).amax(-1) * (1 + nearest / 2)
+    cosines, distances = (pairs.take_along_dim(tokens[..., None], 1) for pairs in (cosine, distance))  # [B, T, N]
+    nearest = distances.masked_fill(~kept[:, None], torch.inf).amin(-1)
+    likeness = cosines.masked_fill(~kept[:, None], -torch.inf).amax(-1) * (1 + nearest / 2)
     # NaN, from states that overflow, would never be below a threshold
     return likeness.where(likeness < 1.5, 1.5).masked_fill(kept.gather(-1, tokens), torch.inf)
 
