@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.support.prompts import concatenated
-from tests.support.zoo import BOS, END, IMAGE, PAD, START, WORDS
+from tests.support.zoo_sizes import BOS, END, IMAGE, PAD, START, WORDS
 
 
 def packed(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
