@@ -182,6 +182,15 @@ OMNI_AUDIO = {
     "num_mel_bins": 16,
 }
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MLA = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
 MROPE = ("glm4v_text", "qwen3_vl_text", "qwen2_vl_text", "qwen3_5_text")
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "aria": {"": {"projector_patch_to_query_dict": {64: 9}, "max_value_projector_patch_to_query_dict": 9}},
@@ -199,8 +208,13 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "deepseek_vl_hybrid": {"high_res_vision_config": {"num_pos_feats": 16, "scale": 1.0}},
     "dots3_note": {
-        "text_config": {"num_key_value_heads": 4},
-        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 64, "mlp_layer_types": ["dense", "sparse"] * 2},
+        "text_config": {"num_key_value_heads": 4} | {f"swa_{name}": size for name, size in MLA.items()},
+        "vision_config": {
+            "num_local_experts": 4,
+            "adapter_in_dim": 32,
+            "adapter_out_dim": 64,
+            "mlp_layer_types": ["dense", "sparse"] * 2,
+        },
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 64},
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": ROPE | {"mrope_section": [3, 3, 2]}}},
@@ -231,6 +245,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "lighton_ocr": {"vision_config": {"model_type": PIXTRAL, "image_size": 224}},
     "llama4": {"vision_config": {"intermediate_size": 128, "projector_input_dim": 64}},
+    "inkling_mm_model": {"vision_config": {"n_layers": LAYERS, "patch_size": 8}},
     "inkling2": {"vision_config": {"temporal_patch_size": 1}},
     "minicpmv4_6": {"": {"insert_layer_id": 1}, "vision_config": {"insert_layer_id": 1}},
     "minicpmv4_7": {"": {"insert_layer_id": 1}, "vision_config": {"insert_layer_id": 1}},
@@ -250,7 +265,10 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen2_5_omni_thinker": {"": {"vision_start_token_id": START}, "audio_config": OMNI_AUDIO},
     "qwen3_omni_moe_thinker": {"": {"vision_start_token_id": START}, "audio_config": OMNI_AUDIO},
-    "muse_spark": {"": {"out_hidden_size": 128}, "audio_config": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_hidden_size": 64}},
+    "muse_spark": {
+        "": {"out_hidden_size": 128},
+        "audio_config": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_hidden_size": 64},
+    },
     "muse_glimmer": {"": {"out_hidden_size": 128}},
     "qwen4_exp": {
         "text_config": {

@@ -142,7 +142,7 @@ REFERENCE = "reference_sliding_attention"
 
 @cache
 def reduced_class(kind: type[Any]) -> Any:
-    """Return the class of cache layers of a kind that are reduced; ``None`` if the kind cannot hold a reduced prompt."""
+    """Return the class of the reduced cache layers of a kind; ``None`` if it cannot hold a reduced prompt."""
     if issubclass(kind, _Reduced):
         return kind
     known = any(getattr(cache_utils, name, None) is kind for name in SHORTENED)

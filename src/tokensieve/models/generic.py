@@ -13,6 +13,7 @@ from tokensieve.errors import Refusal
 from tokensieve.models.family import EncodeCall, Family
 from tokensieve.models.layout import TokenLayout
 from tokensieve.models.patch_order import discover_rule, unit_of_row
+from tokensieve.models.planes import rows_of
 
 QUERIES = "a Q-Former hands its LLM 32 tokens, and generate() bypasses the forward in which tokens would be dropped"
 CROSS_ATTENTION = "its LLM reads images by cross-attention: no visual token is in its sequence"
@@ -25,7 +26,6 @@ REFUSED = {
     "blip-2": QUERIES,
     "instructblip": QUERIES,
     "instructblipvideo": QUERIES,
-    "fuyu": "its encode function returns no features per image (pooler_output)",
     "git": NO_PLACEHOLDERS,
     "florence2": "its visual tokens enter a text encoder, not a decoder-only LLM",
     "t5gemma2": "its visual tokens enter a text encoder, not a decoder-only LLM",
@@ -39,7 +39,6 @@ REFUSED = {
     "diffusion_gemma": "it generates text by diffusion: there is no causal prefill to shorten",
     "chameleon": "its images are discrete codes of a vocabulary, embedded like words",
     "emu3": "its images are discrete codes of a vocabulary, embedded like words",
-    "llama4": "its projector runs in the forward of the LLM, after its images were encoded",
     "mistral4": "it is a text-only LLM: its config has no vision encoder",
 }
 """Model types that cannot be supported, with the reason."""
@@ -71,7 +70,10 @@ class Generic(Family):
         self.decoder_unsupported = reason  # type: ignore[misc]
 
     def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
-        return [TokenLayout(len(rows)) for rows in call.output.pooler_output]
+        layouts = [TokenLayout(len(rows)) for rows in rows_of(call.output)]
+        if all(layout.total == 1 for layout in layouts):  # an entry is a patch: those side by side are an image
+            self.joins_tiles = True  # type: ignore[misc]
+        return layouts
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         attentions, config = super().attentions(tower), tower.config

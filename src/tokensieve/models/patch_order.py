@@ -17,6 +17,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from tokensieve.errors import Refusal
 from tokensieve.models.family import EncodeCall, layer_list
+from tokensieve.models.planes import rows_of
 
 RULES = ("in order", "raster", "in windows")
 """Squares one after another; rows of the whole image; squares one after another, grouped by window of attention."""
@@ -125,7 +126,7 @@ def _tokens_changed(model: Any, tower: Any, call: EncodeCall, rows: int, chosen:
         disturbed = flat.view_as(hidden)
         return (disturbed, *output[1:]) if isinstance(output, tuple) else disturbed
 
-    base, before = model.base_model, _tokens(call.output.pooler_output)
+    base, before = model.base_model, _tokens(rows_of(call.output))
     changed = torch.zeros(len(before), dtype=torch.bool, device=before.device)
     for layer in reversed(layer_list(tower)[-3:]):  # a model may take its features before the last layer
         handle = layer.register_forward_hook(disturb)
@@ -133,7 +134,7 @@ def _tokens_changed(model: Any, tower: Any, call: EncodeCall, rows: int, chosen:
             after = type(base).get_image_features(base, **{**call.inputs, "return_dict": True})
         finally:
             handle.remove()
-        difference = (_tokens(after.pooler_output) - before).abs().amax(-1)
+        difference = (_tokens(rows_of(after)) - before).abs().amax(-1)
         changed = difference > 1e-3 * difference.max()
         if bool(changed.any()):
             break
