@@ -167,8 +167,8 @@ TOP = {
 }
 
 # What a type needs besides, at the path of its config: {type: {path: value}}. "" is the config itself.
-CLIP, SIGLIP, PIXTRAL = "clip_vision_model", "siglip_vision_model", "pixtral"
-HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
+PIXTRAL = "pixtral"
+WINDOWED = {"layer_types": ["window_attention", "full_attention"] * 2}
 SAM = {"num_pos_feats": 16, "downsample_channels": [32, 32]}
 VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 32, "latent_channels": 8, "embed_dim": 8}
 OMNI_AUDIO = {
@@ -266,10 +266,11 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "qwen2_5_omni_thinker": {"": {"vision_start_token_id": START}, "audio_config": OMNI_AUDIO},
     "qwen3_omni_moe_thinker": {"": {"vision_start_token_id": START}, "audio_config": OMNI_AUDIO},
     "muse_spark": {
-        "": {"out_hidden_size": 128},
+        "": {"out_hidden_size": 128},  # of its 2 x 2 patches
+        "vision_config": WINDOWED,
         "audio_config": {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "out_hidden_size": 64},
     },
-    "muse_glimmer": {"": {"out_hidden_size": 128}},
+    "muse_glimmer": {"": {"out_hidden_size": 128}, "vision_config": WINDOWED},
     "qwen4_exp": {
         "text_config": {
             "indexer_n_heads": 2,

@@ -56,7 +56,7 @@ class Generic(Family):
 
     def __init__(self, model: Any) -> None:
         self.title = f"{type(model).__name__} (untested)"  # type: ignore[misc]
-        self._rule: str | None = None
+        self._rules: dict[int, str] = {}  # {rows of the encoder for each visual token: their order}
         if model.get_encoder(modality="image") is model:
             self.encoder_unreadable = "it has no vision encoder: its patches enter the LLM"  # type: ignore[misc]
         decoder = model.get_decoder()
@@ -64,6 +64,8 @@ class Generic(Family):
             reason = f"the layers of its {type(decoder).__name__} cannot be found"
         elif _per_layer_inputs(decoder):
             reason = "each layer of its LLM receives further embeddings of all tokens"
+        elif _adds_features(decoder):
+            reason = "its LLM adds visual features before several layers"
         else:
             return
         self.stages = ("connector",)  # type: ignore[misc]
@@ -93,11 +95,17 @@ class Generic(Family):
         packed = len(reads) == 1 and len(sizes) > 1 and call.inputs.get("image_sizes") is not None
         if packed and "flash" in tower.config._attn_implementation:  # its calls have no block-diagonal mask
             raise Refusal("the attention of several images at once cannot be read from a flash kernel; use sdpa")
-        if self._rule is None:
-            self._rule = discover_rule(model, tower, call, len(rows), sizes)
-        unit = unit_of_row(self._rule, tower, call.inputs, len(rows), sizes)
+        each = round(len(rows) / sum(sizes))  # an encoder may merge rows between its layers
+        if each not in self._rules:
+            self._rules[each] = discover_rule(model, tower, call, len(rows), sizes)
+        rule = self._rules[each]
+        if rule.endswith("others") and self.has_cls(tower):
+            raise Refusal(
+                f"[CLS] is not the first row of {type(tower).__name__}; use a method that reads nothing in it"
+            )
+        unit = unit_of_row(rule, tower, call.inputs, len(rows), sizes)
         if unit is None:
-            raise Refusal(f"the visual tokens of these images do not fit the order of the first one, {self._rule!r}")
+            raise Refusal(f"the visual tokens of these images do not fit the order of the first one, {rule!r}")
         unit = unit.to(rows.device)
         shown, units = unit >= 0, unit[unit >= 0]  # -1: a row that no visual token shows, such as [CLS]
         sums = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_add(0, units, rows[shown])
@@ -115,3 +123,9 @@ def discoverable(model: Any) -> bool:
 def _per_layer_inputs(decoder: Any) -> bool:
     """Return whether the layers take embeddings of all tokens beside the hidden states, as in Gemma 3n and Gemma 4."""
     return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0))
+
+
+def _adds_features(decoder: Any) -> bool:
+    """Return whether the LLM adds visual features between its layers in another way than Qwen3-VL."""
+    names = inspect.signature(decoder.forward).parameters
+    return any("deepstack" in name for name in names) and not hasattr(decoder, "_deepstack_process")
