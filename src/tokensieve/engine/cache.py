@@ -91,7 +91,7 @@ class _Reduced:
     @classmethod
     def adopt(cls, layer: Any, dropped: int) -> Any:
         """Return a cache layer with all the contents of ``layer``, as one of this class."""
-        reduced = cls.__new__(cls)
+        reduced: Any = cls.__new__(cls)
         reduced.__dict__.update(layer.__dict__)
         reduced.dropped = dropped
         reduced._layer_type = getattr(layer, "_layer_type", None)
@@ -141,7 +141,7 @@ REFERENCE = "reference_sliding_attention"
 
 
 @cache
-def reduced_class(kind: type[Any]) -> Any:
+def reduced_class(kind: Any) -> Any:
     """Return the class of the reduced cache layers of a kind; ``None`` if it cannot hold a reduced prompt."""
     if issubclass(kind, _Reduced):
         return kind
@@ -167,7 +167,8 @@ def info_of(cache: Cache | None) -> CacheInfo | None:
 def remember(cache: Cache, info: CacheInfo) -> None:
     """Put the bookkeeping on a cache that was just filled, and make its layers report the caller's lengths."""
     for number, layer in enumerate(cache.layers):
-        reduced = reduced_class(type(layer))
+        kind: Any = type(layer)
+        reduced = reduced_class(kind)
         if reduced is not None:  # a linear-attention layer holds no columns
             cache.layers[number] = reduced.adopt(layer, info.layers.get(number, info.entry).dropped)
     setattr(cache, ATTRIBUTE, info)
@@ -230,5 +231,6 @@ def check_cache(cache: Cache | None) -> None:
     if cache.is_compileable:
         raise Refusal("a static cache cannot hold a reduced prompt; use the default dynamic cache")
     for layer in cache.layers:
-        if type(layer) not in NO_COLUMNS and reduced_class(type(layer)) is None:
+        kind: Any = type(layer)
+        if kind not in NO_COLUMNS and reduced_class(kind) is None:
             raise Refusal(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")
