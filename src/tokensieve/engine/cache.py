@@ -145,8 +145,8 @@ def reduced_class(kind: Any) -> Any:
     """Return the class of the reduced cache layers of a kind; ``None`` if it cannot hold a reduced prompt."""
     if issubclass(kind, _Reduced):
         return kind
-    known = any(getattr(cache_utils, name, None) is kind for name in SHORTENED)
-    if not known and getattr(kind, "_layer_type", None) != REFERENCE:
+    is_listed = any(getattr(cache_utils, name, None) is kind for name in SHORTENED)
+    if not is_listed and getattr(kind, "_layer_type", None) != REFERENCE:
         return None
     base = ReducedSlidingLayer if issubclass(kind, DynamicSlidingWindowLayer) else ReducedLayer
     # transformers makes new caches of the class that declared a layer type last: a reduced class declares none
