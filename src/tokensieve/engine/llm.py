@@ -169,8 +169,8 @@ class LlmSieve(Sieve):
         if self._repair is not None:
             self._repair.start_decoding(earlier)
         if earlier.conversation is not None and kwargs.get("input_ids") is not None:
-            steps = (*earlier.conversation.steps, kwargs["input_ids"])
-            setattr(cache, ATTRIBUTE, replace(earlier, conversation=replace(earlier.conversation, steps=steps)))
+            kwargs, conversation = earlier.conversation.step(kwargs)
+            setattr(cache, ATTRIBUTE, replace(earlier, conversation=conversation))
         return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
 
     def _refuse_lost_images(self, ids: Tensor | None) -> None:

@@ -8,7 +8,7 @@ answer would not be that of a fresh prompt.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,19 @@ class Conversation:
             for plane in (encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or ()))
         ]
         return sum(rows.nbytes for plane in planes for rows in plane)
+
+    def step(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Conversation]:
+        """Return the arguments of a decode step, numbered after the prompt, and the conversation with its ids.
+
+        ``generate`` numbers a later turn's steps by the model's ``rope_deltas``, which for videos count positions of
+        frames that lie behind the words.
+        """
+        ids, positions = kwargs["input_ids"], self.prompt.get("position_ids")
+        if positions is not None:
+            before = sum(step.shape[1] for step in self.steps)
+            following = torch.arange(1, ids.shape[1] + 1, device=ids.device) + before
+            kwargs = {**kwargs, "position_ids": positions[..., -1:] + following}
+        return kwargs, replace(self, steps=(*self.steps, ids))
 
     def check(self, kwargs: dict[str, Any], cache: Cache, method: str) -> None:
         """Refuse a new turn that cannot be decided anew, before anything runs."""
