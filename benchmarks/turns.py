@@ -1,7 +1,8 @@
 """What a second question costs: decided anew (``reselect=True``) ÷ a fresh prompt, and ÷ plain continuation.
 
-A question of 20 tokens, and an answer of 8 before it, follow a first turn of a LLaVA-1.5-shaped model with random weights
-(CLIP-L/14-336 encoder, 576 tokens). Four ways to its first logits, in turns in one process; every ratio is of one round:
+A question of 20 tokens, and an answer of 8 before it, follow a first turn of a LLaVA-1.5-shaped model with random
+weights (CLIP-L/14-336 encoder, 576 tokens). Four ways to its first logits, in turns in one process; every ratio is of
+one round:
 
 - continued: on the cache of the first turn, with the tokens of the first question;
 - reselect: on the same cache, with tokens chosen anew;

@@ -84,7 +84,8 @@ def test_tokens_chosen_anew_are_those_of_the_history(bench: Workbench, scene: Ex
             talk.ask(question)
         assert talks["reselect"].reduced.turns[-1].encoded == (number == 0)
     anew, history = talks["reselect"].reduced, talks["history"].reduced
-    assert anew.decision is not None and history.decision is not None
+    assert anew.decision is not None
+    assert history.decision is not None
     assert anew.decision.kept.tolist() == history.decision.kept.tolist()
     assert [turn.answer for turn in anew.turns] == [turn.answer for turn in history.turns]
     text = " ".join(talks["reselect"].explanation())

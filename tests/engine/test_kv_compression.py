@@ -1,4 +1,4 @@
-"""A reduced prefill beside KV compression: hooks that keep the best-scored keys of each layer's cache, as in kvpress."""
+"""A reduced prefill beside KV compression: hooks that keep the best keys of each layer's cache, as in kvpress."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""reselect=True: a later turn on a cache equals the whole conversation as a fresh prompt, without another encoder run."""
+"""reselect=True: a later turn on a cache equals the whole conversation as a fresh prompt; the encoder runs once."""
 
 import copy
 import gc
@@ -12,7 +12,11 @@ import tokensieve
 from tests.support import crossmodal, families, models, prompts
 from tests.support.oracle import NOISE, noise
 
-CONNECTOR, INSIDE, BOTH = "trsm(keep=5)", "fastv(layer=2, keep=5)", "divprune(keep=9) + sparsevlm(layers=(1, 2), counts=(6, 4))"
+CONNECTOR, INSIDE, BOTH = (
+    "trsm(keep=5)",
+    "fastv(layer=2, keep=5)",
+    "divprune(keep=9) + sparsevlm(layers=(1, 2), counts=(6, 4))",
+)
 SPECS = (CONNECTOR, "mmtok(keep=5)", INSIDE, BOTH)
 FAMILIES = ("llava-clip", "qwen2.5-vl", "qwen3-vl")
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -175,7 +179,9 @@ def test_the_encoder_runs_once_and_the_features_go_with_the_cache():
     counter.remove()
     assert len(calls) == 1
     conversation = cache._tokensieve_cache_info.conversation
-    assert copy.deepcopy(cache)._tokensieve_cache_info.conversation is conversation, "a copied cache shares the features"
+    assert copy.deepcopy(cache)._tokensieve_cache_info.conversation is conversation, (
+        "a copied cache shares the features"
+    )
     tokens = int((inputs["input_ids"] == families.IMAGE).sum())
     assert conversation.nbytes == tokens * (1 + 3) * 64 * 4, "features and three deepstack planes, float32"
     features = weakref.ref(conversation.prompt["mm_encoder_outputs"]["image"].pooler_output[0])
@@ -195,7 +201,9 @@ def test_a_method_that_reads_no_words_continues_on_its_cache(spec, deviation):
             info = getattr(first.past_key_values, "_tokensieve_cache_info", None)
             assert getattr(info, "conversation", None) is None
             text = followed(inputs, first.sequences, question(3, 20, 4))
-            outs.append(model.generate(**text, past_key_values=first.past_key_values, max_new_tokens=3, **prompts.GREEDY))
+            outs.append(
+                model.generate(**text, past_key_values=first.past_key_values, max_new_tokens=3, **prompts.GREEDY)
+            )
     assert all(torch.equal(a, b) for a, b in zip(outs[0].logits, outs[1].logits, strict=True))
 
 

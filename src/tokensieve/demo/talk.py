@@ -84,7 +84,11 @@ class Speaker:
             inputs = {name: inputs[name] for name in LATER_INPUTS if name in inputs}
             cache = {"past_key_values": self._cache}
             self._restore_positions()
-        options: dict[str, Any] = {"processor": bench.processor, "positions": self._positions, "reselect": reuse == "reselect"}
+        options: dict[str, Any] = {
+            "processor": bench.processor,
+            "positions": self._positions,
+            "reselect": reuse == "reselect",
+        }
         generating = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         with attach(model, self._stages, **options) as sieve, torch.inference_mode():
             out = model.generate(**inputs, **cache, **generating, return_dict_in_generate=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from tokensieve.errors import Refusal
-from tokensieve.models.layout import to_device
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 ENCODED = "mm_encoder_outputs"
@@ -136,14 +135,12 @@ def to_keep(kwargs: dict[str, Any]) -> dict[str, Any]:
     Args:
         kwargs: the arguments of a forward whose images are encoded.
     """
-    kept = {
+    kept: dict[str, Any] = {
         name: value
         for name, value in kwargs.items()
         if isinstance(value, Tensor | list | tuple) and name not in ("labels", "inputs_embeds")
     }
-    kept[ENCODED] = {
-        kind: _features_of(encoded) for kind, encoded in kwargs[ENCODED].items() if encoded is not None
-    }
+    kept[ENCODED] = {kind: _features_of(encoded) for kind, encoded in kwargs[ENCODED].items() if encoded is not None}
     return kept
 
 

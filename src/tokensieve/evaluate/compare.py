@@ -99,8 +99,8 @@ def compare(
         progress: called with (questions done, questions in all, current run).
         processes: share the work with other processes of a launcher, each of which makes this call:
             ``Processes.launched()``.
-        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, repair, reselect,
-            prompt, processor_for_text, measure, examples, strict, referee: see :class:`~tokensieve.evaluate.plan.Settings`.
+        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, repair, reselect, prompt,
+            processor_for_text, measure, examples, strict, referee: see :class:`~tokensieve.evaluate.plan.Settings`.
 
     Raises:
         Refusal: unknown method, metric or parameter; a bad budget; nothing to run. Also a method that refuses a sample,
