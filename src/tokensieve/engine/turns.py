@@ -24,7 +24,7 @@ UNREAD = ("last_hidden_state", "hidden_states", "attentions")  # of an encode ca
 
 @dataclass(frozen=True, eq=False)
 class Conversation:
-    """What a later turn needs to be prefilled anew. It travels on the cache, and is freed with it.
+    """The turns so far, as a new prefill needs them. They travel on the cache, and are freed with it.
 
     Attributes:
         method: the spec that was attached; its evidence is part of the encoders' outputs.
@@ -100,10 +100,10 @@ class Conversation:
         first, later = prompt["input_ids"].shape[1], ids.shape[1] - prompt["input_ids"].shape[1]
         mask, prompt_mask = kwargs.get("attention_mask"), prompt.get("attention_mask")
         if mask is not None or prompt_mask is not None:
-            # the caller may have padded the prompt otherwise than it stands here: after a turn it is packed to the left
-            known = torch.ones_like(prompt["input_ids"]) if prompt_mask is None else prompt_mask
-            tail = known.new_ones(len(ids), later) if mask is None else mask[:, first:].to(known.dtype)
-            arguments["attention_mask"] = mask = torch.cat([known, tail], 1)
+            # not the caller's mask of the prompt: padding between earlier turns was moved to the left here
+            head = torch.ones_like(prompt["input_ids"]) if prompt_mask is None else prompt_mask
+            tail = head.new_ones(len(ids), later) if mask is None else mask[:, first:].to(head.dtype)
+            arguments["attention_mask"] = mask = torch.cat([head, tail], 1)
         for name in TOKEN_TYPES:
             if prompt.get(name) is not None:
                 of_turn, before = kwargs.get(name), prompt[name]
