@@ -260,6 +260,18 @@ def test_a_changed_cache_is_refused(spoil):
             model(input_ids=question(1, 20, 4), past_key_values=first.past_key_values)
 
 
+def test_a_conversation_that_went_on_without_it_is_refused():
+    family = "llava-clip"
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
+    with tokensieve.attach(model, CONNECTOR, reselect=True):
+        cache = model.generate(**inputs, max_new_tokens=3, **prompts.GREEDY).past_key_values
+    with tokensieve.attach(model, CONNECTOR):
+        model(input_ids=question(1, 20, 4), past_key_values=cache)
+    refused = pytest.raises(tokensieve.Refusal, match="or continued without reselect=True")
+    with tokensieve.attach(model, CONNECTOR, reselect=True), refused:
+        model(input_ids=question(1, 20, 4), past_key_values=cache)
+
+
 def test_beam_search_is_refused_in_a_later_turn_only():
     family = "llava-clip"
     model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))

@@ -168,7 +168,7 @@ class LlmSieve(Sieve):
             self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
         if self._repair is not None:
             self._repair.start_decoding(earlier)
-        if earlier.conversation is not None and kwargs.get("input_ids") is not None:
+        if self._reselects and earlier.conversation is not None and kwargs.get("input_ids") is not None:
             kwargs, conversation = earlier.conversation.step(kwargs)
             setattr(cache, ATTRIBUTE, replace(earlier, conversation=conversation))
         return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
