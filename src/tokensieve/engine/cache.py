@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from tokensieve.engine.sizes import joined_bias
+from tokensieve.engine.turns import Conversation
 from tokensieve.errors import Refusal
 
 ATTRIBUTE = "_tokensieve_cache_info"
@@ -69,10 +71,12 @@ class CacheInfo:
     Attributes:
         entry: the prefix as it entered the LLM.
         layers: {layer: prefix} for each layer that received fewer tokens than the first.
+        conversation: what a later turn needs to be decided anew; ``None`` without ``reselect``.
     """
 
     entry: PrefixInfo
     layers: dict[int, PrefixInfo]
+    conversation: Conversation | None = None
 
     @property
     def repaired(self) -> bool:
@@ -84,9 +88,13 @@ class _Reduced:
     """A cache layer that holds ``dropped`` columns fewer than it reports, so that callers keep counting as before.
 
     The contract is that of transformers' sliding-window layers: masks are sized by ``get_mask_sizes``.
+
+    Attributes:
+        moved: whether rows of the batch were moved, repeated or selected since the prefill.
     """
 
     dropped: int
+    moved = False
 
     @classmethod
     def adopt(cls, layer: Any, dropped: int) -> Any:
@@ -109,7 +117,19 @@ class _Reduced:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.dropped = 0
+        self.dropped, self.moved = 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.moved = True
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.moved = True
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.moved = True
 
 
 class ReducedLayer(_Reduced, DynamicLayer):  # type: ignore[misc]  # transformers is untyped
@@ -172,6 +192,21 @@ def remember(cache: Cache, info: CacheInfo) -> None:
         if reduced is not None:  # a linear-attention layer holds no columns
             cache.layers[number] = reduced.adopt(layer, info.layers.get(number, info.entry).dropped)
     setattr(cache, ATTRIBUTE, info)
+
+
+def emptied(cache: Cache) -> list[Any]:
+    """Return empty layers of the same kinds as those of a cache, which stay as they are."""
+    layers = []
+    for layer in cache.layers:
+        if isinstance(layer, _Reduced):
+            empty: Any = copy.copy(layer)
+            empty.keys = empty.values = None
+            empty.is_initialized = False
+        else:  # the states of linear attention are emptied in place
+            empty = copy.deepcopy(layer)
+        empty.reset()
+        layers.append(empty)
+    return layers
 
 
 def prefix_of_cache(
