@@ -4,7 +4,8 @@
 2. oracle: a reduced run equals the unmodified model with the dropped tokens hidden (:mod:`~tokensieve.check.oracle`).
    With ``repair="size"``, with each dropped token a copy of the kept token that counts for it.
 3. batch: every row of a ragged batch equals its own run.
-4. continuation: a second turn on the returned cache equals a second turn of the oracle.
+4. continuation: a second turn on the returned cache equals a second turn of the oracle. With ``reselect=True``, it
+   equals both turns as one fresh prompt.
 5. conservation: every visual token is kept, merged into a known slot, or dropped.
 6. cache: the KV cache holds as many columns as the reported token counts.
 
@@ -56,7 +57,7 @@ class Laws(Runs):
         prompts: returns the left-padded inputs of the prompts with these numbers, on the model's device. The prompts
             differ in length; one of them has several images, if the model takes several.
         count: number of prompts.
-        processor, budget_scope, separators, repair: as for ``attach``.
+        processor, budget_scope, separators, repair, reselect: as for ``attach``.
 
     Attributes:
         floor: largest difference of a logit by rounding alone.

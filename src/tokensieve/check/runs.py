@@ -54,10 +54,16 @@ class Runs:
         budget_scope: BudgetScope = "image",
         separators: Separators = "kept-lines",
         repair: Repair | None = None,
+        reselect: bool = False,
     ) -> None:
         self.model, self.token = model, int(model.config.image_token_id)
-        self.processor, self.repair = processor, repair
-        self.options: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "repair": repair}
+        self.processor, self.repair, self.reselect = processor, repair, reselect
+        self.options: dict[str, Any] = {
+            "budget_scope": budget_scope,
+            "separators": separators,
+            "repair": repair,
+            "reselect": reselect,
+        }
         self.batch, self.singles = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.unreduced = self.generate(self.batch)
         # kernels of quantised layers round activations to half precision or 8 bits, whatever the dtype around them

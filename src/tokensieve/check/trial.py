@@ -73,6 +73,10 @@ class Trial:
         return worst, "; ".join(remarks)
 
     def continuation(self) -> tuple[float, str]:
+        if self.laws.reselect:
+            with self._attached(self.stages):
+                fresh = self.laws.generate({**self.laws.batch, **self.second.inputs})
+            return deviation(self.second, fresh), ""
         with self._hidden():
             oracle = self._second_turn(self.laws.generate(self.laws.batch))
         if not torch.equal(oracle.inputs["input_ids"], self.second.inputs["input_ids"]):
@@ -131,7 +135,7 @@ class Trial:
         laws, text_config = self.laws, self.laws.model.config.get_text_config()
         ids, kinds = laws.batch["input_ids"], attention_kinds(text_config)
         for kind in kinds:  # they mix tokens whatever the mask
-            if "linear" in kind or "conv" in kind:
+            if any(name in kind for name in ("linear", "conv", "hybrid")):
                 name = "linear attention" if "linear" in kind else "a layer of convolution"
                 raise NotCheckable(f"{name} has no mask to hide a token with")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
