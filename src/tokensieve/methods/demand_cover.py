@@ -1,0 +1,68 @@
+"""Demand cover: keep tokens that cover the distinct content of the image, half of it weighted by the user's words."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tokensieve.budget import Budget
+from tokensieve.methods import Method, Needs, register
+from tokensieve.ops import CHUNK, coverage, gram, normalise, rows_at
+from tokensieve.reduction import Reduction
+from tokensieve.tokens import ConnectorTokens, given
+
+
+@register("demand-cover", paper="this project", needs=Needs(cls_attention=-2, user_text=True))
+@dataclass(frozen=True)
+class DemandCover(Method):
+    """Keep, greedily, the tokens that best cover the demand of all tokens, of which the words raise a half.
+
+    A token's salience is its attention from [CLS] times its squared distance to the image's mean token, to the power
+    ``contrast``. Half of the demand goes to tokens by salience, and half by salience times relevance: the softmax of
+    each word's cosines to all tokens in the LLM's input space, summed over the words. Token j covers token i by the
+    cosine of their differences to the mean, to the power ``sharpness``.
+
+    Args:
+        keep: tokens per image, or a share of them.
+        contrast: exponent of the salience; a smaller one spreads the demand.
+        sharpness: exponent of the cosine; with a larger one a token covers fewer others.
+        text_weight: demand that the words weight, against 1 that they do not; 0 ignores them.
+        text_temperature: of the softmax.
+
+    Cost: O(N·(N + M)·D) time for the gains of all tokens, then K lazy steps over the 16 best or more;
+    O(N·min(N, 1,024)) extra memory.
+    Paper: none; the idea, its ablations and its results are in [the project's own method](../own-method.md).
+    ``attach(..., repair="size")`` is recommended with it.
+    """
+
+    keep: Budget = 64
+    contrast: float = 0.75
+    sharpness: float = 6.0
+    text_weight: float = 1.0
+    text_temperature: float = 0.02
+
+    def reduce(self, image: ConnectorTokens) -> Reduction:
+        rows, demand = self.demand(image)
+
+        def weighted(cosines: Tensor) -> Tensor:
+            return cosines.clamp_(min=0).pow_(self.sharpness).mul_(demand[:, None])
+
+        def covers(index: Tensor) -> Tensor:
+            return weighted(rows_at(rows, index) @ rows.mT)
+
+        # up to CHUNK tokens the table of all pairs is held; above, rows of it are computed when they are needed
+        table = weighted(gram(rows)) if image.total <= CHUNK else covers
+        return image.keep(coverage(table, demand, image.budget), demand)
+
+    def demand(self, image: ConnectorTokens) -> tuple[Tensor, Tensor]:
+        """Return the unit differences of all tokens to the mean one, `[B, N, D]`, and their demand, `[B, N]`."""
+        text, features = given(image.user_text), image.features.float()
+        differences = features - features.mean(1, keepdim=True)
+        salience = shares(image.cls_attention[-2] * differences.square().sum(-1)) ** self.contrast
+        cosines = normalise(text.features) @ normalise(features).mT  # [B, M, N]
+        relevance = ((cosines / self.text_temperature).softmax(-1) * text.mask[..., None]).sum(1)  # 0 for padding
+        return normalise(differences), shares(salience) + self.text_weight * shares(salience * relevance)
+
+
+def shares(weights: Tensor) -> Tensor:
+    """Scale weights `[B, N]` to a sum of 1; zeros stay zeros."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
