@@ -19,7 +19,7 @@ class DemandCover(Method):
     A token's salience is its attention from [CLS] times its squared distance to the image's mean token, to the power
     ``contrast``. Half of the demand goes to tokens by salience, and half by salience times relevance: the softmax of
     each word's cosines to all tokens in the LLM's input space, summed over the words. Token j covers token i by the
-    cosine of their differences to the mean, to the power ``sharpness``.
+    cosine of their differences to the mean, to the power ``sharpness``. ``repair="size"`` suits it.
 
     Args:
         keep: tokens per image, or a share of them.
@@ -30,8 +30,7 @@ class DemandCover(Method):
 
     Cost: O(N·(N + M)·D) time for the gains of all tokens, then K lazy steps over the 16 best or more;
     O(N·min(N, 1,024)) extra memory.
-    Paper: none; the idea, its ablations and its results are in [the project's own method](../own-method.md).
-    ``attach(..., repair="size")`` is recommended with it.
+    Paper: none; the idea, its ablations and its results are on [a page](../demand-cover.md) of
     """
 
     keep: Budget = 64
@@ -41,7 +40,8 @@ class DemandCover(Method):
     text_temperature: float = 0.02
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
-        rows, demand = self.demand(image)
+        differences = self.differences(image.features.float())
+        rows, demand = normalise(differences), self.demand(image, differences)
 
         def weighted(cosines: Tensor) -> Tensor:
             return cosines.clamp_(min=0).pow_(self.sharpness).mul_(demand[:, None])
@@ -53,14 +53,24 @@ class DemandCover(Method):
         table = weighted(gram(rows)) if image.total <= CHUNK else covers
         return image.keep(coverage(table, demand, image.budget), demand)
 
-    def demand(self, image: ConnectorTokens) -> tuple[Tensor, Tensor]:
-        """Return the unit differences of all tokens to the mean one, `[B, N, D]`, and their demand, `[B, N]`."""
-        text, features = given(image.user_text), image.features.float()
-        differences = features - features.mean(1, keepdim=True)
-        salience = shares(image.cls_attention[-2] * differences.square().sum(-1)) ** self.contrast
-        cosines = normalise(text.features) @ normalise(features).mT  # [B, M, N]
-        relevance = ((cosines / self.text_temperature).softmax(-1) * text.mask[..., None]).sum(1)  # 0 for padding
-        return normalise(differences), shares(salience) + self.text_weight * shares(salience * relevance)
+    def demand(self, image: ConnectorTokens, differences: Tensor) -> Tensor:
+        """Return the demand of each token, `[B, N]`, from the differences `[B, N, D]` to the mean token."""
+        salience = shares(self.salience(image.cls_attention[-2], differences)) ** self.contrast
+        return shares(salience) + self.text_weight * shares(salience * self.relevance(image))
+
+    def differences(self, features: Tensor) -> Tensor:
+        """Return each token's difference to the image's mean token, `[B, N, D]`: what the others do not show, too."""
+        return features - features.mean(1, keepdim=True)
+
+    def salience(self, attention: Tensor, differences: Tensor) -> Tensor:
+        """Return attention `[B, N]` times squared length: neither a sink nor an odd piece of background has both."""
+        return attention * differences.square().sum(-1)
+
+    def relevance(self, image: ConnectorTokens) -> Tensor:
+        """Return the words' shares in each token, `[B, N]`; a word that resembles all tokens shares out evenly."""
+        text = given(image.user_text)
+        cosines = normalise(text.features) @ normalise(image.features).mT  # [B, M, N]
+        return ((cosines / self.text_temperature).softmax(-1) * text.mask[..., None]).sum(1)  # 0 for padding
 
 
 def shares(weights: Tensor) -> Tensor:
