@@ -117,20 +117,25 @@ def ablate(args: argparse.Namespace) -> None:
 
 
 def read(file: Path) -> None:
-    """Print the method minus every other row at each budget, and accuracy by question type."""
+    """Print the accuracy at each budget with the method's difference to it, and the accuracy by question type."""
     results = Results.load(file)
     types = list(dict.fromkeys(question.type for question in results.questions))
-    for keep in dict.fromkeys(row.keep for row in results.rows if row.keep is not None):
-        whole = results.row(WHOLE, keep)
-        rows = [row for row in results.rows if row.keep in (keep, None) and row.method != "blind"]
-        print(f"\n{keep:.0%}, {len(results.questions)} questions\n")
-        print(f"| method | accuracy | `{WHOLE}` minus it |\n|---|---|---|")
-        for row in rows:
-            gap = results.paired(whole, row)
-            cell = "" if row is whole else in_points(gap.difference, gap.low, gap.high, sign="+")
-            print(f"| `{row.method}` | {in_points(row.accuracy, row.accuracy_low, row.accuracy_high)} | {cell} |")
+    keeps = sorted({row.keep for row in results.rows if isinstance(row.keep, float)}, reverse=True)
+    names = list(dict.fromkeys(row.method for row in results.rows if row.keep is not None))
+    print(f"{len(results.questions)} questions\n")
+    print(f"| method | {' | '.join(f'{keep:.0%} | `{WHOLE}` minus it' for keep in keeps)} |")
+    print(f"|---|{'---|' * 2 * len(keeps)}")
+    for name in names:
+        cells = []
+        for keep in keeps:
+            row = results.row(name, keep)
+            gap = results.paired(results.row(WHOLE, keep), row)
+            difference = "" if name == WHOLE else in_points(gap.difference, gap.low, gap.high, sign="+")
+            cells.append(f"{in_points(row.accuracy, row.accuracy_low, row.accuracy_high)} | {difference}")
+        print(f"| `{name}` | {' | '.join(cells)} |")
+    for keep in keeps:
         print(f"\n| {keep:.0%} | {' | '.join(f'`{type}`' for type in types)} |\n|---|{'---|' * len(types)}")
-        for row in rows:
+        for row in [results.row(name, keep) for name in names]:
             scores = {score.type: f"{100 * score.accuracy:.0f}" for score in row.types}
             print(f"| `{row.method}` | {' | '.join(scores[type] for type in types)} |")
 
