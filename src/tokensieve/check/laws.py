@@ -282,7 +282,7 @@ class _Trial:
         laws, text_config = self.laws, self.laws.model.config.get_text_config()
         ids, kinds = laws.batch["input_ids"], attention_kinds(text_config)
         for kind in kinds:  # they mix tokens whatever the mask
-            if "linear" in kind or "conv" in kind:
+            if any(name in kind for name in ("linear", "conv", "hybrid")):
                 name = "linear attention" if "linear" in kind else "a layer of convolution"
                 raise NotCheckable(f"{name} has no mask to hide a token with")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
