@@ -59,11 +59,11 @@ class DemandCover(Method):
         return shares(salience) + self.text_weight * shares(salience * self.relevance(image))
 
     def differences(self, features: Tensor) -> Tensor:
-        """Return each token's difference to the image's mean token, `[B, N, D]`: what the others do not show, too."""
+        """Return each token's difference to the image's mean token, `[B, N, D]`: cosines then ignore the part that all share."""
         return features - features.mean(1, keepdim=True)
 
     def salience(self, attention: Tensor, differences: Tensor) -> Tensor:
-        """Return attention `[B, N]` times squared length: neither a sink nor an odd piece of background has both."""
+        """Return attention `[B, N]` times squared length: a token must be attended to, and unlike the mean."""
         return attention * differences.square().sum(-1)
 
     def relevance(self, image: ConnectorTokens) -> Tensor:
