@@ -30,7 +30,7 @@ class DemandCover(Method):
 
     Cost: O(N·(N + M)·D) time for the gains of all tokens, then K lazy steps over the 16 best or more;
     O(N·min(N, 1,024)) extra memory.
-    Paper: none; the idea, its ablations and its results are on [a page](../demand-cover.md) of
+    Paper: none; [a page](../demand-cover.md) has the idea, its ablations and its results. Origin:
     """
 
     keep: Budget = 64
@@ -59,7 +59,7 @@ class DemandCover(Method):
         return shares(salience) + self.text_weight * shares(salience * self.relevance(image))
 
     def differences(self, features: Tensor) -> Tensor:
-        """Return each token's difference to the image's mean token, `[B, N, D]`: cosines then ignore the part that all share."""
+        """Return each token's difference to the mean token, `[B, N, D]`: cosines then ignore what all tokens share."""
         return features - features.mean(1, keepdim=True)
 
     def salience(self, attention: Tensor, differences: Tensor) -> Tensor:
