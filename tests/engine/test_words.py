@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 import tokensieve
 from tests.support import families, models, prompts
+from tokensieve import reference
 from tokensieve.engine.prompt.user_text import UserTextFinder
 
 LLAVA = (
@@ -204,6 +205,20 @@ def test_through_attach(monkeypatch):
         torch.testing.assert_close(seen[name][1], scores, atol=1e-5, rtol=1e-5)
     assert set(seen["with"][0]) < set(seen["without"][0])
     assert image not in ids[0, seen["with"][0]]
+
+
+def test_a_small_vocabulary():
+    """The bundled tokenizer knows neither "one" nor "two": the unknown word is no part of its template."""
+    model, processor = reference.load()
+    finder, tokenizer = UserTextFinder(model, processor), processor.tokenizer
+    first = [{"type": "image"}, {"type": "text", "text": "what is the digit?"}]
+    turns = [("user", first), ("assistant", "red"), ("user", "what colour is it?")]
+    talk = [{"role": role, "content": content} for role, content in turns]
+    text = processor.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    columns, _ = finder.find(ids)
+    words = ["what", "is", "the", "digit", "?", "what", "colour", "is", "it", "?"]
+    assert tokenizer.convert_ids_to_tokens(ids[0, columns[0]]) == [w for w in words if w in tokenizer.get_vocab()]
 
 
 def test_words_before_the_image_through_attach():

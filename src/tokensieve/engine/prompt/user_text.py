@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from tokensieve.errors import Refusal
 from tokensieve.models.layout import to_device
 
 log = logging.getLogger(__name__)
-SAMPLE_TEXTS = ("one", "7 two")  # they have nothing in common: the tokens that their renderings share are template
+SAMPLE_TEXTS = (("one", "7 two"), ("yes", "7 red"))
+"""Two texts have nothing in common: the tokens that their renderings share are template. A second choice is for small
+vocabularies, in which both of the first two end with the unknown word."""
 
 
 class UserTextFinder:
@@ -43,6 +45,11 @@ class UserTextFinder:
             self._learn_template(processor, tokenizer)
 
     def _learn_template(self, processor: Any, tokenizer: Any) -> None:
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        encode = partial(tokenizer, add_special_tokens=False)
+        known = [texts for texts in SAMPLE_TEXTS if unknown not in encode(" ".join(texts))["input_ids"]]
+        texts = known[0] if known else SAMPLE_TEXTS[0]
+
         def render(*turns: str, image_last: bool = False, system: str = "") -> list[int]:
             """Return the token ids of a conversation; the first turn shows an image."""
             messages = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
@@ -56,20 +63,20 @@ class UserTextFinder:
             ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
             return ids
 
-        first, second = render(SAMPLE_TEXTS[0]), render(SAMPLE_TEXTS[1])
+        first, second = map(render, texts)
         head = _common_start(first, second)
         image = self.model.config.image_token_id
         self.after_image = head[len(head) - head[::-1].index(image) :] if image in head else []
         self.after_text = _common_end(first, second)
-        self.next_turn = self._between_turns(render)
-        self._learn_opening(render)
+        self.next_turn = self._between_turns(render, texts)
+        self._learn_opening(render, texts)
 
-    def _learn_opening(self, render: Any) -> None:
+    def _learn_opening(self, render: Any, texts: tuple[str, str]) -> None:
         """Learn the template tokens before the user's first turn, whatever the system prompt; none if they vary."""
         heads, image = [], self.model.config.image_token_id
-        for system in ("", *SAMPLE_TEXTS):
+        for system in ("", *texts):
             try:
-                first, second = (render(text, image_last=True, system=system) for text in SAMPLE_TEXTS)
+                first, second = (render(text, image_last=True, system=system) for text in texts)
             except Exception as error:  # templates refuse in any type; the plain prompt did render
                 log.info("the chat template takes no %s: %s", "system prompt" if system else "text first", error)
                 continue
@@ -83,11 +90,11 @@ class UserTextFinder:
         if recognisable and all(_end_of(head, opening) == len(head) for head in heads):
             self.opening = opening
 
-    def _between_turns(self, render: Any) -> list[int]:
+    def _between_turns(self, render: Any, texts: tuple[str, str]) -> list[int]:
         """Return the template tokens from the end of an assistant turn to the start of the next user turn."""
-        answers = [render("x", answer, text) for answer, text in ((SAMPLE_TEXTS[0], "x"), (SAMPLE_TEXTS[1], "x"))]
+        answers = [render("x", answer, "x") for answer in texts]
         tail = _common_end(*answers)
-        other_text = render("x", SAMPLE_TEXTS[0], SAMPLE_TEXTS[1])
+        other_text = render("x", *texts)
         return _common_start(tail, other_text[len(answers[0]) - len(tail) :])
 
     def embedded(self, ids: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
