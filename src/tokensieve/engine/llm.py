@@ -19,6 +19,7 @@ from tokensieve.engine.handle import Sieve
 from tokensieve.engine.handoff import Decisions, ImageReduction
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
+from tokensieve.engine.nets import depth_of, load_nets
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
 from tokensieve.errors import Refusal
@@ -47,7 +48,8 @@ class LlmSieve(Sieve):
         _check_stages(family, methods)
         by_stage = {method.info.stage: method for method in methods}
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
-        layer_budget = LayerBudget.of(methods, _depth(model))
+        self.nets = load_nets(model, methods)
+        layer_budget = LayerBudget.of(methods, depth_of(model))
         self._family, self._flight = family, InFlight()
         self._images: list[list[ImageReduction]] = []
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -67,9 +69,12 @@ class LlmSieve(Sieve):
             separators,
             layer_budget,
             repair,
+            self.nets.get("connector"),
         )
         needs = _connector_needs(connector, replay)
-        self._encoder = EncoderHooks(family, model, needs, by_stage.get("encoder"), self._flight)
+        self._encoder = EncoderHooks(
+            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder")
+        )
         self._decoder: DecoderHooks | None = None
         self._repair: RepairHooks | None = None
         try:
@@ -77,7 +82,16 @@ class LlmSieve(Sieve):
                 self._repair = RepairHooks(family, model, repair, self._flight)
             if isinstance(decoder, DecoderMethod):
                 self._decoder = DecoderHooks(
-                    family, model, decoder, positions, finders.get("decoder"), scope, self._flight, layer_budget, repair
+                    family,
+                    model,
+                    decoder,
+                    positions,
+                    finders.get("decoder"),
+                    scope,
+                    self._flight,
+                    layer_budget,
+                    repair,
+                    self.nets.get("decoder"),
                 )
         except Exception:
             self._encoder.remove()
@@ -206,7 +220,7 @@ class LlmSieve(Sieve):
         self, rows: list[list[ImageReduction]], state: PrefillState | None, copies: int
     ) -> list[list[list[int]]]:
         """Return the tokens of each image that each layer of the LLM received, `[sample][image][layer]`."""
-        depth = _depth(self.model)
+        depth = depth_of(self.model)
         by_layer = {} if state is None else {layer: counts[::copies] for layer, counts in state.tokens.items()}
         return [
             [
@@ -215,12 +229,6 @@ class LlmSieve(Sieve):
             ]
             for row, images in enumerate(rows)
         ]
-
-
-def _depth(model: Any) -> int:
-    """Return the number of layers of the LLM."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    return int(model.config.get_text_config().num_hidden_layers) if layers is None else len(layers)
 
 
 def _check_stages(family: Family, methods: Sequence[Method]) -> None:

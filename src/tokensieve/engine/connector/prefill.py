@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from tokensieve.budget import BudgetScope, rule_of
@@ -62,6 +62,7 @@ class Connector:
         separators: the separators that a reduced image keeps.
         layer_budget: works out ``keep``, if it is an average over the layers of the LLM.
         repair: the repair of attention; it needs the sizes of the tokens.
+        net: the net of a trained method.
 
     Attributes:
         curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
@@ -80,11 +81,12 @@ class Connector:
         separators: Separators,
         layer_budget: LayerBudget | None = None,
         repair: Repair | None = None,
+        net: nn.Module | None = None,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
-        self.layer_budget, self.repair = layer_budget, repair
+        self.layer_budget, self.repair, self.net = layer_budget, repair, net
         self.curves: list[list[float]] = []
         self.curve_totals: list[int] = []
 
@@ -283,7 +285,7 @@ class Connector:
             patches = [image.features.apply(rows) for image, rows in zip(images, patches, strict=False)]
         row_of = [row for row, sizes in enumerate(placeholders.images) for _ in sizes]
         project = partial(self.family.project, self.model)
-        return ConnectorEvidence(layouts, features, patches, outputs, prompt.origins, text, row_of, project)
+        return ConnectorEvidence(layouts, features, patches, outputs, prompt.origins, text, row_of, project, self.net)
 
 
 def _fitting(layout: TokenLayout, total: int) -> TokenLayout:

@@ -33,6 +33,7 @@ class DecoderEvidence:
         method: the method.
         layers: the layers before which it drops tokens.
         kinds: the kind of attention of each layer.
+        net: the net of a trained method.
 
     Raises:
         Refusal: if the method requests the rotary embedding, and layers have different ones; or a gradient, and the
@@ -47,13 +48,14 @@ class DecoderEvidence:
         layers: Sequence[int],
         kinds: Sequence[str],
         flight: InFlight,
+        net: nn.Module | None = None,
     ) -> None:
         assert isinstance(method.needs, DecoderNeeds)
         if method.needs.gradient and head is None:
             raise Refusal(f"{method} guesses words by the model's output head; this model has none")
         if method.needs.gradient and any(weight.is_inference() for weight in decoder.parameters()):
             raise Refusal(f"{method} goes by a gradient; load the model outside of torch.inference_mode()")
-        self.head = head
+        self.head, self.net = head, net
         self.decoder, self.needs, self.layers, self.flight = decoder, method.needs, layers, flight
         self.requested = self.needs.requested()
         if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
@@ -230,6 +232,7 @@ class DecoderEvidence:
             frames=images[0].layout.frames if whole else None,
             budget=budget,
             entered=images[0].entered,
+            net=self.net and self.net.to(features.device),
             user_text=DecoderUserText(**about_text) if about_text else None,
             **about_image,
         )

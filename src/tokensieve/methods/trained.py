@@ -1,0 +1,76 @@
+"""The base of methods that decide by a small net, which is trained beside the frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokensieve.methods.base import Method
+from tokensieve.reduction import Reduction
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model that a net must fit.
+
+    Attributes:
+        type: the model type in the config, such as "llava".
+        width: D, the width of the LLM's hidden states, and so of the projector's rows.
+        layers: number of layers of the LLM.
+    """
+
+    type: str
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class TrainedMethod(Method):
+    """Base of methods with a net. :meth:`reduce` finds it in ``image.net``, float32 and on the device of the tokens.
+
+    A subclass names its net's class in ``Net``, which is made by ``Net(shape, **sizes)`` with a default for each size.
+    ``attach`` loads the weights. The net belongs to the handle: the model's own parameters stay as they are.
+
+    Args:
+        weights: "bundled" (those shipped for the bundled model), "random" (an untrained net), or a folder that
+            ``tokensieve train`` made.
+    """
+
+    weights: str = "bundled"
+
+    Net: ClassVar[type[nn.Module]]
+
+    def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
+        """Return a new net for a model of this shape, with these sizes in place of the default ones."""
+        return self.Net(shape, **sizes)
+
+    def soften(self, image: Any) -> Tensor | None:
+        """Return a factor for each row `[B, N]`: in training, rows are multiplied by it, and no token leaves.
+
+        ``None``: tokens leave in training, too.
+        """
+        return None
+
+    def objective(self, decisions: Sequence[Reduction], progress: float) -> Tensor | None:
+        """Return a term of the training loss, beside those of the answer; ``None``: there is none.
+
+        Args:
+            decisions: one per image of the batch. Softened ones have the factors as ``mixing.weight``, `[N]`.
+            progress: the share of the training that is done, in [0, 1].
+        """
+        return None
+
+    def __call__(self, image: Any) -> Reduction:
+        """Decide as :class:`Method` does, or soften while ``image.net`` is in training mode."""
+        budget = image.budget or self.image_budget(image.total)
+        if image.net is not None and image.net.training and 0 < budget < image.total:
+            factors = self.soften(replace(image, budget=budget))
+            if factors is not None:
+                every = torch.arange(image.total, device=factors.device).expand_as(factors)
+                softened: Reduction = image.merge(every, every, every, factors)
+                return softened
+        return super().__call__(image)
