@@ -103,7 +103,7 @@ def bundled():
 
 def test_examples_for_gates_are_those_by_hand(bundled):
     model, processor = bundled
-    samples, method = read_samples("reference:train[:5]"), parse("dyvte(tolerance='ratio')")[0]
+    (samples, _), method = read_samples("reference:train[:5]"), parse("dyvte(tolerance='ratio')")[0]
     recipe = Recipe(batch_size=3)
     examples = collect(model, processor, method, samples, recipe)
     assert examples.states.shape == (5, 3, 2 * 128)

@@ -25,6 +25,7 @@ from tokensieve.evaluate import Sample
 from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, without_folder
 from tokensieve.methods import Method, TrainedMethod, parse
 from tokensieve.train.adapter.data import Collator, Questions, held_out, in_training_order, read_samples
+from tokensieve.train.adapter.loss import check_method
 from tokensieve.train.method.answers import MethodTrainer
 from tokensieve.train.method.exits import Exits, agreement, collect, fit
 from tokensieve.train.method.recipe import Recipe
@@ -64,8 +65,11 @@ def train_method(
     """
     check_train_extra()
     recipe, method = recipe or Recipe(), _method(spec)
-    samples = read_samples(data)
-    training, measured = held_out(samples, recipe.seed) if evaluation is None else (samples, read_samples(evaluation))
+    samples, unusable = read_samples(data)
+    if evaluation is None:
+        training, measured = held_out(samples, recipe.seed)
+    else:
+        training, measured = samples, read_samples(evaluation)[0]
     vlm, processor = load_model(model, loading)
     vlm.requires_grad_(False)
     settings: dict[str, Any] = {"trained": str(method), "on": without_folder(model), "data": without_folder(data)}
@@ -89,6 +93,7 @@ def train_method(
             learned = _learn_answers(sieve, processor, sieve.nets[method.info.stage], training, recipe, output, resume)
             net.load_state_dict(sieve.nets[method.info.stage].state_dict())
     metrics |= {"trained": measure(net), **learned}
+    metrics["skipped"] = metrics.get("skipped", 0) + unusable
     log.info("on %d held-out questions: %s", len(asked), json.dumps(metrics))
     about = {**settings, "metrics": metrics, "seconds": round(time.monotonic() - started)}
     save_net(output, method, shape, net, about)
@@ -125,13 +130,15 @@ def _learn_answers(
     """Train a net by the answers' loss; return the number of steps and the last loss."""
     listed = in_training_order(samples, recipe.epochs, recipe.seed)
     questions = Questions(in_equal_batches(listed, recipe.batch_size, recipe.seed))
+    collator = Collator(processor, recipe.prompt)
+    check_method(sieve.methods, sieve.model, processor, collator([questions[0]]))
     trainer = MethodTrainer(
         recipe,
         sieve,
         model=net.requires_grad_(True),
         args=recipe.arguments(output, device_of(sieve.model)),
         train_dataset=questions,
-        data_collator=Collator(processor, recipe.prompt),
+        data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     net.requires_grad_(False).eval()
