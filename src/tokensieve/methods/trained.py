@@ -49,7 +49,7 @@ class TrainedMethod(Method):
     @property
     def softens(self) -> Literal["rows", "attention"]:
         """What the factors of :meth:`soften` multiply: the rows, or the share of each token in the LLM's attention."""
-        return "rows"
+        return "attention"
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
         """Return a new net for a model of this shape, with these sizes in place of the default ones."""

@@ -72,7 +72,11 @@ def train_method(
         training, measured = samples, read_samples(evaluation)[0]
     vlm, processor = load_model(model, loading)
     vlm.requires_grad_(False)
-    settings: dict[str, Any] = {"trained": str(method), "on": without_folder(model), "data": without_folder(data)}
+    settings: dict[str, Any] = {
+        "trained": str(replace(method, weights="bundled")),
+        "on": without_folder(model),
+        "data": without_folder(data),
+    }
     settings |= {"recipe": recipe.to_json()}
     _start(output, settings, resume)
     set_seed(recipe.seed)
