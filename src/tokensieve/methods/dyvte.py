@@ -58,6 +58,7 @@ class DyVte(TrainedMethod, DecoderMethod):
     threshold: float = 0.0
     tolerance: Literal["ratio", "agree"] = "agree"
 
+    in_training = ("tolerance",)
     Net = Gates
     learns = "exits"
     agreement: ClassVar[float] = 0.99
