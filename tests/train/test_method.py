@@ -10,7 +10,9 @@ from transformers import TrainerCallback
 
 import tokensieve
 from tests.cli.calling import run_many
+from tests.support import models
 from tokensieve import Refusal, parse
+from tokensieve.engine.nets import folder_of
 from tokensieve.evaluate.prompt import encode
 from tokensieve.methods.registry import find
 from tokensieve.reference import load
@@ -21,7 +23,7 @@ from tokensieve.train.method.exits import Exits, agreement, collect, fit
 from tokensieve.train.trainer import QuietTrainer
 
 SPEC, FEW = "visionselector(keep=0.2)", "reference:train[:26]"
-RECIPE = Recipe(epochs=2, batch_size=6, rate=1e-2, warmup=0.0)
+RECIPE = Recipe(epochs=2, batch_size=6, rate=1e-3, warmup=0.0)
 
 
 @pytest.fixture
@@ -179,3 +181,17 @@ def test_what_cannot_be_trained_is_refused(called, name):
     outcomes, folder = called
     assert CALLS[name][1] in outcomes[name].refused()
     assert not (folder / name).exists()
+
+
+@pytest.mark.parametrize("name", ["visionselector", "dyvte"])
+def test_the_bundled_weights_are_small_and_fit_the_bundled_model(bundled, name):
+    model, processor = bundled
+    with torch.no_grad(), tokensieve.attach(model, name, processor=processor) as sieve:
+        model(**encode(processor, read_samples("reference:train[:2]")[0]))
+        assert all(images[0].total == 144 for images in sieve.last)
+    folder = folder_of(parse(name)[0])
+    assert (folder / "net.safetensors").stat().st_size < 2e6
+    about = json.loads((folder / "method.json").read_text("utf-8"))
+    assert about["metrics"]["trained"]["accuracy"] > about["metrics"]["untrained"]["accuracy"]
+    with pytest.raises(Refusal, match="fit llava of width 128 with 4 LLM layers; this model is"):
+        tokensieve.attach(models.tiny_model("llava-clip"), name)

@@ -36,10 +36,12 @@ def method(
     evaluation: Annotated[
         str | None, typer.Option(help="Questions to measure on.", show_default="a twentieth of the images")
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data.", show_default="1; 60 over the states of gates")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Records per step.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Steps per update.")] = 1,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="1e-4; gates 1e-3")] = None,
     distillation: Annotated[float, typer.Option(help="Weight of the unreduced model as a teacher.")] = 1.0,
     prompt: Annotated[str, typer.Option(help="Text of the user turn.")] = "{question}",
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
@@ -54,7 +56,16 @@ def method(
 
     stages = parse(method) if keep is None else parse(method, keep=parse_budget(keep))
     folder = output or Path("runs") / trained_one(stages).info.name
-    recipe = Recipe(epochs, batch_size, accumulate, rate, distillation=distillation, prompt=prompt, seed=seed)
+    settings = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "rate": rate,
+        "distillation": distillation,
+        "prompt": prompt,
+        "seed": seed,
+    }
+    recipe = Recipe.of(trained_one(stages).learns, **settings)
     about = train_method(
         stages, model, data, folder, recipe=recipe, evaluation=evaluation, loading=loading, resume=resume
     )

@@ -29,7 +29,8 @@ class MyMethod(TrainedMethod, ScoreMethod):
 
     class Net(nn.Sequential):
         def __init__(self, shape: ModelShape, width: int = 32) -> None:
-            super().__init__(nn.Linear(shape.width, width), nn.GELU(), nn.Linear(width, 1))
+            layers = nn.Linear(shape.width, width), nn.GELU(), nn.Linear(width, 1)
+            super().__init__(nn.LayerNorm(shape.width), *layers)  # moderate scores: gradients pass soft_top_k
 
     def score(self, image: ConnectorTokens) -> Tensor:
         scores: Tensor = given(image.net)(image.features.float())[..., 0]  # [B, N]

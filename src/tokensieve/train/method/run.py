@@ -64,8 +64,9 @@ def train_method(
         MissingExtra: without the ``train`` extra.
     """
     check_train_extra()
-    recipe, stages = recipe or Recipe(), _stages(spec)
+    stages = _stages(spec)
     method = trained_one(stages)
+    recipe = recipe or Recipe.of(method.learns)
     samples, unusable = read_samples(data)
     if evaluation is None:
         training, measured = held_out(samples, recipe.seed)
