@@ -35,7 +35,7 @@ from tokensieve.tokens import given as evidence_of
 WIDTH, HEADS, WORDS = 1024, 16, 16
 VARIANTS = ("fopru(select='row')",)
 # quadratic in time: every token is compared with every other, or with a share of them
-QUADRATIC = ("divprune", "scope", "mmtok", "vispruner", "prumerge", "prumerge+", "par", "setok-cluster")
+QUADRATIC = ("divprune", "scope", "mmtok", "demand-cover", "vispruner", "prumerge", "prumerge+", "par", "setok-cluster")
 SLOW = 10_000  # milliseconds from which a call is timed once, without a warm-up
 
 

@@ -17,8 +17,8 @@ PAGES = ("models.md", "start.md", "faq.md", "recipes.md")
 
 def test_the_catalogue_is_the_registry() -> None:
     index = (ROOT / "docs" / "methods" / "README.md").read_text("utf-8")
-    listed = dict(re.findall(r"^\| \[`([^`]+)`\].*\| (?:\[([\d.v]+)\]\(\S+\)|baseline) \|$", index, re.M))
-    assert {name: f"arXiv:{paper}" if paper else "baseline" for name, paper in listed.items()} == {
+    rows = re.findall(r"^\| \[`([^`]+)`\].*\| (?:\[([\d.v]+)\]\(\S+\)|(baseline|this project)) \|$", index, re.M)
+    assert {name: f"arXiv:{paper}" if paper else origin for name, paper, origin in rows} == {
         info.name: info.paper for info in tokensieve.list_methods()
     }
 
