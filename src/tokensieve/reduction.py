@@ -49,6 +49,8 @@ class Reduction:
         notes: remarks for a reader of this decision.
         projected: True if the input rows of W are the projector's outputs. False if they are its inputs; the rows that
             W makes of them are then projected.
+        soft: True while a net is trained by attention: no token leaves, rows stay as they are, and each weight of W is
+            the share in which a token takes part in attention.
     """
 
     total: int
@@ -59,6 +61,7 @@ class Reduction:
     grid: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     projected: bool = True
+    soft: bool = False
 
     @classmethod
     def identity(cls, total: int, batch: int | None = None, device: Any = None, **fields: Any) -> Reduction:
@@ -186,6 +189,7 @@ class Reduction:
             grid=self.grid,
             notes=self.notes,
             projected=self.projected,
+            soft=self.soft,
         )
         if self.valid is None:
             return pick
@@ -212,7 +216,7 @@ class Reduction:
         """Return ``W @ rows``, `[N, D]` to `[K, D]` (or batched), in the dtype of ``rows``; sums run in float32."""
         if rows.shape[-2] != self.total:
             raise Refusal(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
-        if self.whole:
+        if self.whole or self.soft:
             return rows
         width = rows.shape[-1]
         if self.mixing is None:

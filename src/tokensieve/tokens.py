@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokensieve.errors import Refusal
 from tokensieve.ops import padded_nonzero
@@ -113,6 +113,7 @@ class VisualTokens:
         budget: tokens to keep of each image, already worked out by the engine from ``keep`` or ``average``. 0: not
             worked out; a method that is called on its own then uses its ``keep``.
         notes: remarks on the evidence, such as a substitute for a missing [CLS]; copied into the Reduction.
+        net: the net of a trained method, on the device of the features.
     """
 
     features: Tensor
@@ -120,6 +121,7 @@ class VisualTokens:
     frames: int | None = None
     budget: int = 0
     notes: tuple[str, ...] = ()
+    net: nn.Module | None = None
 
     other_shapes: ClassVar[tuple[str, ...]] = ()  # evidence that is not `[B, N, ...]`
 
@@ -298,6 +300,7 @@ class DecoderTokens(VisualTokens):
     Attributes:
         coordinates: `[B, N, 2]`, row and column of each token in its image, if the tokens once formed one grid.
         entered: tokens of each image that entered the LLM; ``None``: N.
+        layer: the number of the layer before which tokens leave.
         attention: `[B, H, Q, N]`, post-softmax attention of the last token, or of each word, to the tokens.
         separator_attention: `[B, H, N]`, post-softmax attention of the token that follows the image, to its tokens.
         gradient: `[B, N, D]`, of the cross-entropy of the layer's own guess to ``features``.
@@ -312,6 +315,7 @@ class DecoderTokens(VisualTokens):
 
     coordinates: Tensor | None = None
     entered: int | None = None
+    layer: int = 0
     attention: Tensor | None = None
     separator_attention: Tensor | None = None
     gradient: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 import tokensieve
 from tests.support.oracle import Decision
 from tokensieve import MethodInfo, Reduction, list_methods
-from tokensieve.methods import EncoderMethod, PixelMethod
+from tokensieve.methods import EncoderMethod, PixelMethod, TrainedMethod
 from tokensieve.methods.registry import find
 
 # 13 tokens: fewer than some images have, more than others (those stay whole); 0.3: a share of any
@@ -84,7 +84,7 @@ def before_llm() -> list[MethodInfo]:
 def connector_specs(family: str = "llava-clip") -> list[str]:
     """Return the specs of the connector laws on one family; what needs a [CLS] token runs where there is one."""
     default = [
-        f"{info.name}(keep={keep})" if "keep" in info.parameters else info.name
+        spec_of(info, keep)
         for info in before_llm()
         for keep in (BUDGETS if "keep" in info.parameters else BUDGETS[:1])
         if family == "llava-clip" or not info.needs.requests("cls_similarity")
@@ -94,7 +94,7 @@ def connector_specs(family: str = "llava-clip") -> list[str]:
 
 def whole_specs() -> list[str]:
     """Return every connector method that can keep all, with the budget to do so."""
-    return ["full", *(f"{info.name}(keep=1.0)" for info in before_llm() if "keep" in info.parameters)]
+    return ["full", *(spec_of(info, 1.0) for info in before_llm() if "keep" in info.parameters)]
 
 
 def inside_specs(stage: str) -> list[str]:
@@ -109,8 +109,18 @@ def small_spec(info: MethodInfo) -> str:
     chosen |= {"layers": (1, 3), "layer": 2} if info.stage == "decoder" else {"layers": (1, 2), "layer": 1}
     if info.parameters.get("counts") is not None:
         chosen["counts"] = (0.5, 0.25)
+    return _spec(info, chosen)
+
+
+def spec_of(info: MethodInfo, keep: int | float) -> str:
+    """Return the method with this budget, if it has one; a trained method with an untrained net."""
+    return _spec(info, {"keep": keep})
+
+
+def _spec(info: MethodInfo, chosen: dict[str, Any]) -> str:
+    chosen = chosen | ({"weights": "random"} if issubclass(find(info.name), TrainedMethod) else {})
     given = ", ".join(f"{name}={value!r}" for name, value in chosen.items() if name in info.parameters)
-    return f"{info.name}({given})"
+    return f"{info.name}({given})" if given else info.name
 
 
 @dataclass

@@ -19,11 +19,17 @@ from tokensieve.commands.arguments import (
     with_load_options,
 )
 from tokensieve.commands.console import note, print_json, print_table
+from tokensieve.commands.train_net import Recipes, method
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, find
 
 TRAINED_FROM = tuple(field.name for field in fields(LoadOptions) if field.name != "adapter")
-app = typer.Typer(no_args_is_help=True, help="Train the bundled model, adapters under a method, or PuMer.")
+app = typer.Typer(
+    cls=Recipes,
+    no_args_is_help=True,
+    help="Train the net of a method, adapters under a method, PuMer, or the bundled model.",
+)
+app.command("method")(method)
 
 
 @app.callback()

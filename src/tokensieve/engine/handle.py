@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
+from torch import nn
+
 from tokensieve.engine.handoff import Decisions
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method
@@ -25,11 +27,13 @@ class Sieve(ABC):
         model: the model that the method is attached to.
         methods: one method per stage, in order; none for a replay.
         tokens: `[sample][image]`, the number of its tokens that each layer received in the latest prefill.
+        nets: the net of each trained method, by its stage; the model does not know them.
     """
 
     def __init__(self, model: Any, methods: Sequence[Method]) -> None:
         self.model, self.methods = model, list(methods)
         self.tokens: list[list[list[int]]] = []
+        self.nets: dict[str, nn.Module] = {}
         self._decisions: Decisions | None = None  # None: not composed since the latest prefill
 
     @property

@@ -19,6 +19,7 @@ class InFlight(threading.local):
         turn: the new turn that is decided anew in that forward (a ``RunningTurn``); ``None``: none is.
         readings: {probe: what it has read}; a probe reads only while it stands here.
         stop_after_reading: the probe whose reading ends the forward.
+        paused: the hooks let every call pass as if they were not there.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class InFlight(threading.local):
         self.turn: Any = None
         self.readings: dict[object, list[Any]] = {}
         self.stop_after_reading: object = None
+        self.paused = False
 
     def end_encoding(self) -> None:
         """Forget the encode call, whether it returned or failed."""

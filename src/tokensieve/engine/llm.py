@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from tokensieve.engine.handle import Sieve
 from tokensieve.engine.handoff import Decisions, ImageReduction
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
+from tokensieve.engine.nets import depth_of, load_nets
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
 from tokensieve.engine.turns import Conversation, RunningTurn, check_call, new_columns
@@ -51,7 +53,8 @@ class LlmSieve(Sieve):
         _check_stages(family, methods)
         by_stage = {method.info.stage: method for method in methods}
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
-        layer_budget = LayerBudget.of(methods, _depth(model))
+        self.nets = load_nets(model, methods)
+        layer_budget = LayerBudget.of(methods, depth_of(model))
         self._reselects = reselect and any(method.reads_question for method in methods)
         self._family, self._flight = family, InFlight()
         self._images: list[list[ImageReduction]] = []
@@ -73,9 +76,12 @@ class LlmSieve(Sieve):
             layer_budget,
             repair,
             self._reselects,
+            self.nets.get("connector"),
         )
         needs = _connector_needs(connector, replay)
-        self._encoder = EncoderHooks(family, model, needs, by_stage.get("encoder"), self._flight)
+        self._encoder = EncoderHooks(
+            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder")
+        )
         self._decoder: DecoderHooks | None = None
         self._repair: RepairHooks | None = None
         try:
@@ -83,7 +89,16 @@ class LlmSieve(Sieve):
                 self._repair = RepairHooks(family, model, repair, self._flight)
             if isinstance(decoder, DecoderMethod):
                 self._decoder = DecoderHooks(
-                    family, model, decoder, positions, finders.get("decoder"), scope, self._flight, layer_budget, repair
+                    family,
+                    model,
+                    decoder,
+                    positions,
+                    finders.get("decoder"),
+                    scope,
+                    self._flight,
+                    layer_budget,
+                    repair,
+                    self.nets.get("decoder"),
                 )
         except Exception:
             self._encoder.remove()
@@ -120,6 +135,15 @@ class LlmSieve(Sieve):
         """
         return [[image.sizes for image in images if image.sizes is not None] for images in self._images]
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the model run unreduced inside the block: a teacher for its own training. For this thread only."""
+        self._flight.paused = True
+        try:
+            yield
+        finally:
+            self._flight.paused = False
+
     def _compose(self) -> Decisions:
         return [[image.final() for image in images] for images in self._images]
 
@@ -138,6 +162,8 @@ class LlmSieve(Sieve):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Replace the arguments of a forward: of a prefill with images, or of a step on a reduced cache."""
+        if self._flight.paused:
+            return None
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
         self._flight.end_forward()
         cache = kwargs.get("past_key_values")
@@ -237,7 +263,7 @@ class LlmSieve(Sieve):
         self, rows: list[list[ImageReduction]], state: PrefillState | None, copies: int
     ) -> list[list[list[int]]]:
         """Return the tokens of each image that each layer of the LLM received, `[sample][image][layer]`."""
-        depth = _depth(self.model)
+        depth = depth_of(self.model)
         by_layer = {} if state is None else {layer: counts[::copies] for layer, counts in state.tokens.items()}
         return [
             [
@@ -246,12 +272,6 @@ class LlmSieve(Sieve):
             ]
             for row, images in enumerate(rows)
         ]
-
-
-def _depth(model: Any) -> int:
-    """Return the number of layers of the LLM."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    return int(model.config.get_text_config().num_hidden_layers) if layers is None else len(layers)
 
 
 def _check_stages(family: Family, methods: Sequence[Method]) -> None:

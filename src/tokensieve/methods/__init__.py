@@ -6,6 +6,7 @@ from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNee
 from tokensieve.methods.registry import info, list_methods, register
 from tokensieve.methods.spec import parse
 from tokensieve.methods.stages import DecoderMethod, EncoderMethod, PixelMethod, ResizeMethod
+from tokensieve.methods.trained import ModelShape, TrainedMethod
 
 __all__ = [
     "ConnectorMethod",
@@ -16,6 +17,7 @@ __all__ = [
     "FusionMethod",
     "Method",
     "MethodInfo",
+    "ModelShape",
     "Needs",
     "PixelMethod",
     "Positions",
@@ -24,6 +26,7 @@ __all__ = [
     "ScoreMethod",
     "Stage",
     "StageNeeds",
+    "TrainedMethod",
     "info",
     "list_methods",
     "parse",

@@ -49,6 +49,7 @@ from tokensieve.ops.select import (
     top_k_per_group,
     uniform,
 )
+from tokensieve.ops.soft import soft_top_k
 from tokensieve.ops.temporal import (
     Segment,
     changing_segments,
@@ -121,6 +122,7 @@ __all__ = [
     "share_out",
     "sinkhorn_row_mass",
     "sizes_of",
+    "soft_top_k",
     "spread_evenly",
     "suppressed",
     "text_relevance",

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from tokensieve.budget import check_number, rule_of
 from tokensieve.errors import Refusal, first_line, nearest
-from tokensieve.methods import Method, Positions, parse
+from tokensieve.methods import Method, Positions, TrainedMethod, parse
 from tokensieve.methods.spec import expand
 from tokensieve.vllm.families import FAMILIES, REFUSED, ServedFamily
 
@@ -122,6 +122,8 @@ def unserved(method: Method) -> str | None:
         return "it acts inside a fusion encoder, which vLLM does not have"
     if stage == "encoder":
         return "it acts inside the vision encoder, and vLLM's encoders are classes of its own"
+    if isinstance(method, TrainedMethod):
+        return "its trained net is a part of the handle that attach() returns, which an engine does not have"
     if needs.requests("video"):
         return "it reduces videos, and the plug-in reduces images"
     if method.budget is None:

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokensieve.budget import Budget, BudgetRule, BudgetScope, count, share_out
 from tokensieve.engine.budget_scope import methods_per_image
@@ -66,6 +66,7 @@ class ConnectorEvidence:
         outputs: the record of the encode call; ``origins`` gives the number of each image in it.
         user_text: the words of every row of the batch, if they were requested; ``row_of`` gives the row of each image.
         project: the projector, from rows `[R, C]` to `[R, D]`.
+        net: the net of a trained method.
     """
 
     layouts: list[TokenLayout]
@@ -76,6 +77,7 @@ class ConnectorEvidence:
     user_text: UserText | None
     row_of: list[int]
     project: Callable[[Tensor], Tensor]
+    net: nn.Module | None = None
 
     def tokens(self, units: Sequence[DecisionUnit]) -> ConnectorTokens:
         """Return the tokens of equal units, `[B, N, D]`."""
@@ -102,6 +104,7 @@ class ConnectorEvidence:
             pixel_hash=torch.stack([hash_of(hashes[i]) + part.start for i, part in origins]) if hashes else None,
             user_text=self._text_of(units),
             tiles=_tiles_of(units),
+            net=self.net and self.net.to(self.features[first.image].device),
             **by_layer,
         )
 

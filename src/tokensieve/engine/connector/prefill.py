@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from tokensieve.budget import BudgetScope, rule_of
@@ -64,6 +64,7 @@ class Connector:
         layer_budget: works out ``keep``, if it is an average over the layers of the LLM.
         repair: the repair of attention; it needs the sizes of the tokens.
         reselect: keep what a later turn needs to be decided anew.
+        net: the net of a trained method.
 
     Attributes:
         curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
@@ -83,11 +84,13 @@ class Connector:
         layer_budget: LayerBudget | None = None,
         repair: Repair | None = None,
         reselect: bool = False,
+        net: nn.Module | None = None,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
         self.layer_budget, self.repair, self.reselect = layer_budget, repair, reselect
+        self.net = net
         self.curves: list[list[float]] = []
         self.curve_totals: list[int] = []
 
@@ -289,7 +292,7 @@ class Connector:
             patches = [image.features.apply(rows) for image, rows in zip(images, patches, strict=False)]
         row_of = [row for row, sizes in enumerate(placeholders.images) for _ in sizes]
         project = partial(self.family.project, self.model)
-        return ConnectorEvidence(layouts, features, patches, outputs, prompt.origins, text, row_of, project)
+        return ConnectorEvidence(layouts, features, patches, outputs, prompt.origins, text, row_of, project, self.net)
 
 
 def _fitting(layout: TokenLayout, total: int) -> TokenLayout:

@@ -33,6 +33,7 @@ class DecoderEvidence:
         method: the method.
         layers: the layers before which it drops tokens.
         kinds: the kind of attention of each layer.
+        net: the net of a trained method.
 
     Raises:
         Refusal: if the method requests the rotary embedding, and layers have different ones; or a gradient, and the
@@ -47,13 +48,14 @@ class DecoderEvidence:
         layers: Sequence[int],
         kinds: Sequence[str],
         flight: InFlight,
+        net: nn.Module | None = None,
     ) -> None:
         assert isinstance(method.needs, DecoderNeeds)
         if method.needs.gradient and head is None:
             raise Refusal(f"{method} guesses words by the model's output head; this model has none")
         if method.needs.gradient and any(weight.is_inference() for weight in decoder.parameters()):
             raise Refusal(f"{method} goes by a gradient; load the model outside of torch.inference_mode()")
-        self.head = head
+        self.head, self.net = head, net
         self.decoder, self.needs, self.layers, self.flight = decoder, method.needs, layers, flight
         self.requested = self.needs.requested()
         if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
@@ -180,6 +182,7 @@ class DecoderEvidence:
         members: Sequence[Member],
         columns: Tensor,
         budget: int,
+        layer: int,
     ) -> DecoderTokens:
         """Return the tokens of G equal images, `[G, N]`.
 
@@ -189,6 +192,7 @@ class DecoderEvidence:
             members: the images.
             columns: `[G, N]`, the columns of their patches in the sequence.
             budget: tokens to keep of each image.
+            layer: the layer before which tokens leave.
         """
         rows = on_device([row for row, _ in members], hidden.device)
 
@@ -230,6 +234,8 @@ class DecoderEvidence:
             frames=images[0].layout.frames if whole else None,
             budget=budget,
             entered=images[0].entered,
+            layer=layer,
+            net=self.net and self.net.to(features.device),
             user_text=DecoderUserText(**about_text) if about_text else None,
             **about_image,
         )

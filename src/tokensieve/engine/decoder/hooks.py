@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokensieve.budget import BudgetScope
 from tokensieve.engine.budget_scope import methods_per_image
@@ -80,6 +80,7 @@ class DecoderHooks:
         flight: InFlight,
         layer_budget: LayerBudget | None = None,
         repair: Repair | None = None,
+        net: nn.Module | None = None,
     ) -> None:
         self.decoder, self.method, self.positions = uncompiled(model.get_decoder()), method, positions
         self.text_finder, self.scope, self.flight = text_finder, scope, flight
@@ -96,7 +97,7 @@ class DecoderHooks:
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
         head = model.get_output_embeddings()
-        self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight)
+        self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight, net)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
@@ -214,7 +215,8 @@ class DecoderHooks:
             for group in equal_groups(keys):
                 members = [state.members[index] for index in group]
                 columns = torch.stack([patches[member] for member in members])
-                yield members, self.evidence.tokens(state, hidden, rope, members, columns, budgets[members[0]])
+                budget = budgets[members[0]]
+                yield members, self.evidence.tokens(state, hidden, rope, members, columns, budget, number)
 
         if stage == 0 and self.method.adaptive:
             schedules: dict[Member, list[int]] = {}

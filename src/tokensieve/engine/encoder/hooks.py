@@ -68,15 +68,26 @@ class EncoderHooks:
     Args:
         needs: the evidence that the connector method requests.
         method: the encoder method, if there is one.
+        net: the net of a trained method.
 
     Raises:
         Refusal: if the family or the vision encoder lacks something that is needed.
     """
 
-    def __init__(self, family: Family, model: Any, needs: Needs, method: Method | None, flight: InFlight) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model: Any,
+        needs: Needs,
+        method: Method | None,
+        flight: InFlight,
+        net: nn.Module | None = None,
+    ) -> None:
         self.family, self.model, self.base, self.flight = family, model, model.base_model, flight
         self.method = method
-        self.tower_hooks = TowerHooks(family, model, method, flight) if isinstance(method, EncoderMethod) else None
+        self.tower_hooks: TowerHooks | None = None
+        if isinstance(method, EncoderMethod):
+            self.tower_hooks = TowerHooks(family, model, method, flight, net)
         self.needs = needs
         self.depth, self.cls_replaced = 0, False
         self.pooling: Pooling | None = None
@@ -156,7 +167,8 @@ class EncoderHooks:
 
         @functools.wraps(encode)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if self._call is not None:  # the encode function of another modality calls this one
+            paused = self.flight.paused and self.method is not None
+            if self._call is not None or paused:  # the encode function of another modality calls this one
                 return encode(*args, **kwargs)
             bound = dict(signature.bind(*args, **kwargs).arguments)
             call = RecordedCall(bound.pop("kwargs", {}) | bound, modality)

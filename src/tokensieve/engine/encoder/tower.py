@@ -38,8 +38,11 @@ class TowerHooks:
         Refusal: if the vision encoder is not a plain ViT, or lacks a layer.
     """
 
-    def __init__(self, family: Family, model: Any, method: EncoderMethod, flight: InFlight) -> None:
+    def __init__(
+        self, family: Family, model: Any, method: EncoderMethod, flight: InFlight, net: nn.Module | None = None
+    ) -> None:
         self.tower: Any = family.tower(model)
+        self.net = net
         self.method, self.flight, self.specials = method, flight, int(family.has_cls(self.tower))
         self._vit_layers = family.vit_layers(self.tower)
         if not self._vit_layers:
@@ -217,6 +220,7 @@ class TowerHooks:
                 budget=self.method.image_budget(tower_pass.total, self.layers, self.depth, stage),
                 sizes=select(tower_pass.latest.sizes),
                 specials=self.specials,
+                net=self.net and self.net.to(patches.device),
                 layers_to_come=len(self.layers) - 1 - stage,
                 **evidence,
             )

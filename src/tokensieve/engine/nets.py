@@ -1,0 +1,171 @@
+"""Nets of trained methods: make one for a model, and store it in a folder without anything executable.
+
+A folder holds ``net.safetensors``, the net's own parameters, and ``method.json``: the method, the model that the net
+fits, the net's sizes, and how it was trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokensieve.errors import Refusal, first_line
+from tokensieve.methods import Method, ModelShape, TrainedMethod
+
+FORMAT = 1
+ABOUT, PARAMETERS = "method.json", "net.safetensors"
+BUNDLED, RANDOM = "bundled", "random"
+
+
+def depth_of(model: Any) -> int:
+    """Return the number of layers of the LLM."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    return int(model.config.get_text_config().num_hidden_layers) if layers is None else len(layers)
+
+
+def shape_of(model: Any) -> ModelShape:
+    """Return what a net must know of a model."""
+    return ModelShape(model.config.model_type, int(model.config.get_text_config().hidden_size), depth_of(model))
+
+
+def load_nets(model: Any, methods: Sequence[Method]) -> dict[str, nn.Module]:
+    """Return the net of each trained method by its stage, in evaluation mode and without gradients.
+
+    Raises:
+        Refusal: if a folder of weights is none, or is of another method or model.
+    """
+    trained = [method for method in methods if isinstance(method, TrainedMethod)]
+    return {method.info.stage: load_net(method, shape_of(model)) for method in trained}
+
+
+def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
+    """Return the net of a method for a model of this shape, float32 on the CPU; raises as :func:`load_nets`."""
+    if method.weights == RANDOM:
+        return _new(method, shape)
+    folder = folder_of(method)
+    if method.published and not (folder / ABOUT).exists():
+        return _published_net(method, shape, folder)
+    about = read_about(folder)
+    name = about["method"].partition("(")[0]
+    if name != method.info.name:
+        raise Refusal(f"the weights in {folder} are those of {name}; got {method.info.name}")
+    fits = ModelShape(**about["model"])
+    if fits != shape:
+        remedy = f"train them with `tokensieve train {method.info.name}`, or give weights='random'"
+        raise Refusal(f"the weights in {folder} fit {_words(fits)}; this model is {_words(shape)}: {remedy}")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        parameters = load_file(folder / PARAMETERS)
+        net = _new(method, shape, about["net"])
+        net.load_state_dict(parameters)
+    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
+        raise Refusal(f"{folder / PARAMETERS} is not a net of {name}: {first_line(error)}") from None
+    return net
+
+
+def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn.Module:
+    """Return the net in an authors' checkpoint; its other parameters, those of the model, are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    parameters = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as checkpoint:
+                for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
+                    _, prefix, short = name.partition(method.published)
+                    if prefix:
+                        parameters[short] = checkpoint.get_tensor(name)
+        if not parameters:
+            raise Refusal(
+                f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors file with names "
+                f"such as {method.published}*"
+            )
+        net = _new(method, shape, method.sizes_of(parameters))
+        net.load_state_dict(parameters)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        reason = first_line(error)
+        raise Refusal(
+            f"the checkpoint {folder} does not fit {method.info.name} and {_words(shape)}: {reason}"
+        ) from None
+    return net
+
+
+def folder_of(method: TrainedMethod) -> Path:
+    """Return the folder of a method's weights; refuse a method whose weights are not bundled."""
+    if method.weights != BUNDLED:
+        return Path(os.path.expanduser(method.weights))
+    folder = Path(str(files("tokensieve"))) / "reference" / "weights" / method.info.name
+    if not folder.is_dir():
+        raise Refusal(f"{method.info.name} has no bundled weights; give weights=FOLDER, or weights='random'")
+    return folder
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Read ``method.json``.
+
+    Raises:
+        Refusal: if it is missing or damaged, or of another version.
+    """
+    file = folder / ABOUT
+    try:
+        about = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{folder} is no folder of a trained method: it has no {ABOUT}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Refusal(f"cannot read {file}: {first_line(error)}") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        got = about.get("format") if isinstance(about, dict) else type(about).__name__
+        raise Refusal(f"{file} has format {got!r}; this Tokensieve reads format {FORMAT}")
+    model, names = about.get("model"), set(ModelShape.__dataclass_fields__)
+    whole = isinstance(about.get("method"), str) and isinstance(about.get("net"), dict)
+    if not whole or not isinstance(model, dict) or model.keys() != names:
+        raise Refusal(f"{file} must name the method, the net and the model ({', '.join(sorted(names))})")
+    return about
+
+
+def save_net(folder: Path, method: TrainedMethod, shape: ModelShape, net: nn.Module, about: Mapping[str, Any]) -> None:
+    """Write the folder of a trained net; a reader never sees half a file.
+
+    Args:
+        about: further entries of ``method.json``: "net" (sizes other than default), what it was trained on, metrics.
+    """
+    from safetensors.torch import save
+
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(net).__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    sizes = defaults | dict(about.get("net", {}))
+    contents = {"format": FORMAT, "method": method.info.name, "model": asdict(shape), **about, "net": sizes}
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {name: rows.detach().cpu().contiguous() for name, rows in net.state_dict().items()}
+    _write(folder / PARAMETERS, save(parameters))
+    _write(folder / ABOUT, (json.dumps(contents, indent=1) + "\n").encode())
+
+
+def _new(method: TrainedMethod, shape: ModelShape, sizes: Mapping[str, Any] | None = None) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # "random" weights are the same ones each time
+        return method.make_net(shape, **(sizes or {})).float().eval().requires_grad_(False)
+
+
+def _words(shape: ModelShape) -> str:
+    return f"{shape.type} of width {shape.width} with {shape.layers} LLM layers"
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
