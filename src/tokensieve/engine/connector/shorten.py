@@ -13,6 +13,7 @@ from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.handoff import ImageReduction
 from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
+from tokensieve.errors import Refusal
 from tokensieve.models import Family
 
 PADDING_OF = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
@@ -40,7 +41,7 @@ def reduce_features(
         return [reduction.apply(rows) for rows, reduction in zip(plane, reductions, strict=True)]
 
     if all(reduction.projected for reduction in reductions):
-        reduced = reduce_plane(features)
+        reduced = [_entering(image, rows) for image, rows in zip(images, features, strict=True)]
     else:
         patches = [prompt.outputs.patches[prompt.origins[n]] for n in numbers]
         reduced = _merge_before_projector(family, model, features, patches, images)
@@ -49,6 +50,23 @@ def reduce_features(
     if getattr(encoded, "deepstack_features", None) is not None:
         output.deepstack_features = [reduce_plane(level) for level in encoded.deepstack_features]
     return output
+
+
+def _entering(image: ImageReduction, rows: Tensor) -> Tensor:
+    """Return the rows of an image that enter the LLM: made by a net, or by W of the projector's ``rows`` `[N, D]`."""
+    reduction, separator = image.features, image.layout.separator
+    if reduction.rows is None:
+        return reduction.apply(rows)
+    if reduction.rows.shape[-1] != rows.shape[-1]:
+        width = (
+            f"rows of width {reduction.rows.shape[-1]}" if reduction.rows.shape[-1] else "none (JSON leaves them out)"
+        )
+        raise Refusal(f"the rows of this decision were made by a net, for rows of width {rows.shape[-1]}; got {width}")
+    made = reduction.rows.to(rows.dtype)
+    if separator is None:
+        return made
+    anchors = reduction.anchors  # a net makes no separators
+    return rows[anchors].where(separator[anchors][:, None], made)
 
 
 def _merge_before_projector(

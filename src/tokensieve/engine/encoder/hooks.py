@@ -25,7 +25,7 @@ from tokensieve.engine.probe import Probe, Read, probe_of
 from tokensieve.errors import Refusal
 from tokensieve.methods import EncoderMethod, Method, Needs, PixelMethod, ResizeMethod
 from tokensieve.models import EncodeCall, Family, TokenLayout
-from tokensieve.models.family import Modality, scatter_to_anchors
+from tokensieve.models.family import Modality, layer_list, scatter_to_anchors
 from tokensieve.models.layout import to_device
 from tokensieve.models.vit import Pooling
 from tokensieve.ops import pixel_hash
@@ -92,7 +92,7 @@ class EncoderHooks:
         self.pooled_layers: dict[str, int] = {}  # {evidence: layer whose [CLS] row the pooling head replaces}
         self._probes: list[Probe] = []
         self._handles: list[Any] = []
-        reads = needs.patches or needs.cls_similarity or needs.reads_attention
+        reads = needs.patches or needs.cls_similarity or needs.reads_attention or needs.encoder_states is not None
         if family.untested and not reads:
             pass  # nothing is read in an unknown vision encoder: it stays untouched
         elif not family.encoder_unreadable:
@@ -152,12 +152,31 @@ class EncoderHooks:
             for layer in sorted(for_connector.keys() | for_encoder.keys())
         }
         self._probes += probes.values()
+        if needs.encoder_states is not None:
+            self._hook_states(tower, attentions, resolve_layers(needs.encoder_states, self.depth))
         if self.tower_hooks is not None:
             self.tower_hooks.install()
         self._handles += [
             tower.register_forward_pre_hook(partial(self._before_tower, probes), with_kwargs=True),
             tower.register_forward_hook(partial(self._after_tower, probes)),
         ]
+
+    def _hook_states(self, tower: nn.Module, attentions: list[nn.Module], numbers: list[int]) -> None:
+        """Keep the output of layers, each of which is the module around an attention that is numbered so."""
+        if self.tower_hooks is not None:
+            raise Refusal(f"this method reads hidden states of the encoder, in which {self.tower_hooks.method} acts")
+        for number in dict.fromkeys(numbers):
+            around = [layer for layer in layer_list(tower) if attentions[number] in layer.modules()]
+            if not around:
+                raise Refusal(f"the layers of {type(tower).__name__}, whose output this method reads, are unknown")
+            self._handles.append(around[0].register_forward_hook(partial(self._keep_state, number)))
+
+    def _keep_state(self, number: int, layer: nn.Module, args: Any, output: Any) -> None:
+        call = self._call
+        if call is not None:
+            rows: Tensor = output[0] if isinstance(output, tuple) else output
+            rows = rows if rows.ndim == 3 else rows[None]  # packed images, `[P, C]`
+            call.by_layer.setdefault("encoder_states", {}).setdefault(number, []).append(rows)
 
     def _recorded(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
         """Wrap the model's encode function: its output gets the record of the call."""

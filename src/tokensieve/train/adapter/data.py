@@ -143,9 +143,7 @@ class Collator:
         tensors |= _appended(tensors, answers, int(self.tokenizer.pad_token_id or 0))
         return {**tensors, "image_numbers": torch.tensor(image_numbers(samples))}
 
-    def answer_ids(
-        self, images: Sequence[Any], text: str, turns: Sequence[tuple[str, str]], answer: str
-    ) -> list[int]:
+    def answer_ids(self, images: Sequence[Any], text: str, turns: Sequence[tuple[str, str]], answer: str) -> list[int]:
         """Return the ids that follow a prompt: the answer and the end of the turn, as the chat template writes them."""
         end = self.tokenizer.eos_token or ""
         if not getattr(self.processor, "chat_template", None):

@@ -61,7 +61,9 @@ def train_adapter(
     recipe = recipe or Recipe()
     schedule = recipe.schedule()
     if loading.adapter is not None:
-        raise Refusal(f"a new adapter is trained on the model itself; got the adapter {loading.adapter}: merge it first")
+        raise Refusal(
+            f"a new adapter is trained on the model itself; got the adapter {loading.adapter}: merge it first"
+        )
     samples = read_samples(data)
     training, measured = held_out(samples, recipe.seed) if evaluation is None else (samples, read_samples(evaluation))
     vlm, processor = load_model(model, loading)
@@ -171,11 +173,15 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
         try:
             earlier = json.loads((output / RECORD).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise Refusal(f"{output} has a checkpoint of another training ({first_line(error)}); use --no-resume") from None
+            raise Refusal(
+                f"{output} has a checkpoint of another training ({first_line(error)}); use --no-resume"
+            ) from None
         settings = json.loads(json.dumps(settings))
         for name, value in settings.items():
             if earlier.get(name) != value:
-                raise Refusal(f"{output} has a checkpoint of a training with another {name}; use --no-resume or another folder")
+                raise Refusal(
+                    f"{output} has a checkpoint of a training with another {name}; use --no-resume or another folder"
+                )
     _write(output, settings)
 
 
