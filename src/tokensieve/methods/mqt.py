@@ -45,7 +45,7 @@ class Resampler(nn.Module):
         return mixed
 
     def shares(self, grid: tuple[int, int]) -> Tensor:
-        """Return the attention of all queries to the places of a grid, `[heads, Q, N]`; computed once after training."""
+        """Return the attention of the queries to the places of a grid, `[heads, Q, N]`: once, unless it is trained."""
         key = grid, self.query.device
         if self.query.requires_grad or key not in self._shares:
             self._shares.clear()  # those of another size, or of weights that have changed

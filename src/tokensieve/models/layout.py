@@ -141,7 +141,7 @@ class TokenLayout:
         if self.patch_index is not None:
             of_patches = self.patch_index.to(device)[anchors]
             anchors, mixing = self._among_all(self.patch_index.to(device), anchors, mixing)
-            if rows is not None:  # separators get their rows where they enter the LLM
+            if rows is not None:  # the engine fills in the rows of separators
                 slots = torch.searchsorted(anchors, of_patches)
                 rows = rows.new_zeros((len(anchors), rows.shape[-1])).index_copy(0, slots, rows)
         projected = all(part.projected for part in parts)

@@ -196,6 +196,18 @@ def units_of(image: int, layout: TokenLayout, method: Method, scope: BudgetScope
     ]
 
 
+def with_separators(decision: Reduction, layout: TokenLayout, features: Tensor) -> Reduction:
+    """Return a decision whose rows a net made with the rows of its separators, which no net makes.
+
+    Args:
+        features: `[N, D]`, the rows that were decided about.
+    """
+    if decision.rows is None or layout.separator is None:
+        return decision
+    at_slots = layout.separator[decision.anchors][:, None]
+    return replace(decision, rows=features[decision.anchors].where(at_slots, decision.rows))
+
+
 def scores_of(decision: Reduction) -> Tensor:
     """Return the scores that the tokens of an image were ranked by, `[N]`; zeros for an image that was kept whole."""
     if decision.scores is None and not decision.whole:

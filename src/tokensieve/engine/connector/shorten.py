@@ -54,7 +54,7 @@ def reduce_features(
 
 def _entering(image: ImageReduction, rows: Tensor) -> Tensor:
     """Return the rows of an image that enter the LLM: made by a net, or by W of the projector's ``rows`` `[N, D]`."""
-    reduction, separator = image.features, image.layout.separator
+    reduction = image.features
     if reduction.rows is None:
         return reduction.apply(rows)
     if reduction.rows.shape[-1] != rows.shape[-1]:
@@ -62,11 +62,7 @@ def _entering(image: ImageReduction, rows: Tensor) -> Tensor:
             f"rows of width {reduction.rows.shape[-1]}" if reduction.rows.shape[-1] else "none (JSON leaves them out)"
         )
         raise Refusal(f"the rows of this decision were made by a net, for rows of width {rows.shape[-1]}; got {width}")
-    made = reduction.rows.to(rows.dtype)
-    if separator is None:
-        return made
-    anchors = reduction.anchors  # a net makes no separators
-    return rows[anchors].where(separator[anchors][:, None], made)
+    return reduction.rows.to(rows.dtype)
 
 
 def _merge_before_projector(
