@@ -16,12 +16,7 @@ from tokensieve.tokens import ConnectorTokens, given
 
 
 class Resampler(nn.Module):
-    """Mix patches into rows. Keys are places, so the attention is the same in every image.
-
-    Args:
-        queries: the number of learned queries, a square.
-        heads: of attention; ``None``: one per 64 columns.
-    """
+    """Mix patches into rows by a square number of queries. By default attention has a head per 64 columns."""
 
     pos_embed: Tensor
 
@@ -33,8 +28,8 @@ class Resampler(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads or heads_of(width, 64))
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.proj = nn.Parameter(torch.randn(width, shape.width) * shape.width**-0.5)
-        self._shares: dict[tuple[tuple[int, int], torch.device], Tensor] = {}  # of a net that is not trained
-        self.register_load_state_dict_post_hook(lambda net, _: net._shares.clear())
+        self._kept: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+        self.register_load_state_dict_post_hook(lambda net, _: net._kept.clear())
 
     def forward(self, patches: Tensor, shares: Tensor) -> Tensor:
         """Return `[B, m, D]`: patches `[B, N, C]` mixed by the shares of the first m queries, `[heads, m, N]`."""
@@ -45,18 +40,21 @@ class Resampler(nn.Module):
         return mixed
 
     def shares(self, grid: tuple[int, int]) -> Tensor:
-        """Return the attention of the queries to the places of a grid, `[heads, Q, N]`: once, unless it is trained."""
+        """Return the attention of the queries to the places of a grid, `[heads, Q, N]`; kept unless it is trained."""
         key = grid, self.query.device
-        if self.query.requires_grad or key not in self._shares:
-            self._shares.clear()  # those of another size, or of weights that have changed
-            side = isqrt(len(self.query))
-            planes = self.pos_embed.T.unflatten(1, (side, side))[None]
-            places = interpolate(planes, size=grid, mode="bicubic")[0].flatten(1).T  # [N, C]
-            weights, biases = self.attn.in_proj_weight.chunk(3)[:2], self.attn.in_proj_bias.chunk(3)[:2]
-            maps = zip((self.ln_q(self.query + self.pos_embed), self.ln_k(places)), weights, biases, strict=True)
-            queries, keys = ((rows @ w.T + b).unflatten(-1, (self.attn.num_heads, -1)) for rows, w, b in maps)
-            self._shares[key] = torch.einsum("qhd,nhd->hqn", queries / keys.shape[-1] ** 0.5, keys).softmax(-1)
-        return self._shares[key]
+        shares = self._kept.get(key)
+        if shares is None or self.query.requires_grad:
+            shares = self._shares(grid)
+            self._kept = {} if self.query.requires_grad else {key: shares}  # of the latest size alone
+        return shares
+
+    def _shares(self, grid: tuple[int, int]) -> Tensor:
+        planes = self.pos_embed.T.unflatten(1, (isqrt(len(self.query)), -1))[None]
+        places = interpolate(planes, size=grid, mode="bicubic")[0].flatten(1).T  # [N, C]
+        weights, biases = self.attn.in_proj_weight.chunk(3)[:2], self.attn.in_proj_bias.chunk(3)[:2]
+        maps = zip((self.ln_q(self.query + self.pos_embed), self.ln_k(places)), weights, biases, strict=True)
+        queries, keys = ((rows @ w.T + b).unflatten(-1, (self.attn.num_heads, -1)) for rows, w, b in maps)
+        return torch.einsum("qhd,nhd->hqn", queries / keys.shape[-1] ** 0.5, keys).softmax(-1)
 
 
 @register("mqt", paper="arXiv:2405.19315", needs=Needs(patches=True, grid=True), trained=True)
@@ -66,14 +64,14 @@ class Mqt(TrainedMethod):
 
     The queries are nested: one net serves each number of tokens up to theirs. Keys are places without content, so every
     row is a learned mean of the patches, the same for all images, with other weights in each head. The slots stand
-    evenly spaced in the image, because a query has no place. An image of no more tokens than ``keep`` stays whole.
+    evenly spaced in the image, because a query has no place. Smaller images stay whole.
 
     Args:
         weights: "random", or a folder of ``tokensieve train mqt`` or ``tokensieve convert net``.
         keep: tokens per image, or a share of them; at most the number of queries (published: 256).
         nested: train an even number of queries that is drawn anew in each step, up to ``keep``; False: all of ``keep``.
 
-    Cost: O(K·N·C) time; the attention is computed once per size of image.
+    Cost: O(K·N·C) time; the attention is computed once for images of one size.
     Paper: "Matryoshka Query Transformer for Large Vision-Language Models", NeurIPS 2024.
     Official code: numbers the positions of the rows from the image's first one on: ``positions="contiguous"``. Stores
     the code of places in half precision.
@@ -83,6 +81,7 @@ class Mqt(TrainedMethod):
     nested: bool = True
     makes_rows: ClassVar = True
     published: ClassVar = "mm_projector."
+    published_sizes: ClassVar = {"queries": "query"}
 
     Net = Resampler
 

@@ -14,12 +14,7 @@ from tokensieve.tokens import ConnectorTokens, given
 
 
 class Packer(nn.Module):
-    """Make one row of each cell of patches; its query is the cell in a smaller image.
-
-    Args:
-        levels: the number of encoder layers that keys and values read.
-        heads: of attention; ``None``: one per 128 columns.
-    """
+    """Make one row of each cell of patches. By default attention has a head per 128 columns."""
 
     def __init__(self, shape: ModelShape, levels: int, heads: int | None = None) -> None:
         super().__init__()

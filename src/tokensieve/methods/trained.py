@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -53,6 +53,9 @@ class TrainedMethod(Method):
 
     Net: ClassVar[type[nn.Module]]
     learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
+
+    published: ClassVar[str | None] = None  # what the net's parameters begin with in the authors' checkpoints
+    published_sizes: ClassVar[Mapping[str, str]] = {}  # sizes of a net, each the length of one of those parameters
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
         """Return a new net for a model of this shape, with these sizes in place of the default ones."""
