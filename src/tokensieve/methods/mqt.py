@@ -28,16 +28,15 @@ class Resampler(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads or heads_of(width, 64))
         self.ln_q, self.ln_k, self.ln_v = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         self.proj = nn.Parameter(torch.randn(width, shape.width) * shape.width**-0.5)
-        self._kept: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
-        self.register_load_state_dict_post_hook(lambda net, _: net._kept.clear())
+        self._kept: dict[object, Tensor] = {}
+        self.register_load_state_dict_post_hook(lambda net, _: net._kept.clear())  # type: ignore[no-untyped-call]
 
     def forward(self, patches: Tensor, shares: Tensor) -> Tensor:
         """Return `[B, m, D]`: patches `[B, N, C]` mixed by the shares of the first m queries, `[heads, m, N]`."""
         *_, weight = self.attn.in_proj_weight.chunk(3)
         *_, bias = self.attn.in_proj_bias.chunk(3)
         value = (self.ln_v(patches) @ weight.T + bias).unflatten(-1, (self.attn.num_heads, -1))
-        mixed: Tensor = self.attn.out_proj(torch.einsum("hmn,bnhd->bmhd", shares, value).flatten(-2)) @ self.proj
-        return mixed
+        return self.attn.out_proj(torch.einsum("hmn,bnhd->bmhd", shares, value).flatten(-2)) @ self.proj
 
     def shares(self, grid: tuple[int, int]) -> Tensor:
         """Return the attention of the queries to the places of a grid, `[heads, Q, N]`; kept unless it is trained."""
@@ -49,7 +48,8 @@ class Resampler(nn.Module):
         return shares
 
     def _shares(self, grid: tuple[int, int]) -> Tensor:
-        planes = self.pos_embed.T.unflatten(1, (isqrt(len(self.query)), -1))[None]
+        side = isqrt(len(self.query))
+        planes = self.pos_embed.T.reshape(1, -1, side, side)
         places = interpolate(planes, size=grid, mode="bicubic")[0].flatten(1).T  # [N, C]
         weights, biases = self.attn.in_proj_weight.chunk(3)[:2], self.attn.in_proj_bias.chunk(3)[:2]
         maps = zip((self.ln_q(self.query + self.pos_embed), self.ln_k(places)), weights, biases, strict=True)

@@ -21,9 +21,11 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, rows: Tensor, seen: Tensor) -> Tensor:
-        heads = self.qkv(rows).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, heads, n, d]
-        mixed: Tensor = self.proj(scaled_dot_product_attention(*heads, seen[:, None]).transpose(1, 2).flatten(2))
-        return mixed
+        # each [B, heads, n, d]
+        query, key, value = self.qkv(rows).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value, seen[:, None]).transpose(1, 2).flatten(2)
+        made: Tensor = self.proj(mixed)
+        return made
 
 
 class Block(nn.Module):

@@ -84,7 +84,8 @@ class TokenPacker(TrainedMethod):
         if image.grid is None:
             raise Refusal(f"tokenpacker needs tokens on a grid; these {image.total} tokens have none")
         cells, filled, middle = (part.to(patches.device) for part in _squares(image.grid, self.scale))
-        planes, size = patches.transpose(1, 2).unflatten(2, image.grid), [-(-n // self.scale) for n in image.grid]
+        planes = patches.transpose(1, 2).reshape(len(patches), -1, *image.grid)
+        size = [-(-n // self.scale) for n in image.grid]
         coarse = interpolate(planes, size=size, mode="bilinear").flatten(2).transpose(1, 2)
         states = image.encoder_states.stack(self.levels).movedim(0, 2).flatten(2)  # [B, N, levels · C]
         rows, shares = net(coarse, states, cells, filled)
@@ -104,4 +105,5 @@ def _squares(grid: tuple[int, int], side: int) -> tuple[Tensor, Tensor, Tensor]:
     row, column = (top[:, None, None, None] + step[:, None]), (left[:, None, None] + step)
     filled = (row < grid[0]) & (column < grid[1])
     index = row.clamp(max=grid[0] - 1) * grid[1] + column.clamp(max=grid[1] - 1)
-    return (*(part.flatten(2).flatten(0, 1) for part in (index, filled)), index[:, :, side // 2, side // 2].flatten())
+    members, on_grid = (part.flatten(2).flatten(0, 1) for part in (index, filled))
+    return members, on_grid, index[:, :, side // 2, side // 2].flatten()
