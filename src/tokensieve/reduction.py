@@ -51,6 +51,8 @@ class Reduction:
             W makes of them are then projected.
         rows: `[K, D]` or `[B, K, D]`, output rows that a net made, in the space of the LLM's input; ``None``: W makes
             them. W then only says which tokens each row is made of, for drawings and for the sizes of ``repair``.
+        soft: True while a net is trained by attention: no token leaves, rows stay as they are, and each weight of W is
+            the share in which a token takes part in attention.
     """
 
     total: int
@@ -62,6 +64,7 @@ class Reduction:
     notes: tuple[str, ...] = ()
     projected: bool = True
     rows: Tensor | None = None
+    soft: bool = False
 
     @classmethod
     def identity(cls, total: int, batch: int | None = None, device: Any = None, **fields: Any) -> Reduction:
@@ -193,6 +196,7 @@ class Reduction:
             notes=self.notes,
             projected=self.projected,
             rows=None if self.rows is None else self.rows[image],
+            soft=self.soft,
         )
         if self.valid is None:
             return pick
@@ -227,7 +231,7 @@ class Reduction:
             raise Refusal("a net made the rows of this Reduction, which it holds: they do not follow from other rows")
         if rows.shape[-2] != self.total:
             raise Refusal(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
-        if self.whole:
+        if self.whole or self.soft:
             return rows
         width = rows.shape[-1]
         if self.mixing is None:

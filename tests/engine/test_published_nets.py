@@ -1,20 +1,14 @@
-"""Loaders of published nets, on random state dicts with the names and shapes of the authors' checkpoints."""
-
-import json
+"""Authors' checkpoints of nets that make rows: random state dicts with their parameter names and shapes."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 import tokensieve
 from tests.support import models, prompts
 from tokensieve import Refusal
-from tokensieve.commands.convert import app
-from tokensieve.engine.nets import load_net, shape_of
-from tokensieve.loading.published import convert_net
 
-WIDTH, HIDDEN, QUERIES = 32, 64, 16  # of tiny LLaVA, where the authors have 1,024, 4,096 and 256
+WIDTH, HIDDEN, QUERIES = 32, 64, 256  # of the encoder and the LLM of tiny LLaVA: theirs are 1,024 and 4,096
 
 
 def linear(name, out, width):
@@ -44,58 +38,44 @@ def drawn(method):
     return {name: torch.randn(shape, generator=draw).half() for name, shape in SHAPES[method].items()}
 
 
-def checkpoint(folder, method):
-    """Write an authors' checkpoint in two files, as they are published: the LLM, and the net beside it."""
-    folder.mkdir()
+def stored(folder, method, kind):
+    """Write a checkpoint as it is published: the LLM in one file, the net in another, or the net alone."""
     net = {f"model.mm_projector.{name}": rows for name, rows in drawn(method).items()}
-    parts = {"pytorch_model-00001-of-00002.bin": {"model.norm.weight": torch.ones(2)}}
-    parts["pytorch_model-00002-of-00002.bin"] = {"lm_head.weight": torch.ones(2, 2)} | net
-    for file, weights in parts.items():
-        torch.save(weights, folder / file)
-    places = {name: file for file, weights in parts.items() for name in weights}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    llm = {"model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
+    if kind == "safetensors":
+        save_file(llm, folder / "model-00001-of-00002.safetensors")
+        save_file(net, folder / "model-00002-of-00002.safetensors")
+    elif kind == "bin":
+        torch.save(llm, folder / "pytorch_model-00001-of-00002.bin")
+        torch.save(net, folder / "pytorch_model-00002-of-00002.bin")
+        torch.save({"an": object()}, folder / "training_args.bin")  # is not opened
+    else:
+        torch.save(net, folder / "mm_projector.bin")
     return folder
 
 
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava")
-    models.build("llava-clip").save_pretrained(folder)
-    return folder
+def spec(method, folder):
+    return f"{method}(weights={str(folder)!r}" + (", keep=4)" if method == "mqt" else ")")
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "projector"])
 @pytest.mark.parametrize("method", SHAPES)
-def test_a_published_net_is_read_and_used(method, llava, tmp_path):
-    source, target = checkpoint(tmp_path / "theirs", method), tmp_path / "net"
-    result = CliRunner().invoke(app, ["net", method, str(source), str(target), "--model", str(llava)])
-    assert result.exit_code == 0, result.output
-    assert sorted(file.name for file in target.iterdir()) == ["method.json", "net.safetensors"]
+def test_a_published_net_is_read_and_used(method, kind, tmp_path):
     model = models.tiny_model("llava-clip")
-    spec = f"{method}(weights={str(target)!r}" + (", keep=4)" if method == "mqt" else ")")
-    net = load_net(tokensieve.parse(spec)[0], shape_of(model))
-    for name, rows in drawn(method).items():
-        assert torch.equal(net.state_dict()[name], rows.float()), name
-    with torch.no_grad(), tokensieve.attach(model, spec) as sieve:
+    with torch.no_grad(), tokensieve.attach(model, spec(method, stored(tmp_path, method, kind))) as sieve:
+        weights = sieve.nets["connector"].state_dict()
+        assert weights.keys() == SHAPES[method].keys()
+        assert all(torch.equal(weights[name], rows.float()) for name, rows in drawn(method).items())
         model(**prompts.collate("llava-clip", prompts.batch("llava-clip", "two-images")))
         assert {decision.slots for decision in sieve.last[0]} == {4 if method == "mqt" else 9}
-    with pytest.raises(Refusal, match=rf"the weights in .* are those of {method}; got setok"):
-        tokensieve.attach(model, f"setok(weights={str(target)!r})")
 
 
-def test_what_is_no_published_net_is_refused(llava, tmp_path):
-    save_file({"model.norm.weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(Refusal, match=r"has no parameters whose names start with 'mm_projector\.'"):
-        convert_net("mqt", tmp_path / "other.safetensors", tmp_path / "net", str(llava))
-    weights = {f"mm_projector.{name}": rows for name, rows in drawn("tokenpacker").items()}
-    torch.save(weights, tmp_path / "mm_projector.bin")
-    with pytest.raises(Refusal, match=r"mm_projector.bin has no net of mqt for .*: Unexpected key"):
-        convert_net("mqt", tmp_path / "mm_projector.bin", tmp_path / "net", str(llava))
-    with pytest.raises(Refusal, match="size mismatch"):
-        convert_net("tokenpacker(levels=(0, 1))", tmp_path / "mm_projector.bin", tmp_path / "net", str(llava))
-    with pytest.raises(Refusal, match="no published nets of random can be read"):
-        convert_net("random", tmp_path / "mm_projector.bin", tmp_path / "net", str(llava))
-    folder = checkpoint(tmp_path / "theirs", "mqt")
-    (folder / "pytorch_model.bin.index.json").write_text("{}")
-    with pytest.raises(Refusal, match=r"cannot read .*index\.json"):
-        convert_net("mqt", folder, tmp_path / "net", str(llava))
-    assert not (tmp_path / "net").exists()
+def test_another_checkpoint_is_refused(tmp_path):
+    model = models.tiny_model("llava-clip")
+    with pytest.raises(Refusal, match=r"has no weights of mqt: .* names such as mm_projector\.\*"):
+        tokensieve.attach(model, spec("mqt", tmp_path))
+    with pytest.raises(Refusal, match="does not fit mqt and llava of width 64"):
+        tokensieve.attach(model, spec("mqt", stored(tmp_path, "tokenpacker", "projector")))
+    torch.save({"an": object()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Refusal, match="other objects are not loaded, because that would run code from the file"):
+        tokensieve.attach(model, spec("mqt", tmp_path))

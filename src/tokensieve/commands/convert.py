@@ -9,12 +9,12 @@ import typer
 
 from tokensieve.commands.console import note
 
-app = typer.Typer(no_args_is_help=True, help="Turn an author's checkpoint into a transformers model, or into a net.")
+app = typer.Typer(no_args_is_help=True, help="Turn an author's checkpoint into a transformers model.")
 
 
 @app.callback()
 def convert() -> None:
-    """Turn an author's checkpoint into a transformers model, or into the net of a method."""
+    """Turn an author's checkpoint into a transformers model."""
 
 
 @app.command()
@@ -31,17 +31,3 @@ def pumer(
 
     model = run(source, target, heads=heads)
     note(f"{type(model).__name__}, {model.num_parameters():,} weights: {target}")
-
-
-@app.command()
-def net(
-    method: Annotated[str, typer.Argument(help="The method: mqt or tokenpacker.")],
-    source: Annotated[Path, typer.Argument(help="The authors' checkpoint: a folder, or a file of weights.")],
-    target: Annotated[Path, typer.Argument(help="New folder for the net, which weights= takes.")],
-    model: Annotated[str, typer.Option(help="The model that the net is for; its config alone is read.")],
-) -> None:
-    """Turn the net of a method in an author's checkpoint into a folder that weights= takes."""
-    from tokensieve.loading.published import convert_net
-
-    made = convert_net(method, source, target, model)
-    note(f"{sum(rows.numel() for rows in made.parameters()):,} weights: {target}")

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from tokensieve.errors import Refusal, first_line
+from tokensieve.fusion.convert.read import read_weights
 from tokensieve.methods import Method, ModelShape, TrainedMethod
 from tokensieve.models import family_of
 
@@ -66,6 +67,8 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
     if method.weights == RANDOM:
         return _new(method, shape)
     folder = folder_of(method)
+    if method.published and not (folder / ABOUT).exists():
+        return _published_net(method, shape, folder)
     about = read_about(folder)
     name = about["method"].partition("(")[0]
     if name != method.info.name:
@@ -83,6 +86,36 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
         net.load_state_dict(parameters)
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise Refusal(f"{folder / PARAMETERS} is not a net of {name}: {first_line(error)}") from None
+    return net
+
+
+def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn.Module:
+    """Return the net in an authors' checkpoint; its other parameters, those of the model, are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    parameters = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as checkpoint:
+                for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
+                    _, found, own = name.partition(method.published)
+                    if found:
+                        parameters[own] = checkpoint.get_tensor(name)
+        for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
+            named = ((name.partition(method.published), rows) for name, rows in read_weights(file).items())
+            parameters |= {own: rows for (_, found, own), rows in named if found}
+        if not parameters:
+            raise Refusal(
+                f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "
+                f"names such as {method.published}*"
+            )
+        net = _new(method, shape, method.sizes_of(parameters))
+        net.load_state_dict(parameters)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        reason = first_line(error)
+        raise Refusal(
+            f"the checkpoint {folder} does not fit {method.info.name} and {_words(shape)}: {reason}"
+        ) from None
     return net
 
 

@@ -36,7 +36,8 @@ class Resampler(nn.Module):
         *_, weight = self.attn.in_proj_weight.chunk(3)
         *_, bias = self.attn.in_proj_bias.chunk(3)
         value = (self.ln_v(patches) @ weight.T + bias).unflatten(-1, (self.attn.num_heads, -1))
-        return self.attn.out_proj(torch.einsum("hmn,bnhd->bmhd", shares, value).flatten(-2)) @ self.proj
+        mixed: Tensor = self.attn.out_proj(torch.einsum("hmn,bnhd->bmhd", shares, value).flatten(-2)) @ self.proj
+        return mixed
 
     def shares(self, grid: tuple[int, int]) -> Tensor:
         """Return the attention of the queries to the places of a grid, `[heads, Q, N]`; kept unless it is trained."""
@@ -67,7 +68,7 @@ class Mqt(TrainedMethod):
     evenly spaced in the image, because a query has no place. Smaller images stay whole.
 
     Args:
-        weights: "random", or a folder of ``tokensieve train mqt`` or ``tokensieve convert net``.
+        weights: "random", a folder of ``tokensieve train mqt``, or the authors' checkpoint.
         keep: tokens per image, or a share of them; at most the number of queries (published: 256).
         nested: train an even number of queries that is drawn anew in each step, up to ``keep``; False: all of ``keep``.
 
@@ -80,10 +81,9 @@ class Mqt(TrainedMethod):
     keep: Budget = 64
     nested: bool = True
     makes_rows: ClassVar = True
-    published: ClassVar = "mm_projector."
-    published_sizes: ClassVar = {"queries": "query"}
 
     Net = Resampler
+    published = "mm_projector."
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
         net, count = image.net, image.budget

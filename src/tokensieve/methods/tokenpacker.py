@@ -52,7 +52,7 @@ class TokenPacker(TrainedMethod):
     the border hold fewer patches where ``scale`` does not divide the grid.
 
     Args:
-        weights: "random", or a folder of ``tokensieve train tokenpacker`` or ``tokensieve convert net``.
+        weights: "random", a folder of ``tokensieve train tokenpacker``, or the authors' checkpoint.
         scale: side of a square in patches, so that an image keeps one token in scale².
         levels: layers of the vision encoder; a float is a share of the depth. These are 11, 15, 21 and 22 of 24.
 
@@ -65,10 +65,10 @@ class TokenPacker(TrainedMethod):
     scale: int = 2
     levels: tuple[int | float, ...] = (0.45, 0.625, 0.875, 0.92)
     makes_rows: ClassVar = True
-    published: ClassVar = "mm_projector."
     least: ClassVar = {"scale": 1}
 
     Net = Packer
+    published = "mm_projector."
 
     @property
     def needs(self) -> Needs:

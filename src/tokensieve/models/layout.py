@@ -145,7 +145,7 @@ class TokenLayout:
                 slots = torch.searchsorted(anchors, of_patches)
                 rows = rows.new_zeros((len(anchors), rows.shape[-1])).index_copy(0, slots, rows)
         projected = all(part.projected for part in parts)
-        return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected, rows)
+        return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected, rows=rows)
 
     def _among_all(self, patch_index: Tensor, anchors: Tensor, mixing: Mixing | None) -> tuple[Tensor, Mixing | None]:
         """Renumber anchors and entries from M patches to N tokens; add the separators that are kept."""
