@@ -76,6 +76,11 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
     fits = replace(shape, **about["model"])
     if fits != shape:
         remedy = f"train them with `tokensieve train {method.info.name}`, or give weights='random'"
+        if _words(fits) == _words(shape):
+            widths = [f"{s.tower_width}, and {s.patch_width} before the projector" for s in (fits, shape)]
+            raise Refusal(
+                f"the weights in {folder} fit a vision encoder of width {'; this one has '.join(widths)}: {remedy}"
+            )
         raise Refusal(f"the weights in {folder} fit {_words(fits)}; this model is {_words(shape)}: {remedy}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -102,8 +107,8 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
                     if found:
                         parameters[own] = checkpoint.get_tensor(name)
         for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
-            named = ((name.partition(method.published), rows) for name, rows in read_weights(file).items())
-            parameters |= {own: rows for (_, found, own), rows in named if found}
+            weights = read_weights(file)
+            parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "
@@ -147,8 +152,8 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise Refusal(f"{file} has format {got!r}; this Tokensieve reads format {FORMAT}")
     model, names = about.get("model"), {"type", "width", "layers"}
     whole = isinstance(about.get("method"), str) and isinstance(about.get("net"), dict)
-    known = ModelShape.__dataclass_fields__.keys()
-    if not whole or not isinstance(model, dict) or not names <= model.keys() <= known:
+    numbers = ModelShape.__dataclass_fields__.keys()  # a net that reads nothing in the encoder may leave some out
+    if not whole or not isinstance(model, dict) or not names <= model.keys() <= numbers:
         raise Refusal(f"{file} must name the method, the net and the model ({', '.join(sorted(names))})")
     return about
 

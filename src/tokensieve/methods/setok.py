@@ -24,8 +24,8 @@ class Attention(nn.Module):
         # each [B, heads, n, d]
         query, key, value = self.qkv(rows).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(query, key, value, seen[:, None]).transpose(1, 2).flatten(2)
-        made: Tensor = self.proj(mixed)
-        return made
+        projected: Tensor = self.proj(mixed)
+        return projected
 
 
 class Block(nn.Module):

@@ -136,8 +136,8 @@ class TokenLayout:
         scores = None
         if all(part.scores is not None for part in parts):
             scores = self.insert_separators(torch.cat([part.scores for part in parts if part.scores is not None]))
-        made = [part.rows for part in parts if part.rows is not None]  # of all parts, or of none
-        rows = torch.cat(made) if made else None
+        rows_of_parts = [part.rows for part in parts if part.rows is not None]  # of all parts, or of none
+        rows = torch.cat(rows_of_parts) if rows_of_parts else None
         if self.patch_index is not None:
             of_patches = self.patch_index.to(device)[anchors]
             anchors, mixing = self._among_all(self.patch_index.to(device), anchors, mixing)
