@@ -1,5 +1,6 @@
 """Rows that a net makes: replays, repair, later stages and turns, training, and what is refused."""
 
+import inspect
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -200,6 +201,13 @@ def test_refusals(registry):
 
     with pytest.raises(ValueError, match="only a connector method whose class sets makes_rows can make rows"):
         Undeclared()(ConnectorTokens(torch.randn(1, 9, 4)))
+
+
+@each_spec
+def test_a_method_is_one_short_file_and_reads_back(spec):
+    (method,) = tokensieve.parse(spec)
+    assert tokensieve.parse(str(method)) == [method]
+    assert len(inspect.getsource(inspect.getmodule(type(method))).splitlines()) <= 110
 
 
 def test_rows_follow_their_anchors_and_padding_goes():

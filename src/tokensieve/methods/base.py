@@ -50,6 +50,7 @@ class Method(ABC):
     makes_rows: ClassVar[bool] = False  # a net makes the rows of the slots: :meth:`VisualTokens.made`
     least: ClassVar[Mapping[str, int]] = {}  # the smallest allowed value of a parameter
     proportions: ClassVar[tuple[str, ...]] = ()  # parameters that lie in [0, 1]
+    in_training: ClassVar[tuple[str, ...]] = ()  # parameters that play a part in training only
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

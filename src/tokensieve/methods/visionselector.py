@@ -58,6 +58,7 @@ class VisionSelector(TrainedMethod, ScoreMethod):
     first: float = 0.1
     last: float = 3.0
 
+    in_training = ("softened", "first", "last")
     Net = Scorer
     published = "importance_scorer."
 

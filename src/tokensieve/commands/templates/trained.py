@@ -32,7 +32,8 @@ class MyMethod(TrainedMethod, ScoreMethod):
             super().__init__(nn.Linear(shape.width, width), nn.GELU(), nn.Linear(width, 1))
 
     def score(self, image: ConnectorTokens) -> Tensor:
-        return given(image.net)(image.features.float())[..., 0]  # [B, N]
+        scores: Tensor = given(image.net)(image.features.float())[..., 0]  # [B, N]
+        return scores
 
     def soften(self, image: ConnectorTokens) -> Tensor:
         return soft_top_k(self.score(image), image.budget)  # in training, in place of leaving

@@ -29,7 +29,7 @@ EXAMPLES = 256  # per step: the gates are small
 
 
 class ExitMethod(Protocol):
-    """What a method gives to be trained here."""
+    """A method whose gates are trained here."""
 
     def may_leave(self, whole: Tensor, early: Tensor, labels: Tensor) -> Tensor:
         """Return the labels of one layer, `[B]` bool."""

@@ -83,11 +83,11 @@ def train_method(
     started, shape = time.monotonic(), shape_of(vlm)
     net = load_net(method, shape)
 
-    asked = sorted(measured[:SCORED], key=lambda sample: len(sample.images))  # equal batches, as in training
+    questions = sorted(measured[:SCORED], key=lambda sample: len(sample.images))  # equal batches, as in training
 
     def measure(net: nn.Module | None) -> dict[str, float]:
         with attach(vlm, "full") if net is None else _attached(vlm, method, processor, net) as sieve:
-            return score(sieve, processor, asked, recipe.batch_size, recipe.prompt)
+            return score(sieve, processor, questions, recipe.batch_size, recipe.prompt)
 
     metrics: dict[str, Any] = {"unreduced": measure(None), "untrained": measure(net)}
     if method.learns == "exits":
@@ -98,7 +98,7 @@ def train_method(
             net.load_state_dict(sieve.nets[method.info.stage].state_dict())
     metrics |= {"trained": measure(net), **learned}
     metrics["skipped"] = metrics.get("skipped", 0) + unusable
-    log.info("on %d held-out questions: %s", len(asked), json.dumps(metrics))
+    log.info("on %d held-out questions: %s", len(questions), json.dumps(metrics))
     about = {**settings, "metrics": metrics, "seconds": round(time.monotonic() - started)}
     save_net(output, method, shape, net, about)
     return about
