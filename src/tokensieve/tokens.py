@@ -305,7 +305,11 @@ class EncoderTokens(VisualTokens):
         sizes: `[B, N]` float32, the number of patches that each token stands for; ``None``: one each.
         specials: rows such as [CLS] that stand before the tokens and never leave.
         cls_attention, cls_attention_single_head, attention_received: `[B, N]`, as in :class:`ConnectorTokens`.
-        encoder_keys: `[B, N, H, E]`.
+        encoder_keys, encoder_values: `[B, N, H, E]`.
+        value_attention: `[B, N]`, the softmax of the products of the [CLS] token's value with all values, mean over
+            heads; without [CLS], of every value, mean over them.
+        earlier_scores: `[B, N]`, the scores of the method's last decision; ``None`` in the first of its layers.
+        layers_to_come: later layers in which the method is called.
     """
 
     sizes: Tensor | None = None
@@ -314,6 +318,10 @@ class EncoderTokens(VisualTokens):
     cls_attention_single_head: Tensor | None = None
     attention_received: Tensor | None = None
     encoder_keys: Tensor | None = None
+    encoder_values: Tensor | None = None
+    value_attention: Tensor | None = None
+    earlier_scores: Tensor | None = None
+    layers_to_come: int = 0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -69,6 +69,10 @@ CASES: dict[str, tuple[Callable[[Path, str], list[str]], list[str]]] = {
         lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--method", "vtc-cls(first=1)"],
         ["vtc-cls has no parameter 'first'", "first_layer"],
     ),
+    "average without a threshold, before the model": (
+        lambda f, m: ["ask", f"{f}/photo.jpg", QUESTION, "--method", "scope", "--keep", "average:9", "--model", "no/m"],
+        ["keep='average:9' has no threshold yet", "tokensieve calibrate average"],
+    ),
     "unreadable spec": (
         lambda f, m: ["bench", "--methods", "vtc-cls(keep=3"],
         ["cannot read the method spec 'vtc-cls(keep=3'"],

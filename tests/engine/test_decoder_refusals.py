@@ -65,6 +65,24 @@ def test_an_average_that_one_image_cannot_reach(model, inputs, unused):
         model(**inputs)
 
 
+@torch.no_grad()
+def test_a_prompt_shorter_than_the_places_of_the_guesses(model):
+    sample = prompts.batch(FAMILY, "single")[0]
+    (image,) = sample.images
+    ids = torch.tensor([[*[families.IMAGE] * 25, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image.pixels}
+    spec = "trio(layers=(1, 3), counts=({}, 2))"
+    with tokensieve.attach(model, spec.format(4)) as sieve:
+        model(**inputs)
+        assert sieve.last[0][0].slots == 2
+    for keep, columns in ((3, 4), (2, 3)):
+        words = f"the last 5 places of the prompt; {columns} are left of it at layer 3"
+        with tokensieve.attach(model, spec.format(keep)), pytest.raises(tokensieve.Refusal, match=words):
+            model(**inputs)
+        with tokensieve.attach(model, "divprune(keep=9)"):
+            model(**inputs)  # nothing of the refused prompt remains
+
+
 def test_a_gradient_of_weights_that_were_made_in_inference_mode():
     shared = models.unhooked(FAMILY)  # made outside: other tests use it
     with torch.inference_mode():

@@ -345,6 +345,6 @@ def test_masks_in_blocks_cannot_be_read():
         probe.arm()
         rows, mask = torch.zeros(1, 1, 128, 8), create_block_mask(lambda b, h, q, k: q >= k, 1, None, 128, 128, "cpu")
         with pytest.raises(ValueError, match=r"attention cannot be read under a BlockMask .*sdpa, eager"):
-            probe.observe(rows, rows, None, mask)
+            probe.observe(rows, rows, None, mask, rows)
     finally:
         probe.remove()

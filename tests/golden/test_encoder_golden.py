@@ -2,7 +2,10 @@
 
 import torch
 
+import tokensieve
+from tests.golden import make_flowcut
 from tests.golden.vectors import CLOSE, cases, load
+from tests.support.families import BOS, IMAGE
 from tokensieve import parse
 from tokensieve.budget import ramp
 from tokensieve.tokens import DecoderTokens, EncoderTokens
@@ -119,3 +122,23 @@ def test_mustdrop_llm(name):
     (decision,) = method(f"{spec}, protect=0)")(image)
     assert decision.kept.tolist() == expected["passing_indices"].tolist()
     assert decision.notes == ()
+
+
+@cases("flowcut")
+@torch.no_grad()
+def test_flowcut_attached(name):
+    _, expected, h = load("flowcut", name)
+    model, pixels = make_flowcut.small_llava(h)
+    entered, numbers = [], []
+    layers = model.model.vision_tower.encoder.layers
+    ids = torch.tensor([[BOS, *[IMAGE] * 576, 7]])
+    with tokensieve.attach(model, f"flowcut(keep={h['keep']})") as sieve:
+        for layer in layers:  # after the hooks that shorten the rows
+            layer.register_forward_hook(lambda layer, args, rows: numbers.append(rows.shape[1] - 1))
+        model.model.language_model.register_forward_pre_hook(
+            lambda llm, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
+        )
+        model(input_ids=ids, pixel_values=pixels)
+    assert numbers == expected["numbers"].tolist()
+    assert sieve.last[0][0].kept.tolist() == expected["kept"].tolist()
+    torch.testing.assert_close(entered[0][0, 1:-1], expected["rows"], atol=1e-4, rtol=1e-4)

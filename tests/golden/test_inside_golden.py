@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 import tokensieve
-from tests.golden import make_autoprune
-from tests.golden.drawn import attention_rows
+from tests.golden import make_autoprune, make_vlm_pruner
+from tests.golden.drawn import attention_rows, bells
 from tests.golden.make_priortr import START, TOKENS, rows_of, small_llava, states_of
 from tests.golden.make_trio import llava_with_head
 from tests.golden.vectors import CLOSE, cases, load
@@ -128,3 +128,27 @@ def test_trio_attached(name, mode):
         model(**inputs)
     assert sieve.last[0][0].kept.tolist() == expected["kept"].tolist()
     assert all(weight.grad is None for weight in model.parameters())
+
+
+@cases("vlm_pruner")
+def test_vlm_pruner(name):
+    _, expected, h = load("vlm_pruner", name)
+    tokens = make_vlm_pruner.TOKENS
+    places = torch.arange(tokens)
+    image = DecoderTokens(
+        make_vlm_pruner.states_of(h),
+        keys=make_vlm_pruner.keys_of(h),
+        coordinates=torch.stack([places // 24, places % 24], -1)[None],
+        grid=(24, 24),
+    )
+    keep, budget = len(expected["kept"]), round(tokens * (1 - h["ratio"]))
+    spec = f"vlm-pruner(batch={h.get('batch', 16)}, pivots={h.get('pivots', 4)}, keep="
+    decision = method(f"{spec}{keep})")(image)[0]
+    assert decision.kept.tolist() == expected["kept"].tolist()
+    assert (keep < budget) == h.get("short", False), "the official code may stop before the budget; here never"
+    whole = method(f"{spec}{budget})")(image)[0].kept.tolist()
+    assert len(whole) == budget
+    assert set(decision.kept.tolist()) <= set(whole)
+    rows = decision.apply(image.features[0])
+    numbers = torch.stack([rows.sum(-1), rows @ bells(h["seed"] + 6, h["width"])], -1)
+    assert_close(numbers, expected["numbers"], atol=2e-3, rtol=1e-4)

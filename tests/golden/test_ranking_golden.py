@@ -2,6 +2,7 @@
 
 import torch
 
+from tests.golden import make_prunesid
 from tests.golden.drawn import clustered, received
 from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import parse
@@ -89,3 +90,12 @@ def test_vscan(name):
     decision = one("vscan", keep=h["keep"])(image)
     assert torch.equal(kept_mask(decision), expected["kept"])
     torch.testing.assert_close(decision.apply(rows), expected["rows"], **CLOSE)
+
+
+@cases("prunesid")
+def test_prunesid(name):
+    _, expected, h = load("prunesid", name)
+    attention = ByLayer({22: make_prunesid.attention_of(h)}, depth=24)
+    rows = make_prunesid.rows_of(h)
+    decision = one(f"prunesid(keep={h['keep']})")(ConnectorTokens(rows, patches=rows, cls_attention=attention))
+    assert decision.kept.tolist() == expected["kept"].tolist()

@@ -187,7 +187,13 @@ def test_keeping_all_changes_no_bit_and_detaching_leaves_no_trace(family, attent
     model = models.tiny_model(family, attention)
     outputs(model, family, kind)  # transformers' own lazy hooks
     unhooked, before = outputs(models.unhooked(family, attention), family, kind), models.footprint(model)
-    for spec in ("tome(keep=1.0)", "tome(r=0)", "illava-encoder(keep=25)", "mustdrop-encoder(threshold=1.1)"):
+    for spec in (
+        "tome(keep=1.0)",
+        "tome(r=0)",
+        "illava-encoder(keep=25)",
+        "flowcut(keep=1.0)",
+        "mustdrop-encoder(threshold=1.1)",
+    ):
         with tokensieve.attach(model, spec) as sieve:
             got = outputs(model, family, kind)
             assert all(torch.equal(a, b) for a, b in zip(got, unhooked, strict=True)), spec

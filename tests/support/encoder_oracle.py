@@ -25,7 +25,7 @@ class Rows:
         places: original index of each token.
         mixed: `[n, N]`, what each token is made of.
         sizes: patches that each token stands for.
-        attention: per layer, `[H, L, L]`; keys: `[H, L, d]`; matrices: `[m, n]`, what each stage did.
+        attention: per layer, `[H, L, L]`; keys, values: `[H, L, d]`; matrices: `[m, n]`, what each stage did.
         states: rows, places before the first layer and behind each.
     """
 
@@ -36,6 +36,7 @@ class Rows:
     sizes: list[int]
     attention: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
     matrices: dict[int, Tensor] = field(default_factory=dict)
     states: list[tuple[Tensor, list[int]]] = field(default_factory=list)
 
@@ -83,6 +84,7 @@ def run(tower, pixels: Tensor, rule: Rule) -> Rows:
         weights = scores.softmax(-1)
         rows.attention.append(weights)
         rows.keys.append(k)
+        rows.values.append(v)
         x = x + module.out_proj((weights @ v).transpose(0, 1).flatten(1))
         stage = rule.layers.index(number) if number in rule.layers else None
         if stage is not None and not rule.behind:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.cli.calling import run_many
 from tests.tune.conftest import SEARCH, answers_in, needs_weights, run
+from tokensieve.methods.spec_file import DEFAULTS, SpecFile
 
 
 @needs_weights
@@ -134,6 +135,11 @@ def refusals(tmp_path_factory: pytest.TempPathFactory):
     calls = {name: ["tune", *arguments, *output] for name, (arguments, _) in WRONG.items()}
     calls["one question"] = ["tune", "--max-drop", "10%", "--data", str(folder / "one.jsonl"), *output]
     calls["output is a file"] = ["tune", "--max-drop", "20%", "--questions", "70", "--output", str(folder / "file")]
+    file = folder / "repaired.json"
+    file.write_text(json.dumps(SpecFile("divprune", 9, DEFAULTS | {"repair": "size"}).to_json()))
+    with_file = ["tune", "--max-drop", "1%", "--methods", str(file), "--model", "nowhere/model", *output]
+    calls["options of a spec file"] = with_file
+    calls["other options than a spec file's"] = [*with_file, "--repair", "restore"]
     return run_many(calls)
 
 
@@ -150,6 +156,12 @@ def _png(red: int = 255) -> bytes:
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_input_is_one_line(refusals, name: str) -> None:
     assert WRONG[name][1] in refusals[name].refused()
+
+
+def test_the_options_of_a_spec_file_hold_and_others_are_refused_before_loading(refusals) -> None:
+    assert "no model nowhere/model" in refusals["options of a spec file"].refused()
+    line = refusals["other options than a spec file's"].refused()
+    assert "repaired.json says repair='size'; got repair='restore'" in line
 
 
 @needs_weights

@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -19,6 +20,7 @@ from tokensieve.errors import Refusal
 from tokensieve.loading import Dtype, LoadOptions, Quantize
 
 if TYPE_CHECKING:
+    from tokensieve.evaluate import Sample
     from tokensieve.evaluate.plan import Entry
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, all else on stderr.")]
@@ -55,6 +57,10 @@ Repair: TypeAlias = Annotated[
     typer.Option(
         help="Repair attention: by the tokens that each one stands for, or also by distance.", show_default="no"
     ),
+]
+Reselect: TypeAlias = Annotated[
+    bool,
+    typer.Option("--reselect", help="In a later turn, choose tokens anew by its words, instead of on the first cache."),
 ]
 ImageFile: TypeAlias = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 Command: TypeAlias = Callable[..., None]
@@ -111,16 +117,84 @@ def with_load_options(*names: str) -> Callable[[Command], Command]:
         names: the options that the command has; none: all.
     """
     parameters = inspect.signature(load_options, eval_str=True).parameters
-    shared = [parameter for name, parameter in parameters.items() if name in names or not names]
+    shared = [
+        p.replace(annotation=_in_panel(p.annotation)) for p in parameters.values() if p.name in names or not names
+    ]
+    return _in_place_of("loading", load_options, shared, last=True)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The options of every command that reads questions with answers.
+
+    Attributes:
+        data: name or path, as typed; the other fields are as for ``load_data``.
+    """
+
+    data: str
+    split: str | None
+    fetch_images: bool
+    image_column: str
+    question_column: str
+    answer_column: str
+
+    @property
+    def bundled(self) -> bool:
+        """Whether these are the questions of the bundled benchmark."""
+        return self.data == "reference"
+
+    def load(self, **more: Any) -> list[Sample]:
+        """Load the questions; ``more`` are further arguments of ``load_data``."""
+        from tokensieve.evaluate import load_data
+
+        options = dict(vars(self))
+        return load_data(options.pop("data"), **options, **more)
+
+
+def data_options(
+    data: Data = "reference",
+    split: Split = None,
+    fetch_images: FetchImages = False,
+    image_column: ImageColumn = "image",
+    question_column: QuestionColumn = "question",
+    answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
+) -> DataOptions:
+    """Declare the options of every command that reads questions with answers."""
+    return DataOptions(data, split, fetch_images, image_column, question_column, answer_column)
+
+
+def with_data_options(*, answers: bool = True) -> Callable[[Command], Command]:
+    """Decorate a command: the options of :func:`data_options` take the place of its parameter ``data``.
+
+    Args:
+        answers: whether the command reads the answers.
+    """
+    shared = list(inspect.signature(data_options, eval_str=True).parameters.values())
+    if not answers:
+        unused = Annotated[str, typer.Option(help="Column of answers; not used here.")]
+        shared[-1] = shared[-1].replace(annotation=unused)
+    return _in_place_of("data", data_options, shared)
+
+
+def _in_place_of(
+    name: str, declare: Callable[..., Any], shared: Sequence[inspect.Parameter], last: bool = False
+) -> Callable[[Command], Command]:
+    """Decorate a command: what ``declare`` makes of the ``shared`` options is its parameter ``name``.
+
+    Args:
+        last: list the options after those of the command, and not where the parameter stands.
+    """
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**values: Any) -> None:
-            command(loading=load_options(**{option.name: values.pop(option.name) for option in shared}), **values)
+            command(**{name: declare(**{option.name: values.pop(option.name) for option in shared})}, **values)
 
-        declared = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "loading"]
-        panel = [option.replace(annotation=_in_panel(option.annotation)) for option in shared]
-        named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*declared, *panel)]
+        declared = list(inspect.signature(command, eval_str=True).parameters.values())
+        place = [parameter.name for parameter in declared].index(name)
+        before, after = declared[:place], declared[place + 1 :]
+        options = [*before, *after, *shared] if last else [*before, *shared, *after]
+        named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in options]
         run.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]  # typer reads it
         return run
 

@@ -51,7 +51,7 @@ def ask(
     """
     from tokensieve.budget import parse_budget
     from tokensieve.engine import attach
-    from tokensieve.engine.budget_scope import check_scope
+    from tokensieve.engine.budget_scope import check_calibrated, check_scope
     from tokensieve.evaluate.answer import together
     from tokensieve.methods import parse
     from tokensieve.methods.spec import expand
@@ -60,7 +60,9 @@ def ask(
         [method], positions=positions, budget_scope=budget_scope, separators=separators, repair=repair
     )
     budget = {} if keep is None else {"keep": parse_budget(keep)}
-    check_scope(options["budget_scope"], parse(method, **budget))  # a bad spec is refused before a model is loaded
+    stages = parse(method, **budget)  # a bad spec is refused before a model is loaded
+    check_scope(options["budget_scope"], stages)
+    check_calibrated(stages)
     if overlay is not None:
         _check_overlay_path(overlay)
     sample = _scene() if image is None else _users_sample(image, question)

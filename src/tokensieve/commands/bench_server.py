@@ -16,12 +16,12 @@ import typer
 
 from tokensieve.budget import check_number
 from tokensieve.commands.arguments import split_budgets, split_specs
-from tokensieve.commands.console import note, print_json, print_lines, print_table
+from tokensieve.commands.console import note, print_json
+from tokensieve.commands.load_table import print_results, ratio, sentences
 from tokensieve.errors import OutputError, Refusal
 
 if TYPE_CHECKING:
     from tokensieve.load import Cell, CellResult, Journal, Plan, Side
-    from tokensieve.measure import Spread
 
 UNDER_LOAD = "Under load"  # heading of these options in --help
 RESULTS = "load.json"
@@ -132,13 +132,13 @@ def bench_under_load(test: LoadTest, json: bool) -> None:
     if not results:
         note(f"tokensieve: no round was finished; the same command starts again from {test.output}")
         raise typer.Exit(code or 2)
-    lines = _sentences(results, full, reduced)
+    lines = sentences(results, full, reduced)
     report = {"setup": _setup(full, reduced, label, plan), "cells": [asdict(row) for row in results], "summary": lines}
     _write(test.output / RESULTS, report)
     if json:
         print_json(report)
     else:
-        _print(results, lines)
+        print_results(results, lines)
     note(f"results: {test.output / RESULTS}")
     if code:
         raise typer.Exit(code)
@@ -245,26 +245,7 @@ def _results(journal: Journal, cells: Sequence[Cell]) -> list[CellResult]:
 def _tell(journal: Journal, cell: Cell) -> None:
     """Print the verdict on a finished cell, so that a long run shows what it found so far."""
     (row,) = _results(journal, [cell])
-    note(f"{cell}: {row.verdict}; requests/s {_ratio(row.throughput)}")
-
-
-def _sentences(results: Sequence[CellResult], full: Side, reduced: Side) -> list[str]:
-    from tokensieve.load import break_even_sentences
-    from tokensieve.measure.paired import FEW_ROUNDS
-
-    sides = f"full: {_description(full)}; reduced: {_description(reduced)}"
-    lines = [f"Reducing {sentence}." for sentence in break_even_sentences(results)]
-    if any(row.verdict == "does not pay" for row in results):
-        lines.append("Where it does not pay: `tokensieve serve --from-tokens N` keeps images of fewer tokens whole.")
-    fewest = min(row.rounds for row in results)
-    if fewest < FEW_ROUNDS:
-        lines.append(f"A verdict needs {FEW_ROUNDS} rounds of a cell; there are as few as {fewest}.")
-    return [sides, *lines, *(f"{row.cell}: {remark}" for row in results for remark in row.notes)]
-
-
-def _description(side: Side) -> str:
-    extra = side.fields.get("mm_processor_kwargs")
-    return f"{side.model} at {side.url}" + (f" with {json_module.dumps(extra)}" if extra else "")
+    note(f"{cell}: {row.verdict}; requests/s {ratio(row.throughput)}")
 
 
 def _setup(full: Side, reduced: Side, label: str, plan: Plan) -> dict[str, Any]:
@@ -276,61 +257,6 @@ def _setup(full: Side, reduced: Side, label: str, plan: Plan) -> dict[str, Any]:
         "fields": [dict(full.fields), dict(reduced.fields)],
         **{key: value for key, value in asdict(plan).items() if key != "rounds"},
     }
-
-
-def _print(results: Sequence[CellResult], lines: Sequence[str]) -> None:
-    """Print rates and verdicts in one table, latencies in another."""
-    grid = ("image", "words", "tokens", "load")
-    print_table(
-        (*grid, "prompt", "requests/s", "tokens/s", "× requests/s", "failed", "verdict"), list(map(_rates, results))
-    )
-    times = ("first token ms", "×", "ms/token", "×", "request ms", "×")
-    print_table((*grid, *times), list(map(_latencies, results)))
-    typer.echo("full → reduced, medians of the rounds; times of the full side: median / 95th percentile")
-    typer.echo("×: paired by round, median (quartiles); above 1, reduced is better")
-    print_lines(lines)
-
-
-def _cell(cell: Cell) -> list[str]:
-    return [cell.size, str(cell.words), str(cell.output_tokens), cell.load]
-
-
-def _rates(row: CellResult) -> list[str]:
-    full, reduced = row.full, row.reduced
-    return [
-        *_cell(row.cell),
-        f"{_digits(full.prompt_tokens)} → {_digits(reduced.prompt_tokens)}",
-        f"{_digits(full.requests_per_second)} → {_digits(reduced.requests_per_second)}",
-        f"{_digits(full.output_tokens_per_second)} → {_digits(reduced.output_tokens_per_second)}",
-        _ratio(row.throughput),
-        f"{full.failed_share:.0%} → {reduced.failed_share:.0%}",
-        row.verdict,
-    ]
-
-
-def _latencies(row: CellResult) -> list[str]:
-    full = row.full
-    return [
-        *_cell(row.cell),
-        f"{_digits(full.first_token_ms)} / {_digits(full.first_token_p95_ms)}",
-        _ratio(row.first_token),
-        f"{_digits(full.token_ms)} / {_digits(full.token_p95_ms)}",
-        _ratio(row.token),
-        f"{_digits(full.request_ms)} / {_digits(full.request_p95_ms)}",
-        _ratio(row.request),
-    ]
-
-
-def _digits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _ratio(spread: Spread | None) -> str:
-    from tokensieve.measure import ratio_digits
-
-    if spread is None:
-        return "–"
-    return f"{ratio_digits(spread.median)} ({ratio_digits(spread.low)}–{ratio_digits(spread.high)})"
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Number], least: float) -> list[Number]:

@@ -10,14 +10,11 @@ import typer
 
 from tokensieve.budget import parse_number
 from tokensieve.commands.arguments import (
-    Data,
-    FetchImages,
-    ImageColumn,
+    DataOptions,
     Json,
     Model,
     Prompt,
-    QuestionColumn,
-    Split,
+    with_data_options,
     with_load_options,
 )
 from tokensieve.commands.console import note, print_json, print_table, progress
@@ -34,37 +31,25 @@ def calibrate() -> None:
 
 @app.command()
 @with_load_options()
+@with_data_options(answers=False)
 def vtw(
+    *,
     loading: LoadOptions,
     model: Model = "reference",
-    data: Data = "reference",
-    split: Split = None,
-    fetch_images: FetchImages = False,
+    data: DataOptions,
     limit: Annotated[int, typer.Option(min=1, help="Largest number of questions, spread over the data.")] = 20,
     threshold: Annotated[float, typer.Option(min=0, help="Largest accepted mean KL divergence.")] = 0.003,
     first_layer: Annotated[int | None, typer.Option(min=1, help="First candidate.", show_default="5 of 32")] = None,
     output: Annotated[Path, typer.Option(help="File of the result.")] = Path("vtw.json"),
-    image_column: ImageColumn = "image",
-    question_column: QuestionColumn = "question",
-    answer_column: Annotated[str, typer.Option(help="Column of answers; not used here.")] = "answer",
     prompt: Prompt = "{question}",
     json: Json = False,
 ) -> None:
     """Find the first layer from which VTW may withdraw the visual tokens; 'vtw(calibration="vtw.json")' uses it."""
-    from tokensieve.evaluate import load_data
     from tokensieve.evaluate.calibrate import calibrate_vtw
 
-    samples = load_data(
-        data,
-        image_column=image_column,
-        question_column=question_column,
-        answer_column=answer_column,
-        split=split,
-        fetch_images=fetch_images,
-        limit=limit,
-    )
+    samples = data.load(limit=limit)
     vlm, processor = load_model(model, loading)
-    if data != "reference":
+    if not data.bundled:
         note_foreign_images(model)
     with progress() as bar:
         result = calibrate_vtw(
@@ -81,7 +66,9 @@ def vtw(
 
 @app.command()
 @with_load_options()
+@with_data_options(answers=False)
 def average(
+    *,
     loading: LoadOptions,
     method: Annotated[str, typer.Option(help="Method spec that leaves its budget open.")] = "scope",
     keep: Annotated[str, typer.Option(help="Wanted average: tokens per image (64) or a share (11%).")] = "25%",
@@ -90,35 +77,22 @@ def average(
         typer.Option(help="What an image's tokens are worth: further coverage, score mass or effective rank."),
     ] = "gain",
     model: Model = "reference",
-    data: Data = "reference",
-    split: Split = None,
-    fetch_images: FetchImages = False,
+    data: DataOptions,
     limit: Annotated[int, typer.Option(min=1, help="Largest number of images, spread over the data.")] = 50,
     output: Annotated[Path, typer.Option(help="The spec file of the result.")] = Path("average.json"),
-    image_column: ImageColumn = "image",
-    question_column: QuestionColumn = "question",
-    answer_column: Annotated[str, typer.Option(help="Column of answers; not used here.")] = "answer",
     prompt: Prompt = "{question}",
     json: Json = False,
 ) -> None:
     """Find the threshold at which images keep different numbers of tokens, with a wanted average over the data."""
     from tokensieve.engine.budget_scope import check_scope
-    from tokensieve.evaluate import load_data
     from tokensieve.evaluate.average import calibrate_average, one_per_image
     from tokensieve.methods import parse
 
     stages = parse(method, keep=f"average:{parse_number(keep)!r}:{by}")
     check_scope("image", stages)  # a method that cannot have such a budget is refused before a model is loaded
-    samples = load_data(
-        data,
-        image_column=image_column,
-        question_column=question_column,
-        answer_column=answer_column,
-        split=split,
-        fetch_images=fetch_images,
-    )
+    samples = data.load()
     vlm, processor = load_model(model, loading)
-    if data != "reference":
+    if not data.bundled:
         note_foreign_images(model)
     texts = {"prompt": prompt, "text_processor": processor}
     with progress() as bar:

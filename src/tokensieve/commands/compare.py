@@ -15,21 +15,19 @@ from tokensieve.commands.arguments import (
     KEEPS,
     METHODS,
     BudgetScope,
-    Data,
-    FetchImages,
-    ImageColumn,
+    DataOptions,
     Json,
     Keeps,
     Methods,
     Model,
     Prompt,
-    QuestionColumn,
     Repair,
+    Reselect,
     Separators,
-    Split,
     check_scopes,
     split_budgets,
     split_specs,
+    with_data_options,
     with_load_options,
 )
 from tokensieve.commands.console import in_all_processes, note, print_json, print_lines, print_table, progress
@@ -41,17 +39,17 @@ COMPARED = f"{METHODS}, downsample"  # the referee's hard questions are those th
 
 
 @with_load_options()
+@with_data_options()
 @in_all_processes
 def compare(
+    *,
     loading: LoadOptions,
     model: Model = "reference",
     unreduced: Annotated[
         str | None,
         typer.Option(help="The unreduced fine-tune that --model, fine-tuned with PuMer, is compared with."),
     ] = None,
-    data: Data = "reference",
-    split: Split = None,
-    fetch_images: FetchImages = False,
+    data: DataOptions,
     methods: Methods = COMPARED,
     keep: Keeps = KEEPS,
     keep_means: Annotated[
@@ -61,6 +59,7 @@ def compare(
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     repair: Repair = None,
+    reselect: Reselect = False,
     types: Annotated[
         str | None, typer.Option(help="Question types to keep, with commas between.", show_default="all")
     ] = None,
@@ -82,9 +81,6 @@ def compare(
             "(MMBench)."
         ),
     ] = "exact",
-    image_column: ImageColumn = "image",
-    question_column: QuestionColumn = "question",
-    answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
     prompt: Prompt = "{question}",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of a method that draws at random.")] = 5,
@@ -97,7 +93,6 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods: accuracy, tokens, FLOPs, latency and memory. Writes results.json and report.html."""
-    from tokensieve.evaluate import load_data
     from tokensieve.evaluate.compare import Comparison
     from tokensieve.evaluate.data import types_known_to
     from tokensieve.evaluate.plan import Settings
@@ -107,7 +102,12 @@ def compare(
 
     specs, keeps = split_specs(methods), split_budgets(keep)
     specs, options = expand(
-        specs, budget_scope=budget_scope, separators=separators, positions="original", repair=repair
+        specs,
+        budget_scope=budget_scope,
+        separators=separators,
+        positions="original",
+        repair=repair,
+        reselect=reselect,
     )
     settings = Settings(
         batch_size=_batch_size(batch_size),
@@ -126,20 +126,11 @@ def compare(
         from tokensieve.report.extra import check_report_extra
 
         check_report_extra()
-    load = partial(
-        load_data,
-        data,
-        image_column=image_column,
-        question_column=question_column,
-        answer_column=answer_column,
-        split=split,
-        fetch_images=fetch_images,
-        limit=limit,
-    )
+    load = partial(data.load, limit=limit)
     chosen_types = None if types is None else [name for text in types.split(",") if (name := text.strip())]
     samples = load(types=chosen_types)  # a mistake in the data is found before a model is loaded
     vlm, processor = load_model(model, loading, classifiers=True)
-    if chosen_types is None and (known := types_known_to(vlm, data)):
+    if chosen_types is None and (known := types_known_to(vlm, data.data)):
         samples = load(types=known)
     note_crowd(vlm)
     if methods == COMPARED:
@@ -153,7 +144,7 @@ def compare(
     comparison = Comparison(vlm, processor, samples, settings, trained, loading, processes)
     if processes.count > 1:
         note(f"{processes.count} processes share the questions")
-    if data != "reference":
+    if not data.bundled:
         note_foreign_images(model)
     with progress() as bar:
         results = comparison.run(specs, keeps, output, bar)

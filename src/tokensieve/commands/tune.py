@@ -9,19 +9,16 @@ import typer
 
 from tokensieve.commands.arguments import (
     BudgetScope,
-    Data,
-    FetchImages,
-    ImageColumn,
+    DataOptions,
     Json,
     Model,
     Prompt,
-    QuestionColumn,
     Repair,
     Separators,
-    Split,
     check_scopes,
     split_budgets,
     split_specs,
+    with_data_options,
     with_load_options,
 )
 from tokensieve.commands.console import note, print_json, progress
@@ -39,10 +36,12 @@ WIDTH = 100  # of the answer where stdout is no terminal
 
 
 @with_load_options()
+@with_data_options()
 def tune(
+    *,
     loading: LoadOptions,
     max_drop: Annotated[str, typer.Option(help="Largest drop of accuracy against the full model: 1% or 0.01.")],
-    data: Data = "reference",
+    data: DataOptions,
     model: Model = "reference",
     max_latency: Annotated[
         str | None, typer.Option(help="Largest prefill time: 60% of the full model's, or 12ms.", show_default="none")
@@ -68,11 +67,6 @@ def tune(
     spec_file: Annotated[
         Path | None, typer.Option(help="Spec file of the chosen method.", show_default="best.json in --output")
     ] = None,
-    split: Split = None,
-    fetch_images: FetchImages = False,
-    image_column: ImageColumn = "image",
-    question_column: QuestionColumn = "question",
-    answer_column: Annotated[str, typer.Option(help="Column of answers: a text, or a list of them.")] = "answer",
     metric: Annotated[str, typer.Option(help="Score of an answer, as in compare.")] = "exact",
     prompt: Prompt = "{question}",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 16,
@@ -85,8 +79,8 @@ def tune(
     json: Json = False,
 ) -> None:
     """Find the cheapest reduction that keeps the accuracy, prove it on held-out questions, and write its spec file."""
-    from tokensieve.evaluate import load_data
     from tokensieve.evaluate.plan import Settings
+    from tokensieve.methods.spec import expand
     from tokensieve.tune.costs import Limit
     from tokensieve.tune.search import check_bound
     from tokensieve.tune.search import tune as search
@@ -95,31 +89,16 @@ def tune(
     bound = check_bound(_share(max_drop))
     if max_latency is not None:
         Limit.of(max_latency)  # a bad value is refused before a model is loaded
-    settings = Settings(
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        metric=metric,
-        budget_scope=budget_scope,
-        separators=separators,
-        repair=repair,
-        prompt=prompt,
-    )
     specs, keeps = list(METHODS) if methods is None else split_specs(methods), split_budgets(keep)
+    specs, options = expand(specs, budget_scope=budget_scope, separators=separators, repair=repair)
+    settings = Settings(batch_size=batch_size, max_new_tokens=max_new_tokens, metric=metric, prompt=prompt, **options)
     space(specs, keeps)  # a bad spec is refused before a model is loaded
     named = [spec for spec in specs if spec != "all"]
-    check_scopes(budget_scope, settings.plan(named, keeps) if methods is not None else [])
-    samples = load_data(
-        data,
-        image_column=image_column,
-        question_column=question_column,
-        answer_column=answer_column,
-        split=split,
-        fetch_images=fetch_images,
-        limit=questions,
-    )
+    check_scopes(settings.budget_scope, settings.plan(named, keeps) if methods is not None else [])
+    samples = data.load(limit=questions)
     vlm, processor = load_model(model, loading)
     note_crowd(vlm)
-    if data != "reference":
+    if not data.bundled:
         note_foreign_images(model)
     with progress() as bar:
         result = search(

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tokensieve.engine.inflight import InFlight
 from tokensieve.errors import Refusal
 
-Read: TypeAlias = Callable[[Tensor, Tensor, float, Tensor | None], Any]
+Read: TypeAlias = Callable[[Tensor, Tensor, float, Tensor | None, Tensor], Any]
 NAME = "tokensieve_probe"
 
 
@@ -31,8 +31,8 @@ class Probe:
 
     Args:
         attention: the module.
-        read: computes a reading from queries and keys `[B, H, N, d]`, their scaling, and the mask `[B or 1, 1, N, N]`
-            (bool or additive) if there is one; e.g. ``ops.attention_from_cls``.
+        read: computes a reading from queries and keys `[B, H, N, d]`, their scaling, the mask `[B or 1, 1, N, N]`
+            (bool or additive) if there is one, and the values.
         flight: holds the readings.
     """
 
@@ -76,8 +76,8 @@ class Probe:
         finally:
             self.flight.stop_after_reading = None
 
-    def observe(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
-        """Read queries and keys `[B, H, N, d]`, if armed.
+    def observe(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None, value: Tensor) -> None:
+        """Read queries, keys and values `[B, H, N, d]`, if armed.
 
         Raises:
             Refusal: the kernel takes a mask that cannot be read, such as the blocks of flex attention.
@@ -90,7 +90,7 @@ class Probe:
                 "the model with sdpa, eager or a flash kernel, or use a method that reads features only"
             )
         scaling = scaling or query.shape[-1] ** -0.5
-        self.flight.readings[self].append(self.read(query.detach(), key.detach(), scaling, mask))
+        self.flight.readings[self].append(self.read(query.detach(), key.detach(), scaling, mask, value.detach()))
         if self.flight.stop_after_reading is self:
             raise _StopForward
 
@@ -98,7 +98,7 @@ class Probe:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
         """Replace the module's attention function: read, then call the kernel that the model is configured with."""
-        self.observe(query, key, kwargs.get("scaling"), mask)
+        self.observe(query, key, kwargs.get("scaling"), mask, value)
         kernel = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
         return kernel(module, query, key, value, mask, **kwargs)
 
@@ -151,7 +151,8 @@ class _InterceptKernel(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is scaled_dot_product_attention:
             arguments = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            self.probe.observe(arguments["query"], arguments["key"], arguments.get("scale"), arguments.get("attn_mask"))
+            query, key, value = (arguments[name] for name in ("query", "key", "value"))
+            self.probe.observe(query, key, arguments.get("scale"), arguments.get("attn_mask"), value)
         return function(*args, **kwargs)
 
 

@@ -29,6 +29,7 @@ class Evidence:
         label: the name that users see; "" hides it.
         read: computes it from the queries, keys, scaling and mask of one attention module.
         read_without_cls: the same where the vision encoder has no [CLS] token.
+        of_values: ``read`` receives the values in the place of queries and keys, and a scaling of 1.
         hidden: the hidden states in the LLM that it is a copy of.
         rope: computes it from the (cos, sin) of the LLM's rotary embedding.
         merged: a token that was merged inside the vision encoder has the sum, or the mean, of its members' evidence.
@@ -37,6 +38,7 @@ class Evidence:
     label: str = ""
     read: ReadAttention | None = None
     read_without_cls: ReadAttention | None = None
+    of_values: bool = False
     hidden: HiddenState | None = None
     rope: Callable[[Tensor, Tensor], Tensor] | None = None
     merged: Literal["sum", "mean"] = "mean"
@@ -149,6 +151,9 @@ class EncoderNeeds(StageNeeds):
         cls_attention_single_head: the same with all heads joined into one.
         attention_received: the attention that each token receives.
         encoder_keys: the keys.
+        encoder_values: the values.
+        value_attention: the softmax of the products of the [CLS] token's value with all values.
+        earlier_scores: the scores of the method's decision in the layer before.
         grid: the tokens must form a grid.
     """
 
@@ -156,6 +161,14 @@ class EncoderNeeds(StageNeeds):
     cls_attention_single_head: bool = evidence(**CLS_ATTENTION_SINGLE_HEAD)
     attention_received: bool = evidence("attention received", read=ops.attention_received)
     encoder_keys: bool = evidence("encoder keys", read=ops.keys_by_head)
+    encoder_values: bool = evidence("encoder values", read=ops.keys_by_head, of_values=True)
+    value_attention: bool = evidence(
+        "[CLS] attention by values",
+        read=ops.attention_from_cls,
+        read_without_cls=ops.attention_received,
+        of_values=True,
+    )
+    earlier_scores: bool = evidence("earlier scores")
     grid: bool = evidence("grid")
 
 

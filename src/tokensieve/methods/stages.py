@@ -103,6 +103,7 @@ class EncoderMethod(InsideMethod):
     """
 
     after_layer: ClassVar[bool] = False  # tokens leave after the whole layer; else between its attention and its MLP
+    adaptive: ClassVar[bool] = False  # images differ in their numbers in between, and agree in the last of its layers
 
     @property
     def proportional(self) -> bool:

@@ -3,12 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from tokensieve.budget import Budget
 from tokensieve.methods import DecoderMethod, DecoderNeeds, register
-from tokensieve.ops import normalise
+from tokensieve.ops import normalise, suppressed
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens, given
 
@@ -57,20 +54,5 @@ class Trio(DecoderMethod):
         scores, rows = given(image.gradient).float().norm(dim=-1), normalise(image.features)
         near = rows @ rows.transpose(-1, -2) >= self.similar
         order = scores.sort(dim=-1, descending=True, stable=True).indices
-        return image.keep(order.gather(-1, spread(near, order))[:, : image.budget], scores)
-
-
-def spread(near: Tensor, order: Tensor) -> Tensor:
-    """Return the ranks of tokens that are not near one chosen before, ascending, and then the other ranks, `[B, N]`.
-
-    Args:
-        near: `[B, N, N]` bool.
-        order: `[B, N]`, the token of each rank.
-    """
-    waits = torch.zeros_like(order, dtype=torch.bool)
-    by_rank = torch.empty_like(waits)
-    for rank in range(order.shape[1]):
-        token = order[:, rank, None]
-        by_rank[:, rank, None] = token_waits = waits.gather(1, token)
-        waits |= near.take_along_dim(token[..., None], 1)[:, 0] & ~token_waits
-    return by_rank.int().argsort(dim=-1, stable=True)
+        waits = suppressed(near, order)
+        return image.keep(order.gather(-1, waits.int().argsort(dim=-1, stable=True))[:, : image.budget], scores)

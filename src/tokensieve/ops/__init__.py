@@ -12,7 +12,7 @@ from tokensieve.ops.attention_rows import (
 )
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.draw import hash_of, pixel_hash, random_scores
-from tokensieve.ops.greedy import coverage, dpp_map, max_min, weighted_max_min
+from tokensieve.ops.greedy import coverage, dpp_map, max_min, suppressed, weighted_max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
 from tokensieve.ops.merge import (
     area_pool,
@@ -124,6 +124,7 @@ __all__ = [
     "sizes_of",
     "soft_top_k",
     "spread_evenly",
+    "suppressed",
     "text_relevance",
     "text_similarity",
     "top_k",

@@ -88,6 +88,23 @@ def weighted_max_min(rows: Tensor, weight: Tensor, k: int) -> Tensor:
     return torch.cat(chosen, -1)
 
 
+@torch.no_grad()
+def suppressed(near: Tensor, order: Tensor) -> Tensor:
+    """Mark the ranks whose token is near a token of an earlier rank that is not marked, `[B, N]` bool.
+
+    Args:
+        near: `[B, N, N]` bool; True on its diagonal or not.
+        order: `[B, N]`, the token of each rank.
+    """
+    marked = torch.zeros_like(order, dtype=torch.bool)
+    by_rank = torch.empty_like(marked)
+    for rank in range(order.shape[1]):
+        token = order[:, rank, None]
+        by_rank[:, rank, None] = token_marked = marked.gather(1, token)
+        marked |= near.take_along_dim(token[..., None], 1)[:, 0] & ~token_marked
+    return by_rank
+
+
 def _to_nearest_other(rows: Tensor, places: Tensor) -> Tensor:
     """Return the distance of the unit rows at ``places`` `[c]` to their nearest other rows, `[B, c]`."""
     distance = 1 - rows[:, places] @ rows.transpose(-1, -2)

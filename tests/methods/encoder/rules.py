@@ -4,6 +4,8 @@ The tiny vision encoders have 25 patches and 4 layers, the third of which gives 
 each layer are written out. A method without a rule here goes through the laws all the same.
 """
 
+import math
+
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -69,6 +71,32 @@ def mustdrop(side: int, window: int, threshold: float):
     return groups
 
 
+def flowcut(keep: int, every: int):
+    """FlowCut: scores of all layers so far, halved in each; the entropy of the last attention says how many leave."""
+
+    def groups(stage: int, rows: Rows, x: Tensor) -> list[Group]:
+        if len(rows.places) <= keep:
+            return [(i, [(i, 1.0)]) for i in range(len(rows.places))]
+        special, scores = rows.specials, None
+        for layer in range(stage + 1):
+            mine = rows.values[layer]
+            kinds = [rows.attention[layer], (mine @ mine.transpose(1, 2)).softmax(-1)]
+            # the row of [CLS], or the mean over all rows
+            looks = [(kind[:, 0] if special else kind.mean(1)).mean(0)[special:] for kind in kinds]
+            shares = [look / look.sum() for look in looks]
+            score = (shares[0] + shares[1]) * mine.mean(0)[special:].abs().sum(-1)
+            scores = score if scores is None else (scores + score) / 2
+            scores = scores if layer == stage else rows.matrices[layer] @ scores
+        n, to_come = len(rows.places), 1 - stage
+        entropy = -sum(p * math.log(p) for p in shares[0].tolist())
+        leave = (n - keep) / math.sqrt(to_come) * (1 - (entropy / math.log(n)) ** 2) if to_come else n - keep
+        stay = n if to_come % every else max(keep, n - round(leave))
+        best = sorted(sorted(range(n), key=lambda i: -float(scores[i]))[:stay])
+        return [(i, [(i, 1.0)]) for i in best]
+
+    return groups
+
+
 EVERY = [0, 1, 2]
 RULES = {
     "tome(keep=5)": Rule(tome([7, 8, 5]), EVERY, proportional=True),  # no layer can merge more than half
@@ -78,6 +106,8 @@ RULES = {
     "tome(keep=13, inflection=1.0)": Rule(tome([0, 4, 8]), EVERY, proportional=True),
     "illava-encoder(keep=0.4)": Rule(illava([8, 7]), [1, 2]),
     "illava-encoder(keep=6, layers=(0, 2), favour_attended=True)": Rule(illava([10, 9], favour=True), [0, 2]),
+    "flowcut(keep=9)": Rule(flowcut(9, 2), [0, 1], behind=True),
+    "flowcut(keep=6, every=1)": Rule(flowcut(6, 1), [0, 1], behind=True),
     "mustdrop-encoder(threshold=-1.0)": Rule(mustdrop(5, 3, -1.0), [0], behind=True),
     "mustdrop-encoder(threshold=0.45, window=2, layer=1)": Rule(mustdrop(5, 2, 0.45), [1], behind=True),
     "mustdrop-encoder(threshold=0.0125, window=2, layer=1)": Rule(mustdrop(5, 2, 0.0125), [1], behind=True),

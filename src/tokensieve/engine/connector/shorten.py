@@ -15,6 +15,7 @@ from tokensieve.engine.handoff import ImageReduction
 from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
 from tokensieve.errors import Refusal
 from tokensieve.models import Family
+from tokensieve.models.planes import replace_rows, rows_of
 
 PADDING_OF = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
 """Further arguments with a column per token, and the value on padding."""
@@ -46,9 +47,8 @@ def reduce_features(
         patches = [prompt.outputs.patches[prompt.origins[n]] for n in numbers]
         reduced = _merge_before_projector(family, model, features, patches, images)
     # models that stack equal images read all rows in one line, so that any number of rows fits
-    output.pooler_output = torch.cat(reduced)[None] if isinstance(encoded.pooler_output, Tensor) else reduced
-    if getattr(encoded, "deepstack_features", None) is not None:
-        output.deepstack_features = [reduce_plane(level) for level in encoded.deepstack_features]
+    in_line = torch.cat(reduced)[None] if isinstance(rows_of(encoded), Tensor) else reduced
+    replace_rows(output, in_line, reduce_plane)
     return output
 
 

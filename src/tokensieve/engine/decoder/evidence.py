@@ -146,7 +146,7 @@ class DecoderEvidence:
             self.flight.decoding.evidence |= dict.fromkeys(self._copied("MLP input"), args[0])
 
     def _read(
-        self, softcap: float | None, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
+        self, softcap: float | None, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None, value: Tensor
     ) -> dict[str, Tensor]:
         """Read one attention module: rows of the requested queries, `[B, H, Q, n]`, and rows per token."""
         state = self.flight.decoding

@@ -138,7 +138,8 @@ class DecoderHooks:
         """Start a prompt, as the connector stage left it.
 
         Raises:
-            Refusal: if a budget is out of reach for an image, or a row has no user text.
+            Refusal: if a budget is out of reach for an image, a row has no user text, or it is shorter than what the
+                method reads.
         """
         entered = [[image.entered for image in images] for images in prefill.images]
         if self.layer_budget is None:
@@ -146,9 +147,17 @@ class DecoderHooks:
         else:
             inside = self.layer_budget.inside
             methods = [[inside(image.layout.patches, image.entered) for image in images] for images in prefill.images]
-        for row_methods, sizes in zip(methods, entered, strict=True):
+        reached = max((-place for place in self.evidence.needs.gradient or ()), default=0)
+        for row, (row_methods, sizes) in enumerate(zip(methods, entered, strict=True)):
+            columns = prefill.lengths[row] - int(prefill.visual[row].sum()) if reached else 0
             for method, patches in zip(row_methods, sizes, strict=True):
-                method.stage_budgets(patches, self.layers, self.depth)
+                budgets = method.stage_budgets(patches, self.layers, self.depth) or []
+                columns += [patches, *budgets][len(self.layers) - 1] if reached else 0  # they enter the last layer
+            if sizes and columns < reached:
+                raise Refusal(
+                    f"{self.method} reads guesses off the last {reached} places of the prompt; {columns} are left of "
+                    f"it at layer {self.layers[-1]}: ask a longer question, or set guesses and skip"
+                )
         text = None
         if self.text_finder is not None:
             text = self.text_finder.find(prefill.kwargs["input_ids"], prefill.between_frames())

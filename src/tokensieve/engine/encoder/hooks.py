@@ -21,18 +21,20 @@ from tokensieve.engine.encoder.steps import TowerPass, TowerResult
 from tokensieve.engine.encoder.tower import TowerHooks
 from tokensieve.engine.handoff import EncoderOutputs
 from tokensieve.engine.inflight import InFlight
-from tokensieve.engine.probe import Probe, Read, probe_of
+from tokensieve.engine.probe import Probe, probe_of
 from tokensieve.errors import Refusal
-from tokensieve.methods import EncoderMethod, Method, Needs, PixelMethod, ResizeMethod
+from tokensieve.methods import EncoderMethod, EncoderNeeds, Method, Needs, PixelMethod, ResizeMethod
+from tokensieve.methods.needs import ReadAttention
 from tokensieve.models import EncodeCall, Family, TokenLayout
 from tokensieve.models.family import Modality, layer_list, scatter_to_anchors
 from tokensieve.models.layout import to_device
+from tokensieve.models.planes import rows_of
 from tokensieve.models.vit import Pooling
 from tokensieve.ops import pixel_hash
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import resolve_layers
 
-Reads: TypeAlias = dict[str, Read]
+Reads: TypeAlias = dict[str, ReadAttention]
 RECEIVED_FOR_CLS = "no [CLS] token in this encoder: attention received from all patches, in layers of global attention"
 POOLED_FOR_CLS = "no [CLS] token in this encoder: what its pooling head attends to in the last layer's output"
 
@@ -208,12 +210,22 @@ class EncoderHooks:
     # -- while the vision encoder runs --------------------------------------------------------------------------------
 
     def _read(
-        self, for_connector: Reads, for_encoder: Reads, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None
+        self,
+        for_connector: Reads,
+        for_encoder: Reads,
+        query: Tensor,
+        key: Tensor,
+        scaling: float,
+        mask: Tensor | None,
+        value: Tensor,
     ) -> dict[str, Tensor]:
         """Read one layer: returns the connector's evidence, and hands the encoder method's to the running pass."""
-        call = self._call
+        call, table = self._call, EncoderNeeds.table()
         if call is not None and call.tower_pass is not None:
-            call.tower_pass.evidence = {name: read(query, key, scaling, mask) for name, read in for_encoder.items()}
+            call.tower_pass.evidence = {
+                name: read(value, value, 1.0, mask) if table[name].of_values else read(query, key, scaling, mask)
+                for name, read in for_encoder.items()
+            }
         return {name: read(query, key, scaling, mask) for name, read in for_connector.items()}
 
     def _before_tower(self, probes: dict[int, Probe], tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -270,7 +282,7 @@ class EncoderHooks:
     def _outputs(self, call: RecordedCall) -> EncoderOutputs:
         """Convert the readings of a finished call to one row per patch."""
         family, model = self.family, self.model
-        device = call.output.pooler_output[0].device
+        device = rows_of(call.output)[0].device
         layouts = [layout.to(device) for layout in family.layouts(model, call)]
         if isinstance(self.method, PixelMethod) and call.reductions is not None:  # the encoder had no rows of the rest
             kept = zip(layouts, call.reductions, strict=True)

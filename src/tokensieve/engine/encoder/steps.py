@@ -49,6 +49,7 @@ class TowerPass:
         merged: whether a decision merged tokens; else all only dropped them.
         bias: `[B, 1, 1, specials + n]`, added to the attention scores from here on.
         evidence: `[B, specials + n, ...]` by name, read in the layer of the next decision.
+        scores: `[B, n]`, the scores of the last decision, where the method requests them; 0 on padding.
         residual, mlp_output: in a layer that reduces between attention and MLP, the short rows and the MLP's output.
     """
 
@@ -59,6 +60,7 @@ class TowerPass:
     merged: bool = False
     bias: Tensor | None = None
     evidence: dict[str, Tensor] = field(default_factory=dict)
+    scores: Tensor | None = None
     residual: Tensor | None = None
     mlp_output: Tensor | None = None
 

@@ -96,8 +96,9 @@ class TowerHooks:
             )
         pixels: Tensor = inputs["pixel_values"]
         budgets = self.method.stage_budgets(grid[0] * grid[1], self.layers, self.depth)  # refuses one out of reach
-        # without a budget, images may keep different numbers of tokens: the padding must be masked
-        if self.method.proportional or (budgets is None and len(pixels) > 1):
+        # images may keep different numbers of tokens: the padding must be masked
+        ragged = len(pixels) > 1 and (budgets is None or self.method.adaptive)
+        if self.method.proportional or ragged:
             kernel = str(self.tower.config._attn_implementation)
             if "flash" in kernel:
                 raise Refusal(
@@ -170,6 +171,8 @@ class TowerHooks:
         groups = equal_groups(before.lengths)
         decisions = [(images, self._decide(tower_pass, number, patches, images)) for images in groups]
         tower_pass.evidence.clear()
+        if self.method.needs.requests("earlier_scores"):
+            tower_pass.scores = _scores_that_stay(decisions)
         for images, decision in decisions:
             for image in images:
                 (tower_pass.notes_if_whole if decision.whole else tower_pass.notes)[image] += decision.notes
@@ -208,6 +211,8 @@ class TowerHooks:
         evidence: dict[str, Any] = {
             name: select(rows[:, self.specials :]) for name, rows in tower_pass.evidence.items()
         }
+        if tower_pass.scores is not None:
+            evidence["earlier_scores"] = select(tower_pass.scores)
         return self.method(
             EncoderTokens(
                 select(patches),
@@ -216,6 +221,7 @@ class TowerHooks:
                 sizes=select(tower_pass.latest.sizes),
                 specials=self.specials,
                 net=self.net and self.net.to(patches.device),
+                layers_to_come=len(self.layers) - 1 - stage,
                 **evidence,
             )
         )
@@ -226,3 +232,13 @@ class TowerHooks:
             return None
         weights = step.sizes if self.method.proportional else (step.sizes > 0).float()
         return mask_bias(nn.functional.pad(weights, (self.specials, 0), value=1.0), dtype)
+
+
+def _scores_that_stay(decisions: list[tuple[list[int], Reduction]]) -> Tensor:
+    """Return the scores of the tokens that stay, `[B, m]`: 0 on padding, and where a decision has none."""
+    stay: dict[int, Tensor] = {}
+    for images, batch in decisions:
+        for image, decision in zip(images, batch, strict=True):
+            scores, anchors = decision.scores, decision.anchors
+            stay[image] = torch.zeros_like(anchors, dtype=torch.float32) if scores is None else scores[anchors]
+    return pad_sequence([stay[image] for image in sorted(stay)], batch_first=True)
