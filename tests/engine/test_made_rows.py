@@ -184,8 +184,10 @@ def test_refusals(registry):
         tokensieve.attach(model, "mqt(weights='random', keep=4)")
     with pytest.raises(Refusal, match="mqt has no bundled weights"):
         tokensieve.attach(models.tiny_model("llava-clip"), "mqt(keep=4)")
+    before = models.footprint(models.tiny_model("llava-clip"))
     with pytest.raises(Refusal, match="reads hidden states of the encoder, in which tome"):
         tokensieve.attach(models.tiny_model("llava-clip"), "tome(keep=0.5) + tokenpacker(weights='random')")
+    assert models.footprint(models.tiny_model("llava-clip")) == before, "a refusal leaves no hook"
     decision = ConnectorTokens(torch.randn(1, 9, 4)).made(torch.randn(1, 2, 4), torch.tensor([[7, 1]]))
     assert decision.anchors.tolist() == [[1, 7]]
     with pytest.raises(Refusal, match="a net made the rows of this Reduction"):

@@ -133,6 +133,8 @@ class EncoderHooks:
             raise Refusal("this method compares patches with the encoder's [CLS] token; this encoder has none")
         if self.needs.reads_attention and not attentions:
             raise Refusal(f"{type(tower).__name__} has no attention over all patches that could be read")
+        if self.needs.encoder_states is not None:  # before any other hook, as this may be refused
+            self._hook_states(tower, attentions, resolve_layers(self.needs.encoder_states, self.depth))
         self._tower_arguments = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.pooling = None if has_cls else self.family.pooling_head(tower)
         self.pooled_layers = {} if self.pooling is None else _replaced_by_pooling(self.needs, self.depth)
@@ -154,8 +156,6 @@ class EncoderHooks:
             for layer in sorted(for_connector.keys() | for_encoder.keys())
         }
         self._probes += probes.values()
-        if needs.encoder_states is not None:
-            self._hook_states(tower, attentions, resolve_layers(needs.encoder_states, self.depth))
         if self.tower_hooks is not None:
             self.tower_hooks.install()
         self._handles += [
@@ -167,11 +167,12 @@ class EncoderHooks:
         """Keep the output of layers, each of which is the module around an attention that is numbered so."""
         if self.tower_hooks is not None:
             raise Refusal(f"this method reads hidden states of the encoder, in which {self.tower_hooks.method} acts")
+        layer_of = {module: layer for layer in layer_list(tower) for module in layer.modules()}
+        if not all(attention in layer_of for attention in attentions):
+            raise Refusal(f"the layers of {type(tower).__name__}, whose output this method reads, are unknown")
         for number in dict.fromkeys(numbers):
-            around = [layer for layer in layer_list(tower) if attentions[number] in layer.modules()]
-            if not around:
-                raise Refusal(f"the layers of {type(tower).__name__}, whose output this method reads, are unknown")
-            self._handles.append(around[0].register_forward_hook(partial(self._keep_state, number)))
+            hook = partial(self._keep_state, number)
+            self._handles.append(layer_of[attentions[number]].register_forward_hook(hook))
 
     def _keep_state(self, number: int, layer: nn.Module, args: Any, output: Any) -> None:
         call = self._call
