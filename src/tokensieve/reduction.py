@@ -35,8 +35,8 @@ class Mixing:
 class Reduction:
     """A decision that turns N tokens into K slots, for one image or for B images of equal size.
 
-    Output rows are ``W @ input rows``. Slot ``k`` has the place and the position id of token ``anchors[k]``. In a
-    decision for B images all tensors have a leading dimension ``B``.
+    Output rows are ``W @ input rows``, or made by a net (``rows``). Slot ``k`` has the place and the position id of
+    token ``anchors[k]``. In a decision for B images all tensors have a leading dimension ``B``.
 
     Attributes:
         total: N, the number of tokens before the reduction.
@@ -49,6 +49,8 @@ class Reduction:
         notes: remarks for a reader of this decision.
         projected: True if the input rows of W are the projector's outputs. False if they are its inputs; the rows that
             W makes of them are then projected.
+        rows: `[K, D]` or `[B, K, D]`, output rows that a net made, in the space of the LLM's input; ``None``: W makes
+            them. W then only says which tokens each row is made of, for drawings and for the sizes of ``repair``.
         soft: True while a net is trained by attention: no token leaves, rows stay as they are, and each weight of W is
             the share in which a token takes part in attention.
     """
@@ -61,6 +63,7 @@ class Reduction:
     grid: tuple[int, int] | None = None
     notes: tuple[str, ...] = ()
     projected: bool = True
+    rows: Tensor | None = None
     soft: bool = False
 
     @classmethod
@@ -71,7 +74,8 @@ class Reduction:
 
     def __repr__(self) -> str:
         images = f"{self.anchors.shape[0]} images of " if self.anchors.ndim > 1 else ""
-        kind = "all kept" if self.whole else "pruned" if self.mixing is None else "merged"
+        merged = "pruned" if self.mixing is None else "merged"
+        kind = "all kept" if self.whole else "made" if self.rows is not None else merged
         kept = (
             f"{self.slots} of {self.total} tokens"
             if self.valid is None
@@ -100,6 +104,8 @@ class Reduction:
         for name, (optional, shape) in shapes.items():
             if optional is not None and list(optional.shape) != shape:
                 return f"{name} must have shape {shape}; got {list(optional.shape)}"
+        if self.rows is not None and list(self.rows.shape[:-1]) != [*lead, slots]:
+            return f"rows must start with {[*lead, slots]}; got {list(self.rows.shape)}"
         if not values:
             return None
         for name, tensor in indices.items():
@@ -128,7 +134,7 @@ class Reduction:
     @property
     def whole(self) -> bool:
         """Return whether no token was dropped or merged."""
-        return self.mixing is None and self.slots == self.total and self.valid is None
+        return self.mixing is None and self.slots == self.total and self.valid is None and self.rows is None
 
     @property
     def source(self) -> Tensor:
@@ -189,6 +195,7 @@ class Reduction:
             grid=self.grid,
             notes=self.notes,
             projected=self.projected,
+            rows=None if self.rows is None else self.rows[image],
             soft=self.soft,
         )
         if self.valid is None:
@@ -197,7 +204,9 @@ class Reduction:
         if m is not None:  # drop the entries of padded slots and renumber the others
             entries, number = valid[m.slot], valid.cumsum(0) - 1
             m = Mixing(number[m.slot[entries]], m.source[entries], m.weight[entries])
-        return replace(pick, anchors=pick.anchors[valid], mixing=m)
+        return replace(
+            pick, anchors=pick.anchors[valid], mixing=m, rows=None if pick.rows is None else pick.rows[valid]
+        )
 
     def to(self, device: Any) -> Reduction:
         """Copy the tensors to a device."""
@@ -208,12 +217,18 @@ class Reduction:
         m = self.mixing
         mixing = None if m is None else Mixing(*(t.to(device) for t in (m.slot, m.source, m.weight)))
         anchors, valid, scores = self.anchors.to(device), moved(self.valid), moved(self.scores)
-        return replace(self, anchors=anchors, mixing=mixing, valid=valid, scores=scores)
+        return replace(self, anchors=anchors, mixing=mixing, valid=valid, scores=scores, rows=moved(self.rows))
 
     # -- applying -----------------------------------------------------------------------------------------------------
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return ``W @ rows``, `[N, D]` to `[K, D]` (or batched), in the dtype of ``rows``; sums run in float32."""
+        """Return ``W @ rows``, `[N, D]` to `[K, D]` (or batched), in the dtype of ``rows``; sums run in float32.
+
+        Raises:
+            Refusal: for another number of rows, or if a net made the rows: it cannot be applied again from here.
+        """
+        if self.rows is not None:
+            raise Refusal("a net made the rows of this Reduction, which it holds: they do not follow from other rows")
         if rows.shape[-2] != self.total:
             raise Refusal(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
         if self.whole or self.soft:
@@ -248,6 +263,7 @@ class Reduction:
         if first.whole:
             return replace(self, grid=first.grid or self.grid, notes=first.notes + self.notes)
         mixing = None if self.mixing is None and first.mixing is None else _product(self.entries(), first.entries())
+        rows = self.rows if self.rows is not None or first.rows is None else self.apply(first.rows)
         return Reduction(
             first.total,
             first.anchors[self.anchors],
@@ -255,6 +271,7 @@ class Reduction:
             grid=first.grid or self.grid,
             notes=first.notes + self.notes,
             projected=self.projected and first.projected,
+            rows=rows,
         )
 
     def entries(self) -> Mixing:
@@ -267,7 +284,10 @@ class Reduction:
     # -- storing ------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """Convert to lists and numbers, without the scores; :meth:`from_json` reads them."""
+        """Convert to lists and numbers, without the scores and rows made by a net; :meth:`from_json` reads them.
+
+        A decision without its made rows can be drawn, but not replayed.
+        """
         out: dict[str, Any] = {"total": self.total, "anchors": self.anchors.tolist()}
         if self.mixing is not None:
             out["mixing"] = {k: getattr(self.mixing, k).tolist() for k in ("slot", "source", "weight")}
@@ -279,16 +299,18 @@ class Reduction:
             out["notes"] = list(self.notes)
         if not self.projected:
             out["projected"] = False
+        if self.rows is not None:
+            out["made"] = True
         return out
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reduction:
         """Read the result of :meth:`to_json`; raise :class:`Refusal` if it is something else."""
         try:
-            mixing = data.get("mixing")
+            mixing, anchors = data.get("mixing"), torch.tensor(data["anchors"], dtype=torch.int64)
             read = cls(
                 total=int(data["total"]),
-                anchors=torch.tensor(data["anchors"], dtype=torch.int64),
+                anchors=anchors,
                 mixing=mixing
                 and Mixing(
                     torch.tensor(mixing["slot"], dtype=torch.int64),
@@ -299,6 +321,7 @@ class Reduction:
                 grid=(data["grid"][0], data["grid"][1]) if "grid" in data else None,
                 notes=tuple(data.get("notes", ())),
                 projected=data.get("projected", True),
+                rows=torch.empty(*anchors.shape, 0) if data.get("made") else None,
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             detail = f"{type(error).__name__}: {error}"
@@ -309,15 +332,15 @@ class Reduction:
         return read
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file, including the scores."""
+        """Write to a safetensors file, including the scores and rows made by a net."""
         from safetensors.torch import save_file  # here: torch alone suffices for everything else
 
-        tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores}
+        tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores, "rows": self.rows}
         if self.mixing is not None:
             tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
         named = {"total": self.total, "grid": self.grid, "notes": self.notes, "projected": self.projected}
         meta = {name: json.dumps(value) for name, value in named.items()}
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items() if v is not None}, path, metadata=meta)
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items() if v is not None}, path, metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Reduction:
@@ -344,6 +367,7 @@ class Reduction:
                 grid=grid and (grid[0], grid[1]),
                 notes=tuple(json.loads(meta["notes"])),
                 projected=json.loads(meta.get("projected", "true")),
+                rows=tensors.get("rows"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Refusal(f"{path} is not a file of Reduction.save: {type(error).__name__}: {error}") from error

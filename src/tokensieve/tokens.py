@@ -216,6 +216,35 @@ class VisualTokens:
             projected=not before_projector,
         )
 
+    def made(
+        self,
+        rows: Tensor,
+        anchors: Tensor,
+        *notes: str,
+        parts: Tensor | None = None,
+        valid: Tensor | None = None,
+        scores: Tensor | None = None,
+    ) -> Reduction:
+        """Put rows that a net made into the place of the tokens; the method's class sets ``makes_rows``.
+
+        Args:
+            rows: `[B, K, D]`, in the space of the features.
+            anchors: `[B, K]`, the tokens at whose places they stand; distinct, any order.
+            notes: remarks for readers of this decision.
+            parts: `[B, K, N]`, the share of each token in each row; ``None``: each is made of the token at its place.
+            valid, scores: as in :meth:`keep`.
+        """
+        if parts is None:
+            decision = self.keep(anchors, scores, valid=valid)
+        else:  # only nonzero shares become entries: images with fewer of them get zeros as padding
+            source, filled = padded_nonzero(parts.detach().flatten(1) != 0)
+            weight = parts.detach().flatten(1).gather(-1, source) * filled
+            slot, source = source // self.total, source % self.total
+            decision = self.merge(anchors, slot, source, weight, valid=valid, scores=scores)
+        order = _in_order(anchors, valid)[1].argsort(-1)  # the rows follow their anchors
+        rows = rows.gather(-2, order[..., None].expand_as(rows)).to(self.features.dtype)
+        return replace(decision, rows=rows, notes=(*self.notes, *notes))
+
     def merge_into(self, into: Tensor, weight: Tensor, *notes: str, scores: Tensor | None = None) -> Reduction:
         """Merge every token into one token: token i adds ``weight[i]`` of itself to token ``into[i]``.
 
@@ -244,6 +273,7 @@ class ConnectorTokens(VisualTokens):
         attention_received: by encoder layer `[B, N]`, the attention that each token receives: mean over heads and
             queries.
         encoder_keys: by encoder layer `[B, N, H, E]`, the keys.
+        encoder_states: by encoder layer `[B, N, C]`, the hidden states that leave it.
         cls_similarity: `[B, N]`, cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: `[B, N, C]`, the rows that enter the projector.
         project: the projector, from rows `[R, C]` like the patches to rows `[R, D]` like the features.
@@ -256,6 +286,7 @@ class ConnectorTokens(VisualTokens):
     cls_attention_single_head: ByLayer = field(default_factory=ByLayer)
     attention_received: ByLayer = field(default_factory=ByLayer)
     encoder_keys: ByLayer = field(default_factory=ByLayer)
+    encoder_states: ByLayer = field(default_factory=ByLayer)
     cls_similarity: Tensor | None = None
     patches: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None

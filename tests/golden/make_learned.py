@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.golden.official import GOLDEN
 
-KEPT = {"visionselector": (), "dyvte_gate": (), "dyvte_label": (), "setok": ("feats", "cluster", "score")}
+KEPT = {"visionselector": (), "dyvte_gate": (), "dyvte_label": (), "setok": (), "mqt_resampler": (), "tokenpacker": ()}
 
 
 def main(folder: Path) -> None:

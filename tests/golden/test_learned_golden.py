@@ -1,6 +1,7 @@
 """Trained methods against the authors' code: the vectors of ``manifest-learned.json``."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file
 from tests.golden.official import GOLDEN
 from tokensieve import parse
 from tokensieve.methods import ModelShape
+from tokensieve.methods.mqt import place_code
 from tokensieve.ops import soft_top_k
-from tokensieve.tokens import ConnectorTokens, DecoderTokens, DecoderUserText
+from tokensieve.tokens import ByLayer, ConnectorTokens, DecoderTokens, DecoderUserText
 
 METHODS = {entry["method"]: entry for entry in json.loads((GOLDEN / "manifest-learned.json").read_text())["methods"]}
 
@@ -97,3 +99,59 @@ def test_setok_cluster(case):
     for number in range(int(cluster.max()) + 1):  # the authors number clusters by falling score, here by place
         assert len(set(decision[0].source[cluster == number].tolist())) == 1
     assert decision[0].slots == int(cluster.max()) + 1
+
+
+@pytest.mark.parametrize("case", cases("setok"), ids=["c0", "c1", "c2"])
+def test_setok(case):
+    h, inputs, outputs = case
+    feats, tokens = inputs["feats"][None], outputs["tokens"]
+    side = round(feats.shape[1] ** 0.5)
+    weights = {}
+    for name, rows in state(inputs).items():
+        if ".0." in name.split("layers", 1)[-1][2:] or "position" in name:
+            continue  # the norm that all layers share stands there again
+        weights[name.replace(".1.", ".").replace("mlp.", "")] = rows
+    shape = ModelShape("any", tokens.shape[-1], 1, feats.shape[-1])
+    method = parse("setok", threshold=h["threshold"], fallback=h["k"])[0]
+    net = method.make_net(
+        shape, heads=h["heads"], depth=h["inner_layers"], hidden=len(inputs["sd.inner_encoder.mlp.fc1.bias"])
+    )
+    net.load_state_dict(weights)
+    image = ConnectorTokens(
+        torch.zeros(1, feats.shape[1], tokens.shape[-1]), grid=(side, side), patches=feats, net=net.eval()
+    )
+    decision = method(image)[0]
+    cluster = outputs["cluster"]
+    theirs = [int(cluster[anchor]) for anchor in decision.anchors]  # the authors number clusters by their centres, too
+    torch.testing.assert_close(decision.rows, tokens[theirs], atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", cases("mqt_resampler"), ids=["c0", "c1", "c2"])
+def test_mqt(case):
+    h, inputs, outputs = case
+    weights, x, out = state(inputs), inputs["x"], outputs["out"]
+    torch.testing.assert_close(place_code(h["grid"], x.shape[-1]), weights["pos_embed"])
+    method = parse("mqt", keep=h["tokens"])[0]
+    net = method.make_net(ModelShape("any", out.shape[-1], 1, x.shape[-1]), queries=h["grid"] ** 2, heads=h["heads"])
+    net.load_state_dict(weights)
+    net.eval().requires_grad_(False)
+    decision = method.reduce(tokens_of(x, tuple(h["target"]), out.shape[-1], net, h["tokens"]))
+    torch.testing.assert_close(decision.rows, out, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", cases("tokenpacker"), ids=["c0", "c1", "c2"])
+def test_tokenpacker(case):
+    h, inputs, outputs = case
+    x, multi, out = inputs["x"], inputs["multi"], outputs["out"]
+    method = parse("tokenpacker", scale=h["scale_factor"], levels=(0, 1, 2, 3))[0]
+    shape = ModelShape("any", out.shape[-1], 1, x.shape[-1], multi.shape[-1] // 4)
+    net = method.make_net(shape, heads=h["heads"]).eval()
+    net.load_state_dict(state(inputs))
+    image = tokens_of(x, (h["grid"], h["grid"]), out.shape[-1], net)
+    levels = ByLayer(dict(enumerate(multi.chunk(4, -1))))
+    decision = method(replace(image, encoder_states=levels))
+    torch.testing.assert_close(decision.rows, out, atol=3e-5, rtol=1e-5)
+
+
+def tokens_of(patches, grid, width, net, budget=0):
+    return ConnectorTokens(torch.zeros(*patches.shape[:2], width), grid=grid, patches=patches, net=net, budget=budget)

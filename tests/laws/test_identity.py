@@ -5,7 +5,7 @@ import torch
 
 import tokensieve
 from tests.support import families, models, prompts
-from tests.support.methods import FIRST_TUNED, connector_specs, whole_specs
+from tests.support.methods import FIRST_TUNED, connector_specs, made_specs, whole_specs
 
 each_batch = pytest.mark.parametrize("kind", ["ragged", "two-images", "mixed"])
 each_policy = pytest.mark.parametrize("policy", ["original", "contiguous"])
@@ -35,7 +35,7 @@ def test_keeping_all_changes_no_bit(family, attention, kind, policy):
     model = models.tiny_model(family, attention)
     unhooked = outputs(models.unhooked(family, attention), family, kind)
     before = models.footprint(model)
-    for spec in whole_specs():
+    for spec in (*whole_specs(), *made_specs(family, 1.0)):
         with tokensieve.attach(model, spec, positions=policy) as sieve:
             assert same(outputs(model, family, kind), unhooked), spec
             assert all(r.whole for row in sieve.last for r in row)
@@ -48,7 +48,7 @@ def test_detach_leaves_no_trace(family):
     model, samples = models.tiny_model(family), prompts.batch(family, "mixed")
     unhooked, before = outputs(models.unhooked(family), family, "mixed"), models.footprint(model)
     config, text = model.config.to_json_string(), model.config.text_config
-    for spec in connector_specs(family):
+    for spec in (*connector_specs(family), *made_specs(family)):
         sieve = tokensieve.attach(model, spec)
         model.generate(**prompts.collate(family, samples), max_new_tokens=2)
         assert model.config.to_json_string() == config

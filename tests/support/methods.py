@@ -78,7 +78,14 @@ def before_llm() -> list[MethodInfo]:
     early = [info for info in list_methods() if info.stage in ("encoder", "connector")]
     images = [info for info in early if not info.needs.requests("video")]
     images = [info for info in images if not inside_encoder(info) and not by_pixels(info)]
-    return [info for info in images if info.name not in FIRST_TUNED]
+    return [info for info in images if info.name not in FIRST_TUNED and not find(info.name).makes_rows]
+
+
+def made_specs(family: str, keep: int | float = 9) -> list[str]:
+    """Return every method whose net makes rows, for small images; none on a family with deepstack."""
+    small = {"keep": keep, "threshold": 9.0, "fallback": 3}
+    infos = [info for info in list_methods() if find(info.name).makes_rows and family != "qwen3-vl"]
+    return [_spec(info, small) for info in infos if keep == 9 or "keep" in info.parameters]
 
 
 def connector_specs(family: str = "llava-clip") -> list[str]:

@@ -553,11 +553,13 @@ def features(name: str, attention: str, image: Image, cells: tuple[int, int] | N
 
 
 def reduced(name: str, attention: str, image: Image, decision: Any, cells: tuple[int, int] | None = None) -> Encoded:
-    """Return the rows that a decision makes of an image: W, dense, times its features.
+    """Return the rows that a decision makes of an image: W, dense, times its features; or those that a net made.
 
     Args:
         cells: (height, width) in tokens to which the image was resized before the vision encoder; ``None``: it was not.
     """
+    if decision.rows is not None:
+        return Encoded(decision.rows, [])
     matrix, model = decision.matrix(), unhooked(name, attention)
     if not decision.projected:
         rows = project(model, name, matrix @ unprojected(model, name, image))

@@ -129,9 +129,9 @@ def _copy_in_layer(shown: Tensor) -> Callable[..., Any]:
 
 @contextmanager
 def merged(model: Any, decisions: Sequence[Sequence[Reduction]]) -> Iterator[None]:
-    """Replace the row at each anchor of an image by its decision's mixture of rows, in this context."""
+    """Replace the row at each anchor of an image by its decision's mixture of rows, or by the row that a net made."""
     flat = [image for images in decisions for image in images]
-    if all(image.mixing is None for image in flat):
+    if all(image.mixing is None and image.rows is None for image in flat):
         yield
         return
     base = model.base_model
@@ -159,7 +159,7 @@ def _mixed(pooled: Any, decisions: Sequence[Reduction]) -> Any:
     rows = torch.cat([part.flatten(0, -2) for part in parts])
     images = [image.clone() for image in torch.split(rows, [decision.total for decision in decisions])]
     for image, decision in zip(images, decisions, strict=True):
-        image[decision.anchors] = decision.apply(image)
+        image[decision.anchors] = decision.apply(image) if decision.rows is None else decision.rows.to(image.dtype)
     sizes = [part.flatten(0, -2).shape[0] for part in parts]
     mixed = torch.split(torch.cat(images), sizes)
     shaped = [rows.view_as(part) for rows, part in zip(mixed, parts, strict=True)]

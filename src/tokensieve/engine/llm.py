@@ -50,7 +50,7 @@ class LlmSieve(Sieve):
     ) -> None:
         super().__init__(model, methods)
         family = family_of(model)
-        _check_stages(family, methods)
+        _check_stages(family, model, methods)
         by_stage = {method.info.stage: method for method in methods}
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
         self.nets = load_nets(model, methods)
@@ -274,9 +274,14 @@ class LlmSieve(Sieve):
         ]
 
 
-def _check_stages(family: Family, methods: Sequence[Method]) -> None:
-    """Refuse methods of stages, or for videos, that the family does not support."""
+def _check_stages(family: Family, model: Any, methods: Sequence[Method]) -> None:
+    """Refuse methods of stages, for videos, or with rows that the family or the model does not support."""
     for method in methods:
+        if method.makes_rows and hasattr(model.get_decoder(), "_deepstack_process"):
+            raise Refusal(
+                f"the net of {method.info.name} makes the rows that enter the LLM, and none for its later layers, "
+                f"which {family.title} with deepstack reads, too"
+            )
         stage = method.info.stage
         if isinstance(method, PixelMethod):
             if not family.takes_subsets:

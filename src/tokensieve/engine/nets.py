@@ -10,7 +10,8 @@ import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import torch
 from torch import nn
 
 from tokensieve.errors import Refusal, first_line
+from tokensieve.fusion.convert.read import read_weights
 from tokensieve.methods import Method, ModelShape, TrainedMethod
+from tokensieve.models import family_of
 
 FORMAT = 1
 ABOUT, PARAMETERS = "method.json", "net.safetensors"
@@ -34,7 +37,19 @@ def depth_of(model: Any) -> int:
 
 def shape_of(model: Any) -> ModelShape:
     """Return what a net must know of a model."""
-    return ModelShape(model.config.model_type, int(model.config.get_text_config().hidden_size), depth_of(model))
+    width, family = int(model.config.get_text_config().hidden_size), family_of(model)
+    patch_width = tower_width = 0
+    if not family.encoder_unreadable:
+        tower_width = _input_width(*family.attentions(family.tower(model))[:1])
+        with suppress(Refusal):  # nothing is known about the projector
+            patch_width = _input_width(family.projector(model))
+    return ModelShape(model.config.model_type, width, depth_of(model), patch_width, tower_width)
+
+
+def _input_width(*modules: nn.Module) -> int:
+    """Return the width of the rows that enter the first linear map, or a norm; 0: there is neither."""
+    linear = (part.in_features for module in modules for part in module.modules() if isinstance(part, nn.Linear))
+    return next(linear, 0) or next((weight.shape[-1] for module in modules for weight in module.parameters()), 0)
 
 
 def load_nets(model: Any, methods: Sequence[Method]) -> dict[str, nn.Module]:
@@ -58,9 +73,14 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
     name = about["method"].partition("(")[0]
     if name != method.info.name:
         raise Refusal(f"the weights in {folder} are those of {name}; got {method.info.name}")
-    fits = ModelShape(**about["model"])
+    fits = replace(shape, **about["model"])
     if fits != shape:
         remedy = f"train them with `tokensieve train {method.info.name}`, or give weights='random'"
+        if _words(fits) == _words(shape):
+            widths = [f"{s.tower_width}, and {s.patch_width} before the projector" for s in (fits, shape)]
+            raise Refusal(
+                f"the weights in {folder} fit a vision encoder of width {'; this one has '.join(widths)}: {remedy}"
+            )
         raise Refusal(f"the weights in {folder} fit {_words(fits)}; this model is {_words(shape)}: {remedy}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -86,10 +106,13 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
                     _, prefix, short = name.partition(method.published)
                     if prefix:
                         parameters[short] = checkpoint.get_tensor(name)
+        for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
+            weights = read_weights(file)
+            parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
         if not parameters:
             raise Refusal(
-                f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors file with names "
-                f"such as {method.published}*"
+                f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "
+                f"names such as {method.published}*"
             )
         net = _new(method, shape, method.sizes_of(parameters))
         net.load_state_dict(parameters)
@@ -127,9 +150,10 @@ def read_about(folder: Path) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         got = about.get("format") if isinstance(about, dict) else type(about).__name__
         raise Refusal(f"{file} has format {got!r}; this Tokensieve reads format {FORMAT}")
-    model, names = about.get("model"), set(ModelShape.__dataclass_fields__)
+    model, names = about.get("model"), {"type", "width", "layers"}
     whole = isinstance(about.get("method"), str) and isinstance(about.get("net"), dict)
-    if not whole or not isinstance(model, dict) or model.keys() != names:
+    numbers = ModelShape.__dataclass_fields__.keys()  # a net that reads nothing in the encoder may leave some out
+    if not whole or not isinstance(model, dict) or not names <= model.keys() <= numbers:
         raise Refusal(f"{file} must name the method, the net and the model ({', '.join(sorted(names))})")
     return about
 

@@ -98,7 +98,8 @@ def reordered(decision: Reduction, order: Tensor, anchors: Tensor | None = None)
     mixing = decision.mixing
     if mixing is not None:  # argsort of a permutation is its inverse
         mixing = Mixing(order.argsort()[mixing.slot], mixing.source, mixing.weight)
-    return replace(decision, anchors=decision.anchors[order] if anchors is None else anchors, mixing=mixing)
+    rows = None if decision.rows is None else decision.rows[order]
+    return replace(decision, anchors=decision.anchors[order] if anchors is None else anchors, mixing=mixing, rows=rows)
 
 
 def at_medians(decision: Reduction) -> Reduction:

@@ -6,7 +6,7 @@ from tokensieve.methods.needs import DecoderNeeds, EncoderNeeds, Needs, StageNee
 from tokensieve.methods.registry import info, list_methods, register
 from tokensieve.methods.spec import parse
 from tokensieve.methods.stages import DecoderMethod, EncoderMethod, PixelMethod, ResizeMethod
-from tokensieve.methods.trained import ModelShape, TrainedMethod
+from tokensieve.methods.trained import ModelShape, TrainedMethod, heads_of
 
 __all__ = [
     "ConnectorMethod",
@@ -27,6 +27,7 @@ __all__ = [
     "Stage",
     "StageNeeds",
     "TrainedMethod",
+    "heads_of",
     "info",
     "list_methods",
     "parse",

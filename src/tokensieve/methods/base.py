@@ -47,6 +47,7 @@ class Method(ABC):
 
     info: ClassVar[MethodInfo]
     keeps_everything: ClassVar[bool] = False  # the unreduced model: no token is ever dropped
+    makes_rows: ClassVar[bool] = False  # a net makes the rows of the slots: :meth:`VisualTokens.made`
     least: ClassVar[Mapping[str, int]] = {}  # the smallest allowed value of a parameter
     proportions: ClassVar[tuple[str, ...]] = ()  # parameters that lie in [0, 1]
     in_training: ClassVar[tuple[str, ...]] = ()  # parameters that play a part in training only
@@ -149,6 +150,8 @@ class Method(ABC):
             fault: str | None = f"anchors must be on {rows.device}; got {decision.anchors.device}"
         elif decision.total != total or len(shape) != 2 or shape[0] != batch:
             fault = f"anchors must be [{batch}, K] of {total} tokens; got {shape} of {decision.total}"
+        elif decision.rows is not None and not (self.makes_rows and self.info.stage == "connector"):
+            fault = "only a connector method whose class sets makes_rows can make rows"
         else:  # values only on a CPU: the host would wait for a GPU
             values = rows.is_cpu and not torch.compiler.is_compiling()
             fault = decision.fault(values, ascending=self.info.stage != "encoder")

@@ -108,6 +108,7 @@ class Needs(StageNeeds):
         cls_attention_single_head: the same with all heads joined into one.
         attention_received: layers in which the attention that each token receives is read.
         encoder_keys: layers whose keys are read.
+        encoder_states: layers whose output is read.
         cls_similarity: cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: the rows that enter the projector.
         project: the projector, to run on other rows.
@@ -124,6 +125,7 @@ class Needs(StageNeeds):
         "attention received", default=None, read=ops.attention_received, merged="sum"
     )
     encoder_keys: Layers | None = evidence("encoder keys", default=None, read=ops.keys_by_head)
+    encoder_states: Layers | None = evidence("encoder states", default=None)
     patches: bool = evidence("patches")
     project: bool = evidence("projector")
     pixel_hash: bool = evidence()

@@ -38,19 +38,31 @@ class SetokCluster(Method):
     least: ClassVar = {"fallback": 1}
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
-        if image.grid is None:
-            raise Refusal(f"setok-cluster needs tokens on a grid; these {image.total} tokens have none")
-        patches = given(image.patches).float()
-        rows = patches + _place_code(image.grid, patches.shape[-1]).to(patches.device)
-        scores = peak_scores(rows, self.fallback, by_radius=True)
-        above = scores > self.threshold
-        best = set_true(torch.zeros_like(above), top_k(scores, min(self.fallback, image.total)))
-        # images have different numbers of centres: their rows are padded
-        centres, valid = padded_nonzero(torch.where(above.any(-1, keepdim=True), above, best))
-        cluster = join_nearest(rows, centres, valid)  # [B, N]
+        _, centres, valid, cluster, scores = clusters_of(image, self.threshold, self.fallback)
         weight = 1 / sizes_of(cluster, centres.shape[-1]).gather(-1, cluster)
         source, before = torch.arange(image.total, device=cluster.device).expand_as(cluster), self.before_projector
         return image.merge(centres, cluster, source, weight, valid=valid, scores=scores, before_projector=before)
+
+
+def clusters_of(
+    image: ConnectorTokens, threshold: float, fallback: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cluster the patches of images; the arguments are those of :class:`SetokCluster`.
+
+    Returns:
+        the patches with the code of their places `[B, N, C]`, centres `[B, K]`, which of them are no padding `[B, K]`,
+        the number of the cluster of each patch `[B, N]`, and density times distance of each patch `[B, N]`.
+    """
+    if image.grid is None:
+        raise Refusal(f"SeTok needs tokens on a grid; these {image.total} tokens have none")
+    patches = given(image.patches).float()
+    rows = patches + _place_code(image.grid, patches.shape[-1]).to(patches.device)
+    scores = peak_scores(rows, fallback, by_radius=True)
+    above = scores > threshold
+    best = set_true(torch.zeros_like(above), top_k(scores, min(fallback, image.total)))
+    # images have different numbers of centres: their rows are padded
+    centres, valid = padded_nonzero(torch.where(above.any(-1, keepdim=True), above, best))
+    return rows, centres, valid, join_nearest(rows, centres, valid), scores
 
 
 def _place_code(grid: tuple[int, int], width: int) -> Tensor:

@@ -21,11 +21,20 @@ class ModelShape:
         type: the model type in the config, such as "llava".
         width: D, the width of the LLM's hidden states, and so of the projector's rows.
         layers: number of layers of the LLM.
+        patch_width: C, the width of the rows that enter the projector; 0: unknown.
+        tower_width: the width of the vision encoder's hidden states; 0: unknown.
     """
 
     type: str
     width: int
     layers: int
+    patch_width: int = 0
+    tower_width: int = 0
+
+
+def heads_of(width: int, columns: int) -> int:
+    """Return how many heads attention over ``width`` columns has: one per ``columns``, or the next smaller number."""
+    return next(heads for heads in range(max(width // columns, 1), 0, -1) if width % heads == 0)
 
 
 @dataclass(frozen=True)

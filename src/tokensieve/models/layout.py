@@ -136,10 +136,16 @@ class TokenLayout:
         scores = None
         if all(part.scores is not None for part in parts):
             scores = self.insert_separators(torch.cat([part.scores for part in parts if part.scores is not None]))
+        rows_of_parts = [part.rows for part in parts if part.rows is not None]  # of all parts, or of none
+        rows = torch.cat(rows_of_parts) if rows_of_parts else None
         if self.patch_index is not None:
+            of_patches = self.patch_index.to(device)[anchors]
             anchors, mixing = self._among_all(self.patch_index.to(device), anchors, mixing)
+            if rows is not None:  # the engine fills in the rows of separators
+                slots = torch.searchsorted(anchors, of_patches)
+                rows = rows.new_zeros((len(anchors), rows.shape[-1])).index_copy(0, slots, rows)
         projected = all(part.projected for part in parts)
-        return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected)
+        return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected, rows=rows)
 
     def _among_all(self, patch_index: Tensor, anchors: Tensor, mixing: Mixing | None) -> tuple[Tensor, Mixing | None]:
         """Renumber anchors and entries from M patches to N tokens; add the separators that are kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
 from typing import Any
@@ -167,6 +167,12 @@ def _decide_units(methods: Sequence[Method], scope: BudgetScope, evidence: Conne
     per_image: list[list[Reduction]] = [[] for _ in evidence.layouts]
     for number, unit in enumerate(units):
         per_image[unit.image].append(decisions[number])
+    for image, parts in enumerate(per_image):
+        if any(part.rows is not None for part in parts) and len(parts) > 1:
+            sizes = [part.total for part in parts]
+            views = zip(parts, torch.split(evidence.features[image], sizes), strict=True)
+            # a view that stays whole beside others has the projector's rows
+            per_image[image] = [v if v.rows is not None else replace(v, rows=v.apply(rows)) for v, rows in views]
     return per_image
 
 
@@ -188,6 +194,18 @@ def units_of(image: int, layout: TokenLayout, method: Method, scope: BudgetScope
         DecisionUnit(image, slice(start, start + size), grid, None, of_view)
         for start, size, grid, of_view in zip(starts, sizes, layout.views, methods, strict=True)
     ]
+
+
+def with_separators(decision: Reduction, layout: TokenLayout, features: Tensor) -> Reduction:
+    """Return a decision whose rows a net made with the rows of its separators, which no net makes.
+
+    Args:
+        features: `[N, D]`, the rows that were decided about.
+    """
+    if decision.rows is None or layout.separator is None:
+        return decision
+    at_slots = layout.separator[decision.anchors][:, None]
+    return replace(decision, rows=features[decision.anchors].where(at_slots, decision.rows))
 
 
 def scores_of(decision: Reduction) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from tokensieve.budget import BudgetScope, rule_of
 from tokensieve.engine.cache import CacheInfo, PrefixInfo, check_cache, prefix_of_cache
-from tokensieve.engine.connector.decide import ConnectorEvidence, curves_of, decide
+from tokensieve.engine.connector.decide import ConnectorEvidence, curves_of, decide, with_separators
 from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.connector.shorten import (
     PADDING_OF,
@@ -252,6 +252,9 @@ class Connector:
         counts = iter(map(len, evidence.features))
         samples = [[next(counts) for _ in row] for row in prompt.placeholders.images]
         decisions = decide(self.method, self.scope, evidence, samples, self._budgets(evidence, images))
+        if self.method.makes_rows:
+            received = [image.features.apply(rows) for image, rows in zip(images, prompt.features, strict=True)]
+            decisions = list(map(with_separators, decisions, layouts, received))
         after = zip(images, decisions, sizes_after(images, decisions, prompt.features, layouts), strict=True)
         return [image.then_connector(decision, sizes_left) for image, decision, sizes_left in after]
 

@@ -13,6 +13,7 @@ from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.handoff import ImageReduction
 from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
+from tokensieve.errors import Refusal
 from tokensieve.models import Family
 from tokensieve.models.planes import replace_rows, rows_of
 
@@ -41,7 +42,7 @@ def reduce_features(
         return [reduction.apply(rows) for rows, reduction in zip(plane, reductions, strict=True)]
 
     if all(reduction.projected for reduction in reductions):
-        reduced = reduce_plane(features)
+        reduced = [_entering(image, rows) for image, rows in zip(images, features, strict=True)]
     else:
         patches = [prompt.outputs.patches[prompt.origins[n]] for n in numbers]
         reduced = _merge_before_projector(family, model, features, patches, images)
@@ -49,6 +50,19 @@ def reduce_features(
     in_line = torch.cat(reduced)[None] if isinstance(rows_of(encoded), Tensor) else reduced
     replace_rows(output, in_line, reduce_plane)
     return output
+
+
+def _entering(image: ImageReduction, rows: Tensor) -> Tensor:
+    """Return the rows of an image that enter the LLM: made by a net, or by W of the projector's ``rows`` `[N, D]`."""
+    reduction = image.features
+    if reduction.rows is None:
+        return reduction.apply(rows)
+    if reduction.rows.shape[-1] != rows.shape[-1]:
+        width = (
+            f"rows of width {reduction.rows.shape[-1]}" if reduction.rows.shape[-1] else "none (JSON leaves them out)"
+        )
+        raise Refusal(f"the rows of this decision were made by a net, for rows of width {rows.shape[-1]}; got {width}")
+    return reduction.rows.to(rows.dtype)
 
 
 def _merge_before_projector(

@@ -26,7 +26,7 @@ from tokensieve.errors import Refusal
 from tokensieve.methods import EncoderMethod, EncoderNeeds, Method, Needs, PixelMethod, ResizeMethod
 from tokensieve.methods.needs import ReadAttention
 from tokensieve.models import EncodeCall, Family, TokenLayout
-from tokensieve.models.family import Modality, scatter_to_anchors
+from tokensieve.models.family import Modality, layer_list, scatter_to_anchors
 from tokensieve.models.layout import to_device
 from tokensieve.models.planes import rows_of
 from tokensieve.models.vit import Pooling
@@ -94,7 +94,7 @@ class EncoderHooks:
         self.pooled_layers: dict[str, int] = {}  # {evidence: layer whose [CLS] row the pooling head replaces}
         self._probes: list[Probe] = []
         self._handles: list[Any] = []
-        reads = needs.patches or needs.cls_similarity or needs.reads_attention
+        reads = needs.patches or needs.cls_similarity or needs.reads_attention or needs.encoder_states is not None
         if family.untested and not reads:
             pass  # nothing is read in an unknown vision encoder: it stays untouched
         elif not family.encoder_unreadable:
@@ -133,6 +133,8 @@ class EncoderHooks:
             raise Refusal("this method compares patches with the encoder's [CLS] token; this encoder has none")
         if self.needs.reads_attention and not attentions:
             raise Refusal(f"{type(tower).__name__} has no attention over all patches that could be read")
+        if self.needs.encoder_states is not None:  # before any other hook, as this may be refused
+            self._hook_states(tower, attentions, resolve_layers(self.needs.encoder_states, self.depth))
         self._tower_arguments = list(inspect.signature(type(tower).forward).parameters)[1:]
         self.pooling = None if has_cls else self.family.pooling_head(tower)
         self.pooled_layers = {} if self.pooling is None else _replaced_by_pooling(self.needs, self.depth)
@@ -160,6 +162,24 @@ class EncoderHooks:
             tower.register_forward_pre_hook(partial(self._before_tower, probes), with_kwargs=True),
             tower.register_forward_hook(partial(self._after_tower, probes)),
         ]
+
+    def _hook_states(self, tower: nn.Module, attentions: list[nn.Module], numbers: list[int]) -> None:
+        """Keep the output of layers, each of which is the module around an attention that is numbered so."""
+        if self.tower_hooks is not None:
+            raise Refusal(f"this method reads hidden states of the encoder, in which {self.tower_hooks.method} acts")
+        layer_of = {module: layer for layer in layer_list(tower) for module in layer.modules()}
+        if not all(attention in layer_of for attention in attentions):
+            raise Refusal(f"the layers of {type(tower).__name__}, whose output this method reads, are unknown")
+        for number in dict.fromkeys(numbers):
+            hook = partial(self._keep_state, number)
+            self._handles.append(layer_of[attentions[number]].register_forward_hook(hook))
+
+    def _keep_state(self, number: int, layer: nn.Module, args: Any, output: Any) -> None:
+        call = self._call
+        if call is not None:
+            rows: Tensor = output[0] if isinstance(output, tuple) else output
+            rows = rows if rows.ndim == 3 else rows[None]  # packed images, `[P, C]`
+            call.by_layer.setdefault("encoder_states", {}).setdefault(number, []).append(rows)
 
     def _recorded(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
         """Wrap the model's encode function: its output gets the record of the call."""

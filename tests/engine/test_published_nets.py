@@ -1,0 +1,81 @@
+"""Authors' checkpoints of nets that make rows: random state dicts with their parameter names and shapes."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tokensieve
+from tests.support import models, prompts
+from tokensieve import Refusal
+
+WIDTH, HIDDEN, QUERIES = 32, 64, 256  # of the encoder and the LLM of tiny LLaVA: theirs are 1,024 and 4,096
+
+
+def linear(name, out, width):
+    return {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
+
+
+def attention(name):
+    projected = {f"{name}.in_proj_weight": (3 * WIDTH, WIDTH), f"{name}.in_proj_bias": (3 * WIDTH,)}
+    return projected | linear(f"{name}.out_proj", WIDTH, WIDTH)
+
+
+def norms(*names):
+    return {f"{name}.{part}": (WIDTH,) for name in names for part in ("weight", "bias")}
+
+
+MQT = {"query": (QUERIES, WIDTH), "pos_embed": (QUERIES, WIDTH), "proj": (WIDTH, HIDDEN)}
+MQT |= attention("attn") | norms("ln_q", "ln_k", "ln_v")
+PACKER = {"q_proj_1.weight": (WIDTH, WIDTH)} | attention("clip_attn") | norms("ln_q_1", "ln_k_1", "ln_v_1")
+PACKER |= linear("k_proj_1.0", WIDTH, 4 * WIDTH) | linear("k_proj_1.2", WIDTH, WIDTH)
+PACKER |= linear("v_proj_1.0", WIDTH, 4 * WIDTH) | linear("v_proj_1.2", WIDTH, WIDTH)
+PACKER |= linear("mlp.0", HIDDEN, WIDTH) | linear("mlp.2", HIDDEN, HIDDEN)
+SHAPES = {"mqt": MQT, "tokenpacker": PACKER}
+
+
+def drawn(method):
+    draw = torch.Generator().manual_seed(3)
+    return {name: torch.randn(shape, generator=draw).half() for name, shape in SHAPES[method].items()}
+
+
+def stored(folder, method, kind):
+    """Write a checkpoint as it is published: the LLM in one file, the net in another, or the net alone."""
+    net = {f"model.mm_projector.{name}": rows for name, rows in drawn(method).items()}
+    llm = {"model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
+    if kind == "safetensors":
+        save_file(llm, folder / "model-00001-of-00002.safetensors")
+        save_file(net, folder / "model-00002-of-00002.safetensors")
+    elif kind == "bin":
+        torch.save(llm, folder / "pytorch_model-00001-of-00002.bin")
+        torch.save(net, folder / "pytorch_model-00002-of-00002.bin")
+        torch.save({"an": object()}, folder / "training_args.bin")  # is not opened
+    else:
+        torch.save(net, folder / "mm_projector.bin")
+    return folder
+
+
+def spec(method, folder):
+    return f"{method}(weights={str(folder)!r}" + (", keep=4)" if method == "mqt" else ")")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "projector"])
+@pytest.mark.parametrize("method", SHAPES)
+def test_a_published_net_is_read_and_used(method, kind, tmp_path):
+    model = models.tiny_model("llava-clip")
+    with torch.no_grad(), tokensieve.attach(model, spec(method, stored(tmp_path, method, kind))) as sieve:
+        weights = sieve.nets["connector"].state_dict()
+        assert weights.keys() == SHAPES[method].keys()
+        assert all(torch.equal(weights[name], rows.float()) for name, rows in drawn(method).items())
+        model(**prompts.collate("llava-clip", prompts.batch("llava-clip", "two-images")))
+        assert {decision.slots for decision in sieve.last[0]} == {4 if method == "mqt" else 9}
+
+
+def test_another_checkpoint_is_refused(tmp_path):
+    model = models.tiny_model("llava-clip")
+    with pytest.raises(Refusal, match=r"has no weights of mqt: .* names such as mm_projector\.\*"):
+        tokensieve.attach(model, spec("mqt", tmp_path))
+    with pytest.raises(Refusal, match="does not fit mqt and llava of width 64"):
+        tokensieve.attach(model, spec("mqt", stored(tmp_path, "tokenpacker", "projector")))
+    torch.save({"an": object()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Refusal, match="other objects are not loaded, because that would run code from the file"):
+        tokensieve.attach(model, spec("mqt", tmp_path))
