@@ -285,6 +285,8 @@ class _Trial:
             if "linear" in kind or "conv" in kind:
                 name = "linear attention" if "linear" in kind else "a layer of convolution"
                 raise NotCheckable(f"{name} has no mask to hide a token with")
+        if any(image.added for row in self.decisions for image in row):
+            raise NotCheckable("no other run has its registers")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
         # tokens dropped inside the LLM count in its windows in a reduced run, too: they are no obstacle
         drops_before = len(self.stages) > (inside is not None)
@@ -386,7 +388,7 @@ def _conserve(image: Reduction) -> None:
         raise LawViolated("a visual token is neither in a slot nor dropped")
     if image.mixing is None and [i for i, slot in enumerate(source) if slot >= 0] != anchors:
         raise LawViolated("a token that was dropped is listed as kept")
-    if bool((image.counts < 1).any()) or not torch.equal((image.matrix() != 0).sum(-1), image.counts):
+    if bool((image.counts[: slots - image.added] < 1).any()) or not torch.equal((image.matrix() != 0).sum(-1), image.counts):
         raise LawViolated("slots do not count the visual tokens that are merged into them")
 
 

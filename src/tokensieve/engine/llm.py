@@ -12,6 +12,7 @@ from torch import Tensor
 from tokensieve.budget import BudgetScope
 from tokensieve.engine.cache import CacheInfo, info_of, remember, translate_decode_inputs
 from tokensieve.engine.connector.prefill import Connector, shows
+from tokensieve.engine.connector.registers import RegisterRows
 from tokensieve.engine.decoder.hooks import DecoderHooks
 from tokensieve.engine.decoder.sequence import PrefillState
 from tokensieve.engine.encoder.hooks import EncoderHooks
@@ -24,6 +25,7 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, PixelMethod, Positions, Repair
+from tokensieve.methods.registers import RegisterMethod
 from tokensieve.models import Family, families, family_of
 from tokensieve.models.layout import Separators
 from tokensieve.models.versions import before_5_23
@@ -70,6 +72,7 @@ class LlmSieve(Sieve):
             layer_budget,
             repair,
             self.nets.get("connector"),
+            RegisterRows(decoder, self.nets["decoder"]) if isinstance(decoder, RegisterMethod) else None,
         )
         needs = _connector_needs(connector, replay)
         self._encoder = EncoderHooks(
@@ -171,7 +174,9 @@ class LlmSieve(Sieve):
             self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
         if self._repair is not None:
             self._repair.start_decoding(earlier)
-        return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
+        return (), translate_decode_inputs(
+            kwargs, earlier.entry, cache, self._family.first_position, self.model.dtype
+        )
 
     def _refuse_lost_images(self, ids: Tensor | None) -> None:
         """Refuse a prompt with placeholders but without images: a chunk of a longer prompt, whose images are lost."""
