@@ -1,4 +1,4 @@
-"""The laws of registers: learned rows behind each image against a wider prompt by hand, whose visual columns are hidden.
+"""The laws of registers, which are learned rows behind each image, against a wider prompt by hand.
 
 The hand reference runs the unmodified LLM on the prompt, the visual tokens, the rows of the net and the text. No column
 leaves it: from a layer on, a mask hides the columns of the image, but not those of its registers.
@@ -217,8 +217,9 @@ def test_gradients_reach_the_registers_alone(family):
 
 def test_training_steps_draw_nested_sets():
     """A step in training mode lets the first rows take part, as many as it draws; evaluation lets all."""
-    model, inputs = models.tiny_model(families.DEEP[0]), prompts.collate(
-        families.DEEP[0], prompts.batch(families.DEEP[0], "two-images")
+    model, inputs = (
+        models.tiny_model(families.DEEP[0]),
+        prompts.collate(families.DEEP[0], prompts.batch(families.DEEP[0], "two-images")),
     )
     torch.manual_seed(0)
     counts = set()

@@ -388,7 +388,9 @@ def _conserve(image: Reduction) -> None:
         raise LawViolated("a visual token is neither in a slot nor dropped")
     if image.mixing is None and [i for i, slot in enumerate(source) if slot >= 0] != anchors:
         raise LawViolated("a token that was dropped is listed as kept")
-    if bool((image.counts[: slots - image.added] < 1).any()) or not torch.equal((image.matrix() != 0).sum(-1), image.counts):
+    if bool((image.counts[: slots - image.added] < 1).any()) or not torch.equal(
+        (image.matrix() != 0).sum(-1), image.counts
+    ):
         raise LawViolated("slots do not count the visual tokens that are merged into them")
 
 

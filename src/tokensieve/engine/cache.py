@@ -214,7 +214,7 @@ def decode_mask(prefix: PrefixInfo, mask: Tensor | None, width: int) -> Tensor |
 
 
 def _explicit(mask: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-    """Return the causal mask `[B, 1, queries, keys]` of the last queries over the columns `[B, keys]`, added to scores."""
+    """Return the additive causal mask `[B, 1, queries, keys]` of the last queries over the columns `[B, keys]`."""
     keys = mask.shape[1]
     causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
     allowed = mask.bool()[:, None, None] & causal

@@ -91,7 +91,9 @@ class LayerBudget:
         inside = self.decoder.stage_budgets(entering, self.layers, self.depth) or []
         spans = [end - start for start, end in zip(self.layers, [*self.layers[1:], self.depth], strict=True)]
         registers = self.decoder.registers(entering) if isinstance(self.decoder, RegisterMethod) else 0
-        return (self.layers[0] * (entering + registers) + sum(n * span for n, span in zip(inside, spans, strict=True))) / self.depth
+        return (
+            self.layers[0] * (entering + registers) + sum(n * span for n, span in zip(inside, spans, strict=True))
+        ) / self.depth
 
     def entering(self, total: int, received: int) -> int:
         """Return the number of tokens that the connector stage keeps.

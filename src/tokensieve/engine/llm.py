@@ -174,9 +174,7 @@ class LlmSieve(Sieve):
             self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
         if self._repair is not None:
             self._repair.start_decoding(earlier)
-        return (), translate_decode_inputs(
-            kwargs, earlier.entry, cache, self._family.first_position, self.model.dtype
-        )
+        return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position, self.model.dtype)
 
     def _refuse_lost_images(self, ids: Tensor | None) -> None:
         """Refuse a prompt with placeholders but without images: a chunk of a longer prompt, whose images are lost."""

@@ -73,5 +73,5 @@ def _last_position(positions: Tensor) -> Tensor:
     """Return for each column the largest of its position ids, on all axes; the plain ids of M-RoPE stay apart."""
     if positions.ndim == 2:
         return positions
-    plain, axes = positions.split([positions.shape[0] - 3, 3])
+    plain, axes = positions[:-3], positions[-3:]
     return torch.cat([plain, axes.amax(0, keepdim=True).expand_as(axes)])

@@ -61,12 +61,15 @@ def limit_to_window(mask: Tensor, prefix: PrefixInfo, cache: Cache, layer: int, 
 def check_registers(method: Method, per_layer_masks: bool, kernel: str, repair: str | None) -> None:
     """Refuse registers where the columns that they add cannot be masked."""
     if per_layer_masks or kernel not in EXPLICIT_MASK_KERNELS:
+        got = "these layers have different masks" if per_layer_masks else f"this LLM runs {kernel}"
+        kernels = " or ".join(EXPLICIT_MASK_KERNELS)
         raise Refusal(
-            f"{method} adds columns, which needs one causal mask for all layers, and {' or '.join(EXPLICIT_MASK_KERNELS)} "
-            f"attention; {'these layers have different masks' if per_layer_masks else f'this LLM runs {kernel}'}"
+            f"{method} adds columns, which needs one causal mask for all layers and {kernels} attention; {got}"
         )
     if repair is not None:
-        raise Refusal(f"repair={repair!r} counts the tokens that each token stands for, and registers of {method} have none")
+        raise Refusal(
+            f"repair={repair!r} counts the tokens that each token stands for, and registers of {method} have none"
+        )
 
 
 def _hidden_value(mask: Tensor) -> float:
