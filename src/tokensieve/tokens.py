@@ -292,6 +292,7 @@ class DecoderTokens(VisualTokens):
     Attributes:
         coordinates: `[B, N, 2]`, row and column of each token in its image, if the tokens once formed one grid.
         entered: tokens of each image that entered the LLM; ``None``: N.
+        layer: the number of the layer before which tokens leave.
         attention: `[B, H, Q, N]`, post-softmax attention of the last token, or of each word, to the tokens.
         separator_attention: `[B, H, N]`, post-softmax attention of the token that follows the image, to its tokens.
         gradient: `[B, N, D]`, of the cross-entropy of the layer's own guess to ``features``.
@@ -306,6 +307,7 @@ class DecoderTokens(VisualTokens):
 
     coordinates: Tensor | None = None
     entered: int | None = None
+    layer: int = 0
     attention: Tensor | None = None
     separator_attention: Tensor | None = None
     gradient: Tensor | None = None

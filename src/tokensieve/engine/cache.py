@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,21 @@ class PrefixInfo:
         mask = torch.cat([earlier.mask, self.mask], 1)
         bias = joined_bias(earlier.bias, earlier.mask.shape[1], self.bias, self.mask.shape[1])
         return PrefixInfo(mask, earlier.padded or self.padded, earlier.length + self.length, shift, bias=bias)
+
+    def rows(self, index: Tensor) -> PrefixInfo:
+        """Return the prefix of other rows: ``index`` `[R]` names the row of each."""
+
+        def take(part: Tensor | None, axis: int) -> Tensor | None:
+            return None if part is None else part.index_select(axis, index)
+
+        return replace(
+            self,
+            mask=self.mask[index],
+            shift=take(self.shift, -2),
+            renumbered_rows=take(self.renumbered_rows, 0),
+            original_columns=take(self.original_columns, 0),
+            bias=take(self.bias, 1),
+        )
 
 
 @dataclass(frozen=True)
@@ -153,6 +168,15 @@ def remember(cache: Cache, info: CacheInfo) -> None:
             dropped = info.layers.get(number, info.entry).dropped
             cache.layers[number] = reduced_class.adopt(layer, dropped)
     setattr(cache, ATTRIBUTE, info)
+
+
+def select_rows(cache: Cache, index: Tensor) -> None:
+    """Make each row of a cache, and of its bookkeeping, a copy of the row that ``index`` `[R]` names; in place."""
+    cache.batch_select_indices(index)
+    info = info_of(cache)
+    if info is not None:
+        layers = {number: prefix.rows(index) for number, prefix in info.layers.items()}
+        setattr(cache, ATTRIBUTE, CacheInfo(info.entry.rows(index), layers))
 
 
 def prefix_of_cache(

@@ -18,6 +18,7 @@ class InFlight(threading.local):
         repair: the repair of attention in that forward (a ``RepairPass``); ``None``: nothing is added.
         readings: {probe: what it has read}; a probe reads only while it stands here.
         stop_after_reading: the probe whose reading ends the forward.
+        paused: the hooks let every call pass as if they were not there.
     """
 
     def __init__(self) -> None:
@@ -27,6 +28,7 @@ class InFlight(threading.local):
         self.repair: Any = None
         self.readings: dict[object, list[Any]] = {}
         self.stop_after_reading: object = None
+        self.paused = False
 
     def end_encoding(self) -> None:
         """Forget the encode call, whether it returned or failed."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -131,6 +132,15 @@ class LlmSieve(Sieve):
         """
         return [[image.sizes for image in images if image.sizes is not None] for images in self._images]
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the model run unreduced inside the block: a teacher for its own training. For this thread only."""
+        self._flight.paused = True
+        try:
+            yield
+        finally:
+            self._flight.paused = False
+
     def _compose(self) -> Decisions:
         return [[image.final() for image in images] for images in self._images]
 
@@ -149,6 +159,8 @@ class LlmSieve(Sieve):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Replace the arguments of a forward: of a prefill with images, or of a step on a reduced cache."""
+        if self._flight.paused:
+            return None
         kwargs = dict(zip(self._arguments, args, strict=False)) | kwargs
         self._flight.end_forward()
         cache = kwargs.get("past_key_values")

@@ -12,13 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.pictures import Picture, open_picture, picture_of
 from tokensieve.evaluate.records import Record, read_records
+
+if TYPE_CHECKING:
+    from tokensieve.reference.benchmark import Row
 
 Box = tuple[float, float, float, float]
 IMAGE_COLUMN = "image"
@@ -142,7 +145,11 @@ def check_text(text: str, name: str) -> None:
 def _reference() -> list[Sample]:
     from tokensieve.reference.benchmark import benchmark
 
-    rows = benchmark()
+    return reference_samples(benchmark())
+
+
+def reference_samples(rows: Sequence[Row]) -> list[Sample]:
+    """Return questions of the bundled benchmark as samples; those about one scene share its image."""
     images: dict[Any, Callable[[], Image.Image]] = {
         drawn: partial(getattr, drawn, "image") for row in rows for drawn in row.scenes
     }

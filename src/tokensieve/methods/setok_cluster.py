@@ -42,7 +42,7 @@ class SetokCluster(Method):
             raise Refusal(f"setok-cluster needs tokens on a grid; these {image.total} tokens have none")
         patches = given(image.patches).float()
         rows = patches + _place_code(image.grid, patches.shape[-1]).to(patches.device)
-        scores = peak_scores(rows, self.fallback)
+        scores = peak_scores(rows, self.fallback, by_radius=True)
         above = scores > self.threshold
         best = set_true(torch.zeros_like(above), top_k(scores, min(self.fallback, image.total)))
         # images have different numbers of centres: their rows are padded
@@ -54,9 +54,12 @@ class SetokCluster(Method):
 
 
 def _place_code(grid: tuple[int, int], width: int) -> Tensor:
-    """Return sines and cosines of row and column at wavelengths from 2π to 20,000π, `[N, width]`."""
+    """Return sines and cosines of row and column at wavelengths from 2π to 20,000π, `[N, width]`.
+
+    First come those of the row, sine and cosine of one wavelength beside each other, as in the authors' code.
+    """
     quarter = (width + 3) // 4  # sine and cosine of two coordinates
     rate = 10000 ** (-torch.arange(quarter) / quarter)
     row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    angles = [coordinate.flatten()[:, None] * rate for coordinate in (row, column)]
-    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], -1)[:, :width]
+    angles = torch.stack([row, column], -1).flatten(0, 1)[..., None] * rate  # [N, 2, width / 4]
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class TrainedMethod(Method):
     weights: str = "bundled"
 
     Net: ClassVar[type[nn.Module]]
+    learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
         """Return a new net for a model of this shape, with these sizes in place of the default ones."""

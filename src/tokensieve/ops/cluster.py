@@ -22,28 +22,33 @@ def density_peaks(rows: Tensor, clusters: int, neighbours: int, noise: Tensor | 
     return centres, join_nearest(rows, centres)
 
 
-def peak_scores(rows: Tensor, neighbours: int, noise: Tensor | None = None) -> Tensor:
+def peak_scores(rows: Tensor, neighbours: int, noise: Tensor | None = None, *, by_radius: bool = False) -> Tensor:
     """Multiply each row's density by its distance to the nearest denser row, `[..., N]`: large for cluster centres.
 
     Density is ``exp(-mean squared distance to the k nearest rows)``; distances are Euclidean over √D. Among equally
     dense rows the earlier counts as denser. The densest row gets the largest of all distances.
+
+    Args:
+        by_radius: rows that are not denser count, too, at the distance to the row that is farthest from them. The
+            densest row then gets the smallest of these distances.
     """
     # two passes over the distances, chunk by chunk: the second needs the densities of all rows
-    index, mean_squares = torch.arange(rows.shape[-2], device=rows.device), []
+    index, mean_squares, farthest = torch.arange(rows.shape[-2], device=rows.device), [], []
     for chunk in torch.split(index, CHUNK):
-        closest = _distance(rows, chunk).topk(min(neighbours, len(index)), dim=-1, largest=False).values
+        distance = _distance(rows, chunk)
+        farthest.append(distance.amax(-1))
+        closest = distance.topk(min(neighbours, len(index)), dim=-1, largest=False).values
         mean_squares.append(closest.square().mean(-1))
     density = (-torch.cat(mean_squares, -1)).exp()
     density = density if noise is None else density + noise
-    separations, farthest = [], []
+    radius, separations = torch.cat(farthest, -1), []
+    limit = radius if by_radius else radius.amax(-1, keepdim=True)  # of rows that are not denser
     for chunk in torch.split(index, CHUNK):
         distance, chunk_density = _distance(rows, chunk), density[..., chunk, None]
         earlier = (density[..., None, :] == chunk_density) & (index < chunk[:, None])
         denser = (density[..., None, :] > chunk_density) | earlier
-        separations.append(distance.masked_fill(~denser, torch.inf).amin(-1))
-        farthest.append(distance.amax((-1, -2)))
-    separation, limit = torch.cat(separations, -1), torch.stack(farthest, -1).amax(-1)[..., None]
-    return density * torch.where(separation.isinf(), limit, separation)  # no row is denser than the densest: inf
+        separations.append(torch.where(denser, distance, limit[..., None, :]).amin(-1))
+    return density * torch.cat(separations, -1)
 
 
 def join_nearest(rows: Tensor, centres: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -182,6 +182,7 @@ class DecoderEvidence:
         members: Sequence[Member],
         columns: Tensor,
         budget: int,
+        layer: int,
     ) -> DecoderTokens:
         """Return the tokens of G equal images, `[G, N]`.
 
@@ -191,6 +192,7 @@ class DecoderEvidence:
             members: the images.
             columns: `[G, N]`, the columns of their patches in the sequence.
             budget: tokens to keep of each image.
+            layer: the layer before which tokens leave.
         """
         rows = on_device([row for row, _ in members], hidden.device)
 
@@ -232,6 +234,7 @@ class DecoderEvidence:
             frames=images[0].layout.frames if whole else None,
             budget=budget,
             entered=images[0].entered,
+            layer=layer,
             net=self.net and self.net.to(features.device),
             user_text=DecoderUserText(**about_text) if about_text else None,
             **about_image,

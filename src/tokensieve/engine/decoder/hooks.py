@@ -210,7 +210,8 @@ class DecoderHooks:
             for group in equal_groups(keys):
                 members = [state.members[index] for index in group]
                 columns = torch.stack([patches[member] for member in members])
-                yield members, self.evidence.tokens(state, hidden, rope, members, columns, budgets[members[0]])
+                budget = budgets[members[0]]
+                yield members, self.evidence.tokens(state, hidden, rope, members, columns, budget, number)
 
         if stage == 0 and self.method.adaptive:
             schedules: dict[Member, list[int]] = {}

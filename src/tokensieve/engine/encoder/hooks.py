@@ -165,7 +165,7 @@ class EncoderHooks:
 
         @functools.wraps(encode)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if self._call is not None:  # the encode function of another modality calls this one
+            if self._call is not None or self.flight.paused:  # the encode function of another modality calls this one
                 return encode(*args, **kwargs)
             bound = dict(signature.bind(*args, **kwargs).arguments)
             call = RecordedCall(bound.pop("kwargs", {}) | bound, modality)

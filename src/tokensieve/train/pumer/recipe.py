@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from tokensieve.errors import Refusal
 from tokensieve.train.pumer.tasks import Task, accuracy
+from tokensieve.train.trainer import QuietTrainer
 
-log = logging.getLogger(__name__)
 HEAD = ("classifier", "rank_output", "itm_score")
 CROSS_MODAL = "cross_modal"
 TWO_STREAMS = {"rate": 5e-6, "head_rate": 50.0, "cross_rate": 5.0}
@@ -102,19 +98,15 @@ class Recipe:
         )
 
 
-class PumerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
-    """Train on task loss and distillation from the unreduced teacher; warn if a checkpoint cannot be written."""
+class PumerTrainer(QuietTrainer):
+    """Train on task loss and distillation from the unreduced teacher."""
 
     def __init__(self, recipe: Recipe, task: Task, teacher: Any, **options: Any) -> None:
         self.recipe, self.task, self.teacher = recipe, task, teacher
         stops_early = options.get("eval_dataset") is not None and recipe.patience
-        callbacks = [_Bar(), *([EarlyStoppingCallback(recipe.patience)] if stops_early else [])]
         super().__init__(compute_metrics=accuracy, **options)
-        for printer in (PrinterCallback, ProgressCallback):  # they write to stdout, which is for results
-            self.remove_callback(printer)
-        for callback in callbacks:
-            self.add_callback(callback)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, so accumulation must average it
+        if stops_early:
+            self.add_callback(EarlyStoppingCallback(recipe.patience))
         if teacher is not None:
             teacher.to(self.args.device)
 
@@ -138,22 +130,6 @@ class PumerTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if self.optimizer is None:
             self.optimizer = torch.optim.AdamW(groups(self.model, self.recipe), lr=self.recipe.rate)
         return self.optimizer
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            part = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            shutil.rmtree(part, ignore_errors=True)
-            log.warning("checkpoint not written, the last good one stays: %s", error)
-
-
-class _Bar(ProgressCallback):  # type: ignore[misc]
-    """A progress bar on stderr that shows the loss."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **ignored: Any) -> None:
-        if self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.set_postfix(loss=logs["loss"])
 
 
 def groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:

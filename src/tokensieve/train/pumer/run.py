@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from tokensieve.engine import attach
 from tokensieve.engine.fusion.families import longest_text
-from tokensieve.errors import MissingExtra
 from tokensieve.train.pumer.data import Collator, Records, label_names, read_records
 from tokensieve.train.pumer.models import labels_of, load_config, load_processors, load_student, load_teacher
 from tokensieve.train.pumer.recipe import PumerTrainer, Recipe
 from tokensieve.train.pumer.tasks import task_named
+from tokensieve.train.trainer import check_train_extra, last_checkpoint
 
 log = logging.getLogger(__name__)
 SPEC_FILE = "tokensieve.json"
@@ -55,7 +54,7 @@ def train_pumer(
         Refusal: before training begins, if the settings, data and models do not fit together.
         MissingExtra: without the ``train`` extra.
     """
-    _check_extra()
+    check_train_extra()
     definition, recipe = task_named(task), recipe or Recipe()
     records = read_records(data, definition)
     known = None if teacher is None else labels_of(load_config(teacher))
@@ -81,7 +80,7 @@ def train_pumer(
         eval_dataset=held_out,
         data_collator=Collator(tokenizer, image_processor, longest_text(student.config)),
     )
-    last = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    last = last_checkpoint(output) if resume else None
     sieve = None if spec is None else attach(student, spec)
     try:
         trainer.train(resume_from_checkpoint=last)
@@ -97,10 +96,3 @@ def train_pumer(
     if training.skipped:
         log.warning("%d of %d training records could not be used", training.skipped, len(training))
     return {**metrics, "skipped": training.skipped}
-
-
-def _check_extra() -> None:
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
-        raise MissingExtra("training needs accelerate", "train") from None
