@@ -215,6 +215,30 @@ def test_gradients_reach_the_registers_alone(family):
             weight.requires_grad_(True)
 
 
+@pytest.mark.parametrize("family", families.DEEP)
+@torch.no_grad()
+def test_other_ways_to_decode(family):
+    """Several columns in one step, and beams: as greedy steps, and as each sample in a run of its own."""
+    model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
+    beams = {"num_beams": 2, "max_new_tokens": STEPS, "do_sample": False}
+    with tokensieve.attach(model, SPEC):
+        looked_up = model.generate(
+            **prompts.collate(family, samples[:1]), max_new_tokens=STEPS, prompt_lookup_num_tokens=2, do_sample=False
+        )
+        assert looked_up[0, -STEPS:].tolist() == run(family, "sdpa", "ragged")[1][0].tolist()
+        together = model.generate(**prompts.collate(family, samples), **beams)[:, -STEPS:]
+        alone = [model.generate(**prompts.collate(family, [sample]), **beams)[0, -STEPS:] for sample in samples]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_an_average_over_the_layers_counts_the_registers():
+    """A connector method's average is solved for with the registers that pass the first layers."""
+    family = families.DEEP[0]
+    spec = f"divprune(keep='layers:10') + victor(layer={LAYER}, keep=6, weights='random')"
+    (layers,) = run(family, "sdpa", "single", spec=spec)[3].tokens[0]
+    assert layers == [12 + 6] * LAYER + [6] * (families.DEPTH - LAYER)  # (2 · 18 + 4 · 6) / 6 = 10
+
+
 def test_training_steps_draw_nested_sets():
     """A step in training mode lets the first rows take part, as many as it draws; evaluation lets all."""
     model, inputs = (

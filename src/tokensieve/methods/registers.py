@@ -60,4 +60,5 @@ class RegisterMethod(TrainedMethod, DecoderMethod):
     def reduce(self, image: DecoderTokens) -> Reduction:
         """Keep the registers, which are the last ``image.budget`` rows, and drop all others."""
         last = torch.arange(image.total - image.budget, image.total, device=image.features.device)
-        return image.keep(last.expand(len(image.features), -1))
+        note = f"{image.budget} learned registers stay, and no token of the image"
+        return image.noted(note).keep(last.expand(len(image.features), -1))

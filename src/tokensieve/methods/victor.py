@@ -29,5 +29,5 @@ class Victor(RegisterMethod):
     are ours.
     """
 
-    layer: int | float = 3
+    layer: int | float = 0.1
     keep: Budget = 64

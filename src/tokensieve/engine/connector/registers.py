@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tokensieve.engine.handoff import ImageReduction
-from tokensieve.engine.prompt.placeholders import ColumnSelection, Placeholders, on_device
+from tokensieve.engine.prompt.placeholders import ColumnSelection, Placeholders
 from tokensieve.errors import Refusal
 from tokensieve.methods.registers import RegisterMethod
+from tokensieve.models.layout import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,7 @@ def select_with_registers(
     for row, (of_row, spans) in enumerate(zip(images, placeholders.spans(), strict=True)):
         for image, (_, last) in zip(of_row, spans, strict=True):
             added[row, last] = image.decision.added
-    added = on_device(added.tolist(), stay.device)
+    added = to_device(added, stay.device)
     columns, number = ColumnSelection.repeating(stay.long() + added, lengths)
     number = number - columns.take(stay.long())  # of the register; −1 on columns that stay
     before = columns.take(added.cumsum(-1) - added)  # registers of the images before
