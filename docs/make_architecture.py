@@ -37,7 +37,7 @@ CONTENTS = {
     "load": "load tests of servers",
     "check": "the equivalence checks (laws)",
     "measure": "FLOPs, latency, memory",
-    "train": "PuMer, reference models",
+    "train": "adapters, PuMer, bundled models",
     "loading": "checkpoints, with options",
     "vllm": "the plug-in for vLLM",
     "harness": "the plug-ins for evaluation harnesses",

@@ -52,6 +52,8 @@ class Reduction:
             W makes of them are then projected.
         added: R, the number of registers: slots behind the others whose rows are learned. They have no anchor, and a
             zero row in W.
+        soft: True while a net is trained by attention: no token leaves, rows stay as they are, and each weight of W is
+            the share in which a token takes part in attention.
     """
 
     total: int
@@ -63,6 +65,7 @@ class Reduction:
     notes: tuple[str, ...] = ()
     projected: bool = True
     added: int = 0
+    soft: bool = False
 
     @classmethod
     def identity(cls, total: int, batch: int | None = None, device: Any = None, **fields: Any) -> Reduction:
@@ -196,6 +199,7 @@ class Reduction:
             notes=self.notes,
             projected=self.projected,
             added=self.added,
+            soft=self.soft,
         )
         if self.valid is None:
             return pick
@@ -225,7 +229,7 @@ class Reduction:
         """
         if rows.shape[-2] != self.total:
             raise Refusal(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
-        if self.whole:
+        if self.whole or self.soft:
             return rows
         width = rows.shape[-1]
         if self.mixing is None:

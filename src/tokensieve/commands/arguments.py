@@ -79,7 +79,7 @@ def load_options(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
     ] = False,
-    adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder or hub name of a PEFT adapter, or a bundled one.")] = None,
     processor: Annotated[
         list[str] | None, typer.Option(help="Processor option, e.g. max_pixels=401408; may be repeated.")
     ] = None,

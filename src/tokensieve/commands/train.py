@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from tokensieve.commands.arguments import Json, with_load_options
-from tokensieve.commands.console import note, print_json
+from tokensieve.commands.arguments import (
+    Json,
+    Keeps,
+    Methods,
+    Model,
+    Prompt,
+    split_budgets,
+    split_specs,
+    with_load_options,
+)
+from tokensieve.commands.console import note, print_json, print_table
+from tokensieve.commands.train_net import Recipes, method
+from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, find
 
-app = typer.Typer(no_args_is_help=True, help="Train the bundled model from nothing, or PuMer on your data.")
+app = typer.Typer(
+    cls=Recipes,
+    no_args_is_help=True,
+    help="Train the net of a method, adapters under a method, PuMer, or the bundled model.",
+)
+app.command("method")(method)
 
 
 @app.callback()
 def train() -> None:
-    """Train the bundled model from nothing, or PuMer on your data."""
+    """Train the bundled model from nothing, an adapter for a method on your data, or PuMer."""
 
 
 @app.command()
@@ -131,3 +147,95 @@ def pumer(
     if outcome["skipped"]:
         note(f"{outcome['skipped']:.0f} records could not be used")
     note(f"model: {output / 'model'}")
+
+
+@app.command()
+@with_load_options()
+def adapter(
+    loading: LoadOptions,
+    data: Annotated[
+        str,
+        typer.Option(help="Questions with answers: a file as for `compare`, NAME:SPLIT of datasets, reference:train."),
+    ],
+    model: Model = "reference",
+    methods: Methods = "pool",
+    keep: Keeps = "100%, 25%, 11%, 5%",
+    schedule: Annotated[
+        str | None, typer.Option(help="Methods by share of the steps: '0: pool-decoder(stride=8); 75%: full'.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="Run all methods and budgets in each step, as M3 does; else draw one.")
+    ] = False,
+    parts: Annotated[
+        Literal["projector", "lora", "all"],
+        typer.Option(help="An adapter on the projector, or on projector and LLM; or all their weights."),
+    ] = "lora",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter's matrices.")] = 16,
+    distillation: Annotated[
+        float, typer.Option(min=0.0, help="Weight of the model without method and adapter as teacher.")
+    ] = 0.0,
+    output: Annotated[Path, typer.Option(help="Folder of adapter, record and checkpoints.")] = Path("runs/adapter"),
+    evaluation: Annotated[
+        str | None, typer.Option(help="Questions to measure on.", show_default="a twentieth of the images of --data")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per step and device.")] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Steps per update.")] = 1,
+    rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="2e-4; of all weights 2e-5")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the arithmetic: bf16, fp16 or fp32.")] = "fp32",
+    prompt: Prompt = "{question}",
+    seed: Annotated[int, typer.Option(help="Of adapters, order and draws.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue from the folder's last checkpoint.")] = True,
+    json: Json = False,
+) -> None:
+    """Fine-tune a model on your data while methods drop its tokens, and measure it at every budget."""
+    from tokensieve.train.adapter import Recipe, train_adapter
+
+    phases = {0.0: split_specs(methods)} if schedule is None else _phases(schedule)
+    recipe = Recipe(
+        phases=phases,
+        keeps=split_budgets(keep),
+        every=every,
+        parts=parts,
+        rank=rank,
+        distillation=distillation,
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rate=rate,
+        precision=precision,
+        prompt=prompt,
+        seed=seed,
+    )
+    record = train_adapter(model, data, output, recipe=recipe, evaluation=evaluation, loading=loading, resume=resume)
+    if json:
+        print_json(record)
+    else:
+        rows = record["metrics"]
+        untuned = [name for name in ("untuned_accuracy", "untuned_loss") if name in rows[0]]
+        names = ["accuracy", "loss", *untuned]
+        table = [[row["method"], *(f"{row[n]:.1%}" if "acc" in n else f"{row[n]:.3f}" for n in names)] for row in rows]
+        print_table(["method", *(name.replace("_", " ") for name in names)], table)
+        note(f"measured on {record['held_out']} held-out questions")
+    if record["skipped"]:
+        note(f"{record['skipped']} records could not be used")
+    note(f"{'model' if parts == 'all' else 'adapter'}: {output / 'model' if parts == 'all' else output}")
+
+
+def _phases(text: str) -> dict[float, list[str]]:
+    """Return {share of the steps: specs} of a schedule such as ``0: pool-decoder(layer=2); 75%: full``."""
+    phases: dict[float, list[str]] = {}
+    for part in text.split(";"):
+        start, colon, specs = part.partition(":")
+        try:
+            share = float(start.strip().removesuffix("%")) / (100 if start.strip().endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not colon or not 0 <= share < 1 or share in phases:
+            raise Refusal(
+                f"a phase is 'SHARE: METHODS' with another share from 0 to below 1, as in '75%: full'; got {part!r}"
+            )
+        phases[share] = split_specs(specs)
+    return phases

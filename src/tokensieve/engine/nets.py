@@ -52,6 +52,8 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
     if method.weights == RANDOM:
         return _new(method, shape)
     folder = folder_of(method)
+    if method.published and not (folder / ABOUT).exists():
+        return _published_net(method, shape, folder)
     about = read_about(folder)
     name = about["method"].partition("(")[0]
     if name != method.info.name:
@@ -69,6 +71,33 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
         net.load_state_dict(parameters)
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise Refusal(f"{folder / PARAMETERS} is not a net of {name}: {first_line(error)}") from None
+    return net
+
+
+def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn.Module:
+    """Return the net in an authors' checkpoint; its other parameters, those of the model, are not read."""
+    from safetensors import SafetensorError, safe_open
+
+    parameters = {}
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as checkpoint:
+                for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
+                    _, found, own = name.partition(method.published)
+                    if found:
+                        parameters[own] = checkpoint.get_tensor(name)
+        if not parameters:
+            raise Refusal(
+                f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors file with names "
+                f"such as {method.published}*"
+            )
+        net = _new(method, shape, method.sizes_of(parameters))
+        net.load_state_dict(parameters)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        reason = first_line(error)
+        raise Refusal(
+            f"the checkpoint {folder} does not fit {method.info.name} and {_words(shape)}: {reason}"
+        ) from None
     return net
 
 

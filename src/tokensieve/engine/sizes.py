@@ -28,6 +28,8 @@ def carried_sizes(
     """
     if decision.whole or not decision.slots:
         return sizes[: decision.slots]
+    if decision.soft:  # in training; the log of the share is finite
+        return sizes * decision.entries().weight.clamp(min=torch.finfo(torch.float32).eps)
     entries, anchors = decision.entries(), decision.anchors
     weight = entries.weight.abs()
     total = torch.zeros_like(sizes).scatter_add(0, entries.source, weight)

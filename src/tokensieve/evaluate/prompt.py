@@ -63,7 +63,7 @@ def left_padded_batch(
     turns = turns or [[] for _ in texts]
     options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     if getattr(processor, "chat_template", None):
-        messages = [_messages(*row) for row in zip(images, texts, turns, strict=True)]
+        messages = [chat_messages(*row) for row in zip(images, texts, turns, strict=True)]
         template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
         return dict(processor.apply_chat_template(messages, **template, processor_kwargs=options))
     if any(turns):
@@ -74,7 +74,7 @@ def left_padded_batch(
     raise Refusal(f"{type(processor).__name__} has neither a chat template nor an image token")
 
 
-def _messages(
+def chat_messages(
     images: Sequence[Image.Image], text: str, turns: Sequence[tuple[str, str]]
 ) -> list[dict[str, str | list[dict[str, Any]]]]:
     """Return a conversation in the form of chat templates; the images stand before its first text."""

@@ -130,9 +130,13 @@ def _placement(options: LoadOptions, device: Any, config: Any) -> dict[str, Any]
 
 def _load_adapter(model: Any, adapter: str) -> None:
     """Put a PEFT adapter on the model, in place: the model stays of its class."""
+    from tokensieve.reference import ADAPTERS, adapter_path
+
     folder = Path(os.path.expanduser(adapter))
+    if not folder.exists():
+        folder = adapter_path(adapter) or folder
     if not folder.exists() and not may_be_hub_name(adapter):
-        raise Refusal(f"no adapter at {adapter}: it does not exist")
+        raise Refusal(f"no adapter at {adapter}: it does not exist; bundled is {', '.join(ADAPTERS)}")
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise Refusal(f"no adapter at {adapter}: it has no adapter_config.json")
     if any(weight.is_meta for weight in model.parameters()):

@@ -35,7 +35,7 @@ class LoadOptions:
         revision: branch, tag or commit of a model on the hub.
         quantize: "4bit" (NF4) or "8bit" weights, quantised by bitsandbytes while they are loaded.
         trust_remote_code: allow code that comes with the checkpoint to run.
-        adapter: folder or hub name of a PEFT adapter, put on the model and not merged.
+        adapter: folder or hub name of a PEFT adapter, or a bundled one's, put on the model and not merged.
         processor: arguments for the processor and its image processor, such as ``{"max_pixels": 401408}``.
         chat: variables of the chat template, such as ``{"enable_thinking": False}``.
         system: system prompt, put before every conversation.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -37,20 +37,30 @@ class TrainedMethod(Method):
 
     Args:
         weights: "bundled" (those shipped for the bundled model), "random" (an untrained net), or a folder that
-            ``tokensieve train`` made.
+            ``tokensieve train`` made, or an authors' checkpoint, of which the net alone is read.
     """
 
     weights: str = "bundled"
 
     Net: ClassVar[type[nn.Module]]
+    published: ClassVar[str] = ""  # what stands before the net's own names in checkpoints of the authors
     learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
+
+    @property
+    def softens(self) -> Literal["rows", "attention"]:
+        """What the factors of :meth:`soften` multiply: the rows, or the share of each token in the LLM's attention."""
+        return "rows"
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
         """Return a new net for a model of this shape, with these sizes in place of the default ones."""
         return self.Net(shape, **sizes)
 
+    def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the sizes of the net of an authors' checkpoint, from its parameters under the net's own names."""
+        return {}
+
     def soften(self, image: Any) -> Tensor | None:
-        """Return a factor for each row `[B, N]`: in training, rows are multiplied by it, and no token leaves.
+        """Return a factor for each token `[B, N]`: in training, it takes the place of leaving.
 
         ``None``: tokens leave in training, too.
         """
@@ -73,5 +83,5 @@ class TrainedMethod(Method):
             if factors is not None:
                 every = torch.arange(image.total, device=factors.device).expand_as(factors)
                 softened: Reduction = image.merge(every, every, every, factors)
-                return softened
+                return replace(softened, soft=self.softens == "attention")
         return super().__call__(image)

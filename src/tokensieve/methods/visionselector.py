@@ -1,7 +1,8 @@
 """VisionSelector: a trained scorer ranks the projected tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,16 @@ class Scorer(nn.Module):
 class VisionSelector(TrainedMethod, ScoreMethod):
     """Keep the tokens that a trained scorer ranks highest: the mean dot product of a token's query with all keys.
 
-    In training, rows are multiplied by a soft top-K of the scores: sigmoid(score + t), with the t for which the factors
-    sum to K. A second loss moves the factors towards 0 and 1; its weight grows from ``first`` to ``last``. The model
-    stays frozen, and the scorer may be used with other budgets than that of its training.
+    In training, a soft top-K of the scores takes the place of leaving: sigmoid(score + t), with the t for which the
+    factors sum to K. A second loss moves the factors towards 0 and 1; its weight grows from ``first`` to ``last``. The
+    model stays frozen, and the scorer may be used with other budgets than that of its training.
 
     Args:
-        weights: "bundled", "random", or a folder of ``tokensieve train visionselector``.
+        weights: "bundled", "random", a folder of ``tokensieve train visionselector``, or the authors' checkpoint
+            of the same model.
         keep: tokens per image, or a share of them; in training too (the paper: 0.2).
+        softened: in training, factors multiply the "rows" (the paper) or each token's share in "attention". The norm at
+            the start of a layer undoes the scale of a row, so that the first layers of a shallow LLM see every token.
         first, last: weight of the second loss at the beginning and at the end of training.
 
     Cost: O(N·D²) time, O(N·D) extra memory.
@@ -50,10 +54,19 @@ class VisionSelector(TrainedMethod, ScoreMethod):
     """
 
     keep: Budget = 64
+    softened: Literal["rows", "attention"] = "rows"
     first: float = 0.1
     last: float = 3.0
 
     Net = Scorer
+    published = "importance_scorer."
+
+    def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"width": len(parameters["q_proj.weight"])}
+
+    @property
+    def softens(self) -> Literal["rows", "attention"]:
+        return self.softened
 
     def score(self, image: ConnectorTokens) -> Tensor:
         scores: Tensor = given(image.net)(image.features.float())

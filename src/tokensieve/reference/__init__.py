@@ -13,6 +13,8 @@ _DIRECTORIES = {
     "pumer-reference": "pumer-reference",
 }
 NAMES = tuple(_DIRECTORIES)
+ADAPTERS = {"reference-m3": "m3-adapter"}
+"""Bundled adapters of the model "reference": {name: directory}."""
 
 
 def path(name: str = "reference") -> Path:
@@ -24,6 +26,11 @@ def path(name: str = "reference") -> Path:
     if name not in _DIRECTORIES:
         raise Refusal(f"bundled model {name!r} is unknown; use one of {', '.join(_DIRECTORIES)}")
     return Path(__file__).parent / "weights" / _DIRECTORIES[name]
+
+
+def adapter_path(name: str) -> Path | None:
+    """Return the directory of a bundled adapter; ``None`` if there is none of this name."""
+    return Path(__file__).parent / "weights" / ADAPTERS[name] if name in ADAPTERS else None
 
 
 def load(name: str = "reference") -> tuple[Any, Any]:

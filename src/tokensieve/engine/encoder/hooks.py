@@ -165,7 +165,8 @@ class EncoderHooks:
 
         @functools.wraps(encode)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            if self._call is not None or self.flight.paused:  # the encode function of another modality calls this one
+            paused = self.flight.paused and self.method is not None
+            if self._call is not None or paused:  # the encode function of another modality calls this one
                 return encode(*args, **kwargs)
             bound = dict(signature.bind(*args, **kwargs).arguments)
             call = RecordedCall(bound.pop("kwargs", {}) | bound, modality)

@@ -15,31 +15,40 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokensieve.errors import DataError, Refusal
-from tokensieve.evaluate import Sample, load_data
-from tokensieve.evaluate.data import reference_samples
-from tokensieve.evaluate.prompt import _messages, check_texts, image_numbers, left_padded_batch, user_turns
+from tokensieve.evaluate.data import Sample, reference_samples, sample_of
+from tokensieve.evaluate.prompt import chat_messages, check_texts, image_numbers, left_padded_batch, user_turns
+from tokensieve.evaluate.records import read_records
 
 log = logging.getLogger(__name__)
 REFERENCE, SCENES = "reference:", 2000  # the bundled questions, and the number of scenes without a slice
+COLUMNS = ("image", "question", "answer")
 IGNORED = -100  # label of a column that is not predicted
 
 
-def read_samples(source: str) -> list[Sample]:
-    """Read questions with answers.
+def read_samples(source: str) -> tuple[list[Sample], int]:
+    """Read questions with answers; return them, and the number of records that cannot be used, which are logged.
 
     Args:
         source: a file as for ``tokensieve compare``; ``name:split`` of the datasets library; ``reference:train`` or
             ``reference:train[:7000]`` for the bundled questions.
 
     Raises:
-        DataError: naming file, line and mistake.
+        DataError: there is no such data, a line cannot be read, or no record can be used; it names file and line.
     """
     if source.startswith(REFERENCE):
-        return _from_reference(source)
-    name, colon, split = source.rpartition(":")
-    if Path(source).exists() or not colon:
-        return load_data(source)
-    return load_data(name, split=split)
+        return _from_reference(source), 0
+    name, _, split = source.rpartition(":")
+    place = (source, None) if Path(source).exists() or not name else (name, split)
+    samples, faults, files = list[Sample](), list[str](), dict[str, Any]()
+    for number, record in enumerate(read_records(*place), 1):
+        try:
+            samples.append(sample_of(record, str(number), COLUMNS, files, fetch_images=False))
+        except Refusal as error:
+            faults.append(f"{record.where}: {error}")
+            log.warning("record skipped (%d so far): %s", len(faults), faults[-1])
+    if not samples:
+        raise DataError(faults[0] if faults else f"{source}: no records")
+    return samples, len(faults)
 
 
 def _from_reference(source: str) -> list[Sample]:
@@ -99,7 +108,7 @@ class Questions(Dataset[Sample]):
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
-        self.bad: dict[str, str] = {}  # why, by id
+        self.bad: set[tuple[str, str]] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -107,12 +116,13 @@ class Questions(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         for step in range(len(self)):
             sample = self.samples[(index + step) % len(self)]
-            if sample.id in self.bad:
+            place = (sample.where, sample.id)
+            if place in self.bad:
                 continue
             try:
                 sample.open_all()
             except DataError as error:
-                self.bad[sample.id] = str(error)
+                self.bad.add(place)
                 log.warning("record skipped (%d so far): %s", len(self.bad), error)
                 continue
             return sample
@@ -143,14 +153,12 @@ class Collator:
         tensors |= _appended(tensors, answers, int(self.tokenizer.pad_token_id or 0))
         return {**tensors, "image_numbers": torch.tensor(image_numbers(samples))}
 
-    def answer_ids(
-        self, images: Sequence[Any], text: str, turns: Sequence[tuple[str, str]], answer: str
-    ) -> list[int]:
+    def answer_ids(self, images: Sequence[Any], text: str, turns: Sequence[tuple[str, str]], answer: str) -> list[int]:
         """Return the ids that follow a prompt: the answer and the end of the turn, as the chat template writes them."""
         end = self.tokenizer.eos_token or ""
         if not getattr(self.processor, "chat_template", None):
             return self._ids(f" {answer}{end}")
-        messages = _messages(images, text, turns)
+        messages = chat_messages(images, text, turns)
         render = self.processor.apply_chat_template
         prompt = render(messages, add_generation_prompt=True, tokenize=False)
         whole = render([*messages, _assistant(answer)], add_generation_prompt=False, tokenize=False).rstrip()

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from tokensieve.engine import attach
 from tokensieve.engine.connector.shorten import padding_id
+from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.wrapped import unwrapped
 from tokensieve.errors import Refusal
 from tokensieve.evaluate.prompt import generate_arguments, without_repetitions
@@ -71,17 +72,25 @@ def teacher_logits(model: Any, batch: Batch, processor: Any) -> Tensor:
         model.train(training)
 
 
-def check_method(stages: Sequence[Method], processor: Any) -> None:
-    """Refuse a method that would see the answer: in training it stands at the end of the prompt.
+def check_method(stages: Sequence[Method], model: Any, processor: Any, batch: Batch) -> None:
+    """Refuse a method that would see the answer, which in training stands at the end of the prompt.
+
+    Args:
+        batch: any batch; in its first row, the words that the method would take for the user's are looked at.
 
     Raises:
         Refusal: naming the method and what it reads.
     """
+    row, label = batch["input_ids"][0].tolist(), batch["labels"][0]
+    prompt = row[: len(row) - int((label != IGNORED).sum())]
     for stage in stages:
         needs, name = stage.needs, stage.info.name
         if getattr(needs, "attention", None) == "last" or getattr(needs, "gradient", None):
             raise Refusal(f"{name} goes by the end of the prompt, where the answer stands in training; use another one")
-        if getattr(needs, "user_text", False) == "all":
-            raise Refusal(f"{name} goes by all text after the image, and in training that has the answer in it")
-        if needs.requests("user_text") and not getattr(processor, "chat_template", None):
-            raise Refusal(f"{name} goes by the user's words; without a chat template, the answer would be among them")
+        if needs.requests("user_text"):
+            finder = UserTextFinder(model, processor, needs.user_text == "all")  # type: ignore[attr-defined]
+            if finder.columns(row) != finder.columns(prompt):
+                raise Refusal(
+                    f"{name} goes by the user's words, and would take the answer for some of them: with this chat "
+                    "template and tokenizer the two are not told apart"
+                )

@@ -38,10 +38,10 @@ def prepared(model: Any, recipe: Recipe, base: str) -> Any:
         names += _linear_layers(model, model.get_decoder())
     if not names:
         raise Refusal(f"the projector of {type(model).__name__} has no linear layers of its own; use parts='lora'")
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.scale, target_modules=names, base_model_name_or_path=base, bias="none"
-    )
-    return get_peft_model(model, config)
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.scale, target_modules=names, bias="none")
+    tuned = get_peft_model(model, config)
+    config.base_model_name_or_path = base  # as the user named it: PEFT wrote the folder that it was loaded from
+    return tuned
 
 
 def _projector(model: Any) -> nn.Module | None:

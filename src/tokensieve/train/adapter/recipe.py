@@ -46,7 +46,7 @@ class Recipe:
     every: bool = False
     parts: Parts = "lora"
     rank: int = 16
-    alpha: float | None = None
+    alpha: int | None = None
     distillation: float = 0.0
     epochs: float = 1.0
     batch_size: int = 16
@@ -84,9 +84,9 @@ class Recipe:
         return RATES[self.parts] if self.rate is None else self.rate
 
     @property
-    def scale(self) -> float:
+    def scale(self) -> int:
         """``alpha`` of the adapters."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+        return 2 * self.rank if self.alpha is None else self.alpha
 
     def schedule(self) -> Schedule:
         return Schedule.of(self.phases, self.keeps)

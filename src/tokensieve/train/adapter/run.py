@@ -61,20 +61,31 @@ def train_adapter(
     recipe = recipe or Recipe()
     schedule = recipe.schedule()
     if loading.adapter is not None:
-        raise Refusal(f"a new adapter is trained on the model itself; got the adapter {loading.adapter}: merge it first")
-    samples = read_samples(data)
-    training, measured = held_out(samples, recipe.seed) if evaluation is None else (samples, read_samples(evaluation))
+        raise Refusal(
+            f"a new adapter is trained on the model itself; got the adapter {loading.adapter}: merge it first"
+        )
+    training, unusable = read_samples(data)
+    if evaluation is None:
+        training, measured = held_out(training, recipe.seed)
+    else:
+        measured, more = read_samples(evaluation)
+        unusable += more
     vlm, processor = load_model(model, loading)
+    questions, held = Questions(in_training_order(training, recipe.epochs, recipe.seed)), Questions(measured)
+    collator = Collator(processor, recipe.prompt)
+    one = collator([questions[0]])
     for draw in schedule.draws:
-        check_method(draw.stages, processor)
+        check_method(draw.stages, vlm, processor, one)
         attach(vlm, list(draw.stages), processor=processor).detach()  # what does not fit is refused before training
-    settings = {"model": without_folder(model), "data": without_folder(data), "schedule": schedule.to_json()}
+    settings: dict[str, Any] = {
+        "model": without_folder(model),
+        "data": without_folder(data),
+        "schedule": schedule.to_json(),
+    }
     settings |= {"recipe": recipe.to_json()}
     _start(output, settings, resume)
     set_seed(recipe.seed)  # for the random half of new adapters
     tuned = prepared(vlm, recipe, model)
-    questions = Questions(in_training_order(training, recipe.epochs, recipe.seed))
-    collator = Collator(processor, recipe.prompt)
     trainer = AdapterTrainer(
         recipe,
         schedule,
@@ -86,9 +97,8 @@ def train_adapter(
     )
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
-    record: dict[str, Any] = {**settings, "step": trainer.state.global_step, "skipped": len(questions.bad)}
+    record: dict[str, Any] = {**settings, "step": trainer.state.global_step, "skipped": unusable + len(questions.bad)}
     record["seconds"] = round(time.monotonic() - started)  # of this call: a resumed run counts its last part
-    held = Questions(measured)
     record["held_out"] = len(held)
     record["metrics"] = measure(tuned, held, collator, schedule.draws, recipe)
     record["skipped"] += len(held.bad)
@@ -171,11 +181,15 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
         try:
             earlier = json.loads((output / RECORD).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise Refusal(f"{output} has a checkpoint of another training ({first_line(error)}); use --no-resume") from None
+            raise Refusal(
+                f"{output} has a checkpoint of another training ({first_line(error)}); use --no-resume"
+            ) from None
         settings = json.loads(json.dumps(settings))
         for name, value in settings.items():
             if earlier.get(name) != value:
-                raise Refusal(f"{output} has a checkpoint of a training with another {name}; use --no-resume or another folder")
+                raise Refusal(
+                    f"{output} has a checkpoint of a training with another {name}; use --no-resume or another folder"
+                )
     _write(output, settings)
 
 

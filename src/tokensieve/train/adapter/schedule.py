@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
@@ -25,9 +25,8 @@ class Draw:
 
     def with_seed(self, seed: int) -> Stages:
         """Return the stages, those that draw at random with another seed."""
-        return tuple(
-            dataclasses.replace(stage, seed=seed) if hasattr(stage, "seed") else stage for stage in self.stages
-        )
+        changed: dict[str, Any] = {"seed": seed}
+        return tuple(replace(stage, **changed) if hasattr(stage, "seed") else stage for stage in self.stages)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""``tokensieve train METHOD``: train the net of a method beside a frozen model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from tokensieve.commands.arguments import Json, with_load_options
+from tokensieve.commands.console import note, print_json
+from tokensieve.loading import LoadOptions
+
+
+class Recipes(TyperGroup):
+    """The recipes of ``tokensieve train`` by name; another name is that of a method with a net."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        known = args[0].startswith("-") or args[0] in self.commands
+        return super().resolve_command(ctx, args if known else ["method", *args])
+
+
+@with_load_options()
+def method(
+    loading: LoadOptions,
+    method: Annotated[str, typer.Argument(help="A method with a net, such as visionselector, or FILE.py:CLASS.")],
+    model: Annotated[str, typer.Option(help="The model, which stays as it is.")] = "reference",
+    data: Annotated[
+        str, typer.Option(help="Questions with answers: a file, NAME:SPLIT of datasets, reference:train[:700].")
+    ] = "reference:train[:3900]",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the net, for weights=.", show_default="runs/METHOD")
+    ] = None,
+    keep: Annotated[str | None, typer.Option(help="Budget in training, for a method that has one.")] = None,
+    evaluation: Annotated[
+        str | None, typer.Option(help="Questions to measure on.", show_default="a twentieth of the images")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Records per step.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Steps per update.")] = 1,
+    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    distillation: Annotated[float, typer.Option(help="Weight of the unreduced model as a teacher.")] = 1.0,
+    prompt: Annotated[str, typer.Option(help="Text of the user turn.")] = "{question}",
+    seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue from what the folder holds.")] = True,
+    json: Json = False,
+) -> None:
+    """Train the net of METHOD beside a frozen model; `tokensieve train METHOD` is short for this."""
+    from tokensieve.budget import parse_budget
+    from tokensieve.methods import parse
+    from tokensieve.train.method import Recipe, train_method
+
+    stages = parse(method) if keep is None else parse(method, keep=parse_budget(keep))
+    folder = output or Path("runs") / stages[0].info.name
+    recipe = Recipe(epochs, batch_size, accumulate, rate, distillation=distillation, prompt=prompt, seed=seed)
+    about = train_method(
+        stages, model, data, folder, recipe=recipe, evaluation=evaluation, loading=loading, resume=resume
+    )
+    if json:
+        print_json(about)
+    for name, measured in about["metrics"].items():
+        if isinstance(measured, dict):
+            note(f"{name}: {measured['accuracy']:.1%} right with {measured['tokens']:.1f} tokens on average")
+    note(f"weights: {folder}")

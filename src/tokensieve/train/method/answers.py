@@ -1,0 +1,64 @@
+"""Train a net by the loss of the model's answers: the model is frozen, and gradients pass through it to the net."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+
+from tokensieve.engine.connector.shorten import padding_id
+from tokensieve.engine.llm import LlmSieve
+from tokensieve.evaluate.prompt import Inputs, generate_arguments, without_repetitions
+from tokensieve.loading import to_model
+from tokensieve.methods import TrainedMethod
+from tokensieve.train.adapter.loss import answer_loss, divergence
+from tokensieve.train.adapter.shared import SharedPrompts
+from tokensieve.train.method.recipe import Recipe
+from tokensieve.train.trainer import QuietTrainer
+
+
+class MethodTrainer(QuietTrainer):
+    """Train on the answers' loss, the divergence from the same model unreduced, and the method's own objective.
+
+    The model that transformers sees is the net alone: nothing else is optimised, or stored in a checkpoint.
+
+    Args:
+        sieve: the handle of the method, attached to the frozen model.
+    """
+
+    def __init__(self, recipe: Recipe, sieve: LlmSieve, **options: Any) -> None:
+        self.recipe, self.sieve, self.vlm = recipe, sieve, sieve.model
+        (self.method,) = (method for method in sieve.methods if isinstance(method, TrainedMethod))
+        super().__init__(**options)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored: Any) -> Any:
+        labels, numbers = inputs["labels"], inputs["image_numbers"].tolist()
+        prompts = {name: rows for name, rows in inputs.items() if name not in ("labels", "image_numbers")}
+        once = without_repetitions(self.vlm, to_model(self.vlm, prompts), numbers)
+        width = labels.shape[1] + 1  # each id is predicted by the column before
+        logits = self._logits(once, width)
+        loss = answer_loss(logits, labels)
+        if self.recipe.distillation:
+            with torch.no_grad(), self.sieve.paused():
+                teacher = self._logits(once, width)
+            loss = loss + self.recipe.distillation * divergence(logits, teacher, labels)
+        decisions = [decision for images in self.sieve.last for decision in images]
+        own = self.method.objective(decisions, self.state.global_step / self.state.max_steps)
+        loss = loss if own is None else loss + own
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _logits(self, inputs: Inputs, width: int) -> Tensor:
+        """Return the logits `[B, width - 1, V]` of the answers' ids."""
+        inside = self.method.info.stage == "decoder"  # such methods refuse a part of the logits
+        part = {} if inside else {"logits_to_keep": width}
+        shared = SharedPrompts.of(self.vlm, inputs, self.sieve.methods, padding_id(self.vlm))
+        if shared is not None:
+            logits = shared.logits(self.vlm, self.vlm, width, part)
+        else:
+            logits = self.vlm(**generate_arguments(self.vlm, inputs), **part, use_cache=False).logits
+        return logits[:, -width:-1].float()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)  # the records are listed in training order

@@ -1,0 +1,207 @@
+"""Train the net of a method, measure it on held-out questions, and save its folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tokensieve.engine import attach
+from tokensieve.engine.llm import LlmSieve
+from tokensieve.engine.nets import load_net, save_net, shape_of
+from tokensieve.errors import Refusal
+from tokensieve.evaluate import Sample
+from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, without_folder
+from tokensieve.methods import Method, TrainedMethod, parse
+from tokensieve.train.adapter.data import Collator, Questions, held_out, in_training_order, read_samples
+from tokensieve.train.adapter.loss import check_method
+from tokensieve.train.method.answers import MethodTrainer
+from tokensieve.train.method.exits import Exits, agreement, collect, fit
+from tokensieve.train.method.recipe import Recipe
+from tokensieve.train.method.score import score
+from tokensieve.train.trainer import check_train_extra, last_checkpoint
+
+log = logging.getLogger(__name__)
+SETTINGS, EXAMPLES = "training.json", "{}.safetensors"
+SCORED = 300  # held-out questions that are answered
+
+
+def train_method(
+    spec: str | Sequence[Method],
+    model: str,
+    data: str,
+    output: Path,
+    *,
+    recipe: Recipe | None = None,
+    evaluation: str | None = None,
+    loading: LoadOptions = DEFAULTS,
+    resume: bool = True,
+) -> dict[str, Any]:
+    """Train the net of one method beside a frozen model; return what is written into ``output/method.json``.
+
+    Args:
+        spec: the method with its parameters, such as "visionselector(keep=0.25)", or read already; its budget holds in
+            training.
+        model: the model, as for :func:`~tokensieve.loading.load_model`.
+        data: questions with answers, as for :func:`~tokensieve.train.adapter.data.read_samples`.
+        output: folder of the net, its checkpoints and collected states; ``weights=`` takes it.
+        evaluation: questions to measure on; ``None`` holds out a twentieth of the images of ``data``.
+        resume: continue from what the folder holds, if it is of the same settings.
+
+    Raises:
+        Refusal: before training begins, if method, settings, data and model do not fit together.
+        MissingExtra: without the ``train`` extra.
+    """
+    check_train_extra()
+    recipe, method = recipe or Recipe(), _method(spec)
+    samples, unusable = read_samples(data)
+    if evaluation is None:
+        training, measured = held_out(samples, recipe.seed)
+    else:
+        training, measured = samples, read_samples(evaluation)[0]
+    vlm, processor = load_model(model, loading)
+    vlm.requires_grad_(False)
+    settings: dict[str, Any] = {"trained": str(method), "on": without_folder(model), "data": without_folder(data)}
+    settings |= {"recipe": recipe.to_json()}
+    _start(output, settings, resume)
+    set_seed(recipe.seed)
+    started, shape = time.monotonic(), shape_of(vlm)
+    net = load_net(method, shape)
+
+    asked = sorted(measured[:SCORED], key=lambda sample: len(sample.images))  # equal batches, as in training
+
+    def measure(net: nn.Module | None) -> dict[str, float]:
+        with attach(vlm, "full") if net is None else _attached(vlm, method, processor, net) as sieve:
+            return score(sieve, processor, asked, recipe.batch_size, recipe.prompt)
+
+    metrics: dict[str, Any] = {"unreduced": measure(None), "untrained": measure(net)}
+    if method.learns == "exits":
+        learned = _learn_exits(vlm, processor, method, net, (training, measured), recipe, output)
+    else:
+        with _attached(vlm, method, processor, net, training=True) as sieve:
+            learned = _learn_answers(sieve, processor, sieve.nets[method.info.stage], training, recipe, output, resume)
+            net.load_state_dict(sieve.nets[method.info.stage].state_dict())
+    metrics |= {"trained": measure(net), **learned}
+    metrics["skipped"] = metrics.get("skipped", 0) + unusable
+    log.info("on %d held-out questions: %s", len(asked), json.dumps(metrics))
+    about = {**settings, "metrics": metrics, "seconds": round(time.monotonic() - started)}
+    save_net(output, method, shape, net, about)
+    return about
+
+
+def _method(spec: str | Sequence[Method]) -> TrainedMethod:
+    """Return the method of a spec with an untrained net; refuse one that has none."""
+    stages = parse(spec) if isinstance(spec, str) else spec
+    if len(stages) != 1 or not isinstance(stages[0], TrainedMethod):
+        names = " + ".join(map(str, stages))
+        raise Refusal(f"a method with a net is trained, such as 'visionselector'; got {names}")
+    return replace(stages[0], weights="random")
+
+
+def _attached(model: Any, method: TrainedMethod, processor: Any, net: nn.Module, *, training: bool = False) -> LlmSieve:
+    """Attach a method with a copy of this net; where factors soften attention, with the bias that applies them."""
+    by_attention = training and method.softens == "attention"
+    sieve = attach(model, method, processor=processor, repair="size" if by_attention else None)
+    assert isinstance(sieve, LlmSieve)
+    sieve.nets[method.info.stage].load_state_dict(net.state_dict())
+    return sieve
+
+
+def _learn_answers(
+    sieve: LlmSieve,
+    processor: Any,
+    net: nn.Module,
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    output: Path,
+    resume: bool,
+) -> dict[str, Any]:
+    """Train a net by the answers' loss; return the number of steps and the last loss."""
+    listed = in_training_order(samples, recipe.epochs, recipe.seed)
+    questions = Questions(in_equal_batches(listed, recipe.batch_size, recipe.seed))
+    collator = Collator(processor, recipe.prompt)
+    check_method(sieve.methods, sieve.model, processor, collator([questions[0]]))
+    trainer = MethodTrainer(
+        recipe,
+        sieve,
+        model=net.requires_grad_(True),
+        args=recipe.arguments(output, device_of(sieve.model)),
+        train_dataset=questions,
+        data_collator=collator,
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+    net.requires_grad_(False).eval()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"step": trainer.state.global_step, "losses": losses[:1] + losses[-1:], "skipped": len(questions.bad)}
+
+
+def in_equal_batches(samples: Sequence[Sample], size: int, seed: int) -> list[Sample]:
+    """List samples so that a batch has questions about equally many images, as far as there are enough.
+
+    Each row of a batch is as long as the longest: one question about two images would double the cost of the others.
+    """
+    groups: dict[int, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(len(sample.images), []).append(sample)
+    cut = [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+    whole = [batch for batch in cut if len(batch) == size]
+    random.Random(seed).shuffle(whole)
+    return [sample for batch in (*whole, *(batch for batch in cut if len(batch) < size)) for sample in batch]
+
+
+def _learn_exits(
+    model: Any,
+    processor: Any,
+    method: TrainedMethod,
+    net: nn.Module,
+    samples: tuple[Sequence[Sample], Sequence[Sample]],
+    recipe: Recipe,
+    output: Path,
+) -> dict[str, Any]:
+    """Collect states and labels of the training and the held-out questions, train the gates, and return the shares."""
+    parts = []
+    for name, part in zip(("training", "held-out"), samples, strict=True):
+        file = output / EXAMPLES.format(name)
+        examples = Exits.load(file)
+        if examples is None:
+            listed = sorted(part, key=lambda sample: len(sample.images))
+            examples = collect(model, processor, method, listed, recipe)
+            examples.save(file)
+        parts.append(examples)
+    assert isinstance(net, nn.ModuleList)
+    fit(net, parts[0], recipe)
+    return agreement(net, parts[1])
+
+
+def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Make the folder, empty it of an earlier training unless it is continued, and store the settings.
+
+    Raises:
+        Refusal: the folder holds a training of other settings.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / SETTINGS
+    if not resume:
+        for old in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+            shutil.rmtree(old)
+        for old in output.glob(EXAMPLES.format("*")):
+            old.unlink()
+    elif file.is_file():
+        earlier = json.loads(file.read_text("utf-8"))
+        other = [name for name in settings if earlier.get(name) != json.loads(json.dumps(settings[name]))]
+        if other:
+            raise Refusal(f"{output} holds a training with another {other[0]}; name another folder, or --no-resume")
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
+    os.replace(part, file)

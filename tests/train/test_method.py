@@ -1,0 +1,181 @@
+"""Training of nets on the bundled model: what moves, what stays, what is learned, and what a resumed run gives."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import TrainerCallback
+
+import tokensieve
+from tests.cli.calling import run_many
+from tokensieve import Refusal, parse
+from tokensieve.evaluate.prompt import encode
+from tokensieve.methods.registry import find
+from tokensieve.reference import load
+from tokensieve.train.adapter.data import Collator, read_samples
+from tokensieve.train.adapter.loss import answer_logits
+from tokensieve.train.method import Recipe, answers, run, train_method
+from tokensieve.train.method.exits import Exits, agreement, collect, fit
+from tokensieve.train.trainer import QuietTrainer
+
+SPEC, FEW = "visionselector(keep=0.2)", "reference:train[:26]"
+RECIPE = Recipe(epochs=2, batch_size=6, rate=1e-2, warmup=0.0)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Measure few questions."""
+    monkeypatch.setattr(run, "SCORED", 2)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Record the trainers that are made, and the model of each before its training."""
+    made = []
+    original = answers.MethodTrainer.__init__
+
+    def init(self, recipe, sieve, **options):
+        original(self, recipe, sieve, **options)
+        made.append((self, {name: rows.clone() for name, rows in sieve.model.state_dict().items()}))
+
+    monkeypatch.setattr(answers.MethodTrainer, "__init__", init)
+    return made
+
+
+def test_only_the_net_moves(tmp_path, small, watched):
+    train_method(SPEC, "reference", FEW, tmp_path, recipe=RECIPE)
+    ((trainer, before),) = watched
+    after = trainer.vlm.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert all(p.grad is None for p in trainer.vlm.parameters())
+    trained = load_file(tmp_path / "net.safetensors")
+    with tokensieve.attach(trainer.vlm, SPEC, weights="random") as sieve:
+        fresh = sieve.nets["connector"].state_dict()
+    still = {name for name in trained if torch.allclose(trained[name], fresh[name], atol=1e-4)}
+    assert still <= {"q_proj.bias"}, "a constant added to all scores changes nothing"
+    about = json.loads((tmp_path / "method.json").read_text())
+    assert about["model"] == {"type": "llava", "width": 128, "layers": 4}
+    assert about["metrics"]["step"] == 5
+    with tokensieve.attach(trainer.vlm, "visionselector", weights=str(tmp_path)) as sieve:
+        assert torch.equal(sieve.nets["connector"].q_proj.weight, trained["q_proj.weight"])
+
+
+class Stop(TrainerCallback):
+    def on_save(self, args, state, control, **_):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_training_gives_the_same_net(tmp_path, small, monkeypatch):
+    recipe = Recipe(**{**RECIPE.to_json(), "checkpoints": 0.25})
+    train_method(SPEC, "reference", FEW, tmp_path / "whole", recipe=recipe)
+    original = answers.MethodTrainer.__init__
+
+    def stopping(self, *args, **options):
+        original(self, *args, **options)
+        self.add_callback(Stop())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(answers.MethodTrainer, "__init__", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=recipe)
+    assert not (tmp_path / "cut" / "net.safetensors").exists()
+    with pytest.raises(Refusal, match="holds a training with another recipe"):
+        train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=RECIPE)
+    steps = []
+    monkeypatch.setattr(
+        answers.MethodTrainer, "training_step", lambda *args: steps.append(1) or QuietTrainer.training_step(*args)
+    )
+    about = train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=recipe)
+    assert (about["metrics"]["step"], len(steps)) == (5, 1)
+    whole, cut = (load_file(tmp_path / name / "net.safetensors") for name in ("whole", "cut"))
+    for name, rows in whole.items():
+        torch.testing.assert_close(cut[name], rows, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load()
+
+
+def test_examples_for_gates_are_those_by_hand(bundled):
+    model, processor = bundled
+    (samples, _), method = read_samples("reference:train[:5]"), parse("dyvte(tolerance='ratio')")[0]
+    recipe = Recipe(batch_size=3)
+    examples = collect(model, processor, method, samples, recipe)
+    assert examples.states.shape == (5, 3, 2 * 128)
+    inputs = Collator(processor, recipe.prompt)(samples[:1])
+    labels = inputs["labels"]
+    whole = answer_logits(model, inputs, parse("full"), processor)
+    for layer in (1, 2, 3):
+        early = answer_logits(model, inputs, parse("vtw", layer=layer), processor)
+        losses = [nn.functional.cross_entropy(logits[0], labels[0]) for logits in (whole, early)]
+        same = bool((whole.argmax(-1) == early.argmax(-1)).all())
+        assert bool(examples.labels[0, layer - 1]) == (same and bool(losses[1] < 1.03 * losses[0]))
+    # the states, from the hidden states of the unreduced model
+    prompt = encode(processor, samples[:1])
+    with torch.no_grad():
+        hidden = model(**prompt, output_hidden_states=True).hidden_states
+    end = int((prompt["input_ids"][0] == model.config.image_token_id).nonzero()[-1]) + 1
+    for layer in (1, 2, 3):
+        text = hidden[layer][0, end:]
+        state = torch.cat([text[:-1].mean(0), text[-1]])
+        torch.testing.assert_close(examples.states[0, layer - 1], state, atol=1e-4, rtol=1e-4)
+
+
+def test_gates_learn_what_the_states_tell():
+    torch.manual_seed(0)
+    states = torch.randn(600, 2, 8)
+    examples = Exits(states, (states[..., 0] > 0).long())
+    gates = find("dyvte")(weights="random").make_net(tokensieve.methods.ModelShape("any", 4, 3), width=16)
+    before = [gate.w2.weight.clone() for gate in gates]
+    fit(gates, examples, Recipe(epochs=60, rate=1e-2))
+    assert min(agreement(gates, examples)["gates_right"]) > 0.9
+    assert not any(torch.equal(gate.w2.weight, rows) for gate, rows in zip(gates, before, strict=True))
+
+
+def test_examples_are_kept_for_a_resumed_run(tmp_path):
+    examples = Exits(torch.randn(4, 2, 8), torch.ones(4, 2, dtype=torch.int64))
+    examples.save(tmp_path / "states.safetensors")
+    kept = Exits.load(tmp_path / "states.safetensors")
+    assert torch.equal(kept.states, examples.states)
+    (tmp_path / "states.safetensors").write_bytes(b"half")
+    assert Exits.load(tmp_path / "states.safetensors") is None
+
+
+CALLS = {
+    "not-trained": (("vtc-cls",), "a method with a net is trained"),
+    "unknown": (("visionselectr",), "unknown method 'visionselectr'"),
+    "rate": (("visionselector", "--rate", "0"), "rate must be larger than 0"),
+    "data": (("visionselector", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    "keep": (("dyvte", "--keep", "4"), "dyvte has no open parameter 'keep'"),
+}
+
+
+@pytest.fixture(scope="module")
+def called(tmp_path_factory):
+    """The outcomes of all command lines, and the folder of the trained gates."""
+    folder = tmp_path_factory.mktemp("trained")
+    calls = {name: ("train", *arguments, "--output", folder / name) for name, (arguments, _) in CALLS.items()}
+    calls["gates"] = ("train", "dyvte", "--data", FEW, "--output", folder / "gates", "--epochs", "20", "--json")
+    return run_many(calls, before="from tokensieve.train.method import run; run.SCORED = 2\n"), folder
+
+
+def test_gates_from_the_command_line(called, bundled):
+    outcomes, folder = called
+    assert outcomes["gates"].code == 0, outcomes["gates"].err
+    about = json.loads(outcomes["gates"].out)
+    assert about["metrics"]["trained"]["tokens"] <= 144
+    assert len(about["metrics"]["gates_right"]) == 3
+    with tokensieve.attach(bundled[0], "dyvte", weights=str(folder / "gates")) as sieve:
+        assert len(sieve.nets["decoder"]) == 3
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_cannot_be_trained_is_refused(called, name):
+    outcomes, folder = called
+    assert CALLS[name][1] in outcomes[name].refused()
+    assert not (folder / name).exists()
