@@ -3,7 +3,8 @@
 ``python docs/make_results.py`` writes the tables of ``docs/results.md`` from the ledger ``docs/results.jsonl``;
 ``… runs/zoo/results.json …`` takes the rows of these results into the ledger first, in place of older ones;
 ``… --types runs/final/results.json`` prints one table with question types instead (the last one of ``results.md``);
-``… --repair runs/repair/results.json runs/zoo/results.json …`` lists rows with repaired attention beside those without.
+``… --repair runs/repair/results.json runs/zoo/results.json …`` lists rows with repaired attention beside those without;
+``… --adaptive runs/adaptive/results.json runs/zoo/results.json …`` lists budgets that fit each image beside fixed ones.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tokensieve.budget import Budget
 from tokensieve.evaluate import Results, Row, VsRandom
-from tokensieve.evaluate.intervals import in_points, paired_difference
+from tokensieve.evaluate.intervals import PairedDifference, in_points, paired_difference
 
 DOCS = Path(__file__).parent
 LEDGER, PAGE = DOCS / "results.jsonl", DOCS / "results.md"
@@ -172,17 +174,45 @@ def by_repair(repaired: Results, plain: Sequence[Results]) -> Iterator[str]:
         cells = []
         for keep in keeps:
             row = repaired.row(method, keep)
-            found = next(
-                results for results in plain if any((r.method, r.keep) == (method, keep) for r in results.rows)
-            )
-            gap = paired_difference(
-                scores_of(repaired, row), scores_of(found, found.row(method, keep)), clusters(found)
-            )
+            gap = difference(repaired, row, plain, keep)
             lifted, lowered, total = lifted + (gap.low > 0), lowered + (gap.high < 0), total + 1
-            mark = " ↑" if gap.low > 0 else " ↓" if gap.high < 0 else ""
-            cells.append(f"{interval(row)} | {in_points(gap.difference, gap.low, gap.high, sign='+')}{mark}")
+            cells.append(f"{interval(row)} | {shown(gap)}")
         yield f"| `{method}` | {' | '.join(cells)} |"
     yield f"\nOf {total} rows, {lifted} are lifted and {lowered} lowered by their 95 % intervals."
+
+
+def by_average(adaptive: Results, plain: Sequence[Results]) -> Iterator[str]:
+    """One row per method and average, with the difference of each criterion to the fixed budget of as many tokens."""
+    parts = [(row, str(row.keep).split(":")) for row in adaptive.rows]
+    rules = [(row, rule[1], rule[2]) for row, rule in parts if rule[0] == "average"]
+    criteria = list(dict.fromkeys(criterion for _, _, criterion in rules))
+    yield f"| method | tokens | fixed | {' | '.join(f'`{name}` minus fixed' for name in criteria)} |"
+    yield "|---|---|---|" + "---|" * len(criteria)
+    for method, tokens in dict.fromkeys((row.method, tokens) for row, tokens, _ in rules):
+        fixed = next(row for results in plain for row in results.rows if same_tokens(row, method, int(tokens)))
+        gaps = {
+            criterion: f"{shown(difference(adaptive, row, plain, fixed.keep))}, {row.tokens_after:.3g} tokens"
+            for row, number, criterion in rules
+            if (row.method, number) == (method, tokens)
+        }
+        cells = " | ".join(gaps.get(criterion, "") for criterion in criteria)
+        yield f"| `{method}` | {tokens}: {fixed.tokens_after:.3g} | {interval(fixed)} | {cells} |"
+
+
+def same_tokens(row: Row, method: str, tokens: int) -> bool:
+    """Return whether a row has this method, and a share that keeps this number of an image's 144 tokens."""
+    return row.method == method and isinstance(row.keep, float) and round(144 * row.keep) == tokens
+
+
+def difference(results: Results, row: Row, others: Sequence[Results], keep: Budget | None) -> PairedDifference:
+    """Return a row's accuracy minus that of the same method at ``keep`` in the others, paired by question."""
+    other = next(other for other in others if any((r.method, r.keep) == (row.method, keep) for r in other.rows))
+    return paired_difference(scores_of(results, row), scores_of(other, other.row(row.method, keep)), clusters(other))
+
+
+def shown(gap: PairedDifference) -> str:
+    mark = " ↑" if gap.low > 0 else " ↓" if gap.high < 0 else ""
+    return in_points(gap.difference, gap.low, gap.high, sign="+") + mark
 
 
 def scores_of(results: Results, row: Row) -> np.ndarray:
@@ -203,6 +233,9 @@ if __name__ == "__main__":
     elif options == ["--repair"]:
         repaired, *plain = (Results.load(Path(file)) for file in files)
         print("\n".join(by_repair(repaired, plain)))
+    elif options == ["--adaptive"]:
+        adaptive, *plain = (Results.load(Path(file)) for file in files)
+        print("\n".join(by_average(adaptive, plain)))
     else:
         for file in files:
             enter(Results.load(Path(file)))

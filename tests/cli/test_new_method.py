@@ -27,6 +27,12 @@ def outcomes(folder: Path, model: str, photo: Path) -> dict[str, Outcome]:
     return run_many({
         "connector": [*new, "loudest"],
         "decoder": [*new, "most-watched", "--stage", "decoder"],
+        "trained": [*new, "small-net", "--trained"],
+        "train": ["train", f"{folder}/new/small_net.py:SmallNet", "--model", model, "--data", "reference:train[:26]",
+                  "--batch-size", "13", "--output", folder / "net"],
+        "compare trained": [*compare[:4], f"{folder}/new/small_net.py:SmallNet(weights='{folder}/net')",
+                            *compare[5:], "--no-measure", "--no-report", "--output", folder / "runs2"],
+        "trained inside": [*new, "other", "--trained", "--stage", "decoder"],
         "again": [*new, "loudest"],
         "taken": [*new, "vtc-cls"],
         "module": [*new, "json"],
@@ -42,7 +48,7 @@ def outcomes(folder: Path, model: str, photo: Path) -> dict[str, Outcome]:
 
 def test_it_prints_the_next_commands(outcomes: dict[str, Outcome], folder: Path) -> None:
     assert {path.name for path in (folder / "new").glob("*.py")} == {
-        "loudest.py", "test_loudest.py", "most_watched.py", "test_most_watched.py"
+        "loudest.py", "test_loudest.py", "most_watched.py", "test_most_watched.py", "small_net.py", "test_small_net.py"
     }  # fmt: skip
     outcome = outcomes["connector"]
     assert (outcome.code, outcome.err) == (0, "")
@@ -64,7 +70,7 @@ def pytest_of(folder: Path) -> str:
 def test_its_tests_pass_as_written_and_fail_when_the_method_is_wrong(
     outcomes: dict[str, Outcome], folder: Path
 ) -> None:
-    assert re.search(r"^8 passed in", pytest_of(folder / "new"), re.M)
+    assert re.search(r"^12 passed in", pytest_of(folder / "new"), re.M)
     broken = folder / "broken"
     broken.mkdir()
     (broken / "test_loudest.py").write_text((folder / "new" / "test_loudest.py").read_text("utf-8"))
@@ -89,9 +95,19 @@ def test_the_file_stands_wherever_a_name_does(outcomes: dict[str, Outcome]) -> N
     assert [row["tokens_after"] for row in (full, own, random)] == [144, 36, 36]
 
 
+def test_the_written_net_is_trained_by_one_command(outcomes: dict[str, Outcome], folder: Path) -> None:
+    assert len((folder / "new" / "small_net.py").read_text("utf-8").splitlines()) <= 40
+    assert f"  tokensieve train {folder}/new/small_net.py:SmallNet --output runs/small-net" in outcomes["trained"].out
+    assert outcomes["train"].code == 0, outcomes["train"].err
+    assert json.loads((folder / "net" / "method.json").read_text("utf-8"))["method"] == "small-net"
+    full, own, *_ = json.loads(outcomes["compare trained"].out)
+    assert [row["tokens_after"] for row in (full, own)] == [144, 36]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
+        ("trained inside", "the written net decides before the LLM"),
         ("again", "loudest.py exists already; choose another name or folder"),
         ("taken", "the method name 'vtc-cls' is taken"),
         ("module", "a file json.py would hide Python's own module"),

@@ -92,7 +92,7 @@ def test_a_schedule_switches_at_its_steps():
     schedule = Schedule.of({0.0: ["pool-decoder(stride=8)"], 0.25: ["random"], 0.75: ["full"]}, [0.25, 0.1])
     names = [" + ".join(stage.info.name for stage in schedule.stages(step, 8, seed=0)[0]) for step in range(8)]
     assert names == ["pool-decoder"] * 2 + ["random"] * 4 + ["full"] * 2
-    assert [stages[0].keep for stages in schedule.stages(3, 8, seed=0, every=True)] == [0.25, 0.1]
+    assert [stages[0].keep for stages in schedule.stages(3, 8, seed=0, joint=True)] == [0.25, 0.1]
     drawn = [schedule.stages(step, 800, seed=0)[0][0] for step in range(200, 400)]
     assert drawn == [schedule.stages(step, 800, seed=0)[0][0] for step in range(200, 400)]
     assert 60 < sum(method.keep == 0.1 for method in drawn) < 140
@@ -189,7 +189,6 @@ def test_records_that_cannot_be_used_are_counted(llava, tmp_path, caplog):
         (["--data", "gone.jsonl"], "gone.jsonl"),
         (["--data", "reference:train[7]"], r"reference:train\[:700\]"),
         (["--rate", "0"], "peak_rate must be larger than 0"),
-        (["--adapter", "other"], "a new adapter is trained on the model itself"),
     ],
 )
 def test_mistakes_end_in_one_line(options, text, llava, tmp_path):
@@ -199,6 +198,11 @@ def test_mistakes_end_in_one_line(options, text, llava, tmp_path):
     error = result.stderr.strip().splitlines()
     assert len([line for line in error if line.startswith("tokensieve")]) <= 1
     assert re.search(text, result.stderr), result.stderr
+
+
+def test_an_adapter_is_not_trained_on_another(llava, tuned, tmp_path):
+    with pytest.raises(Refusal, match="a new adapter is trained on the model itself"):
+        train(llava, tmp_path, loading=LoadOptions(adapter=str(tuned[0])))
 
 
 def test_the_commands_of_the_page_run(llava, tmp_path, monkeypatch):

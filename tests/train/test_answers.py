@@ -1,12 +1,18 @@
 """The loss under a method is that of the answer after the reduced prompt, also where questions share an image."""
 
+import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 import tokensieve
+from tests.support.models import tiny_model
+from tests.support.processors import processor as tiny_processor
+from tokensieve.evaluate import Sample
 from tokensieve.evaluate.prompt import Inputs, encode
 from tokensieve.loading import load_model
 
@@ -88,6 +94,36 @@ def test_the_logits_are_those_that_generation_chooses_by(spec, llava, samples):
     with torch.no_grad():
         logits = answer_logits(model, batch, stages, processor)
     assert torch.allclose(logits, torch.stack(generated.logits, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava-next"])
+def test_models_of_packed_patches_and_tiles(name):
+    """Rows of different lengths, and positions in three dimensions: the same logits as in generation."""
+    model, processor, drawn = tiny_model(name), tiny_processor(name), random.Random(0)
+    sizes = [(56, 56), (112, 56), (84, 56)]
+    pictures = [Image.frombytes("RGB", size, drawn.randbytes(size[0] * size[1] * 3)) for size in sizes]
+    questions = ("what is red ?", "which one ?", "A")
+    few = [
+        Sample(f"{n}", partial(lambda p: p, picture), text, ("red blue",))
+        for n, (picture, text) in enumerate(zip(pictures, questions, strict=True))
+    ]
+    batch, stages = Collator(processor, "{question}")(few), tokensieve.parse("uniform(keep=0.5)")
+    with torch.no_grad():
+        logits = answer_logits(model, batch, stages, processor)
+        assert batch["labels"].tolist() == [processor.tokenizer.convert_tokens_to_ids(["red", "blue"])] * 3
+        with tokensieve.attach(model, stages):
+            prompts = encode(processor, few)
+            options = {"max_new_tokens": 2, "min_new_tokens": 2, "return_dict_in_generate": True}
+            generated = model.generate(
+                **prompts, **options, prefix_allowed_tokens_fn=answering(batch), output_logits=True
+            )
+    assert torch.allclose(logits, torch.stack(generated.logits, 1), atol=1e-4)
+
+
+def answering(batch):
+    """Make generation say the answers of a batch, whatever is likely."""
+    first, second = batch["labels"][0].tolist()
+    return lambda row, ids: [second] if int(ids[-1]) == first else [first]
 
 
 @pytest.mark.parametrize("spec", ["uniform(keep=12)", "pool(keep=16)"])

@@ -103,9 +103,9 @@ def bundled():
 
 def test_examples_for_gates_are_those_by_hand(bundled):
     model, processor = bundled
-    (samples, _), method = read_samples("reference:train[:5]"), parse("dyvte(tolerance='ratio')")[0]
+    (samples, _), stages = read_samples("reference:train[:5]"), parse("dyvte(tolerance='ratio')")
     recipe = Recipe(batch_size=3)
-    examples = collect(model, processor, method, samples, recipe)
+    examples = collect(model, processor, stages, samples, recipe)
     assert examples.states.shape == (5, 3, 2 * 128)
     inputs = Collator(processor, recipe.prompt)(samples[:1])
     labels = inputs["labels"]

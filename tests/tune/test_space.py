@@ -90,3 +90,9 @@ def test_methods_that_the_model_cannot_run_are_listed_with_the_reason():
     assert {candidate.method for candidate in possible} >= {"vtc-cls"}
     assert "videos" in refused["evs"]
     assert not any("evs" in candidate.run.key for candidate in possible)
+
+
+def test_parameters_of_training_are_not_varied():
+    texts = [candidate.method for candidate in space(["visionselector"], [0.25])]
+    assert "downsample(keep=0.5) + visionselector" in texts
+    assert not any("softened" in text for text in texts)

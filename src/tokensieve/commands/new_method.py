@@ -20,6 +20,9 @@ def new_method(
     stage: Annotated[
         Literal["connector", "decoder"], typer.Option(help="Act between encoder and LLM, or inside the LLM.")
     ] = "connector",
+    trained: Annotated[
+        bool, typer.Option("--trained", help="Decide by a small net, for `tokensieve train`; before the LLM.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder of the two files, created if it is missing.")] = Path(),
 ) -> None:
     """Write a working method in one file, and its test. No other file needs an edit."""
@@ -36,7 +39,9 @@ def new_method(
     method, test = output / f"{module}.py", output / f"test_{module}.py"
     if not IN_A_SPEC.fullmatch(str(method)):
         raise Refusal(f"a method spec cannot name {str(method)!r}: use letters, digits and ./\\:~_- in the folder")
-    texts = {method: _template(stage), test: _template("test_my_method")}
+    if trained and stage != "connector":
+        raise Refusal(f"the written net decides before the LLM: leave out --stage, or --trained; got {stage!r}")
+    texts = {method: _template("trained" if trained else stage), test: _template("test_my_method")}
     if re.search(rf"import .*\b{title}\b", texts[method]):
         raise Refusal(f"a class {title} would hide the one it needs; choose another name than {name!r}")
     for path in texts:
@@ -50,6 +55,8 @@ def new_method(
     typer.echo(f"Wrote {method}, a complete method, and {test}, its test. Nothing has run yet. Next:\n")
     typer.echo(f"  tokensieve check reference --method {method}:{title}")
     typer.echo(f'  tokensieve compare --methods "{method}:{title}, random" --keep 25% --limit 200')
+    if trained:
+        typer.echo(f"  tokensieve train {method}:{title} --output runs/{name}")
     typer.echo(f"  python -m pip install pytest && python -m pytest {test}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ from tokensieve.commands.train_net import Recipes, method
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, find
 
+TRAINED_FROM = tuple(field.name for field in fields(LoadOptions) if field.name != "adapter")
 app = typer.Typer(
     cls=Recipes,
     no_args_is_help=True,
@@ -150,7 +152,7 @@ def pumer(
 
 
 @app.command()
-@with_load_options()
+@with_load_options(*TRAINED_FROM)
 def adapter(
     loading: LoadOptions,
     data: Annotated[
@@ -163,8 +165,8 @@ def adapter(
     schedule: Annotated[
         str | None, typer.Option(help="Methods by share of the steps: '0: pool-decoder(stride=8); 75%: full'.")
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--every", help="Run all methods and budgets in each step, as M3 does; else draw one.")
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Run all methods and budgets in each step, as M3 does; else draw one.")
     ] = False,
     parts: Annotated[
         Literal["projector", "lora", "all"],
@@ -197,7 +199,7 @@ def adapter(
     recipe = Recipe(
         phases=phases,
         keeps=split_budgets(keep),
-        every=every,
+        joint=joint,
         parts=parts,
         rank=rank,
         distillation=distillation,

@@ -50,9 +50,10 @@ def method(
     from tokensieve.budget import parse_budget
     from tokensieve.methods import parse
     from tokensieve.train.method import Recipe, train_method
+    from tokensieve.train.method.run import trained_one
 
     stages = parse(method) if keep is None else parse(method, keep=parse_budget(keep))
-    folder = output or Path("runs") / stages[0].info.name
+    folder = output or Path("runs") / trained_one(stages).info.name
     recipe = Recipe(epochs, batch_size, accumulate, rate, distillation=distillation, prompt=prompt, seed=seed)
     about = train_method(
         stages, model, data, folder, recipe=recipe, evaluation=evaluation, loading=loading, resume=resume

@@ -83,9 +83,9 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as checkpoint:
                 for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
-                    _, found, own = name.partition(method.published)
-                    if found:
-                        parameters[own] = checkpoint.get_tensor(name)
+                    _, prefix, short = name.partition(method.published)
+                    if prefix:
+                        parameters[short] = checkpoint.get_tensor(name)
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors file with names "
@@ -148,11 +148,11 @@ def save_net(folder: Path, method: TrainedMethod, shape: ModelShape, net: nn.Mod
         if parameter.default is not inspect.Parameter.empty
     }
     sizes = defaults | dict(about.get("net", {}))
-    named = {"format": FORMAT, "method": method.info.name, "model": asdict(shape), **about, "net": sizes}
+    contents = {"format": FORMAT, "method": method.info.name, "model": asdict(shape), **about, "net": sizes}
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {name: rows.detach().cpu().contiguous() for name, rows in net.state_dict().items()}
     _write(folder / PARAMETERS, save(parameters))
-    _write(folder / ABOUT, (json.dumps(named, indent=1) + "\n").encode())
+    _write(folder / ABOUT, (json.dumps(contents, indent=1) + "\n").encode())
 
 
 def _new(method: TrainedMethod, shape: ModelShape, sizes: Mapping[str, Any] | None = None) -> nn.Module:

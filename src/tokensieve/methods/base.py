@@ -49,6 +49,7 @@ class Method(ABC):
     keeps_everything: ClassVar[bool] = False  # the unreduced model: no token is ever dropped
     least: ClassVar[Mapping[str, int]] = {}  # the smallest allowed value of a parameter
     proportions: ClassVar[tuple[str, ...]] = ()  # parameters that lie in [0, 1]
+    in_training: ClassVar[tuple[str, ...]] = ()  # parameters that play a part in training only
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

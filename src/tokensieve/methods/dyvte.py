@@ -58,6 +58,7 @@ class DyVte(TrainedMethod, DecoderMethod):
     threshold: float = 0.0
     tolerance: Literal["ratio", "agree"] = "agree"
 
+    in_training = ("tolerance",)
     Net = Gates
     learns = "exits"
     agreement: ClassVar[float] = 0.99
@@ -75,8 +76,8 @@ class DyVte(TrainedMethod, DecoderMethod):
         gates = given(image.net)
         assert isinstance(gates, Gates)
         stay, leave = gates[image.layer - 1](state).unbind(-1)
-        every = torch.arange(image.total, device=rows.device).expand(len(rows), -1)
-        return image.keep(every, counts=torch.where(leave - stay > self.threshold, 0, image.total))
+        tokens = torch.arange(image.total, device=rows.device).expand(len(rows), -1)
+        return image.keep(tokens, counts=torch.where(leave - stay > self.threshold, 0, image.total))
 
     def may_leave(self, whole: Tensor, early: Tensor, labels: Tensor) -> Tensor:
         """Return whether the visual tokens may leave, `[B]` bool: the training's label of one layer.

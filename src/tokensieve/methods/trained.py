@@ -48,8 +48,8 @@ class TrainedMethod(Method):
 
     @property
     def softens(self) -> Literal["rows", "attention"]:
-        """What the factors of :meth:`soften` multiply: the rows, or the share of each token in the LLM's attention."""
-        return "rows"
+        """The part that the factors of :meth:`soften` multiply: rows, or each token's share in the LLM's attention."""
+        return "attention"
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
         """Return a new net for a model of this shape, with these sizes in place of the default ones."""
@@ -81,7 +81,7 @@ class TrainedMethod(Method):
         if image.net is not None and image.net.training and 0 < budget < image.total:
             factors = self.soften(replace(image, budget=budget))
             if factors is not None:
-                every = torch.arange(image.total, device=factors.device).expand_as(factors)
-                softened: Reduction = image.merge(every, every, every, factors)
+                tokens = torch.arange(image.total, device=factors.device).expand_as(factors)
+                softened: Reduction = image.merge(tokens, tokens, tokens, factors)
                 return replace(softened, soft=self.softens == "attention")
         return super().__call__(image)

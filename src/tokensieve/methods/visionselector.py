@@ -22,6 +22,9 @@ class Scorer(nn.Module):
         super().__init__()
         width = width or max(shape.width // 2, 1)  # the published scorer: 1,792 of 3,584
         self.q_proj, self.k_proj = nn.Linear(shape.width, width), nn.Linear(shape.width, width)
+        for layer in (self.q_proj, self.k_proj):  # near 0: with large scores, no gradient passes the soft top-K
+            nn.init.normal_(layer.weight, std=1e-4)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
         query, key = self.q_proj(rows), self.k_proj(rows)
@@ -50,7 +53,7 @@ class VisionSelector(TrainedMethod, ScoreMethod):
     Cost: O(N·D²) time, O(N·D) extra memory.
     Paper: "VisionSelector: End-to-End Learnable Visual Token Compression for Efficient Multimodal LLMs", 2025.
     Official code: computes all N² dot products and averages them, which gives the same scores up to rounding; rounds
-    the budget down. Its weights start near 0, where all scores tie.
+    the budget down.
     """
 
     keep: Budget = 64
@@ -58,6 +61,7 @@ class VisionSelector(TrainedMethod, ScoreMethod):
     first: float = 0.1
     last: float = 3.0
 
+    in_training = ("softened", "first", "last")
     Net = Scorer
     published = "importance_scorer."
 

@@ -48,10 +48,10 @@ class _Bar(ProgressCallback):  # type: ignore[misc]
 
 def last_checkpoint(folder: Path) -> str | None:
     """Return the latest whole checkpoint in a folder: one of a killed run may lack files, and is passed over."""
-    found = [
+    checkpoints = [
         (int(match[1]), path) for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (match := _NUMBER(path.name))
     ]
-    for _, path in sorted(found, reverse=True):
+    for _, path in sorted(checkpoints, reverse=True):
         try:
             json.loads((path / STATE).read_text("utf-8"))
         except (OSError, ValueError):

@@ -128,8 +128,8 @@ def _other_parameters(method: Method, spec: str) -> Iterator[str]:
     """Yield the spec with one parameter changed: another value of a choice, or half and twice the layer."""
     for field in dataclasses.fields(method):
         value, hint = getattr(method, field.name), hint_of(type(method), field.name)
-        if value != field.default:
-            continue  # the user's value
+        if value != field.default or field.name in method.in_training:
+            continue  # the user's value, or one that changes no decision
         values: list[Any] = []
         if get_origin(hint) is Literal:
             values = [choice for choice in get_args(hint) if choice != value]

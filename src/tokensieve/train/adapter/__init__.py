@@ -1,7 +1,8 @@
 """Fine-tune a vision-language model while a method drops its tokens, on Hugging Face's Trainer and PEFT.
 
-``recipe.py`` has the settings, ``schedule.py`` the methods by step, ``parts.py`` what is tuned, ``data.py`` records and
-batches, ``loss.py`` the answers' loss, and ``run.py`` a training.
+``recipe.py`` has the settings, ``schedule.py`` the methods by step, ``parts.py`` the tuned weights, ``data.py`` the
+records and batches, ``loss.py`` the answers' loss, ``shared.py`` prompts that share their beginning, and ``run.py`` a
+training.
 """
 
 from tokensieve.train.adapter.recipe import Recipe

@@ -82,14 +82,14 @@ def in_training_order(samples: Sequence[Sample], epochs: float, seed: int) -> li
     A batch then encodes an image once for several of its questions.
     """
     chance, listed = random.Random(seed), list[Sample]()
-    wanted = max(1, round(epochs * len(samples)))
-    while len(listed) < wanted:
+    count = max(1, round(epochs * len(samples)))
+    while len(listed) < count:
         groups = _by_image(samples)
         for group in groups:
             chance.shuffle(group)
         chance.shuffle(groups)
         listed += _joined(groups)
-    return listed[:wanted]
+    return listed[:count]
 
 
 def _by_image(samples: Sequence[Sample]) -> list[list[Sample]]:
@@ -109,6 +109,7 @@ class Questions(Dataset[Sample]):
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
         self.bad: set[tuple[str, str]] = set()
+        self._read: set[Any] = set()  # images that were read once
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -119,12 +120,15 @@ class Questions(Dataset[Sample]):
             place = (sample.where, sample.id)
             if place in self.bad:
                 continue
+            if self._read.issuperset(sample.images):
+                return sample
             try:
                 sample.open_all()
             except DataError as error:
                 self.bad.add(place)
                 log.warning("record skipped (%d so far): %s", len(self.bad), error)
                 continue
+            self._read.update(sample.images)
             return sample
         raise Refusal("no record has images that can be read")
 

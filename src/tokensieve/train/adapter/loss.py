@@ -56,8 +56,8 @@ def answer_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def divergence(logits: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     """Return the mean KL divergence of the teacher's words from the model's, over the answers' ids."""
     answered = labels != IGNORED
-    student, wanted = (part[answered].log_softmax(-1) for part in (logits, teacher))
-    return kl_div(student, wanted, reduction="batchmean", log_target=True)
+    student, target = (part[answered].log_softmax(-1) for part in (logits, teacher))
+    return kl_div(student, target, reduction="batchmean", log_target=True)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What is tuned: adapters on the linear layers of projector and LLM, or the weights themselves."""
+"""Prepare the tuned parts: adapters on the linear layers of projector and LLM, or the weights themselves."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ RATES: dict[Parts, float] = {"projector": 2e-4, "lora": 2e-4, "all": 2e-5}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is tuned, under which methods, and how.
+    """Settings: the tuned parts, the methods by step, and the optimisation.
 
     Attributes:
         phases: method specs by the share of the steps at which they start; each step draws one of them.
         keeps: budgets of the specs that leave theirs open.
-        every: each step runs all of its phase's methods and budgets, and averages their losses, as in M3.
+        joint: each step runs all of its phase's methods and budgets, and averages their losses, as in M3.
         parts: "projector" and "lora" train low-rank adapters on the linear layers of the projector, or of projector
             and LLM; "all" trains the weights of projector, LLM and output head. The vision encoder is frozen.
         rank, alpha: of the adapters, whose change is scaled by ``alpha / rank``; ``alpha=None`` is twice the rank.
@@ -43,7 +43,7 @@ class Recipe:
 
     phases: Mapping[float, Sequence[str]] = field(default_factory=lambda: {0.0: ("pool",)})
     keeps: Sequence[Budget] = (1.0, 0.25, 0.11, 0.05)
-    every: bool = False
+    joint: bool = False
     parts: Parts = "lora"
     rank: int = 16
     alpha: int | None = None

@@ -82,7 +82,7 @@ def train_adapter(
         "data": without_folder(data),
         "schedule": schedule.to_json(),
     }
-    settings |= {"recipe": recipe.to_json()}
+    settings |= {"recipe": recipe.to_json(), "loading": loading.to_json()}
     _start(output, settings, resume)
     set_seed(recipe.seed)  # for the random half of new adapters
     tuned = prepared(vlm, recipe, model)
@@ -119,7 +119,7 @@ class AdapterTrainer(QuietTrainer):
         inputs, labels = to_model(model, inputs), inputs["labels"]
         recipe, losses = self.recipe, []
         stages_of_step = self.schedule.stages(
-            self.state.global_step, self.state.max_steps, recipe.seed, every=recipe.every
+            self.state.global_step, self.state.max_steps, recipe.seed, joint=recipe.joint
         )
         with self.accelerator.autocast():  # images are encoded outside of the model's forward, which casts by itself
             teacher = teacher_logits(model, inputs, self.processor) if recipe.distillation else None

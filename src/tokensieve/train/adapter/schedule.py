@@ -31,7 +31,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is drawn from a share of the steps on.
+    """The draws from a share of the steps on.
 
     Attributes:
         start: share of all steps, from 0 to below 1.
@@ -69,14 +69,14 @@ class Schedule:
         """Return the phase of one of ``steps`` steps, counted from 0."""
         return next(phase for phase in reversed(self.phases) if step >= phase.start * steps)
 
-    def stages(self, step: int, steps: int, seed: int, every: bool = False) -> list[Stages]:
+    def stages(self, step: int, steps: int, seed: int, joint: bool = False) -> list[Stages]:
         """Return the methods of a step; the choice depends on seed and step only, so a resumed run makes it again.
 
         Args:
-            every: all of the phase's draws, instead of one.
+            joint: all of the phase's draws, instead of one.
         """
         chance, draws = random.Random(f"{seed}:{step}"), self.phase(step, steps).draws
-        chosen = draws if every else [chance.choice(draws)]
+        chosen = draws if joint else [chance.choice(draws)]
         return [draw.with_seed(chance.randrange(2**31)) for draw in chosen]
 
     def to_json(self) -> list[dict[str, object]]:

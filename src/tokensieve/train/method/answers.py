@@ -45,8 +45,8 @@ class MethodTrainer(QuietTrainer):
                 teacher = self._logits(once, width)
             loss = loss + self.recipe.distillation * divergence(logits, teacher, labels)
         decisions = [decision for images in self.sieve.last for decision in images]
-        own = self.method.objective(decisions, self.state.global_step / self.state.max_steps)
-        loss = loss if own is None else loss + own
+        term = self.method.objective(decisions, self.state.global_step / self.state.max_steps)
+        loss = loss if term is None else loss + term
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _logits(self, inputs: Inputs, width: int) -> Tensor:

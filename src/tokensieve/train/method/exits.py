@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from tokensieve.engine import attach
 from tokensieve.evaluate import Sample
 from tokensieve.evaluate.prompt import encode, generate_arguments, image_numbers, without_repetitions
 from tokensieve.loading import to_model
-from tokensieve.methods import parse
+from tokensieve.methods import Method, parse
 from tokensieve.train.adapter.data import Collator
 from tokensieve.train.adapter.loss import answer_logits
 from tokensieve.train.method.recipe import Recipe
@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 EXAMPLES = 256  # per step: the gates are small
 
 
+@runtime_checkable
 class ExitMethod(Protocol):
-    """What a method gives to be trained here."""
+    """A method whose gates are trained here; logit(leave) − logit(stay) must exceed its threshold."""
 
     def may_leave(self, whole: Tensor, early: Tensor, labels: Tensor) -> Tensor:
         """Return the labels of one layer, `[B]` bool."""
@@ -58,14 +59,18 @@ class Exits:
 
 
 @torch.no_grad()
-def collect(model: Any, processor: Any, method: Any, samples: Sequence[Sample], recipe: Recipe) -> Exits:
+def collect(model: Any, processor: Any, stages: Sequence[Method], samples: Sequence[Sample], recipe: Recipe) -> Exits:
     """Return the examples of all samples: what the gates read of the prompt, and where its tokens may leave.
 
     Args:
-        method: the method; its gates are asked, and let no token leave.
+        stages: the method, last, whose gates are asked and let no token leave; and methods that act before the LLM.
     """
+    *before, method = stages
+    assert isinstance(method, ExitMethod)
+    never: dict[str, Any] = {"weights": "random", "threshold": float("inf")}
+    closed: list[Any] = [*before, replace(method, **never)]
     collator, states, labels = Collator(processor, recipe.prompt), [], []
-    with attach(model, replace(method, weights="random", threshold=float("inf")), processor=processor) as sieve:
+    with attach(model, closed, processor=processor) as sieve:
         gates = sieve.nets["decoder"]
         assert isinstance(gates, nn.ModuleList)
         for start in range(0, len(samples), recipe.batch_size):
@@ -78,8 +83,9 @@ def collect(model: Any, processor: Any, method: Any, samples: Sequence[Sample], 
     depth = states[0].shape[1]
     for start in range(0, len(samples), recipe.batch_size):
         inputs = to_model(model, collator(samples[start : start + recipe.batch_size]))
-        whole = answer_logits(model, inputs, parse("full"), processor)
-        early = (answer_logits(model, inputs, parse("vtw", layer=layer), processor) for layer in range(1, depth + 1))
+        whole = answer_logits(model, inputs, before or parse("full"), processor)
+        left = ([*before, *parse("vtw", layer=layer)] for layer in range(1, depth + 1))
+        early = (answer_logits(model, inputs, methods, processor) for methods in left)
         leaves = [method.may_leave(whole, logits, inputs["labels"]) for logits in early]
         labels.append(torch.stack(leaves, 1).long().cpu())
     return Exits(torch.cat(states), torch.cat(labels))

@@ -14,7 +14,7 @@ from tokensieve.errors import Refusal
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a net is trained.
+    """The settings of a training.
 
     Attributes:
         epochs: passes over the records; for gates, over the collected features.

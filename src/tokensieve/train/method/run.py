@@ -52,7 +52,7 @@ def train_method(
 
     Args:
         spec: the method with its parameters, such as "visionselector(keep=0.25)", or read already; its budget holds in
-            training.
+            training. Other methods of a pipeline act in training, too: "divprune(keep=0.25) + dyvte".
         model: the model, as for :func:`~tokensieve.loading.load_model`.
         data: questions with answers, as for :func:`~tokensieve.train.adapter.data.read_samples`.
         output: folder of the net, its checkpoints and collected states; ``weights=`` takes it.
@@ -64,7 +64,8 @@ def train_method(
         MissingExtra: without the ``train`` extra.
     """
     check_train_extra()
-    recipe, method = recipe or Recipe(), _method(spec)
+    recipe, stages = recipe or Recipe(), _stages(spec)
+    method = trained_one(stages)
     samples, unusable = read_samples(data)
     if evaluation is None:
         training, measured = held_out(samples, recipe.seed)
@@ -72,47 +73,63 @@ def train_method(
         training, measured = samples, read_samples(evaluation)[0]
     vlm, processor = load_model(model, loading)
     vlm.requires_grad_(False)
-    settings: dict[str, Any] = {"trained": str(method), "on": without_folder(model), "data": without_folder(data)}
+    settings: dict[str, Any] = {
+        "trained": " + ".join(
+            map(str, (stage if stage is not method else replace(method, weights="bundled") for stage in stages))
+        ),
+        "on": without_folder(model),
+        "data": without_folder(data),
+    }
     settings |= {"recipe": recipe.to_json()}
     _start(output, settings, resume)
     set_seed(recipe.seed)
     started, shape = time.monotonic(), shape_of(vlm)
     net = load_net(method, shape)
 
-    asked = sorted(measured[:SCORED], key=lambda sample: len(sample.images))  # equal batches, as in training
+    questions = sorted(measured[:SCORED], key=lambda sample: len(sample.images))  # equal batches, as in training
 
     def measure(net: nn.Module | None) -> dict[str, float]:
-        with attach(vlm, "full") if net is None else _attached(vlm, method, processor, net) as sieve:
-            return score(sieve, processor, asked, recipe.batch_size, recipe.prompt)
+        with attach(vlm, "full") if net is None else _attached(vlm, stages, processor, net) as sieve:
+            return score(sieve, processor, questions, recipe.batch_size, recipe.prompt)
 
     metrics: dict[str, Any] = {"unreduced": measure(None), "untrained": measure(net)}
     if method.learns == "exits":
-        learned = _learn_exits(vlm, processor, method, net, (training, measured), recipe, output)
+        learned = _learn_exits(vlm, processor, stages, net, (training, measured), recipe, output)
     else:
-        with _attached(vlm, method, processor, net, training=True) as sieve:
+        with _attached(vlm, stages, processor, net, training=True) as sieve:
             learned = _learn_answers(sieve, processor, sieve.nets[method.info.stage], training, recipe, output, resume)
             net.load_state_dict(sieve.nets[method.info.stage].state_dict())
     metrics |= {"trained": measure(net), **learned}
     metrics["skipped"] = metrics.get("skipped", 0) + unusable
-    log.info("on %d held-out questions: %s", len(asked), json.dumps(metrics))
+    log.info("on %d held-out questions: %s", len(questions), json.dumps(metrics))
     about = {**settings, "metrics": metrics, "seconds": round(time.monotonic() - started)}
     save_net(output, method, shape, net, about)
     return about
 
 
-def _method(spec: str | Sequence[Method]) -> TrainedMethod:
-    """Return the method of a spec with an untrained net; refuse one that has none."""
-    stages = parse(spec) if isinstance(spec, str) else spec
-    if len(stages) != 1 or not isinstance(stages[0], TrainedMethod):
+def trained_one(stages: Sequence[Method]) -> TrainedMethod:
+    """Return the method of a pipeline that has a net; refuse a pipeline with none or two."""
+    trained = [stage for stage in stages if isinstance(stage, TrainedMethod)]
+    if len(trained) != 1:
         names = " + ".join(map(str, stages))
-        raise Refusal(f"a method with a net is trained, such as 'visionselector'; got {names}")
-    return replace(stages[0], weights="random")
+        raise Refusal(f"a method with a net is trained, such as 'visionselector', one at a time; got {names}")
+    return trained[0]
 
 
-def _attached(model: Any, method: TrainedMethod, processor: Any, net: nn.Module, *, training: bool = False) -> LlmSieve:
-    """Attach a method with a copy of this net; where factors soften attention, with the bias that applies them."""
+def _stages(spec: str | Sequence[Method]) -> list[Method]:
+    """Return the methods of a spec, the trained one with an untrained net."""
+    stages = parse(spec) if isinstance(spec, str) else spec
+    method = trained_one(stages)
+    return [replace(method, weights="random") if stage is method else stage for stage in stages]
+
+
+def _attached(
+    model: Any, stages: Sequence[Method], processor: Any, net: nn.Module, *, training: bool = False
+) -> LlmSieve:
+    """Attach methods with a copy of this net; where factors soften attention, with the bias that applies them."""
+    method = trained_one(stages)
     by_attention = training and method.softens == "attention"
-    sieve = attach(model, method, processor=processor, repair="size" if by_attention else None)
+    sieve = attach(model, list(stages), processor=processor, repair="size" if by_attention else None)
     assert isinstance(sieve, LlmSieve)
     sieve.nets[method.info.stage].load_state_dict(net.state_dict())
     return sieve
@@ -163,7 +180,7 @@ def in_equal_batches(samples: Sequence[Sample], size: int, seed: int) -> list[Sa
 def _learn_exits(
     model: Any,
     processor: Any,
-    method: TrainedMethod,
+    stages: Sequence[Method],
     net: nn.Module,
     samples: tuple[Sequence[Sample], Sequence[Sample]],
     recipe: Recipe,
@@ -176,7 +193,7 @@ def _learn_exits(
         examples = Exits.load(file)
         if examples is None:
             listed = sorted(part, key=lambda sample: len(sample.images))
-            examples = collect(model, processor, method, listed, recipe)
+            examples = collect(model, processor, stages, listed, recipe)
             examples.save(file)
         parts.append(examples)
     assert isinstance(net, nn.ModuleList)
