@@ -355,6 +355,21 @@ def test_the_laws_of_repair_hold(family, attention, method):
     assert max(verdicts_of[law].deviation for law in ("oracle", "batch", "continuation")) <= NOISE
 
 
+@pytest.mark.parametrize("method", ["trsm(keep=5)", "fastv(layer=1, keep=5)", "divprune(keep=0.3)"])
+@pytest.mark.parametrize(("family", "attention"), SOUND)
+def test_with_reselect_a_second_turn_is_a_fresh_prompt(family, attention, method):
+    checker = build(family, models.tiny_model(family, attention), reselect=True)
+    (verdict,) = (verdict for verdict in checker.check(method) if verdict.law == "continuation")
+    assert (verdict.status, verdict.deviation <= NOISE) == ("pass", True), verdict
+
+
+def test_with_reselect_tokens_of_the_first_question_are_noticed(monkeypatch):
+    monkeypatch.setattr(llm, "new_columns", lambda kwargs: 1)
+    checker = build("llava-clip", models.tiny_model("llava-clip"), reselect=True)
+    (verdict,) = (verdict for verdict in checker.check("trsm(keep=5)") if verdict.law == "continuation")
+    assert verdict.status == "FAIL"
+
+
 def test_no_oracle_has_the_bias_of_distance():
     verdicts_of = {verdict.law: verdict for verdict in repaired("llava-clip", "sdpa", "divprune(keep=0.3)", "restore")}
     assert [law for law in LAWS if verdicts_of[law].status == "skipped"] == ["oracle", "continuation"]

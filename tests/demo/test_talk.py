@@ -76,6 +76,22 @@ def test_with_its_history_a_method_decides_anew(bench: Workbench, scene: Example
     assert talk.reduced.decided_on == tuple(asked)
 
 
+@pytest.mark.parametrize("method", ["trsm", "fastv", "vtc-cls"])
+def test_tokens_chosen_anew_are_those_of_the_history(bench: Workbench, scene: Example, method: str) -> None:
+    talks = {reuse: begin(bench, scene, method, reuse) for reuse in ("reselect", "history")}
+    for number, question in enumerate(questions(scene)):
+        for talk in talks.values():
+            talk.ask(question)
+        assert talks["reselect"].reduced.turns[-1].encoded == (number == 0)
+    anew, history = talks["reselect"].reduced, talks["history"].reduced
+    assert anew.decision is not None
+    assert history.decision is not None
+    assert anew.decision.kept.tolist() == history.decision.kept.tolist()
+    assert [turn.answer for turn in anew.turns] == [turn.answer for turn in history.turns]
+    text = " ".join(talks["reselect"].explanation())
+    assert anew.turns[-1].on_cache == (method == "vtc-cls") != ("the vision encoder did not run again" in text)
+
+
 def test_the_page_says_on_what_a_method_decided(bench: Workbench, scene: Example) -> None:
     asked = questions(scene, 2)
     texts = {}

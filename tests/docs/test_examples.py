@@ -12,6 +12,7 @@ PRINTED = {
     "models.md": r"torch\.bfloat16 \{'dtype': 'bfloat16', 'attn': 'eager', 'processor': \{'do_rescale': True\}\}",
     "pipeline.md": r"green 36\s+\['.*green', '.*1', '.*bottom-right'\] 3",
     "streaming.md": r"green",
+    "turns.md": r"red",
     "trainer.md": r"\[36(, 36){7}\]",
     "peft.md": r"36 True\s+True",
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tokensieve import Refusal, attach, reference
+from tokensieve.errors import ResumeError
 from tokensieve.evaluate import compare, encode, load_data
 from tokensieve.evaluate.answer import Answerer, attaching
 from tokensieve.evaluate.data import Sample
@@ -113,3 +114,29 @@ def test_models_without_conversations_refuse_turns(samples, tmp_path):
     processor.chat_template = None
     with pytest.raises(Refusal, match="has no chat template, and earlier turns need one"):
         left_padded_batch(processor, [[samples[1].open()]], ["what?"], [[("who?", "you")]])
+
+
+@pytest.mark.parametrize("spec", ["trsm(keep=9)", "fastv(layer=1, keep=9)"])
+def test_with_reselect_the_answers_are_those_of_the_whole_conversation(samples, tmp_path, spec):
+    model, processor = reference.load()
+    compare(model, processor, samples, [spec], [9], output=tmp_path / "anew", reselect=True, **OPTIONS)
+    answers = texts(tmp_path / "anew", next(iter(runs(tmp_path / "anew"))))
+    for sample in samples:
+        inputs = encode(processor, [sample])
+        with attach(model, spec, processor=processor):
+            output = model.generate(**inputs, max_new_tokens=3)[0, inputs["input_ids"].shape[1] :]
+        assert answers[sample_key(sample)] == processor.decode(output, skip_special_tokens=True)
+
+
+def test_predictions_with_reselect_are_not_mixed_with_others(samples, tmp_path):
+    model, processor = reference.load()
+    compare(model, processor, samples, ["trsm(keep=9)"], [9], output=tmp_path, **OPTIONS)
+    with pytest.raises(ResumeError, match="reselect"):
+        compare(model, processor, samples, ["trsm(keep=9)"], [9], output=tmp_path, reselect=True, **OPTIONS)
+
+
+def runs(folder) -> list[str]:
+    """Return the runs of a comparison with a method, in order."""
+    lines = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
+    names = dict.fromkeys(line["run"] for line in lines if "run" in line)
+    return [name for name in names if "(" in name and not name.startswith("oracle")]

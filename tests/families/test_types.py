@@ -1,5 +1,6 @@
 """Every image-text-to-text type of transformers: the evidence of ``docs/models.md`` is what the laws say."""
 
+import inspect
 import json
 import sys
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import tokensieve
 from tests.support import zoo, zoo_prompts
 from tests.support.evidence import evidence
 from tokensieve import Refusal
@@ -77,9 +79,69 @@ def test_an_error_of_several_lines_is_one_line_of_evidence(monkeypatch):
 
 
 def test_a_model_that_prunes_by_itself_is_refused():
-    model = SimpleNamespace(config=SimpleNamespace(model_type="nemotron_h_omni", video_pruning_rate=0.5))
+    config = zoo.tiny_config("nemotron_h_omni")
+    config.video_pruning_rate = 0.5
+    model = SimpleNamespace(config=config)
     with pytest.raises(Refusal, match="drops visual tokens by itself"):
         family_of(model)
+
+
+def sparse(model):
+    for indexer in model.modules():
+        if hasattr(indexer, "index_topk"):
+            indexer.index_topk = 6
+
+
+def sliding(model):
+    model.config.get_text_config().sliding_window = 3
+
+
+def answer(model, **inputs):
+    steps = model.generate(
+        **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    return torch.stack(steps.logits, 1)
+
+
+@same_release
+@pytest.mark.parametrize(("name", "change"), [("mistral_large4", sparse), ("unlimited_ocr", sliding)])
+def test_a_cache_that_leaves_out_columns_holds_a_reduced_prompt(name, change):
+    """It reads the columns of the best index scores only, or the prompt and the last columns of the answer only.
+
+    The run equals one on the embeddings of the kept tokens, with nothing attached.
+    """
+    model = zoo.tiny_model(name)
+    inputs = zoo_prompts.prompts(model, name)([0])
+    all_columns = answer(model, **inputs)
+    change(model)
+    assert (answer(model, **inputs) - all_columns).abs().max() > 1e-2, "no column was left out"
+    with tokensieve.attach(model, "divprune(keep=3)", positions="contiguous") as sieve:
+        reduced = answer(model, **inputs)
+        kept = sieve.last[0][0].kept
+
+    ids = inputs.pop("input_ids")
+    visual = (ids[0] == model.config.image_token_id).nonzero().flatten()
+    left = torch.ones(ids.shape[1], dtype=torch.bool)
+    left[visual] = torch.zeros(len(visual), dtype=torch.bool).index_fill(0, kept, True)
+    arguments = inspect.signature(model.base_model.get_image_features).parameters
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(ids)
+        images = {argument: value for argument, value in inputs.items() if argument in arguments}
+        embeddings[0, visual] = torch.cat(list(model.base_model.get_image_features(**images).pooler_output))
+        by_hand = answer(model, inputs_embeds=embeddings[:, left], attention_mask=torch.ones(1, int(left.sum())))
+    assert (reduced - by_hand).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["granite4_vision", "llama4", "inkling_mm_model"])
+def test_rows_in_another_field_are_reduced(name):
+    """Rows for several layers of the LLM, rows that the forward projects, patches that are encoded one by one."""
+    model = zoo.tiny_model(name)
+    inputs = zoo_prompts.prompts(model, name)([0])
+    visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    with torch.no_grad(), tokensieve.attach(model, "random(keep=3)") as sieve:
+        model(**inputs)
+    (image,) = sieve.last[0]
+    assert (image.total, image.slots) == (visual, 3)
 
 
 @pytest.mark.parametrize(("name", "rule"), [("qwen3_vl_moe", "in order"), ("kimi_k25", "raster")])

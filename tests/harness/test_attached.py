@@ -38,6 +38,7 @@ def test_the_record_holds_the_means_per_image() -> None:
         "budget_scope": "image",
         "separators": "kept-lines",
         "repair": None,
+        "reselect": False,
         "processes": 1,
         "questions": 5,
         "images": 5,

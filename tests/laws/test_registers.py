@@ -269,6 +269,7 @@ def test_training_steps_draw_nested_sets():
         ({"method": "victor(keep='layers:8', weights='random')"}, "no parameter 'average'"),
         ({"method": SPEC, "repair": "size"}, "registers"),
         ({"method": SPEC, "budget_scope": "sample"}, "adds registers to each image"),
+        ({"method": f"trsm(keep=9) + {SPEC}", "reselect": True}, "has added registers"),
         ({"method": "victor(layer=0, weights='random')"}, "layers 1 to 5"),
     ],
 )

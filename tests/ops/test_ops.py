@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from torch.nn.functional import avg_pool2d
 
 from tests.support.oracle import area_matrix, largest_grid
-from tokensieve.ops import area_pool, max_min, normalise, pooled_grid, text_similarity, top_k, uniform
+from tokensieve.ops import (
+    area_pool,
+    attention_received,
+    max_min,
+    normalise,
+    pooled_grid,
+    text_similarity,
+    top_k,
+    uniform,
+)
 
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
@@ -207,3 +216,14 @@ def test_pooled_grid_is_the_largest(grid, k):
 )
 def test_pooled_grids_of_llava(grid, k, cells):
     assert pooled_grid(grid, k) == cells
+
+
+@pytest.mark.parametrize("kind", ["pairs", "keys"])
+def test_padding_neither_receives_nor_gives_attention(kind):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 9, 4, generator=generator) for _ in range(2))
+    seen = torch.arange(9) < 6
+    mask = seen.expand(1, 1, 9, 9) if kind == "pairs" else seen[None]  # the masks of sdpa and of flash kernels
+    padded = attention_received(query, key, 0.5, mask)
+    assert torch.allclose(padded[:, :6], attention_received(query[:, :, :6], key[:, :, :6], 0.5))
+    assert not padded[:, 6:].any()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.support import families, models, zoo, zoo_prompts
+from tests.support import families, models, zoo, zoo_prompts, zoo_sizes
 from tests.support import prompts as family_prompts
 from tokensieve.check import Laws
 from tokensieve.errors import Refusal
@@ -39,7 +39,7 @@ def evidence(model_type: str, methods: Iterable[str] = METHODS) -> dict[str, Any
     if model_type in REFUSED:
         return {"refused": REFUSED[model_type]}
     config_type = "gemma3" if model_type == "shieldgemma2" else model_type  # a fine-tuned Gemma 3
-    if config_type in declared() and config_type not in zoo.CHANGES:
+    if config_type in declared() and config_type not in zoo_sizes.CHANGES:
         name = declared()[config_type]
         model, samples = models.tiny_model(name), family_prompts.batch(name, "one-and-two")
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.support.prompts import concatenated
-from tests.support.zoo import BOS, END, IMAGE, PAD, START, WORDS
+from tests.support.zoo_sizes import BOS, END, IMAGE, PAD, START, WORDS
+from tokensieve.models.planes import rows_of
 
 
 def packed(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -125,14 +126,27 @@ def pooled_patches(model: Any, height: int, width: int, generator: torch.Generat
     return {"pixel_values": pixels, "image_token_pooling": index, "image_grids": torch.tensor([[4, 4, 0, 0]])}
 
 
+def flat_patches(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw 12 patches of an image, which enter the LLM after one projection."""
+    return {"pixel_values": torch.randn(1, 12, 3 * model.config.patch_size**2, generator=generator)}
+
+
+def patch_clips(model: Any, height: int, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw patches as clips of two frames, channels last; each is encoded by itself."""
+    patch = model.config.vision_config.patch_size
+    return {"pixel_values": torch.randn(height * width, 2, patch, patch, 3, generator=generator)}
+
+
 DRAW: dict[str, Callable[..., dict[str, Tensor]]] = {
     "deepseek_vl_hybrid": both_resolutions,
+    "fuyu": flat_patches,
     "gemma4": positioned_patches,
     "gemma4_unified": positioned_patches,
     "granite4_vision": tiled,
     "granite_docling": masked_tiles,
     "idefics2": per_sample,
     "inkling2": merged_pictures,
+    "inkling_mm_model": patch_clips,
     "kimi_k25": as_pictures,
     "lfm2_vl": padded_patches,
     "lighton_ocr": pixtral,
@@ -178,7 +192,7 @@ def prompts(model: Any, model_type: str) -> Callable[[Sequence[int]], dict[str, 
         for image in images:
             with torch.inference_mode():
                 output = model.base_model.get_image_features(**image, return_dict=True)
-            ids += [START, *[placeholder] * rows(output.pooler_output), END, *words(2)]
+            ids += [START, *[placeholder] * rows(rows_of(output)), END, *words(2)]
         samples.append(([*ids, *words(after)], images))
 
     def batch(numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ def test_the_spec_inside_is_parsed_with_its_budget(write) -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     options = {"positions": "contiguous", "separators": "none", "budget_scope": "sample", "repair": "size"}
+    options |= {"reselect": True}
     file = SpecFile("vtc-cls", 0.25, options, {"drop": 0.01})
     (tmp_path / "a.json").write_text(json.dumps(file.to_json()))
     read = read_spec_file(tmp_path / "a.json")

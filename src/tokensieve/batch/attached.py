@@ -29,8 +29,9 @@ class AttachedModel:
         size = job.settings.batch_size
         self.size = 16 if size == "auto" else size
         self.runs: dict[str, Attached] = {}
+        options = job.settings.attach_options() | {"reselect": job.settings.reselect}
         for run in job.runs():
-            self.runs[run.key] = attaching(self.model, run.stages, self.processor, **job.settings.attach_options())
+            self.runs[run.key] = attaching(self.model, run.stages, self.processor, **options)
             self.runs[run.key]([]).detach()  # a method that this model cannot run is refused before the first answer
 
     def answer(self, samples: Sequence[Sample]) -> Iterator[tuple[str, str, Outcome]]:

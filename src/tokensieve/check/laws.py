@@ -4,7 +4,8 @@
 2. oracle: a reduced run equals the unmodified model with the dropped tokens hidden (:mod:`~tokensieve.check.oracle`).
    With ``repair="size"``, with each dropped token a copy of the kept token that counts for it.
 3. batch: every row of a ragged batch equals its own run.
-4. continuation: a second turn on the returned cache equals a second turn of the oracle.
+4. continuation: a second turn on the returned cache equals a second turn of the oracle. With ``reselect=True``, it
+   equals both turns as one fresh prompt.
 5. conservation: every visual token is kept, merged into a known slot, or dropped.
 6. cache: the KV cache holds as many columns as the reported token counts.
 
@@ -95,7 +96,7 @@ class Laws:
         prompts: returns the left-padded inputs of the prompts with these numbers, on the model's device. The prompts
             differ in length; one of them has several images, if the model takes several.
         count: number of prompts.
-        processor, budget_scope, separators, repair: as for ``attach``.
+        processor, budget_scope, separators, repair, reselect: as for ``attach``.
 
     Attributes:
         floor: largest difference of a logit by rounding alone.
@@ -111,10 +112,16 @@ class Laws:
         budget_scope: BudgetScope = "image",
         separators: Separators = "kept-lines",
         repair: Repair | None = None,
+        reselect: bool = False,
     ) -> None:
         self.model, self.token = model, int(model.config.image_token_id)
-        self.processor, self.repair = processor, repair
-        self.options: dict[str, Any] = {"budget_scope": budget_scope, "separators": separators, "repair": repair}
+        self.processor, self.repair, self.reselect = processor, repair, reselect
+        self.options: dict[str, Any] = {
+            "budget_scope": budget_scope,
+            "separators": separators,
+            "repair": repair,
+            "reselect": reselect,
+        }
         self.batch, self.singles = prompts(range(count)), [prompts([i]) for i in range(count)]
         self.unreduced = self.generate(self.batch)
         # kernels of quantised layers round activations to half precision or 8 bits, whatever the dtype around them
@@ -224,6 +231,10 @@ class _Trial:
         return worst, "; ".join(remarks)
 
     def continuation(self) -> tuple[float, str]:
+        if self.laws.reselect:
+            with self._attached(self.stages):
+                fresh = self.laws.generate({**self.laws.batch, **self.second.inputs})
+            return _deviation(self.second, fresh), ""
         with self._hidden():
             oracle = self._second_turn(self.laws.generate(self.laws.batch))
         if not torch.equal(oracle.inputs["input_ids"], self.second.inputs["input_ids"]):
@@ -282,7 +293,7 @@ class _Trial:
         laws, text_config = self.laws, self.laws.model.config.get_text_config()
         ids, kinds = laws.batch["input_ids"], attention_kinds(text_config)
         for kind in kinds:  # they mix tokens whatever the mask
-            if "linear" in kind or "conv" in kind:
+            if any(name in kind for name in ("linear", "conv", "hybrid")):
                 name = "linear attention" if "linear" in kind else "a layer of convolution"
                 raise NotCheckable(f"{name} has no mask to hide a token with")
         if any(image.added for row in self.decisions for image in row):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokensieve.models.planes import replace_rows, rows_of
 from tokensieve.reduction import Reduction
 
 
@@ -140,9 +141,7 @@ def merged(model: Any, decisions: Sequence[Sequence[Reduction]]) -> Iterator[Non
     @wraps(encode)
     def mixing(*args: Any, **kwargs: Any) -> Any:
         out = encode(*args, **kwargs)
-        out.pooler_output = _mixed(out.pooler_output, flat)
-        if getattr(out, "deepstack_features", None) is not None:
-            out.deepstack_features = [_mixed(level, flat) for level in out.deepstack_features]
+        replace_rows(out, _mixed(rows_of(out), flat), lambda level: _mixed(level, flat))
         return out
 
     base.get_image_features = mixing

@@ -56,6 +56,10 @@ Repair: TypeAlias = Annotated[
         help="Repair attention: by the tokens that each one stands for, or also by distance.", show_default="no"
     ),
 ]
+Reselect: TypeAlias = Annotated[
+    bool,
+    typer.Option("--reselect", help="In a later turn, choose tokens anew by its words, instead of on the first cache."),
+]
 ImageFile: TypeAlias = Annotated[Path, typer.Argument(help="Image file.", show_default=False)]
 Command: TypeAlias = Callable[..., None]
 

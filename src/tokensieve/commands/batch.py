@@ -17,6 +17,7 @@ from tokensieve.commands.arguments import (
     Prompt,
     QuestionColumn,
     Repair,
+    Reselect,
     check_scopes,
     split_budgets,
     split_specs,
@@ -51,6 +52,7 @@ def batch(
     ] = None,
     budget_scope: BudgetScope = "image",
     repair: Repair = None,
+    reselect: Reselect = False,
     file_format: Annotated[Literal["jsonl", "parquet"], typer.Option("--format", help="Format of the answers.")] = (
         "jsonl"
     ),
@@ -96,7 +98,7 @@ def batch(
     if loading.device.startswith("cuda:"):
         raise Refusal(f"Ray gives each worker its GPUs; leave --device {loading.device} out, or use cuda")
     given: dict[str, Any] = {"budget_scope": budget_scope, "separators": "kept-lines", "positions": "original"}
-    specs, options = expand(split_specs(methods), **given, repair=repair)
+    specs, options = expand(split_specs(methods), **given, repair=repair, reselect=reselect)
     in_vllm = engine == "vllm" or (engine == "auto" and available())
     job = Job(
         model=model,
@@ -112,6 +114,7 @@ def batch(
             separators="none" if in_vllm else options["separators"],  # vLLM never keeps them
             positions=options["positions"],
             repair=options["repair"],
+            reselect=options["reselect"],
             prompt=prompt,
             measure=False,
         ),

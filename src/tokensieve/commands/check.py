@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokensieve.commands.arguments import BudgetScope, Json, Repair, Separators, with_load_options
+from tokensieve.commands.arguments import BudgetScope, Json, Repair, Reselect, Separators, with_load_options
 from tokensieve.commands.console import note, print_json, print_table, progress
 from tokensieve.errors import Refusal
 from tokensieve.loading import LoadOptions, load_model, to_model
@@ -38,6 +38,7 @@ def check(
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     repair: Repair = None,
+    reselect: Reselect = False,
     random: Annotated[
         bool, typer.Option("--random", help="Random weights and few layers: only the config is used.")
     ] = False,
@@ -55,7 +56,9 @@ def check(
     from tokensieve.evaluate.plan import plan
     from tokensieve.methods.spec import expand
 
-    specs, options = expand(list(method or METHODS), budget_scope=budget_scope, separators=separators, repair=repair)
+    specs, options = expand(
+        list(method or METHODS), budget_scope=budget_scope, separators=separators, repair=repair, reselect=reselect
+    )
     entries = plan(specs, [parse_budget(keep)], seeds=1, oracle=False)
     # the first entry is the unhooked model
     candidates = [run.stages for entry in entries[1:] or entries for run in entry.runs]

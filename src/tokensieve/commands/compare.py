@@ -25,6 +25,7 @@ from tokensieve.commands.arguments import (
     Prompt,
     QuestionColumn,
     Repair,
+    Reselect,
     Separators,
     Split,
     check_scopes,
@@ -61,6 +62,7 @@ def compare(
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     repair: Repair = None,
+    reselect: Reselect = False,
     types: Annotated[
         str | None, typer.Option(help="Question types to keep, with commas between.", show_default="all")
     ] = None,
@@ -107,7 +109,12 @@ def compare(
 
     specs, keeps = split_specs(methods), split_budgets(keep)
     specs, options = expand(
-        specs, budget_scope=budget_scope, separators=separators, positions="original", repair=repair
+        specs,
+        budget_scope=budget_scope,
+        separators=separators,
+        positions="original",
+        repair=repair,
+        reselect=reselect,
     )
     settings = Settings(
         batch_size=_batch_size(batch_size),

@@ -1,4 +1,4 @@
-"""A conversation about one image: later questions on the cache of the first, or the whole history encoded anew."""
+"""A conversation about one image: later questions on the first one's tokens, on new ones, or encoded anew."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tokensieve.loading import to_model
 from tokensieve.methods import Method, Positions
 from tokensieve.reduction import Reduction
 
-Reuse: TypeAlias = Literal["cache", "history"]
+Reuse: TypeAlias = Literal["cache", "reselect", "history"]
 LATER_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # all but the images
 MOST_TURNS = 20
 
@@ -41,13 +41,15 @@ class Turn:
     Attributes:
         prefilled: columns that the LLM received for this question, averaged over its layers: those that are not in the
             cache of an earlier one.
-        on_cache: whether the cache of the earlier turns was used.
+        on_cache: whether it was answered from the tokens in the cache of the earlier turns.
+        encoded: whether the image was encoded for it.
     """
 
     question: str
     answer: str
     prefilled: int
     on_cache: bool
+    encoded: bool
 
 
 class Speaker:
@@ -76,24 +78,29 @@ class Speaker:
         bench, model = self._bench, self._bench.model
         inputs = to_model(model, conversation_inputs(bench.processor, image, self.turns, question))
         ids = inputs["input_ids"]
-        on_cache = reuse == "cache" and self._begins_with_cache(ids)
+        encoded = reuse == "history" or not self._begins_with_cache(ids)
         cache: dict[str, Any] = {}
-        if on_cache:
+        if not encoded:
             inputs = {name: inputs[name] for name in LATER_INPUTS if name in inputs}
             cache = {"past_key_values": self._cache}
             self._restore_positions()
-        options: dict[str, Any] = {"processor": bench.processor, "positions": self._positions}
+        options: dict[str, Any] = {
+            "processor": bench.processor,
+            "positions": self._positions,
+            "reselect": reuse == "reselect",
+        }
         generating = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         with attach(model, self._stages, **options) as sieve, torch.inference_mode():
             out = model.generate(**inputs, **cache, **generating, return_dict_in_generate=True)
-            if not on_cache:
+            decides = bool(sieve.last)  # in a prefill, and in a later turn that is decided anew
+            if decides:
                 self.decision = together(sieve.last[0]).to("cpu")
                 self.decided_on = (*(turn.question for turn in self.turns), question)
                 dropped = self.decision.total - average_tokens(sieve.tokens[0])
             else:
                 dropped = float(self._cache_length)
         (answer,) = decode(bench.processor, out.sequences, ids.shape[1])
-        turn = Turn(question, answer.strip(), round(ids.shape[1] - dropped), on_cache)
+        turn = Turn(question, answer.strip(), round(ids.shape[1] - dropped), not encoded and not decides, encoded)
         self.turns.append(turn)
         # the last generated token was never fed to the model
         self._cache, self._cached_ids = out.past_key_values, out.sequences[:, :-1]
@@ -131,8 +138,8 @@ class Conversation:
         method: a spec.
         keep: its budget, if the spec leaves it open.
         positions: as for ``attach``.
-        reuse: "cache" answers later questions on the tokens that the first one kept; "history" encodes image and
-            history anew for each question, and decides anew.
+        reuse: "cache" answers later questions on the tokens that the first one kept; "reselect" decides anew for each
+            question on the features of the image; "history" also encodes the image anew.
 
     Raises:
         Refusal: no image, a bad spec or budget, or a model that holds no conversation.
@@ -197,7 +204,9 @@ class Conversation:
         sentences.append(
             f"The latest question took {turn.prefilled} columns of prefill per layer, the full model {full.prefilled}."
         )
-        if self.reuse == "cache" and len(self.reduced.turns) > 1 and not (turn.on_cache and full.on_cache):
+        if not turn.on_cache and not turn.encoded:
+            sentences.append("The method decided anew; the vision encoder did not run again.")
+        if self.reuse != "history" and len(self.reduced.turns) > 1 and (turn.encoded or full.encoded):
             sentences.append(
                 "The cache could not be used, because the chat template writes the earlier answer in other tokens than "
                 "the model generated: the history was encoded anew."

@@ -25,7 +25,11 @@ from tokensieve.demo.talk import Conversation
 from tokensieve.errors import Refusal
 from tokensieve.methods import parse
 
-REUSE = [("the tokens of the first question (its KV cache)", "cache"), ("image and history encoded anew", "history")]
+REUSE = [
+    ("the tokens of the first question (its KV cache)", "cache"),
+    ("tokens chosen anew by the new words, without encoding the image again", "reselect"),
+    ("image and history encoded anew", "history"),
+]
 IDLE_SECONDS = 1800  # a conversation, which holds two KV caches, is forgotten then
 
 

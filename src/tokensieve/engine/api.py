@@ -32,6 +32,7 @@ def attach(
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     repair: Repair | None = None,
+    reselect: bool = False,
     **parameters: Any,
 ) -> Sieve:
     """Make every later call of ``model`` drop visual tokens: ``generate`` and ``forward``, any batch.
@@ -44,8 +45,8 @@ def attach(
             ``pumer`` a ViLT, BridgeTower or :mod:`METER <tokensieve.fusion.meter>` with any head on pooled tokens. A
             PEFT model may stand around it.
         method: a spec such as ``"vtc-cls"`` or ``"vtc-cls(keep=64)"``, a method object, a list of them (one per
-            stage), the path of a spec file such as ``"best.json"`` (its options replace the defaults of positions,
-            budget_scope, separators and repair), or decisions `[sample][image]` as in ``sieve.last``. Decisions are
+            stage), the path of a spec file such as ``"best.json"`` (its options replace the defaults of the options
+            below), or decisions `[sample][image]` as in ``sieve.last``. Decisions are
             replayed at the connector: for methods inside the LLM or the vision encoder this is a different computation
             with the same tokens.
         positions: "original" keeps the position ids of the remaining tokens; "contiguous" renumbers them, as most
@@ -61,6 +62,9 @@ def attach(
         repair: "size" adds to the LLM's attention scores the log of the number of tokens that each visual token stands
             for, in prefill and decoding; "restore" also adds a bias of distance, as in RESTORE (arXiv:2606.01711).
             ``None`` adds nothing.
+        reselect: decide anew in each later turn on a KV cache, by the new words. The answer is then that of a fresh
+            prompt of the whole conversation, without a run of the vision encoder. A method that reads no words has the
+            same tokens in any turn: it continues on its cache as without the option.
         parameters: values for parameters of a spec, e.g. ``keep=64``. ``keep="layers:64"`` is an average over the
             layers of the LLM; ``keep="average:64:gain:0.01"`` is one over the data, by a threshold that ``tokensieve
             calibrate average`` finds.
@@ -71,10 +75,14 @@ def attach(
     """
     if isinstance(method, str) and is_spec_file(method):
         options = read_spec_file(method).merged(
-            positions=positions, separators=separators, budget_scope=budget_scope, repair=repair
+            positions=positions,
+            separators=separators,
+            budget_scope=budget_scope,
+            repair=repair,
+            reselect=reselect,
         )
-        positions, separators, budget_scope, repair = (
-            options[name] for name in ("positions", "separators", "budget_scope", "repair")
+        positions, separators, budget_scope, repair, reselect = (
+            options[name] for name in ("positions", "separators", "budget_scope", "repair", "reselect")
         )
     if positions not in ("original", "contiguous"):
         raise Refusal(f"positions must be 'original' or 'contiguous'; got {positions!r}")
@@ -82,6 +90,8 @@ def attach(
         raise Refusal(f"separators must be 'kept-lines' or 'none'; got {separators!r}")
     if repair not in (None, *get_args(Repair)):
         raise Refusal(f"repair must be None, 'size' or 'restore'; got {repair!r}")
+    if not isinstance(reselect, bool):
+        raise Refusal(f"reselect must be True or False; got {reselect!r}")
     warn_if_untested()
     model = unwrapped(model)
     methods, replay = _read(method, parameters)
@@ -91,9 +101,12 @@ def attach(
     if any(stage_method.info.stage == "fusion" for stage_method in methods) or (unreduced and is_fusion(model)):
         if repair is not None:
             raise Refusal(f"repair={repair!r} acts in the LLM, which a cross-modal encoder does not have; leave it out")
+        if reselect:
+            raise Refusal("reselect=True is for conversations, which a cross-modal encoder has none of; leave it out")
         return install(model, lambda: FusionSieve(model, methods, positions))
     return install(
-        model, lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope, separators, repair)
+        model,
+        lambda: LlmSieve(model, methods, replay, positions, processor, budget_scope, separators, repair, reselect),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from tokensieve.engine.sizes import joined_bias
+from tokensieve.engine.turns import Conversation
 from tokensieve.errors import Refusal
 
 ATTRIBUTE = "_tokensieve_cache_info"
@@ -83,10 +86,12 @@ class CacheInfo:
     Attributes:
         entry: the prefix as it entered the LLM.
         layers: {layer: prefix} for each layer that received fewer tokens than the first.
+        conversation: what a later turn needs to be decided anew; ``None`` without ``reselect``.
     """
 
     entry: PrefixInfo
     layers: dict[int, PrefixInfo]
+    conversation: Conversation | None = None
 
     @property
     def repaired(self) -> bool:
@@ -98,16 +103,23 @@ class _Reduced:
     """A cache layer that holds ``dropped`` columns fewer than it reports, so that callers keep counting as before.
 
     The contract is that of transformers' sliding-window layers: masks are sized by ``get_mask_sizes``.
+
+    Attributes:
+        moved: whether rows of the batch were moved, repeated or selected since the prefill.
     """
 
     dropped: int
+    moved = False
 
     @classmethod
     def adopt(cls, layer: Any, dropped: int) -> Any:
         """Return a cache layer with all the contents of ``layer``, as one of this class."""
-        reduced = cls.__new__(cls)
+        reduced: Any = cls.__new__(cls)
         reduced.__dict__.update(layer.__dict__)
         reduced.dropped = dropped
+        reduced._layer_type = getattr(layer, "_layer_type", None)
+        if getattr(layer, "prefill_length", None) is not None:  # generate() declares the prompt's length beforehand
+            reduced.prefill_length = layer.prefill_cumulative_length
         return reduced
 
     def held(self) -> int:
@@ -120,7 +132,19 @@ class _Reduced:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.dropped = 0
+        self.dropped, self.moved = 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self.moved = True
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self.moved = True
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self.moved = True
 
 
 class ReducedLayer(_Reduced, DynamicLayer):  # type: ignore[misc]  # transformers is untyped
@@ -139,15 +163,30 @@ class ReducedSlidingLayer(_Reduced, DynamicSlidingWindowLayer):  # type: ignore[
         return length, offset + self.dropped if self.held() else 0
 
 
-REDUCED: dict[type, Any] = {
-    DynamicLayer: ReducedLayer,
-    ReducedLayer: ReducedLayer,
-    DynamicSlidingWindowLayer: ReducedSlidingLayer,
-    ReducedSlidingLayer: ReducedSlidingLayer,
-}
-if (_indexed := getattr(cache_utils, "DynamicIndexedLayer", None)) is not None:  # releases before it have no such LLM
-    REDUCED[_indexed] = type("ReducedIndexedLayer", (ReducedLayer, _indexed), {})  # the indexer's keys are shorter, too
-    REDUCED[REDUCED[_indexed]] = REDUCED[_indexed]
+SHORTENED = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "DynamicIndexedLayer",  # the indexer's keys are shorter, too
+    "LinearAttentionAndFullAttentionLayer",  # its convolution runs over the tokens that entered the LLM
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+)
+"""Names of transformers' cache layers that can hold a reduced prompt; older releases have fewer of them."""
+REFERENCE = "reference_sliding_attention"
+"""Kind of cache layer that models define themselves: the whole prompt, and a window over the answer."""
+
+
+@cache
+def reduced_class(kind: Any) -> Any:
+    """Return the class of the reduced cache layers of a kind; ``None`` if it cannot hold a reduced prompt."""
+    if issubclass(kind, _Reduced):
+        return kind
+    is_listed = any(getattr(cache_utils, name, None) is kind for name in SHORTENED)
+    if not is_listed and getattr(kind, "_layer_type", None) != REFERENCE:
+        return None
+    base = ReducedSlidingLayer if issubclass(kind, DynamicSlidingWindowLayer) else ReducedLayer
+    # transformers makes new caches of the class that declared a layer type last: a reduced class declares none
+    return base if kind in base.__bases__ else type(f"Reduced{kind.__name__}", (base, kind), {"_layer_type": None})
+
 
 NO_COLUMNS = tuple(filter(None, (LinearAttentionLayer, getattr(cache_utils, "DummyLayer", None))))
 """Cache layers that hold no columns, so nothing is dropped from them."""
@@ -163,10 +202,10 @@ def info_of(cache: Cache | None) -> CacheInfo | None:
 def remember(cache: Cache, info: CacheInfo) -> None:
     """Put the bookkeeping on a cache that was just filled, and make its layers report the caller's lengths."""
     for number, layer in enumerate(cache.layers):
-        reduced_class = REDUCED.get(type(layer))
-        if reduced_class is not None:  # a linear-attention layer holds no columns
-            dropped = info.layers.get(number, info.entry).dropped
-            cache.layers[number] = reduced_class.adopt(layer, dropped)
+        kind: Any = type(layer)
+        reduced = reduced_class(kind)
+        if reduced is not None:  # a linear-attention layer holds no columns
+            cache.layers[number] = reduced.adopt(layer, info.layers.get(number, info.entry).dropped)
     setattr(cache, ATTRIBUTE, info)
 
 
@@ -177,6 +216,21 @@ def select_rows(cache: Cache, index: Tensor) -> None:
     if info is not None:
         layers = {number: prefix.rows(index) for number, prefix in info.layers.items()}
         setattr(cache, ATTRIBUTE, CacheInfo(info.entry.rows(index), layers))
+
+
+def emptied(cache: Cache) -> list[Any]:
+    """Return empty layers of the same kinds as those of a cache, which stay as they are."""
+    layers = []
+    for layer in cache.layers:
+        if isinstance(layer, _Reduced):
+            empty: Any = copy.copy(layer)
+            empty.keys = empty.values = None
+            empty.is_initialized = False
+        else:  # the states of linear attention are emptied in place
+            empty = copy.deepcopy(layer)
+        empty.reset()
+        layers.append(empty)
+    return layers
 
 
 def prefix_of_cache(
@@ -252,5 +306,6 @@ def check_cache(cache: Cache | None) -> None:
     if cache.is_compileable:
         raise Refusal("a static cache cannot hold a reduced prompt; use the default dynamic cache")
     for layer in cache.layers:
-        if type(layer) not in (*REDUCED, *NO_COLUMNS):
+        kind: Any = type(layer)
+        if kind not in NO_COLUMNS and reduced_class(kind) is None:
             raise Refusal(f"a cache with {type(layer).__name__} is not supported; use plain DynamicCache layers")

@@ -218,6 +218,7 @@ class Prefill:
         columns: the columns of the whole prompt that are left; ``None``: all.
         lengths: per row, the columns that are not padding.
         prefix: the bookkeeping that the KV cache must carry.
+        whole: what a later turn needs to be decided anew, of the whole prompt; ``None``: it is not.
     """
 
     kwargs: dict[str, Any]
@@ -229,6 +230,7 @@ class Prefill:
     columns: ColumnSelection | None
     lengths: list[int]
     prefix: PrefixInfo
+    whole: dict[str, Any] | None = None
 
     def between_frames(self) -> Tensor | None:
         """Return `[B, n]` bool, True between the frames of a video (timestamps, not user text); ``None``: no video."""

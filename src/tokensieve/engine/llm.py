@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from tokensieve.budget import BudgetScope
-from tokensieve.engine.cache import CacheInfo, info_of, remember, translate_decode_inputs
+from tokensieve.engine.cache import ATTRIBUTE, CacheInfo, emptied, info_of, remember, translate_decode_inputs
 from tokensieve.engine.connector.prefill import Connector, shows
 from tokensieve.engine.connector.registers import RegisterRows
 from tokensieve.engine.decoder.hooks import DecoderHooks
@@ -24,6 +26,7 @@ from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.nets import depth_of, load_nets
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
+from tokensieve.engine.turns import Conversation, RunningTurn, check_call, new_columns
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, PixelMethod, Positions, Repair
 from tokensieve.methods.registers import RegisterMethod
@@ -45,6 +48,7 @@ class LlmSieve(Sieve):
         scope: BudgetScope,
         separators: Separators,
         repair: Repair | None = None,
+        reselect: bool = False,
     ) -> None:
         super().__init__(model, methods)
         family = family_of(model)
@@ -53,6 +57,9 @@ class LlmSieve(Sieve):
         connector, decoder = by_stage.get("connector"), by_stage.get("decoder")
         self.nets = load_nets(model, methods)
         layer_budget = LayerBudget.of(methods, depth_of(model))
+        self._reselects = reselect and any(method.reads_question for method in methods)
+        if self._reselects and isinstance(decoder, RegisterMethod):
+            raise Refusal(f"reselect=True decides anew on the prompt as it was, to which {decoder} has added registers")
         self._family, self._flight = family, InFlight()
         self._images: list[list[ImageReduction]] = []
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -74,6 +81,7 @@ class LlmSieve(Sieve):
             repair,
             self.nets.get("connector"),
             RegisterRows(decoder, self.nets["decoder"]) if isinstance(decoder, RegisterMethod) else None,
+            self._reselects,
         )
         needs = _connector_needs(connector, replay)
         self._encoder = EncoderHooks(
@@ -174,7 +182,12 @@ class LlmSieve(Sieve):
             )
         if earlier is not None and earlier.repaired and self._repair is None:
             raise Refusal("this cache was filled with repaired attention: continue with the same repair attached")
-        if any(shows(kwargs, modality) for modality in self._family.modalities):
+        new_images = any(shows(kwargs, modality) for modality in self._family.modalities)
+        if self._reselects:
+            check_call(kwargs, new_images)
+            if earlier is not None and new_columns(kwargs) > 1:
+                return (), self._start_turn(kwargs, earlier, cache)
+        if new_images:
             return (), self._start_prefill(kwargs, earlier)
         if before_5_23():
             self._refuse_lost_images(kwargs.get("input_ids"))
@@ -186,6 +199,9 @@ class LlmSieve(Sieve):
             self._decoder.start_decoding(earlier.layers, kwargs.get("attention_mask"))
         if self._repair is not None:
             self._repair.start_decoding(earlier)
+        if self._reselects and earlier.conversation is not None and kwargs.get("input_ids") is not None:
+            kwargs, conversation = earlier.conversation.step(kwargs)
+            setattr(cache, ATTRIBUTE, replace(earlier, conversation=conversation))
         return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position, self.model.dtype)
 
     def _refuse_lost_images(self, ids: Tensor | None) -> None:
@@ -212,20 +228,37 @@ class LlmSieve(Sieve):
             self._repair.start_prefill(prefill.prefix, state, cache is None or not cache.get_seq_length())
         return prefill.kwargs
 
+    def _start_turn(self, kwargs: dict[str, Any], earlier: CacheInfo, cache: Cache) -> dict[str, Any]:
+        """Start a prefill of the whole conversation, which refills the cache; it stays as it is until this works."""
+        conversation = earlier.conversation
+        if conversation is None:
+            raise Refusal("this cache was filled without reselect=True: begin a new conversation with it")
+        conversation.check(kwargs, cache, str(self))
+        columns = new_columns(kwargs)
+        kwargs = self._start_prefill({**conversation.continued(kwargs), "past_key_values": DynamicCache()}, None)
+        self._flight.turn = RunningTurn(columns, cache, cache.layers)
+        cache.layers = emptied(cache)
+        if "logits_to_keep" in self._arguments:  # those of earlier turns are not computed
+            kwargs["logits_to_keep"] = kwargs.get("logits_to_keep") or columns
+        return {**kwargs, "past_key_values": cache}
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after_forward(self, model: Any, args: Any, output: Any) -> None:
         """Record the decisions of a prefill, and put the bookkeeping for decode steps on its cache."""
-        prefill, state = self._flight.prefill, self._flight.decoding
+        prefill, state, turn = self._flight.prefill, self._flight.decoding, self._flight.turn
         self._flight.end_forward()
+        if turn is not None:
+            turn.finish(output)
         if prefill is None or output is None:
             return
         state = state if isinstance(state, PrefillState) else None
         images = (prefill.images if state is None else state.images)[:: prefill.copies]
         self._record(images, self._count_tokens(images, state, prefill.copies))
         cache = getattr(output, "past_key_values", None)
-        info = CacheInfo(prefill.prefix, {} if state is None else state.prefixes)
+        conversation = None if prefill.whole is None else Conversation(str(self), prefill.whole)
+        info = CacheInfo(prefill.prefix, {} if state is None else state.prefixes, conversation)
         # a batch whose longest row lost nothing keeps its width; its padding or positions may have changed all the same
-        if cache is not None and (info.layers or info.entry.matters):
+        if cache is not None and (info.layers or info.entry.matters or conversation is not None):
             remember(cache, info)
 
     def _record(self, images: list[list[ImageReduction]], tokens: list[list[list[int]]]) -> None:

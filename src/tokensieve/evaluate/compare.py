@@ -61,6 +61,7 @@ def compare(
     budget_scope: BudgetScope = "image",
     separators: Separators = "kept-lines",
     repair: Repair | None = None,
+    reselect: bool = False,
     prompt: str = "{question}",
     processor_for_text: bool = True,
     trained: Any = None,
@@ -98,7 +99,7 @@ def compare(
         progress: called with (questions done, questions in all, current run).
         processes: share the work with other processes of a launcher, each of which makes this call:
             ``Processes.launched()``.
-        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, repair, prompt,
+        batch_size, max_new_tokens, metric, seeds, keep_means, budget_scope, separators, repair, reselect, prompt,
             processor_for_text, measure, examples, strict, referee: see :class:`~tokensieve.evaluate.plan.Settings`.
 
     Raises:
@@ -118,6 +119,7 @@ def compare(
         budget_scope=budget_scope,
         separators=separators,
         repair=repair,
+        reselect=reselect,
         prompt=prompt,
         processor_for_text=processor_for_text,
         measure=measure,
@@ -309,7 +311,8 @@ class Comparison:
 
     def attached(self, model: Any, run: Run) -> Attached:
         """Attach the methods of a run to one of the models."""
-        return attaching(model, run.stages, self.text_processor, **self.settings.attach_options())
+        options = self.settings.attach_options() | {"reselect": self.settings.reselect}
+        return attaching(model, run.stages, self.text_processor, **options)
 
     def _journal_setup(self) -> dict[str, Any]:
         """Return all that two calls must have in common to share predictions."""

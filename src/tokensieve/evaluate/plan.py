@@ -35,7 +35,7 @@ class Settings:
         seeds: runs of a method whose ``seed`` is open.
         keep_means: meaning of a budget for methods inside the LLM: "final" tokens, or the "average" over its layers.
             Each row reports both.
-        budget_scope, separators, positions, repair: as for ``attach``.
+        budget_scope, separators, positions, repair, reselect: as for ``attach``.
         prompt: text of the user turn; ``{question}`` is replaced.
         processor_for_text: pass the processor to ``attach``, so that text-informed methods use the user's words only.
         measure: also measure FLOPs, latency and memory, on the first sample alone.
@@ -62,6 +62,7 @@ class Settings:
     strict: bool = False
     positions: Positions = "original"
     repair: Repair | None = None
+    reselect: bool = False
     referee: bool = True
 
     def __post_init__(self) -> None:
@@ -82,7 +83,7 @@ class Settings:
         return plan(methods, keeps, seeds=self.seeds, oracle=oracle, blind=blind, keep_means=self.keep_means)
 
     def attach_options(self) -> dict[str, Any]:
-        """Return the settings that ``attach`` takes."""
+        """Return the settings that ``attach`` takes and that change a single prompt; ``reselect`` changes none."""
         names = ("budget_scope", "separators", "positions", "repair")
         return {name: getattr(self, name) for name in names}
 
@@ -92,6 +93,8 @@ class Settings:
         options = self.attach_options()
         if self.repair is None:  # predictions of releases without it can be continued
             del options["repair"]
+        if self.reselect:
+            options["reselect"] = True
         return {name: getattr(self, name) for name in names} | options
 
 

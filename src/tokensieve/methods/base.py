@@ -83,6 +83,11 @@ class Method(ABC):
         keep: Budget | None = getattr(self, "keep", None)
         return keep
 
+    @property
+    def reads_question(self) -> bool:
+        """Whether the decision depends on words after the image, so that another question has other tokens."""
+        return any(map(self.needs.requests, ("user_text", "attention", "gradient")))
+
     def with_budget(self: AnyMethod, keep: Budget) -> AnyMethod:
         """Return the same method with another ``keep``."""
         changes: dict[str, Any] = {"keep": keep}

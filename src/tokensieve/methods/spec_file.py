@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "separators": "kept-lines",
     "budget_scope": "image",
     "repair": None,
+    "reselect": False,
 }
 """Options of ``attach`` that a file holds; one that is missing has its default."""
 ALLOWED = {
@@ -25,6 +26,7 @@ ALLOWED = {
     "separators": ("kept-lines", "none"),
     "budget_scope": get_args(BudgetScope),
     "repair": (None, *get_args(Repair)),
+    "reselect": (False, True),
 }
 KEYS = ("tokensieve_spec", "method", "keep", *DEFAULTS, "evidence")
 
@@ -35,7 +37,7 @@ class SpecFile:
 
     Attributes:
         method: a spec; ``keep`` is the budget of the stages that leave theirs open, if there are any.
-        options: positions, separators, budget_scope and repair, as for ``attach``.
+        options: positions, separators, budget_scope, repair and reselect, as for ``attach``.
         evidence: the measurements that led to this choice, for the reader.
         name: the file's name, for errors.
     """

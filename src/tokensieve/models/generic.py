@@ -13,6 +13,7 @@ from tokensieve.errors import Refusal
 from tokensieve.models.family import EncodeCall, Family
 from tokensieve.models.layout import TokenLayout
 from tokensieve.models.patch_order import discover_rule, unit_of_row
+from tokensieve.models.planes import rows_of
 
 QUERIES = "a Q-Former hands its LLM 32 tokens, and generate() bypasses the forward in which tokens would be dropped"
 CROSS_ATTENTION = "its LLM reads images by cross-attention: no visual token is in its sequence"
@@ -25,7 +26,6 @@ REFUSED = {
     "blip-2": QUERIES,
     "instructblip": QUERIES,
     "instructblipvideo": QUERIES,
-    "fuyu": "its encode function returns no features per image (pooler_output)",
     "git": NO_PLACEHOLDERS,
     "florence2": "its visual tokens enter a text encoder, not a decoder-only LLM",
     "t5gemma2": "its visual tokens enter a text encoder, not a decoder-only LLM",
@@ -39,7 +39,6 @@ REFUSED = {
     "diffusion_gemma": "it generates text by diffusion: there is no causal prefill to shorten",
     "chameleon": "its images are discrete codes of a vocabulary, embedded like words",
     "emu3": "its images are discrete codes of a vocabulary, embedded like words",
-    "llama4": "its projector runs in the forward of the LLM, after its images were encoded",
     "mistral4": "it is a text-only LLM: its config has no vision encoder",
 }
 """Model types that cannot be supported, with the reason."""
@@ -57,7 +56,7 @@ class Generic(Family):
 
     def __init__(self, model: Any) -> None:
         self.title = f"{type(model).__name__} (untested)"  # type: ignore[misc]
-        self._rule: str | None = None
+        self._rules: dict[int, str] = {}  # {rows of the encoder for each visual token: their order}
         if model.get_encoder(modality="image") is model:
             self.encoder_unreadable = "it has no vision encoder: its patches enter the LLM"  # type: ignore[misc]
         decoder = model.get_decoder()
@@ -65,13 +64,18 @@ class Generic(Family):
             reason = f"the layers of its {type(decoder).__name__} cannot be found"
         elif _per_layer_inputs(decoder):
             reason = "each layer of its LLM receives further embeddings of all tokens"
+        elif _adds_features(decoder):
+            reason = "its LLM adds visual features before several layers"
         else:
             return
         self.stages = ("connector",)  # type: ignore[misc]
         self.decoder_unsupported = reason  # type: ignore[misc]
 
     def layouts(self, model: Any, call: EncodeCall) -> list[TokenLayout]:
-        return [TokenLayout(len(rows)) for rows in call.output.pooler_output]
+        layouts = [TokenLayout(len(rows)) for rows in rows_of(call.output)]
+        if all(layout.total == 1 for layout in layouts):  # an entry is a patch: those side by side are an image
+            self.joins_tiles = True  # type: ignore[misc]
+        return layouts
 
     def attentions(self, tower: Any) -> list[nn.Module]:
         attentions, config = super().attentions(tower), tower.config
@@ -91,11 +95,17 @@ class Generic(Family):
         packed = len(reads) == 1 and len(sizes) > 1 and call.inputs.get("image_sizes") is not None
         if packed and "flash" in tower.config._attn_implementation:  # its calls have no block-diagonal mask
             raise Refusal("the attention of several images at once cannot be read from a flash kernel; use sdpa")
-        if self._rule is None:
-            self._rule = discover_rule(model, tower, call, len(rows), sizes)
-        unit = unit_of_row(self._rule, tower, call.inputs, len(rows), sizes)
+        each = round(len(rows) / sum(sizes))  # an encoder may merge rows between its layers
+        if each not in self._rules:
+            self._rules[each] = discover_rule(model, tower, call, len(rows), sizes)
+        rule = self._rules[each]
+        if rule.endswith("others") and self.has_cls(tower):
+            raise Refusal(
+                f"[CLS] is not the first row of {type(tower).__name__}; use a method that reads nothing in it"
+            )
+        unit = unit_of_row(rule, tower, call.inputs, len(rows), sizes)
         if unit is None:
-            raise Refusal(f"the visual tokens of these images do not fit the order of the first one, {self._rule!r}")
+            raise Refusal(f"the visual tokens of these images do not fit the order of the first one, {rule!r}")
         unit = unit.to(rows.device)
         shown, units = unit >= 0, unit[unit >= 0]  # -1: a row that no visual token shows, such as [CLS]
         sums = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_add(0, units, rows[shown])
@@ -113,3 +123,9 @@ def discoverable(model: Any) -> bool:
 def _per_layer_inputs(decoder: Any) -> bool:
     """Return whether the layers take embeddings of all tokens beside the hidden states, as in Gemma 3n and Gemma 4."""
     return bool(getattr(decoder.config, "hidden_size_per_layer_input", 0))
+
+
+def _adds_features(decoder: Any) -> bool:
+    """Return whether the LLM adds visual features between its layers in another way than Qwen3-VL."""
+    names = inspect.signature(decoder.forward).parameters
+    return any("deepstack" in name for name in names) and not hasattr(decoder, "_deepstack_process")

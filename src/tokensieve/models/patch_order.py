@@ -2,7 +2,8 @@
 
 A vision encoder's rows are patches in some order, and a projector makes one visual token of each square of patches.
 The orders in use are few (``RULES``). Which one a model uses is measured: some rows of the last layer's output are
-disturbed, and exactly the tokens that a rule predicts must change. No rule predicts them: the model is refused.
+disturbed, and only tokens that a rule predicts may change, nearly all of them. No rule fits: the model is refused.
+Rows that are no patch, such as [CLS] and padding, stand before or behind the patches of each image.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from transformers.vision_utils import get_vision_window_index
 
 from tokensieve.errors import Refusal
 from tokensieve.models.family import EncodeCall, layer_list
+from tokensieve.models.planes import rows_of
 
-RULES = ("in order", "raster", "in windows")
-"""Squares one after another; rows of the whole image; squares one after another, grouped by window of attention."""
-DRAWS, DISTURBED = 2, 8
+RULES = ("in order", "raster", "in windows", "in order, then others", "raster, then others", "listed")
+"""Squares one after another; rows of the whole image; squares one after another, grouped by window of attention; the
+first two with the rows that are no patch at the end; as the processor lists the patches of each token."""
+SHAPES = ("spatial_shapes", "target_sizes")
+"""Arguments that hold (height, width) of each image in patches."""
+DRAWS, DISTURBED = 4, 8
+SHOWN = 0.75
+"""The least share of the predicted tokens that must change: one that attends to its patches may pass over some."""
 
 
 def discover_rule(model: Any, tower: Any, call: EncodeCall, rows: int, sizes: Sequence[int]) -> str:
@@ -33,42 +40,80 @@ def discover_rule(model: Any, tower: Any, call: EncodeCall, rows: int, sizes: Se
     Raises:
         Refusal: if there is none.
     """
-    rules = {rule: unit_of_row(rule, tower, call.inputs, rows, sizes) for rule in RULES}
+    by_rule = {rule: unit_of_row(rule, tower, call.inputs, rows, sizes) for rule in RULES}
+    units = {rule: unit for rule, unit in by_rule.items() if unit is not None}
+    count = min(DISTURBED, max(1, sum(sizes) // 3))  # few, so that the orders differ in what they predict
+    predicted, seen = dict.fromkeys(units, 0), 0
     for draw in range(DRAWS):
-        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(draw))[:DISTURBED]
-        changed = _tokens_changed(model, tower, call, rows, chosen)
-        rules = {rule: unit for rule, unit in rules.items() if unit is not None and _predicts(unit, chosen, changed)}
+        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(draw))[:count]
+        changed = _tokens_changed(model, tower, call, rows, chosen).cpu()
+        seen += int(changed.sum())
+        for rule, unit in list(units.items()):
+            tokens = unit[chosen]
+            expected = torch.zeros_like(changed).index_fill(0, tokens[tokens >= 0], True)
+            predicted[rule] += int(expected.sum())
+            if bool((changed & ~expected).any()):
+                del units[rule]
+    rules = [rule for rule in units if seen and seen >= SHOWN * predicted[rule]]
     if not rules:
         raise Refusal(
             f"the rows of {type(tower).__name__} become visual tokens in an unknown order; use a method that reads "
             "nothing in the encoder"
         )
-    return next(iter(rules))
+    return rules[0]
 
 
 def unit_of_row(rule: str, tower: Any, inputs: Mapping[str, Any], rows: int, sizes: Sequence[int]) -> Tensor | None:
     """Return the visual token of each row by a rule, `[rows]` (-1: none); ``None`` if the rule does not fit."""
-    grids = inputs.get("image_grid_thw")
-    if grids is not None:
-        shapes = [(t * h, w) for t, h, w in grids.tolist()]
-    elif (packed := _packed_shapes(tower, inputs, rows)) is not None:
-        shapes = packed
-    else:  # tiles of equal size; rows that are no patch, such as [CLS], come first
-        side = isqrt(rows // len(sizes))
-        shapes = [(side, side)] * len(sizes)
+    listed = inputs.get("image_token_pooling")
+    if rule == "listed":
+        return None if listed is None else _listed(listed.cpu(), rows, sum(sizes))
+    shapes = _shapes(tower, inputs, rows, len(sizes))
     patches = sum(map(prod, shapes))
-    specials = (rows - patches) // len(sizes)
-    if len(shapes) != len(sizes) or patches + specials * len(sizes) != rows or (grids is not None and specials):
+    if rule.endswith("others"):  # the rows of an image are padded to those of the largest
+        others = [rows // len(sizes) - prod(shape) for shape in shapes]
+    else:  # each image has as many rows before its patches
+        others = [(rows - patches) // len(sizes)] * len(sizes)
+    grids = inputs.get("image_grid_thw")
+    whole = len(shapes) == len(sizes) and patches + sum(others) == rows and min(others) >= 0
+    if not whole or (grids is not None and any(others)):
         return None
     units, first = [], 0
-    for (height, width), tokens in zip(shapes, sizes, strict=True):
-        unit = _unit_of_patch(rule, height, width, tokens)
+    for (height, width), tokens, more in zip(shapes, sizes, others, strict=True):
+        unit = _unit_of_patch(rule.removesuffix(", then others"), height, width, tokens)
         if unit is None:
             return None
-        units += [torch.full((specials,), -1), unit + first]
+        parts = [torch.full((more,), -1), unit + first]
+        units += parts[::-1] if rule.endswith("others") else parts
         first += tokens
     unit = torch.cat(units)
     return _by_windows(unit, tower, grids) if rule == "in windows" else unit
+
+
+def _listed(patches: Tensor, rows: int, tokens: int) -> Tensor | None:
+    """Return the token of each row from the rows of each token, `[tokens, rows of a token]` (-1: none)."""
+    if len(patches) != tokens or int(patches.max()) >= rows:
+        return None
+    token = torch.arange(tokens)[:, None].expand_as(patches)
+    return torch.full((rows,), -1).index_put((patches[patches >= 0],), token[patches >= 0])
+
+
+def _shapes(tower: Any, inputs: Mapping[str, Any], rows: int, images: int) -> list[tuple[int, int]]:
+    """Return each image's (height, width) in patches."""
+    grids, places = inputs.get("image_grid_thw"), inputs.get("image_position_ids")
+    if grids is not None:
+        return [(t * h, w) for t, h, w in grids.tolist()]
+    if places is not None:  # (x, y) of each patch, -1 on padding
+        return [(y + 1, x + 1) for x, y in places.amax(1).tolist()]
+    if (packed := _packed_shapes(tower, inputs, rows)) is not None:
+        return packed
+    named = next((inputs[name] for name in SHAPES if inputs.get(name) is not None), None)
+    if named is None:  # tiles of equal size
+        side = isqrt(rows // images)
+        return [(side, side)] * images
+    shapes = named.tolist()
+    fewer = isqrt(sum(map(prod, shapes)) // rows)  # an encoder may merge squares of patches between its layers
+    return [(height // max(1, fewer), width // max(1, fewer)) for height, width in shapes]
 
 
 def _packed_shapes(tower: Any, inputs: Mapping[str, Any], rows: int) -> list[tuple[int, int]] | None:
@@ -105,12 +150,6 @@ def _by_windows(unit: Tensor, tower: Any, grids: Tensor | None) -> Tensor | None
     return unit.view(-1, each)[window].flatten() if len(window) * each == len(unit) else None
 
 
-def _predicts(unit: Tensor, chosen: Tensor, changed: Tensor) -> bool:
-    tokens = unit[chosen]
-    predicted = torch.zeros_like(changed).index_fill(0, tokens[tokens >= 0].to(changed.device), True)
-    return bool(changed.any()) and torch.equal(predicted, changed)
-
-
 @torch.no_grad()
 def _tokens_changed(model: Any, tower: Any, call: EncodeCall, rows: int, chosen: Tensor) -> Tensor:
     """Encode again with some rows disturbed; returns `[N]` bool, True on visual tokens that changed."""
@@ -125,16 +164,17 @@ def _tokens_changed(model: Any, tower: Any, call: EncodeCall, rows: int, chosen:
         disturbed = flat.view_as(hidden)
         return (disturbed, *output[1:]) if isinstance(output, tuple) else disturbed
 
-    base, before = model.base_model, _tokens(call.output.pooler_output)
+    base, before = model.base_model, _tokens(rows_of(call.output))
     changed = torch.zeros(len(before), dtype=torch.bool, device=before.device)
     for layer in reversed(layer_list(tower)[-3:]):  # a model may take its features before the last layer
-        handle = layer.register_forward_hook(disturb)
+        # first, so that hooks that collect hidden states receive the disturbed rows
+        handle = layer.register_forward_hook(disturb, prepend=True)
         try:
             after = type(base).get_image_features(base, **{**call.inputs, "return_dict": True})
         finally:
             handle.remove()
-        difference = (_tokens(after.pooler_output) - before).abs().amax(-1)
-        changed = difference > 1e-3 * difference.max()
+        difference = (_tokens(rows_of(after)) - before).abs().amax(-1)
+        changed = difference > 1e-4 * difference.max()
         if bool(changed.any()):
             break
     return changed

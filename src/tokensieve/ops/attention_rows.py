@@ -31,9 +31,12 @@ def attention_received(query: Tensor, key: Tensor, scaling: float, mask: Tensor 
         attention = _mean_attention(chunk_query, key, scaling, chunk_mask)
         if chunk_mask is not None:
             visible = _visible(chunk_mask)[:, 0]
-            if visible.shape[-2] == 1:  # a mask of keys only: a key that no query sees is padding, and its query too
-                visible = visible & visible[:, 0, chunk, None]
-                attention = attention * visible.any(-1, keepdim=True)
+            # a token that does not see itself is padding: the attention of its query counts for nothing
+            is_token = (
+                visible[:, 0, chunk] if visible.shape[-2] == 1 else visible[..., chunk].diagonal(dim1=-2, dim2=-1)
+            )
+            visible = visible & is_token[..., None]
+            attention = attention * is_token[..., None]
             seen_by += visible.expand(-1, chunk_query.shape[-2], -1).sum(-2)
         total += attention.sum(-2)
     return total / (query.shape[-2] if mask is None else seen_by.clamp(min=1))

@@ -15,6 +15,7 @@ from tokensieve.engine.prompt.placeholders import Placeholders
 from tokensieve.errors import Refusal
 from tokensieve.models import Family
 from tokensieve.models.family import Modality
+from tokensieve.models.planes import rows_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class PromptImages:
             Refusal: if they do not fit the placeholders.
         """
         outputs = EncoderOutputs.of(encoded)
-        features = family.features_per_image(encoded.pooler_output, outputs.layouts)
+        features = family.features_per_image(rows_of(encoded), outputs.layouts)
         ids, mask, token = kwargs["input_ids"], kwargs.get("attention_mask"), getattr(config, f"{modality}_token_id")
         _check_copies(family, ids == token, features, len(features) // max(1, len(outputs.layouts)), modality)
         placeholders = Placeholders.read(ids, mask, token, [len(rows) for rows in features], modality)

@@ -34,6 +34,7 @@ from tokensieve.engine.handoff import Decisions, EncoderOutputs, ImageReduction,
 from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.engine.prompt.user_text import UserTextFinder
+from tokensieve.engine.turns import to_keep
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method, Positions, Repair
 from tokensieve.methods.adaptive import cut
@@ -65,6 +66,7 @@ class Connector:
         repair: the repair of attention; it needs the sizes of the tokens.
         net: the net of a trained method.
         registers: makes the registers that enter the LLM behind each image.
+        reselect: keep what a later turn needs to be decided anew.
 
     Attributes:
         curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
@@ -85,12 +87,13 @@ class Connector:
         repair: Repair | None = None,
         net: nn.Module | None = None,
         registers: RegisterRows | None = None,
+        reselect: bool = False,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
         self.layer_budget, self.repair, self.net = layer_budget, repair, net
-        self.registers = registers
+        self.registers, self.reselect = registers, reselect
         self.curves: list[list[float]] = []
         self.curve_totals: list[int] = []
 
@@ -110,8 +113,11 @@ class Connector:
         if cache is not None and cache.get_seq_length():
             earlier = self._as_first_turn(kwargs, cache, earlier_turns)
         encoded = kwargs["mm_encoder_outputs"] = self._encode(kwargs)
+        whole = to_keep(kwargs) if self.reselect else None
         prompt = self._images(kwargs, encoded)
         images, placeholders = self._decide(kwargs, prompt), prompt.placeholders
+        # padding between turns is packed to the left: the bookkeeping then covers every column of the prompt
+        end = kwargs["input_ids"].shape[1] if self.reselect else placeholders.end
         if self.repair == "restore":
             images = [image.at_medians() for image in images]
         if self.registers is not None:
@@ -121,7 +127,7 @@ class Connector:
         videos = prompt.by_modality.get("video", [])
         if all(image.decision.whole for image in images):
             visual, columns, lengths = placeholders.visual, None, placeholders.lengths
-            prefix = untouched_prefix(kwargs, placeholders.end)
+            prefix = untouched_prefix(kwargs, end)
         else:
             positions = position_ids(self.family, self.base, kwargs)
             dropped = [sum(image.decision.total - image.decision.slots for image in row) for row in by_row]
@@ -134,7 +140,7 @@ class Connector:
             for kind, numbers in prompt.by_modality.items():
                 encoded[kind] = reduce_features(self.family, self.model, encoded[kind], prompt, images, numbers)
             renumbered_rows = [n != 0 for n in dropped] if self.positions == "contiguous" else None
-            end, padding = placeholders.end, padding_id(self.model)
+            padding = padding_id(self.model)
             prefix = shorten_inputs(kwargs, columns, positions, placed, end, renumbered_rows, padding)
             visual = columns.take(placeholders.visual) & columns.valid
             if self.repair is not None:
@@ -142,7 +148,7 @@ class Connector:
                 prefix = replace(prefix, bias=bias[..., : prefix.mask.shape[1]])
         if earlier is not None:
             prefix = self._append(kwargs, prefix, earlier)
-        return Prefill(kwargs, by_row, prompt.copies, visual, placeholders, videos, columns, lengths, prefix)
+        return Prefill(kwargs, by_row, prompt.copies, visual, placeholders, videos, columns, lengths, prefix, whole)
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 

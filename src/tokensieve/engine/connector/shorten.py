@@ -13,7 +13,9 @@ from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.handoff import ImageReduction
 from tokensieve.engine.prompt.placeholders import ColumnSelection, on_device
+from tokensieve.errors import Refusal
 from tokensieve.models import Family
+from tokensieve.models.planes import replace_rows, rows_of
 
 PADDING_OF = {"mm_token_type_ids": 0, "token_type_ids": 0, "labels": -100}
 """Further arguments with a column per token, and the value on padding."""
@@ -39,6 +41,9 @@ def reduce_features(
     def reduce_plane(plane: Any) -> list[Tensor]:
         return [reduction.apply(rows) for rows, reduction in zip(plane, reductions, strict=True)]
 
+    if encoded.pooler_output is None and any(image.registers is not None for image in images):
+        raise Refusal(f"registers enter with the projected rows of an image, which {family.title} does not hand out")
+
     def with_registers(plane: list[Tensor], content: bool) -> list[Tensor]:
         return [image.append_registers(rows, content) for rows, image in zip(plane, images, strict=True)]
 
@@ -49,10 +54,8 @@ def reduce_features(
         reduced = _merge_before_projector(family, model, features, patches, images)
     reduced = with_registers(reduced, content=True)
     # models that stack equal images read all rows in one line, so that any number of rows fits
-    output.pooler_output = torch.cat(reduced)[None] if isinstance(encoded.pooler_output, Tensor) else reduced
-    if getattr(encoded, "deepstack_features", None) is not None:
-        planes = [reduce_plane(level) for level in encoded.deepstack_features]
-        output.deepstack_features = [with_registers(level, content=False) for level in planes]
+    in_line = torch.cat(reduced)[None] if isinstance(rows_of(encoded), Tensor) else reduced
+    replace_rows(output, in_line, lambda plane: with_registers(reduce_plane(plane), content=False))
     return output
 
 

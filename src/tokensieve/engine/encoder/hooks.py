@@ -27,6 +27,7 @@ from tokensieve.methods import EncoderMethod, Method, Needs, PixelMethod, Resize
 from tokensieve.models import EncodeCall, Family, TokenLayout
 from tokensieve.models.family import Modality, scatter_to_anchors
 from tokensieve.models.layout import to_device
+from tokensieve.models.planes import rows_of
 from tokensieve.models.vit import Pooling
 from tokensieve.ops import pixel_hash
 from tokensieve.reduction import Reduction
@@ -251,7 +252,7 @@ class EncoderHooks:
     def _outputs(self, call: RecordedCall) -> EncoderOutputs:
         """Convert the readings of a finished call to one row per patch."""
         family, model = self.family, self.model
-        device = call.output.pooler_output[0].device
+        device = rows_of(call.output)[0].device
         layouts = [layout.to(device) for layout in family.layouts(model, call)]
         if isinstance(self.method, PixelMethod) and call.reductions is not None:  # the encoder had no rows of the rest
             kept = zip(layouts, call.reductions, strict=True)
