@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class RegisterMethod(TrainedMethod, DecoderMethod):
     """
 
     Net = Registers
+
+    @property
+    def softens(self) -> Literal["rows", "attention"]:
+        """Return "rows": the image leaves in training, too, so attention needs no bias."""
+        return "rows"
 
     def registers(self, total: int) -> int:
         """Return R for an image of which ``total`` tokens enter the LLM; 0 for an image that stays whole."""
