@@ -25,7 +25,7 @@ class Victor(RegisterMethod):
     Cost: none beside the R rows: nothing is computed or sorted.
     Paper: "Efficient Vision-Language Models by Summarizing Visual Tokens into Compact Registers", 2024.
     Official code: none. This is our reading. Positions, the nested sets and the distillation from the unreduced model
-    are ours. The paper tunes projector and LLM with the registers; ``tokensieve train victor`` trains the registers alone,
+    are ours. The paper tunes projector and LLM with the registers; ``tokensieve train victor`` trains registers alone,
     which gains little. On the bundled model (layer 1, 1,300 questions), 16 registers give 52.5 % (50.6 to 54.3);
     without any, ``vtw`` gives 48.5 % (46.9 to 50.1). No weights are shipped.
     """
