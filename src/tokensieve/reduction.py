@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tokensieve.errors import Refusal
 
@@ -51,6 +52,8 @@ class Reduction:
             W makes of them are then projected.
         rows: `[K, D]` or `[B, K, D]`, output rows that a net made, in the space of the LLM's input; ``None``: W makes
             them. W then only says which tokens each row is made of, for drawings and for the sizes of ``repair``.
+        added: R, the number of registers: slots behind the others whose rows are learned. They have no anchor, and a
+            zero row in W.
         soft: True while a net is trained by attention: no token leaves, rows stay as they are, and each weight of W is
             the share in which a token takes part in attention.
     """
@@ -64,6 +67,7 @@ class Reduction:
     notes: tuple[str, ...] = ()
     projected: bool = True
     rows: Tensor | None = None
+    added: int = 0
     soft: bool = False
 
     @classmethod
@@ -77,12 +81,13 @@ class Reduction:
         merged = "pruned" if self.mixing is None else "merged"
         kind = "all kept" if self.whole else "made" if self.rows is not None else merged
         kept = (
-            f"{self.slots} of {self.total} tokens"
+            f"{self.slots - self.added} of {self.total} tokens"
             if self.valid is None
-            else f"up to {self.slots} of {self.total} tokens"
+            else f"up to {self.slots - self.added} of {self.total} tokens"
         )
+        added = f", {self.added} registers" if self.added else ""
         grid = f", grid {self.grid[0]} × {self.grid[1]}" if self.grid else ""
-        return f"Reduction({images}{kept}, {kind}{grid})"
+        return f"Reduction({images}{kept}, {kind}{added}{grid})"
 
     def fault(self, values: bool = True, ascending: bool = True) -> str | None:
         """Return what contradicts the description of the attributes; ``None`` if nothing does.
@@ -93,6 +98,8 @@ class Reduction:
         """
         *lead, slots = self.anchors.shape or (0,)
         m = self.mixing
+        if self.added < 0 or (self.added and self.valid is not None):
+            return f"added must be at least 0, and 0 where valid is set; got {self.added}"
         indices = {"anchors": self.anchors} | ({} if m is None else {"slot": m.slot, "source": m.source})
         for name, tensor in indices.items():
             if tensor.dtype != torch.int64 or tensor.ndim not in (1, 2):
@@ -128,13 +135,14 @@ class Reduction:
 
     @property
     def slots(self) -> int:
-        """Return K, the number of slots (those of the image with most slots, if ``valid`` is set)."""
-        return self.anchors.shape[-1]
+        """Return K, the number of slots (those of the image with most slots, if ``valid`` is set), with registers."""
+        return self.anchors.shape[-1] + self.added
 
     @property
     def whole(self) -> bool:
-        """Return whether no token was dropped or merged."""
-        return self.mixing is None and self.slots == self.total and self.valid is None and self.rows is None
+        """Return whether no token was dropped, merged or added."""
+        kept = self.slots == self.total and self.valid is None and self.mixing is None
+        return kept and self.rows is None and not self.added
 
     @property
     def source(self) -> Tensor:
@@ -143,7 +151,7 @@ class Reduction:
         A token that was mixed into several slots gets the slot in which it has the largest weight.
         """
         if self.mixing is None:
-            slots = torch.arange(self.slots, device=self.anchors.device).expand_as(self.anchors)
+            slots = torch.arange(self.anchors.shape[-1], device=self.anchors.device).expand_as(self.anchors)
             if self.valid is not None:
                 slots = slots.masked_fill(~self.valid, -1)
             empty = self.anchors.new_full((*self.anchors.shape[:-1], self.total), -1)
@@ -158,11 +166,13 @@ class Reduction:
 
     @property
     def counts(self) -> Tensor:
-        """Return the number of original tokens in each slot, `[K]` or `[B, K]`."""
-        if self.mixing is None:
-            return torch.ones_like(self.anchors) if self.valid is None else self.valid.long()
+        """Return the number of original tokens in each slot, `[K]` or `[B, K]`; 0 for registers."""
         m = self.mixing
-        return torch.zeros_like(self.anchors).scatter_add(-1, m.slot, (m.weight != 0).long())
+        if m is not None:
+            counts = torch.zeros_like(self.anchors).scatter_add(-1, m.slot, (m.weight != 0).long())
+        else:
+            counts = torch.ones_like(self.anchors) if self.valid is None else self.valid.long()
+        return pad(counts, (0, self.added))
 
     @property
     def ranking(self) -> Tensor | None:
@@ -175,7 +185,7 @@ class Reduction:
         if self.mixing is None:
             return self.counts.float()
         m = self.mixing
-        return m.weight.new_zeros(self.anchors.shape).scatter_add(-1, m.slot, m.weight)
+        return pad(m.weight.new_zeros(self.anchors.shape).scatter_add(-1, m.slot, m.weight), (0, self.added))
 
     def __iter__(self) -> Iterator[Reduction]:
         """Iterate over the images of a batched Reduction."""
@@ -196,6 +206,7 @@ class Reduction:
             notes=self.notes,
             projected=self.projected,
             rows=None if self.rows is None else self.rows[image],
+            added=self.added,
             soft=self.soft,
         )
         if self.valid is None:
@@ -224,6 +235,8 @@ class Reduction:
     def apply(self, rows: Tensor) -> Tensor:
         """Return ``W @ rows``, `[N, D]` to `[K, D]` (or batched), in the dtype of ``rows``; sums run in float32.
 
+        Registers get zero rows.
+
         Raises:
             Refusal: for another number of rows, or if a net made the rows: it cannot be applied again from here.
         """
@@ -235,24 +248,25 @@ class Reduction:
             return rows
         width = rows.shape[-1]
         if self.mixing is None:
-            return rows.gather(-2, self.anchors[..., None].expand(*self.anchors.shape, width))
+            kept = rows.gather(-2, self.anchors[..., None].expand(*self.anchors.shape, width))
+            return pad(kept, (0, 0, 0, self.added))
         out = torch.zeros((*self.anchors.shape, width), device=rows.device)
         entries = (torch.split(t, ENTRIES, dim=-1) for t in (self.mixing.slot, self.mixing.source, self.mixing.weight))
         for slot, source, weight in zip(*entries, strict=True):
             parts = rows.gather(-2, source[..., None].expand(*source.shape, width)).float() * weight[..., None]
             out = out.scatter_add(-2, slot[..., None].expand_as(parts), parts)
-        return out.to(rows.dtype)
+        return pad(out.to(rows.dtype), (0, 0, 0, self.added))
 
     def matrix(self) -> Tensor:
         """Return W as a dense float32 tensor `[K, N]` or `[B, K, N]`, for tests and plots."""
         w = torch.zeros((*self.anchors.shape, self.total), device=self.anchors.device)
         if self.mixing is None:
             ones = torch.ones_like(self.anchors, dtype=w.dtype) if self.valid is None else self.valid.to(w.dtype)
-            return w.scatter(-1, self.anchors[..., None], ones[..., None])
+            return pad(w.scatter(-1, self.anchors[..., None], ones[..., None]), (0, 0, 0, self.added))
         m = self.mixing
         # entry (slot, source) of a row-major [K, N] matrix is at slot · N + source
         flat = w.flatten(-2).scatter_add(-1, m.slot * self.total + m.source, m.weight)
-        return flat.view_as(w)
+        return pad(flat.view_as(w), (0, 0, 0, self.added))
 
     def after(self, first: Reduction) -> Reduction:
         """Compose ``first`` and then this decision into one (W = W_this · W_first); both of one image."""
@@ -264,21 +278,26 @@ class Reduction:
             return replace(self, grid=first.grid or self.grid, notes=first.notes + self.notes)
         mixing = None if self.mixing is None and first.mixing is None else _product(self.entries(), first.entries())
         rows = self.rows if self.rows is not None or first.rows is None else self.apply(first.rows)
+        anchors, added = self.anchors, self.added
+        if first.added:  # registers stand last, so they stay last
+            anchors = anchors[anchors < len(first.anchors)]
+            added += len(self.anchors) - len(anchors)
         return Reduction(
             first.total,
-            first.anchors[self.anchors],
+            first.anchors[anchors],
             mixing,
             grid=first.grid or self.grid,
             notes=first.notes + self.notes,
             projected=self.projected and first.projected,
             rows=rows,
+            added=added,
         )
 
     def entries(self) -> Mixing:
         """Return the entries of W for one image, also for pure pruning."""
         if self.mixing is not None:
             return self.mixing
-        slot = torch.arange(self.slots, device=self.anchors.device)
+        slot = torch.arange(self.anchors.shape[-1], device=self.anchors.device)
         return Mixing(slot, self.anchors, torch.ones_like(slot, dtype=torch.float32))
 
     # -- storing ------------------------------------------------------------------------------------------------------
@@ -301,6 +320,8 @@ class Reduction:
             out["projected"] = False
         if self.rows is not None:
             out["made"] = True
+        if self.added:
+            out["added"] = self.added
         return out
 
     @classmethod
@@ -322,6 +343,7 @@ class Reduction:
                 notes=tuple(data.get("notes", ())),
                 projected=data.get("projected", True),
                 rows=torch.empty(*anchors.shape, 0) if data.get("made") else None,
+                added=int(data.get("added", 0)),
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
             detail = f"{type(error).__name__}: {error}"
@@ -338,7 +360,7 @@ class Reduction:
         tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores, "rows": self.rows}
         if self.mixing is not None:
             tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
-        named = {"total": self.total, "grid": self.grid, "notes": self.notes, "projected": self.projected}
+        named = {name: getattr(self, name) for name in ("total", "grid", "notes", "projected", "added")}
         meta = {name: json.dumps(value) for name, value in named.items()}
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items() if v is not None}, path, metadata=meta)
 
@@ -368,6 +390,7 @@ class Reduction:
                 notes=tuple(json.loads(meta["notes"])),
                 projected=json.loads(meta.get("projected", "true")),
                 rows=tensors.get("rows"),
+                added=int(json.loads(meta.get("added", "0"))),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise Refusal(f"{path} is not a file of Reduction.save: {type(error).__name__}: {error}") from error

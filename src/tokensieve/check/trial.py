@@ -138,6 +138,8 @@ class Trial:
             if any(name in kind for name in ("linear", "conv", "hybrid")):
                 name = "linear attention" if "linear" in kind else "a layer of convolution"
                 raise NotCheckable(f"{name} has no mask to hide a token with")
+        if any(image.added for row in self.decisions for image in row):
+            raise NotCheckable("no other run has its registers")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
         # tokens dropped inside the LLM count in its windows in a reduced run, too: they are no obstacle
         drops_before = len(self.stages) > (inside is not None)

@@ -126,6 +126,8 @@ def _read(
         decisions: Decisions = [list(row) for row in method]  # type: ignore[arg-type]
         for number, decision in enumerate(decision for row in decisions for decision in row):
             fault = decision.fault() if decision.anchors.ndim == 1 else "it is about a batch of images: index it"
+            if fault is None and decision.added:
+                fault = "its registers are rows of a net: attach the method"
             if fault is not None:
                 raise Refusal(f"decision {number} cannot be replayed: {fault}")
         return [], decisions

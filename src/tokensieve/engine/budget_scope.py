@@ -9,6 +9,7 @@ from tokensieve.budget import BudgetScope, number, rule_of, share_out
 from tokensieve.errors import Refusal
 from tokensieve.methods import Method
 from tokensieve.methods.base import AnyMethod
+from tokensieve.methods.registers import RegisterMethod
 
 
 def check_scope(scope: str, methods: Sequence[Method]) -> None:
@@ -21,6 +22,8 @@ def check_scope(scope: str, methods: Sequence[Method]) -> None:
         return
     stages = ("connector",) if scope in ("tile", "frame", "sample-score") else ("connector", "decoder")
     for method in methods:
+        if isinstance(method, RegisterMethod):
+            raise Refusal(f"budget_scope={scope!r} shares out tokens, and {method} adds registers to each image")
         if method.info.stage not in stages:
             raise Refusal(f"budget_scope={scope!r} is not for methods that act in the {method.info.stage}: {method}")
         if scope == "frame" and method.needs.requests("video"):

@@ -46,13 +46,13 @@ class PrefixInfo:
 
     @property
     def dropped(self) -> int:
-        """Columns that the cache lacks, compared with the caller's count."""
+        """Columns that the cache lacks, compared with the caller's count; negative where registers were added."""
         return self.length - self.mask.shape[1]
 
     @property
     def matters(self) -> bool:
         """Whether decode steps need it: a batch may keep its width, and still have new padding or positions."""
-        return self.dropped > 0 or self.padded or self.shift is not None or self.bias is not None
+        return self.dropped != 0 or self.padded or self.shift is not None or self.bias is not None
 
     def after(self, earlier: PrefixInfo) -> PrefixInfo:
         """Return the prefix that consists of ``earlier`` and then this one."""
@@ -245,21 +245,29 @@ def prefix_of_cache(
 
 
 def translate_decode_inputs(
-    kwargs: dict[str, Any], prefix: PrefixInfo, cache: Cache, first_position: int = 0
+    kwargs: dict[str, Any],
+    prefix: PrefixInfo,
+    cache: Cache,
+    first_position: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Return the arguments of a forward that continues a reduced sequence: mask columns and positions translated.
 
     Args:
         first_position: the position id of a prompt's first token.
+        dtype: of the model.
     """
     kwargs, mask, positions = dict(kwargs), kwargs.get("attention_mask"), kwargs.get("position_ids")
     new_tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     queries = new_tokens.shape[1]
-    kwargs["attention_mask"] = decode_mask(prefix, mask, cache.get_seq_length() + queries)
+    mask = decode_mask(prefix, mask, cache.get_seq_length() + queries)
+    if mask is not None and prefix.dropped < 0:  # transformers has no column that callers do not count
+        mask = _explicit(mask, queries, dtype)
+    kwargs["attention_mask"] = mask
     if prefix.shift is not None:
         if positions is None:
             if prefix.shift.ndim == 3:
-                raise Refusal("contiguous positions with M-RoPE: pass position_ids when decoding by hand")
+                raise Refusal("renumbered positions with M-RoPE: pass position_ids when decoding by hand")
             positions = torch.arange(queries, device=new_tokens.device) + cache.get_seq_length() + first_position
         kwargs["position_ids"] = positions - prefix.shift
     return kwargs
@@ -279,8 +287,16 @@ def decode_mask(prefix: PrefixInfo, mask: Tensor | None, width: int) -> Tensor |
         return None
     rows = len(prefix.mask)
     tail = prefix.mask.new_ones(rows, width - prefix.length) if mask is None else mask[:, prefix.length :]
-    dropped = prefix.mask.new_zeros(rows, prefix.dropped)  # columns that are reported, but not held, come first
+    dropped = prefix.mask.new_zeros(rows, max(0, prefix.dropped))  # columns that are reported, but not held, come first
     return torch.cat([dropped, prefix.mask, tail.to(prefix.mask.dtype)], 1)
+
+
+def _explicit(mask: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """Return the additive causal mask `[B, 1, queries, keys]` of the last queries over the columns `[B, keys]`."""
+    keys = mask.shape[1]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+    allowed = mask.bool()[:, None, None] & causal
+    return torch.zeros(allowed.shape, dtype=dtype, device=mask.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def check_cache(cache: Cache | None) -> None:

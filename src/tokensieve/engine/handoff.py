@@ -122,6 +122,7 @@ class ImageReduction:
         inside: of each decoder stage, on the rows that it received.
         connector_scores: the scores that the connector method ranked the tokens by that entered the LLM, if it did.
         sizes: `[K]` float32, the original tokens that each token that is left stands for; ``None``: not requested.
+        registers: `[R, D]`, the rows of the registers that ``decision`` has added; ``None``: it has added none.
     """
 
     layout: TokenLayout
@@ -130,6 +131,7 @@ class ImageReduction:
     inside: tuple[Reduction, ...] = ()
     connector_scores: Tensor | None = None
     sizes: Tensor | None = None
+    registers: Tensor | None = None
 
     def then_connector(self, following: Reduction, sizes: Tensor | None = None) -> ImageReduction:
         """Add a connector method's decision about the rows that are left."""
@@ -139,6 +141,21 @@ class ImageReduction:
     def then_decoder(self, following: Reduction, sizes: Tensor | None = None) -> ImageReduction:
         """Add a decoder stage's decision about the rows that are left."""
         return replace(self, inside=(*self.inside, following), sizes=sizes)
+
+    def with_registers(self, rows: Tensor) -> ImageReduction:
+        """Add registers `[R, D]` behind the tokens that are left before the LLM."""
+        return replace(self, decision=replace(self.decision, added=len(rows)), registers=rows)
+
+    def append_registers(self, rows: Tensor, content: bool = True) -> Tensor:
+        """Return the rows `[K, D]` of the tokens that enter the LLM, and behind them those of the registers.
+
+        Args:
+            content: False appends zero rows, which add nothing to the registers.
+        """
+        if self.registers is None:
+            return rows
+        added = self.registers.to(rows) if content else rows.new_zeros(self.registers.shape)
+        return torch.cat([rows, added])
 
     def at_medians(self) -> ImageReduction:
         """Move each token that was merged before the LLM to the median place of its group."""
@@ -154,12 +171,15 @@ class ImageReduction:
         """Original indices of the tokens that are left, `[K]`."""
         anchors = self.decision.anchors
         for stage in self.inside:
-            anchors = anchors[stage.anchors]
+            kept = stage.anchors
+            anchors = anchors[kept if self.registers is None else kept[kept < len(anchors)]]  # registers stand last
         return anchors
 
     @property
     def remaining(self) -> TokenLayout:
-        """The layout of the tokens that are left."""
+        """The layout of the tokens that are left; of an image with registers, all are one group."""
+        if self.registers is not None:
+            return TokenLayout(self.inside[-1].slots if self.inside else self.decision.slots)
         if self.layout.patch_index is None:
             return TokenLayout(len(self.anchors))
         return self.layout.left(self.anchors)
@@ -168,7 +188,7 @@ class ImageReduction:
     def entered(self) -> int:
         """Patches that entered the LLM: budgets of decoder methods are shares of this number."""
         if self.layout.patch_index is None:
-            return self.decision.slots
+            return len(self.decision.anchors)
         return self.layout.left(self.decision.anchors).patches
 
     def reduce_inside(self, rows: Tensor) -> Tensor:

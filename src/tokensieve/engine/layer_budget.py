@@ -9,6 +9,7 @@ from typing import Any
 from tokensieve.budget import Number, count, rule_of
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method
+from tokensieve.methods.registers import RegisterMethod
 
 MANY = 1 << 16  # tokens of an image in the check of a share: large enough that rounding does not matter
 
@@ -89,7 +90,10 @@ class LayerBudget:
             return entering
         inside = self.decoder.stage_budgets(entering, self.layers, self.depth) or []
         spans = [end - start for start, end in zip(self.layers, [*self.layers[1:], self.depth], strict=True)]
-        return (self.layers[0] * entering + sum(n * span for n, span in zip(inside, spans, strict=True))) / self.depth
+        registers = self.decoder.registers(entering) if isinstance(self.decoder, RegisterMethod) else 0
+        return (
+            self.layers[0] * (entering + registers) + sum(n * span for n, span in zip(inside, spans, strict=True))
+        ) / self.depth
 
     def entering(self, total: int, received: int) -> int:
         """Return the number of tokens that the connector stage keeps.

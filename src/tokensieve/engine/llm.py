@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from tokensieve.budget import BudgetScope
 from tokensieve.engine.cache import ATTRIBUTE, CacheInfo, emptied, info_of, remember, translate_decode_inputs
 from tokensieve.engine.connector.prefill import Connector, shows
+from tokensieve.engine.connector.registers import RegisterRows
 from tokensieve.engine.decoder.hooks import DecoderHooks
 from tokensieve.engine.decoder.sequence import PrefillState
 from tokensieve.engine.encoder.hooks import EncoderHooks
@@ -28,6 +29,7 @@ from tokensieve.engine.repair import RepairHooks
 from tokensieve.engine.turns import Conversation, RunningTurn, check_call, new_columns
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method, Needs, PixelMethod, Positions, Repair
+from tokensieve.methods.registers import RegisterMethod
 from tokensieve.models import Family, families, family_of
 from tokensieve.models.layout import Separators
 from tokensieve.models.versions import before_5_23
@@ -56,6 +58,8 @@ class LlmSieve(Sieve):
         self.nets = load_nets(model, methods)
         layer_budget = LayerBudget.of(methods, depth_of(model))
         self._reselects = reselect and any(method.reads_question for method in methods)
+        if self._reselects and isinstance(decoder, RegisterMethod):
+            raise Refusal(f"reselect=True decides anew on the prompt as it was, to which {decoder} has added registers")
         self._family, self._flight = family, InFlight()
         self._images: list[list[ImageReduction]] = []
         self._arguments = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -75,8 +79,9 @@ class LlmSieve(Sieve):
             separators,
             layer_budget,
             repair,
-            self._reselects,
             self.nets.get("connector"),
+            RegisterRows(decoder, self.nets["decoder"]) if isinstance(decoder, RegisterMethod) else None,
+            self._reselects,
         )
         needs = _connector_needs(connector, replay)
         self._encoder = EncoderHooks(
@@ -197,7 +202,7 @@ class LlmSieve(Sieve):
         if self._reselects and earlier.conversation is not None and kwargs.get("input_ids") is not None:
             kwargs, conversation = earlier.conversation.step(kwargs)
             setattr(cache, ATTRIBUTE, replace(earlier, conversation=conversation))
-        return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position)
+        return (), translate_decode_inputs(kwargs, earlier.entry, cache, self._family.first_position, self.model.dtype)
 
     def _refuse_lost_images(self, ids: Tensor | None) -> None:
         """Refuse a prompt with placeholders but without images: a chunk of a longer prompt, whose images are lost."""

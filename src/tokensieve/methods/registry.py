@@ -24,7 +24,19 @@ from tokensieve.methods.stages import DecoderMethod, EncoderMethod, PixelMethod,
 
 ENTRY_POINTS = "tokensieve.methods"
 _registry: dict[str, type[Method]] = {}
-_NOT_METHODS = {"base", "fusion", "needs", "raters", "recycling", "registry", "spec", "stages", "trained", "validate"}
+_NOT_METHODS = {
+    "base",
+    "fusion",
+    "needs",
+    "raters",
+    "recycling",
+    "registers",
+    "registry",
+    "spec",
+    "stages",
+    "trained",
+    "validate",
+}
 NEEDS: dict[Stage, type[StageNeeds]] = {
     "encoder": EncoderNeeds,
     "connector": Needs,

@@ -131,7 +131,7 @@ class TokenLayout:
             for part, start in zip(parts, starts, strict=True):
                 entry = part.entries()  # a pruned part has no mixing: its entries are the identity on its anchors
                 entries.append((entry.slot + first_slot, entry.source + start, entry.weight))
-                first_slot += part.slots
+                first_slot += part.anchors.shape[-1]
             mixing = Mixing(*(torch.cat(column) for column in zip(*entries, strict=True)))
         scores = None
         if all(part.scores is not None for part in parts):
@@ -144,8 +144,8 @@ class TokenLayout:
             if rows is not None:  # the engine fills in the rows of separators
                 slots = torch.searchsorted(anchors, of_patches)
                 rows = rows.new_zeros((len(anchors), rows.shape[-1])).index_copy(0, slots, rows)
-        projected = all(part.projected for part in parts)
-        return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected, rows=rows)
+        projected, added = all(part.projected for part in parts), sum(part.added for part in parts)
+        return Reduction(self.total, anchors, mixing, None, scores, self.grid, notes, projected, rows=rows, added=added)
 
     def _among_all(self, patch_index: Tensor, anchors: Tensor, mixing: Mixing | None) -> tuple[Tensor, Mixing | None]:
         """Renumber anchors and entries from M patches to N tokens; add the separators that are kept."""

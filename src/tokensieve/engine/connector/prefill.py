@@ -19,6 +19,7 @@ from tokensieve.budget import BudgetScope, rule_of
 from tokensieve.engine.cache import CacheInfo, PrefixInfo, check_cache, prefix_of_cache
 from tokensieve.engine.connector.decide import ConnectorEvidence, curves_of, decide, with_separators
 from tokensieve.engine.connector.images import PromptImages
+from tokensieve.engine.connector.registers import RegisterRows, select_with_registers
 from tokensieve.engine.connector.shorten import (
     PADDING_OF,
     kept_placeholders,
@@ -63,8 +64,9 @@ class Connector:
         separators: the separators that a reduced image keeps.
         layer_budget: works out ``keep``, if it is an average over the layers of the LLM.
         repair: the repair of attention; it needs the sizes of the tokens.
-        reselect: keep what a later turn needs to be decided anew.
         net: the net of a trained method.
+        registers: makes the registers that enter the LLM behind each image.
+        reselect: keep what a later turn needs to be decided anew.
 
     Attributes:
         curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
@@ -83,14 +85,15 @@ class Connector:
         separators: Separators,
         layer_budget: LayerBudget | None = None,
         repair: Repair | None = None,
-        reselect: bool = False,
         net: nn.Module | None = None,
+        registers: RegisterRows | None = None,
+        reselect: bool = False,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
-        self.layer_budget, self.repair, self.reselect = layer_budget, repair, reselect
-        self.net = net
+        self.layer_budget, self.repair, self.net = layer_budget, repair, net
+        self.registers, self.reselect = registers, reselect
         self.curves: list[list[float]] = []
         self.curve_totals: list[int] = []
 
@@ -117,6 +120,8 @@ class Connector:
         end = kwargs["input_ids"].shape[1] if self.reselect else placeholders.end
         if self.repair == "restore":
             images = [image.at_medians() for image in images]
+        if self.registers is not None:
+            images = self.registers.behind(images, [rows.device for rows in prompt.features])
         per_image = iter(images)
         by_row = [[next(per_image) for _ in sizes] for sizes in placeholders.images]
         videos = prompt.by_modality.get("video", [])
@@ -128,12 +133,15 @@ class Connector:
             dropped = [sum(image.decision.total - image.decision.slots for image in row) for row in by_row]
             lengths = [length - n for length, n in zip(placeholders.lengths, dropped, strict=True)]
             stay = placeholders.not_padding.masked_scatter(placeholders.visual, kept_placeholders(images))
-            columns = ColumnSelection.of(stay, lengths)
+            if any(image.registers is not None for image in images):
+                columns, placed = select_with_registers(stay, placeholders, by_row, positions, lengths)
+            else:
+                columns, placed = ColumnSelection.of(stay, lengths), None
             for kind, numbers in prompt.by_modality.items():
                 encoded[kind] = reduce_features(self.family, self.model, encoded[kind], prompt, images, numbers)
-            renumbered_rows = [n > 0 for n in dropped] if self.positions == "contiguous" else None
+            renumbered_rows = [n != 0 for n in dropped] if self.positions == "contiguous" else None
             padding = padding_id(self.model)
-            prefix = shorten_inputs(kwargs, columns, positions, end, renumbered_rows, padding)
+            prefix = shorten_inputs(kwargs, columns, positions, placed, end, renumbered_rows, padding)
             visual = columns.take(placeholders.visual) & columns.valid
             if self.repair is not None:
                 bias = bias_of(visual, images, self.repair)

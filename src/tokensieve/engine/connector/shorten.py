@@ -41,14 +41,21 @@ def reduce_features(
     def reduce_plane(plane: Any) -> list[Tensor]:
         return [reduction.apply(rows) for rows, reduction in zip(plane, reductions, strict=True)]
 
+    if encoded.pooler_output is None and any(image.registers is not None for image in images):
+        raise Refusal(f"registers enter with the projected rows of an image, which {family.title} does not hand out")
+
+    def with_registers(plane: list[Tensor], content: bool) -> list[Tensor]:
+        return [image.append_registers(rows, content) for rows, image in zip(plane, images, strict=True)]
+
     if all(reduction.projected for reduction in reductions):
         reduced = [_entering(image, rows) for image, rows in zip(images, features, strict=True)]
     else:
         patches = [prompt.outputs.patches[prompt.origins[n]] for n in numbers]
         reduced = _merge_before_projector(family, model, features, patches, images)
+    reduced = with_registers(reduced, content=True)
     # models that stack equal images read all rows in one line, so that any number of rows fits
     in_line = torch.cat(reduced)[None] if isinstance(rows_of(encoded), Tensor) else reduced
-    replace_rows(output, in_line, reduce_plane)
+    replace_rows(output, in_line, lambda plane: with_registers(reduce_plane(plane), content=False))
     return output
 
 
@@ -112,6 +119,7 @@ def shorten_inputs(
     kwargs: dict[str, Any],
     columns: ColumnSelection,
     positions: Tensor,
+    placed: Tensor | None,
     end: int,
     renumbered_rows: Sequence[bool] | None,
     padding_id: int,
@@ -120,6 +128,7 @@ def shorten_inputs(
 
     Args:
         positions: position ids of the whole prompt, `[B, L]` or `[axes, B, L]`.
+        placed: those of the new columns, `[…, B, n]`, if they are others.
         end: columns up to and including the last placeholder.
         renumbered_rows: per row, whether its positions are renumbered contiguously; ``None``: all keep their ids.
         padding_id: token id on padding.
@@ -133,14 +142,17 @@ def shorten_inputs(
     for name, filler in PADDING_OF.items():
         if kwargs.get(name) is not None:
             kwargs[name] = columns.take(kwargs[name], filler)
-    kept, shift = columns.take(positions), None
+    as_given = columns.take(positions)
+    kept, shift = as_given if placed is None else placed, None
     if renumbered_rows is not None:
         # a row counts on from its own first position; padding must not set it
         first = kept.masked_fill(~columns.valid, torch.iinfo(kept.dtype).max).amin(-1, keepdim=True)
         contiguous = first + (new_mask.long().cumsum(-1) - 1).clamp(min=0)
         if not all(renumbered_rows):  # a row that stayed whole keeps its ids, as it does in a batch of its own
             contiguous = contiguous.where(on_device(renumbered_rows, ids.device)[:, None], kept)
-        shift, kept = kept[..., -1:] - contiguous[..., -1:], contiguous  # later tokens follow the last column
+        kept = contiguous
+    if kept is not as_given:
+        shift = as_given[..., -1:] - kept[..., -1:]  # later tokens follow the last column
     kwargs["position_ids"] = kept
     after_images = ids.shape[1] - end
     prefix_mask = new_mask[:, : new_mask.shape[1] - after_images]

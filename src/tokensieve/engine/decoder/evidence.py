@@ -227,7 +227,7 @@ class DecoderEvidence:
         if self.needs.grid and decision.grid is not None:
             anchors, width = torch.stack([image.anchors for image in images]), decision.grid[1]
             about_image["coordinates"] = torch.stack([anchors.div(width, rounding_mode="floor"), anchors % width], -1)
-        whole = len(images[0].anchors) == decision.total
+        whole = len(images[0].anchors) == decision.total and not decision.added
         return DecoderTokens(
             take(features, columns),
             grid=decision.grid if whole else None,

@@ -28,6 +28,7 @@ from tokensieve.engine.decoder.masks import (
     FULL,
     SLIDING,
     attention_kinds,
+    check_registers,
     limit_to_window,
     shorten_mask,
 )
@@ -41,6 +42,7 @@ from tokensieve.engine.sizes import at_medians, carried_sizes, key_bias
 from tokensieve.engine.wrapped import uncompiled
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions, Repair
+from tokensieve.methods.registers import RegisterMethod
 from tokensieve.models import Family
 from tokensieve.models.versions import before_5_23, checkpoints_activations
 from tokensieve.tokens import DecoderTokens
@@ -93,6 +95,8 @@ class DecoderHooks:
         self.per_layer_masks = family.per_layer_masks or set(self.kinds) != {FULL}
         _check_attention(config, set(self.kinds), self.per_layer_masks)
         method.check_average(self.layers, self.depth)
+        if isinstance(method, RegisterMethod):
+            check_registers(method, self.per_layer_masks, config._attn_implementation, repair)
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
@@ -246,6 +250,8 @@ class DecoderHooks:
         """Return the tokens that stay of an image at one of the method's layers; 0 for a method without a budget."""
         if member in state.schedules:
             return state.schedules[member][stage]
+        if state.image(member).registers is not None:
+            return state.image(member).decision.added
         return state.method(member).image_budget(state.image(member).entered, self.layers, self.depth, stage)
 
     def _shorten(self, state: PrefillState, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:

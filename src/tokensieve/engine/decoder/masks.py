@@ -16,6 +16,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from tokensieve.engine.cache import PrefixInfo
 from tokensieve.engine.prompt.placeholders import ColumnSelection
+from tokensieve.errors import Refusal
+from tokensieve.methods import Method
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 CREATE_MASK = {FULL: create_causal_mask, SLIDING: create_sliding_window_causal_mask}
@@ -54,6 +56,20 @@ def limit_to_window(mask: Tensor, prefix: PrefixInfo, cache: Cache, layer: int, 
     entered_at[:, prefix.dropped : prefix.length] = prefix.original_columns
     in_window = column[past:, None] - entered_at[:, None, first : first + keys] < window
     return mask.masked_fill(~in_window[:, None], _hidden_value(mask))
+
+
+def check_registers(method: Method, per_layer_masks: bool, kernel: str, repair: str | None) -> None:
+    """Refuse registers where the columns that they add cannot be masked."""
+    if per_layer_masks or kernel not in EXPLICIT_MASK_KERNELS:
+        got = "these layers have different masks" if per_layer_masks else f"this LLM runs {kernel}"
+        kernels = " or ".join(EXPLICIT_MASK_KERNELS)
+        raise Refusal(
+            f"{method} adds columns, which needs one causal mask for all layers and {kernels} attention; {got}"
+        )
+    if repair is not None:
+        raise Refusal(
+            f"repair={repair!r} counts the tokens that each token stands for, and registers of {method} have none"
+        )
 
 
 def _hidden_value(mask: Tensor) -> float:

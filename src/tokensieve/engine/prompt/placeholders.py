@@ -121,6 +121,21 @@ class ColumnSelection:
         index = stay.int().argsort(dim=-1, stable=True)[:, stay.shape[1] - max(lengths) :]
         return cls(index, stay.gather(-1, index), min(lengths) != max(lengths))
 
+    @classmethod
+    def repeating(cls, counts: Tensor, lengths: list[int]) -> tuple[ColumnSelection, Tensor]:
+        """Select each column as often as ``counts`` `[B, L]` says; ``lengths`` is the sum of each row.
+
+        Returns:
+            The selection, and `[B, n]`, the number of each new column among those of the same old one.
+        """
+        width, ends = max(lengths), counts.cumsum(-1)
+        padding = on_device([[width - length] for length in lengths], counts.device)
+        place = torch.arange(width, device=counts.device) - padding  # negative on padding
+        # an old column holds the places from the end of the one before it to its own end
+        index = torch.searchsorted(ends, place.clamp(min=0), right=True).clamp(max=counts.shape[1] - 1)
+        number = place - (ends - counts).gather(-1, index)
+        return cls(index, place >= 0, min(lengths) != width), number
+
     def take(self, x: Tensor, filler: int | None = None) -> Tensor:
         """Return the selected columns of `[…, B or 1, L]`; padding gets ``filler`` if one is given."""
         lead = x.shape[:-2]
