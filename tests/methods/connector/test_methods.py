@@ -15,7 +15,11 @@ from tokensieve.tokens import ByLayer, ConnectorTokens, UserText, resolve_layers
 
 GRID, DEPTH = (5, 6), 6
 BUDGETED = [info.name for info in before_llm() if "keep" in info.parameters]
-SINGLE = [spec for spec in connector_specs() if " + " not in spec]
+SINGLE = [  # a net comes from the engine: tests/engine/test_nets.py
+    spec
+    for spec in connector_specs()
+    if " + " not in spec and not isinstance(tokensieve.parse(spec)[0], tokensieve.methods.TrainedMethod)
+]
 # the choice depends on content alone, whatever the order of the tokens
 BY_CONTENT = [
     spec
@@ -37,6 +41,7 @@ def tokens(batch=3, seed=0, dtype=torch.float32):
         grid=GRID,
         cls_attention=ByLayer(rows, DEPTH),
         cls_similarity=similar,
+        patches=torch.randn(batch, n, 12, generator=g).to(dtype),
         pixel_hash=torch.arange(batch),
         user_text=UserText(text.to(dtype), mask),
     )
@@ -50,7 +55,9 @@ def changed(given, change, **fields):
 
 def pick(given, images):
     text = UserText(given.user_text.features[images], given.user_text.mask[images])
-    fields = {"features": given.features[images], "user_text": text, "pixel_hash": given.pixel_hash[images]}
+    fields = {name: getattr(given, name)[images] for name in ("features", "patches", "pixel_hash")} | {
+        "user_text": text
+    }
     return changed(given, lambda row: row[images], **fields)
 
 
