@@ -44,7 +44,7 @@ class Resampler(nn.Module):
         key = grid, self.query.device
         shares = self._kept.get(key)
         if shares is None or self.query.requires_grad:
-            shares = self._shares(grid)
+            shares = torch.inference_mode(False)(self._shares)(grid)  # the kept ones may meet a later backward pass
             self._kept = {} if self.query.requires_grad else {key: shares}  # of the latest size alone
         return shares
 
