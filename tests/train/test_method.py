@@ -71,6 +71,20 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def test_a_budget_that_keeps_every_token_trains_nothing(tmp_path, small):
+    with pytest.raises(
+        Refusal, match=r"more tokens than visionselector\(keep=144\) keeps, so nothing is trained; lower the"
+    ):
+        train_method("visionselector(keep=144)", "reference", FEW, tmp_path, recipe=RECIPE)
+    assert not (tmp_path / "net.safetensors").exists()
+
+
+def test_damaged_settings_are_refused(tmp_path, small):
+    (tmp_path / "training.json").write_text("{")
+    with pytest.raises(Refusal, match=r"cannot read .*training\.json \(.*name another folder, or --no-resume"):
+        train_method(SPEC, "reference", FEW, tmp_path, recipe=RECIPE)
+
+
 def test_a_resumed_training_gives_the_same_net(tmp_path, small, monkeypatch):
     recipe = Recipe(**{**RECIPE.to_json(), "checkpoints": 0.25})
     train_method(SPEC, "reference", FEW, tmp_path / "whole", recipe=recipe)
@@ -85,7 +99,7 @@ def test_a_resumed_training_gives_the_same_net(tmp_path, small, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=recipe)
     assert not (tmp_path / "cut" / "net.safetensors").exists()
-    with pytest.raises(Refusal, match="holds a training with another recipe"):
+    with pytest.raises(Refusal, match=r"holds another training: checkpoints was 0\.25 and is now 0\.1; name"):
         train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=RECIPE)
     steps = []
     monkeypatch.setattr(

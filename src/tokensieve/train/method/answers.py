@@ -31,6 +31,7 @@ class MethodTrainer(QuietTrainer):
     def __init__(self, recipe: Recipe, sieve: LlmSieve, **options: Any) -> None:
         self.recipe, self.sieve, self.vlm = recipe, sieve, sieve.model
         (self.method,) = (method for method in sieve.methods if isinstance(method, TrainedMethod))
+        self.idle = 0  # batches that used no weight of the net
         super().__init__(**options)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **ignored: Any) -> Any:
@@ -47,6 +48,9 @@ class MethodTrainer(QuietTrainer):
         decisions = [decision for images in self.sieve.last for decision in images]
         term = self.method.objective(decisions, self.state.global_step / self.state.max_steps)
         loss = loss if term is None else loss + term
+        if not loss.requires_grad:  # no image of the batch has more tokens than the budget: the net was not used
+            self.idle += 1
+            loss = loss + 0.0 * torch.stack([weight.sum() for weight in model.parameters()]).sum()
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _logits(self, inputs: Inputs, width: int) -> Tensor:

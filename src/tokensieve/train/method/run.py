@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tokensieve.engine import attach
 from tokensieve.engine.llm import LlmSieve
 from tokensieve.engine.nets import load_net, save_net, shape_of
-from tokensieve.errors import Refusal
+from tokensieve.errors import Refusal, first_line
 from tokensieve.evaluate import Sample
 from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, without_folder
 from tokensieve.methods import Method, TrainedMethod, parse
@@ -159,6 +159,11 @@ def _learn_answers(
         data_collator=collator,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
+    if trainer.idle == len(trainer.get_train_dataloader()):
+        method = replace(trainer.method, weights="bundled")  # the default, which is not printed
+        raise Refusal(
+            f"no image of the data has more tokens than {method} keeps, so nothing is trained; lower the budget"
+        )
     net.requires_grad_(False).eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"step": trainer.state.global_step, "losses": losses[:1] + losses[-1:], "skipped": len(questions.bad)}
@@ -216,10 +221,23 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
         for old in output.glob(EXAMPLES.format("*")):
             old.unlink()
     elif file.is_file():
-        earlier = json.loads(file.read_text("utf-8"))
-        other = [name for name in settings if earlier.get(name) != json.loads(json.dumps(settings[name]))]
+        try:
+            earlier = dict(json.loads(file.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise Refusal(f"cannot read {file} ({first_line(error)}); name another folder, or --no-resume") from None
+        before, now = _flat(earlier), _flat(json.loads(json.dumps(settings)))
+        other = next((name for name in now if name not in before or before[name] != now[name]), None)
         if other:
-            raise Refusal(f"{output} holds a training with another {other[0]}; name another folder, or --no-resume")
+            raise Refusal(
+                f"{output} holds another training: {other} was {before.get(other)!r} and is now {now[other]!r}; "
+                "name another folder, or --no-resume"
+            )
     part = file.with_suffix(".part")
     part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
     os.replace(part, file)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with those of the recipe beside the others."""
+    recipe = settings.get("recipe")
+    return {**settings, "recipe": None, **(recipe if isinstance(recipe, dict) else {})}
