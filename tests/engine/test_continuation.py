@@ -86,7 +86,8 @@ def test_a_cache_from_a_tuple_is_continued_as_any_other(spec):
 
 
 def test_positions_of_a_step_may_lack_the_plain_ids():
-    model, inputs = (
+    model = models.tiny_model("qwen2.5-vl")
+    inputs = prompts.collate("qwen2.5-vl", prompts.batch("qwen2.5-vl", "ragged"))
         models.tiny_model("qwen2.5-vl"),
         prompts.collate("qwen2.5-vl", prompts.batch("qwen2.5-vl", "ragged")),
     )
