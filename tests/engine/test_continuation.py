@@ -88,9 +88,6 @@ def test_a_cache_from_a_tuple_is_continued_as_any_other(spec):
 def test_positions_of_a_step_may_lack_the_plain_ids():
     model = models.tiny_model("qwen2.5-vl")
     inputs = prompts.collate("qwen2.5-vl", prompts.batch("qwen2.5-vl", "ragged"))
-        models.tiny_model("qwen2.5-vl"),
-        prompts.collate("qwen2.5-vl", prompts.batch("qwen2.5-vl", "ragged")),
-    )
     turn = longer(inputs, inputs["input_ids"], extra=1)
     turn["input_ids"] = turn["input_ids"][:, -1:]
     del turn["mm_token_type_ids"]
