@@ -35,7 +35,7 @@ NAMES = ("in order", "raster", "flipped rows", "flipped columns", "transposed", 
 
 @pytest.mark.parametrize("unseen", [0, 0.2], ids=["every", "most"])
 @pytest.mark.parametrize("cls", [0, 1])
-@pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 2), (4, 6, 2), (6, 6, 1), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 2), (4, 2, 2), (8, 2, 2), (4, 6, 2), (6, 6, 1), (2, 2, 3)], ids=str)
 @pytest.mark.parametrize("name", [*NAMES, "two tokens swapped"])
 def test_an_order_is_found_right_or_refused(monkeypatch, name, size, cls, unseen):
     """Also where tokens pass over some of their patches."""

@@ -57,8 +57,8 @@ def discover_rules(
         apart = rows_apart(list(units.values()))[untested]
         if tested >= LEAST_ROWS and not bool(apart.any()):
             break
-        untested = torch.cat([untested[apart], untested[~apart]])  # first those that tell the rules apart
-        chosen, untested = untested[:count], untested[count:]
+        order = (~apart).int().argsort(stable=True)  # first those that tell the rules apart
+        chosen, untested = untested[order[:count]], untested[order[count:].sort().values]
         tested += len(chosen)
         changed = _tokens_changed(model, tower, call, rows, chosen).cpu()
         seen += int(changed.sum())
