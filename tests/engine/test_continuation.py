@@ -72,6 +72,35 @@ def test_generation_goes_on_where_it_stopped(family, policy, deviation):
     assert deviation("of generation resumed (law 4)", torch.stack(rest.logits), torch.stack(whole.logits[3:])) <= NOISE
 
 
+@pytest.mark.parametrize("spec", ["divprune(keep=5)", "divprune(keep=9) + fastv(keep=0.5, layer=1)"])
+def test_a_cache_from_a_tuple_is_continued_as_any_other(spec):
+    """With return_dict=False the cache is an entry of the tuple."""
+    model, samples = models.tiny_model("llava-clip"), prompts.batch("llava-clip", "ragged")
+    inputs = prompts.collate("llava-clip", samples)
+    turn = longer(inputs, inputs["input_ids"], extra=2)
+    turn["input_ids"] = turn["input_ids"][:, -2:]
+    with torch.no_grad(), tokensieve.attach(model, spec):
+        expected = model(**turn, past_key_values=model(**inputs).past_key_values).logits
+        _, cache, *_ = model(**inputs, return_dict=False)
+        assert torch.equal(model(**turn, past_key_values=cache).logits, expected)
+
+
+def test_positions_of_a_step_may_lack_the_plain_ids():
+    model = models.tiny_model("qwen2.5-vl")
+    inputs = prompts.collate("qwen2.5-vl", prompts.batch("qwen2.5-vl", "ragged"))
+    turn = longer(inputs, inputs["input_ids"], extra=1)
+    turn["input_ids"] = turn["input_ids"][:, -1:]
+    del turn["mm_token_type_ids"]
+
+    def step(axes):
+        cache = model(**inputs).past_key_values
+        positions = torch.full((axes, len(inputs["input_ids"]), 1), cache.get_seq_length())
+        return model(**turn, position_ids=positions, past_key_values=cache).logits
+
+    with torch.no_grad(), tokensieve.attach(model, "divprune(keep=5)", positions="contiguous"):
+        assert torch.equal(step(3), step(4))
+
+
 @each_policy
 @pytest.mark.parametrize("kind", ["ragged", "mixed"])
 @each_family

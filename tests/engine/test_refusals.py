@@ -247,7 +247,7 @@ def test_decoding_by_hand_with_contiguous_m_rope(family):
     model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "two-images"))
     with tokensieve.attach(model, "uniform", keep=5, positions="contiguous"):
         out = model(**inputs)
-        with pytest.raises(ValueError, match="contiguous positions with M-RoPE: pass position_ids"):
+        with pytest.raises(ValueError, match="renumbered positions with M-RoPE: pass position_ids"):
             model(input_ids=torch.tensor([[7]]), past_key_values=out.past_key_values)
 
 

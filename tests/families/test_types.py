@@ -17,7 +17,7 @@ from tests.support.evidence import evidence
 from tokensieve import Refusal
 from tokensieve.models import family_of
 from tokensieve.models.family import EncodeCall
-from tokensieve.models.patch_order import discover_rule, unit_of_row
+from tokensieve.models.patch_order import discover_rules, unit_of_row
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "docs"), str(ROOT / "benchmarks")]
@@ -154,7 +154,7 @@ def test_the_discovered_token_of_each_patch_is_the_one_that_it_changes(name, rul
     with torch.no_grad():
         call.output = base.get_image_features(**inputs, return_dict=True)
     sizes = [len(rows) for rows in call.output.pooler_output]
-    assert discover_rule(model, tower, call, 48, sizes) == rule
+    assert discover_rules(model, tower, call, 48, sizes)[0] == rule
     unit = unit_of_row(rule, tower, inputs, 48, sizes)
     before, last = torch.cat(list(call.output.pooler_output)), (getattr(tower, "blocks", None) or tower.layers)[-1]
     for patch in range(48):

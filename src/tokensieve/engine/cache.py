@@ -269,8 +269,13 @@ def translate_decode_inputs(
             if prefix.shift.ndim == 3:
                 raise Refusal("renumbered positions with M-RoPE: pass position_ids when decoding by hand")
             positions = torch.arange(queries, device=new_tokens.device) + cache.get_seq_length() + first_position
-        kwargs["position_ids"] = positions - prefix.shift
+        kwargs["position_ids"] = moved_back(positions, prefix.shift)
     return kwargs
+
+
+def moved_back(positions: Tensor, shift: Tensor) -> Tensor:
+    """Return position ids minus ``shift``; callers may leave out the plain ids before the axes of M-RoPE."""
+    return positions - (shift[-len(positions) :] if positions.ndim == 3 else shift)
 
 
 def decode_mask(prefix: PrefixInfo, mask: Tensor | None, width: int) -> Tensor | None:

@@ -254,7 +254,8 @@ class LlmSieve(Sieve):
         state = state if isinstance(state, PrefillState) else None
         images = (prefill.images if state is None else state.images)[:: prefill.copies]
         self._record(images, self._count_tokens(images, state, prefill.copies))
-        cache = getattr(output, "past_key_values", None)
+        parts = output if isinstance(output, tuple) else output.values()  # a tuple with return_dict=False
+        cache = next((part for part in parts if isinstance(part, Cache)), None)
         conversation = None if prefill.whole is None else Conversation(str(self), prefill.whole)
         info = CacheInfo(prefill.prefix, {} if state is None else state.prefixes, conversation)
         # a batch whose longest row lost nothing keeps its width; its padding or positions may have changed all the same

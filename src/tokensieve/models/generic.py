@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokensieve.errors import Refusal
 from tokensieve.models.family import EncodeCall, Family
 from tokensieve.models.layout import TokenLayout
-from tokensieve.models.patch_order import discover_rule, unit_of_row
+from tokensieve.models.patch_order import RULES, discover_rules, rows_apart, unit_of_row
 from tokensieve.models.planes import rows_of
 
 QUERIES = "a Q-Former hands its LLM 32 tokens, and generate() bypasses the forward in which tokens would be dropped"
@@ -56,7 +56,8 @@ class Generic(Family):
 
     def __init__(self, model: Any) -> None:
         self.title = f"{type(model).__name__} (untested)"  # type: ignore[misc]
-        self._rules: dict[int, str] = {}  # {rows of the encoder for each visual token: their order}
+        # {rows of the encoder for each visual token: the orders that the images so far have shown}
+        self._rules: dict[int, tuple[str, ...]] = {}
         if model.get_encoder(modality="image") is model:
             self.encoder_unreadable = "it has no vision encoder: its patches enter the LLM"  # type: ignore[misc]
         decoder = model.get_decoder()
@@ -96,16 +97,19 @@ class Generic(Family):
         if packed and "flash" in tower.config._attn_implementation:  # its calls have no block-diagonal mask
             raise Refusal("the attention of several images at once cannot be read from a flash kernel; use sdpa")
         each = round(len(rows) / sum(sizes))  # an encoder may merge rows between its layers
-        if each not in self._rules:
-            self._rules[each] = discover_rule(model, tower, call, len(rows), sizes)
-        rule = self._rules[each]
+        rules = self._rules.get(each, RULES)
+        by_rule = [(rule, unit_of_row(rule, tower, call.inputs, len(rows), sizes)) for rule in rules]
+        fitting = {rule: unit for rule, unit in by_rule if unit is not None}
+        if not fitting and rules is not RULES:
+            raise Refusal(f"the visual tokens of these images do not fit the order of the first one, {rules[0]!r}")
+        # rules that agree on one image, such as one that fits in a window of attention, may differ on a larger one
+        if rules is RULES or bool(rows_apart(list(fitting.values())).any()):
+            rules = self._rules[each] = discover_rules(model, tower, call, len(rows), sizes, rules)
+        rule, unit = next((rule, fitting[rule]) for rule in rules if rule in fitting)
         if rule.endswith("others") and self.has_cls(tower):
             raise Refusal(
                 f"[CLS] is not the first row of {type(tower).__name__}; use a method that reads nothing in it"
             )
-        unit = unit_of_row(rule, tower, call.inputs, len(rows), sizes)
-        if unit is None:
-            raise Refusal(f"the visual tokens of these images do not fit the order of the first one, {rule!r}")
         unit = unit.to(rows.device)
         shown, units = unit >= 0, unit[unit >= 0]  # -1: a row that no visual token shows, such as [CLS]
         sums = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_add(0, units, rows[shown])

@@ -25,27 +25,41 @@ RULES = ("in order", "raster", "in windows", "in order, then others", "raster, t
 first two with the rows that are no patch at the end; as the processor lists the patches of each token."""
 SHAPES = ("spatial_shapes", "target_sizes")
 """Arguments that hold (height, width) of each image in patches."""
-DRAWS, DISTURBED = 4, 8
+DISTURBED = 8
+"""Rows that are disturbed at once, at most."""
+LEAST_ROWS, MOST_ROWS = 32, 128
+"""Rows that are disturbed in all; the most, where rules remain that differ."""
 SHOWN = 0.75
 """The least share of the predicted tokens that must change: one that attends to its patches may pass over some."""
 
 
-def discover_rule(model: Any, tower: Any, call: EncodeCall, rows: int, sizes: Sequence[int]) -> str:
-    """Return the rule that predicts which tokens change when rows of the encoder change.
+def discover_rules(
+    model: Any, tower: Any, call: EncodeCall, rows: int, sizes: Sequence[int], among: Sequence[str] = RULES
+) -> tuple[str, ...]:
+    """Return the rules that predict which tokens change when rows of the encoder change; they agree on these images.
 
     Args:
         rows: number of rows of the encoder, over all images of the call.
         sizes: number of visual tokens of each image.
+        among: the rules to try.
 
     Raises:
-        Refusal: if there is none.
+        Refusal: if there is none, or if those that are left cannot be told apart.
     """
-    by_rule = {rule: unit_of_row(rule, tower, call.inputs, rows, sizes) for rule in RULES}
+    by_rule = {rule: unit_of_row(rule, tower, call.inputs, rows, sizes) for rule in among}
     units = {rule: unit for rule, unit in by_rule.items() if unit is not None}
     count = min(DISTURBED, max(1, sum(sizes) // 3))  # few, so that the orders differ in what they predict
-    predicted, seen = dict.fromkeys(units, 0), 0
-    for draw in range(DRAWS):
-        chosen = torch.randperm(rows, generator=torch.Generator().manual_seed(draw))[:count]
+    predicted, seen, tested = dict.fromkeys(units, 0), 0, 0
+    generator = torch.Generator().manual_seed(0)
+    # the few rows of a small image in several groupings: another order may map a group on itself
+    untested = torch.cat([torch.randperm(rows, generator=generator) for _ in range(1 + LEAST_ROWS // rows)])
+    while units and len(untested) and tested < MOST_ROWS:
+        apart = rows_apart(list(units.values()))[untested]
+        if tested >= LEAST_ROWS and not bool(apart.any()):
+            break
+        order = (~apart).int().argsort(stable=True)  # first those that tell the rules apart
+        chosen, untested = untested[order[:count]], untested[order[count:].sort().values]
+        tested += len(chosen)
         changed = _tokens_changed(model, tower, call, rows, chosen).cpu()
         seen += int(changed.sum())
         for rule, unit in list(units.items()):
@@ -54,13 +68,19 @@ def discover_rule(model: Any, tower: Any, call: EncodeCall, rows: int, sizes: Se
             predicted[rule] += int(expected.sum())
             if bool((changed & ~expected).any()):
                 del units[rule]
-    rules = [rule for rule in units if seen and seen >= SHOWN * predicted[rule]]
-    if not rules:
+    units = {rule: unit for rule, unit in units.items() if seen and seen >= SHOWN * predicted[rule]}
+    if not units or bool(rows_apart(list(units.values())).any()):
         raise Refusal(
             f"the rows of {type(tower).__name__} become visual tokens in an unknown order; use a method that reads "
             "nothing in the encoder"
         )
-    return rules[0]
+    return tuple(units)
+
+
+def rows_apart(units: Sequence[Tensor]) -> Tensor:
+    """Return the rows, `[rows]` bool, that become part of another token by one rule than by another."""
+    stacked = torch.stack(list(units))
+    return (stacked != stacked[0]).any(0)
 
 
 def unit_of_row(rule: str, tower: Any, inputs: Mapping[str, Any], rows: int, sizes: Sequence[int]) -> Tensor | None:

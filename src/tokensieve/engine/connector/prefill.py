@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from tokensieve.budget import BudgetScope, rule_of
-from tokensieve.engine.cache import CacheInfo, PrefixInfo, check_cache, prefix_of_cache
+from tokensieve.engine.cache import CacheInfo, PrefixInfo, check_cache, moved_back, prefix_of_cache
 from tokensieve.engine.connector.decide import ConnectorEvidence, curves_of, decide, with_separators
 from tokensieve.engine.connector.images import PromptImages
 from tokensieve.engine.connector.registers import RegisterRows, select_with_registers
@@ -216,7 +216,7 @@ class Connector:
                 raise Refusal("new images on a filled cache with M-RoPE: pass position_ids")
             positions = (torch.arange(new, device=ids.device) + held + self.family.first_position).expand(rows, -1)
         earlier = prefix_of_cache(cache, earlier_turns, mask, rows, ids.device)
-        kwargs["position_ids"] = positions if earlier.shift is None else positions - earlier.shift
+        kwargs["position_ids"] = positions if earlier.shift is None else moved_back(positions, earlier.shift)
         kwargs["attention_mask"] = None if mask is None else mask[:, held:]
         return earlier
 

@@ -47,8 +47,8 @@ class UserTextFinder:
     def _learn_template(self, processor: Any, tokenizer: Any) -> None:
         unknown = getattr(tokenizer, "unk_token_id", None)
         encode = partial(tokenizer, add_special_tokens=False)
-        known = [texts for texts in SAMPLE_TEXTS if unknown not in encode(" ".join(texts))["input_ids"]]
-        texts = known[0] if known else SAMPLE_TEXTS[0]
+        pairs = [texts for texts in SAMPLE_TEXTS if unknown not in encode(" ".join(texts))["input_ids"]]
+        texts = pairs[0] if pairs else SAMPLE_TEXTS[0]
 
         def render(*turns: str, image_last: bool = False, system: str = "") -> list[int]:
             """Return the token ids of a conversation; the first turn shows an image."""
