@@ -225,11 +225,11 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
             earlier = dict(json.loads(file.read_text("utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise Refusal(f"cannot read {file} ({first_line(error)}); name another folder, or --no-resume") from None
-        before, wanted = _flat(earlier), _flat(json.loads(json.dumps(settings)))
-        other = next((name for name in wanted if name not in before or before[name] != wanted[name]), None)
+        before, current = _flat(earlier), _flat(json.loads(json.dumps(settings)))
+        other = next((name for name in current if name not in before or before[name] != current[name]), None)
         if other:
             raise Refusal(
-                f"{output} holds another training: {other} was {before.get(other)!r} and is now {wanted[other]!r}; "
+                f"{output} holds another training: {other} was {before.get(other)!r} and is now {current[other]!r}; "
                 "name another folder, or --no-resume"
             )
     part = file.with_suffix(".part")
