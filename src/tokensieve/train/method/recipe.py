@@ -9,68 +9,29 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-from tokensieve.errors import Refusal
+from tokensieve.train.recipe import AnswerRecipe
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """The settings of a training.
+class Recipe(AnswerRecipe):
+    """The settings of a training; further ones are the base's.
+
+    Gates make their passes over the collected features, in batches of 256.
 
     Attributes:
-        epochs: passes over the records; for gates, over the collected features.
-        batch_size, accumulate: records per step, steps per update; gates learn from their features in batches of 256.
         rate: peak learning rate of AdamW, after a linear rise and before half a cosine.
-        warmup, decay: the share of the steps in which the rate rises; AdamW's weight decay.
-        distillation: weight of the KL divergence from the unreduced model, at the answers' positions.
-        checkpoints: the share of the steps after which a checkpoint is written.
-        prompt: text of the user turn; ``{question}`` is replaced.
     """
 
-    epochs: float = 1.0
-    batch_size: int = 16
-    accumulate: int = 1
     rate: float = 1e-4
-    warmup: float = 0.03
-    decay: float = 0.0
     distillation: float = 1.0
-    checkpoints: float = 0.1
-    prompt: str = "{question}"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "rate", "checkpoints"):
-            if getattr(self, name) <= 0:
-                raise Refusal(f"{name} must be larger than 0; got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise Refusal(f"warmup must be a share in [0, 1); got {self.warmup}")
-        if self.distillation < 0:
-            raise Refusal(f"distillation must be at least 0; got {self.distillation}")
-        if "{question}" not in self.prompt:
-            raise Refusal(f"the prompt must contain {{question}}; got {self.prompt!r}")
+        super().__post_init__()
+        self.check_positive("rate")
 
     def arguments(self, output: Path, device: torch.device) -> TrainingArguments:
         """Convert to the arguments of transformers' Trainer."""
-        return TrainingArguments(
-            output_dir=str(output),
-            num_train_epochs=1,  # the records are listed once for each pass
-            per_device_train_batch_size=self.batch_size,
-            gradient_accumulation_steps=self.accumulate,
-            learning_rate=self.rate,
-            weight_decay=self.decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=self.warmup,
-            use_cpu=device.type == "cpu",
-            seed=self.seed,
-            save_strategy="steps",
-            save_steps=min(self.checkpoints, 0.999),  # a share; 1 would be one step
-            save_total_limit=2,
-            logging_steps=10,
-            logging_nan_inf_filter=False,
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            label_names=["labels"],
-            report_to="none",
-        )
+        return self.arguments_for(output, device, self.rate)
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings for the record of the training."""
