@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import sys
@@ -174,8 +175,18 @@ def _processes() -> tuple[Any, int, int]:
     """Return the key-value store of the process group, this process's rank and the number of processes."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None, 0, 1
+    atexit.register(_end_gloo)
     store = torch.distributed.distributed_c10d._get_default_store()
     return store, torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _end_gloo() -> None:
+    """Stop gloo's threads: a process that ends while one runs is aborted, and the whole run with it.
+
+    NCCL has none, and taking it down after an error would wait for the other processes.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def processor_of(owner: Any) -> Any:
