@@ -6,7 +6,7 @@ the vision encoder, and :class:`DecoderTokens` are inside the LLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeAlias, TypeVar
 
@@ -41,6 +41,11 @@ class ByLayer(Mapping[int, Tensor]):
         if number not in self._rows:
             raise KeyError(f"no evidence of encoder layer {layer}; requested: {sorted(self._rows)} of {self.depth}")
         return self._rows[number].float()
+
+    @classmethod
+    def stacked(cls, images: Sequence[ByLayer]) -> ByLayer:
+        """Return the evidence `[B, N, ...]` of equal images from that of each, `[N, ...]`."""
+        return cls({layer: torch.stack([image[layer] for image in images]) for layer in images[0]}, images[0].depth)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)
@@ -341,6 +346,8 @@ class DecoderTokens(VisualTokens):
         input_embeddings: `[B, N0, D]`, the rows that entered the LLM, of all N0 tokens that entered.
         rope_gain: `[B, N, d]`, a vector of ones, rotated by the rotary embedding at each token's position.
         connector_scores: `[B, N]`, the scores that the connector method ranked the tokens by, if it did.
+        query_attention: `[B, H, N]`, the attention of the net's learned query to the tokens, before or after a softmax.
+        encoder_states: by encoder layer `[B, N, C]`, the hidden states that leave it.
         user_text: the hidden states of the user's words.
     """
 
@@ -356,9 +363,11 @@ class DecoderTokens(VisualTokens):
     input_embeddings: Tensor | None = None
     rope_gain: Tensor | None = None
     connector_scores: Tensor | None = None
+    query_attention: Tensor | None = None
+    encoder_states: ByLayer = field(default_factory=ByLayer)
     user_text: DecoderUserText | None = None
 
-    other_shapes: ClassVar = ("attention", "separator_attention", "input_embeddings")
+    other_shapes: ClassVar = ("attention", "separator_attention", "input_embeddings", "query_attention")
 
 
 def given(evidence: T | None) -> T:

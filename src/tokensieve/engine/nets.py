@@ -43,7 +43,8 @@ def shape_of(model: Any) -> ModelShape:
         tower_width = _input_width(*family.attentions(family.tower(model))[:1])
         with suppress(Refusal):  # nothing is known about the projector
             patch_width = _input_width(family.projector(model))
-    return ModelShape(model.config.model_type, width, depth_of(model), patch_width, tower_width)
+    heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 0))
+    return ModelShape(model.config.model_type, width, depth_of(model), patch_width, tower_width, heads)
 
 
 def _input_width(*modules: nn.Module) -> int:
@@ -67,7 +68,7 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
     if method.weights == RANDOM:
         return _new(method, shape)
     folder = folder_of(method)
-    if method.published and not (folder / ABOUT).exists():
+    if (method.published or method.published_file) and not (folder / ABOUT).exists():
         return _published_net(method, shape, folder)
     about = read_about(folder)
     name = about["method"].partition("(")[0]
@@ -100,15 +101,18 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
 
     parameters = {}
     try:
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(folder.glob("*.safetensors")) if method.published else ():
             with safe_open(file, framework="pt") as checkpoint:
                 for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
                     _, prefix, short = name.partition(method.published)
                     if prefix:
                         parameters[short] = checkpoint.get_tensor(name)
-        for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
+        whole = sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin")))
+        for file in whole if method.published else ():
             weights = read_weights(file)
             parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
+        if method.published_file:
+            parameters = read_weights(folder / method.published_file)
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "

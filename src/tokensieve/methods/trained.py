@@ -23,6 +23,7 @@ class ModelShape:
         layers: number of layers of the LLM.
         patch_width: C, the width of the rows that enter the projector; 0: unknown.
         tower_width: the width of the vision encoder's hidden states; 0: unknown.
+        heads: number of attention heads of the LLM; 0: unknown.
     """
 
     type: str
@@ -30,6 +31,7 @@ class ModelShape:
     layers: int
     patch_width: int = 0
     tower_width: int = 0
+    heads: int = 0
 
 
 def heads_of(width: int, columns: int) -> int:
@@ -53,6 +55,7 @@ class TrainedMethod(Method):
 
     Net: ClassVar[type[nn.Module]]
     published: ClassVar[str] = ""  # what stands before the net's own names in checkpoints of the authors
+    published_file: ClassVar[str] = ""  # the authors' file that holds the net alone, in parts
     learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
 
     @property
