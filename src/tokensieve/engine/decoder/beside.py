@@ -147,8 +147,9 @@ class LearnedQuery:
 
     def _attention(self, query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
         """Return the attention of the query `[B, H, 1, d]` to the prompt, `[B, H, n]`; the last key is its own."""
-        grouped = query.float().unflatten(1, (keys.shape[1], -1))[..., 0, :]  # queries that share a key
-        logits = (grouped @ keys.float().transpose(-1, -2) * scaling).flatten(1, 2)
+        batch, heads, _, width = keys.shape
+        grouped = query.float().reshape(batch, heads, -1, width)  # queries that share a key
+        logits: Tensor = (grouped @ keys.float().transpose(-1, -2) * scaling).flatten(1, 2)
         if self.read == "log":
             if mask is not None:
                 logits = logits.masked_fill(pad(mask, (0, 1), value=1)[:, None] == 0, -torch.inf)

@@ -6,7 +6,7 @@ The keys that stay keep their positions. The cache of every layer then has the s
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from tokensieve.engine.decoder.masks import FULL
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod
+
+Prefixes: TypeAlias = dict[int, PrefixInfo]
 
 
 def check_compaction(method: DecoderMethod, kinds: set[str], repair: str | None) -> None:
@@ -38,7 +40,7 @@ def shorten_caches(cache: Cache | None, count: int, selection: ColumnSelection) 
         layer.keys, layer.values = _taken(layer.keys, selection), _taken(layer.values, selection)
 
 
-def prefixes_of_all(prefixes: dict[int, PrefixInfo], depth: int, entry: PrefixInfo, contiguous: bool) -> Any:
+def prefixes_of_all(prefixes: Prefixes, depth: int, entry: PrefixInfo, contiguous: bool) -> Prefixes:
     """Return the bookkeeping of every layer, from that of the layers after tokens left, `{layer: prefix}`.
 
     Args:

@@ -108,7 +108,7 @@ class DecoderHooks:
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
-            if number >= self.evidence.first_layer
+            if number >= self.evidence.first_layer or method.leaves_caches
         ]
         if hasattr(self.decoder, "_deepstack_process"):
             self.decoder._deepstack_process = partial(self._deepstack, self.decoder._deepstack_process)
