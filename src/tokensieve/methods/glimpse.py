@@ -81,14 +81,17 @@ class Glimpse(nn.Module):
 
     Args:
         levels: layers of the vision encoder that the predictor reads.
-        width, beside, heads: sizes of its blocks.
+        width, beside, heads: sizes of its blocks; by default 256 and 512, or fewer columns in a narrow model.
     """
 
-    def __init__(self, shape: ModelShape, levels: int = 4, width: int = 256, beside: int = 512, heads: int = 4) -> None:
+    def __init__(
+        self, shape: ModelShape, levels: int = 4, width: int | None = None, beside: int | None = None, heads: int = 4
+    ) -> None:
         super().__init__()
+        width = width or min(256, max(1, shape.width // 64) * 16)
         self.learnable_embeddings = nn.Parameter(torch.randn(shape.layers, 1, shape.width) * 0.02)
         self.le_proj, self.le_norm = nn.Linear(shape.width, shape.width), nn.RMSNorm(shape.width)
-        self.attn_fuser = Predictor(shape.heads, shape.tower_width, levels, width, beside, heads)
+        self.attn_fuser = Predictor(shape.heads, shape.tower_width, levels, width, beside or 2 * width, heads)
 
     def added(self, layer: int, eps: float) -> Tensor:
         """Return the row `[1, D]` that is added to the query before a layer; ``eps`` is that of the LLM's norms."""

@@ -52,6 +52,7 @@ class GlimpsePrune(TrainedMethod, DecoderMethod):
     proportions: ClassVar = ("threshold",)
     Net = Glimpse
     published_file = "new_modules_gp.pt"
+    learns = "places"
 
     @property
     def needs(self) -> DecoderNeeds:

@@ -56,7 +56,7 @@ class TrainedMethod(Method):
     Net: ClassVar[type[nn.Module]]
     published: ClassVar[str] = ""  # what stands before the net's own names in checkpoints of the authors
     published_file: ClassVar[str] = ""  # the authors' file that holds the net alone, in parts
-    learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
+    learns: ClassVar[Literal["answers", "exits", "places"]] = "answers"  # what ``tokensieve train`` shows the net
 
     @property
     def softens(self) -> Literal["rows", "attention"]:

@@ -38,7 +38,7 @@ class Recipe(AnswerRecipe):
         return dict(vars(self))
 
     @classmethod
-    def of(cls, learns: Literal["answers", "exits"], **settings: Any) -> Recipe:
+    def of(cls, learns: Literal["answers", "exits", "places"], **settings: Any) -> Recipe:
         """Return a recipe with the given settings; by default gates learn faster, and for longer, than a scorer."""
-        defaults = {"answers": {}, "exits": {"epochs": 60.0, "rate": 1e-3}}[learns]
+        defaults = {"answers": {}, "exits": {"epochs": 60.0, "rate": 1e-3}, "places": {"rate": 1e-3}}[learns]
         return cls(**defaults | {name: value for name, value in settings.items() if value is not None})
