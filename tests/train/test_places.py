@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import tokensieve
 from tests.golden.test_learned_golden import cases
+from tokensieve import Refusal
 from tokensieve.reference import load
 from tokensieve.train.adapter.data import read_samples
 from tokensieve.train.method import Recipe, places, run, train_method
@@ -76,6 +78,15 @@ def test_the_answer_is_read_behind_the_query():
                 rows = layer(rows, attention_mask=mask, position_embeddings=rope)
             by_hand = model.get_output_embeddings()(decoder.norm(rows))[0, length:]
         torch.testing.assert_close(logits[row], by_hand, atol=1e-4, rtol=1e-4)
+
+
+def test_data_without_boxes_are_refused(tmp_path):
+    picture, records = tmp_path / "white.png", tmp_path / "records.jsonl"
+    Image.new("RGB", (8, 8), "white").save(picture)
+    records.write_text(json.dumps({"image": str(picture), "question": "Which colour?", "answer": "white"}) + "\n")
+    with pytest.raises(Refusal, match=r"glimpse-prune learns from boxes, and .*has none"):
+        train_method(SPEC, "reference", str(records), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_cells_that_boxes_touch():

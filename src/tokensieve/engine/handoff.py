@@ -153,14 +153,14 @@ class ImageReduction:
     def states_left(self) -> ByLayer:
         """Return the encoder states `[N, C]` of the patches that entered the LLM."""
         assert self.encoder_states is not None
-        left, index = {}, self.layout.patch_index
+        by_layer, index = {}, self.layout.patch_index
         for layer, states in self.encoder_states.items():
             rows = states
             if index is not None:  # separators have no state
                 rows = states.new_zeros(self.layout.total, states.shape[-1]).index_copy(0, index, states)
             rows, separator = self.decision.apply(rows), self.remaining.separator
-            left[layer] = rows if separator is None else rows[~separator]
-        return ByLayer(left, self.encoder_states.depth)
+            by_layer[layer] = rows if separator is None else rows[~separator]
+        return ByLayer(by_layer, self.encoder_states.depth)
 
     def append_registers(self, rows: Tensor, content: bool = True) -> Tensor:
         """Return the rows `[K, D]` of the tokens that enter the LLM, and behind them those of the registers.

@@ -26,7 +26,7 @@ class Block(nn.Module):
         sizes = {"q_proj": joined, "k_proj": joined, "v_proj": width, "o_proj": width}
         self.attn = nn.ModuleDict({name: nn.Linear(size, size, bias=False) for name, size in sizes.items()})
         shapes = {"gate_proj": (width, wide), "up_proj": (width, wide), "down_proj": (wide, width)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*both) for name, both in shapes.items()})
+        self.mlp = nn.ModuleDict({name: nn.Linear(*widths) for name, widths in shapes.items()})
 
     def forward(self, rows: Tensor, states: Tensor, angles: Tensor) -> Tensor:
         """Return new rows `[B, N, F]`; ``states`` `[B, N, C]`, ``angles`` `[B, N, d / 2]` for heads of d columns."""

@@ -13,8 +13,11 @@ from tokensieve.methods.glimpse import Glimpse
 from tokensieve.reduction import Reduction
 from tokensieve.tokens import DecoderTokens, given
 
+LEVELS = (0.97, 0.72, 0.47, 0.22)
+NEEDS = DecoderNeeds(grid=True, query_attention="logits", encoder_states=LEVELS)
 
-@register("glimpse-prune", paper="arXiv:2508.01548", stage="decoder", needs=DecoderNeeds(grid=True), trained=True)
+
+@register("glimpse-prune", paper="arXiv:2508.01548", stage="decoder", needs=NEEDS, trained=True)
 @dataclass(frozen=True)
 class GlimpsePrune(TrainedMethod, DecoderMethod):
     """Keep the tokens that a trained predictor takes for those that the question is about, as many as there are.
@@ -22,7 +25,8 @@ class GlimpsePrune(TrainedMethod, DecoderMethod):
     A learned row is put behind the prompt, and a learned vector is added to it before each layer. In the last layer
     before ``layer``, a small network reads how all its heads attend to the visual tokens, and what several layers of
     the vision encoder say about them. Tokens with a probability above ``threshold`` stay, at least one. The others
-    leave the LLM before ``layer``, and the KV caches of all layers before it.
+    leave the LLM before ``layer``, and the KV caches of all layers before it. In training, boxes say which tokens a
+    question is about; a second loss is that of the answer, read behind the learned row. The model stays frozen.
 
     No token sees the learned row, so it runs beside the prompt, on the keys and values that each layer has computed:
     prompt, labels and caches stay as they are.
@@ -45,7 +49,7 @@ class GlimpsePrune(TrainedMethod, DecoderMethod):
     layer: int | float = 0.68
     threshold: float = 0.5
     keep: Budget | None = None
-    levels: tuple[int | float, ...] = (0.97, 0.72, 0.47, 0.22)
+    levels: tuple[int | float, ...] = LEVELS
     attention: Literal["logits", "log"] = "logits"
 
     leaves_caches: ClassVar = True
@@ -56,8 +60,7 @@ class GlimpsePrune(TrainedMethod, DecoderMethod):
 
     @property
     def needs(self) -> DecoderNeeds:
-        assert isinstance(self.info.needs, DecoderNeeds)
-        return replace(self.info.needs, query_attention=self.attention, encoder_states=self.levels)
+        return replace(NEEDS, query_attention=self.attention, encoder_states=self.levels)
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> Glimpse:
         return Glimpse(shape, **{"levels": len(self.levels)} | sizes)

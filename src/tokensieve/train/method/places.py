@@ -74,6 +74,7 @@ class PlacesTrainer(MethodTrainer):
         terms = [answer_loss(logits, labels.to(logits.device))]
         for images, of_row in zip(self.sieve.last, boxes, strict=True):
             decision = images[-1]
+            assert decision.grid is not None  # refused by the method
             inside = covered(of_row, decision.grid)
             if inside.any() and decision.scores is not None:
                 terms.append(mask_loss(decision.scores, inside.to(decision.scores)) / len(boxes))

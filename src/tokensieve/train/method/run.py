@@ -69,6 +69,8 @@ def train_method(
     method = trained_one(stages)
     recipe = recipe or Recipe.of(method.learns)
     samples, unusable = read_samples(data)
+    if method.learns == "places" and not any(sample.boxes for sample in samples):
+        raise Refusal(f"{method.info.name} learns from boxes, and {data} has none; the bundled questions have some")
     if evaluation is None:
         training, measured = held_out(samples, recipe.seed)
     else:
