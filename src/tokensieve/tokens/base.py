@@ -1,4 +1,4 @@
-"""What the tokens of every stage have: rows, a grid, a budget, and the ways to keep and merge them."""
+"""The base of all tokens: rows, a grid and a budget, and the functions that keep and merge them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the evidence of a method is kept in: rows by layer, the user's words, the tiles of an image."""
+"""The types of evidence: rows by layer, the user's words, and the tiles of an image."""
 
 from __future__ import annotations
 
