@@ -1,14 +1,18 @@
 """The laws of tokens that leave earlier caches; that greedy steps are those by hand is in ``test_decoder.py``."""
 
+from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import pytest
 import torch
 
 import tokensieve
+from tests.laws.test_decoder import DecoderCell
 from tests.methods.decoder.runs import by_hand_run
 from tests.support import families, models, prompts
 from tests.support.oracle import NOISE
+from tokensieve.methods import DecoderMethod
 from tokensieve.methods.registry import find
 
 LAYER, STEPS = 3, 4
@@ -117,3 +121,27 @@ def test_without_the_method_the_cache_is_refused():
 def test_windows_are_refused():
     with pytest.raises(tokensieve.Refusal, match="needs full attention in every layer"):
         tokensieve.attach(models.tiny_model("gemma3"), "glimpse-prune(layer=2, weights='random')")
+
+
+@pytest.mark.parametrize("family", families.DEEP)
+def test_tokens_that_leave_twice(family, registry, deviation):
+    """Every cache holds what is left after the last layer in which tokens leave, and greedy steps are those by hand."""
+
+    @tokensieve.register("halves", paper="none", stage="decoder")
+    @dataclass(frozen=True)
+    class Halves(DecoderMethod):
+        """Keep every second token, twice."""
+
+        layers: tuple[int, ...] = (1, 3)
+        leaves_caches: ClassVar = True
+
+        def reduce(self, image):
+            return image.keep(torch.arange(0, image.total, 2).expand(len(image.features), -1))
+
+    cell = DecoderCell("halves", family, "sdpa", "ragged", "original", replayed=True)
+    for row, (logits, sequence) in enumerate(cell.by_hand):
+        assert [image.kept.tolist() for image in cell.sieve.last[row]] == sequence.kept
+        assert deviation("from the layer loop by hand (law 2)", cell.logits[row], logits) <= NOISE
+    assert len(set(cell.held)) == 1
+    with pytest.raises(tokensieve.Refusal, match="leave earlier caches more than once"):
+        tokensieve.attach(models.tiny_model(family), "halves", positions="contiguous")

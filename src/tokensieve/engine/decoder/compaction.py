@@ -21,8 +21,12 @@ from tokensieve.methods import DecoderMethod
 Prefixes: TypeAlias = dict[int, PrefixInfo]
 
 
-def check_compaction(method: DecoderMethod, kinds: set[str], repair: str | None) -> None:
-    """Refuse a model or an option with which earlier caches cannot be shortened."""
+def check_compaction(method: DecoderMethod, kinds: set[str], repair: str | None, renumbered: int) -> None:
+    """Refuse a model or an option with which earlier caches cannot be shortened.
+
+    Args:
+        renumbered: how often positions are numbered anew inside the LLM.
+    """
     if kinds != {FULL}:
         raise Refusal(
             f"tokens of {method} leave earlier caches, which needs full attention in every layer; this LLM has "
@@ -30,6 +34,11 @@ def check_compaction(method: DecoderMethod, kinds: set[str], repair: str | None)
         )
     if repair is not None:
         raise Refusal(f"repair={repair!r} has a bias for each column of a cache, and {method} drops columns of caches")
+    if renumbered > 1:
+        raise Refusal(
+            f"tokens of {method} leave earlier caches more than once, which have other numbers each time: use "
+            "positions='original'"
+        )
 
 
 def shorten_caches(cache: Cache | None, count: int, selection: ColumnSelection) -> None:

@@ -99,7 +99,7 @@ class DecoderHooks:
         if isinstance(method, RegisterMethod):
             check_registers(method, self.per_layer_masks, config._attn_implementation, repair)
         if method.leaves_caches:
-            check_compaction(method, set(self.kinds), repair)
+            check_compaction(method, set(self.kinds), repair, len(self.layers) * (positions == "contiguous"))
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
