@@ -16,6 +16,7 @@ from tokensieve.train.method import Recipe, places, run, train_method
 from tokensieve.train.method.places import PlacesCollator, PlacesTrainer, covered, mask_loss
 
 SPEC, FEW = "glimpse-prune(layer=2)", "reference:train[:26]"
+TWO = "glimpse-prune(layer=2, levels=(0.9, 0.5))"
 
 
 @pytest.fixture
@@ -33,19 +34,19 @@ def watched(monkeypatch):
 
 
 def test_only_the_net_moves(tmp_path, watched):
-    train_method(SPEC, "reference", FEW, tmp_path, recipe=Recipe(epochs=1, batch_size=6, rate=1e-3, warmup=0.0))
+    train_method(TWO, "reference", FEW, tmp_path, recipe=Recipe(epochs=1, batch_size=6, rate=1e-3, warmup=0.0))
     ((trainer, before),) = watched
     after = trainer.vlm.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in after)
     assert all(weight.grad is None for weight in trainer.vlm.parameters())
     trained = load_file(tmp_path / "net.safetensors")
-    with tokensieve.attach(trainer.vlm, SPEC, weights="random") as sieve:
+    with tokensieve.attach(trainer.vlm, TWO, weights="random") as sieve:
         fresh = sieve.nets["decoder"].state_dict()
     assert not {name for name in trained if torch.equal(trained[name], fresh[name])}, "weights without a gradient"
     metrics = json.loads((tmp_path / "method.json").read_text())["metrics"]
     assert all(loss > 0 for loss in metrics["losses"])
-    with tokensieve.attach(trainer.vlm, SPEC, weights=str(tmp_path)) as sieve:
+    with tokensieve.attach(trainer.vlm, TWO, weights=str(tmp_path)) as sieve:
         assert torch.equal(sieve.nets["decoder"].learnable_embeddings, trained["learnable_embeddings"])
 
 

@@ -85,7 +85,7 @@ class Glimpse(nn.Module):
     """
 
     def __init__(
-        self, shape: ModelShape, levels: int = 4, width: int | None = None, beside: int | None = None, heads: int = 4
+        self, shape: ModelShape, levels: int, width: int | None = None, beside: int | None = None, heads: int = 4
     ) -> None:
         super().__init__()
         width = width or min(256, max(1, shape.width // 64) * 16)

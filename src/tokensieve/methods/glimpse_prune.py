@@ -63,13 +63,11 @@ class GlimpsePrune(TrainedMethod, DecoderMethod):
         return replace(NEEDS, query_attention=self.attention, encoder_states=self.levels)
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> Glimpse:
-        return Glimpse(shape, **{"levels": len(self.levels)} | sizes)
+        return Glimpse(shape, len(self.levels), **sizes)
 
     def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-        fuser = "attn_fuser.cond_in_projs."
-        levels = sum(name.startswith(fuser) and name.endswith("weight") for name in parameters)
-        width = len(parameters["attn_fuser.attn_in_proj.weight"])
-        return {"levels": levels, "width": width, "beside": len(parameters[f"{fuser}0.weight"])}
+        layers = {"width": "attn_in_proj", "beside": "cond_in_projs.0"}
+        return {size: len(parameters[f"attn_fuser.{layer}.weight"]) for size, layer in layers.items()}
 
     def logits(self, image: DecoderTokens) -> Tensor:
         """Return the predictor's logit for each token, `[B, N]`."""
@@ -77,8 +75,6 @@ class GlimpsePrune(TrainedMethod, DecoderMethod):
         assert isinstance(net, Glimpse)
         if image.coordinates is None:
             raise Refusal(f"glimpse-prune needs tokens on a grid; these {image.total} tokens have none")
-        if len(net.attn_fuser.layers) != len(self.levels):
-            raise Refusal(f"these weights read {len(net.attn_fuser.layers)} encoder layers; got levels={self.levels}")
         attention, states = given(image.query_attention).transpose(1, 2), image.encoder_states.stack(self.levels)
         out: Tensor = net.attn_fuser(attention.float(), states, image.coordinates.float())
         return out
