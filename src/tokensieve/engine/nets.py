@@ -106,7 +106,8 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
                     _, prefix, short = name.partition(method.published)
                     if prefix:
                         parameters[short] = checkpoint.get_tensor(name)
-        for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
+        alone = f"{method.published}bin"  # such as mm_projector.bin
+        for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob(alone))):
             weights = read_weights(file)
             parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
         if not parameters:
