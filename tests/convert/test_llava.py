@@ -35,9 +35,9 @@ def refused(*arguments):
     return " ".join(result.output.split())
 
 
-@pytest.fixture
-def tower(tmp_path):
-    return original.save_tower(tmp_path / "tower")
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    return original.save_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture
@@ -62,8 +62,9 @@ def assert_same(ours, inputs, theirs=None):
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 @pytest.mark.parametrize("place", ["inside", "beside"])
-def test_the_whole_model_gives_the_same_logits(kind, place, tmp_path, target):
-    tower = original.save_tower(tmp_path / "tower", other=place == "inside")  # a tuned encoder wins over the other
+def test_the_whole_model_gives_the_same_logits(kind, place, tower, tmp_path, target):
+    if place == "inside":  # a tuned encoder wins over the other
+        tower = original.save_tower(tmp_path / "tower", other=True)
     tensors = original.weights(tower=place == "inside")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # a buffer of early transformers
     source = original.save(tmp_path / "theirs", tensors, kind)
@@ -74,27 +75,24 @@ def test_the_whole_model_gives_the_same_logits(kind, place, tmp_path, target):
     assert model.generation_config.pad_token_id == 0
 
 
-def test_a_lora_is_merged_as_by_peft(tmp_path, tower, target):
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_a_lora_is_merged_as_by_peft(rank_stabilised, tmp_path, tower, target):
     peft = pytest.importorskip("peft")
-    base = original.save_base(tmp_path / "base")
-    for rank_stabilised in (False, True):
-        target = tmp_path / f"converted-{rank_stabilised}"
-        source = tmp_path / f"lora-{rank_stabilised}"
-        options = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
-        adapted = peft.get_peft_model(base, peft.LoraConfig(**options, use_rslora=rank_stabilised))
-        adapted.save_pretrained(source)
-        (source / "config.json").write_text(json.dumps(original.settings()))
-        projector = {name: rows + 1 for name, rows in original.weights().items() if "mm_projector" in name}
-        others = {f"base_model.model.{name}": rows for name, rows in projector.items()}
-        torch.save(others, source / "non_lora_trainables.bin")
-        result = convert(source, target, "--tower", tower, "--base", tmp_path / "base")
-        assert result.exit_code == 0, result.output
-        merged = adapted.merge_and_unload().state_dict()
-        model, _ = load_model(str(target))
-        for name, rows in model.model.language_model.state_dict().items():
-            assert torch.equal(rows[: len(merged[f"model.{name}"])], merged[f"model.{name}"]), name
-        assert torch.equal(model.model.multi_modal_projector.linear_2.bias, projector["model.mm_projector.2.bias"])
-        base = original.save_base(tmp_path / "base")
+    base, source = original.save_base(tmp_path / "base"), tmp_path / "lora"
+    options = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**options, use_rslora=rank_stabilised))
+    adapted.save_pretrained(source)
+    (source / "config.json").write_text(json.dumps(original.settings()))
+    projector = {name: rows + 1 for name, rows in original.weights().items() if "mm_projector" in name}
+    others = {f"base_model.model.{name}": rows for name, rows in projector.items()}
+    torch.save(others, source / "non_lora_trainables.bin")
+    result = convert(source, target, "--tower", tower, "--base", tmp_path / "base")
+    assert result.exit_code == 0, result.output
+    merged = adapted.merge_and_unload().state_dict()
+    model, _ = load_model(str(target))
+    for name, rows in model.model.language_model.state_dict().items():
+        assert torch.equal(rows[: len(merged[f"model.{name}"])], merged[f"model.{name}"]), name
+    assert torch.equal(model.model.multi_modal_projector.linear_2.bias, projector["model.mm_projector.2.bias"])
 
 
 def test_a_projector_alone(tmp_path, tower, target):
@@ -174,6 +172,7 @@ def test_the_prompt_is_vicunas(tmp_path, tower, target):
     assert processor.apply_chat_template(turns, **render) == f"{system} {asked}"
     brief = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     assert processor.apply_chat_template([brief, *turns], **render) == f"Be brief. {asked}"
+    assert inputs_of(processor)["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
     assert not processor.image_processor.do_pad
     assert processor.tokenizer.padding_side == "left"
 
@@ -284,7 +283,7 @@ def test_a_lora_that_does_not_fit_is_refused(tmp_path, tower, target):
         torch.save(tensors, source / "adapter_model.bin")
         assert reason in refused(source, target, "--tower", tower, "--base", tmp_path / "base")
     with pytest.raises(Refusal, match="no weights at the base"):
-        convert_llava(source, target, tower=str(tower), base=tower.parent)
+        convert_llava(source, target, tower=str(tower), base=target.parent)
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path, tower, target):

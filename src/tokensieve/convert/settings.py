@@ -123,8 +123,8 @@ def read_tokenizer(*folders: Path | None) -> Any:
     try:
         # with a config, the one in the folder is not read: its model type is unknown to transformers
         options: dict[str, Any] = {"config": LlamaConfig(), "trust_remote_code": False}
-        # The authors tokenize the text behind an image apart, so that it begins with a space. "legacy" does the same.
-        options["legacy"] = True
+        # The authors tokenize the text behind an image apart, so that it begins with a space: "legacy" does, too.
+        options |= {"legacy": True, "add_bos_token": True}
         tokenizer = AutoTokenizer.from_pretrained(present[0], **options)
     except Exception as error:  # a broken file, or a package that reads it is missing: many types
         needs = "" if (present[0] / "tokenizer.json").is_file() else "; tokenizer.model needs pip install sentencepiece"
