@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from tokensieve.reference.model import build_model, build_processor
 
@@ -85,6 +85,17 @@ def save_tower(folder: Path, *, other: bool = False) -> Path:
     if not other:
         tower.load_state_dict(model().model.vision_tower.state_dict())
     tower.save_pretrained(folder)
+    build_processor().image_processor.save_pretrained(folder)
+    return folder
+
+
+def save_clip(folder: Path) -> Path:
+    """Write a whole CLIP, with the text encoder, around the model's vision encoder."""
+    vision = model().config.vision_config
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
+    clip = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text, projection_dim=8))
+    clip.vision_model.load_state_dict(model().model.vision_tower.state_dict())
+    clip.save_pretrained(folder)
     build_processor().image_processor.save_pretrained(folder)
     return folder
 

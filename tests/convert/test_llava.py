@@ -61,10 +61,12 @@ def assert_same(ours, inputs, theirs=None):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-@pytest.mark.parametrize("place", ["inside", "beside"])
+@pytest.mark.parametrize("place", ["inside", "beside", "in CLIP"])
 def test_the_whole_model_gives_the_same_logits(kind, place, tower, tmp_path, target):
     if place == "inside":  # a tuned encoder wins over the other
         tower = original.save_tower(tmp_path / "tower", other=True)
+    elif place == "in CLIP":
+        tower = original.save_clip(tmp_path / "tower")
     tensors = original.weights(tower=place == "inside")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # a buffer of early transformers
     source = original.save(tmp_path / "theirs", tensors, kind)
@@ -218,7 +220,7 @@ def test_compare_takes_the_folder(tmp_path, tower, target):
         ({"mm_use_im_start_end": True}, "has mm_use_im_start_end True"),
         ({"mm_projector_type": "linear"}, "has mm_projector_type 'linear'; supported: mlp2x_gelu"),
         ({"mm_vision_select_feature": "cls"}, "has mm_vision_select_feature 'cls'"),
-        ({"mm_vision_select_layer": "last"}, "is not that of a Llama"),
+        ({"mm_vision_select_layer": "last"}, "has values that transformers refuses"),
         ({"mm_vision_tower": None}, "names no mm_vision_tower"),
         ({"vision_config": {}}, "there is nothing to convert"),
         ({"num_hidden_layers": 3}, "9 missing: model.language_model.layers.2.input_layernorm.weight"),

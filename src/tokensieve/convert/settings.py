@@ -160,7 +160,9 @@ def make_config(settings: Mapping[str, Any], tower: Tower, tokenizer: Any, rows:
             tie_word_embeddings=False,
         )
     except Exception as error:  # transformers checks types in its own error classes
-        raise Refusal(f"the config.json of the checkpoint is not that of a Llama: {first_line(error)}") from error
+        raise Refusal(
+            f"the checkpoint's config.json has values that transformers refuses: {first_line(error)}"
+        ) from error
 
 
 def _strategy(settings: Mapping[str, Any]) -> str:
