@@ -240,12 +240,16 @@ def test_unknown_and_missing_tensors_are_named(tmp_path, tower, target):
     assert "1 missing: model.language_model.norm.weight; 1 unexpected: model.image_newline" in reason
 
 
-def test_broken_folders_are_refused(tmp_path, tower, target):
+def test_broken_folders_are_refused(tmp_path, tower, target, monkeypatch):
+    monkeypatch.setattr("tokensieve.loading.place._hub_refusal", lambda *_: "no network")
     source = original.save(tmp_path / "theirs", original.weights(), "bin")
     options = ["--tower", tower]
     assert "--base is for a LoRA or a projector alone" in refused(source, target, *options, "--base", source)
     assert "is a 'llava' model; supported: clip_vision_model" in refused(source, target, "--tower", "reference")
-    assert "no model at" in refused(source, target, "--tower", tmp_path / "none")
+    assert "it does not exist; give the vision encoder's folder" in refused(
+        source, target, "--tower", tmp_path / "none"
+    )
+    assert "no model openai/clip-vit-large-patch14-336: it is no folder" in refused(source, target)
     shard = source / "pytorch_model-00002-of-00002.bin"
     torch.save({"an": object()}, shard)
     assert "other objects are not loaded, because that would run code" in refused(source, target, *options)

@@ -53,6 +53,6 @@ def llava(
     converted = convert_llava(source, target, tower=tower, base=base)
     for title, names in converted.left.items():
         note(f"note: {len(names)} tensors of {title} stay in {source} ({names[0]}, …); the method reads them there")
-    if converted.projects:
+    if converted.without_projector:
         note("note: the checkpoint has no projector of LLaVA's, so that without that method the model sees nothing")
     note(f"LlavaForConditionalGeneration, {converted.weights:,} weights: {converted.folder}")

@@ -37,13 +37,13 @@ class Converted:
         folder: the new folder.
         weights: number of parameters in it.
         left: names of the tensors that a method adds to LLaVA and that stay in the checkpoint, by what they are.
-        projects: the checkpoint has no projector of LLaVA's; that of the folder is zero, and a method takes its place.
+        without_projector: the checkpoint has none of LLaVA's; that of the folder is zero, and a method takes its place.
     """
 
     folder: Path
     weights: int
     left: dict[str, list[str]]
-    projects: bool
+    without_projector: bool
 
 
 def convert_llava(source: Path, target: Path, *, tower: str | None = None, base: Path | None = None) -> Converted:
@@ -68,7 +68,7 @@ def convert_llava(source: Path, target: Path, *, tower: str | None = None, base:
     settings = read_json(source / "config.json")
     check_settings(settings, source)
     stored = read_checkpoint(source, base)
-    encoder = Tower(find(tower or settings["mm_vision_tower"]))
+    encoder = _find_tower(tower or settings["mm_vision_tower"])
     weights, apart = renamed(stored)
     if not has_tower(stored):
         weights |= {f"model.vision_tower.{name}": tensor for name, tensor in encoder.weights().items()}
@@ -79,8 +79,8 @@ def convert_llava(source: Path, target: Path, *, tower: str | None = None, base:
     config = make_config(settings, encoder, tokenizer, len(weights.get(EMBEDDING, ())))
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    projects = any(extra.projects for extra in apart)
-    if projects:
+    without_projector = any(extra.projects for extra in apart)
+    if without_projector:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name.startswith(PROJECTOR)}
         weights |= {name: torch.zeros(shape) for name, shape in shapes.items()}
     else:
@@ -89,7 +89,14 @@ def convert_llava(source: Path, target: Path, *, tower: str | None = None, base:
     processor = make_processor(tokenizer, encoder, settings)
     _write(target, model, weights, processor)
     left = {extra.title: sorted(names) for extra, names in apart.items()}
-    return Converted(target, model.num_parameters(), left, projects)
+    return Converted(target, model.num_parameters(), left, without_projector)
+
+
+def _find_tower(name: str) -> Tower:
+    try:
+        return Tower(find(name))
+    except Refusal as error:  # a config.json can name a folder of its authors
+        raise Refusal(f"{error}; give the vision encoder's folder or hub name with --tower") from None
 
 
 def _padded(name: str, rows: Tensor, tokens: int) -> Tensor:

@@ -50,15 +50,15 @@ def renamed(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[Extr
 
     Unknown names do not change. Router and block have the same stem, so methods are asked first.
     """
-    ours: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     apart: dict[Extra, list[str]] = {}
     for name, tensor in weights.items():
         extra = next((extra for extra in EXTRAS if re.fullmatch(extra.names, name)), None)
         if extra is not None:
             apart.setdefault(extra, []).append(name)
         elif not IGNORED.fullmatch(name):
-            ours[_renamed(name)] = tensor
-    return ours, apart
+            new[_renamed(name)] = tensor
+    return new, apart
 
 
 def _renamed(name: str) -> str:
