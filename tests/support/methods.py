@@ -23,6 +23,8 @@ VARIANTS = (
     "vtc-cls(keep=0.5, over_layers='max')",
     "trsm(keep=5, query='prompt')",
     "random(keep=6, seed=3)",
+    "idpruner(keep=6)",
+    "idpruner(keep=0.3, balance=0.8)",
     "downsample(keep=0.5) + vtc-cls(keep=4)",
     "downsample(keep=13) + pool(keep=4)",
 )

@@ -58,7 +58,7 @@ def load_nets(model: Any, methods: Sequence[Method]) -> dict[str, nn.Module]:
     Raises:
         Refusal: if a folder of weights is none, or is of another method or model.
     """
-    trained = [method for method in methods if isinstance(method, TrainedMethod)]
+    trained = [method for method in methods if isinstance(method, TrainedMethod) and method.has_net]
     return {method.info.stage: load_net(method, shape_of(model)) for method in trained}
 
 
@@ -71,7 +71,7 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
         return _published_net(method, shape, folder)
     about = read_about(folder)
     name = about["method"].partition("(")[0]
-    if name != method.info.name:
+    if name not in (method.info.name, method.shares_weights):
         raise Refusal(f"the weights in {folder} are those of {name}; got {method.info.name}")
     fits = replace(shape, **about["model"])
     if fits != shape:
@@ -102,13 +102,11 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
     try:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as checkpoint:
-                for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
-                    _, prefix, short = name.partition(method.published)
-                    if prefix:
-                        parameters[short] = checkpoint.get_tensor(name)
+                names = method.names_in(checkpoint.keys())
+                parameters |= {own: checkpoint.get_tensor(name) for name, own in names.items()}
         for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
             weights = read_weights(file)
-            parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
+            parameters |= {own: weights[name] for name, own in method.names_in(weights).items()}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "
@@ -128,7 +126,7 @@ def folder_of(method: TrainedMethod) -> Path:
     """Return the folder of a method's weights; refuse a method whose weights are not bundled."""
     if method.weights != BUNDLED:
         return Path(os.path.expanduser(method.weights))
-    folder = Path(str(files("tokensieve"))) / "reference" / "weights" / method.info.name
+    folder = Path(str(files("tokensieve"))) / "reference" / "weights" / (method.shares_weights or method.info.name)
     if not folder.is_dir():
         raise Refusal(f"{method.info.name} has no bundled weights; give weights=FOLDER, or weights='random'")
     return folder
