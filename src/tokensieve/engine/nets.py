@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokensieve.errors import Refusal, first_line
 from tokensieve.fusion.convert.read import read_weights
@@ -98,7 +98,7 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
     """Return the net in an authors' checkpoint; its other parameters, those of the model, are not read."""
     from safetensors import SafetensorError, safe_open
 
-    parameters = {}
+    parameters: dict[str, Tensor] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as checkpoint:
