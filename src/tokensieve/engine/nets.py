@@ -103,10 +103,10 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as checkpoint:
                 names = method.names_in(checkpoint.keys())
-                parameters |= {own: checkpoint.get_tensor(name) for name, own in names.items()}
+                parameters |= {short: checkpoint.get_tensor(name) for name, short in names.items()}
         for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
             weights = read_weights(file)
-            parameters |= {own: weights[name] for name, own in method.names_in(weights).items()}
+            parameters |= {short: weights[name] for name, short in method.names_in(weights).items()}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "

@@ -84,7 +84,7 @@ class VisToG(TrainedMethod):
         if net.training and self.nested and count > 2:
             count = int(torch.randint(2, count + 1, ()))
         patches = given(image.patches)
-        made, shares = net(given(image.rows_beside)[:, :count].float(), patches.float())
-        rows = given(image.project)(made.to(patches.dtype).flatten(0, 1)).view(len(made), count, -1)
+        grouped, shares = net(given(image.rows_beside)[:, :count].float(), patches.float())
+        rows = given(image.project)(grouped.to(patches.dtype).flatten(0, 1)).view(len(grouped), count, -1)
         anchors = torch.arange(count, device=rows.device) * image.total // count
         return image.made(rows, anchors.expand(len(rows), -1), parts=shares)

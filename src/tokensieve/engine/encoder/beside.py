@@ -59,7 +59,7 @@ class BesideHooks:
                 f"the net of {method.info.name} reads beside the layers of the vision encoder, which is supported in "
                 f"LLaVA with CLIP or SigLIP; got {family.title}"
             )
-        inside = next((other for other in methods if isinstance(other, EncoderMethod)), None)
+        inside = next((stage for stage in methods if isinstance(stage, EncoderMethod)), None)
         if inside is not None:
             raise Refusal(
                 f"{method.info.name} reads all patches in the vision encoder, inside which {inside} drops some"
@@ -115,8 +115,8 @@ def _step(vit: VitLayer, rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     layer: Any = vit.layer
     attention: Any = vit.attention
     normed = layer.layer_norm1(rows)
-    own = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
-    joined = own[0], torch.cat([keys, own[1]], 1), torch.cat([values, own[2]], 1)
+    projected = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+    joined = projected[0], torch.cat([keys, projected[1]], 1), torch.cat([values, projected[2]], 1)
     query, key, value = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in joined)
     count, patches = rows.shape[1], keys.shape[1]
     before = torch.ones(count, patches + count, dtype=torch.bool, device=rows.device).tril(patches)
