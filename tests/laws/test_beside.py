@@ -1,5 +1,7 @@
 """The laws of rows that read beside the vision encoder's layers, against one joint forward with a mask by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import tokensieve
 from tests.support import models, prompts
 from tests.support.oracle import NOISE
 from tokensieve import Refusal
-from tokensieve.methods.vistog import VisToG
+from tokensieve.methods.vistog import Grouping, VisToG
 
 SPEC = "vistog(keep=6, weights='random')"
 CELLS = [(family, attention) for family in ("llava-clip", "llava-siglip") for attention in ("sdpa", "eager")]
@@ -129,3 +131,11 @@ def test_more_tokens_than_rows_are_refused():
         net.rows_beside = torch.nn.Parameter(net.rows_beside[:5])
         with pytest.raises(Refusal, match="this net has 5 semantic tokens; keep asks for 6 tokens"):
             model(**batch)
+
+
+def test_features_of_several_layers_are_refused(monkeypatch):
+    """Side by side, they are wider than the rows of a layer."""
+    wider = lambda self, shape: Grouping(replace(shape, patch_width=2 * shape.patch_width))  # noqa: E731
+    monkeypatch.setattr(VisToG, "make_net", wider)
+    with pytest.raises(Refusal, match="vistog needs one layer of the vision encoder, of width"):
+        tokensieve.attach(models.tiny_model("llava-clip"), SPEC)

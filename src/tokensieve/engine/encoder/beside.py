@@ -46,7 +46,7 @@ class BesideHooks:
         method: the connector method that requests the rows.
 
     Raises:
-        Refusal: if the vision encoder is not a plain ViT, or tokens leave inside it.
+        Refusal: if the vision encoder is not a plain ViT, tokens leave inside it, or the rows have another width.
     """
 
     def __init__(
@@ -63,6 +63,13 @@ class BesideHooks:
         if inside is not None:
             raise Refusal(
                 f"{method.info.name} reads all patches in the vision encoder, inside which {inside} drops some"
+            )
+        rows, width = net.rows_beside, self.tower.config.hidden_size
+        assert isinstance(rows, Tensor)
+        if rows.shape[-1] != width:
+            raise Refusal(
+                f"{method.info.name} needs one layer of the vision encoder, of width {width}, before the projector; "
+                f"this model has {rows.shape[-1]} there: set one vision_feature_layer in its config"
             )
         self.net, self.flight, self._handles = net, flight, list[Any]()
         for number, vit in enumerate(layers[: family.layers_used(model)]):
