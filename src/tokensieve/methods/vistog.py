@@ -65,7 +65,7 @@ class VisToG(TrainedMethod):
         nested: train a number of semantic tokens that is drawn anew in each step, up to ``keep``; False: all of
             ``keep``.
 
-    Cost: a pass of S rows through the encoder, O(S·(N + C)·C) per layer, and O(N·C²) time for the grouping.
+    Cost: a pass of S semantic tokens through the encoder, O(S·(N + C)·C) per layer, and O(N·C²) time for the grouping.
     Paper: "Efficient Multi-modal Large Language Models via Visual Token Grouping", 2024. No code is public, and this is
     our reading: the grouping layer is that of GroupViT, and projector and LLM stay frozen, which the paper trains, too.
     """
