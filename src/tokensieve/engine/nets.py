@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokensieve.errors import Refusal, first_line
 from tokensieve.fusion.convert.read import read_weights
@@ -58,7 +58,7 @@ def load_nets(model: Any, methods: Sequence[Method]) -> dict[str, nn.Module]:
     Raises:
         Refusal: if a folder of weights is none, or is of another method or model.
     """
-    trained = [method for method in methods if isinstance(method, TrainedMethod)]
+    trained = [method for method in methods if isinstance(method, TrainedMethod) and method.has_net]
     return {method.info.stage: load_net(method, shape_of(model)) for method in trained}
 
 
@@ -71,7 +71,7 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
         return _published_net(method, shape, folder)
     about = read_about(folder)
     name = about["method"].partition("(")[0]
-    if name != method.info.name:
+    if name not in (method.info.name, method.shares_weights):
         raise Refusal(f"the weights in {folder} are those of {name}; got {method.info.name}")
     fits = replace(shape, **about["model"])
     if fits != shape:
@@ -98,18 +98,16 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
     """Return the net in an authors' checkpoint; its other parameters, those of the model, are not read."""
     from safetensors import SafetensorError, safe_open
 
-    parameters = {}
+    parameters: dict[str, Tensor] = {}
     try:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as checkpoint:
-                for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
-                    _, prefix, short = name.partition(method.published)
-                    if prefix:
-                        parameters[short] = checkpoint.get_tensor(name)
+                names = method.names_in(checkpoint.keys())
+                parameters |= {short: checkpoint.get_tensor(name) for name, short in names.items()}
         alone = f"{method.published}bin"  # such as mm_projector.bin
         for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob(alone))):
             weights = read_weights(file)
-            parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
+            parameters |= {short: weights[name] for name, short in method.names_in(weights).items()}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "
@@ -129,7 +127,7 @@ def folder_of(method: TrainedMethod) -> Path:
     """Return the folder of a method's weights; refuse a method whose weights are not bundled."""
     if method.weights != BUNDLED:
         return Path(os.path.expanduser(method.weights))
-    folder = Path(str(files("tokensieve"))) / "reference" / "weights" / method.info.name
+    folder = Path(str(files("tokensieve"))) / "reference" / "weights" / (method.shares_weights or method.info.name)
     if not folder.is_dir():
         raise Refusal(f"{method.info.name} has no bundled weights; give weights=FOLDER, or weights='random'")
     return folder

@@ -112,6 +112,7 @@ class Needs(StageNeeds):
         cls_similarity: cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: the rows that enter the projector.
         project: the projector, to run on other rows.
+        rows_beside: the rows of the net's parameter ``rows_beside``, after they have read the patches in the layers.
         pixel_hash: a number that depends on the image's pixels alone.
         user_text: the embeddings of the user's words.
         grid: the tokens must form a grid.
@@ -128,6 +129,7 @@ class Needs(StageNeeds):
     encoder_states: Layers | None = evidence("encoder states", default=None)
     patches: bool = evidence("patches")
     project: bool = evidence("projector")
+    rows_beside: bool = evidence("rows beside the encoder")
     pixel_hash: bool = evidence()
     user_text: bool = evidence("text")
     grid: bool = evidence("grid")
