@@ -103,12 +103,13 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as checkpoint:
                 for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
-                    _, prefix, short = name.partition(method.published)
-                    if prefix:
+                    short = method.own_name(name)
+                    if short is not None:
                         parameters[short] = checkpoint.get_tensor(name)
         for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
             weights = read_weights(file)
-            parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
+            named = {name: method.own_name(name) for name in weights}
+            parameters |= {short: weights[name] for name, short in named.items() if short is not None}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "

@@ -68,6 +68,11 @@ class TrainedMethod(Method):
         """Return the sizes of the net of an authors' checkpoint, from its parameters under the net's own names."""
         return {}
 
+    def own_name(self, name: str) -> str | None:
+        """Return the net's own name of a parameter of an authors' checkpoint; ``None``: it is not the net's."""
+        _, prefix, short = name.partition(self.published)
+        return short if prefix else None
+
     def soften(self, image: Any) -> Tensor | None:
         """Return a factor for each token `[B, N]`: in training, it takes the place of leaving.
 
