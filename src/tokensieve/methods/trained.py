@@ -52,8 +52,9 @@ class TrainedMethod(Method):
     weights: str = "bundled"
 
     Net: ClassVar[type[nn.Module]]
+    copies_layers: ClassVar[bool] = False  # the net copies layers of the LLM: Net(shape, llm=…, **sizes)
     published: ClassVar[str] = ""  # what stands before the net's own names in checkpoints of the authors
-    learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
+    learns: ClassVar[Literal["answers", "exits", "twig"]] = "answers"  # what ``tokensieve train`` shows the net
 
     @property
     def softens(self) -> Literal["rows", "attention"]:
