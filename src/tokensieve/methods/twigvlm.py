@@ -40,8 +40,8 @@ class TwigVlm(TrainedMethod, DecoderMethod):
         layers: K, and the layer from which on no token stays; floats are shares of the depth (the paper: 2, 24 of 32).
         blocks: T; a float is a share of the depth (the paper: 3 of 32).
 
-    Cost: T − 1 layers of the LLM and the queries and keys of one more, on all N + M positions: O(T·(N + M)·D²) time;
-    the memory of T layers. The device waits for nothing.
+    Cost: T − 1 layers of the LLM on all L positions of the prompt, the queries and keys of one more, and one row of
+    attention: O(T·L·D² + T·L²·D) time; the weights of T layers, and O(L·D) extra memory.
     Paper: "Growing a Twig to Accelerate Large Vision-Language Models", ICCV 2025. Its second half, decoding with the
     twig as a draft, is left out: norm and head of the twig serve in training only, and are not stored.
     Official code: batches of one, with eager attention in the last block.
