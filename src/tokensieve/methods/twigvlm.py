@@ -64,12 +64,12 @@ class TwigVlm(TrainedMethod, DecoderMethod):
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
         number = max(1, round(self.blocks * shape.layers)) if isinstance(self.blocks, float) else self.blocks
-        asked = {"layer": self.layer_numbers(shape.layers)[0], "blocks": number}
-        stored = {name: sizes.pop(name, value) for name, value in asked.items()}
-        if stored != asked:
-            texts = [f"{s['blocks']} blocks from layer {s['layer']} on" for s in (stored, asked)]
+        own_sizes = {"layer": self.layer_numbers(shape.layers)[0], "blocks": number}
+        stored = {name: sizes.pop(name, value) for name, value in own_sizes.items()}
+        if stored != own_sizes:
+            texts = [f"{s['blocks']} blocks from layer {s['layer']} on" for s in (stored, own_sizes)]
             raise Refusal(f"these weights are a twig of {texts[0]}; {self} asks for {texts[1]}")
-        return super().make_net(shape, **asked, **sizes)
+        return super().make_net(shape, **own_sizes, **sizes)
 
     def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"blocks": 1 + max(int(name.split(".")[0]) for name in parameters)}
@@ -79,10 +79,10 @@ class TwigVlm(TrainedMethod, DecoderMethod):
             kept = count(self.keep, total)
         else:
             assert not isinstance(self.average, str)
-            wanted = self.average if isinstance(self.average, int) else self.average * total
+            mean_tokens = self.average if isinstance(self.average, int) else self.average * total
             (first, last), kept = layers, total
-            if wanted < total:
-                kept = math.ceil((depth * wanted - first * total) / (last - first))
+            if mean_tokens < total:
+                kept = math.ceil((depth * mean_tokens - first * total) / (last - first))
             if not 0 < kept <= total:
                 low, high = first * total / depth, last * total / depth
                 raise Refusal(f"{self}: of {total} tokens, averages above {low:g} up to {high:g} are in reach")
