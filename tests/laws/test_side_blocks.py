@@ -7,6 +7,7 @@ have the weights of the LLM's own layers. Here they have others.
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -151,3 +152,18 @@ def test_the_authors_checkpoint(tmp_path):
     assert all(torch.equal(r, stored[f"model.layers.{n}"].float()) for n, r in net.state_dict().items())
     with pytest.raises(Refusal, match="a twig of 3 blocks"):
         load_net(parse("twigvlm", layers=(2, 4), blocks=2, weights=str(tmp_path))[0], shape, llm)
+
+
+@torch.no_grad()
+def test_repaired_attention_reaches_the_blocks():
+    """Merged tokens weigh in the blocks as in the LLM's own layers, whatever the kernel."""
+    spec, inputs = SPEC.replace("0.4", "5"), prompts.collate(FAMILY, prompts.batch(FAMILY, "ragged"))
+    received = {}
+    for attention, repair in product(("sdpa", "eager"), (None, "size")):
+        model = models.tiny_model(FAMILY, attention)
+        with tokensieve.attach(model, f"pool(keep=9) + {spec}", repair=repair) as sieve:
+            norm = sieve.nets["decoder"][-1].input_layernorm
+            norm.register_forward_pre_hook(lambda _, args, key=(attention, repair): received.update({key: args[0]}))
+            model(**inputs)
+    torch.testing.assert_close(received["sdpa", "size"], received["eager", "size"], atol=NOISE, rtol=0)
+    assert (received["sdpa", "size"] - received["sdpa", None]).abs().max() > 100 * NOISE
