@@ -60,7 +60,14 @@ def test_only_the_net_moves(tmp_path, small, watched):
     still = {name for name in trained if torch.allclose(trained[name], fresh[name], atol=1e-4)}
     assert still <= {"q_proj.bias"}, "a constant added to all scores changes nothing"
     about = json.loads((tmp_path / "method.json").read_text())
-    assert about["model"] == {"type": "llava", "width": 128, "layers": 4, "patch_width": 128, "tower_width": 128}
+    assert about["model"] == {
+        "type": "llava",
+        "width": 128,
+        "layers": 4,
+        "patch_width": 128,
+        "tower_width": 128,
+        "heads": 4,
+    }
     assert about["metrics"]["step"] == 5
     with tokensieve.attach(trainer.vlm, "visionselector", weights=str(tmp_path)) as sieve:
         assert torch.equal(sieve.nets["connector"].q_proj.weight, trained["q_proj.weight"])

@@ -43,7 +43,8 @@ def shape_of(model: Any) -> ModelShape:
         tower_width = _input_width(*family.attentions(family.tower(model))[:1])
         with suppress(Refusal):  # nothing is known about the projector
             patch_width = _input_width(family.projector(model))
-    return ModelShape(model.config.model_type, width, depth_of(model), patch_width, tower_width)
+    heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 0))
+    return ModelShape(model.config.model_type, width, depth_of(model), patch_width, tower_width, heads)
 
 
 def _input_width(*modules: nn.Module) -> int:
@@ -71,7 +72,7 @@ def load_net(method: TrainedMethod, shape: ModelShape, llm: Any = None) -> nn.Mo
     if method.weights == RANDOM:
         return _new(method, shape, llm)
     folder = folder_of(method)
-    if method.published and not (folder / ABOUT).exists():
+    if (method.published or method.published_file) and not (folder / ABOUT).exists():
         return _published_net(method, shape, folder, llm)
     about = read_about(folder)
     name = about["method"].partition("(")[0]
@@ -104,14 +105,17 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path, llm: 
 
     parameters: dict[str, Tensor] = {}
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as checkpoint:
-                names = method.names_in(checkpoint.keys())
-                parameters |= {short: checkpoint.get_tensor(name) for name, short in names.items()}
-        alone = f"{method.published}bin"  # such as mm_projector.bin
-        for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob(alone))):
-            weights = read_weights(file)
-            parameters |= {short: weights[name] for name, short in method.names_in(weights).items()}
+        if method.published_file:
+            parameters = read_weights(folder / method.published_file)
+        else:
+            for file in sorted(folder.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as checkpoint:
+                    names = method.names_in(checkpoint.keys())
+                    parameters |= {short: checkpoint.get_tensor(name) for name, short in names.items()}
+            alone = f"{method.published}bin"  # such as mm_projector.bin
+            for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob(alone))):
+                weights = read_weights(file)
+                parameters |= {short: weights[name] for name, short in method.names_in(weights).items()}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "

@@ -194,6 +194,9 @@ class DecoderNeeds(StageNeeds):
         final_norm: apply the LLM's final norm to the features.
         rope_gain: a vector of ones, rotated by the rotary embedding at each token's position.
         connector_scores: the scores that the connector method ranked the tokens by.
+        query_attention: attention of the net's learned query, which stands behind the prompt, in the layer before
+            tokens leave: its "logits" or the "log" of probabilities.
+        encoder_states: layers of the vision encoder whose output is read, as in :class:`Needs`.
         user_text: the hidden states of the user's words; "all": of every token after the last image, with the chat
             template, and "words" are these tokens.
         grid: the coordinates of the tokens on their image's grid.
@@ -211,6 +214,8 @@ class DecoderNeeds(StageNeeds):
     final_norm: bool = evidence()
     rope_gain: bool = evidence(rope=ops.rope_gain)
     connector_scores: bool = evidence()
+    query_attention: Literal["logits", "log"] | None = evidence("attention of a learned query", default=None)
+    encoder_states: Layers | None = evidence("encoder states", default=None)
     user_text: bool | Literal["all"] = evidence("text")
     grid: bool = evidence("grid")
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
+
+Learns: TypeAlias = Literal["answers", "exits", "places", "twig"]
+"""What ``tokensieve train`` shows a net."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ModelShape:
         layers: number of layers of the LLM.
         patch_width: C, the width of the rows that enter the projector; 0: unknown.
         tower_width: the width of the vision encoder's hidden states; 0: unknown.
+        heads: number of attention heads of the LLM; 0: unknown.
     """
 
     type: str
@@ -30,6 +34,7 @@ class ModelShape:
     layers: int
     patch_width: int = 0
     tower_width: int = 0
+    heads: int = 0
 
 
 def heads_of(width: int, columns: int) -> int:
@@ -55,7 +60,8 @@ class TrainedMethod(Method):
     copies_layers: ClassVar[bool] = False  # the net copies layers of the LLM: Net(shape, llm=…, **sizes)
     published: ClassVar[str] = ""  # what stands before the net's own names in checkpoints of the authors
     shares_weights: ClassVar[str] = ""  # another method with the same net: its weights fit, too
-    learns: ClassVar[Literal["answers", "exits", "twig"]] = "answers"  # what ``tokensieve train`` shows the net
+    published_file: ClassVar[str] = ""  # the authors' file that holds the net alone, in parts
+    learns: ClassVar[Learns] = "answers"
 
     @property
     def softens(self) -> Literal["rows", "attention"]:

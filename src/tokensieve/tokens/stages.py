@@ -92,6 +92,8 @@ class DecoderTokens(VisualTokens):
         input_embeddings: `[B, N0, D]`, the rows that entered the LLM, of all N0 tokens that entered.
         rope_gain: `[B, N, d]`, a vector of ones, rotated by the rotary embedding at each token's position.
         connector_scores: `[B, N]`, the scores that the connector method ranked the tokens by, if it did.
+        query_attention: `[B, H, N]`, the attention of the net's learned query to the tokens, before or after a softmax.
+        encoder_states: by encoder layer `[B, N, C]`, the hidden states that leave it.
         user_text: the hidden states of the user's words.
     """
 
@@ -107,6 +109,8 @@ class DecoderTokens(VisualTokens):
     input_embeddings: Tensor | None = None
     rope_gain: Tensor | None = None
     connector_scores: Tensor | None = None
+    query_attention: Tensor | None = None
+    encoder_states: ByLayer = field(default_factory=ByLayer)
     user_text: DecoderUserText | None = None
 
-    other_shapes: ClassVar = ("attention", "separator_attention", "input_embeddings")
+    other_shapes: ClassVar = ("attention", "separator_attention", "input_embeddings", "query_attention")

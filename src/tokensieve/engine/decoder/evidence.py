@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map_only
 
+from tokensieve.engine.decoder.learned_query import LearnedQuery
 from tokensieve.engine.decoder.sequence import Member, PrefillState
 from tokensieve.engine.decoder.side import check_side_blocks, read_beside
 from tokensieve.engine.inflight import InFlight
@@ -21,7 +22,7 @@ from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, DecoderNeeds
 from tokensieve.methods.side import SideBlocks
 from tokensieve.ops import attention_of_queries
-from tokensieve.tokens import DecoderTokens, DecoderUserText
+from tokensieve.tokens import ByLayer, DecoderTokens, DecoderUserText
 
 ABOUT_TEXT = {f.name for f in fields(DecoderUserText)}
 
@@ -79,6 +80,10 @@ class DecoderEvidence:
             mlps = [decoder.layers[layer - 1].mlp for layer in layers]
             self._handles = [mlp.register_forward_pre_hook(self._before_mlp) for mlp in mlps]
 
+        self.query: LearnedQuery | None = None
+        if self.needs.query_attention is not None:
+            self.query = LearnedQuery(decoder, layers[0], kinds, self.needs.query_attention, flight, net)
+
     @property
     def first_layer(self) -> int:
         """The first layer whose input must be passed to :meth:`copy_input`."""
@@ -92,11 +97,15 @@ class DecoderEvidence:
             probe.remove()
         for handle in self._handles:
             handle.remove()
+        if self.query is not None:
+            self.query.remove()
 
     def arm(self) -> None:
         """Read from now on, until the forward ends."""
         for probe in self.probes.values():
             probe.arm()
+        if self.query is not None:
+            self.query.arm()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -229,6 +238,8 @@ class DecoderEvidence:
             elif name == "separator_attention":  # `[B, H, I, n]`: one query for each image of a row
                 numbers = on_device([number for _, number in members], hidden.device)
                 about_image[name] = sequence[rows, :, numbers].take_along_dim(columns[:, None], -1)
+            elif name == "query_attention":  # `[B, H, n]`
+                about_image[name] = sequence[rows].take_along_dim(columns[:, None], -1)
             elif name in self._copied("LLM input"):
                 about_image[name] = take(sequence, torch.stack([_entry_columns(state, member) for member in members]))
             else:
@@ -236,6 +247,8 @@ class DecoderEvidence:
         if self.needs.connector_scores:
             about_image["connector_scores"] = _connector_scores(state, members)
         images = [state.image(member) for member in members]
+        if self.needs.requests("encoder_states"):
+            about_image["encoder_states"] = ByLayer.stacked([image.states_left() for image in images])
         decision = images[0].decision
         if self.needs.grid and decision.grid is not None:
             anchors, width = torch.stack([image.anchors for image in images]), decision.grid[1]

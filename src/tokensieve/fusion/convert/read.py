@@ -53,6 +53,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             "saved by torch.save; other objects are not loaded, because that would run code from the file"
         ) from error
     weights = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
+    if isinstance(weights, dict):  # modules may be stored one by one, each with a state dict of its own
+        parts = {name: part if isinstance(part, dict) else {"": part} for name, part in weights.items()}
+        weights = {f"{name}.{n}" if n else name: t for name, part in parts.items() for n, t in part.items()}
     if not isinstance(weights, dict) or not all(
         isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()
     ):

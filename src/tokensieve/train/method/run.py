@@ -29,6 +29,7 @@ from tokensieve.train.adapter.data import Collator, Questions, held_out, in_trai
 from tokensieve.train.adapter.loss import check_method
 from tokensieve.train.method.answers import MethodTrainer
 from tokensieve.train.method.exits import Exits, agreement, collect, fit
+from tokensieve.train.method.places import PlacesCollator, PlacesTrainer
 from tokensieve.train.method.recipe import Recipe
 from tokensieve.train.method.score import score
 from tokensieve.train.method.twig import learn_twig
@@ -70,6 +71,8 @@ def train_method(
     method = trained_one(stages)
     recipe = recipe or Recipe.of(method.learns)
     samples, unusable = read_samples(data)
+    if method.learns == "places" and not any(sample.boxes for sample in samples):
+        raise Refusal(f"{method.info.name} learns from boxes, and {data} has none; the bundled questions have some")
     if evaluation is None:
         training, measured = held_out(samples, recipe.seed)
     else:
@@ -135,7 +138,7 @@ def _attached(
 ) -> LlmSieve:
     """Attach methods with a copy of this net; where factors soften attention, with the bias that applies them."""
     method = trained_one(stages)
-    by_attention = training and method.softens == "attention"
+    by_attention = training and method.learns == "answers" and method.softens == "attention"
     sieve = attach(model, list(stages), processor=processor, repair="size" if by_attention else None)
     assert isinstance(sieve, LlmSieve)
     sieve.nets[method.info.stage].load_state_dict(net.state_dict())
@@ -153,9 +156,11 @@ def _learn_answers(
 ) -> dict[str, Any]:
     """Train a net by the answers' loss; return the number of steps and the last loss."""
     questions = _questions(samples, recipe)
-    collator = Collator(processor, recipe.prompt)
-    check_method(sieve.methods, sieve.model, processor, collator([questions[0]]))
-    trainer = MethodTrainer(
+    by_places = trained_one(sieve.methods).learns == "places"
+    collator = (PlacesCollator if by_places else Collator)(processor, recipe.prompt)
+    if not by_places:  # there the answer stands behind the prompt
+        check_method(sieve.methods, sieve.model, processor, collator([questions[0]]))
+    trainer = (PlacesTrainer if by_places else MethodTrainer)(
         recipe,
         sieve,
         model=net.requires_grad_(True),
