@@ -116,7 +116,7 @@ def test_a_resumed_training_gives_the_same_net(tmp_path, small, monkeypatch):
     assert not (tmp_path / "cut" / "net.safetensors").exists()
     with monkeypatch.context() as patched:
         patched.setattr(run, "read_samples", lambda data: (read_samples(data)[0][:-1], 0))
-        with pytest.raises(Refusal, match=r"holds another training: records was '\w+' and is now '\w+'; name"):
+        with pytest.raises(Refusal, match=r"holds another training: data_digest was '\w+' and is now '\w+'; name"):
             train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=recipe)
     with pytest.raises(Refusal, match=r"holds another training: checkpoints was 0\.25 and is now 0\.1; name"):
         train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=RECIPE)

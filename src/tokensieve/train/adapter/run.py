@@ -88,7 +88,7 @@ def train_adapter(
     settings: dict[str, Any] = {
         "model": without_folder(model),
         "data": without_folder(data),
-        "records": records_digest((*training, *measured)),
+        "data_digest": records_digest((*training, *measured)),
         "schedule": schedule.to_json(),
     }
     settings |= {"recipe": recipe.to_json(), "loading": loading.to_json()}

@@ -80,7 +80,7 @@ def train_method(
         ),
         "on": without_folder(model),
         "data": without_folder(data),
-        "records": records_digest((*training, *measured)),
+        "data_digest": records_digest((*training, *measured)),
     }
     settings |= {"recipe": recipe.to_json()}
     _start(output, settings, resume)
