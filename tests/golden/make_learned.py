@@ -14,8 +14,12 @@ from torch import Tensor
 from tests.golden.official import GOLDEN
 
 KEPT = {"visionselector": (), "dyvte_gate": (), "dyvte_label": (), "setok": (), "mqt_resampler": (), "tokenpacker": ()}
-KEPT |= {"glimpse_vip": ()}
-APART = {"glimpse_vip": "glimpse.safetensors"}  # files of their own, so that none is larger than a megabyte
+KEPT |= {"glimpse_vip": (), "pmod_layer": ()}
+# files of their own, so that none is larger than a megabyte
+APART = {
+    "glimpse_vip": "glimpse.safetensors",
+    "pmod_layer": "pmod_layer.safetensors",
+}
 
 
 def main(folder: Path) -> None:

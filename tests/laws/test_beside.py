@@ -1,162 +1,141 @@
-"""The laws of a learned query beside the prompt, against a prompt to which its row was really appended."""
+"""The laws of rows that read beside the vision encoder's layers, against one joint forward with a mask by hand."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tokensieve
-from tests.support import families, models, oracle, prompts
-from tokensieve.methods.registry import find
+from tests.support import models, prompts
+from tests.support.oracle import NOISE
+from tokensieve import Refusal
+from tokensieve.methods.vistog import Grouping, VisToG
 
-LAYER, NOISE = 3, 2e-5
-SPEC = f"glimpse-prune(layer={LAYER}, weights='random')"
+SPEC = "vistog(keep=6, weights='random')"
+CELLS = [(family, attention) for family in ("llava-clip", "llava-siglip") for attention in ("sdpa", "eager")]
+
+
+def inputs(family, kind="mixed"):
+    return prompts.collate(family, prompts.batch(family, kind))
 
 
 @pytest.fixture
 def received(monkeypatch):
-    """What the method receives, per group of equal images, with the predictor's logits."""
-    cls, images = find("glimpse-prune"), []
-    original = cls.logits
+    """What the method receives, call by call."""
+    seen, reduce = [], VisToG.reduce
 
-    def logits(self, image):
-        images.append((image, original(self, image)))
-        return images[-1][1]
+    def recording(self, image):
+        seen.append(image)
+        return reduce(self, image)
 
-    monkeypatch.setattr(cls, "logits", logits)
-    return images
-
-
-def appended(family, sample, net, kept=None):
-    """Attention logits of the row to itself and all columns, `[H, L + 1]`, by hand; and the columns of each image."""
-    model = models.unhooked(family)
-    kept = kept or oracle.everything(sample)
-    encoded = [
-        oracle.Encoded(e.rows[k], [plane[k] for plane in e.planes])
-        for e, k in zip(oracle.encode(model, family, sample), kept, strict=True)
-    ]
-    sequence = oracle.enter(model, family, sample, kept, encoded, [])
-    decoder = oracle.language_model(model)
-    # the last row is the query's
-    positions = torch.cat([sequence.positions, sequence.positions[:, -1:] + 1], 1)
-    positions = positions[:, None] if families.family(family).axes == 3 else positions
-    hidden = torch.cat([sequence.rows, torch.zeros_like(sequence.rows[:1])])[None]
-    length = hidden.shape[1]
-    mask = torch.zeros(1, 1, length, length).masked_fill(torch.ones(length, length).triu(1).bool(), -1e30)
-    for number, layer in enumerate(decoder.layers[:LAYER]):
-        row = net.le_proj(net.learnable_embeddings[number, 0])
-        row = net.le_norm.weight * row / (row.square().mean() + decoder.config.rms_norm_eps).sqrt()
-        hidden = torch.cat([hidden[:, :-1], hidden[:, -1:] + row], 1)
-        rope = decoder.rotary_emb(hidden, positions)
-        if number == LAYER - 1:
-            return scores(layer, hidden[0], rope), sequence.images
-        hidden = layer(hidden, attention_mask=mask, position_ids=None, position_embeddings=rope)
-        if number < len(sequence.planes):
-            hidden = hidden + torch.cat([sequence.planes[number], torch.zeros(1, hidden.shape[-1])])
-    raise AssertionError
+    monkeypatch.setattr(VisToG, "reduce", recording)
+    return seen
 
 
-def scores(layer, rows, rope):
-    """Scaled products of the last row's query with all keys, `[H, L]`, written out for Llama and Qwen."""
-    module, rows, (cos, sin) = layer.self_attn, layer.input_layernorm(rows), rope
-
-    def rotated(projection, norm):
-        x = projection(rows).view(len(rows), -1, module.head_dim)
-        x = (x if norm is None else norm(x)).transpose(0, 1)
-        a, b = x.chunk(2, -1)
-        return x * cos[0] + torch.cat([-b, a], -1) * sin[0]
-
-    query = rotated(module.q_proj, getattr(module, "q_norm", None))[:, -1:]
-    keys = rotated(module.k_proj, getattr(module, "k_norm", None))
-    return (query @ keys.repeat_interleave(len(query) // len(keys), 0).mT)[:, 0] / module.head_dim**0.5
-
-
-@pytest.mark.parametrize("read", ["logits", "log"])
-@pytest.mark.parametrize(("attention", "kind"), [("sdpa", "mixed"), ("eager", "ragged")])
-@pytest.mark.parametrize("family", families.DEEP)
 @torch.no_grad()
-def test_oracle(family, attention, kind, read, received, deviation):
-    """Law 2: the attention of the query is that of a row behind the prompt; in a ragged batch, of each row alone."""
-    model, samples = models.tiny_model(family, attention), prompts.batch(family, kind)
-    with tokensieve.attach(model, SPEC, attention=read) as sieve:
-        model(**prompts.collate(family, samples))
-    calls = [(a, image.total) for image, _ in received for a in image.query_attention]
-    for sample in samples:
-        if not sample.images:
-            continue
-        by_hand, columns = appended(family, sample, sieve.nets["decoder"])
-        by_hand = by_hand.log_softmax(-1) if read == "log" else by_hand
-        for of_image in columns:
-            rows = [a for a, total in calls if total == len(of_image)]
-            nearest = min((a - by_hand[:, of_image]).abs().max() for a in rows)
-            assert deviation("of the query's attention from an appended row (law 2)", nearest, 0 * nearest) <= NOISE
-    assert len(calls) == sum(len(sample.images) for sample in samples)
+def by_hand(tower, pixels, rows, layers):
+    """Run patches and rows as one sequence: patches do not see the rows, a row sees patches and earlier rows."""
+    patches = tower.embeddings(pixels)
+    joined = torch.cat([patches, rows.expand(len(patches), -1, -1)], 1)
+    joined = tower.pre_layrnorm(joined) if hasattr(tower, "pre_layrnorm") else joined
+    count, total = patches.shape[1], joined.shape[1]
+    seen = torch.ones(total, total, dtype=torch.bool).tril()
+    seen[:count] = torch.arange(total) < count
+    mask = torch.zeros(1, 1, total, total).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for layer in tower.encoder.layers[:layers]:
+        joined = layer(joined, attention_mask=mask)
+    return joined[:, count:]
 
 
-@pytest.mark.parametrize("family", families.DEEP)
-@torch.no_grad()
-def test_behind_a_connector_method(family, received, deviation):
-    """The query sees the tokens that are left, and the predictor the encoder states of the same ones."""
-    model, (sample,) = models.tiny_model(family), prompts.batch(family, "single")
-    with tokensieve.attach(model, f"divprune(keep=7) + {SPEC}") as sieve:
-        model(**prompts.collate(family, [sample]))
-    kept = sieve.entered[0][0].kept
-    ((image, _),) = received
-    by_hand, (columns,) = appended(family, sample, sieve.nets["decoder"], [kept.tolist()])
-    assert deviation("behind a connector method", image.query_attention[0], by_hand[:, columns]) <= NOISE
-    received.clear()
-    with tokensieve.attach(model, SPEC):
-        model(**prompts.collate(family, [sample]))
-    ((whole, _),) = received
-    assert len(whole.encoder_states) > 1
-    for layer, states in whole.encoder_states.items():
-        assert torch.equal(image.encoder_states[layer][0], states[0, kept])
-    assert torch.equal(image.coordinates[0], whole.coordinates[0, kept])
+@pytest.mark.parametrize(("family", "attention"), CELLS)
+def test_rows_pass_as_in_one_sequence_that_hides_them(family, attention, received, deviation):
+    model, batch = models.tiny_model(family, attention), inputs(family)
+    reference = models.unhooked(family, attention)
+    with torch.no_grad(), tokensieve.attach(model, SPEC) as sieve:
+        model(**batch)
+        rows = sieve.nets["connector"].rows_beside
+    tower = reference.get_encoder(modality="image")
+    layers = range(len(tower.encoder.layers) + 1)[reference.config.vision_feature_layer]
+    expected = by_hand(tower, batch["pixel_values"], rows, layers)
+    passed = torch.cat([image.rows_beside for image in received])
+    assert passed.shape == expected.shape
+    assert float((passed - rows).abs().max()) > 0.1  # the layers have changed them
+    assert deviation("of rows beside the encoder", passed, expected) <= NOISE
 
 
-@pytest.mark.parametrize("family", families.DEEP)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@torch.no_grad()
-def test_identity_and_detach(family, attention):
-    """Law 1: while all tokens stay, the query changes no bit; detaching leaves the model as it was."""
-    model, inputs = models.tiny_model(family, attention), prompts.collate(family, prompts.batch(family, "mixed"))
-    state, footprint = {name: w.clone() for name, w in model.state_dict().items()}, models.footprint(model)
-    plain = model(**inputs, use_cache=True)
-    with tokensieve.attach(model, SPEC, threshold=0.0) as sieve:
-        same = model(**inputs, use_cache=True)
-        assert all(decision.whole for row in sieve.last for decision in row)
-        assert model.state_dict().keys() == state.keys()
-    assert torch.equal(plain.logits, same.logits)
-    for before, after in zip(plain.past_key_values.layers, same.past_key_values.layers, strict=True):
-        assert torch.equal(before.keys, after.keys)
-    assert models.footprint(model) == footprint
-    assert all(torch.equal(w, state[name]) for name, w in model.state_dict().items())
-    assert torch.equal(model(**inputs).logits, plain.logits)
+@pytest.mark.parametrize(("family", "attention"), CELLS)
+def test_the_patches_stay_bit_identical(family, attention):
+    model, batch = models.tiny_model(family, attention), inputs(family)
+    before = models.footprint(model)
+    with torch.no_grad():
+        whole = model.base_model.get_image_features(batch["pixel_values"]).pooler_output
+        with tokensieve.attach(model, SPEC):
+            beside = model.base_model.get_image_features(batch["pixel_values"]).pooler_output
+    assert all(map(torch.equal, whole, beside))
+    assert models.footprint(model) == before
 
 
-@pytest.mark.parametrize("family", families.DEEP)
-def test_gradients_reach_the_net_alone(family, received):
-    """They pass through the frozen layers to the rows of all layers before the decision, and no weight gets one."""
-    model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    model.requires_grad_(False)
-    try:
-        with tokensieve.attach(model, SPEC) as sieve:
-            net = sieve.nets["decoder"].requires_grad_(True).train()
-            model(**prompts.collate(family, samples))
-            assert all(decision.whole for row in sieve.last for decision in row), "nothing leaves in training"
-        torch.stack([logits.square().sum() for _, logits in received]).sum().backward()
-        reached = net.learnable_embeddings.grad.abs().sum((1, 2)) > 0
-        assert reached.tolist() == [True] * LAYER + [False] * (families.DEPTH - LAYER)
-        rest = {name for name, weight in net.named_parameters() if weight.grad is None or not weight.grad.any()}
-        assert not rest, "weights of the net without a gradient"
-        assert all(weight.grad is None for weight in model.parameters())
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
+def test_the_first_rows_do_not_depend_on_later_ones(received):
+    model, batch = models.tiny_model("llava-clip"), inputs("llava-clip")
+    with torch.no_grad(), tokensieve.attach(model, SPEC) as sieve:
+        model(**batch)
+        sieve.nets["connector"].rows_beside[4:] += 1
+        model(**batch)
+    half = len(received) // 2
+    for image, changed in zip(received[:half], received[half:], strict=True):
+        assert torch.equal(image.rows_beside[:, :4], changed.rows_beside[:, :4])
+        assert not torch.allclose(image.rows_beside[:, 4:], changed.rows_beside[:, 4:])
 
 
-def test_refused():
-    model = models.tiny_model(families.DEEP[0])
-    with pytest.raises(tokensieve.Refusal, match="reads hidden states of the vision encoder"):
-        tokensieve.attach(model, f"tokenpacker(weights='random') + {SPEC}")
-    with pytest.raises(tokensieve.Refusal, match="repair='size' has a bias for each column"):
-        tokensieve.attach(model, SPEC, repair="size")
+def test_the_gradient_reaches_the_rows_through_the_frozen_encoder():
+    model, batch = models.build("llava-clip").requires_grad_(False), inputs("llava-clip")
+    with tokensieve.attach(model, "vistog(keep=6, weights='random', nested=False)") as sieve:
+        net = sieve.nets["connector"].train().requires_grad_(True)
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    reached = net.rows_beside.grad.abs().amax(-1)
+    assert bool((reached[:6] > 1e-9).all())
+    assert not bool(reached[6:].any())  # not kept, and no earlier row attends to them
+    assert all(weight.grad is not None for weight in net.parameters())
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_the_teacher_of_a_training_has_no_rows(received):
+    model, batch = models.tiny_model("llava-clip"), inputs("llava-clip")
+    with torch.no_grad():
+        whole = model(**batch).logits
+        with tokensieve.attach(model, SPEC) as sieve, sieve.paused():
+            assert torch.equal(model(**batch).logits, whole)
+    assert not received
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "message"),
+    [
+        ("qwen2.5-vl", SPEC, "supported in LLaVA with CLIP or SigLIP; got"),
+        ("llava-clip", f"tome + {SPEC}", "vistog reads all patches in the vision encoder, inside which tome"),
+    ],
+)
+def test_encoders_without_such_layers_are_refused(family, spec, message):
+    model = models.tiny_model(family)
+    before = models.footprint(model)
+    with pytest.raises(Refusal, match=message) as caught:
+        tokensieve.attach(model, spec)
+    assert "\n" not in str(caught.value)
+    assert models.footprint(model) == before
+
+
+def test_more_tokens_than_rows_are_refused():
+    model, batch = models.tiny_model("llava-clip"), inputs("llava-clip")
+    with torch.no_grad(), tokensieve.attach(model, SPEC) as sieve:
+        net = sieve.nets["connector"]
+        net.rows_beside = torch.nn.Parameter(net.rows_beside[:5])
+        with pytest.raises(Refusal, match="this net has 5 semantic tokens; keep asks for 6 tokens"):
+            model(**batch)
+
+
+def test_features_of_several_layers_are_refused(monkeypatch):
+    """Side by side, they are wider than the rows of a layer."""
+    wider = lambda self, shape: Grouping(replace(shape, patch_width=2 * shape.patch_width))  # noqa: E731
+    monkeypatch.setattr(VisToG, "make_net", wider)
+    with pytest.raises(Refusal, match="vistog needs one layer of the vision encoder, of width"):
+        tokensieve.attach(models.tiny_model("llava-clip"), SPEC)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
@@ -39,6 +39,7 @@ class EncoderOutputs:
         depth: number of layers of the vision encoder that can be read.
         notes: remarks on the evidence.
         reductions: per image, the decision of an encoder method (``None``: no method); dropped tokens have zero rows.
+        rows_beside: `[S, C]` per image, the rows of a net that passed the layers beside the patches, if requested.
     """
 
     layouts: list[TokenLayout]
@@ -49,6 +50,7 @@ class EncoderOutputs:
     depth: int
     notes: tuple[str, ...]
     reductions: list[Reduction] | None
+    rows_beside: list[Tensor] = field(default_factory=list)
 
     ATTRIBUTE = "_tokensieve_encoder_outputs"
 
@@ -81,7 +83,10 @@ class EncoderOutputs:
             name: {layer: [*rows, *second.by_layer[name][layer]] for layer, rows in layers.items()}
             for name, layers in self.by_layer.items()
         }
-        lists = {name: joined(name) for name in ("layouts", "patches", "cls_similarity", "pixel_hashes", "reductions")}
+        lists = {
+            name: joined(name)
+            for name in ("layouts", "patches", "cls_similarity", "pixel_hashes", "rows_beside", "reductions")
+        }
         return replace(self, by_layer=by_layer, **lists)
 
     def join_views(self, groups: Sequence[Sequence[int]]) -> EncoderOutputs:
@@ -105,6 +110,7 @@ class EncoderOutputs:
             patches=changed(self.patches),
             cls_similarity=changed(self.cls_similarity),
             pixel_hashes=changed(self.pixel_hashes),
+            rows_beside=changed(self.rows_beside),
             **replaced,
         )
 

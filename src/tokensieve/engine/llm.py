@@ -18,6 +18,7 @@ from tokensieve.engine.connector.prefill import Connector, shows
 from tokensieve.engine.connector.registers import RegisterRows
 from tokensieve.engine.decoder.hooks import DecoderHooks
 from tokensieve.engine.decoder.sequence import PrefillState
+from tokensieve.engine.encoder.beside import BesideHooks
 from tokensieve.engine.encoder.hooks import EncoderHooks
 from tokensieve.engine.handle import Sieve
 from tokensieve.engine.handoff import Decisions, ImageReduction
@@ -85,8 +86,11 @@ class LlmSieve(Sieve):
             decoder is not None and decoder.needs.requests("encoder_states"),
         )
         needs = _with_states(_connector_needs(connector, replay), by_stage)
+        beside = None
+        if connector is not None and connector.needs.requests("rows_beside"):
+            beside = BesideHooks(family, model, methods, connector, self.nets["connector"], self._flight)
         self._encoder = EncoderHooks(
-            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder")
+            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder"), beside
         )
         self._decoder: DecoderHooks | None = None
         self._repair: RepairHooks | None = None

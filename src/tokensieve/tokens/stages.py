@@ -26,6 +26,7 @@ class ConnectorTokens(VisualTokens):
         cls_similarity: `[B, N]`, cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: `[B, N, C]`, the rows that enter the projector.
         project: the projector, from rows `[R, C]` like the patches to rows `[R, D]` like the features.
+        rows_beside: `[B, S, C]`, the rows of the net that have passed the vision encoder's layers beside the patches.
         pixel_hash: `[B]` int64, a number that depends on the image's pixels alone.
         user_text: the user's words, as the LLM's input embeddings.
         tiles: where the vision encoder received the image in tiles; else ``None``.
@@ -39,11 +40,12 @@ class ConnectorTokens(VisualTokens):
     cls_similarity: Tensor | None = None
     patches: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
+    rows_beside: Tensor | None = None
     pixel_hash: Tensor | None = None
     user_text: UserText | None = None
     tiles: Tiles | None = None
 
-    other_shapes: ClassVar = ("pixel_hash",)
+    other_shapes: ClassVar = ("pixel_hash", "rows_beside")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicCache
 
 from tokensieve.engine.connector.shorten import position_ids
-from tokensieve.engine.decoder.beside import norm_eps, pass_beside, rotary
+from tokensieve.engine.decoder.learned_query import norm_eps, pass_beside, rotary
 from tokensieve.engine.decoder.masks import attention_kinds
 from tokensieve.engine.wrapped import uncompiled
 from tokensieve.evaluate import Sample
