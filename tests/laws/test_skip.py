@@ -325,3 +325,32 @@ def test_refused_at_attach(registry, options, words):
     tokensieve.register("curious", paper="none", stage="decoder", needs=needs, trained=True)(Everyone)
     with pytest.raises(tokensieve.Refusal, match=words):
         tokensieve.attach(models.tiny_model(families.DEEP[0]), **options)
+
+
+@pytest.mark.parametrize("spec", [SPEC, FRAMES])
+@torch.no_grad()
+def test_tiles_with_separators(spec):
+    """Greedy steps after an image of tiles are those of the whole sequence at once, and counts hold its separators."""
+    family = "llava-next"
+    model, (sample, *_) = models.tiny_model(family), prompts.batch(family, "single")
+    with tokensieve.attach(model, spec) as sieve:
+        draw_routers(sieve)
+        out = model.generate(**prompts.collate(family, [sample]), max_new_tokens=3, **prompts.GREEDY)
+        longer = prompts.Sample([*sample.ids, *out.sequences[0, -3:-1].tolist()], sample.images)
+        at_once = model(**prompts.collate(family, [longer])).logits[0, -3:]
+        assert torch.allclose(torch.cat(out.logits), at_once, atol=NOISE)
+        (layers,) = sieve.tokens[0]
+    assert max(layers) == sample.images[0].tokens
+    assert min(layers) < max(layers)
+
+
+@torch.no_grad()
+def test_layers_that_run_twice_are_refused():
+    model = models.tiny_model("llava-clip")
+    inputs = prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
+    model.gradient_checkpointing_enable()
+    try:
+        with tokensieve.attach(model.train(), SPEC), pytest.raises(tokensieve.Refusal, match="checkpointing runs"):
+            model(**inputs)
+    finally:
+        model.eval().gradient_checkpointing_disable()

@@ -108,8 +108,8 @@ def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn
                         parameters[short] = checkpoint.get_tensor(name)
         for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
             weights = read_weights(file)
-            named = {name: method.own_name(name) for name in weights}
-            parameters |= {short: weights[name] for name, short in named.items() if short is not None}
+            shorts = {name: method.own_name(name) for name in weights}
+            parameters |= {short: weights[name] for name, short in shorts.items() if short is not None}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "

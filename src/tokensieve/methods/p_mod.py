@@ -45,8 +45,8 @@ class PMod(SkipMethod):
     plain: ClassVar[float] = 0.85
 
     def own_name(self, name: str) -> str | None:
-        found = re.search(r"layers\.(\d+)\.router\.router\.(weight|bias)$", name)
-        return None if found is None else ".".join(found.groups())
+        match = re.search(r"layers\.(\d+)\.router\.router\.(weight|bias)$", name)
+        return None if match is None else ".".join(match.groups())
 
     def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"first": min(int(name.partition(".")[0]) for name in parameters)}
