@@ -12,8 +12,9 @@ import tokensieve
 from tests.cli.calling import run_many
 from tests.support import models
 from tokensieve import Refusal, parse
-from tokensieve.engine.nets import folder_of
+from tokensieve.engine.nets import folder_of, load_net, shape_of
 from tokensieve.evaluate.prompt import encode
+from tokensieve.loading import load_model
 from tokensieve.methods.registry import find
 from tokensieve.reference import load
 from tokensieve.train.adapter.data import Collator, read_samples
@@ -59,10 +60,29 @@ def test_only_the_net_moves(tmp_path, small, watched):
     still = {name for name in trained if torch.allclose(trained[name], fresh[name], atol=1e-4)}
     assert still <= {"q_proj.bias"}, "a constant added to all scores changes nothing"
     about = json.loads((tmp_path / "method.json").read_text())
-    assert about["model"] == {"type": "llava", "width": 128, "layers": 4, "patch_width": 128, "tower_width": 128}
+    assert about["model"] == {
+        "type": "llava",
+        "width": 128,
+        "layers": 4,
+        "patch_width": 128,
+        "tower_width": 128,
+        "heads": 4,
+    }
     assert about["metrics"]["step"] == 5
     with tokensieve.attach(trainer.vlm, "visionselector", weights=str(tmp_path)) as sieve:
         assert torch.equal(sieve.nets["connector"].q_proj.weight, trained["q_proj.weight"])
+
+
+def test_idpruner_trains_the_scorer_of_visionselector(llava, tmp_path, small):
+    data, recipe = str(llava.parent / "train.jsonl"), Recipe(epochs=1, batch_size=6, rate=1e-2, warmup=0.0)
+    nets = {}
+    for name in ("idpruner", "visionselector"):
+        about = train_method(f"{name}(keep=6)", str(llava), data, tmp_path / name, recipe=recipe)
+        assert about["metrics"]["step"] >= 1
+        nets[name] = load_file(tmp_path / name / "net.safetensors")
+    assert all(torch.equal(rows, nets["visionselector"][name]) for name, rows in nets["idpruner"].items())
+    fresh = load_net(parse("idpruner(weights='random')")[0], shape_of(load_model(str(llava))[0]))
+    assert not torch.equal(fresh.k_proj.weight, nets["idpruner"]["k_proj.weight"])
 
 
 class Stop(TrainerCallback):

@@ -1,7 +1,7 @@
 """p-MoD: routers let most visual tokens skip the deep layers of the LLM."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Any, ClassVar
@@ -44,9 +44,9 @@ class PMod(SkipMethod):
     lowest: ClassVar[float] = 0.15
     plain: ClassVar[float] = 0.85
 
-    def own_name(self, name: str) -> str | None:
-        match = re.search(r"layers\.(\d+)\.router\.router\.(weight|bias)$", name)
-        return None if match is None else ".".join(match.groups())
+    def names_in(self, checkpoint: Iterable[str]) -> dict[str, str]:
+        matches = {name: re.search(r"layers\.(\d+)\.router\.router\.(weight|bias)$", name) for name in checkpoint}
+        return {name: ".".join(match.groups()) for name, match in matches.items() if match is not None}
 
     def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"first": min(int(name.partition(".")[0]) for name in parameters)}

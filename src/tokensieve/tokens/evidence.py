@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
@@ -34,6 +34,11 @@ class ByLayer(Mapping[int, Tensor]):
         if number not in self._rows:
             raise KeyError(f"no evidence of encoder layer {layer}; requested: {sorted(self._rows)} of {self.depth}")
         return self._rows[number].float()
+
+    @classmethod
+    def stacked(cls, images: Sequence[ByLayer]) -> ByLayer:
+        """Return the evidence `[B, N, ...]` of equal images from that of each, `[N, ...]`."""
+        return cls({layer: torch.stack([image[layer] for image in images]) for layer in images[0]}, images[0].depth)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._rows)

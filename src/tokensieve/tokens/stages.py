@@ -26,6 +26,7 @@ class ConnectorTokens(VisualTokens):
         cls_similarity: `[B, N]`, cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: `[B, N, C]`, the rows that enter the projector.
         project: the projector, from rows `[R, C]` like the patches to rows `[R, D]` like the features.
+        rows_beside: `[B, S, C]`, the rows of the net that have passed the vision encoder's layers beside the patches.
         pixel_hash: `[B]` int64, a number that depends on the image's pixels alone.
         user_text: the user's words, as the LLM's input embeddings.
         tiles: where the vision encoder received the image in tiles; else ``None``.
@@ -39,11 +40,12 @@ class ConnectorTokens(VisualTokens):
     cls_similarity: Tensor | None = None
     patches: Tensor | None = None
     project: Callable[[Tensor], Tensor] | None = None
+    rows_beside: Tensor | None = None
     pixel_hash: Tensor | None = None
     user_text: UserText | None = None
     tiles: Tiles | None = None
 
-    other_shapes: ClassVar = ("pixel_hash",)
+    other_shapes: ClassVar = ("pixel_hash", "rows_beside")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -90,6 +92,8 @@ class DecoderTokens(VisualTokens):
         input_embeddings: `[B, N0, D]`, the rows that entered the LLM, of all N0 tokens that entered.
         rope_gain: `[B, N, d]`, a vector of ones, rotated by the rotary embedding at each token's position.
         connector_scores: `[B, N]`, the scores that the connector method ranked the tokens by, if it did.
+        query_attention: `[B, H, N]`, the attention of the net's learned query to the tokens, before or after a softmax.
+        encoder_states: by encoder layer `[B, N, C]`, the hidden states that leave it.
         user_text: the hidden states of the user's words.
     """
 
@@ -105,6 +109,8 @@ class DecoderTokens(VisualTokens):
     input_embeddings: Tensor | None = None
     rope_gain: Tensor | None = None
     connector_scores: Tensor | None = None
+    query_attention: Tensor | None = None
+    encoder_states: ByLayer = field(default_factory=ByLayer)
     user_text: DecoderUserText | None = None
 
-    other_shapes: ClassVar = ("attention", "separator_attention", "input_embeddings")
+    other_shapes: ClassVar = ("attention", "separator_attention", "input_embeddings", "query_attention")

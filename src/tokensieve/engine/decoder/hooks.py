@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tokensieve.budget import BudgetScope
 from tokensieve.engine.budget_scope import methods_per_image
 from tokensieve.engine.cache import PrefixInfo, decode_mask
+from tokensieve.engine.decoder.compaction import check_compaction, prefixes_of_all, shorten_caches
 from tokensieve.engine.decoder.evidence import DecoderEvidence
 from tokensieve.engine.decoder.masks import (
     CREATE_MASK,
@@ -99,6 +100,8 @@ class DecoderHooks:
         method.check_average(self.layers, self.depth)
         if isinstance(method, RegisterMethod):
             check_registers(method, self.per_layer_masks, config._attn_implementation, repair)
+        if method.leaves_caches:
+            check_compaction(method, set(self.kinds), repair, len(self.layers) * (positions == "contiguous"))
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
@@ -110,7 +113,7 @@ class DecoderHooks:
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
-            if number >= self.evidence.first_layer
+            if number >= self.evidence.first_layer or method.leaves_caches
         ]
         if hasattr(self.decoder, "_deepstack_process"):
             self.decoder._deepstack_process = partial(self._deepstack, self.decoder._deepstack_process)
@@ -140,7 +143,8 @@ class DecoderHooks:
                 "the LLM twice: turn it off, use a connector method, or install a newer release"
             )
         logits = kwargs.get("logits_to_keep")
-        reads_end = self.evidence.probes or any(map(self.method.needs.requests, ("user_text", "gradient")))
+        read = ("user_text", "gradient", "query_attention")
+        reads_end = self.evidence.probes or any(map(self.method.needs.requests, read))
         if reads_end and isinstance(logits, int) and logits > 1:
             raise Refusal(
                 f"{self.method.info.name} goes by the end of the prompt, which assisted decoding hides behind "
@@ -176,6 +180,12 @@ class DecoderHooks:
             text = self.text_finder.find(prefill.kwargs["input_ids"], prefill.between_frames())
         self.flight.decoding = PrefillState.enter(prefill, methods, text)
         self.evidence.arm()
+
+    def prefixes(self, state: PrefillState) -> dict[int, PrefixInfo]:
+        """Return the bookkeeping of the layers' caches after a prefill; the entry's holds for all others."""
+        if not self.method.leaves_caches:
+            return state.prefixes
+        return prefixes_of_all(state.prefixes, self.depth, state.prefill.prefix, self.positions == "contiguous")
 
     def start_decoding(self, prefixes: dict[int, PrefixInfo], mask: Tensor | None) -> None:
         """Start a step on a reduced cache; ``mask`` `[B, L]` is the caller's."""
@@ -256,6 +266,8 @@ class DecoderHooks:
         if number == self.layers[-1]:
             state.evidence.clear()  # nothing reads it any more: free the memory
         selection = state.drop(kept)
+        if self.method.leaves_caches and selection is not None:
+            shorten_caches(kwargs.get("past_key_values"), number, selection)
         return hidden if selection is None else selection.take_rows(hidden)
 
     def _budget(self, state: PrefillState, member: Member, stage: int) -> int:

@@ -107,6 +107,7 @@ class PrefillState:
         layer_inputs: by kind of attention, positions and mask of ``sequence``; shared by all layers until tokens leave.
         prefix: the prefix of ``sequence``, shared likewise.
         evidence: by name, read or copied on the way: `[B, n, ...]` of the sequence at that time.
+        query: a learned query that runs beside the prompt (a ``QueryRow``); ``None``: none does.
     """
 
     prefill: Prefill
@@ -120,6 +121,7 @@ class PrefillState:
     layer_inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     prefix: PrefixInfo | None = None
     evidence: dict[str, Tensor] = field(default_factory=dict)
+    query: Any = None
 
     @classmethod
     def enter(

@@ -150,10 +150,12 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         check_texts(self.processor, samples, self.prompt)
-        images = _opened(samples)
+        images = opened_images(samples)
         texts, turns = user_turns(samples, self.prompt)
         tensors = left_padded_batch(self.processor, images, texts, turns)
-        answers = [self.answer_ids(*row) for row in zip(images, texts, turns, map(_answer, samples), strict=True)]
+        answers = [
+            self.answer_ids(*row) for row in zip(images, texts, turns, map(commonest_answer, samples), strict=True)
+        ]
         tensors |= _appended(tensors, answers, int(self.tokenizer.pad_token_id or 0))
         return {**tensors, "image_numbers": torch.tensor(image_numbers(samples))}
 
@@ -182,12 +184,12 @@ def _assistant(answer: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
 
-def _answer(sample: Sample) -> str:
+def commonest_answer(sample: Sample) -> str:
     """Return the commonest answer of a sample; of equally common ones, the first."""
     return Counter(sample.answers).most_common(1)[0][0]
 
 
-def _opened(samples: Sequence[Sample]) -> list[list[Any]]:
+def opened_images(samples: Sequence[Sample]) -> list[list[Any]]:
     """Open the images of each sample, each image once."""
     opened: dict[Any, Any] = {}
     for sample in samples:
