@@ -25,7 +25,7 @@ from tokensieve.evaluate import Sample
 from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, without_folder
 from tokensieve.methods import Method, TrainedMethod, parse
 from tokensieve.methods.side import SideBlocks
-from tokensieve.train.adapter.data import Collator, Questions, held_out, in_training_order, read_samples
+from tokensieve.train.adapter.data import Collator, Questions, held_out, in_training_order, read_samples, records_digest
 from tokensieve.train.adapter.loss import check_method
 from tokensieve.train.method.answers import MethodTrainer
 from tokensieve.train.method.exits import Exits, agreement, collect, fit
@@ -85,6 +85,7 @@ def train_method(
         ),
         "on": without_folder(model),
         "data": without_folder(data),
+        "data_digest": records_digest((*training, *measured)),
     }
     settings |= {"recipe": recipe.to_json()}
     _start(output, settings, resume)
@@ -170,6 +171,7 @@ def _learn_answers(
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     if trainer.idle == len(trainer.get_train_dataloader()):
+        _forget(output)  # a second call would continue after the last step, and find nothing idle
         method = replace(trainer.method, weights="bundled")  # the default, which is not printed
         raise Refusal(
             f"no image of the data has more tokens than {method} keeps, so nothing is trained; lower the budget"
@@ -232,10 +234,7 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     file = output / SETTINGS
     if not resume:
-        for old in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(old)
-        for old in output.glob(EXAMPLES.format("*")):
-            old.unlink()
+        _forget(output)
     elif file.is_file():
         try:
             earlier = dict(json.loads(file.read_text("utf-8")))
@@ -251,6 +250,14 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
     os.replace(part, file)
+
+
+def _forget(output: Path) -> None:
+    """Delete the checkpoints and the collected states of a training."""
+    for old in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(old)
+    for old in output.glob(EXAMPLES.format("*")):
+        old.unlink()
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
