@@ -40,17 +40,22 @@ class Skip:
     taking_part: ColumnSelection | None
     scales: Literal["mlp", "layer"]
 
+    @property
+    def _factors(self) -> Tensor:
+        """The factors of the columns that take part, `[B, m, 1]`."""
+        return (self.factors if self.taking_part is None else self.taking_part.take(self.factors))[..., None]
+
     def scale(self, rows: Tensor) -> Tensor:
         """Return the rows `[B, m, D]` of the columns that take part, times their factors."""
-        factors = self.factors if self.taking_part is None else self.taking_part.take(self.factors)
-        return rows * factors[..., None].to(rows.dtype)
+        return rows * self._factors.to(rows.dtype)
 
     def rejoin(self, output: Tensor) -> Tensor:
         """Return all rows behind the layer, `[B, n, D]`; ``output`` `[B, m, D]` is the layer's."""
         passing, columns = self.entering, self.taking_part
         if self.scales == "layer":
             before = passing if columns is None else columns.take_rows(passing)
-            output = before + self.scale(output - before)
+            # before + a * (output - before), so written that a factor of 1 changes no bit
+            output = output + (self._factors - 1).to(output.dtype) * (output - before)
         else:  # the MLP's output is scaled already
             passing = passing * self.factors[..., None].to(passing.dtype)
         if columns is None:
