@@ -64,7 +64,8 @@ class BesideHooks:
             raise Refusal(
                 f"{method.info.name} reads all patches in the vision encoder, inside which {inside} drops some"
             )
-        rows, width = net.rows_beside, self.tower.config.hidden_size
+        config: Any = self.tower.config
+        rows, width = net.rows_beside, config.hidden_size
         assert isinstance(rows, Tensor)
         if rows.shape[-1] != width:
             raise Refusal(
