@@ -181,6 +181,8 @@ class DecoderNeeds(StageNeeds):
     Attributes:
         attention: attention rows of the last prompt token ("last") or of every word of the user ("words").
         separator_attention: attention rows of the token that follows each image, which sees no later word.
+        side_blocks: read attention in the last block of the net: copies of layers, which run on a copy of the hidden
+            states that enter the first layer before which tokens leave. At later layers there is no attention.
         same_layer: read attention and keys in the layer before which tokens leave (one extra partial forward). By
             default those of the previous layer are reused.
         gradient: the gradient of the layer's own guess to the hidden states that enter the layer before which tokens
@@ -199,6 +201,7 @@ class DecoderNeeds(StageNeeds):
 
     attention: Literal["last", "words"] | None = evidence("LLM attention of {}", default=None)
     separator_attention: bool = evidence("LLM attention of the token after the image")
+    side_blocks: bool = evidence("blocks beside the LLM")
     same_layer: bool = evidence()
     gradient: tuple[int, ...] | None = evidence("gradient of the guess", default=None)
     keys: bool = evidence(read=ops.keys_joined)

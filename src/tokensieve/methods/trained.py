@@ -52,9 +52,10 @@ class TrainedMethod(Method):
     weights: str = "bundled"
 
     Net: ClassVar[type[nn.Module]]
+    copies_layers: ClassVar[bool] = False  # the net copies layers of the LLM: Net(shape, llm=…, **sizes)
     published: ClassVar[str] = ""  # what stands before the net's own names in checkpoints of the authors
     shares_weights: ClassVar[str] = ""  # another method with the same net: its weights fit, too
-    learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
+    learns: ClassVar[Literal["answers", "exits", "twig"]] = "answers"  # what ``tokensieve train`` shows the net
 
     @property
     def softens(self) -> Literal["rows", "attention"]:

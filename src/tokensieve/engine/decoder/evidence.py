@@ -13,11 +13,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map_only
 
 from tokensieve.engine.decoder.sequence import Member, PrefillState
+from tokensieve.engine.decoder.side import check_side_blocks, read_beside
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.probe import Probe
 from tokensieve.engine.prompt.placeholders import on_device
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, DecoderNeeds
+from tokensieve.methods.side import SideBlocks
 from tokensieve.ops import attention_of_queries
 from tokensieve.tokens import DecoderTokens, DecoderUserText
 
@@ -61,7 +63,13 @@ class DecoderEvidence:
         if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
             raise Refusal(f"{method} goes by the rotary embedding; in this LLM, layers differ in it or have none")
         self.probes: dict[int, Probe] = {}
-        if self.needs.reads_attention:
+        if self.needs.side_blocks:
+            assert isinstance(net, SideBlocks)
+            check_side_blocks(method, net, kinds)
+            attention = net[-1].self_attn
+            softcap = getattr(attention, "attn_logit_softcapping", None)
+            self.probes[layers[0]] = Probe(attention, partial(self._read, softcap), flight)
+        elif self.needs.reads_attention:
             for layer in layers:
                 read_layer = decoder.layers[layer if self.needs.same_layer else layer - 1]
                 softcap = getattr(read_layer.self_attn, "attn_logit_softcapping", None)
@@ -105,14 +113,19 @@ class DecoderEvidence:
         Args:
             hidden, kwargs: the input `[B, n, D]` of ``layer``, before which tokens leave, and its other arguments.
         """
-        if self.flight.repair is not None and (self.needs.gradient or self.needs.same_layer):
+        extra_run = self.needs.gradient or self.needs.same_layer or self.needs.side_blocks
+        if self.flight.repair is not None and extra_run:
             kwargs = self.flight.repair.of_reading(layer, hidden, kwargs)  # this run passes the layer's hooks by
         if self.needs.gradient:
             state.evidence["gradient"] = self._gradient(layer, hidden, kwargs, self.needs.gradient)
         if layer not in self.probes:
+            state.evidence.pop("attention", None)  # of side blocks: it was read of more columns
             return
         probe = self.probes[layer]
-        if self.needs.same_layer:
+        if self.needs.side_blocks:
+            assert isinstance(self.net, SideBlocks)
+            read_beside(self.net, probe, hidden, kwargs)
+        elif self.needs.same_layer:
             with probe.stop_at_reading():
                 self.decoder.layers[layer].forward(hidden, **{**kwargs, "past_key_values": None})
         (reading,) = probe.take()

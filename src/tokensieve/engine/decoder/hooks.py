@@ -33,6 +33,7 @@ from tokensieve.engine.decoder.masks import (
     shorten_mask,
 )
 from tokensieve.engine.decoder.sequence import Member, PrefillState
+from tokensieve.engine.decoder.skip import SkipHooks
 from tokensieve.engine.handoff import Prefill
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
@@ -43,6 +44,7 @@ from tokensieve.engine.wrapped import uncompiled
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions, Repair
 from tokensieve.methods.registers import RegisterMethod
+from tokensieve.methods.skip import SkipMethod
 from tokensieve.models import Family
 from tokensieve.models.versions import before_5_23, checkpoints_activations
 from tokensieve.tokens import DecoderTokens
@@ -102,6 +104,9 @@ class DecoderHooks:
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
         head = model.get_output_embeddings()
         self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight, net)
+        self.skips: SkipHooks | None = None
+        if isinstance(method, SkipMethod):
+            self.skips = SkipHooks(self.decoder, method, self.layers, flight, repair)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
@@ -114,6 +119,8 @@ class DecoderHooks:
         for handle in self._handles:
             handle.remove()
         self.evidence.remove()
+        if self.skips is not None:
+            self.skips.remove()
         self.decoder.__dict__.pop("_deepstack_process", None)
 
     # -- around the forward -------------------------------------------------------------------------------------------
@@ -123,7 +130,9 @@ class DecoderHooks:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise Refusal("new images on a filled cache cannot be reduced inside the LLM; start a new sequence")
-        if kwargs.get("labels") is not None:
+        if self.skips is not None:
+            self.skips.check()
+        elif kwargs.get("labels") is not None:
             raise Refusal("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
         if before_5_23() and self.decoder.training and checkpoints_activations(self.decoder):
             raise Refusal(
@@ -185,7 +194,10 @@ class DecoderHooks:
             if number in self._to_verify:
                 self._verify_mask(state, number, hidden, kwargs)
             if number in self.layers:
+                entering = hidden
                 hidden = self._reduce(state, number, hidden, kwargs)
+                if self.skips is not None:
+                    self.skips.start(state, entering)
             if number >= self.layers[0]:
                 self._shorten(state, number, hidden, kwargs)
             self.evidence.copy_input(state, number, hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -174,3 +174,8 @@ class PrefillState:
         if selection is not None:
             self.layer_inputs, self.prefix = {}, None
         return selection
+
+    def restore(self) -> None:
+        """Take back all decisions inside the LLM: every token that entered stands in the sequence again."""
+        self.images = [[replace(image, inside=()) for image in row] for row in self.images]
+        self.sequence, self.layer_inputs, self.prefix = self.entry, {}, None

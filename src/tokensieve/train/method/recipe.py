@@ -38,7 +38,10 @@ class Recipe(AnswerRecipe):
         return dict(vars(self))
 
     @classmethod
-    def of(cls, learns: Literal["answers", "exits"], **settings: Any) -> Recipe:
-        """Return a recipe with the given settings; by default gates learn faster, and for longer, than a scorer."""
-        defaults = {"answers": {}, "exits": {"epochs": 60.0, "rate": 1e-3}}[learns]
+    def of(cls, learns: Literal["answers", "exits", "twig"], **settings: Any) -> Recipe:
+        """Return a recipe with the given settings; by default gates learn faster, and for longer, than a scorer.
+
+        A twig has no teacher by default, as in its paper.
+        """
+        defaults = {"answers": {}, "exits": {"epochs": 60.0, "rate": 1e-3}, "twig": {"distillation": 0.0}}[learns]
         return cls(**defaults | {name: value for name, value in settings.items() if value is not None})

@@ -24,12 +24,14 @@ from tokensieve.errors import Refusal, first_line
 from tokensieve.evaluate import Sample
 from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, without_folder
 from tokensieve.methods import Method, TrainedMethod, parse
+from tokensieve.methods.side import SideBlocks
 from tokensieve.train.adapter.data import Collator, Questions, held_out, in_training_order, read_samples
 from tokensieve.train.adapter.loss import check_method
 from tokensieve.train.method.answers import MethodTrainer
 from tokensieve.train.method.exits import Exits, agreement, collect, fit
 from tokensieve.train.method.recipe import Recipe
 from tokensieve.train.method.score import score
+from tokensieve.train.method.twig import learn_twig
 from tokensieve.train.trainer import check_train_extra, last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -85,7 +87,7 @@ def train_method(
     _start(output, settings, resume)
     set_seed(recipe.seed)
     started, shape = time.monotonic(), shape_of(vlm)
-    net = load_net(method, shape)
+    net = load_net(method, shape, vlm.get_decoder())
 
     questions = sorted(measured[:SCORED], key=lambda sample: len(sample.images))  # equal batches, as in training
 
@@ -96,6 +98,10 @@ def train_method(
     metrics: dict[str, Any] = {"unreduced": measure(None), "untrained": measure(net)}
     if method.learns == "exits":
         learned = _learn_exits(vlm, processor, stages, net, (training, measured), recipe, output)
+    elif method.learns == "twig":
+        assert isinstance(net, SideBlocks)
+        parts = (_questions(training, recipe), Questions(questions))
+        learned = learn_twig(vlm, processor, stages, net, parts, recipe, output, resume)
     else:
         with _attached(vlm, stages, processor, net, training=True) as sieve:
             learned = _learn_answers(sieve, processor, sieve.nets[method.info.stage], training, recipe, output, resume)
@@ -146,8 +152,7 @@ def _learn_answers(
     resume: bool,
 ) -> dict[str, Any]:
     """Train a net by the answers' loss; return the number of steps and the last loss."""
-    listed = in_training_order(samples, recipe.epochs, recipe.seed)
-    questions = Questions(in_equal_batches(listed, recipe.batch_size, recipe.seed))
+    questions = _questions(samples, recipe)
     collator = Collator(processor, recipe.prompt)
     check_method(sieve.methods, sieve.model, processor, collator([questions[0]]))
     trainer = MethodTrainer(
@@ -167,6 +172,12 @@ def _learn_answers(
     net.requires_grad_(False).eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"step": trainer.state.global_step, "losses": losses[:1] + losses[-1:], "skipped": len(questions.bad)}
+
+
+def _questions(samples: Sequence[Sample], recipe: Recipe) -> Questions:
+    """Return the questions of a training in its order."""
+    listed = in_training_order(samples, recipe.epochs, recipe.seed)
+    return Questions(in_equal_batches(listed, recipe.batch_size, recipe.seed))
 
 
 def in_equal_batches(samples: Sequence[Sample], size: int, seed: int) -> list[Sample]:
