@@ -186,6 +186,7 @@ def test_a_softened_decision_keeps_every_row():
         assert out.logits.shape[1] == batch["input_ids"].shape[1]
         (out.loss + sieve.methods[0].objective([decision], 1.0)).backward()
         moved = {name: float(p.grad.abs().max()) for name, p in sieve.nets["connector"].named_parameters()}
+    model.zero_grad()  # other tests share the model
     # a constant added to all scores changes no factor, and that is all the bias of the queries does
     assert all(value > 1e-9 for name, value in moved.items() if name != "q_proj.bias"), moved
     assert model.training is False

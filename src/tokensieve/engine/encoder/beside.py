@@ -64,9 +64,9 @@ class BesideHooks:
             raise Refusal(
                 f"{method.info.name} reads all patches in the vision encoder, inside which {inside} drops some"
             )
-        rows: Any = net.rows_beside
         config: Any = self.tower.config
-        width = config.hidden_size
+        rows, width = net.rows_beside, config.hidden_size
+        assert isinstance(rows, Tensor)
         if rows.shape[-1] != width:
             raise Refusal(
                 f"{method.info.name} needs one layer of the vision encoder, of width {width}, before the projector; "
