@@ -67,6 +67,8 @@ def train_method(
     stages = _stages(spec)
     method = trained_one(stages)
     recipe = recipe or Recipe.of(method.learns)
+    if recipe.keeps and (method.info.stage != "connector" or method.budget is None):
+        raise Refusal(f"only a method with a budget before the LLM draws budgets; give {method.info.name} one")
     samples, unusable = read_samples(data)
     if evaluation is None:
         training, measured = held_out(samples, recipe.seed)
