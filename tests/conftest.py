@@ -3,10 +3,14 @@
 import os
 import signal
 import zlib
+from collections import Counter
 
 import pytest
 import torch
 import transformers
+
+# folders of few tests that take minutes: they start processes, search or train; the longest come first
+SLOW = ("batch", "tune", "cli", "reproduce", "serve", "load", "train", "docs", "demo", "report", "reference")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
@@ -50,11 +54,18 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Choose the tests of ``--one-in`` by their names' hashes, so that no family and no method is left out."""
+    """Choose the tests of ``--one-in`` by their names' hashes, so that no family and no method is left out.
+
+    Several workers start with the slow folders: a slow file that starts last would run alone at the end.
+    """
     groups = {True: [], False: []}
     for item in items:
         groups[zlib.crc32(item.nodeid.encode()) % config.getoption("one_in") == 0].append(item)
     items[:] = groups[True]
+    if hasattr(config, "workerinput"):  # a worker of xdist; the sort is stable, so all workers have the same order
+        tests_of = Counter(item.path for item in items)
+        place_of = {folder: place for place, folder in enumerate(SLOW)}
+        items.sort(key=lambda item: (place_of.get(item.path.parent.name, len(SLOW)), -tests_of[item.path]))
     config.hook.pytest_deselected(items=groups[False])
 
 
@@ -63,6 +74,7 @@ def pytest_xdist_make_scheduler(config, log):
     """Give every file to one worker: what a file's fixtures compute for all its tests is then computed once."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False  # xdist would start with the files of most tests
     return LoadFileScheduling(config, log)
 
 

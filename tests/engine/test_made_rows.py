@@ -19,6 +19,7 @@ FAMILIES = ("llava-clip", "qwen2.5-vl")
 SPECS = made_specs("llava-clip")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 each_spec = pytest.mark.parametrize("spec", SPECS)
+each_case = pytest.mark.parametrize(("family", "spec"), [(f, spec) for f in FAMILIES for spec in made_specs(f)])
 
 
 def generated(model, inputs, *stages, **options):
@@ -39,14 +40,13 @@ def laws(family):
     return Laws(models.tiny_model(family), collated)
 
 
-@each_spec
-@each_family
+@each_case
 def test_all_laws_hold_also_in_later_turns(family, spec):
     for verdict in laws(family).check(spec):
         assert verdict.status == "pass", verdict
 
 
-@each_spec
+@pytest.mark.parametrize("spec", made_specs("llava-next"))
 def test_images_in_views_with_separators(spec, deviation):
     """A view that the budget covers stays whole beside others; separators are the model's own."""
     family, spec = "llava-next", spec.replace("keep=9", "keep=20")
@@ -63,8 +63,7 @@ def test_images_in_views_with_separators(spec, deviation):
     assert deviation("of views from the hand reference (law 2)", logits[0], by_hand) <= NOISE
 
 
-@each_spec
-@each_family
+@each_case
 def test_a_stored_decision_is_replayed_to_the_bit(family, spec, tmp_path):
     model, inputs = models.tiny_model(family), inputs_of(family)
     logits, decisions, _ = generated(model, inputs, spec)
@@ -83,8 +82,7 @@ def test_a_stored_decision_is_replayed_to_the_bit(family, spec, tmp_path):
         generated(model, inputs, drawn)
 
 
-@each_spec
-@each_family
+@each_case
 def test_repair_counts_each_token_once(family, spec):
     model, inputs = models.tiny_model(family), inputs_of(family)
     _, decisions, sizes = generated(model, inputs, spec, repair="size")
@@ -112,8 +110,7 @@ def test_tokens_made_leave_inside_the_llm(family):
     torch.testing.assert_close(last.rows, first.rows[kept])
 
 
-@each_spec
-@each_family
+@each_case
 def test_gradients_reach_the_net_alone(family, spec):
     model, inputs = models.tiny_model(family), inputs_of(family)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

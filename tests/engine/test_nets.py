@@ -208,3 +208,44 @@ def test_the_authors_checkpoint(tmp_path, prefix):
         assert torch.equal(rows, scorer[name].to(torch_dtype).float())
     with pytest.raises(Refusal, match="does not fit visionselector and qwen2_5_vl of width 9"):
         load_net(method, ModelShape("qwen2_5_vl", 9, 2))
+
+
+def test_the_scorer_that_angelslim_publishes(tmp_path):
+    """The scorer alone, with the prefixes that training frameworks leave; code beside it is never imported."""
+    scorer = {f"{name}.weight": torch.randn(6, 8) for name in ("q_proj", "k_proj")}
+    scorer |= {f"{name}.bias": torch.randn(6) for name in ("q_proj", "k_proj")}
+    (tmp_path / "config.json").write_text('{"architecture": "TransformerScorer", "in_features": 8, "hidden_dim": 6}')
+    (tmp_path / "modeling.py").write_text("raise AssertionError('something was executed')")
+    shape = ModelShape("qwen2_5_vl", 8, 2)
+    for prefix in ("", "module.", "visual.importance_scorer."):
+        save_file({prefix + name: rows for name, rows in scorer.items()}, tmp_path / "model.safetensors")
+        for method in ("idpruner", "visionselector"):
+            net = load_net(parse(method, weights=str(tmp_path))[0], shape)
+            assert {name: rows.tolist() for name, rows in net.state_dict().items()} == {
+                name: rows.tolist() for name, rows in scorer.items()
+            }
+    save_file(
+        {"q_proj.weight": torch.zeros(6, 8), "text_proj.weight": torch.zeros(6, 8)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(Refusal, match="does not fit idpruner and qwen2_5_vl of width 8"):
+        load_net(parse("idpruner", weights=str(tmp_path))[0], shape)
+    save_file({"model.layers.0.self_attn.q_proj.weight": torch.zeros(6, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(Refusal, match="has no weights of idpruner"):
+        load_net(parse("idpruner", weights=str(tmp_path))[0], shape)
+
+
+def test_idpruner_reads_the_folders_of_visionselector(folder):
+    model = models.tiny_model(FAMILY)
+    with torch.no_grad(), tokensieve.attach(model, "idpruner", weights=str(folder), keep=5, balance=1.0) as sieve:
+        model(**inputs())
+        ranked = [decision.kept.tolist() for row in sieve.last for decision in row]
+    with torch.no_grad(), tokensieve.attach(model, "visionselector", weights=str(folder), keep=5) as sieve:
+        model(**inputs())
+        assert [decision.kept.tolist() for row in sieve.last for decision in row] == ranked
+    with tokensieve.attach(model, "idpruner") as sieve:
+        assert not sieve.nets
+
+
+def test_engines_of_vllm_serve_idpruner_without_a_net():
+    assert unserved(parse("idpruner")[0]) is None
+    assert "its trained net" in unserved(parse("idpruner(weights='random')")[0])

@@ -31,6 +31,7 @@ PACKER |= linear("k_proj_1.0", WIDTH, 4 * WIDTH) | linear("k_proj_1.2", WIDTH, W
 PACKER |= linear("v_proj_1.0", WIDTH, 4 * WIDTH) | linear("v_proj_1.2", WIDTH, WIDTH)
 PACKER |= linear("mlp.0", HIDDEN, WIDTH) | linear("mlp.2", HIDDEN, HIDDEN)
 SHAPES = {"mqt": MQT, "tokenpacker": PACKER}
+NAMES = {"mqt": "query_abstractor", "tokenpacker": "mm_projector"}  # of the module in the authors' model
 
 
 def drawn(method):
@@ -40,7 +41,7 @@ def drawn(method):
 
 def stored(folder, method, kind):
     """Write a checkpoint as it is published: the LLM in one file, the net in another, or the net alone."""
-    net = {f"model.mm_projector.{name}": rows for name, rows in drawn(method).items()}
+    net = {f"model.{NAMES[method]}.{name}": rows for name, rows in drawn(method).items()}
     llm = {"model.norm.weight": torch.ones(2), "lm_head.weight": torch.ones(2, 2)}
     if kind == "safetensors":
         save_file(llm, folder / "model-00001-of-00002.safetensors")
@@ -50,7 +51,7 @@ def stored(folder, method, kind):
         torch.save(net, folder / "pytorch_model-00002-of-00002.bin")
         torch.save({"an": object()}, folder / "training_args.bin")  # is not opened
     else:
-        torch.save(net, folder / "mm_projector.bin")
+        torch.save(net, folder / f"{NAMES[method]}.bin")
     return folder
 
 
@@ -72,10 +73,13 @@ def test_a_published_net_is_read_and_used(method, kind, tmp_path):
 
 def test_another_checkpoint_is_refused(tmp_path):
     model = models.tiny_model("llava-clip")
-    with pytest.raises(Refusal, match=r"has no weights of mqt: .* names such as mm_projector\.\*"):
+    with pytest.raises(Refusal, match=r"has no weights of mqt: .* names such as query_abstractor\.\*"):
         tokensieve.attach(model, spec("mqt", tmp_path))
+    wide = tmp_path / "wide"
+    wide.mkdir()
+    torch.save({"model.query_abstractor.proj": torch.zeros(WIDTH, 2 * HIDDEN)}, wide / "query_abstractor.bin")
     with pytest.raises(Refusal, match="does not fit mqt and llava of width 64"):
-        tokensieve.attach(model, spec("mqt", stored(tmp_path, "tokenpacker", "projector")))
+        tokensieve.attach(model, spec("mqt", wide))
     torch.save({"an": object()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(Refusal, match="other objects are not loaded, because that would run code from the file"):
         tokensieve.attach(model, spec("mqt", tmp_path))

@@ -127,3 +127,15 @@ class Mine(Method):
         found.append(run.key)
     assert found[0].startswith("mine-one(keep=4) #")
     assert found[0].split("#")[1] != found[1].split("#")[1]
+
+
+def test_other_weights_in_a_folder_make_new_predictions(tmp_path):
+    found = []
+    for rows in (b"before", b"after", b"before"):
+        (tmp_path / "net.safetensors").write_bytes(rows)
+        (run,) = plan([f"visionselector(weights={str(tmp_path)!r})"], [4], seeds=1, oracle=False)[1].runs
+        found.append(run.key.partition(" #")[2])
+    assert len(found[0]) == 8
+    assert found[0] == found[2] != found[1]
+    (bundled,) = plan(["visionselector"], [4], seeds=1, oracle=False)[1].runs
+    assert "#" not in bundled.key

@@ -6,9 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.golden.official import GOLDEN
 from tokensieve import parse
+from tokensieve.engine.decoder.skip import Skip
+from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.methods import ModelShape
 from tokensieve.methods.mqt import place_code
 from tokensieve.ops import soft_top_k
@@ -153,5 +156,74 @@ def test_tokenpacker(case):
     torch.testing.assert_close(decision.rows, out, atol=3e-5, rtol=1e-5)
 
 
+class ToyLayer(nn.Module):
+    """The layer of the vectors: a causal mean in the place of attention, and a linear map in that of the MLP."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.u, self.mlp = weights["decoder_layer.u.weight"], nn.Linear(*weights["decoder_layer.w.weight"].shape)
+        self.mlp.load_state_dict({"weight": weights["decoder_layer.w.weight"]}, strict=False)
+        nn.init.zeros_(self.mlp.bias)
+
+    def forward(self, hidden, positions, scale):
+        mixed = hidden + (hidden @ self.u.T).cumsum(1) / (positions[..., None] + 1)
+        return mixed + scale(torch.tanh(self.mlp(mixed)))
+
+
+@pytest.mark.parametrize("case", cases("pmod_layer"), ids=["c0", "c1", "c2"])
+@torch.no_grad()
+def test_p_mod(case):
+    h, inputs, outputs = case
+    weights, x, visual = state(inputs), inputs["x"], inputs["visual"].bool()
+    (method,) = parse("p-mod", shift=h["mean_ratio"])
+    shares = outputs["ratios"].where(outputs["ratios"] >= 0, 1.0)  # -1: a plain layer
+    torch.testing.assert_close(torch.tensor(method.shares(32)), shares, atol=1e-6, rtol=1e-6)
+    routers = method.names_in(f"model.layers.1.{name}" for name in weights)
+    net = method.make_net(ModelShape("any", x.shape[-1], 2))
+    net.load_state_dict({short: weights[name.removeprefix("model.layers.1.")] for name, short in routers.items()})
+    tokens = DecoderTokens(x[visual][None], net=net, layer=1, budget=int(visual.sum() * h["ratio"]))
+    decision = method(tokens)[0]
+    columns = visual[0].nonzero()[:, 0]
+    taking = (~visual).index_put((torch.tensor(0), columns[decision.kept]), torch.tensor(True))
+    assert torch.equal(taking, outputs["kept"].bool())
+    factors = torch.ones(visual.shape).index_put((torch.tensor(0), columns), method.factors(decision.scores))
+    torch.testing.assert_close(factors[visual], outputs["logits_norm"][visual])
+    selection = ColumnSelection.of(taking, [int(taking.sum())])
+    skip = Skip(x, factors, selection, method.scales)
+    out = skip.rejoin(ToyLayer(weights)(selection.take_rows(x), selection.index, skip.scale))
+    torch.testing.assert_close(out, outputs["out"], atol=2e-6, rtol=1e-5)
+
+
 def tokens_of(patches, grid, width, net, budget=0):
     return ConnectorTokens(torch.zeros(*patches.shape[:2], width), grid=grid, patches=patches, net=net, budget=budget)
+
+
+@pytest.mark.parametrize("case", cases("glimpse_vip"), ids=["c0", "c1", "c2"])
+def test_glimpse_prune(case):
+    """The logits of the predictor, and the tokens that stay by the authors' rule, with and without their cap."""
+    h, inputs, outputs = case
+    fuse, beside = inputs["sd.attn_in_proj.bias"], inputs["sd.cond_in_projs.0.bias"]
+    levels, total, width = inputs["cond"].shape
+    shape = ModelShape("any", 4, 2, tower_width=width, heads=inputs["attn_map"].shape[-1])
+    method = parse("glimpse-prune", levels=tuple(range(levels)))[0]
+    net = method.make_net(shape, width=len(fuse), beside=len(beside), heads=h["heads"]).eval().requires_grad_(False)
+    net.attn_fuser.load_state_dict(state(inputs))
+    rows, columns = h["grid"]
+    place = torch.arange(total)
+    image = DecoderTokens(
+        torch.zeros(1, total, 4),
+        net=net,
+        coordinates=torch.stack([place // columns, place % columns], -1)[None],
+        query_attention=inputs["attn_map"].T[None],
+        encoder_states=ByLayer({layer: states[None] for layer, states in enumerate(inputs["cond"])}),
+    )
+    decision = method(image)[0]
+    torch.testing.assert_close(decision.scores[None], outputs["logits"], atol=3e-5, rtol=1e-5)
+    likely = outputs["logits"][0].sigmoid() > 0.5
+    best = outputs["logits"][0].argmax()
+    assert decision.kept.tolist() == (likely.nonzero()[:, 0].tolist() or [int(best)])
+    capped = replace(method, keep=2)(image)[0]
+    most = outputs["logits"][0].topk(max(1, min(2, int(likely.sum())))).indices
+    assert capped.kept.tolist() == most.sort().values.tolist()
+    assert replace(method, threshold=1.0)(image)[0].kept.tolist() == [int(best)]
+    assert (rows * columns, replace(method, threshold=0.0)(image)[0].slots) == (total, total)

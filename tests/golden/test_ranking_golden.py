@@ -2,10 +2,11 @@
 
 import torch
 
-from tests.golden import make_prunesid
+from tests.golden import make_idpruner, make_prunesid
 from tests.golden.drawn import clustered, received
 from tests.golden.vectors import CLOSE, cases, load
 from tokensieve import parse
+from tokensieve.methods import ModelShape
 from tokensieve.tokens import ByLayer, ConnectorTokens, DecoderTokens
 
 
@@ -99,3 +100,17 @@ def test_prunesid(name):
     rows = make_prunesid.rows_of(h)
     decision = one(f"prunesid(keep={h['keep']})")(ConnectorTokens(rows, patches=rows, cls_attention=attention))
     assert decision.kept.tolist() == expected["kept"].tolist()
+
+
+@cases("idpruner")
+def test_idpruner(name):
+    _, expected, h = load("idpruner", name)
+    rows, scorer, keep = make_idpruner.rows_of(h)[None], h.get("scorer"), int(expected["kept"].sum())
+    weights = "random" if scorer else "none"
+    method = one("idpruner", keep=keep, balance=h.get("balance", 0.5), weights=weights)
+    image = ConnectorTokens(rows, cls_attention=ByLayer({22: make_idpruner.scores_of(h)}, depth=24))
+    if scorer:
+        net = method.make_net(ModelShape("any", make_idpruner.WIDTH, 1), width=make_idpruner.HIDDEN).eval()
+        net.load_state_dict(make_idpruner.scorer_of(h))
+        image = ConnectorTokens(rows, net=net)
+    assert torch.equal(kept_mask(method(image)), expected["kept"])

@@ -151,6 +151,21 @@ def test_a_method_may_drop_every_token(registry):
     assert VisualTokens(torch.zeros(2, 9, 4)).keep(nothing, counts=torch.zeros(2, dtype=torch.int64)).slots == 0
 
 
+@pytest.mark.parametrize("counts", [[0, 0], [0, 3], [3, 0]])
+def test_an_image_may_keep_nothing(counts):
+    rows = torch.randn(2, 9, 4)
+    indices = torch.tensor([[7, 2, 5, 1], [8, 3, 0, 4]])
+    decision = VisualTokens(rows).keep(indices, torch.rand(2, 9), counts=torch.tensor(counts))
+    assert decision.fault() is None
+    assert decision.anchors.shape == (2, max(counts))
+    for image, (reduction, count) in enumerate(zip(decision, counts, strict=True)):
+        kept = sorted(indices[image, :count].tolist())
+        assert reduction.kept.tolist() == kept
+        assert reduction.counts.tolist() == [1] * count
+        assert torch.equal(reduction.apply(rows[image]), rows[image, kept])
+        assert (reduction.source >= 0).nonzero().flatten().tolist() == kept
+
+
 @pytest.mark.parametrize("number", [np.int64(5), np.int8(5), np.uint16(5), np.float32(0.5), np.float64(0.5)])
 def test_numbers_of_numpy_are_numbers(number):
     (method,) = tokensieve.parse("uniform", keep=number)

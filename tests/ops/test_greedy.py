@@ -17,6 +17,7 @@ from tokensieve.ops import (
     gram,
     greedy,
     local_variance,
+    marginal_relevance,
     max_min,
     normalise,
     rank_in_group,
@@ -103,6 +104,32 @@ def test_weighted_max_min_is_the_plain_one(size, seed, most):
 def test_max_min_of_equal_rows_goes_by_index():
     assert max_min(torch.ones(6, 4), 4).tolist() == [0, 1, 2, 3]
     assert max_min(torch.zeros(6, 4), 4).tolist() == [0, 1, 2, 3]
+
+
+# -- marginal_relevance ---------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(size=sizes(30), seed=seeds, balance=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_marginal_relevance_is_the_plain_one(size, seed, balance):
+    n, k = size
+    rows, relevance = noise(2, n, 8, seed=seed), noise(2, n, seed=seed + 1).sigmoid()
+    for image, chosen in enumerate(marginal_relevance(rows, relevance, k, balance).tolist()):
+        cosines = normalise(rows[image]) @ normalise(rows[image]).mT
+        assert chosen[0] == int(relevance[image].argmax())
+        for step in range(1, k):
+            worth = balance * relevance[image] - (1 - balance) * cosines[chosen[:step]].amax(0)
+            rest = [token for token in range(n) if token not in chosen[:step]]
+            assert worth[chosen[step]] >= worth[rest].max() - 1e-6
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_marginal_relevance_selects_no_token_twice(wrong):
+    rows, relevance = noise(1, 9, 4, seed=1), noise(1, 9, seed=2).sigmoid()
+    rows[:, 3], rows[:, 5], relevance[:, 4] = wrong, 0, wrong
+    assert sorted(marginal_relevance(rows, relevance, 9, 0.5)[0].tolist()) == list(range(9))
+    equal = marginal_relevance(torch.ones(1, 5, 4), torch.ones(1, 5), 5, 0.5)
+    assert equal.tolist() == [[0, 1, 2, 3, 4]], "of equals the earlier token wins"
 
 
 # -- dpp_map --------------------------------------------------------------------------------------------------------

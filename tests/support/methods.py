@@ -14,6 +14,7 @@ from tokensieve import MethodInfo, Reduction, list_methods
 from tokensieve.methods import EncoderMethod, PixelMethod, TrainedMethod
 from tokensieve.methods.registers import RegisterMethod
 from tokensieve.methods.registry import find
+from tokensieve.methods.skip import SkipMethod
 
 # 13 tokens: fewer than some images have, more than others (those stay whole); 0.3: a share of any
 BUDGETS = (13, 0.3)
@@ -23,6 +24,8 @@ VARIANTS = (
     "vtc-cls(keep=0.5, over_layers='max')",
     "trsm(keep=5, query='prompt')",
     "random(keep=6, seed=3)",
+    "idpruner(keep=6)",
+    "idpruner(keep=0.3, balance=0.8)",
     "downsample(keep=0.5) + vtc-cls(keep=4)",
     "downsample(keep=13) + pool(keep=4)",
 )
@@ -86,6 +89,8 @@ def made_specs(family: str, keep: int | float = 9) -> list[str]:
     """Return every method whose net makes rows, for small images; none on a family with deepstack."""
     small = {"keep": keep, "threshold": 9.0, "fallback": 3}
     infos = [info for info in list_methods() if find(info.name).makes_rows and family != "qwen3-vl"]
+    plain = family in ("llava-clip", "llava-siglip")  # rows can pass beside the layers of a plain ViT
+    infos = [info for info in infos if plain or not info.needs.requests("rows_beside")]
     return [_spec(info, small) for info in infos if keep == 9 or "keep" in info.parameters]
 
 
@@ -108,8 +113,8 @@ def whole_specs() -> list[str]:
 def inside_specs(stage: str) -> list[str]:
     """Return a spec of every method inside the LLM ("decoder") or the vision encoder ("encoder"), for tiny models."""
     infos = [info for info in list_methods() if info.stage == stage]
-    # registers have laws of their own: tests/laws/test_registers.py
-    infos = [info for info in infos if not issubclass(find(info.name), RegisterMethod)]
+    # registers and skipped layers have laws of their own: tests/laws/test_registers.py, test_skip.py
+    infos = [info for info in infos if not issubclass(find(info.name), (RegisterMethod, SkipMethod))]
     return [small_spec(info) for info in infos if stage == "decoder" or inside_encoder(info)]
 
 

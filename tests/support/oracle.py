@@ -422,13 +422,18 @@ def layer_by_layer(
     sequence: Sequence,
     decide: Callable[[Layer, Sequence], list[Decision] | None],
     policy: str = "original",
+    unseen: Tensor | None = None,
 ) -> Tensor:
     """Return logits `[L', vocabulary]`, the layers called one by one; before each of them ``decide`` may reduce images.
 
-    The masks are those of the whole sequence: a window counts tokens that left, too.
+    The masks are those of the whole sequence: a window counts tokens that left, too. ``unseen``: `[L]` bool, rows that
+    the answer does not attend to in any layer.
     """
     decoder = language_model(model)
     whole, sequence.entry = masks(name, decoder.config, sequence), replace(sequence)
+    if unseen is not None:
+        for mask in whole.values():
+            mask[..., sequence.prompt :, unseen] = -1e30
     for number, (layer, kind) in enumerate(zip(decoder.layers, layer_kinds(decoder.config), strict=True)):
         decisions = decide(Layer(decoder, number, sequence.rows, axes(name, sequence), model.lm_head), sequence)
         if decisions is not None:
@@ -448,11 +453,28 @@ def layer_by_layer(
 
 
 def run_inside(
-    model: Any, name: str, sample: Sample, decide: Any, kept: Any, encoded: list[Encoded], answer: list[int], policy
+    model: Any,
+    name: str,
+    sample: Sample,
+    decide: Any,
+    kept: Any,
+    encoded: list[Encoded],
+    answer: list[int],
+    policy,
+    leaves_caches: bool = False,
 ) -> tuple[Tensor, Sequence]:
-    """Return logits after the prompt and each token of ``answer``, and the sequence at the end; differentiable."""
+    """Return logits after the prompt and each token of ``answer``, and the sequence at the end; differentiable.
+
+    ``leaves_caches``: the answer attends in no layer to tokens that have left.
+    """
     sequence = enter(model, name, sample, kept, encoded, answer, policy)
     logits = layer_by_layer(model, name, sequence, decide, policy)
+    if leaves_caches:  # which ones have left is known from the first run, whose prompt is the same
+        assert sequence.entry is not None
+        unseen = torch.ones(len(sequence.entry.rows), dtype=torch.bool)
+        unseen[sequence.entered_as] = False
+        sequence = enter(model, name, sample, kept, encoded, answer, policy)
+        logits = layer_by_layer(model, name, sequence, decide, policy, unseen)
     return logits[sequence.prompt - 1 :], sequence
 
 

@@ -13,7 +13,7 @@ from tokensieve.engine.nets import load_net, shape_of
 from tokensieve.loading import load_model
 from tokensieve.train.method import Recipe, run, train_method
 
-SPECS = ("mqt(keep=6)", "tokenpacker(levels=(0, 1))", "setok(threshold=9.0, fallback=3)")
+SPECS = ("mqt(keep=6)", "vistog(keep=6)", "tokenpacker(levels=(0, 1))", "setok(threshold=9.0, fallback=3)")
 
 
 @pytest.mark.parametrize("spec", SPECS)

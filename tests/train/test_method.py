@@ -1,6 +1,7 @@
 """Training of nets on the bundled model: what moves, what stays, what is learned, and what a resumed run gives."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ import tokensieve
 from tests.cli.calling import run_many
 from tests.support import models
 from tokensieve import Refusal, parse
-from tokensieve.engine.nets import folder_of
+from tokensieve.engine.nets import folder_of, load_net, shape_of
+from tokensieve.evaluate import Sample
 from tokensieve.evaluate.prompt import encode
+from tokensieve.loading import load_model
 from tokensieve.methods.registry import find
 from tokensieve.reference import load
-from tokensieve.train.adapter.data import Collator, read_samples
+from tokensieve.train.adapter.data import Collator, read_samples, records_digest
 from tokensieve.train.adapter.loss import answer_logits
 from tokensieve.train.method import Recipe, answers, run, train_method
 from tokensieve.train.method.exits import Exits, agreement, collect, fit
@@ -49,6 +52,7 @@ def watched(monkeypatch):
 def test_only_the_net_moves(tmp_path, small, watched):
     train_method(SPEC, "reference", FEW, tmp_path, recipe=RECIPE)
     ((trainer, before),) = watched
+    assert trainer.args.save_steps == trainer.state.save_steps == 1, "a resumed run compares them, and would warn"
     after = trainer.vlm.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in after)
@@ -59,10 +63,40 @@ def test_only_the_net_moves(tmp_path, small, watched):
     still = {name for name in trained if torch.allclose(trained[name], fresh[name], atol=1e-4)}
     assert still <= {"q_proj.bias"}, "a constant added to all scores changes nothing"
     about = json.loads((tmp_path / "method.json").read_text())
-    assert about["model"] == {"type": "llava", "width": 128, "layers": 4, "patch_width": 128, "tower_width": 128}
+    assert about["model"] == {
+        "type": "llava",
+        "width": 128,
+        "layers": 4,
+        "patch_width": 128,
+        "tower_width": 128,
+        "heads": 4,
+    }
     assert about["metrics"]["step"] == 5
     with tokensieve.attach(trainer.vlm, "visionselector", weights=str(tmp_path)) as sieve:
         assert torch.equal(sieve.nets["connector"].q_proj.weight, trained["q_proj.weight"])
+
+
+def test_idpruner_trains_the_scorer_of_visionselector(llava, tmp_path, small):
+    data, recipe = str(llava.parent / "train.jsonl"), Recipe(epochs=1, batch_size=6, rate=1e-2, warmup=0.0)
+    nets = {}
+    for name in ("idpruner", "visionselector"):
+        about = train_method(f"{name}(keep=6)", str(llava), data, tmp_path / name, recipe=recipe)
+        assert about["metrics"]["step"] >= 1
+        nets[name] = load_file(tmp_path / name / "net.safetensors")
+    assert all(torch.equal(rows, nets["visionselector"][name]) for name, rows in nets["idpruner"].items())
+    fresh = load_net(parse("idpruner(weights='random')")[0], shape_of(load_model(str(llava))[0]))
+    assert not torch.equal(fresh.k_proj.weight, nets["idpruner"]["k_proj.weight"])
+
+
+def test_a_digest_tells_records_apart(tmp_path):
+    picture = tmp_path / "0.png"
+    picture.write_bytes(b"one")
+    sample = Sample("1", picture, "what colour?", ("red",))
+    digests = [records_digest([one]) for one in (sample, replace(sample, answers=("blue",)), replace(sample, id="2"))]
+    picture.write_bytes(b"another")
+    digests.append(records_digest([sample]))
+    assert digests[0] == digests[2]
+    assert len({*digests}) == 3
 
 
 class Stop(TrainerCallback):
@@ -77,6 +111,7 @@ def test_a_budget_that_keeps_every_token_trains_nothing(tmp_path, small):
     ):
         train_method("visionselector(keep=144)", "reference", FEW, tmp_path, recipe=RECIPE)
     assert not (tmp_path / "net.safetensors").exists()
+    assert not list(tmp_path.glob("checkpoint-*")), "a second call is refused, too"
 
 
 def test_damaged_settings_are_refused(tmp_path, small):
@@ -99,6 +134,10 @@ def test_a_resumed_training_gives_the_same_net(tmp_path, small, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=recipe)
     assert not (tmp_path / "cut" / "net.safetensors").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "read_samples", lambda data: (read_samples(data)[0][:-1], 0))
+        with pytest.raises(Refusal, match=r"holds another training: data_digest was '\w+' and is now '\w+'; name"):
+            train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=recipe)
     with pytest.raises(Refusal, match=r"holds another training: checkpoints was 0\.25 and is now 0\.1; name"):
         train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=RECIPE)
     steps = []

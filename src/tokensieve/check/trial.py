@@ -17,6 +17,7 @@ from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, attention_kinds
 from tokensieve.engine.llm import LlmSieve
 from tokensieve.methods import DecoderMethod, Method
+from tokensieve.methods.skip import SkipMethod
 from tokensieve.reduction import Reduction
 
 Decisions: TypeAlias = list[list[Reduction]]
@@ -140,6 +141,8 @@ class Trial:
                 raise NotCheckable(f"{name} has no mask to hide a token with")
         if any(image.added for row in self.decisions for image in row):
             raise NotCheckable("no other run has its registers")
+        if isinstance(self.stages[-1], SkipMethod):
+            raise NotCheckable("in no other run do tokens skip a layer and return")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
         # tokens dropped inside the LLM count in its windows in a reduced run, too: they are no obstacle
         drops_before = len(self.stages) > (inside is not None)

@@ -45,7 +45,9 @@ def method(
     batch_size: Annotated[int, typer.Option(help="Records per step.")] = 16,
     accumulate: Annotated[int, typer.Option(help="Steps per update.")] = 1,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="1e-4; gates 1e-3")] = None,
-    distillation: Annotated[float, typer.Option(help="Weight of the unreduced model as a teacher.")] = 1.0,
+    distillation: Annotated[
+        float | None, typer.Option(help="Weight of the unreduced model as a teacher.", show_default="1; a twig 0")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Text of the user turn.")] = "{question}",
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
     resume: Annotated[bool, typer.Option(help="Continue from what the folder holds.")] = True,

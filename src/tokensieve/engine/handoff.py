@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from tokensieve.engine.prompt.placeholders import ColumnSelection, Placeholders
 from tokensieve.engine.sizes import median_order, reordered
 from tokensieve.models import TokenLayout
 from tokensieve.reduction import Reduction
+from tokensieve.tokens import ByLayer
 
 Decisions = list[list[Reduction]]
 """`[sample][image]`."""
@@ -38,6 +39,7 @@ class EncoderOutputs:
         depth: number of layers of the vision encoder that can be read.
         notes: remarks on the evidence.
         reductions: per image, the decision of an encoder method (``None``: no method); dropped tokens have zero rows.
+        rows_beside: `[S, C]` per image, the rows of a net that passed the layers beside the patches, if requested.
     """
 
     layouts: list[TokenLayout]
@@ -48,6 +50,7 @@ class EncoderOutputs:
     depth: int
     notes: tuple[str, ...]
     reductions: list[Reduction] | None
+    rows_beside: list[Tensor] = field(default_factory=list)
 
     ATTRIBUTE = "_tokensieve_encoder_outputs"
 
@@ -80,7 +83,10 @@ class EncoderOutputs:
             name: {layer: [*rows, *second.by_layer[name][layer]] for layer, rows in layers.items()}
             for name, layers in self.by_layer.items()
         }
-        lists = {name: joined(name) for name in ("layouts", "patches", "cls_similarity", "pixel_hashes", "reductions")}
+        lists = {
+            name: joined(name)
+            for name in ("layouts", "patches", "cls_similarity", "pixel_hashes", "rows_beside", "reductions")
+        }
         return replace(self, by_layer=by_layer, **lists)
 
     def join_views(self, groups: Sequence[Sequence[int]]) -> EncoderOutputs:
@@ -104,6 +110,7 @@ class EncoderOutputs:
             patches=changed(self.patches),
             cls_similarity=changed(self.cls_similarity),
             pixel_hashes=changed(self.pixel_hashes),
+            rows_beside=changed(self.rows_beside),
             **replaced,
         )
 
@@ -123,6 +130,8 @@ class ImageReduction:
         connector_scores: the scores that the connector method ranked the tokens by that entered the LLM, if it did.
         sizes: `[K]` float32, the original tokens that each token that is left stands for; ``None``: not requested.
         registers: `[R, D]`, the rows of the registers that ``decision`` has added; ``None``: it has added none.
+        encoder_states: by encoder layer `[M, C]`, the state of each original patch, until a decoder stage has decided;
+            ``None``: not requested.
     """
 
     layout: TokenLayout
@@ -132,6 +141,7 @@ class ImageReduction:
     connector_scores: Tensor | None = None
     sizes: Tensor | None = None
     registers: Tensor | None = None
+    encoder_states: ByLayer | None = None
 
     def then_connector(self, following: Reduction, sizes: Tensor | None = None) -> ImageReduction:
         """Add a connector method's decision about the rows that are left."""
@@ -140,11 +150,23 @@ class ImageReduction:
 
     def then_decoder(self, following: Reduction, sizes: Tensor | None = None) -> ImageReduction:
         """Add a decoder stage's decision about the rows that are left."""
-        return replace(self, inside=(*self.inside, following), sizes=sizes)
+        return replace(self, inside=(*self.inside, following), sizes=sizes, encoder_states=None)  # free the memory
 
     def with_registers(self, rows: Tensor) -> ImageReduction:
         """Add registers `[R, D]` behind the tokens that are left before the LLM."""
         return replace(self, decision=replace(self.decision, added=len(rows)), registers=rows)
+
+    def states_left(self) -> ByLayer:
+        """Return the encoder states `[N, C]` of the patches that entered the LLM."""
+        assert self.encoder_states is not None
+        by_layer, index = {}, self.layout.patch_index
+        for layer, states in self.encoder_states.items():
+            rows = states
+            if index is not None:  # separators have no state
+                rows = states.new_zeros(self.layout.total, states.shape[-1]).index_copy(0, index, states)
+            rows, separator = self.decision.apply(rows), self.remaining.separator
+            by_layer[layer] = rows if separator is None else rows[~separator]
+        return ByLayer(by_layer, self.encoder_states.depth)
 
     def append_registers(self, rows: Tensor, content: bool = True) -> Tensor:
         """Return the rows `[K, D]` of the tokens that enter the LLM, and behind them those of the registers.

@@ -16,6 +16,7 @@ class InFlight(threading.local):
         prefill: the prompt as the connector stage shortened it; ``None`` outside of a prefill.
         decoding: the LLM's forward that is running (a ``PrefillState`` or a ``DecodeStep`` of the decoder stage).
         repair: the repair of attention in that forward (a ``RepairPass``); ``None``: nothing is added.
+        skip: the layer that tokens skip (a ``Skip`` of the decoder stage), while it runs.
         turn: the new turn that is decided anew in that forward (a ``RunningTurn``); ``None``: none is.
         readings: {probe: what it has read}; a probe reads only while it stands here.
         stop_after_reading: the probe whose reading ends the forward.
@@ -27,6 +28,7 @@ class InFlight(threading.local):
         self.prefill: Prefill | None = None
         self.decoding: Any = None
         self.repair: Any = None
+        self.skip: Any = None
         self.turn: Any = None
         self.readings: dict[object, list[Any]] = {}
         self.stop_after_reading: object = None
@@ -40,4 +42,5 @@ class InFlight(threading.local):
     def end_forward(self) -> None:
         """Forget the forward of the whole model, whether it returned or failed."""
         self.prefill, self.decoding, self.repair, self.turn, self.stop_after_reading = None, None, None, None, None
+        self.skip = None
         self.readings.clear()

@@ -10,6 +10,7 @@ from tokensieve.budget import Number, count, rule_of
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Method
 from tokensieve.methods.registers import RegisterMethod
+from tokensieve.methods.skip import SkipMethod
 
 MANY = 1 << 16  # tokens of an image in the check of a share: large enough that rounding does not matter
 
@@ -88,6 +89,8 @@ class LayerBudget:
         """Return the average over the layers if so many tokens enter and the decoder has its published budget."""
         if self.decoder is None:
             return entering
+        if isinstance(self.decoder, SkipMethod):  # tokens return behind each of its layers
+            return sum(self.decoder.tokens_of_layers(entering, self.layers, self.depth)) / self.depth
         inside = self.decoder.stage_budgets(entering, self.layers, self.depth) or []
         spans = [end - start for start, end in zip(self.layers, [*self.layers[1:], self.depth], strict=True)]
         registers = self.decoder.registers(entering) if isinstance(self.decoder, RegisterMethod) else 0

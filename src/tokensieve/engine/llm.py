@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from tokensieve.engine.connector.prefill import Connector, shows
 from tokensieve.engine.connector.registers import RegisterRows
 from tokensieve.engine.decoder.hooks import DecoderHooks
 from tokensieve.engine.decoder.sequence import PrefillState
+from tokensieve.engine.encoder.beside import BesideHooks
 from tokensieve.engine.encoder.hooks import EncoderHooks
 from tokensieve.engine.handle import Sieve
 from tokensieve.engine.handoff import Decisions, ImageReduction
@@ -28,7 +29,7 @@ from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
 from tokensieve.engine.turns import Conversation, RunningTurn, check_call, new_columns
 from tokensieve.errors import Refusal
-from tokensieve.methods import DecoderMethod, Method, Needs, PixelMethod, Positions, Repair
+from tokensieve.methods import DecoderMethod, Method, Needs, PixelMethod, Positions, Repair, Stage
 from tokensieve.methods.registers import RegisterMethod
 from tokensieve.models import Family, families, family_of
 from tokensieve.models.layout import Separators
@@ -82,10 +83,14 @@ class LlmSieve(Sieve):
             self.nets.get("connector"),
             RegisterRows(decoder, self.nets["decoder"]) if isinstance(decoder, RegisterMethod) else None,
             self._reselects,
+            decoder is not None and decoder.needs.requests("encoder_states"),
         )
-        needs = _connector_needs(connector, replay)
+        needs = _with_states(_connector_needs(connector, replay), by_stage)
+        beside = None
+        if connector is not None and connector.needs.requests("rows_beside"):
+            beside = BesideHooks(family, model, methods, connector, self.nets["connector"], self._flight)
         self._encoder = EncoderHooks(
-            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder")
+            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder"), beside
         )
         self._decoder: DecoderHooks | None = None
         self._repair: RepairHooks | None = None
@@ -268,7 +273,8 @@ class LlmSieve(Sieve):
         parts = output if isinstance(output, tuple) else output.values()  # a tuple with return_dict=False
         cache = next((part for part in parts if isinstance(part, Cache)), None)
         conversation = None if prefill.whole is None else Conversation(str(self), prefill.whole)
-        info = CacheInfo(prefill.prefix, {} if state is None else state.prefixes, conversation)
+        layers = {} if state is None or self._decoder is None else self._decoder.prefixes(state)
+        info = CacheInfo(prefill.prefix, layers, conversation)
         # a batch whose longest row lost nothing keeps its width; its padding or positions may have changed all the same
         if cache is not None and (info.layers or info.entry.matters or conversation is not None):
             remember(cache, info)
@@ -322,3 +328,14 @@ def _connector_needs(method: Method | None, replay: Decisions | None) -> Needs:
         return Needs()
     assert isinstance(method.needs, Needs)
     return method.needs
+
+
+def _with_states(needs: Needs, by_stage: Mapping[Stage, Method]) -> Needs:
+    """Return what is read in the vision encoder, with the hidden states that a decoder method reads there."""
+    states = getattr(by_stage["decoder"].needs, "encoder_states", None) if "decoder" in by_stage else None
+    if states is None:
+        return needs
+    second = next((by_stage[stage] for stage in ("encoder", "connector") if stage in by_stage), None)
+    if "encoder" in by_stage or needs.encoder_states is not None:
+        raise Refusal(f"{by_stage['decoder']} reads hidden states of the vision encoder, as it is without {second}")
+    return replace(needs, encoder_states=states)

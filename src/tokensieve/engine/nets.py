@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokensieve.errors import Refusal, first_line
 from tokensieve.fusion.convert.read import read_weights
@@ -43,7 +43,8 @@ def shape_of(model: Any) -> ModelShape:
         tower_width = _input_width(*family.attentions(family.tower(model))[:1])
         with suppress(Refusal):  # nothing is known about the projector
             patch_width = _input_width(family.projector(model))
-    return ModelShape(model.config.model_type, width, depth_of(model), patch_width, tower_width)
+    heads = int(getattr(model.config.get_text_config(), "num_attention_heads", 0))
+    return ModelShape(model.config.model_type, width, depth_of(model), patch_width, tower_width, heads)
 
 
 def _input_width(*modules: nn.Module) -> int:
@@ -58,20 +59,24 @@ def load_nets(model: Any, methods: Sequence[Method]) -> dict[str, nn.Module]:
     Raises:
         Refusal: if a folder of weights is none, or is of another method or model.
     """
-    trained = [method for method in methods if isinstance(method, TrainedMethod)]
-    return {method.info.stage: load_net(method, shape_of(model)) for method in trained}
+    trained = [method for method in methods if isinstance(method, TrainedMethod) and method.has_net]
+    return {method.info.stage: load_net(method, shape_of(model), model.get_decoder()) for method in trained}
 
 
-def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
-    """Return the net of a method for a model of this shape, float32 on the CPU; raises as :func:`load_nets`."""
+def load_net(method: TrainedMethod, shape: ModelShape, llm: Any = None) -> nn.Module:
+    """Return the net of a method for a model of this shape, float32 on the CPU; raises as :func:`load_nets`.
+
+    Args:
+        llm: the model's LLM, for a net that copies layers of it.
+    """
     if method.weights == RANDOM:
-        return _new(method, shape)
+        return _new(method, shape, llm)
     folder = folder_of(method)
-    if method.published and not (folder / ABOUT).exists():
-        return _published_net(method, shape, folder)
+    if (method.published or method.published_file) and not (folder / ABOUT).exists():
+        return _published_net(method, shape, folder, llm)
     about = read_about(folder)
     name = about["method"].partition("(")[0]
-    if name != method.info.name:
+    if name not in (method.info.name, method.shares_weights):
         raise Refusal(f"the weights in {folder} are those of {name}; got {method.info.name}")
     fits = replace(shape, **about["model"])
     if fits != shape:
@@ -87,34 +92,36 @@ def load_net(method: TrainedMethod, shape: ModelShape) -> nn.Module:
 
     try:
         parameters = load_file(folder / PARAMETERS)
-        net = _new(method, shape, about["net"])
+        net = _new(method, shape, llm, about["net"])
         net.load_state_dict(parameters)
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise Refusal(f"{folder / PARAMETERS} is not a net of {name}: {first_line(error)}") from None
     return net
 
 
-def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path) -> nn.Module:
+def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path, llm: Any) -> nn.Module:
     """Return the net in an authors' checkpoint; its other parameters, those of the model, are not read."""
     from safetensors import SafetensorError, safe_open
 
-    parameters = {}
+    parameters: dict[str, Tensor] = {}
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as checkpoint:
-                for name in checkpoint.keys():  # noqa: SIM118 (not a dict)
-                    _, prefix, short = name.partition(method.published)
-                    if prefix:
-                        parameters[short] = checkpoint.get_tensor(name)
-        for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("mm_projector.bin"))):  # read whole
-            weights = read_weights(file)
-            parameters |= {n.partition(method.published)[2]: weights[n] for n in weights if method.published in n}
+        if method.published_file:
+            parameters = read_weights(folder / method.published_file)
+        else:
+            for file in sorted(folder.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as checkpoint:
+                    names = method.names_in(checkpoint.keys())
+                    parameters |= {short: checkpoint.get_tensor(name) for name, short in names.items()}
+            alone = f"{method.published}bin"  # such as mm_projector.bin
+            for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob(alone))):
+                weights = read_weights(file)
+                parameters |= {short: weights[name] for name, short in method.names_in(weights).items()}
         if not parameters:
             raise Refusal(
                 f"{folder} has no weights of {method.info.name}: neither {ABOUT}, nor a safetensors or .bin file with "
                 f"names such as {method.published}*"
             )
-        net = _new(method, shape, method.sizes_of(parameters))
+        net = _new(method, shape, llm, method.sizes_of(parameters))
         net.load_state_dict(parameters)
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         reason = first_line(error)
@@ -128,7 +135,7 @@ def folder_of(method: TrainedMethod) -> Path:
     """Return the folder of a method's weights; refuse a method whose weights are not bundled."""
     if method.weights != BUNDLED:
         return Path(os.path.expanduser(method.weights))
-    folder = Path(str(files("tokensieve"))) / "reference" / "weights" / method.info.name
+    folder = Path(str(files("tokensieve"))) / "reference" / "weights" / (method.shares_weights or method.info.name)
     if not folder.is_dir():
         raise Refusal(f"{method.info.name} has no bundled weights; give weights=FOLDER, or weights='random'")
     return folder
@@ -171,7 +178,7 @@ def save_net(folder: Path, method: TrainedMethod, shape: ModelShape, net: nn.Mod
         for name, parameter in inspect.signature(type(net).__init__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    sizes = defaults | dict(about.get("net", {}))
+    sizes = defaults | dict(getattr(net, "sizes", {})) | dict(about.get("net", {}))
     contents = {"format": FORMAT, "method": method.info.name, "model": asdict(shape), **about, "net": sizes}
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {name: rows.detach().cpu().contiguous() for name, rows in net.state_dict().items()}
@@ -179,10 +186,11 @@ def save_net(folder: Path, method: TrainedMethod, shape: ModelShape, net: nn.Mod
     _write(folder / ABOUT, (json.dumps(contents, indent=1) + "\n").encode())
 
 
-def _new(method: TrainedMethod, shape: ModelShape, sizes: Mapping[str, Any] | None = None) -> nn.Module:
+def _new(method: TrainedMethod, shape: ModelShape, llm: Any, sizes: Mapping[str, Any] | None = None) -> nn.Module:
+    source = {"llm": llm} if method.copies_layers else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # "random" weights are the same ones each time
-        return method.make_net(shape, **(sizes or {})).float().eval().requires_grad_(False)
+        return method.make_net(shape, **source, **(sizes or {})).float().eval().requires_grad_(False)
 
 
 def _words(shape: ModelShape) -> str:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from tokensieve.budget import Budget, BudgetScope, rule_of
+from tokensieve.engine.nets import BUNDLED, RANDOM, folder_of
 from tokensieve.errors import Refusal, nearest
 from tokensieve.evaluate.metrics import METRICS
 from tokensieve.evaluate.rows import BLIND, FULL, ORACLE
-from tokensieve.methods import Method, MethodInfo, Positions, Repair, parse
+from tokensieve.methods import Method, MethodInfo, Positions, Repair, TrainedMethod, parse
 from tokensieve.methods.spec import expand
 from tokensieve.models.layout import Separators
 
 FINE_TUNED = "fine-tuned"
+READ = 1 << 26  # bytes of a file of weights that is read for its digest
 KeepMeans: TypeAlias = Literal["final", "average"]
 """Meaning of a budget: tokens that remain after the last layer, or, inside the LLM, the average over its layers."""
 
@@ -103,7 +105,8 @@ class Run:
     """One pass over the data. Runs with equal keys give equal predictions.
 
     Attributes:
-        key: the full spec (with budget and seed) and, for methods that are not built in, a digest of their code.
+        key: the full spec (with budget and seed) and, for methods that are not built in, a digest of their code; for
+            trained methods, one of their folder of weights.
         stages: the methods; empty for the oracle and for the blind row.
     """
 
@@ -229,8 +232,8 @@ def _times_given(spec: str, parameter: str) -> int:
 
 
 def _key(stages: Sequence[Method]) -> str:
-    code = b"".join(_external_code(type(stage)) for stage in stages)
-    digest = f" #{hashlib.sha256(code).hexdigest()[:8]}" if code else ""
+    outside = b"".join(_external_code(type(stage)) + _weights(stage) for stage in stages)
+    digest = f" #{hashlib.sha256(outside).hexdigest()[:8]}" if outside else ""
     return " + ".join(map(str, stages)) + digest
 
 
@@ -242,3 +245,16 @@ def _external_code(cls: type) -> bytes:
         return Path(inspect.getfile(cls)).read_bytes()
     except (OSError, TypeError):  # defined in a notebook
         return b""
+
+
+def _weights(method: Method) -> bytes:
+    """Return what tells the weights in a user's folder from others: a training into it makes predictions invalid.
+
+    A file of more than :data:`READ` bytes, such as an authors' checkpoint, counts by its size and time of change.
+    """
+    if not isinstance(method, TrainedMethod) or method.weights in (BUNDLED, RANDOM):
+        return b""
+    files = sorted(path for path in folder_of(method).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
+    stats = [(path, path.stat()) for path in files]
+    parts = [p.read_bytes() if s.st_size <= READ else f"{s.st_size} {s.st_mtime_ns}".encode() for p, s in stats]
+    return b"".join(hashlib.sha256(part).digest() for part in parts)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokensieve.errors import Refusal, first_line
 from tokensieve.loading.options import DEFAULTS, LoadOptions, check_environment, torch_device, torch_dtype
-from tokensieve.loading.place import find, from_pretrained, may_be_hub_name
+from tokensieve.loading.place import find, from_pretrained, may_be_hub_name, refuse_original_format
 from tokensieve.loading.processor import load_processor
 
 
@@ -37,6 +37,7 @@ def load_model(
     check_environment(options)
     device = torch_device(options)
     place = find(name, options.revision)
+    refuse_original_format(place)
     config = from_pretrained(AutoConfig, place, options)
     loader = _loader(name, config, classifiers)
     dtype = torch_dtype(options, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,19 @@ def _hub_refusal(name: str, revision: str | None) -> str:
     except Exception as error:  # no network, no such model, no permission: many types from several libraries
         return first_line(error)
     return ""
+
+
+def refuse_original_format(place: Place) -> None:
+    """Refuse a folder in LLaVA's original format, and name the command that converts it."""
+    file = Path(place.path) / "config.json"
+    try:
+        settings = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return  # transformers says what is wrong with it
+    if isinstance(settings, dict) and "mm_vision_tower" in settings and "vision_config" not in settings:
+        raise Refusal(
+            f"{place.path} is in LLaVA's original format; convert it: tokensieve convert llava {place.path} NEW_FOLDER"
+        )
 
 
 def from_pretrained(loader: Any, place: Place, options: LoadOptions, **arguments: Any) -> Any:

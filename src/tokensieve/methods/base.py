@@ -87,7 +87,7 @@ class Method(ABC):
     @property
     def reads_question(self) -> bool:
         """Whether the decision depends on words after the image, so that another question has other tokens."""
-        return any(map(self.needs.requests, ("user_text", "attention", "gradient")))
+        return any(map(self.needs.requests, ("user_text", "attention", "gradient", "query_attention")))
 
     def with_budget(self: AnyMethod, keep: Budget) -> AnyMethod:
         """Return the same method with another ``keep``."""

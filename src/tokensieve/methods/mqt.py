@@ -83,7 +83,7 @@ class Mqt(TrainedMethod):
     makes_rows: ClassVar = True
 
     Net = Resampler
-    published = "mm_projector."
+    published = "query_abstractor."
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
         net, count = image.net, image.budget

@@ -112,6 +112,7 @@ class Needs(StageNeeds):
         cls_similarity: cosine of each patch to the [CLS] token in the vision encoder's output.
         patches: the rows that enter the projector.
         project: the projector, to run on other rows.
+        rows_beside: the rows of the net's parameter ``rows_beside``, after they have read the patches in the layers.
         pixel_hash: a number that depends on the image's pixels alone.
         user_text: the embeddings of the user's words.
         grid: the tokens must form a grid.
@@ -128,6 +129,7 @@ class Needs(StageNeeds):
     encoder_states: Layers | None = evidence("encoder states", default=None)
     patches: bool = evidence("patches")
     project: bool = evidence("projector")
+    rows_beside: bool = evidence("rows beside the encoder")
     pixel_hash: bool = evidence()
     user_text: bool = evidence("text")
     grid: bool = evidence("grid")
@@ -179,6 +181,8 @@ class DecoderNeeds(StageNeeds):
     Attributes:
         attention: attention rows of the last prompt token ("last") or of every word of the user ("words").
         separator_attention: attention rows of the token that follows each image, which sees no later word.
+        side_blocks: read attention in the last block of the net: copies of layers, which run on a copy of the hidden
+            states that enter the first layer before which tokens leave. At later layers there is no attention.
         same_layer: read attention and keys in the layer before which tokens leave (one extra partial forward). By
             default those of the previous layer are reused.
         gradient: the gradient of the layer's own guess to the hidden states that enter the layer before which tokens
@@ -190,6 +194,9 @@ class DecoderNeeds(StageNeeds):
         final_norm: apply the LLM's final norm to the features.
         rope_gain: a vector of ones, rotated by the rotary embedding at each token's position.
         connector_scores: the scores that the connector method ranked the tokens by.
+        query_attention: attention of the net's learned query, which stands behind the prompt, in the layer before
+            tokens leave: its "logits" or the "log" of probabilities.
+        encoder_states: layers of the vision encoder whose output is read, as in :class:`Needs`.
         user_text: the hidden states of the user's words; "all": of every token after the last image, with the chat
             template, and "words" are these tokens.
         grid: the coordinates of the tokens on their image's grid.
@@ -197,6 +204,7 @@ class DecoderNeeds(StageNeeds):
 
     attention: Literal["last", "words"] | None = evidence("LLM attention of {}", default=None)
     separator_attention: bool = evidence("LLM attention of the token after the image")
+    side_blocks: bool = evidence("blocks beside the LLM")
     same_layer: bool = evidence()
     gradient: tuple[int, ...] | None = evidence("gradient of the guess", default=None)
     keys: bool = evidence(read=ops.keys_joined)
@@ -206,6 +214,8 @@ class DecoderNeeds(StageNeeds):
     final_norm: bool = evidence()
     rope_gain: bool = evidence(rope=ops.rope_gain)
     connector_scores: bool = evidence()
+    query_attention: Literal["logits", "log"] | None = evidence("attention of a learned query", default=None)
+    encoder_states: Layers | None = evidence("encoder states", default=None)
     user_text: bool | Literal["all"] = evidence("text")
     grid: bool = evidence("grid")
 

@@ -43,6 +43,7 @@ class DecoderMethod(InsideMethod):
     """
 
     adaptive: ClassVar[bool] = False  # the numbers after each layer follow the image: see :meth:`schedule`
+    leaves_caches: ClassVar[bool] = False  # tokens that leave also leave the KV caches of the layers before
 
     def __post_init__(self) -> None:
         super().__post_init__()

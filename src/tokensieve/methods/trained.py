@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tokensieve.methods.base import Method
 from tokensieve.reduction import Reduction
+
+Learns: TypeAlias = Literal["answers", "exits", "places", "twig"]
+"""What ``tokensieve train`` shows a net."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class ModelShape:
         layers: number of layers of the LLM.
         patch_width: C, the width of the rows that enter the projector; 0: unknown.
         tower_width: the width of the vision encoder's hidden states; 0: unknown.
+        heads: number of attention heads of the LLM; 0: unknown.
     """
 
     type: str
@@ -30,6 +34,7 @@ class ModelShape:
     layers: int
     patch_width: int = 0
     tower_width: int = 0
+    heads: int = 0
 
 
 def heads_of(width: int, columns: int) -> int:
@@ -52,13 +57,21 @@ class TrainedMethod(Method):
     weights: str = "bundled"
 
     Net: ClassVar[type[nn.Module]]
+    copies_layers: ClassVar[bool] = False  # the net copies layers of the LLM: Net(shape, llm=…, **sizes)
     published: ClassVar[str] = ""  # what stands before the net's own names in checkpoints of the authors
-    learns: ClassVar[Literal["answers", "exits"]] = "answers"  # what ``tokensieve train`` shows the net
+    shares_weights: ClassVar[str] = ""  # another method with the same net: its weights fit, too
+    published_file: ClassVar[str] = ""  # the authors' file that holds the net alone, in parts
+    learns: ClassVar[Learns] = "answers"
 
     @property
     def softens(self) -> Literal["rows", "attention"]:
         """The part that the factors of :meth:`soften` multiply: rows, or each token's share in the LLM's attention."""
         return "attention"
+
+    @property
+    def has_net(self) -> bool:
+        """Whether this instance uses its net: parameters may choose a form without one."""
+        return True
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
         """Return a new net for a model of this shape, with these sizes in place of the default ones."""
@@ -67,6 +80,10 @@ class TrainedMethod(Method):
     def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the sizes of the net of an authors' checkpoint, from its parameters under the net's own names."""
         return {}
+
+    def names_in(self, checkpoint: Iterable[str]) -> dict[str, str]:
+        """Return the net's own names of its parameters in a file of an authors' checkpoint, by their names there."""
+        return {name: name.partition(self.published)[2] for name in checkpoint if self.published in name}
 
     def soften(self, image: Any) -> Tensor | None:
         """Return a factor for each token `[B, N]`: in training, it takes the place of leaving.

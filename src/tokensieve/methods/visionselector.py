@@ -1,6 +1,6 @@
 """VisionSelector: a trained scorer ranks the projected tokens."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,6 +67,12 @@ class VisionSelector(TrainedMethod, ScoreMethod):
 
     def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         return {"width": len(parameters["q_proj.weight"])}
+
+    def names_in(self, checkpoint: Iterable[str]) -> dict[str, str]:
+        names = list(checkpoint)
+        # a whole model with the scorer in its vision encoder, or, as AngelSlim publishes it, the scorer alone
+        alone = {name: name.removeprefix("module.").removeprefix("_orig_mod.") for name in names}
+        return super().names_in(names) or (alone if "q_proj.weight" in alone.values() else {})
 
     @property
     def softens(self) -> Literal["rows", "attention"]:

@@ -12,7 +12,7 @@ from tokensieve.ops.attention_rows import (
 )
 from tokensieve.ops.cluster import connected, density_peaks, join_nearest, peak_scores
 from tokensieve.ops.draw import hash_of, pixel_hash, random_scores
-from tokensieve.ops.greedy import coverage, dpp_map, max_min, suppressed, weighted_max_min
+from tokensieve.ops.greedy import coverage, dpp_map, marginal_relevance, max_min, suppressed, weighted_max_min
 from tokensieve.ops.match import alternate_match, bipartite_match, first_of_each, keep_best
 from tokensieve.ops.merge import (
     area_pool,
@@ -97,6 +97,7 @@ __all__ = [
     "keys_joined",
     "knee",
     "local_variance",
+    "marginal_relevance",
     "mask_bias",
     "max_min",
     "max_static_segments",

@@ -89,6 +89,29 @@ def weighted_max_min(rows: Tensor, weight: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
+def marginal_relevance(rows: Tensor, relevance: Tensor, k: int, balance: float) -> Tensor:
+    """Select ``k`` rows that are relevant and differ from each other (maximal marginal relevance), in order, `[B, k]`.
+
+    The first is the most relevant. Each other has the largest ``balance`` times relevance minus ``1 - balance`` times
+    cosine to the nearest selected row. O(K·N·D) time, O(N·D) extra memory.
+
+    Args:
+        rows: `[B, N, D]`.
+        relevance: `[B, N]`, in [0, 1].
+    """
+    rows, relevance = normalise(rows), _finite(relevance)
+    score, nearest, taken, chosen = relevance, torch.full_like(relevance, -2), torch.zeros_like(relevance), []
+    for _ in range(k):
+        best = (score + taken).argmax(-1, keepdim=True)
+        chosen.append(best)
+        taken.scatter_(-1, best, -torch.inf)
+        to_best = (rows @ rows_at(rows, best).transpose(-1, -2)).squeeze(-1)
+        nearest = torch.fmax(nearest, to_best)  # fmax ignores NaN
+        score = balance * relevance - (1 - balance) * nearest
+    return torch.cat(chosen, -1)
+
+
+@torch.no_grad()
 def suppressed(near: Tensor, order: Tensor) -> Tensor:
     """Mark the ranks whose token is near a token of an earlier rank that is not marked, `[B, N]` bool.
 

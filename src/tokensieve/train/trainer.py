@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
@@ -27,6 +28,9 @@ class QuietTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         for printer in (PrinterCallback, ProgressCallback):  # they write to stdout
             self.remove_callback(printer)
         self.add_callback(_Bar())
+        if self.args.save_steps < 1:  # a share: a checkpoint holds it as a number, and the next run compares both
+            steps = math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps)
+            self.args.save_steps = math.ceil(steps * self.args.num_train_epochs * self.args.save_steps)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, so accumulation must average it
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -122,7 +122,7 @@ def unserved(method: Method) -> str | None:
         return "it acts inside a fusion encoder, which vLLM does not have"
     if stage == "encoder":
         return "it acts inside the vision encoder, and vLLM's encoders are classes of its own"
-    if isinstance(method, TrainedMethod):
+    if isinstance(method, TrainedMethod) and method.has_net:
         return "its trained net is a part of the handle that attach() returns, which an engine does not have"
     if needs.requests("video"):
         return "it reduces videos, and the plug-in reduces images"

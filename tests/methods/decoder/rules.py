@@ -158,6 +158,23 @@ def pyramiddrop(sequence, image, layer, count):
     return pick(best(scores, count), len(scores))
 
 
+def twig(blocks):
+    """Blocks with the weights of the LLM's next layers run on a copy of the rows; deepstack adds nothing to them."""
+
+    def decide(sequence, image, layer, count):
+        size, rows = len(sequence.images[image]), layer.rows
+        for number in range(layer.number, layer.number + blocks - 1) if count else ():
+            module = layer.decoder.layers[number]
+            rows = rows + replace(layer, number=number, rows=rows).attended[0]
+            rows = rows + module.mlp(module.post_attention_layernorm(rows))
+        if not count:
+            return pick([], size)
+        last = replace(layer, number=layer.number + blocks - 1, rows=rows)
+        return pick(best(last.attention[:, sequence.prompt - 1, sequence.images[image]].mean(0), count), size)
+
+    return decide
+
+
 def vtw(sequence, image, layer, count):
     return pick([], len(sequence.images[image]))
 
@@ -380,6 +397,9 @@ RULES = {
     "pyramiddrop(keep=0.2)": Rule([2, 3, 4], pyramiddrop, geometric(0.2, 3)),
     "pyramiddrop(layers=(1, 4), counts=(0.5, 0.2))": Rule([1, 4], pyramiddrop, down(0.5, 0.2)),
     "vtw(layer=3)": Rule([3], vtw),
+    "twigvlm(layers=(1, 4), blocks=3, keep=0.4, weights='random')": Rule(
+        [1, 4], twig(3), lambda n: [*share(0.4)(n), 0]
+    ),
     "sparsevlm(layers=(2, 3), counts=(0.5, 0.25))": Rule([2, 3], sparsevlm, down(0.5, 0.25)),
     "sparsevlm+(layers=(2, 4), counts=(0.5, 0.25))": Rule([2, 4], sparsevlm_plus, down(0.5, 0.25)),
     "sparsevlm-rank(layers=(1, 3), scale=2.0, bias=1.0)": Rule([1, 3], sparsevlm_rank(2.0, 1.0)),
@@ -408,5 +428,5 @@ WHOLE = (
     "fastv(keep=1.0)", "window-fastv(keep=1.0)", "pyramiddrop(keep=1.0)", "sparsevlm(keep=1.0)", "sparsevlm+(keep=1.0)",
     "dart(keep=1.0)", "topv(keep=1.0)", "text-correlation(keep=1.0)", "illava-llm(keep=1.0)", "fastv(average=10_000)",
     "pool-decoder(stride=1)", "priortr(keep=1.0)", "clse(keep=1.0)", "autoprune(keep=1.0)",
-    "trio(keep=1.0)",
+    "trio(keep=1.0)", "twigvlm(keep=1.0, weights='random')", "twigvlm(average=1.0, weights='random')",
 )  # fmt: skip

@@ -38,7 +38,8 @@ def by_hand_run(spec, family, kind, policy, row, answer, decide=None):
     encoded = [e.mixed(r.matrix()) for e, r in zip(encode(family, kind)[row], decisions, strict=True)]
     kept, sample = [r.kept for r in decisions], prompts.batch(family, kind)[row]
     rule = decide or (RULES | COMPOSED)[spec]
-    return oracle.run_inside(models.unhooked(family), family, sample, rule, kept, encoded, answer, policy)
+    compact = tokensieve.parse(spec)[-1].leaves_caches
+    return oracle.run_inside(models.unhooked(family), family, sample, rule, kept, encoded, answer, policy, compact)
 
 
 def generate(family, attention, samples, spec, policy):

@@ -90,7 +90,7 @@ class ConnectorEvidence:
             )
             for name, layers in outputs.by_layer.items()
         }
-        similarity, hashes = outputs.cls_similarity, outputs.pixel_hashes
+        similarity, hashes, beside = outputs.cls_similarity, outputs.pixel_hashes, outputs.rows_beside
         return ConnectorTokens(
             torch.stack([self.features[unit.image][unit.rows] for unit in units]),
             grid=first.grid,
@@ -99,8 +99,9 @@ class ConnectorEvidence:
             notes=outputs.notes,
             cls_similarity=torch.stack([similarity[image][part] for image, part in origins]) if similarity else None,
             patches=torch.stack([self.patches[unit.image][unit.rows] for unit in units]) if self.patches else None,
-            # the views of one image are told apart by their first row
             project=self.project,
+            rows_beside=torch.stack([beside[image] for image, _ in origins]) if beside else None,
+            # the views of one image are told apart by their first row
             pixel_hash=torch.stack([hash_of(hashes[i]) + part.start for i, part in origins]) if hashes else None,
             user_text=self._text_of(units),
             tiles=_tiles_of(units),

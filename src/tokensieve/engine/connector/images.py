@@ -16,6 +16,7 @@ from tokensieve.errors import Refusal
 from tokensieve.models import Family
 from tokensieve.models.family import Modality
 from tokensieve.models.planes import rows_of
+from tokensieve.tokens import ByLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,11 @@ class PromptImages:
     origins: list[int]
     copies: int
     by_modality: dict[Modality, list[int]]
+
+    def states(self, number: int) -> ByLayer:
+        """Return the states `[M, C]` of one image's patches in the vision encoder."""
+        by_layer, origin = self.outputs.by_layer["encoder_states"], self.origins[number]
+        return ByLayer({layer: rows[origin] for layer, rows in by_layer.items()}, self.outputs.depth)
 
     @classmethod
     def of_call(

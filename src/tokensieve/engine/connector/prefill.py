@@ -67,6 +67,7 @@ class Connector:
         net: the net of a trained method.
         registers: makes the registers that enter the LLM behind each image.
         reselect: keep what a later turn needs to be decided anew.
+        hands_states: hand the vision encoder's states on to the decoder stage.
 
     Attributes:
         curves: of each image of the latest prefill, the curve that was cut, if ``keep`` is an average over the data.
@@ -88,12 +89,13 @@ class Connector:
         net: nn.Module | None = None,
         registers: RegisterRows | None = None,
         reselect: bool = False,
+        hands_states: bool = False,
     ) -> None:
         self.family, self.model, self.base = family, model, model.base_model
         self.method, self.positions, self.text_finder = method, positions, text_finder
         self.replay, self.scope, self.separators = replay, scope, separators
         self.layer_budget, self.repair, self.net = layer_budget, repair, net
-        self.registers, self.reselect = registers, reselect
+        self.registers, self.reselect, self.hands_states = registers, reselect, hands_states
         self.curves: list[list[float]] = []
         self.curve_totals: list[int] = []
 
@@ -116,6 +118,8 @@ class Connector:
         whole = to_keep(kwargs) if self.reselect else None
         prompt = self._images(kwargs, encoded)
         images, placeholders = self._decide(kwargs, prompt), prompt.placeholders
+        if self.hands_states:
+            images = [replace(image, encoder_states=prompt.states(number)) for number, image in enumerate(images)]
         # padding between turns is packed to the left: the bookkeeping then covers every column of the prompt
         end = kwargs["input_ids"].shape[1] if self.reselect else placeholders.end
         if self.repair == "restore":

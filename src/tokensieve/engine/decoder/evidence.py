@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_map_only
 
+from tokensieve.engine.decoder.learned_query import LearnedQuery
 from tokensieve.engine.decoder.sequence import Member, PrefillState
+from tokensieve.engine.decoder.side import check_side_blocks, read_beside
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.probe import Probe
 from tokensieve.engine.prompt.placeholders import on_device
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, DecoderNeeds
+from tokensieve.methods.side import SideBlocks
 from tokensieve.ops import attention_of_queries
-from tokensieve.tokens import DecoderTokens, DecoderUserText
+from tokensieve.tokens import ByLayer, DecoderTokens, DecoderUserText
 
 ABOUT_TEXT = {f.name for f in fields(DecoderUserText)}
 
@@ -61,7 +64,13 @@ class DecoderEvidence:
         if any(kind.rope is not None for kind in self.requested.values()) and len(set(kinds)) > 1:
             raise Refusal(f"{method} goes by the rotary embedding; in this LLM, layers differ in it or have none")
         self.probes: dict[int, Probe] = {}
-        if self.needs.reads_attention:
+        if self.needs.side_blocks:
+            assert isinstance(net, SideBlocks)
+            check_side_blocks(method, net, kinds)
+            attention = net[-1].self_attn
+            softcap = getattr(attention, "attn_logit_softcapping", None)
+            self.probes[layers[0]] = Probe(attention, partial(self._read, softcap), flight)
+        elif self.needs.reads_attention:
             for layer in layers:
                 read_layer = decoder.layers[layer if self.needs.same_layer else layer - 1]
                 softcap = getattr(read_layer.self_attn, "attn_logit_softcapping", None)
@@ -70,6 +79,10 @@ class DecoderEvidence:
         if self._copied("MLP input"):
             mlps = [decoder.layers[layer - 1].mlp for layer in layers]
             self._handles = [mlp.register_forward_pre_hook(self._before_mlp) for mlp in mlps]
+
+        self.query: LearnedQuery | None = None
+        if self.needs.query_attention is not None:
+            self.query = LearnedQuery(decoder, layers[0], kinds, self.needs.query_attention, flight, net)
 
     @property
     def first_layer(self) -> int:
@@ -84,11 +97,15 @@ class DecoderEvidence:
             probe.remove()
         for handle in self._handles:
             handle.remove()
+        if self.query is not None:
+            self.query.remove()
 
     def arm(self) -> None:
         """Read from now on, until the forward ends."""
         for probe in self.probes.values():
             probe.arm()
+        if self.query is not None:
+            self.query.arm()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -105,14 +122,19 @@ class DecoderEvidence:
         Args:
             hidden, kwargs: the input `[B, n, D]` of ``layer``, before which tokens leave, and its other arguments.
         """
-        if self.flight.repair is not None and (self.needs.gradient or self.needs.same_layer):
+        extra_run = self.needs.gradient or self.needs.same_layer or self.needs.side_blocks
+        if self.flight.repair is not None and extra_run:
             kwargs = self.flight.repair.of_reading(layer, hidden, kwargs)  # this run passes the layer's hooks by
         if self.needs.gradient:
             state.evidence["gradient"] = self._gradient(layer, hidden, kwargs, self.needs.gradient)
         if layer not in self.probes:
+            state.evidence.pop("attention", None)  # of side blocks: it was read of more columns
             return
         probe = self.probes[layer]
-        if self.needs.same_layer:
+        if self.needs.side_blocks:
+            assert isinstance(self.net, SideBlocks)
+            read_beside(self.net, probe, hidden, kwargs)
+        elif self.needs.same_layer:
             with probe.stop_at_reading():
                 self.decoder.layers[layer].forward(hidden, **{**kwargs, "past_key_values": None})
         (reading,) = probe.take()
@@ -216,6 +238,8 @@ class DecoderEvidence:
             elif name == "separator_attention":  # `[B, H, I, n]`: one query for each image of a row
                 numbers = on_device([number for _, number in members], hidden.device)
                 about_image[name] = sequence[rows, :, numbers].take_along_dim(columns[:, None], -1)
+            elif name == "query_attention":  # `[B, H, n]`
+                about_image[name] = sequence[rows].take_along_dim(columns[:, None], -1)
             elif name in self._copied("LLM input"):
                 about_image[name] = take(sequence, torch.stack([_entry_columns(state, member) for member in members]))
             else:
@@ -223,6 +247,8 @@ class DecoderEvidence:
         if self.needs.connector_scores:
             about_image["connector_scores"] = _connector_scores(state, members)
         images = [state.image(member) for member in members]
+        if self.needs.requests("encoder_states"):
+            about_image["encoder_states"] = ByLayer.stacked([image.states_left() for image in images])
         decision = images[0].decision
         if self.needs.grid and decision.grid is not None:
             anchors, width = torch.stack([image.anchors for image in images]), decision.grid[1]

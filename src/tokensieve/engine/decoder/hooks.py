@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tokensieve.budget import BudgetScope
 from tokensieve.engine.budget_scope import methods_per_image
 from tokensieve.engine.cache import PrefixInfo, decode_mask
+from tokensieve.engine.decoder.compaction import check_compaction, prefixes_of_all, shorten_caches
 from tokensieve.engine.decoder.evidence import DecoderEvidence
 from tokensieve.engine.decoder.masks import (
     CREATE_MASK,
@@ -33,6 +34,7 @@ from tokensieve.engine.decoder.masks import (
     shorten_mask,
 )
 from tokensieve.engine.decoder.sequence import Member, PrefillState
+from tokensieve.engine.decoder.skip import SkipHooks
 from tokensieve.engine.handoff import Prefill
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
@@ -43,6 +45,7 @@ from tokensieve.engine.wrapped import uncompiled
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions, Repair
 from tokensieve.methods.registers import RegisterMethod
+from tokensieve.methods.skip import SkipMethod
 from tokensieve.models import Family
 from tokensieve.models.versions import before_5_23, checkpoints_activations
 from tokensieve.tokens import DecoderTokens
@@ -97,15 +100,20 @@ class DecoderHooks:
         method.check_average(self.layers, self.depth)
         if isinstance(method, RegisterMethod):
             check_registers(method, self.per_layer_masks, config._attn_implementation, repair)
+        if method.leaves_caches:
+            check_compaction(method, set(self.kinds), repair, len(self.layers) * (positions == "contiguous"))
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
         head = model.get_output_embeddings()
         self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight, net)
+        self.skips: SkipHooks | None = None
+        if isinstance(method, SkipMethod):
+            self.skips = SkipHooks(self.decoder, method, self.layers, flight, repair)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
-            if number >= self.evidence.first_layer
+            if number >= self.evidence.first_layer or method.leaves_caches
         ]
         if hasattr(self.decoder, "_deepstack_process"):
             self.decoder._deepstack_process = partial(self._deepstack, self.decoder._deepstack_process)
@@ -114,6 +122,8 @@ class DecoderHooks:
         for handle in self._handles:
             handle.remove()
         self.evidence.remove()
+        if self.skips is not None:
+            self.skips.remove()
         self.decoder.__dict__.pop("_deepstack_process", None)
 
     # -- around the forward -------------------------------------------------------------------------------------------
@@ -123,7 +133,9 @@ class DecoderHooks:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise Refusal("new images on a filled cache cannot be reduced inside the LLM; start a new sequence")
-        if kwargs.get("labels") is not None:
+        if self.skips is not None:
+            self.skips.check()
+        elif kwargs.get("labels") is not None:
             raise Refusal("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
         if before_5_23() and self.decoder.training and checkpoints_activations(self.decoder):
             raise Refusal(
@@ -131,7 +143,8 @@ class DecoderHooks:
                 "the LLM twice: turn it off, use a connector method, or install a newer release"
             )
         logits = kwargs.get("logits_to_keep")
-        reads_end = self.evidence.probes or any(map(self.method.needs.requests, ("user_text", "gradient")))
+        read = ("user_text", "gradient", "query_attention")
+        reads_end = self.evidence.probes or any(map(self.method.needs.requests, read))
         if reads_end and isinstance(logits, int) and logits > 1:
             raise Refusal(
                 f"{self.method.info.name} goes by the end of the prompt, which assisted decoding hides behind "
@@ -168,6 +181,12 @@ class DecoderHooks:
         self.flight.decoding = PrefillState.enter(prefill, methods, text)
         self.evidence.arm()
 
+    def prefixes(self, state: PrefillState) -> dict[int, PrefixInfo]:
+        """Return the bookkeeping of the layers' caches after a prefill; the entry's holds for all others."""
+        if not self.method.leaves_caches:
+            return state.prefixes
+        return prefixes_of_all(state.prefixes, self.depth, state.prefill.prefix, self.positions == "contiguous")
+
     def start_decoding(self, prefixes: dict[int, PrefixInfo], mask: Tensor | None) -> None:
         """Start a step on a reduced cache; ``mask`` `[B, L]` is the caller's."""
         self.flight.decoding = DecodeStep(prefixes, mask)
@@ -185,7 +204,10 @@ class DecoderHooks:
             if number in self._to_verify:
                 self._verify_mask(state, number, hidden, kwargs)
             if number in self.layers:
+                entering = hidden
                 hidden = self._reduce(state, number, hidden, kwargs)
+                if self.skips is not None:
+                    self.skips.start(state, entering)
             if number >= self.layers[0]:
                 self._shorten(state, number, hidden, kwargs)
             self.evidence.copy_input(state, number, hidden)
@@ -244,6 +266,8 @@ class DecoderHooks:
         if number == self.layers[-1]:
             state.evidence.clear()  # nothing reads it any more: free the memory
         selection = state.drop(kept)
+        if self.method.leaves_caches and selection is not None:
+            shorten_caches(kwargs.get("past_key_values"), number, selection)
         return hidden if selection is None else selection.take_rows(hidden)
 
     def _budget(self, state: PrefillState, member: Member, stage: int) -> int:

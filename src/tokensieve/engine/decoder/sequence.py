@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,6 +107,7 @@ class PrefillState:
         layer_inputs: by kind of attention, positions and mask of ``sequence``; shared by all layers until tokens leave.
         prefix: the prefix of ``sequence``, shared likewise.
         evidence: by name, read or copied on the way: `[B, n, ...]` of the sequence at that time.
+        query: a learned query that runs beside the prompt (a ``QueryRow``); ``None``: none does.
     """
 
     prefill: Prefill
@@ -120,6 +121,7 @@ class PrefillState:
     layer_inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     prefix: PrefixInfo | None = None
     evidence: dict[str, Tensor] = field(default_factory=dict)
+    query: Any = None
 
     @classmethod
     def enter(
@@ -174,3 +176,8 @@ class PrefillState:
         if selection is not None:
             self.layer_inputs, self.prefix = {}, None
         return selection
+
+    def restore(self) -> None:
+        """Take back all decisions inside the LLM: every token that entered stands in the sequence again."""
+        self.images = [[replace(image, inside=()) for image in row] for row in self.images]
+        self.sequence, self.layer_inputs, self.prefix = self.entry, {}, None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tokensieve.engine.encoder.before import reduce_before
+from tokensieve.engine.encoder.beside import BesideHooks, RowsBeside
 from tokensieve.engine.encoder.steps import TowerPass, TowerResult
 from tokensieve.engine.encoder.tower import TowerHooks
 from tokensieve.engine.handoff import EncoderOutputs
@@ -51,6 +52,7 @@ class RecordedCall(EncodeCall):
         pooled: {evidence: attention of the pooling head}.
         tower_pass: the running pass through a vision encoder in which tokens leave.
         tower_result: the same, finished.
+        beside: the rows of a net beside the layers; ``None``: there are none.
     """
 
     reductions: list[Reduction] | None = None
@@ -60,6 +62,7 @@ class RecordedCall(EncodeCall):
     pooled: dict[str, Tensor] = field(default_factory=dict)
     tower_pass: TowerPass | None = None
     tower_result: TowerResult | None = None
+    beside: RowsBeside | None = None
 
 
 class EncoderHooks:
@@ -69,6 +72,7 @@ class EncoderHooks:
         needs: the evidence that the connector method requests.
         method: the encoder method, if there is one.
         net: the net of a trained method.
+        beside: runs rows of the connector method's net beside the layers.
 
     Raises:
         Refusal: if the family or the vision encoder lacks something that is needed.
@@ -82,7 +86,9 @@ class EncoderHooks:
         method: Method | None,
         flight: InFlight,
         net: nn.Module | None = None,
+        beside: BesideHooks | None = None,
     ) -> None:
+        self.beside = beside
         self.family, self.model, self.base, self.flight = family, model, model.base_model, flight
         self.method = method
         self.tower_hooks: TowerHooks | None = None
@@ -119,8 +125,9 @@ class EncoderHooks:
         for probe in self._probes:
             probe.remove()
         self._probes.clear()  # they refer to these hooks: with this cycle, a deleted model would keep its memory
-        if self.tower_hooks is not None:
-            self.tower_hooks.remove()
+        for hooks in (self.tower_hooks, self.beside):
+            if hooks is not None:
+                hooks.remove()
         for name, attribute in self._own_encode.items():
             delattr(self.base, name)
             if attribute is not None:
@@ -192,6 +199,7 @@ class EncoderHooks:
                 return encode(*args, **kwargs)
             bound = dict(signature.bind(*args, **kwargs).arguments)
             call = RecordedCall(bound.pop("kwargs", {}) | bound, modality)
+            call.beside = None if self.beside is None else RowsBeside()
             self.flight.encoding = call
             try:
                 call.output = encode(*args, **kwargs)
@@ -312,7 +320,10 @@ class EncoderHooks:
         if self.needs.pixel_hash:
             hashes = [pixel_hash(pixels)[None] for pixels in family.pixels_per_image(call, layouts)]
         patches = self._patches(call, layouts)
-        return EncoderOutputs(layouts, by_layer, patches, similarity, hashes, self.depth, notes, call.reductions)
+        beside = [] if call.beside is None or call.beside.rows is None else list(call.beside.rows)
+        return EncoderOutputs(
+            layouts, by_layer, patches, similarity, hashes, self.depth, notes, call.reductions, beside
+        )
 
     def _patches(self, call: RecordedCall, layouts: list[TokenLayout]) -> list[Tensor]:
         """Return the rows that entered the projector, `[M, C]` per image; rows of dropped tokens hold zeros."""

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tokensieve.errors import Refusal
+from tokensieve.fusion.convert.fit import check_fit
 from tokensieve.fusion.convert.names import HEADS, prefixed, renamed
 from tokensieve.fusion.convert.read import read_settings, read_weights
 from tokensieve.fusion.meter import (
@@ -31,7 +32,6 @@ ARCHITECTURES = {
     "vilt": (ViltForQuestionAnswering, ViltForImagesAndTextClassification, ViltForImageAndTextRetrieval),
     "meter": (MeterForQuestionAnswering, MeterForImagesAndTextClassification, MeterForImageAndTextRetrieval),
 }
-LISTED = 5  # most names per kind of fault in an error
 
 
 def convert(source: Path, target: Path, *, heads: int | None = None) -> PreTrainedModel:
@@ -63,7 +63,7 @@ def build(weights: Mapping[str, Tensor], *, heads: int | None = None) -> PreTrai
     model = ARCHITECTURES[kind][head](config)
     tower = _clip_path(model) if kind == "meter" else ""
     converted = dict(renamed(weights, kind, tower))
-    _check(converted, model.state_dict(), type(model).__name__)
+    check_fit(converted, model.state_dict(), type(model).__name__)
     model.load_state_dict(converted)
     return model.eval()
 
@@ -155,25 +155,3 @@ def _side(positions: int) -> int:
 def _clip_path(model: Any) -> str:
     name = next(n for n, _ in model.named_parameters() if n.endswith("embeddings.class_embedding"))
     return str(name).removesuffix(".embeddings.class_embedding")
-
-
-def _check(converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: str) -> None:
-    """Refuse weights that are missing, unexpected or of another shape, all in one error."""
-    shared = converted.keys() & expected.keys()
-    misshapen = [
-        f"{name} is {list(converted[name].shape)}, not {list(expected[name].shape)}"
-        for name in sorted(shared)
-        if converted[name].shape != expected[name].shape
-    ]
-    faults = {
-        "missing": sorted(expected.keys() - converted.keys()),
-        "unexpected": sorted(converted.keys() - expected.keys()),
-        "of another shape": misshapen,
-    }
-    reports = [
-        f"{len(names)} {fault}: {', '.join(names[:LISTED])}{', …' if len(names) > LISTED else ''}"
-        for fault, names in faults.items()
-        if names
-    ]
-    if reports:
-        raise Refusal(f"the checkpoint does not fit {model}: {'; '.join(reports)}")

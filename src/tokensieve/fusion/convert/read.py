@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,21 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     if not file.is_file():
         reason = f"no {' or '.join(FILES)} in this folder" if source.is_dir() else "no such file"
         raise Refusal(f"no checkpoint at {source}: {reason}")
+    return {name.removeprefix("model."): t for name, t in read_tensors(file).items()}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file by their names; where its format allows, they stay on the disk until used.
+
+    Raises:
+        Refusal: if it holds anything but tensors.
+    """
     try:
         if file.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(file)
             return tensors
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        # files of before torch 1.6 are no zip archives and are read whole
+        stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except OSError as error:
         raise Refusal(f"the checkpoint {file} cannot be read: {error.strerror or error}") from error
     except MemoryError:
@@ -42,9 +53,14 @@ def read_weights(source: Path) -> dict[str, Tensor]:
             "saved by torch.save; other objects are not loaded, because that would run code from the file"
         ) from error
     weights = stored.get("state_dict", stored) if isinstance(stored, dict) else stored
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+    if isinstance(weights, dict):  # modules may be stored one by one, each with a state dict of its own
+        parts = {name: part if isinstance(part, dict) else {"": part} for name, part in weights.items()}
+        weights = {f"{name}.{n}" if n else name: t for name, part in parts.items() for n, t in part.items()}
+    if not isinstance(weights, dict) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items()
+    ):
         raise Refusal(f"{file} holds no state dict: names and tensors are expected")
-    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    return weights
 
 
 def read_settings(source: Path) -> dict[str, Any]:

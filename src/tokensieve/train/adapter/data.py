@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.utils.data import Dataset
 
 from tokensieve.errors import DataError, Refusal
 from tokensieve.evaluate.data import Sample, reference_samples, sample_of
+from tokensieve.evaluate.pictures import Picture, content_key
 from tokensieve.evaluate.prompt import chat_messages, check_texts, image_numbers, left_padded_batch, user_turns
 from tokensieve.evaluate.records import read_records
 
@@ -49,6 +52,24 @@ def read_samples(source: str) -> tuple[list[Sample], int]:
     if not samples:
         raise DataError(faults[0] if faults else f"{source}: no records")
     return samples, len(faults)
+
+
+def records_digest(samples: Iterable[Sample]) -> str:
+    """Return a digest of what is trained on: questions, answers, boxes and images, in their order.
+
+    An image file counts by its name and size, so that a large data set is not read twice.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        fields = [sample.text, sample.answers, sample.turns, sample.boxes, [_image_key(p) for p in sample.images]]
+        digest.update(json.dumps(fields).encode())
+    return digest.hexdigest()[:16]
+
+
+def _image_key(picture: Picture) -> str | None:
+    if isinstance(picture, Path) and picture.is_file():
+        return f"{picture.name} {picture.stat().st_size}"
+    return content_key(picture)
 
 
 def _from_reference(source: str) -> list[Sample]:
@@ -150,10 +171,12 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         check_texts(self.processor, samples, self.prompt)
-        images = _opened(samples)
+        images = opened_images(samples)
         texts, turns = user_turns(samples, self.prompt)
         tensors = left_padded_batch(self.processor, images, texts, turns)
-        answers = [self.answer_ids(*row) for row in zip(images, texts, turns, map(_answer, samples), strict=True)]
+        answers = [
+            self.answer_ids(*row) for row in zip(images, texts, turns, map(commonest_answer, samples), strict=True)
+        ]
         tensors |= _appended(tensors, answers, int(self.tokenizer.pad_token_id or 0))
         return {**tensors, "image_numbers": torch.tensor(image_numbers(samples))}
 
@@ -182,12 +205,12 @@ def _assistant(answer: str) -> dict[str, Any]:
     return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
 
-def _answer(sample: Sample) -> str:
+def commonest_answer(sample: Sample) -> str:
     """Return the commonest answer of a sample; of equally common ones, the first."""
     return Counter(sample.answers).most_common(1)[0][0]
 
 
-def _opened(samples: Sequence[Sample]) -> list[list[Any]]:
+def opened_images(samples: Sequence[Sample]) -> list[list[Any]]:
     """Open the images of each sample, each image once."""
     opened: dict[Any, Any] = {}
     for sample in samples:

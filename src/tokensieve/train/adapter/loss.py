@@ -85,7 +85,8 @@ def check_method(stages: Sequence[Method], model: Any, processor: Any, batch: Ba
     prompt = row[: len(row) - int((label != IGNORED).sum())]
     for stage in stages:
         needs, name = stage.needs, stage.info.name
-        if getattr(needs, "attention", None) == "last" or getattr(needs, "gradient", None):
+        last = getattr(needs, "attention", None) == "last"
+        if last or needs.requests("gradient") or needs.requests("query_attention"):
             raise Refusal(f"{name} goes by the end of the prompt, where the answer stands in training; use another one")
         if needs.requests("user_text"):
             finder = UserTextFinder(model, processor, needs.user_text == "all")  # type: ignore[attr-defined]

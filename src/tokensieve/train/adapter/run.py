@@ -20,7 +20,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tokensieve.engine import attach
 from tokensieve.errors import Refusal, first_line
 from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, to_model, without_folder
-from tokensieve.train.adapter.data import IGNORED, Collator, Questions, held_out, in_training_order, read_samples
+from tokensieve.train.adapter.data import (
+    IGNORED,
+    Collator,
+    Questions,
+    held_out,
+    in_training_order,
+    read_samples,
+    records_digest,
+)
 from tokensieve.train.adapter.loss import FULL, answer_logits, answer_loss, check_method, divergence, teacher_logits
 from tokensieve.train.adapter.parts import prepared
 from tokensieve.train.adapter.recipe import Recipe
@@ -80,6 +88,7 @@ def train_adapter(
     settings: dict[str, Any] = {
         "model": without_folder(model),
         "data": without_folder(data),
+        "data_digest": records_digest((*training, *measured)),
         "schedule": schedule.to_json(),
     }
     settings |= {"recipe": recipe.to_json(), "loading": loading.to_json()}

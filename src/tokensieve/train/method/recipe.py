@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from tokensieve.budget import Budget
 from tokensieve.errors import Refusal
+from tokensieve.methods.trained import Learns
 from tokensieve.train.recipe import AnswerRecipe
 
 
@@ -45,7 +46,15 @@ class Recipe(AnswerRecipe):
         return dict(vars(self))
 
     @classmethod
-    def of(cls, learns: Literal["answers", "exits"], **settings: Any) -> Recipe:
-        """Return a recipe with the given settings; by default gates learn faster, and for longer, than a scorer."""
-        defaults = {"answers": {}, "exits": {"epochs": 60.0, "rate": 1e-3}}[learns]
-        return cls(**defaults | {name: value for name, value in settings.items() if value is not None})
+    def of(cls, learns: Learns, **settings: Any) -> Recipe:
+        """Return a recipe with the given settings; by default gates learn faster, and for longer, than a scorer.
+
+        A twig has no teacher by default, as in its paper.
+        """
+        defaults: dict[Learns, dict[str, float]] = {
+            "answers": {},
+            "exits": {"epochs": 60.0, "rate": 1e-3},
+            "places": {"rate": 1e-3},
+            "twig": {"distillation": 0.0},
+        }
+        return cls(**defaults[learns] | {name: value for name, value in settings.items() if value is not None})

@@ -24,12 +24,15 @@ from tokensieve.errors import Refusal, first_line
 from tokensieve.evaluate import Sample
 from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, without_folder
 from tokensieve.methods import Method, TrainedMethod, parse
-from tokensieve.train.adapter.data import Collator, Questions, held_out, in_training_order, read_samples
+from tokensieve.methods.side import SideBlocks
+from tokensieve.train.adapter.data import Collator, Questions, held_out, in_training_order, read_samples, records_digest
 from tokensieve.train.adapter.loss import check_method
 from tokensieve.train.method.answers import MethodTrainer
 from tokensieve.train.method.exits import Exits, agreement, collect, fit
+from tokensieve.train.method.places import PlacesCollator, PlacesTrainer
 from tokensieve.train.method.recipe import Recipe
 from tokensieve.train.method.score import score
+from tokensieve.train.method.twig import learn_twig
 from tokensieve.train.trainer import check_train_extra, last_checkpoint
 
 log = logging.getLogger(__name__)
@@ -70,6 +73,8 @@ def train_method(
     if recipe.keeps and (method.info.stage != "connector" or method.budget is None):
         raise Refusal(f"only a method with a budget before the LLM draws budgets; give {method.info.name} one")
     samples, unusable = read_samples(data)
+    if method.learns == "places" and not any(sample.boxes for sample in samples):
+        raise Refusal(f"{method.info.name} learns from boxes, and {data} has none; the bundled questions have some")
     if evaluation is None:
         training, measured = held_out(samples, recipe.seed)
     else:
@@ -82,12 +87,13 @@ def train_method(
         ),
         "on": without_folder(model),
         "data": without_folder(data),
+        "data_digest": records_digest((*training, *measured)),
     }
     settings |= {"recipe": recipe.to_json()}
     _start(output, settings, resume)
     set_seed(recipe.seed)
     started, shape = time.monotonic(), shape_of(vlm)
-    net = load_net(method, shape)
+    net = load_net(method, shape, vlm.get_decoder())
 
     questions = sorted(measured[:SCORED], key=lambda sample: len(sample.images))  # equal batches, as in training
 
@@ -98,6 +104,10 @@ def train_method(
     metrics: dict[str, Any] = {"unreduced": measure(None), "untrained": measure(net)}
     if method.learns == "exits":
         learned = _learn_exits(vlm, processor, stages, net, (training, measured), recipe, output)
+    elif method.learns == "twig":
+        assert isinstance(net, SideBlocks)
+        parts = (_questions(training, recipe), Questions(questions))
+        learned = learn_twig(vlm, processor, stages, net, parts, recipe, output, resume)
     else:
         with _attached(vlm, stages, processor, net, training=True) as sieve:
             learned = _learn_answers(sieve, processor, sieve.nets[method.info.stage], training, recipe, output, resume)
@@ -131,7 +141,7 @@ def _attached(
 ) -> LlmSieve:
     """Attach methods with a copy of this net; where factors soften attention, with the bias that applies them."""
     method = trained_one(stages)
-    by_attention = training and method.softens == "attention"
+    by_attention = training and method.learns == "answers" and method.softens == "attention"
     sieve = attach(model, list(stages), processor=processor, repair="size" if by_attention else None)
     assert isinstance(sieve, LlmSieve)
     sieve.nets[method.info.stage].load_state_dict(net.state_dict())
@@ -148,11 +158,12 @@ def _learn_answers(
     resume: bool,
 ) -> dict[str, Any]:
     """Train a net by the answers' loss; return the number of steps and the last loss."""
-    listed = in_training_order(samples, recipe.epochs, recipe.seed)
-    questions = Questions(in_equal_batches(listed, recipe.batch_size, recipe.seed))
-    collator = Collator(processor, recipe.prompt)
-    check_method(sieve.methods, sieve.model, processor, collator([questions[0]]))
-    trainer = MethodTrainer(
+    questions = _questions(samples, recipe)
+    by_places = trained_one(sieve.methods).learns == "places"
+    collator = (PlacesCollator if by_places else Collator)(processor, recipe.prompt)
+    if not by_places:  # there the answer stands behind the prompt
+        check_method(sieve.methods, sieve.model, processor, collator([questions[0]]))
+    trainer = (PlacesTrainer if by_places else MethodTrainer)(
         recipe,
         sieve,
         model=net.requires_grad_(True),
@@ -162,6 +173,7 @@ def _learn_answers(
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     if trainer.idle == len(trainer.get_train_dataloader()):
+        _forget(output)  # a second call would continue after the last step, and find nothing idle
         method = replace(trainer.method, weights="bundled")  # the default, which is not printed
         raise Refusal(
             f"no image of the data has more tokens than {method} keeps, so nothing is trained; lower the budget"
@@ -169,6 +181,12 @@ def _learn_answers(
     net.requires_grad_(False).eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"step": trainer.state.global_step, "losses": losses[:1] + losses[-1:], "skipped": len(questions.bad)}
+
+
+def _questions(samples: Sequence[Sample], recipe: Recipe) -> Questions:
+    """Return the questions of a training in its order."""
+    listed = in_training_order(samples, recipe.epochs, recipe.seed)
+    return Questions(in_equal_batches(listed, recipe.batch_size, recipe.seed))
 
 
 def in_equal_batches(samples: Sequence[Sample], size: int, seed: int) -> list[Sample]:
@@ -218,10 +236,7 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
     output.mkdir(parents=True, exist_ok=True)
     file = output / SETTINGS
     if not resume:
-        for old in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            shutil.rmtree(old)
-        for old in output.glob(EXAMPLES.format("*")):
-            old.unlink()
+        _forget(output)
     elif file.is_file():
         try:
             earlier = dict(json.loads(file.read_text("utf-8")))
@@ -237,6 +252,14 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
     part = file.with_suffix(".part")
     part.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
     os.replace(part, file)
+
+
+def _forget(output: Path) -> None:
+    """Delete the checkpoints and the collected states of a training."""
+    for old in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(old)
+    for old in output.glob(EXAMPLES.format("*")):
+        old.unlink()
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""A reduction: which visual tokens are kept, and which tokens are merged into them."""
+"""A reduction: the tokens that stay, W, and rows that a net made or learned."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,23 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokensieve.errors import Refusal
-
-ENTRIES = 16384  # entries of a mixing matrix applied at once, so that a long video needs no float32 copy of all rows
-
-
-@dataclass(frozen=True, eq=False)
-class Mixing:
-    """A sparse matrix W `[K, N]` of E entries: ``W[slot[e], source[e]] += weight[e]``. Zero weights are padding.
-
-    Attributes:
-        slot: output row of each entry, `[E]` or `[B, E]`, int64.
-        source: input row of each entry, same shape.
-        weight: same shape, float32.
-    """
-
-    slot: Tensor
-    source: Tensor
-    weight: Tensor
+from tokensieve.reduction import storing
+from tokensieve.reduction.mixing import Mixing
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,19 +141,13 @@ class Reduction:
             empty = self.anchors.new_full((*self.anchors.shape[:-1], self.total), -1)
             # padded slots repeat a kept anchor: the larger value (the valid slot, not −1) must win
             return empty.scatter_reduce(-1, self.anchors, slots, "amax")
-        m = self.mixing
-        # [N]: each token's largest weight; entries that reach it and are no padding name its slot
-        weight = m.weight.new_zeros((*m.source.shape[:-1], self.total)).scatter_reduce(-1, m.source, m.weight, "amax")
-        best = (m.weight == weight.gather(-1, m.source)) & (m.weight > 0)
-        slot = m.slot.masked_fill(~best, -1)
-        return slot.new_full(weight.shape, -1).scatter_reduce(-1, m.source, slot, "amax")
+        return self.mixing.slot_of_each(self.total)
 
     @property
     def counts(self) -> Tensor:
         """Return the number of original tokens in each slot, `[K]` or `[B, K]`; 0 for registers."""
-        m = self.mixing
-        if m is not None:
-            counts = torch.zeros_like(self.anchors).scatter_add(-1, m.slot, (m.weight != 0).long())
+        if self.mixing is not None:
+            counts = self.mixing.counts(self.anchors.shape[-1])
         else:
             counts = torch.ones_like(self.anchors) if self.valid is None else self.valid.long()
         return pad(counts, (0, self.added))
@@ -184,8 +162,7 @@ class Reduction:
         """Return the sum of each slot's weights, `[K]` or `[B, K]` float32; it is 1 for pruning and averages."""
         if self.mixing is None:
             return self.counts.float()
-        m = self.mixing
-        return pad(m.weight.new_zeros(self.anchors.shape).scatter_add(-1, m.slot, m.weight), (0, self.added))
+        return pad(self.mixing.sums(self.anchors.shape[-1]), (0, self.added))
 
     def __iter__(self) -> Iterator[Reduction]:
         """Iterate over the images of a batched Reduction."""
@@ -200,7 +177,7 @@ class Reduction:
         pick = Reduction(
             self.total,
             self.anchors[image],
-            self.mixing and Mixing(*(t[image] for t in (self.mixing.slot, self.mixing.source, self.mixing.weight))),
+            None if self.mixing is None else self.mixing[image],
             scores=None if self.scores is None else self.scores[image],
             grid=self.grid,
             notes=self.notes,
@@ -211,24 +188,15 @@ class Reduction:
         )
         if self.valid is None:
             return pick
-        valid, m = self.valid[image], pick.mixing
-        if m is not None:  # drop the entries of padded slots and renumber the others
-            entries, number = valid[m.slot], valid.cumsum(0) - 1
-            m = Mixing(number[m.slot[entries]], m.source[entries], m.weight[entries])
-        return replace(
-            pick, anchors=pick.anchors[valid], mixing=m, rows=None if pick.rows is None else pick.rows[valid]
-        )
+        valid = self.valid[image]
+        mixing = None if pick.mixing is None else pick.mixing.only(valid)
+        rows = None if pick.rows is None else pick.rows[valid]
+        return replace(pick, anchors=pick.anchors[valid], mixing=mixing, rows=rows)
 
     def to(self, device: Any) -> Reduction:
         """Copy the tensors to a device."""
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        m = self.mixing
-        mixing = None if m is None else Mixing(*(t.to(device) for t in (m.slot, m.source, m.weight)))
-        anchors, valid, scores = self.anchors.to(device), moved(self.valid), moved(self.scores)
-        return replace(self, anchors=anchors, mixing=mixing, valid=valid, scores=scores, rows=moved(self.rows))
+        tensors = {name: getattr(self, name) for name in ("anchors", "mixing", "valid", "scores", "rows")}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
     # -- applying -----------------------------------------------------------------------------------------------------
 
@@ -246,27 +214,21 @@ class Reduction:
             raise Refusal(f"this Reduction is for {self.total} tokens; got {rows.shape[-2]} rows")
         if self.whole or self.soft:
             return rows
-        width = rows.shape[-1]
-        if self.mixing is None:
-            kept = rows.gather(-2, self.anchors[..., None].expand(*self.anchors.shape, width))
-            return pad(kept, (0, 0, 0, self.added))
-        out = torch.zeros((*self.anchors.shape, width), device=rows.device)
-        entries = (torch.split(t, ENTRIES, dim=-1) for t in (self.mixing.slot, self.mixing.source, self.mixing.weight))
-        for slot, source, weight in zip(*entries, strict=True):
-            parts = rows.gather(-2, source[..., None].expand(*source.shape, width)).float() * weight[..., None]
-            out = out.scatter_add(-2, slot[..., None].expand_as(parts), parts)
-        return pad(out.to(rows.dtype), (0, 0, 0, self.added))
+        if self.mixing is not None:
+            kept = self.mixing.apply(rows, self.anchors.shape[-1])
+        else:
+            kept = rows.gather(-2, self.anchors[..., None].expand(*self.anchors.shape, rows.shape[-1]))
+        return pad(kept, (0, 0, 0, self.added))
 
     def matrix(self) -> Tensor:
         """Return W as a dense float32 tensor `[K, N]` or `[B, K, N]`, for tests and plots."""
-        w = torch.zeros((*self.anchors.shape, self.total), device=self.anchors.device)
-        if self.mixing is None:
-            ones = torch.ones_like(self.anchors, dtype=w.dtype) if self.valid is None else self.valid.to(w.dtype)
-            return pad(w.scatter(-1, self.anchors[..., None], ones[..., None]), (0, 0, 0, self.added))
-        m = self.mixing
-        # entry (slot, source) of a row-major [K, N] matrix is at slot · N + source
-        flat = w.flatten(-2).scatter_add(-1, m.slot * self.total + m.source, m.weight)
-        return pad(flat.view_as(w), (0, 0, 0, self.added))
+        if self.mixing is not None:
+            w = self.mixing.dense(self.anchors.shape[-1], self.total)
+        else:
+            ones = torch.ones_like(self.anchors) if self.valid is None else self.valid
+            zeros = torch.zeros((*self.anchors.shape, self.total), device=self.anchors.device)
+            w = zeros.scatter(-1, self.anchors[..., None], ones.to(zeros.dtype)[..., None])
+        return pad(w, (0, 0, 0, self.added))
 
     def after(self, first: Reduction) -> Reduction:
         """Compose ``first`` and then this decision into one (W = W_this · W_first); both of one image."""
@@ -276,7 +238,7 @@ class Reduction:
             raise Refusal("compose Reductions of single images: index the batched ones first")
         if first.whole:
             return replace(self, grid=first.grid or self.grid, notes=first.notes + self.notes)
-        mixing = None if self.mixing is None and first.mixing is None else _product(self.entries(), first.entries())
+        mixing = None if self.mixing is None and first.mixing is None else self.entries().after(first.entries())
         rows = self.rows if self.rows is not None or first.rows is None else self.apply(first.rows)
         anchors, added = self.anchors, self.added
         if first.added:  # registers stand last, so they stay last
@@ -307,47 +269,12 @@ class Reduction:
 
         A decision without its made rows can be drawn, but not replayed.
         """
-        out: dict[str, Any] = {"total": self.total, "anchors": self.anchors.tolist()}
-        if self.mixing is not None:
-            out["mixing"] = {k: getattr(self.mixing, k).tolist() for k in ("slot", "source", "weight")}
-        if self.valid is not None:
-            out["valid"] = self.valid.tolist()
-        if self.grid is not None:
-            out["grid"] = list(self.grid)
-        if self.notes:
-            out["notes"] = list(self.notes)
-        if not self.projected:
-            out["projected"] = False
-        if self.rows is not None:
-            out["made"] = True
-        if self.added:
-            out["added"] = self.added
-        return out
+        return storing.to_json(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Reduction:
         """Read the result of :meth:`to_json`; raise :class:`Refusal` if it is something else."""
-        try:
-            mixing, anchors = data.get("mixing"), torch.tensor(data["anchors"], dtype=torch.int64)
-            read = cls(
-                total=int(data["total"]),
-                anchors=anchors,
-                mixing=mixing
-                and Mixing(
-                    torch.tensor(mixing["slot"], dtype=torch.int64),
-                    torch.tensor(mixing["source"], dtype=torch.int64),
-                    torch.tensor(mixing["weight"], dtype=torch.float32),
-                ),
-                valid=torch.tensor(data["valid"], dtype=torch.bool) if "valid" in data else None,
-                grid=(data["grid"][0], data["grid"][1]) if "grid" in data else None,
-                notes=tuple(data.get("notes", ())),
-                projected=data.get("projected", True),
-                rows=torch.empty(*anchors.shape, 0) if data.get("made") else None,
-                added=int(data.get("added", 0)),
-            )
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            detail = f"{type(error).__name__}: {error}"
-            raise Refusal(f"this is not the JSON of Reduction.to_json ({detail})") from error
+        read = cls(**storing.from_json(data))
         fault = read.fault()
         if fault is not None:
             raise Refusal(f"this is not the JSON of Reduction.to_json: {fault}")
@@ -355,62 +282,13 @@ class Reduction:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, including the scores and rows made by a net."""
-        from safetensors.torch import save_file  # here: torch alone suffices for everything else
-
-        tensors = {"anchors": self.anchors, "valid": self.valid, "scores": self.scores, "rows": self.rows}
-        if self.mixing is not None:
-            tensors |= {"slot": self.mixing.slot, "source": self.mixing.source, "weight": self.mixing.weight}
-        named = {name: getattr(self, name) for name in ("total", "grid", "notes", "projected", "added")}
-        meta = {name: json.dumps(value) for name, value in named.items()}
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items() if v is not None}, path, metadata=meta)
+        storing.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Reduction:
         """Read a file that :meth:`save` wrote; raise :class:`Refusal` if it is another file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as f:
-                tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118 (not a dict)
-        except OSError as error:
-            raise Refusal(f"{path} cannot be read ({error.strerror or error})") from None
-        except SafetensorError:
-            raise Refusal(f"{path} is not a file of Reduction.save: not in the safetensors format") from None
-        if "anchors" not in tensors or "total" not in meta:
-            raise Refusal(f"{path} is not a file of Reduction.save: it holds other tensors")
-        try:
-            grid = json.loads(meta["grid"])
-            read = cls(
-                total=int(meta["total"]),
-                anchors=tensors["anchors"],
-                mixing=Mixing(*(tensors[k] for k in ("slot", "source", "weight"))) if "slot" in tensors else None,
-                valid=tensors.get("valid"),
-                scores=tensors.get("scores"),
-                grid=grid and (grid[0], grid[1]),
-                notes=tuple(json.loads(meta["notes"])),
-                projected=json.loads(meta.get("projected", "true")),
-                rows=tensors.get("rows"),
-                added=int(json.loads(meta.get("added", "0"))),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise Refusal(f"{path} is not a file of Reduction.save: {type(error).__name__}: {error}") from error
+        read = cls(**storing.load(path))
         fault = read.fault()
         if fault is not None:
             raise Refusal(f"{path} is not a file of Reduction.save: {fault}")
         return read
-
-
-def _product(second: Mixing, first: Mixing) -> Mixing:
-    """Multiply W_second · W_first; return one entry for each pair of slot and source, sorted."""
-    # an inner join: each entry of `second` meets all entries of `first` whose slot is its source
-    order = first.slot.argsort(stable=True)  # groups the entries of `first` by slot
-    count = torch.bincount(first.slot, minlength=int(second.source.max()) + 1 if second.source.numel() else 0)
-    start, repeats = count.cumsum(0) - count, count[second.source]
-    # left, right: the entries of `second` and of `first` in each joined pair
-    left = torch.arange(len(second.slot), device=order.device).repeat_interleave(repeats)
-    place_in_group = torch.arange(len(left), device=order.device) - (repeats.cumsum(0) - repeats)[left]
-    right = order[start[second.source[left]] + place_in_group]
-    pairs = torch.stack([second.slot[left], first.source[right]])
-    (slot, source), entry_of_pair = torch.unique(pairs, dim=1, return_inverse=True)  # adds up several paths
-    weight = torch.zeros(slot.shape, device=slot.device)
-    return Mixing(slot, source, weight.index_add(0, entry_of_pair, second.weight[left] * first.weight[right]))
