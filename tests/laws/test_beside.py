@@ -9,6 +9,7 @@ import tokensieve
 from tests.support import models, prompts
 from tests.support.oracle import NOISE
 from tokensieve import Refusal
+from tokensieve.methods import ModelShape
 from tokensieve.methods.vistog import Grouping, VisToG
 
 SPEC = "vistog(keep=6, weights='random')"
@@ -139,3 +140,17 @@ def test_features_of_several_layers_are_refused(monkeypatch):
     monkeypatch.setattr(VisToG, "make_net", wider)
     with pytest.raises(Refusal, match="vistog needs one layer of the vision encoder, of width"):
         tokensieve.attach(models.tiny_model("llava-clip"), SPEC)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_at_first_each_group_is_a_mean_of_patches(training):
+    """The frozen projector has seen no other rows. A group without a patch is the mean of those that fit it."""
+    net = Grouping(ModelShape("llava", 4, 2, patch_width=8)).train(training)
+    groups, patches = torch.randn(2, 6, 8), torch.randn(2, 4, 8)
+    rows, shares = net(groups, patches)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(2, 6))
+    torch.testing.assert_close(rows, shares @ patches)
+    assert len(shares[0].unique(dim=0)) > 1
+    net.residual.fill_(1.0)
+    torch.testing.assert_close(net.eval()(groups, patches)[0], net(groups, patches)[1] @ patches + groups)

@@ -22,12 +22,16 @@ class Grouping(nn.Module):
         width = shape.patch_width
         self.rows_beside = nn.Parameter(torch.randn(groups, width) * 0.02)
         # a constant added to all groups changes no assignment
+        # a constant added to all groups changes no assignment
         self.norm_groups, self.norm_patches = nn.LayerNorm(width, bias=False), nn.LayerNorm(width)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(3))
-        for layer in (self.v_proj, self.out_proj):  # at first, a group adds the mean of its patches
-            nn.init.eye_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            nn.init.eye_(layer.weight)  # at first, a group is the mean of the patches that are like its token
+        for biased in (self.k_proj, self.v_proj, self.out_proj):
+            nn.init.zeros_(biased.bias)
+        # the frozen projector has seen patches only: what a semantic token adds to their mean starts at zero
+        self.residual = nn.Parameter(torch.zeros(width))
 
     def forward(self, groups: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of the groups `[B, K, C]`, and the share of each patch in each of them `[B, K, N]`.
@@ -43,10 +47,9 @@ class Grouping(nn.Module):
         else:
             assigned = one_hot(fits.argmax(1), groups.shape[1]).transpose(1, 2).to(patches)
         sizes = assigned.sum(-1, keepdim=True)
-        shares = assigned / sizes.clamp(min=1)
-        rows = groups + self.out_proj(shares @ self.v_proj(patches))
-        # a group may have no patch: its row is then that of the semantic token, and stands for those that fit it
-        return rows, torch.where(sizes > 0, shares, fits.softmax(-1))
+        # a group may have no patch: its row is then the mean of those that fit it
+        shares = torch.where(sizes > 0, assigned / sizes.clamp(min=1), fits.softmax(-1))
+        return self.residual * groups + self.out_proj(shares @ self.v_proj(patches)), shares
 
 
 @register("vistog", paper="arXiv:2411.17773", needs=Needs(patches=True, project=True, rows_beside=True), trained=True)
