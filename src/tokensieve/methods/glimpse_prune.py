@@ -31,6 +31,11 @@ class GlimpsePrune(TrainedMethod, DecoderMethod):
     No token sees the learned row, so it runs beside the prompt, on the keys and values that each layer has computed:
     prompt, labels and caches stay as they are.
 
+    A short training on the bundled model (``layer=2``, 311 steps) keeps 17 tokens, 85 on average over the layers, and
+    answers 93.1 % (91.4 to 94.4) of 1,300 questions. At 85, ``fastv(layer=2)`` gives 86.3, ``random`` 95.0 and ``pool``
+    95.7. The loss is in second turns about something else: if tokens are chosen anew there (``reselect``), it answers
+    96.8 % (95.3 to 97.9), not told apart from ``pool``. No weights are shipped.
+
     Args:
         weights: "random", a folder of ``tokensieve train glimpse-prune``, or the authors' (``new_modules_gp.pt``).
         layer: tokens leave before it; a float is a share of the depth (the authors: 19 of 28, 22 of 32).

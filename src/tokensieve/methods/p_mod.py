@@ -24,6 +24,10 @@ class PMod(SkipMethod):
     that skips; through it the gradient reaches the router. No token leaves for good. ``tokensieve train p-mod`` trains
     the routers alone; the authors tune projector and LLM with them.
 
+    A short training of the routers alone gains nothing on the bundled model (``average=0.6``, 311 steps): 75.2 % (73.2
+    to 77.0) of 1,300 questions are answered right with 89 tokens on average over the layers, 78.2 with untrained
+    routers, and 95.2 by ``random`` before the LLM with as many. No weights are shipped.
+
     Args:
         weights: "bundled", "random" (all scores are equal, so that the first tokens take part), a folder of
             ``tokensieve train p-mod``, or the authors' checkpoint, of which the routers alone are read.
