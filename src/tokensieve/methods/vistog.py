@@ -58,9 +58,13 @@ class VisToG(TrainedMethod):
     """Replace the tokens by learned semantic tokens, each with the mean of the patches that are assigned to it.
 
     The semantic tokens pass through the frozen vision encoder beside the patches, which do not see them. A grouping
-    layer then assigns each patch to one of them, and the frozen projector receives their sums. A semantic token
-    attends to those before it only, so that one net serves each number of tokens up to theirs. The slots stand evenly
-    spaced in the image. Smaller images stay whole.
+    layer then assigns each patch to one of them, and the frozen projector receives the mean of its patches, plus what
+    the training adds of the semantic token. A semantic token attends to those before it only, so that one net serves
+    each number of tokens up to theirs. The slots stand evenly spaced in the image. Smaller images stay whole.
+
+    A short training on the bundled model (311 steps) answers 69.5, 58.9 and 38.2 % of 1,300 questions at 25, 11 and
+    5 %. With about as many tokens, ``random`` answers 79.6, 58.5 and 40.6, and ``pool`` 86.2, 74.6 and 34.6. No weights
+    are shipped.
 
     Args:
         weights: "random", or a folder of ``tokensieve train vistog``.
@@ -70,7 +74,8 @@ class VisToG(TrainedMethod):
 
     Cost: a pass of S semantic tokens through the encoder, O(S·(N + C)·C) per layer, and O(N·C²) time for the grouping.
     Paper: "Efficient Multi-modal Large Language Models via Visual Token Grouping", 2024. No code is public, and this is
-    our reading: the grouping layer is that of GroupViT, and projector and LLM stay frozen, which the paper trains, too.
+    our reading: the grouping layer is that of GroupViT, but for the factor of the semantic token, which starts at zero.
+    Projector and LLM stay frozen, which the paper trains, too.
     """
 
     keep: Budget = 64
