@@ -141,6 +141,8 @@ class Trial:
                 raise NotCheckable(f"{name} has no mask to hide a token with")
         if any(image.added for row in self.decisions for image in row):
             raise NotCheckable("no other run has its registers")
+        if any(stage.changes_text for stage in self.stages):
+            raise NotCheckable("in no other run is the text changed")
         if isinstance(self.stages[-1], SkipMethod):
             raise NotCheckable("in no other run do tokens skip a layer and return")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None

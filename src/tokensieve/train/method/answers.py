@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import SequentialSampler
 
 from tokensieve.engine.connector.shorten import padding_id
@@ -15,6 +17,7 @@ from tokensieve.engine.llm import LlmSieve
 from tokensieve.evaluate.prompt import Inputs, generate_arguments, without_repetitions
 from tokensieve.loading import to_model
 from tokensieve.methods import TrainedMethod
+from tokensieve.train.adapter.data import IGNORED
 from tokensieve.train.adapter.loss import answer_loss, divergence
 from tokensieve.train.adapter.shared import SharedPrompts
 from tokensieve.train.method.recipe import Recipe
@@ -42,7 +45,7 @@ class MethodTrainer(QuietTrainer):
         once = without_repetitions(self.vlm, to_model(self.vlm, prompts), numbers)
         width = labels.shape[1] + 1  # each id is predicted by the column before
         with self._budget_of_step():
-            logits = self._logits(once, width)
+            logits = self._logits(once, width, labels if self.method.changes_text else None)
         loss = answer_loss(logits, labels)
         if self.recipe.distillation:
             with torch.no_grad(), self.sieve.paused():
@@ -63,8 +66,18 @@ class MethodTrainer(QuietTrainer):
         chance = random.Random(f"{self.recipe.seed}:{self.state.global_step}")
         return self.sieve.with_budget(chance.choice(self.recipe.keeps))
 
-    def _logits(self, inputs: Inputs, width: int) -> Tensor:
-        """Return the logits `[B, width - 1, V]` of the answers' ids."""
+    def _logits(self, inputs: Inputs, width: int, labels: Tensor | None = None) -> Tensor:
+        """Return the logits `[B, width - 1, V]` of the answers' ids.
+
+        Args:
+            labels: `[B, width - 1]`, for a method that changes the text: it leaves columns with a label unchanged.
+        """
+        if labels is not None:
+            ids = inputs.tensors["input_ids"]
+            whole = pad(labels.to(ids.device), (ids.shape[1] - labels.shape[1], 0), value=IGNORED)
+            inputs = replace(inputs, tensors={**inputs.tensors, "labels": whole})
+            every: Tensor = self.vlm(**generate_arguments(self.vlm, inputs), use_cache=False).logits
+            return every[:, -width:-1].float()
         inside = self.method.info.stage == "decoder"  # such methods refuse a part of the logits
         part = {} if inside else {"logits_to_keep": width}
         shared = SharedPrompts.of(self.vlm, inputs, self.sieve.methods, padding_id(self.vlm))
