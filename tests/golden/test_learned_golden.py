@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
 from tests.golden.official import GOLDEN
 from tokensieve import parse
@@ -140,6 +141,25 @@ def test_mqt(case):
     net.eval().requires_grad_(False)
     decision = method.reduce(tokens_of(x, tuple(h["target"]), out.shape[-1], net, h["tokens"]))
     torch.testing.assert_close(decision.rows, out, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", cases("llavamini_compressor"), ids=["c0", "c1", "c2"])
+def test_llava_mini(case):
+    """The compressor, before the projector."""
+    h, inputs, outputs = case
+    weights, x = state(inputs), inputs["x"]
+    side, width = round(x.shape[1] ** 0.5), x.shape[-1]
+    torch.testing.assert_close(place_code(h["grid"], width), weights["pos_embed"])
+    llm = LlamaModel(
+        LlamaConfig(vocab_size=2, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    )
+    method = parse("llava-mini", keep=h["grid"] ** 2)[0]
+    net = method.make_net(ModelShape("any", 4, 1, width), llm=llm, heads=h["heads"]).eval().requires_grad_(False)
+    net.compressor.load_state_dict(weights)
+    decision = method(replace(tokens_of(x, (side, side), width, net), project=lambda rows: rows))
+    torch.testing.assert_close(decision.rows, outputs["out"], atol=3e-5, rtol=1e-5)
+    parts = torch.stack([one.matrix() for one in decision])
+    torch.testing.assert_close(parts, outputs["attention"], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", cases("tokenpacker"), ids=["c0", "c1", "c2"])
