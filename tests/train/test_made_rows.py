@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import tokensieve
 from tokensieve import Refusal, parse
-from tokensieve.engine.connector.prefusion import Prefusion
 from tokensieve.engine.nets import load_net, shape_of
+from tokensieve.engine.prefusion import Prefusion
 from tokensieve.loading import load_model
 from tokensieve.train.method import Recipe, run, train_method
 

@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from tokensieve.budget import Budget, BudgetScope
 from tokensieve.engine.cache import ATTRIBUTE, CacheInfo, emptied, info_of, remember, translate_decode_inputs
 from tokensieve.engine.connector.prefill import Connector, shows
-from tokensieve.engine.connector.prefusion import Prefusion
 from tokensieve.engine.connector.registers import RegisterRows
 from tokensieve.engine.decoder.hooks import DecoderHooks
 from tokensieve.engine.decoder.sequence import PrefillState
@@ -26,6 +25,7 @@ from tokensieve.engine.handoff import Decisions, ImageReduction
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.nets import depth_of, load_nets
+from tokensieve.engine.prefusion import Prefusion
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
 from tokensieve.engine.turns import Conversation, RunningTurn, check_call, new_columns

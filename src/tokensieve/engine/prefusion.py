@@ -69,6 +69,7 @@ class Prefusion:
         """Return the decisions without the rows that the net made, which no LLM has received: a replay is refused."""
         return [[r if r.rows is None else replace(r, rows=r.rows[:, :0]) for r in of_row] for of_row in decisions]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_llm(self, decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         prefill = self.flight.prefill
         if prefill is None or self.flight.paused:
@@ -95,11 +96,14 @@ class Prefusion:
             return entering
         # padding stands last, where no row sees it under a causal mask
         passed = self._run(pad_sequence(sequences, batch_first=True)).to(entering.dtype)
-        changed, passes = torch.zeros_like(entering), entering.new_zeros(entering.shape[:2])
-        for (row, columns), sequence, rows in zip(places, sequences, passed, strict=True):
-            end = len(sequence)
-            changed = changed.index_put((columns.new_tensor(row), columns), rows[end - len(columns) : end], True)
-            passes[row, columns] += 1
+        behind = zip(places, sequences, passed, strict=True)
+        changed = torch.cat([rows[len(sequence) - len(at) : len(sequence)] for (_, at), sequence, rows in behind])
+        at = (
+            torch.cat([columns.new_full(columns.shape, row) for row, columns in places]),
+            torch.cat([c for _, c in places]),
+        )
+        passes = entering.new_zeros(entering.shape[:2]).index_put(at, entering.new_ones(len(changed)), accumulate=True)
+        changed = torch.zeros_like(entering).index_put(at, changed, accumulate=True)
         return torch.where((passes > 0)[..., None], changed / passes.clamp(min=1)[..., None], entering)
 
     def _text(self, prefill: Prefill) -> Tensor:
