@@ -65,8 +65,8 @@ class LlavaMini(TrainedMethod):
         return super().make_net(shape, **sizes)
 
     def names_in(self, checkpoint: Iterable[str]) -> dict[str, str]:
-        found = ((name, re.search(r"(compressor|prefusion_layers)\..*(?<!inv_freq)$", name)) for name in checkpoint)
-        return {name: match[0] for name, match in found if match}
+        matches = ((name, re.search(r"(compressor|prefusion_layers)\..*(?<!inv_freq)$", name)) for name in checkpoint)
+        return {name: match[0] for name, match in matches if match}
 
     def sizes_of(self, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
         numbers = {int(name.split(".")[1]) for name in parameters if name.startswith("prefusion_layers.")}
@@ -74,7 +74,7 @@ class LlavaMini(TrainedMethod):
 
     @property
     def reads_question(self) -> bool:
-        return True  # the compressed token stands before the text, but the text rows are changed
+        return True  # the rows of the text are a part of it
 
     def reduce(self, image: ConnectorTokens) -> Reduction:
         net, patches = image.net, given(image.patches)

@@ -76,8 +76,8 @@ class MethodTrainer(QuietTrainer):
             ids = inputs.tensors["input_ids"]
             whole = pad(labels.to(ids.device), (ids.shape[1] - labels.shape[1], 0), value=IGNORED)
             inputs = replace(inputs, tensors={**inputs.tensors, "labels": whole})
-            every: Tensor = self.vlm(**generate_arguments(self.vlm, inputs), use_cache=False).logits
-            return every[:, -width:-1].float()
+            whole_logits: Tensor = self.vlm(**generate_arguments(self.vlm, inputs), use_cache=False).logits
+            return whole_logits[:, -width:-1].float()
         inside = self.method.info.stage == "decoder"  # such methods refuse a part of the logits
         part = {} if inside else {"logits_to_keep": width}
         shared = SharedPrompts.of(self.vlm, inputs, self.sieve.methods, padding_id(self.vlm))
