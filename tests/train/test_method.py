@@ -248,3 +248,31 @@ def test_the_bundled_weights_are_small_and_fit_the_bundled_model(bundled, name):
     assert about["metrics"]["trained"]["accuracy"] > about["metrics"]["untrained"]["accuracy"]
     with pytest.raises(Refusal, match="fit llava of width 128 with 4 LLM layers; this model is"):
         tokensieve.attach(models.tiny_model("llava-clip"), name)
+
+
+def test_each_step_draws_one_of_several_budgets(tmp_path, small, watched, monkeypatch):
+    """The factors sum to the step's budget; the net moves, and the model does not."""
+    sums, original = [], answers.MethodTrainer.compute_loss
+
+    def compute_loss(self, *args, **options):
+        loss = original(self, *args, **options)
+        sums.append({round(image.mixing.weight.sum().item()) for images in self.sieve.last for image in images})
+        return loss
+
+    monkeypatch.setattr(answers.MethodTrainer, "compute_loss", compute_loss)
+    recipe = Recipe(batch_size=6, rate=1e-3, warmup=0.0, keeps=(0.5, 8, 0.1), seed=0)
+    train_method(SPEC, "reference", FEW, tmp_path, recipe=recipe)
+    assert all(len(step) == 1 for step in sums)
+    assert {count for step in sums for count in step} == {72, 8, 14}
+    ((trainer, before),) = watched
+    assert trainer.sieve.methods[0].keep == 0.2
+    assert all(torch.equal(before[name], rows) for name, rows in trainer.vlm.state_dict().items())
+    net = trainer.sieve.nets["connector"]
+    assert all(rows.abs().max() > 1e-3 for name, rows in net.named_parameters() if name != "q_proj.bias")  # cancels out
+
+
+def test_several_budgets_are_refused_where_none_can_be_drawn(tmp_path):
+    with pytest.raises(Refusal, match="only a method with a budget before the LLM draws budgets; give dyvte one"):
+        train_method("dyvte", "reference", FEW, tmp_path, recipe=Recipe(keeps=(0.5, 8)))
+    with pytest.raises(Refusal, match="budgets that are drawn must be numbers; got 8, average:8"):
+        Recipe(keeps=(8, tokensieve.budget.check_budget("average:8")))

@@ -32,7 +32,10 @@ def method(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the net, for weights=.", show_default="runs/METHOD")
     ] = None,
-    keep: Annotated[str | None, typer.Option(help="Budget in training, for a method that has one.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Budget in training; of '22%, 11%', each step draws one."),
+    ] = None,
     evaluation: Annotated[
         str | None, typer.Option(help="Questions to measure on.", show_default="a twentieth of the images")
     ] = None,
@@ -51,12 +54,13 @@ def method(
     json: Json = False,
 ) -> None:
     """Train the net of METHOD beside a frozen model; `tokensieve train METHOD` is short for this."""
-    from tokensieve.budget import parse_budget
+    from tokensieve.commands.arguments import split_budgets
     from tokensieve.methods import parse
     from tokensieve.train.method import Recipe, train_method
     from tokensieve.train.method.run import trained_one
 
-    stages = parse(method) if keep is None else parse(method, keep=parse_budget(keep))
+    keeps = None if keep is None else split_budgets(keep)
+    stages = parse(method) if keeps is None else parse(method, keep=keeps[0])
     folder = output or Path("runs") / trained_one(stages).info.name
     settings = {
         "epochs": epochs,
@@ -66,6 +70,7 @@ def method(
         "distillation": distillation,
         "prompt": prompt,
         "seed": seed,
+        "keeps": keeps if keeps and len(keeps) > 1 else None,
     }
     recipe = Recipe.of(trained_one(stages).learns, **settings)
     about = train_method(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from tokensieve.budget import BudgetScope
+from tokensieve.budget import Budget, BudgetScope
 from tokensieve.engine.cache import ATTRIBUTE, CacheInfo, emptied, info_of, remember, translate_decode_inputs
 from tokensieve.engine.connector.prefill import Connector, shows
 from tokensieve.engine.connector.registers import RegisterRows
@@ -153,6 +153,17 @@ class LlmSieve(Sieve):
             yield
         finally:
             self._flight.paused = False
+
+    @contextmanager
+    def with_budget(self, keep: Budget) -> Iterator[None]:
+        """Let the method before the LLM keep this many tokens inside the block, in a step of its training."""
+        method = self._connector.method
+        assert method is not None
+        self._connector.method = method.with_budget(keep)
+        try:
+            yield
+        finally:
+            self._connector.method = method
 
     def _compose(self) -> Decisions:
         return [[image.final() for image in images] for images in self._images]

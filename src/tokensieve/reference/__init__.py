@@ -13,7 +13,7 @@ _DIRECTORIES = {
     "pumer-reference": "pumer-reference",
 }
 NAMES = tuple(_DIRECTORIES)
-ADAPTERS = {"reference-m3": "m3-adapter"}
+ADAPTERS = {"reference-m3": "m3-adapter", "reference-demand-cover": "demand-cover-adapter"}
 """Bundled adapters of the model "reference": {name: directory}."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ class MethodTrainer(QuietTrainer):
         prompts = {name: rows for name, rows in inputs.items() if name not in ("labels", "image_numbers")}
         once = without_repetitions(self.vlm, to_model(self.vlm, prompts), numbers)
         width = labels.shape[1] + 1  # each id is predicted by the column before
-        logits = self._logits(once, width)
+        with self._budget_of_step():
+            logits = self._logits(once, width)
         loss = answer_loss(logits, labels)
         if self.recipe.distillation:
             with torch.no_grad(), self.sieve.paused():
@@ -52,6 +55,13 @@ class MethodTrainer(QuietTrainer):
             self.idle += 1
             loss = loss + 0.0 * torch.stack([weight.sum() for weight in model.parameters()]).sum()
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _budget_of_step(self) -> AbstractContextManager[None]:
+        """Draw the budget by seed and step only, so that a resumed run draws it again."""
+        if not self.recipe.keeps:
+            return nullcontext()
+        chance = random.Random(f"{self.recipe.seed}:{self.state.global_step}")
+        return self.sieve.with_budget(chance.choice(self.recipe.keeps))
 
     def _logits(self, inputs: Inputs, width: int) -> Tensor:
         """Return the logits `[B, width - 1, V]` of the answers' ids."""

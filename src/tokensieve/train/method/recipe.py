@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from tokensieve.budget import Budget
+from tokensieve.errors import Refusal
 from tokensieve.methods.trained import Learns
 from tokensieve.train.recipe import AnswerRecipe
 
@@ -21,14 +24,18 @@ class Recipe(AnswerRecipe):
 
     Attributes:
         rate: peak learning rate of AdamW, after a linear rise and before half a cosine.
+        keeps: budgets of which each step draws one, for a method before the LLM; none: that of the method.
     """
 
     rate: float = 1e-4
     distillation: float = 1.0
+    keeps: Sequence[Budget] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("rate")
+        if not all(isinstance(keep, int | float) for keep in self.keeps):
+            raise Refusal(f"budgets that are drawn must be numbers; got {', '.join(map(str, self.keeps))}")
 
     def arguments(self, output: Path, device: torch.device) -> TrainingArguments:
         """Convert to the arguments of transformers' Trainer."""

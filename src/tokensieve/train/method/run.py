@@ -70,6 +70,8 @@ def train_method(
     stages = _stages(spec)
     method = trained_one(stages)
     recipe = recipe or Recipe.of(method.learns)
+    if recipe.keeps and (method.info.stage != "connector" or method.budget is None):
+        raise Refusal(f"only a method with a budget before the LLM draws budgets; give {method.info.name} one")
     samples, unusable = read_samples(data)
     if method.learns == "places" and not any(sample.boxes for sample in samples):
         raise Refusal(f"{method.info.name} learns from boxes, and {data} has none; the bundled questions have some")
