@@ -14,7 +14,11 @@ from torch import Tensor
 import tokensieve
 from tests.support import families, models, oracle, prompts
 from tests.support.oracle import NOISE
+from tokensieve.engine.decoder.compute import places_of
+from tokensieve.engine.handoff import ImageReduction
 from tokensieve.measure.resources import count_flops
+from tokensieve.models import TokenLayout
+from tokensieve.reduction import Reduction
 
 STEPS, DEPTH = 4, families.DEPTH
 OFF = "yopo(window=None, cut=None, mlp=1.0)"
@@ -67,7 +71,10 @@ def attended(layer: oracle.Layer, sees: Tensor, counting: Tensor) -> Tensor:
         x = x * cos + torch.cat([-b, a], -1) * sin if rotate else x
         return x.repeat_interleave(4 // len(x), 0)
 
-    query, key = heads(module.q_proj, getattr(module, "q_norm", None)), heads(module.k_proj, getattr(module, "k_norm", None))
+    query, key = (
+        heads(module.q_proj, getattr(module, "q_norm", None)),
+        heads(module.k_proj, getattr(module, "k_norm", None)),
+    )
     scores = query @ key.transpose(-1, -2) / module.head_dim**0.5
     weights = scores.masked_fill(~sees, -torch.inf).softmax(-1) * counting
     return module.o_proj((weights @ heads(module.v_proj, rotate=False)).transpose(0, 1).flatten(1))
@@ -180,6 +187,23 @@ def test_identity_and_detach(family, attention):
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("family", families.DEEP)
+@torch.no_grad()
+def test_a_second_question_on_the_cache(family, deviation):
+    """Text that follows on the cache, several tokens at once, is as in one prompt."""
+    model, (sample,) = models.tiny_model(family), prompts.batch(family, "single")
+    inputs, later = prompts.collate(family, [sample]), [7, 9, 11]
+    with tokensieve.attach(model, SPEC):
+        first = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
+        ids = torch.cat([first.sequences, torch.tensor([later])], 1)
+        types = {name: torch.cat([x, x.new_zeros(1, 5)], 1) for name, x in inputs.items() if "type" in name}
+        cached = {"past_key_values": first.past_key_values, "attention_mask": torch.ones_like(ids)}
+        second = model.generate(input_ids=ids, **types, **cached, max_new_tokens=2, **prompts.GREEDY)
+    answer = [*first.sequences[0, -2:].tolist(), *later, *second.sequences[0, -2:-1].tolist()]
+    hand = by_hand(family, sample, answer, SPECS[SPEC])[-2:]
+    assert deviation("of the second turn from the layers by hand", torch.cat(second.logits), hand) <= NOISE
+
+
 @torch.no_grad()
 def test_the_narrow_mlp_saves_its_work():
     """Half the neurons of V visual rows: 3 products of `[V, D]` and `[D, I / 2]` less in each layer."""
@@ -246,3 +270,44 @@ def test_a_file_with_objects_is_refused(tmp_path):
     np.save(tmp_path / "heads.npy", np.array([print], dtype=object), allow_pickle=True)
     with pytest.raises(tokensieve.Refusal, match="no NumPy file of heads"):
         tokensieve.attach(models.tiny_model(families.DEEP[0]), f"yopo(heads={str(tmp_path / 'heads.npy')!r})")
+
+
+def test_places_on_the_grids():
+    """Each view is a grid by itself; separators stand in none; a token that stays keeps its place."""
+    patches = torch.tensor([0, 1, 3, 4, 6, 7])
+    layout = TokenLayout(9, ((1, 2), (2, 2)), line=torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2]), patch_index=patches)
+    kept = Reduction(9, torch.tensor([1, 2, 4, 6]))
+    places = places_of(ImageReduction(layout, kept, kept), tokensieve.parse("yopo")[0])
+    assert places.tolist() == [[0, 0, 1], [-1, -1, -1], [1, 0, 1], [1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("family", "words"), [("glm4v", "MLPs of plain linear layers"), ("lighton-ocr", "images whose tokens form grids")]
+)
+@torch.no_grad()
+def test_models_without_a_part_are_refused(family, words):
+    model, inputs = models.tiny_model(family), prompts.collate(family, prompts.batch(family, "single"))
+    with pytest.raises(tokensieve.Refusal, match=words), tokensieve.attach(model, SPEC):
+        model(**inputs)
+    with tokensieve.attach(model, "yopo(window=None, cut=1, mlp=1.0)"):
+        assert model(**inputs).logits.isfinite().all()
+
+
+def test_a_window_needs_an_explicit_mask(monkeypatch):
+    model = models.tiny_model(families.DEEP[0])
+    monkeypatch.setattr(model.model.language_model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(tokensieve.Refusal, match=r"sdpa or eager attention.*window=None leaves it out"):
+        tokensieve.attach(model, "yopo")
+    tokensieve.attach(model, "yopo(window=None)").detach()
+
+
+@torch.no_grad()
+def test_layers_that_run_twice_are_refused():
+    model = models.tiny_model("llava-clip")
+    inputs = prompts.collate("llava-clip", prompts.batch("llava-clip", "single"))
+    model.gradient_checkpointing_enable()
+    try:
+        with tokensieve.attach(model.train(), SPEC), pytest.raises(tokensieve.Refusal, match="checkpointing runs"):
+            model(**inputs)
+    finally:
+        model.eval().gradient_checkpointing_disable()

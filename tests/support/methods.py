@@ -12,9 +12,9 @@ import tokensieve
 from tests.support.oracle import Decision
 from tokensieve import MethodInfo, Reduction, list_methods
 from tokensieve.methods import EncoderMethod, PixelMethod, TrainedMethod
+from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.registers import RegisterMethod
 from tokensieve.methods.registry import find
-from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.skip import SkipMethod
 
 # 13 tokens: fewer than some images have, more than others (those stay whole); 0.3: a share of any

@@ -30,7 +30,8 @@ class Yopo(ComputeMethod):
     code: they save neither time nor memory here, and counted FLOPs hold their full work. Every layer and its cache
     hold all tokens. The window needs an explicit mask `[B, 1, L, L]`.
     Paper: "Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See", 2024.
-    Official code: for one image of 24 × 24 tokens at a fixed place; decode steps of a batch cut its first row alone.
+    Official code: for one image of 24 × 24 tokens at a fixed place; decode steps of a batch cut its first row alone;
+    that for Qwen2-VL cuts layers before the softmax, so that other weights grow.
     A head is cut if its attention on visual tokens, divided by that on all other tokens, is below a threshold in most
     of 100 images, never in the first two layers; that rule is not part of this method, its file of heads is read.
     """

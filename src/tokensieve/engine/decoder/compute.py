@@ -35,12 +35,14 @@ class VisualRows:
     Attributes:
         index: `[V]`, the visual rows of all samples, numbered over the batch.
         others: `[T]`, all other rows.
+        order: `[B · n]`, where each row stands among the others, followed by the visual ones.
         masks: {kind of attention: mask with windows}.
         narrow: `[V, D]`, the MLP's output of the visual rows, while a layer runs.
     """
 
     index: Tensor
     others: Tensor
+    order: Tensor
     masks: dict[str, Tensor] = field(default_factory=dict)
     narrow: Tensor | None = None
 
@@ -48,9 +50,10 @@ class VisualRows:
     def of(cls, visual: Tensor) -> VisualRows:
         """Return the rows of a batch; ``visual`` `[B, n]` is True on them."""
         flat = visual.flatten()
-        return cls(flat.nonzero()[:, 0], (~flat).nonzero()[:, 0])
+        index, others = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+        return cls(index, others, torch.cat([others, index]).argsort())
 
-    def split(self, mlp: nn.Module, rows: Tensor, neurons: int) -> Tensor:
+    def split(self, mlp: Any, rows: Tensor, neurons: int) -> Tensor:
         """Run the visual rows of `[B, n, D]` through the first neurons of an MLP, and return the others, `[T, D]`."""
         flat = rows.flatten(0, 1)
         self.narrow = narrow_mlp(mlp, flat[self.index], neurons)
@@ -60,8 +63,7 @@ class VisualRows:
         """Return the MLP's output of all rows, `[B, n, D]`; ``output`` `[T, D]` is that of the others."""
         assert self.narrow is not None
         narrow, self.narrow = self.narrow, None
-        order = torch.cat([self.others, self.index]).argsort()
-        return torch.cat([output, narrow])[order].view(shape)
+        return torch.cat([output, narrow])[self.order].view(shape)
 
 
 class ComputeHooks:
@@ -159,11 +161,11 @@ class ComputeHooks:
         state = self._prefill
         return None if state is None else cut_values(values, state.sequence.visual, counting)
 
-    def _before_mlp(self, mlp: nn.Module, args: Any) -> Any:
+    def _before_mlp(self, mlp: Any, args: Any) -> Any:
         state = self._prefill
         if state is None:
             return None
-        neurons = int(self.method.mlp * mlp.gate_proj.out_features)  # type: ignore[union-attr, operator, arg-type]
+        neurons = int(self.method.mlp * mlp.gate_proj.out_features)
         return (self._rows(state).split(mlp, args[0], neurons), *args[1:])
 
     def _behind_mlp(self, mlp: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -242,7 +244,7 @@ def read_heads(file: str, depth: int, heads: int, groups: int) -> Tensor:
         raise Refusal(f"{file} has heads of shape {list(mask.shape)}; this LLM has [{depth}, {heads}]")
     grouped = mask.view(depth, groups, -1)
     if bool((grouped.any(-1) != grouped.all(-1)).any()):
-        raise Refusal(f"{file} cuts some of the {heads // groups} heads that share their values; cut all or none of them")
+        raise Refusal(f"{file} cuts some of the {heads // groups} heads that share their values: cut all or none")
     return grouped.all(-1)
 
 
