@@ -34,14 +34,14 @@ class VisualRows:
 
     Attributes:
         index: `[V]`, the visual rows of all samples, numbered over the batch.
-        others: `[T]`, all other rows.
-        order: `[B · n]`, where each row stands among the others, followed by the visual ones.
+        text: `[T]`, all rows that are not visual, padding too.
+        order: `[B · n]`, the place of each row behind the MLP, where visual rows follow text.
         masks: {kind of attention: mask with windows}.
         narrow: `[V, D]`, the MLP's output of the visual rows, while a layer runs.
     """
 
     index: Tensor
-    others: Tensor
+    text: Tensor
     order: Tensor
     masks: dict[str, Tensor] = field(default_factory=dict)
     narrow: Tensor | None = None
@@ -50,17 +50,17 @@ class VisualRows:
     def of(cls, visual: Tensor) -> VisualRows:
         """Return the rows of a batch; ``visual`` `[B, n]` is True on them."""
         flat = visual.flatten()
-        index, others = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
-        return cls(index, others, torch.cat([others, index]).argsort())
+        index, text = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+        return cls(index, text, torch.cat([text, index]).argsort())
 
     def split(self, mlp: Any, rows: Tensor, neurons: int) -> Tensor:
-        """Run the visual rows of `[B, n, D]` through the first neurons of an MLP, and return the others, `[T, D]`."""
+        """Run the visual rows of `[B, n, D]` through the first neurons of an MLP, and return the text, `[T, D]`."""
         flat = rows.flatten(0, 1)
         self.narrow = narrow_mlp(mlp, flat[self.index], neurons)
-        return flat[self.others]
+        return flat[self.text]
 
     def join(self, output: Tensor, shape: torch.Size) -> Tensor:
-        """Return the MLP's output of all rows, `[B, n, D]`; ``output`` `[T, D]` is that of the others."""
+        """Return the MLP's output of all rows, `[B, n, D]`; ``output`` `[T, D]` is that of the text."""
         assert self.narrow is not None
         narrow, self.narrow = self.narrow, None
         return torch.cat([output, narrow])[self.order].view(shape)
@@ -202,10 +202,10 @@ def set_window(mask: Tensor, columns: Tensor, places: Tensor, window: int) -> No
     """
     columns, places = columns[places[:, 0] >= 0], places[places[:, 0] >= 0]
     apart = (places[:, None] - places).abs()  # [K, K, 3]
-    near, one_grid = apart[..., 1:].amax(-1) <= window // 2, apart[..., 0] == 0
+    in_window, one_grid = apart[..., 1:].amax(-1) <= window // 2, apart[..., 0] == 0
     block = mask[columns[:, None], columns]
     visible = True if mask.dtype == torch.bool else 0.0
-    windowed = torch.full_like(block, hidden_value(mask)).masked_fill(near, visible)
+    windowed = torch.full_like(block, hidden_value(mask)).masked_fill(in_window, visible)
     mask[columns[:, None], columns] = windowed.where(one_grid, block)
 
 
