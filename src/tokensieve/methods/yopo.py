@@ -14,7 +14,7 @@ class Yopo(ComputeMethod):
     Visual rows of one grid attend to the neighbours in a window, to later ones, too; each frame of a video and each
     tile is a grid by itself, and pairs of different grids stay causal. Attention weights on visual tokens are set to
     zero after the softmax, in single heads and in all heads of the deep layers; the other weights keep their size.
-    That equals zero values of these tokens, so it holds in decode steps, too. Visual rows pass the first neurons of
+    Zero values of these tokens do the same under any kernel, and in decode steps. Visual rows pass the first neurons of
     each MLP alone. The paper tunes projector and LLM with the pruning on; an LLM that is not tuned loses more.
 
     Args:
@@ -26,9 +26,9 @@ class Yopo(ComputeMethod):
             of 32, and 20 of 40, which is 0.5); ``None``: off.
         mlp: share of the neurons of each MLP for visual rows; 1.0: off.
 
-    Cost: the MLPs really shrink, in time and in counted FLOPs. Window, heads and ``cut`` are masks, as in the authors'
-    code: they save neither time nor memory here, and counted FLOPs hold their full work. Every layer and its cache
-    hold all tokens. The window needs an explicit mask `[B, 1, L, L]`.
+    Cost: visual rows pass sliced weights of the MLPs, and counted FLOPs show that. Window, heads and ``cut`` are masks,
+    as in the authors' code: they save neither time nor memory here, and counted FLOPs hold their full work. Every
+    layer and its cache hold all tokens. The window needs an explicit mask, O(L²) memory.
     Paper: "Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See", 2024.
     Official code: for one image of 24 × 24 tokens at a fixed place; decode steps of a batch cut its first row alone;
     that for Qwen2-VL cuts layers before the softmax, so that other weights grow.

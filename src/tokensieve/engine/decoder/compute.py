@@ -200,9 +200,9 @@ def set_window(mask: Tensor, columns: Tensor, places: Tensor, window: int) -> No
         places: `[K, 3]`, grid, row and column of each token; grid −1: in none.
         window: tokens see each other if they are at most ⌊window / 2⌋ rows and columns apart.
     """
-    columns, places = columns[places[:, 0] >= 0], places[places[:, 0] >= 0]
-    apart = (places[:, None] - places).abs()  # [K, K, 3]
-    in_window, one_grid = apart[..., 1:].amax(-1) <= window // 2, apart[..., 0] == 0
+    grid, line, place = places.short().unbind(-1)  # short: pairs of many tokens take much memory
+    one_grid = (grid[:, None] == grid) & (grid >= 0)
+    in_window = ((line[:, None] - line).abs() <= window // 2) & ((place[:, None] - place).abs() <= window // 2)
     block = mask[columns[:, None], columns]
     visible = True if mask.dtype == torch.bool else 0.0
     windowed = torch.full_like(block, hidden_value(mask)).masked_fill(in_window, visible)
