@@ -21,7 +21,8 @@ class Yopo(ComputeMethod):
         window: width of the window, an odd number (the released script: 5); ``None``: off, for other kernels than
             sdpa and eager.
         heads: a NumPy file (``.npy``) `[layers, heads]`, bool, False where visual tokens are cut, such as the authors'
-            ``headmask_7b_16.npy``; ``None``: no head is cut. With grouped queries, all heads of a group must agree.
+            ``headmask_7b_16.npy``, which leaves 16 of 32 heads of a layer on average; ``None``: no head is cut. With
+            grouped queries, all heads of a group must agree.
         cut: the first layer without visual tokens in its attention; a float is a share of the depth (the authors: 20
             of 32, and 20 of 40, which is 0.5); ``None``: off.
         mlp: share of the neurons of each MLP for visual rows; 1.0: off.
@@ -32,8 +33,8 @@ class Yopo(ComputeMethod):
     Paper: "Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See", 2024.
     Official code: for one image of 24 × 24 tokens at a fixed place; decode steps of a batch cut its first row alone;
     that for Qwen2-VL cuts layers before the softmax, so that other weights grow.
-    A head is cut if its attention on visual tokens, divided by that on all other tokens, is below a threshold in most
-    of 100 images, never in the first two layers; that rule is not part of this method, its file of heads is read.
+    A head stays if its attention on visual tokens, divided by that on all other tokens, is above a threshold in more
+    than 40 of 100 images, and in the first two layers; that rule is not part of this method, its file of heads is read.
     """
 
     window: int | None = 5
