@@ -107,14 +107,14 @@ class DecoderHooks:
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
+        self.skips: SkipHooks | None = None
+        self.compute: ComputeHooks | None = None
+        if isinstance(method, SkipMethod):  # before any other hook, as this may be refused
+            self.skips = SkipHooks(self.decoder, method, self.layers, flight, repair)
+        elif isinstance(method, ComputeMethod):
+            self.compute = ComputeHooks(self.decoder, method, self._create_mask, self.kinds, flight, repair)
         head = model.get_output_embeddings()
         self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight, net)
-        self.skips: SkipHooks | None = None
-        if isinstance(method, SkipMethod):
-            self.skips = SkipHooks(self.decoder, method, self.layers, flight, repair)
-        self.compute: ComputeHooks | None = None
-        if isinstance(method, ComputeMethod):
-            self.compute = ComputeHooks(self.decoder, method, self._create_mask, self.kinds, flight, repair)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
