@@ -40,7 +40,7 @@ class LlavaMini(TrainedMethod):
     resolution and videos are left out. Our training leaves the LLM frozen, which the authors train, too.
     Official code: numbers the positions of the tokens without gaps: ``positions="contiguous"``. Blocks that were not
     trained have random weights.
-    On the bundled model (one block, trained for 179 steps of 32 questions at rate 1e-3), one token answers 41.8 % of 299
+    On the bundled model (one block, 179 steps of 32 questions at rate 1e-3), one token answers 41.8 % of 299
     held-out training questions, and 28.1 % untrained; all 144 tokens answer 100 %. No weights are shipped.
     """
 
