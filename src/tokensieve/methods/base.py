@@ -128,7 +128,8 @@ class Method(ABC):
     def __call__(self, image: Any) -> Reduction:
         """Call :meth:`reduce`, unless the image is kept whole: then return the identity and a note with the reason."""
         batch, total, _ = image.features.shape
-        budget = image.budget or self.image_budget(total)  # outside of a model the engine has worked out none
+        # outside of a model no budget is worked out; inside the LLM 0 may be one, and is a share of what entered
+        budget = image.budget or self.image_budget(getattr(image, "entered", None) or total)
         if self.needs.requests("video") and image.frames is None:
             note = f"kept whole: {self.info.name} reduces videos, and this is an image"
         elif budget and budget >= total:
