@@ -58,7 +58,7 @@ class Method(ABC):
             object.__setattr__(self, field.name, value)  # as a literal, so that parse() reads the printed spec back
             allowed = get_args(hint)
             if field.name in ("keep", "average") and not (value is None and type(None) in allowed):
-                (check_budget if field.name == "keep" else check_number)(value)
+                check_budget(value) if field.name == "keep" else check_number(value, field.name)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise Refusal(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
             elif not fits(value, hint):
