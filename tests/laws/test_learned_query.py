@@ -164,5 +164,7 @@ def test_refused():
     for before, words in refused.items():
         with pytest.raises(tokensieve.Refusal, match=words):
             tokensieve.attach(model, f"{before} + {SPEC}")
+    with pytest.raises(tokensieve.Refusal, match=r"no encoder layer in \(\)"):
+        tokensieve.attach(model, f"{SPEC[:-1]}, levels=())")
     with pytest.raises(tokensieve.Refusal, match="repair='size' has a bias for each column"):
         tokensieve.attach(model, SPEC, repair="size")

@@ -71,7 +71,9 @@ class PMod(SkipMethod):
     def layer_numbers(self, depth: int) -> list[int]:
         layers = [layer for layer, share in enumerate(self.shares(depth)) if share < 1]
         if not layers:
-            raise Refusal(f"{self}: no token skips a layer of this LLM of {depth} layers; lower shift or average")
+            raise Refusal(
+                f"{self}: no token skips a layer of this LLM of {depth}; lower shift or average, which are shares"
+            )
         return layers
 
     def check_average(self, layers: Sequence[int], depth: int) -> None:
