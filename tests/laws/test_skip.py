@@ -321,8 +321,11 @@ def test_an_average_over_the_layers():
 def test_refused_at_attach(registry, options, words):
     needs = DecoderNeeds(attention="last")
     tokensieve.register("curious", paper="none", stage="decoder", needs=needs, trained=True)(Everyone)
+    model = models.tiny_model(families.DEEP[0])
+    before = models.footprint(model)
     with pytest.raises(tokensieve.Refusal, match=words):
-        tokensieve.attach(models.tiny_model(families.DEEP[0]), **options)
+        tokensieve.attach(model, **options)
+    assert models.footprint(model) == before
 
 
 @pytest.mark.parametrize("spec", [SPEC, FRAMES])

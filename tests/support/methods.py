@@ -12,6 +12,7 @@ import tokensieve
 from tests.support.oracle import Decision
 from tokensieve import MethodInfo, Reduction, list_methods
 from tokensieve.methods import EncoderMethod, PixelMethod, TrainedMethod
+from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.registers import RegisterMethod
 from tokensieve.methods.registry import find
 from tokensieve.methods.skip import SkipMethod
@@ -113,8 +114,8 @@ def whole_specs() -> list[str]:
 def inside_specs(stage: str) -> list[str]:
     """Return a spec of every method inside the LLM ("decoder") or the vision encoder ("encoder"), for tiny models."""
     infos = [info for info in list_methods() if info.stage == stage]
-    # registers and skipped layers have laws of their own: tests/laws/test_registers.py, test_skip.py
-    infos = [info for info in infos if not issubclass(find(info.name), (RegisterMethod, SkipMethod))]
+    # these have laws of their own: tests/laws/test_registers.py, test_skip.py, test_compute.py
+    infos = [info for info in infos if not issubclass(find(info.name), (RegisterMethod, SkipMethod, ComputeMethod))]
     return [small_spec(info) for info in infos if stage == "decoder" or inside_encoder(info)]
 
 

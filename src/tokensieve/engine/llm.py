@@ -86,15 +86,16 @@ class LlmSieve(Sieve):
             decoder is not None and decoder.needs.requests("encoder_states"),
         )
         needs = _with_states(_connector_needs(connector, replay), by_stage)
-        beside = None
-        if connector is not None and connector.needs.requests("rows_beside"):
-            beside = BesideHooks(family, model, methods, connector, self.nets["connector"], self._flight)
         self._encoder = EncoderHooks(
-            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder"), beside
+            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder")
         )
         self._decoder: DecoderHooks | None = None
         self._repair: RepairHooks | None = None
         try:
+            if connector is not None and connector.needs.requests("rows_beside"):
+                self._encoder.beside = BesideHooks(
+                    family, model, methods, connector, self.nets["connector"], self._flight
+                )
             if repair is not None:  # first: probes of the decoder stage call the kernel that they find
                 self._repair = RepairHooks(family, model, repair, self._flight)
             if isinstance(decoder, DecoderMethod):
@@ -335,7 +336,13 @@ def _with_states(needs: Needs, by_stage: Mapping[Stage, Method]) -> Needs:
     states = getattr(by_stage["decoder"].needs, "encoder_states", None) if "decoder" in by_stage else None
     if states is None:
         return needs
-    second = next((by_stage[stage] for stage in ("encoder", "connector") if stage in by_stage), None)
-    if "encoder" in by_stage or needs.encoder_states is not None:
-        raise Refusal(f"{by_stage['decoder']} reads hidden states of the vision encoder, as it is without {second}")
+    decoder, encoder, connector = (by_stage.get(stage) for stage in ("decoder", "encoder", "connector"))
+    if encoder is not None:
+        raise Refusal(f"{decoder} reads hidden states of the vision encoder, in which {encoder} acts")
+    if needs.encoder_states is not None:
+        raise Refusal(f"{decoder} and {connector} each read hidden states of layers of their own in the vision encoder")
+    if connector is not None and connector.makes_rows:
+        raise Refusal(
+            f"{decoder} reads the vision encoder's state of each token; those that {connector} makes have none"
+        )
     return replace(needs, encoder_states=states)
