@@ -21,7 +21,7 @@ from tokensieve.train.adapter.data import IGNORED
 from tokensieve.train.adapter.loss import answer_loss, divergence
 from tokensieve.train.adapter.shared import SharedPrompts
 from tokensieve.train.method.recipe import Recipe
-from tokensieve.train.trainer import QuietTrainer
+from tokensieve.train.trainer import QuietTrainer, finite
 
 
 class MethodTrainer(QuietTrainer):
@@ -52,6 +52,7 @@ class MethodTrainer(QuietTrainer):
                 teacher = self._logits(once, width)
             loss = loss + self.recipe.distillation * divergence(logits, teacher, labels)
         decisions = [decision for images in self.sieve.last for decision in images]
+        finite(loss)  # the objective of a net with NaN may fail before the loss is seen
         term = self.method.objective(decisions, self.state.global_step / self.state.max_steps)
         loss = loss if term is None else loss + term
         if not loss.requires_grad:  # no image of the batch has more tokens than the budget: the net was not used
