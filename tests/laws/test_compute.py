@@ -192,16 +192,10 @@ def test_identity_and_detach(family, attention):
 def test_a_second_question_on_the_cache(family, deviation):
     """Text that follows on the cache, several tokens at once, is as in one prompt."""
     model, (sample,) = models.tiny_model(family), prompts.batch(family, "single")
-    inputs, later = prompts.collate(family, [sample]), [7, 9, 11]
     with tokensieve.attach(model, SPEC):
-        first = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
-        ids = torch.cat([first.sequences, torch.tensor([later])], 1)
-        types = {name: torch.cat([x, x.new_zeros(1, 5)], 1) for name, x in inputs.items() if "type" in name}
-        cached = {"past_key_values": first.past_key_values, "attention_mask": torch.ones_like(ids)}
-        second = model.generate(input_ids=ids, **types, **cached, max_new_tokens=2, **prompts.GREEDY)
-    answer = [*first.sequences[0, -2:].tolist(), *later, *second.sequences[0, -2:-1].tolist()]
+        (answer,), (logits,) = prompts.second_question(model, family, [sample])
     hand = by_hand(family, sample, answer, SPECS[SPEC])[-2:]
-    assert deviation("of the second turn from the layers by hand", torch.cat(second.logits), hand) <= NOISE
+    assert deviation("of the second turn from the layers by hand", logits, hand) <= NOISE
 
 
 @torch.no_grad()
