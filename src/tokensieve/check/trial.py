@@ -17,6 +17,7 @@ from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, attention_kinds
 from tokensieve.engine.llm import LlmSieve
 from tokensieve.methods import DecoderMethod, Method
+from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.skip import SkipMethod
 from tokensieve.reduction import Reduction
 
@@ -143,8 +144,12 @@ class Trial:
                 raise NotCheckable(f"{name} has no mask to hide a token with")
         if any(image.added for row in self.decisions for image in row):
             raise NotCheckable("no other run has its registers")
+        if any(stage.changes_text for stage in self.stages):
+            raise NotCheckable("in no other run is the text changed")
         if isinstance(self.stages[-1], SkipMethod):
             raise NotCheckable("in no other run do tokens skip a layer and return")
+        if isinstance(self.stages[-1], ComputeMethod):
+            raise NotCheckable("no other run does less work on visual rows")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
         # tokens dropped inside the LLM count in its windows in a reduced run, too: they are no obstacle
         drops_before = len(self.stages) > (inside is not None)

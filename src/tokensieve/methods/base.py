@@ -48,6 +48,7 @@ class Method(ABC):
     info: ClassVar[MethodInfo]
     keeps_everything: ClassVar[bool] = False  # the unreduced model: no token is ever dropped
     makes_rows: ClassVar[bool] = False  # a net makes the rows of the slots: :meth:`VisualTokens.made`
+    changes_text: ClassVar[bool] = False  # blocks of its net, ``prefusion_layers``, change the text that enters the LLM
     least: ClassVar[Mapping[str, int]] = {}  # the smallest allowed value of a parameter
     proportions: ClassVar[tuple[str, ...]] = ()  # parameters that lie in [0, 1]
     in_training: ClassVar[tuple[str, ...]] = ()  # parameters that play a part in training only

@@ -25,7 +25,7 @@ class PMod(SkipMethod):
     the routers alone; the authors tune projector and LLM with them.
 
     Args:
-        weights: "bundled", "random" (all scores are equal, so that the first tokens take part), a folder of
+        weights: "random" (all scores are equal, so that the first tokens take part), a folder of
             ``tokensieve train p-mod``, or the authors' checkpoint, of which the routers alone are read.
         shift: raises or lowers the share of all layers (the paper: 0.5).
         average: instead of ``shift``, the share of the tokens averaged over all layers: the largest shift within it is
