@@ -84,22 +84,26 @@ def check_budget(keep: Budget) -> Budget:
     return check_number(keep)
 
 
-def check_number(keep: Budget) -> Number:
-    """Return ``keep`` unchanged if it is a number of tokens or a share; raise a :class:`Refusal` otherwise."""
+def check_number(keep: Budget, name: str = "keep") -> Number:
+    """Return ``keep`` unchanged if it is a number of tokens or a share; raise a :class:`Refusal` otherwise.
+
+    Args:
+        name: of the parameter, for the refusal.
+    """
     allowed = "a whole number of tokens >= 1, or a share in (0, 1]"
     if isinstance(keep, bool) or not isinstance(keep, int | float):
-        raise Refusal(f"keep must be {allowed}; got {keep!r}{_hint(keep)}")
+        raise Refusal(f"{name} must be {allowed}; got {keep!r}{_hint(keep, name)}")
     if (keep < 1) if isinstance(keep, int) else not 0 < keep <= 1:
-        raise Refusal(f"keep must be {allowed}; got {keep}")
+        raise Refusal(f"{name} must be {allowed}; got {keep}")
     return keep
 
 
-def _hint(keep: object) -> str:
+def _hint(keep: object, name: str) -> str:
     """Return the number that a budget in quotes probably means."""
     if not isinstance(keep, str):
         return ""
     try:
-        return f"; write keep={parse_number(keep.strip())!r}, without quotes"
+        return f"; write {name}={parse_number(keep.strip())!r}, without quotes"
     except Refusal:
         return ""
 

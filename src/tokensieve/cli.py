@@ -66,8 +66,10 @@ def users_error(error: Exception) -> str | None:
     if hasattr(error, "format_message"):  # of typer: an unknown option, a missing argument
         # newer typer passes on the words that pydantic puts before a reason
         text = str(error.format_message()).replace(": Value error, ", ": ")
-    elif isinstance(error, Refusal | OSError):
+    elif isinstance(error, Refusal):
         text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     else:
         return None
     return " ".join(text.split()) or None

@@ -156,6 +156,13 @@ def test_a_skipped_law_has_a_reason(method, reason):
     assert reason in found["oracle"].reason
 
 
+@pytest.mark.parametrize("method", ["glimpse-prune(weights='random', layer=2, keep=5)", "uniform(keep=9) + {}"])
+def test_tokens_that_leave_earlier_caches_are_hidden_from_all_later_calls(method):
+    found = verdicts("llava-clip", method.format("glimpse-prune(weights='random', layer=2, keep=5)"))
+    assert {law: found[law].status for law in LAWS} == dict.fromkeys(LAWS, "pass"), found
+    assert found["oracle"].deviation <= NOISE
+
+
 def test_identity_of_a_method_without_budget_is_checked_after_detach():
     assert "no budget" in verdicts("llava-clip", "vtw(layer=1)")["identity"].reason
 

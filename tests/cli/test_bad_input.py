@@ -280,6 +280,4 @@ def test_only_the_type_of_an_error_tells_a_mistake_from_a_bug() -> None:
     assert users_error(caught(lambda: int("x"))) is None
     assert users_error(caught(lambda: {}["x"])) is None
     assert users_error(ImportError("cannot import name 'x'")) is None
-    assert (
-        users_error(OSError(28, "No space left on device", "a.json")) == "[Errno 28] No space left on device: 'a.json'"
-    )
+    assert users_error(OSError(28, "No space left on device", "a.json")) == "a.json: No space left on device"

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import tokensieve
 from tests.support import models, prompts
@@ -114,13 +114,28 @@ def test_nothing_is_executed(folder):
         load_net(parse("visionselector", weights=str(folder))[0], shape_of(models.tiny_model(FAMILY)))
 
 
+def test_damaged_parameters_are_named(folder):
+    method, shape = parse("visionselector", weights=str(folder))[0], shape_of(models.tiny_model(FAMILY))
+    parameters = load_file(folder / "net.safetensors")
+    save_file({name: torch.full_like(rows, torch.nan) for name, rows in parameters.items()}, folder / "net.safetensors")
+    with pytest.raises(Refusal, match=r"a training that diverged: \S+ is not finite"):
+        load_net(method, shape)
+    save_file({name: torch.cat([rows, rows]) for name, rows in parameters.items()}, folder / "net.safetensors")
+    with pytest.raises(Refusal, match="is not a net of visionselector: size mismatch for"):
+        load_net(method, shape)
+
+
 def test_other_folders_are_refused(tmp_path):
     shape = ModelShape("llava", 8, 2)
     with pytest.raises(Refusal, match=r"it has no method\.json"):
         load_net(parse("dyvte", weights=str(tmp_path))[0], shape)
     with pytest.raises(Refusal, match="has no weights of visionselector"):
         load_net(parse("visionselector", weights=str(tmp_path))[0], shape)
+    with pytest.raises(Refusal, match=r"no weights of dyvte at .*: no such folder"):
+        load_net(parse("dyvte", weights=str(tmp_path / "runs"))[0], shape)
     (tmp_path / "method.json").write_text("[]")
+    with pytest.raises(Refusal, match=r"no weights of dyvte at .*method\.json: not a folder"):
+        load_net(parse("dyvte", weights=str(tmp_path / "method.json"))[0], shape)
     with pytest.raises(Refusal, match="has format 'list'"):
         load_net(parse("visionselector", weights=str(tmp_path))[0], shape)
     (tmp_path / "method.json").write_text("{")

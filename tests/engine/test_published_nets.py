@@ -83,3 +83,27 @@ def test_another_checkpoint_is_refused(tmp_path):
     torch.save({"an": object()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(Refusal, match="other objects are not loaded, because that would run code from the file"):
         tokensieve.attach(model, spec("mqt", tmp_path))
+
+
+def test_llava_mini_with_the_blocks_of_its_prefusion(tmp_path):
+    """Theirs are the names of a Llama; older files also hold the frequencies of each rotary embedding."""
+    model, draw = models.tiny_model("llava-clip"), torch.Generator().manual_seed(3)
+    shapes = {f"compressor.{name}": shape for name, shape in attention("attn").items()} | norms(
+        "compressor.ln_q", "compressor.ln_kv"
+    )
+    shapes |= {"compressor.query": (4, WIDTH), "compressor.pos_embed": (4, WIDTH)}
+    layer = model.get_decoder().layers[0].state_dict()
+    shapes |= {f"prefusion_layers.{n}.{name}": tuple(rows.shape) for n in range(3) for name, rows in layer.items()}
+    net = {name: torch.randn(shape, generator=draw).half() for name, shape in shapes.items()}
+    stored = {f"model.{name}": rows for name, rows in net.items()} | {"model.mm_projector.0.bias": torch.ones(2)}
+    stored |= {f"model.prefusion_layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(2) for n in range(3)}
+    save_file(stored, tmp_path / "model.safetensors")
+    with tokensieve.attach(model, "llava-mini", keep=4, weights=str(tmp_path)) as sieve:
+        weights = sieve.nets["connector"].state_dict()
+        assert weights.keys() == net.keys()
+        assert all(torch.equal(weights[name], rows.float()) for name, rows in net.items())
+    with pytest.raises(Refusal, match=r"these weights compress an image to 4 tokens; llava-mini.* asks for 1"):
+        tokensieve.attach(model, "llava-mini", weights=str(tmp_path))
+    save_file({"model.compressor.query": net["compressor.query"]}, tmp_path / "model.safetensors")
+    with pytest.raises(Refusal, match="does not fit llava-mini and llava of width 64"):
+        tokensieve.attach(model, "llava-mini", keep=4, weights=str(tmp_path))

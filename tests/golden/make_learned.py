@@ -14,11 +14,13 @@ from torch import Tensor
 from tests.golden.official import GOLDEN
 
 KEPT = {"visionselector": (), "dyvte_gate": (), "dyvte_label": (), "setok": (), "mqt_resampler": (), "tokenpacker": ()}
-KEPT |= {"glimpse_vip": (), "pmod_layer": ()}
+KEPT |= {"glimpse_vip": (), "pmod_layer": (), "yopo": (), "llavamini_compressor": ()}
 # files of their own, so that none is larger than a megabyte
 APART = {
     "glimpse_vip": "glimpse.safetensors",
     "pmod_layer": "pmod_layer.safetensors",
+    "yopo": "yopo.safetensors",
+    "llavamini_compressor": "llavamini_compressor.safetensors",
 }
 
 

@@ -7,14 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaModel
 
 from tests.golden.official import GOLDEN
 from tokensieve import parse
+from tokensieve.engine.decoder.compute import VisualRows, cut_values, places_of, set_window
 from tokensieve.engine.decoder.skip import Skip
+from tokensieve.engine.handoff import ImageReduction
 from tokensieve.engine.prompt.placeholders import ColumnSelection
 from tokensieve.methods import ModelShape
 from tokensieve.methods.mqt import place_code
+from tokensieve.models import TokenLayout
 from tokensieve.ops import soft_top_k
+from tokensieve.reduction import Reduction
 from tokensieve.tokens import ByLayer, ConnectorTokens, DecoderTokens, DecoderUserText
 
 METHODS = {entry["method"]: entry for entry in json.loads((GOLDEN / "manifest-learned.json").read_text())["methods"]}
@@ -142,6 +147,25 @@ def test_mqt(case):
     torch.testing.assert_close(decision.rows, out, atol=3e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", cases("llavamini_compressor"), ids=["c0", "c1", "c2"])
+def test_llava_mini(case):
+    """The compressor, before the projector."""
+    h, inputs, outputs = case
+    weights, x = state(inputs), inputs["x"]
+    side, width = round(x.shape[1] ** 0.5), x.shape[-1]
+    torch.testing.assert_close(place_code(h["grid"], width), weights["pos_embed"])
+    llm = LlamaModel(
+        LlamaConfig(vocab_size=2, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    )
+    method = parse("llava-mini", keep=h["grid"] ** 2)[0]
+    net = method.make_net(ModelShape("any", 4, 1, width), llm=llm, heads=h["heads"]).eval().requires_grad_(False)
+    net.compressor.load_state_dict(weights)
+    decision = method(replace(tokens_of(x, (side, side), width, net), project=lambda rows: rows))
+    torch.testing.assert_close(decision.rows, outputs["out"], atol=3e-5, rtol=1e-5)
+    parts = torch.stack([one.matrix() for one in decision])
+    torch.testing.assert_close(parts, outputs["attention"], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", cases("tokenpacker"), ids=["c0", "c1", "c2"])
 def test_tokenpacker(case):
     h, inputs, outputs = case
@@ -227,3 +251,50 @@ def test_glimpse_prune(case):
     assert capped.kept.tolist() == most.sort().values.tolist()
     assert replace(method, threshold=1.0)(image)[0].kept.tolist() == [int(best)]
     assert (rows * columns, replace(method, threshold=0.0)(image)[0].slots) == (total, total)
+
+
+@pytest.mark.parametrize("case", cases("yopo"), ids=["c0", "c1", "c2"])
+@torch.no_grad()
+def test_yopo(case):
+    """Zero weights after the softmax are zero values; the window replaces one block of the mask."""
+    h, inputs, outputs = case
+    (x, side), columns = (inputs["x"], h["side"]), torch.arange(h["START"], h["START"] + h["VISUAL"])
+    visual = torch.zeros(x.shape[:2], dtype=torch.bool).index_fill(1, columns, True)
+    (method,) = parse("yopo", window=h["window"], cut=h["layercut_num"], mlp=1 / h["mlpcut_ratio"])
+
+    mask, places = inputs["causal"].clone(), places_of(layout_of(side), method)
+    set_window(mask[0, 0], columns, places, method.window)
+    assert torch.equal(mask == 0, outputs["mask"] == 0)
+    assert bool((mask[mask != 0] <= torch.finfo(mask.dtype).min).all())
+
+    mlp = GatedMlp(x.shape[-1], len(inputs["sd.gate_proj.weight"]))
+    mlp.load_state_dict(state(inputs))
+    rows = VisualRows.of(visual)
+    others = rows.split(mlp, x, int(method.mlp * mlp.gate_proj.out_features))
+    torch.testing.assert_close(rows.join(mlp(others), x.shape), outputs["mlp_out"], atol=1e-6, rtol=1e-5)
+
+    counting = inputs["headmask"].bool()
+    counting[method.first_cut(len(counting)) :] = False
+    attention, heads = inputs["attention"], len(counting[0])
+    values = torch.randn(1, x.shape[1], 6 * heads, generator=torch.Generator().manual_seed(0))
+    cut = cut_values(values, visual, counting[h["layer"]])
+    by_head, cut_by_head = (rows.view(1, -1, heads, 6).transpose(1, 2) for rows in (values, cut))
+    torch.testing.assert_close(attention @ cut_by_head, outputs["attention_cut"] @ by_head, atol=1e-6, rtol=1e-5)
+
+
+def layout_of(side):
+    layout = TokenLayout.grid_of(side, side)
+    whole = Reduction.identity(side * side)
+    return ImageReduction(layout, whole, whole)
+
+
+class GatedMlp(nn.Module):
+    """The MLP of a Llama."""
+
+    def __init__(self, width, neurons):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(width, neurons, bias=False) for _ in range(2))
+        self.down_proj, self.act_fn = nn.Linear(neurons, width, bias=False), nn.SiLU()
+
+    def forward(self, rows):
+        return self.down_proj(self.act_fn(self.gate_proj(rows)) * self.up_proj(rows))

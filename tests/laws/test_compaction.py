@@ -84,27 +84,17 @@ def test_other_ways_to_decode(family):
 def test_a_second_question_on_the_cache(family, policy, deviation):
     """Text that follows on a short cache, several tokens at once and padded, is as by hand."""
     model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
-    inputs, later = prompts.collate(family, samples), torch.tensor([[7, 9, 11]] * len(samples))
     with tokensieve.attach(model, SPEC, positions=policy) as sieve:
-        first = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
+        answers, logits = prompts.second_question(model, family, samples)
         decisions = sieve.last
-        ids = torch.cat([first.sequences, later], 1)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 5, dtype=torch.long)], 1)
-        types = {name: torch.cat([x, x.new_zeros(len(ids), 5)], 1) for name, x in inputs.items() if "type" in name}
-        second = model.generate(
-            input_ids=ids, attention_mask=mask, **types, past_key_values=first.past_key_values, max_new_tokens=2,
-            **prompts.GREEDY,
-        )  # fmt: skip
     for row in range(len(samples)):
 
         def decide(layer, sequence, kept=decisions[row]):
             replayed = [(image.matrix(), image.kept.tolist()) for image in kept]
             return replayed if layer.number == LAYER else None
 
-        answer = [*first.sequences[row, -2:].tolist(), *later[row].tolist(), *second.sequences[row, -2:-1].tolist()]
-        by_hand = by_hand_run(SPEC, family, "ragged", policy, row, answer, decide)[0][-2:]
-        logits = torch.stack(second.logits, 1)[row]
-        assert deviation("of the second turn from the layers by hand", logits, by_hand) <= NOISE
+        by_hand = by_hand_run(SPEC, family, "ragged", policy, row, answers[row], decide)[0][-2:]
+        assert deviation("of the second turn from the layers by hand", logits[row], by_hand) <= NOISE
 
 
 @torch.no_grad()

@@ -156,7 +156,15 @@ def test_gradients_reach_the_net_alone(family, received):
 
 def test_refused():
     model = models.tiny_model(families.DEEP[0])
-    with pytest.raises(tokensieve.Refusal, match="reads hidden states of the vision encoder"):
-        tokensieve.attach(model, f"tokenpacker(weights='random') + {SPEC}")
+    refused = {
+        "tokenpacker(weights='random')": "each read hidden states of layers of their own",
+        "mqt(weights='random')": "each token; those that mqt.* makes have none",
+        "tome": "reads hidden states of the vision encoder, in which tome.* acts",
+    }
+    for before, words in refused.items():
+        with pytest.raises(tokensieve.Refusal, match=words):
+            tokensieve.attach(model, f"{before} + {SPEC}")
+    with pytest.raises(tokensieve.Refusal, match=r"no encoder layer in \(\)"):
+        tokensieve.attach(model, f"{SPEC[:-1]}, levels=())")
     with pytest.raises(tokensieve.Refusal, match="repair='size' has a bias for each column"):
         tokensieve.attach(model, SPEC, repair="size")

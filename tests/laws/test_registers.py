@@ -155,23 +155,13 @@ def test_tokens_and_cache_columns_of_each_layer(family):
 def test_a_second_question_on_the_cache(family, policy, deviation):
     """Text that follows on a cache with registers, several tokens at once and padded, is as in one prompt."""
     model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
-    inputs, later = prompts.collate(family, samples), torch.tensor([[7, 9, 11]] * len(samples))
     with tokensieve.attach(model, SPEC, positions=policy):
-        first = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
-        ids = torch.cat([first.sequences, later], 1)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 5, dtype=torch.long)], 1)
-        types = {name: torch.cat([x, x.new_zeros(len(ids), 5)], 1) for name, x in inputs.items() if "type" in name}
-        second = model.generate(
-            input_ids=ids, attention_mask=mask, **types, past_key_values=first.past_key_values, max_new_tokens=2,
-            **prompts.GREEDY,
-        )  # fmt: skip
+        answers, logits = prompts.second_question(model, family, samples)
     sieve = run(family, "sdpa", "ragged", policy)[3]
     for row, sample in enumerate(samples):
         rows = [rows_of(sieve)[: round(0.2 * image.tokens)] for image in sample.images]
-        answer = [*first.sequences[row, -2:].tolist(), *later[row].tolist(), *second.sequences[row, -2:-1].tolist()]
-        by_hand = hidden_run(family, sample, rows, answer, policy)[-2:]
-        logits = torch.stack(second.logits, 1)[row]
-        assert deviation("of the second turn from the wider prompt by hand", logits, by_hand) <= NOISE
+        by_hand = hidden_run(family, sample, rows, answers[row], policy)[-2:]
+        assert deviation("of the second turn from the wider prompt by hand", logits[row], by_hand) <= NOISE
 
 
 @pytest.mark.parametrize("family", families.DEEP)

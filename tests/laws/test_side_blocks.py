@@ -84,6 +84,20 @@ def test_the_blocks_compute_in_the_precision_of_the_model():
         assert {weight.dtype for weight in sieve.nets["decoder"].parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("keep", [1, 9, 24, 25, 0.4, 1.0])
+@torch.no_grad()
+def test_no_token_is_left_behind_the_second_layer(keep):
+    """A number and a share drop the same tokens; an image that fits in whole stays whole."""
+    model, (sample,) = models.tiny_model(FAMILY), prompts.batch(FAMILY, "single")
+    (total,) = (image.tokens for image in sample.images)
+    kept = round(keep * total) if isinstance(keep, float) else keep
+    with tokensieve.attach(model, "twigvlm", layers=(1, 4), keep=keep, weights="random") as sieve:
+        model(**prompts.collate(FAMILY, [sample]))
+        last = 0 if kept < total else total
+        assert sieve.tokens == [[[total, kept, kept, kept, last, last]]]
+        assert sieve.last[0][0].slots == last
+
+
 @torch.no_grad()
 def test_an_average_is_that_over_the_layers():
     """As in the paper, R' = ⌈(L·R − K·N) / (l − K)⌉ tokens stay between the two layers."""

@@ -166,22 +166,12 @@ def test_tokens_and_cache_columns_of_each_layer(family):
 def test_a_second_question_on_the_cache(family, policy, deviation):
     """Text that follows on the cache, several tokens at once and padded, is as in one prompt."""
     model, samples = models.tiny_model(family), prompts.batch(family, "ragged")
-    inputs, later = prompts.collate(family, samples), torch.tensor([[7, 9, 11]] * len(samples))
     with tokensieve.attach(model, SPEC, positions=policy) as sieve:
         draw_routers(sieve)
-        first = model.generate(**inputs, max_new_tokens=2, **prompts.GREEDY)
-        ids = torch.cat([first.sequences, later], 1)
-        mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 5, dtype=torch.long)], 1)
-        types = {name: torch.cat([x, x.new_zeros(len(ids), 5)], 1) for name, x in inputs.items() if "type" in name}
-        second = model.generate(
-            input_ids=ids, attention_mask=mask, **types, past_key_values=first.past_key_values, max_new_tokens=2,
-            **prompts.GREEDY,
-        )  # fmt: skip
+        answers, logits = prompts.second_question(model, family, samples)
     for row, sample in enumerate(samples):
-        answer = [*first.sequences[row, -2:].tolist(), *later[row].tolist(), *second.sequences[row, -2:-1].tolist()]
-        hand = by_hand(family, sample, sieve.nets["decoder"], answer, policy)[-2:]
-        logits = torch.stack(second.logits, 1)[row]
-        assert deviation("of the second turn from the layers by hand", logits, hand) <= NOISE
+        hand = by_hand(family, sample, sieve.nets["decoder"], answers[row], policy)[-2:]
+        assert deviation("of the second turn from the layers by hand", logits[row], hand) <= NOISE
 
 
 @dataclass(frozen=True)
@@ -321,8 +311,11 @@ def test_an_average_over_the_layers():
 def test_refused_at_attach(registry, options, words):
     needs = DecoderNeeds(attention="last")
     tokensieve.register("curious", paper="none", stage="decoder", needs=needs, trained=True)(Everyone)
+    model = models.tiny_model(families.DEEP[0])
+    before = models.footprint(model)
     with pytest.raises(tokensieve.Refusal, match=words):
-        tokensieve.attach(models.tiny_model(families.DEEP[0]), **options)
+        tokensieve.attach(model, **options)
+    assert models.footprint(model) == before
 
 
 @pytest.mark.parametrize("spec", [SPEC, FRAMES])

@@ -110,6 +110,8 @@ def test_names_that_end_in_a_plus(shape, spec, names):
         ("vtc-cls uniform", "expected '+' at 'uniform'"),
         ("vtc-cls(keep=3))", "expected '+' at ')'"),
         ("vtc-cls(keep=0)", "keep must be a whole number of tokens >= 1"),
+        ("twigvlm(average=0.0)", "average must be a whole number of tokens >= 1"),
+        ("pyramiddrop(layers=(1, 2), counts=(9, 0))", "each of counts must be a whole number of tokens >= 1"),
         ("vtc-cls(over_layers='all')", "over_layers must be one of 'sum', 'mean', 'max', 'min'; got 'all'"),
     ],
 )

@@ -12,6 +12,7 @@ import tokensieve
 from tests.support.oracle import Decision
 from tokensieve import MethodInfo, Reduction, list_methods
 from tokensieve.methods import EncoderMethod, PixelMethod, TrainedMethod
+from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.registers import RegisterMethod
 from tokensieve.methods.registry import find
 from tokensieve.methods.skip import SkipMethod
@@ -89,6 +90,7 @@ def made_specs(family: str, keep: int | float = 9) -> list[str]:
     """Return every method whose net makes rows, for small images; none on a family with deepstack."""
     small = {"keep": keep, "threshold": 9.0, "fallback": 3}
     infos = [info for info in list_methods() if find(info.name).makes_rows and family != "qwen3-vl"]
+    infos = [info for info in infos if not find(info.name).changes_text]  # tests/laws/test_prefusion.py
     plain = family in ("llava-clip", "llava-siglip")  # rows can pass beside the layers of a plain ViT
     infos = [info for info in infos if plain or not info.needs.requests("rows_beside")]
     return [_spec(info, small) for info in infos if keep == 9 or "keep" in info.parameters]
@@ -113,8 +115,8 @@ def whole_specs() -> list[str]:
 def inside_specs(stage: str) -> list[str]:
     """Return a spec of every method inside the LLM ("decoder") or the vision encoder ("encoder"), for tiny models."""
     infos = [info for info in list_methods() if info.stage == stage]
-    # registers and skipped layers have laws of their own: tests/laws/test_registers.py, test_skip.py
-    infos = [info for info in infos if not issubclass(find(info.name), (RegisterMethod, SkipMethod))]
+    # these have laws of their own: tests/laws/test_registers.py, test_skip.py, test_compute.py
+    infos = [info for info in infos if not issubclass(find(info.name), (RegisterMethod, SkipMethod, ComputeMethod))]
     return [small_spec(info) for info in infos if stage == "decoder" or inside_encoder(info)]
 
 

@@ -94,3 +94,20 @@ def collate(name: str, samples: list[Sample], **more: Any) -> dict[str, Tensor]:
         kinds = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         inputs[declared.types] = kinds * (declared.bidirectional != "prompt")
     return {**inputs, **more}
+
+
+@torch.no_grad()
+def second_question(model: Any, name: str, samples: list[Sample]) -> tuple[list[list[int]], Tensor]:
+    """Generate two tokens, ask three more words on the cache, and generate two more.
+
+    Returns:
+        The six tokens behind each prompt whose logits are known, and the logits `[B, 2, V]` of the last two answers.
+    """
+    inputs, later = collate(name, samples), torch.tensor([[7, 9, 11]] * len(samples))
+    first = model.generate(**inputs, max_new_tokens=2, **GREEDY)
+    ids = torch.cat([first.sequences, later], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 5, dtype=torch.long)], 1)
+    types = {name: torch.cat([x, x.new_zeros(len(ids), 5)], 1) for name, x in inputs.items() if "type" in name}
+    cached = {"attention_mask": mask, "past_key_values": first.past_key_values}
+    second = model.generate(input_ids=ids, **types, **cached, max_new_tokens=2, **GREEDY)
+    return second.sequences[:, -7:-1].tolist(), torch.stack(second.logits, 1)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
@@ -136,7 +137,9 @@ def test_a_resumed_training_gives_the_same_net(tmp_path, small, monkeypatch):
     assert not (tmp_path / "cut" / "net.safetensors").exists()
     with monkeypatch.context() as patched:
         patched.setattr(run, "read_samples", lambda data: (read_samples(data)[0][:-1], 0))
-        with pytest.raises(Refusal, match=r"holds another training: data_digest was '\w+' and is now '\w+'; name"):
+        with pytest.raises(
+            Refusal, match=r"holds another training: digest of the records was '\w+' and is now '\w+'; name"
+        ):
             train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=recipe)
     with pytest.raises(Refusal, match=r"holds another training: checkpoints was 0\.25 and is now 0\.1; name"):
         train_method(SPEC, "reference", FEW, tmp_path / "cut", recipe=RECIPE)
@@ -272,7 +275,34 @@ def test_each_step_draws_one_of_several_budgets(tmp_path, small, watched, monkey
 
 
 def test_several_budgets_are_refused_where_none_can_be_drawn(tmp_path):
-    with pytest.raises(Refusal, match="only a method with a budget before the LLM draws budgets; give dyvte one"):
+    with pytest.raises(Refusal, match="dyvte is trained at one budget; several are for"):
         train_method("dyvte", "reference", FEW, tmp_path, recipe=Recipe(keeps=(0.5, 8)))
     with pytest.raises(Refusal, match="budgets that are drawn must be numbers; got 8, average:8"):
         Recipe(keeps=(8, tokensieve.budget.check_budget("average:8")))
+
+
+def test_a_training_that_diverges_ends_in_one_line(tmp_path, small):
+    with pytest.raises(Refusal, match="the training diverged: the loss is nan; give a lower --rate, and --no-resume"):
+        train_method(SPEC, "reference", FEW, tmp_path, recipe=Recipe(**{**RECIPE.to_json(), "rate": 1e30}))
+    assert not (tmp_path / "net.safetensors").exists()
+
+
+def test_another_seed_is_named_before_the_records_that_it_draws(tmp_path, small):
+    settings = {"data_digest": "a", "recipe": {"seed": 0}}
+    run._start(tmp_path, settings, resume=True)
+    with pytest.raises(Refusal, match="another training: seed was 0 and is now 1; name"):
+        run._start(tmp_path, {"data_digest": "b", "recipe": {"seed": 1}}, resume=True)
+
+
+def test_weights_are_not_read_in_a_training(tmp_path):
+    with pytest.raises(Refusal, match="a training starts with an untrained net; leave weights='runs/x' out"):
+        train_method("visionselector(weights='runs/x')", "reference", FEW, tmp_path)
+
+
+def test_of_many_useless_records_five_are_named(tmp_path, caplog):
+    lines = ['{"image": "0.png", "question": "?", "answer": "red"}', *['{"image": "0.png"}'] * 9]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    samples, unusable = read_samples(str(tmp_path / "data.jsonl"))
+    assert (len(samples), unusable, len(caplog.messages)) == (1, 9, 5)
+    assert caplog.messages[0].startswith("record skipped (9 in all): ")

@@ -31,13 +31,20 @@ def dropped_columns(ids: Tensor, token: int, decisions: Sequence[Sequence[Reduct
 
 
 @contextmanager
-def hidden(model: Any, columns: Tensor, first_layer: int = 0) -> Iterator[None]:
-    """Hide ``columns`` `[B, L]` (bool) of the prompt from the LLM's layers from ``first_layer`` on, in this context."""
+def hidden(model: Any, columns: Tensor, first_layer: int = 0, later_everywhere: bool = False) -> Iterator[None]:
+    """Hide ``columns`` `[B, L]` (bool) of the prompt from the LLM's layers from ``first_layer`` on, in this context.
+
+    Args:
+        later_everywhere: in calls after the prompt's own, hide them from all layers.
+    """
     if first_layer == 0:
         handles = [model.register_forward_pre_hook(_hide_everywhere(columns), with_kwargs=True)]
     else:
-        layers = model.get_decoder().layers[first_layer:]
-        handles = [layer.register_forward_pre_hook(_hide_in_layer(columns), with_kwargs=True) for layer in layers]
+        handles = [
+            layer.register_forward_pre_hook(_hide_in_layer(columns, later_only=number < first_layer), with_kwargs=True)
+            for number, layer in enumerate(model.get_decoder().layers)
+            if later_everywhere or number >= first_layer
+        ]
     try:
         yield
     finally:
@@ -57,10 +64,12 @@ def _hide_everywhere(columns: Tensor) -> Callable[..., Any]:
     return hook
 
 
-def _hide_in_layer(columns: Tensor) -> Callable[..., Any]:
+def _hide_in_layer(columns: Tensor, later_only: bool) -> Callable[..., Any]:
     def hook(layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         rows, mask = args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")
         length, cache, number = rows.shape[1], kwargs["past_key_values"], layer.self_attn.layer_idx
+        if later_only and not cache.get_seq_length(number):
+            return None
         if mask is None:  # the kernel would use its own causal mask: write it out, to have a mask to edit
             before = cache.get_seq_length(number)
             mask = torch.ones(length, before + length, dtype=torch.bool, device=rows.device).tril(before)[None, None]

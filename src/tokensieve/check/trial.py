@@ -17,6 +17,7 @@ from tokensieve.engine import Sieve, attach
 from tokensieve.engine.decoder.masks import SLIDING, attention_kinds
 from tokensieve.engine.llm import LlmSieve
 from tokensieve.methods import DecoderMethod, Method
+from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.skip import SkipMethod
 from tokensieve.reduction import Reduction
 
@@ -94,10 +95,12 @@ class Trial:
 
     def cache(self) -> tuple[None, str]:
         lengths = self.laws.batch["attention_mask"].sum(-1).tolist()
+        inside = self.stages[-1]
+        shortened = isinstance(inside, DecoderMethod) and inside.leaves_caches  # to what enters the last layer
         for number, (layer, columns) in enumerate(zip(self.reduced.cache.layers, self.reduced.columns, strict=True)):
             if columns == 0 or getattr(layer, "is_sliding", False):
                 continue
-            kept = [sum(image[number] for image in row) for row in self.tokens_per_layer]
+            kept = [sum(image[-1 if shortened else number] for image in row) for row in self.tokens_per_layer]
             rows = zip(lengths, self._placeholders(), kept, strict=True)
             # the longest row sets the width; the last generated token is not in the cache yet
             expected = max(length - before + after for length, before, after in rows) + STEPS - 1
@@ -141,8 +144,12 @@ class Trial:
                 raise NotCheckable(f"{name} has no mask to hide a token with")
         if any(image.added for row in self.decisions for image in row):
             raise NotCheckable("no other run has its registers")
+        if any(stage.changes_text for stage in self.stages):
+            raise NotCheckable("in no other run is the text changed")
         if isinstance(self.stages[-1], SkipMethod):
             raise NotCheckable("in no other run do tokens skip a layer and return")
+        if isinstance(self.stages[-1], ComputeMethod):
+            raise NotCheckable("no other run does less work on visual rows")
         inside = self.stages[-1] if isinstance(self.stages[-1], DecoderMethod) else None
         # tokens dropped inside the LLM count in its windows in a reduced run, too: they are no obstacle
         drops_before = len(self.stages) > (inside is not None)
@@ -162,11 +169,17 @@ class Trial:
                 layers = inside.layer_numbers(text_config.num_hidden_layers)
                 if len(layers) > 1 or any(r.mixing is not None for row in self.decisions for r in row):
                     raise NotCheckable("tokens leave this LLM at several layers, or merge in it")
-                self._replace(stack, self.decisions, self.sizes, layers[0])
+                self._replace(stack, self.decisions, self.sizes, layers[0], inside.leaves_caches)
             yield
 
-    def _replace(self, stack: ExitStack, decisions: Decisions, sizes: list[list[Tensor]], layer: int) -> None:
-        """Hide the dropped tokens from a layer on; under ``repair="size"``, let them show the tokens kept for them."""
+    def _replace(
+        self, stack: ExitStack, decisions: Decisions, sizes: list[list[Tensor]], layer: int, caches: bool = False
+    ) -> None:
+        """Hide the dropped tokens from a layer on; under ``repair="size"``, let them show the tokens kept for them.
+
+        Args:
+            caches: they leave the caches of the layers before, too.
+        """
         model, ids, token = self.laws.model, self.laws.batch["input_ids"], self.laws.token
         columns = dropped_columns(ids, token, decisions)
         if self.laws.repair is not None:
@@ -175,7 +188,7 @@ class Trial:
             shown = stand_ins(ids, token, decisions, sizes)
             stack.enter_context(copied(model, shown, layer))
             columns &= shown == torch.arange(ids.shape[1], device=ids.device)
-        stack.enter_context(hidden(model, columns, layer))
+        stack.enter_context(hidden(model, columns, layer, caches))
 
     def _decisions_at_entry(self) -> tuple[Decisions, list[list[Tensor]]]:
         """Return decisions and sizes before the LLM, made by the stages before the one inside it."""

@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from tokensieve.commands.arguments import Json, with_load_options
 from tokensieve.commands.console import note, print_json
+from tokensieve.commands.loading import note_foreign_images
 from tokensieve.loading import LoadOptions
 
 
@@ -56,6 +57,7 @@ def method(
     """Train the net of METHOD beside a frozen model; `tokensieve train METHOD` is short for this."""
     from tokensieve.commands.arguments import split_budgets
     from tokensieve.methods import parse
+    from tokensieve.train.adapter.data import REFERENCE
     from tokensieve.train.method import Recipe, train_method
     from tokensieve.train.method.run import trained_one
 
@@ -72,6 +74,8 @@ def method(
         "seed": seed,
         "keeps": keeps if keeps and len(keeps) > 1 else None,
     }
+    if not data.startswith(REFERENCE):
+        note_foreign_images(model)
     recipe = Recipe.of(trained_one(stages).learns, **settings)
     about = train_method(
         stages, model, data, folder, recipe=recipe, evaluation=evaluation, loading=loading, resume=resume
@@ -81,4 +85,6 @@ def method(
     for name, measured in about["metrics"].items():
         if isinstance(measured, dict):
             note(f"{name}: {measured['accuracy']:.1%} right with {measured['tokens']:.1f} tokens on average")
+    if about["metrics"]["skipped"]:
+        note(f"{about['metrics']['skipped']} records could not be used")
     note(f"weights: {folder}")

@@ -26,7 +26,8 @@ class Sieve(ABC):
     Attributes:
         model: the model that the method is attached to.
         methods: one method per stage, in order; none for a replay.
-        tokens: `[sample][image]`, the number of its tokens that each layer received in the latest prefill.
+        tokens: `[sample][image]`, the number of its tokens that each layer received in the latest prefill. Caches hold
+            as many, except those of a method with ``leaves_caches``: all of them hold those of the last layer.
         nets: the net of each trained method, by its stage; the model does not know them.
     """
 

@@ -241,6 +241,7 @@ class Prefill:
         lengths: per row, the columns that are not padding.
         prefix: the bookkeeping that the KV cache must carry.
         whole: what a later turn needs to be decided anew, of the whole prompt; ``None``: it is not.
+        projected: `[N, D]` per image, all projected tokens, for a method that changes the text by them; else empty.
     """
 
     kwargs: dict[str, Any]
@@ -253,6 +254,7 @@ class Prefill:
     lengths: list[int]
     prefix: PrefixInfo
     whole: dict[str, Any] | None = None
+    projected: Sequence[Tensor] = ()
 
     def between_frames(self) -> Tensor | None:
         """Return `[B, n]` bool, True between the frames of a video (timestamps, not user text); ``None``: no video."""

@@ -25,6 +25,7 @@ from tokensieve.engine.handoff import Decisions, ImageReduction
 from tokensieve.engine.inflight import InFlight
 from tokensieve.engine.layer_budget import LayerBudget
 from tokensieve.engine.nets import depth_of, load_nets
+from tokensieve.engine.prefusion import Prefusion
 from tokensieve.engine.prompt.user_text import UserTextFinder
 from tokensieve.engine.repair import RepairHooks
 from tokensieve.engine.turns import Conversation, RunningTurn, check_call, new_columns
@@ -86,15 +87,19 @@ class LlmSieve(Sieve):
             decoder is not None and decoder.needs.requests("encoder_states"),
         )
         needs = _with_states(_connector_needs(connector, replay), by_stage)
-        beside = None
-        if connector is not None and connector.needs.requests("rows_beside"):
-            beside = BesideHooks(family, model, methods, connector, self.nets["connector"], self._flight)
         self._encoder = EncoderHooks(
-            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder"), beside
+            family, model, needs, by_stage.get("encoder"), self._flight, self.nets.get("encoder")
         )
         self._decoder: DecoderHooks | None = None
         self._repair: RepairHooks | None = None
+        self._prefusion: Prefusion | None = None
         try:
+            if connector is not None and connector.needs.requests("rows_beside"):
+                self._encoder.beside = BesideHooks(
+                    family, model, methods, connector, self.nets["connector"], self._flight
+                )
+            if connector is not None and connector.changes_text:
+                self._prefusion = Prefusion(model, connector, decoder, self.nets["connector"], self._flight)
             if repair is not None:  # first: probes of the decoder stage call the kernel that they find
                 self._repair = RepairHooks(family, model, repair, self._flight)
             if isinstance(decoder, DecoderMethod):
@@ -111,9 +116,9 @@ class LlmSieve(Sieve):
                     self.nets.get("decoder"),
                 )
         except Exception:
-            self._encoder.remove()
-            if self._repair is not None:
-                self._repair.remove()
+            for part in (self._encoder, self._repair, self._prefusion):
+                if part is not None:
+                    part.remove()
             raise
         if self._repair is not None:
             self._repair.install()
@@ -166,16 +171,15 @@ class LlmSieve(Sieve):
             self._connector.method = method
 
     def _compose(self) -> Decisions:
-        return [[image.final() for image in images] for images in self._images]
+        decisions = [[image.final() for image in images] for images in self._images]
+        return decisions if self._prefusion is None else self._prefusion.without_rows(decisions)
 
     def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._encoder.remove()
-        if self._decoder is not None:
-            self._decoder.remove()
-        if self._repair is not None:
-            self._repair.remove()
+        for part in (self._encoder, self._decoder, self._repair, self._prefusion):
+            if part is not None:
+                part.remove()
 
     # -- the top-level forward ----------------------------------------------------------------------------------------
 
@@ -236,6 +240,8 @@ class LlmSieve(Sieve):
     def _start_prefill(self, kwargs: dict[str, Any], earlier: CacheInfo | None) -> dict[str, Any]:
         if self._decoder is not None:
             self._decoder.check(kwargs)
+        if self._prefusion is not None:
+            self._prefusion.check(kwargs)
         prefill = self._flight.prefill = self._connector.prefill(kwargs, earlier)
         if self._decoder is not None:
             self._decoder.start_prefill(prefill)
@@ -335,7 +341,13 @@ def _with_states(needs: Needs, by_stage: Mapping[Stage, Method]) -> Needs:
     states = getattr(by_stage["decoder"].needs, "encoder_states", None) if "decoder" in by_stage else None
     if states is None:
         return needs
-    second = next((by_stage[stage] for stage in ("encoder", "connector") if stage in by_stage), None)
-    if "encoder" in by_stage or needs.encoder_states is not None:
-        raise Refusal(f"{by_stage['decoder']} reads hidden states of the vision encoder, as it is without {second}")
+    decoder, encoder, connector = (by_stage.get(stage) for stage in ("decoder", "encoder", "connector"))
+    if encoder is not None:
+        raise Refusal(f"{decoder} reads hidden states of the vision encoder, in which {encoder} acts")
+    if needs.encoder_states is not None:
+        raise Refusal(f"{decoder} and {connector} each read hidden states of layers of their own in the vision encoder")
+    if connector is not None and connector.makes_rows:
+        raise Refusal(
+            f"{decoder} reads the vision encoder's state of each token; those that {connector} makes have none"
+        )
     return replace(needs, encoder_states=states)

@@ -72,6 +72,10 @@ def load_net(method: TrainedMethod, shape: ModelShape, llm: Any = None) -> nn.Mo
     if method.weights == RANDOM:
         return _new(method, shape, llm)
     folder = folder_of(method)
+    if not folder.is_dir():
+        raise Refusal(
+            f"no weights of {method.info.name} at {folder}: {'not a' if folder.exists() else 'no such'} folder"
+        )
     if (method.published or method.published_file) and not (folder / ABOUT).exists():
         return _published_net(method, shape, folder, llm)
     about = read_about(folder)
@@ -96,7 +100,15 @@ def load_net(method: TrainedMethod, shape: ModelShape, llm: Any = None) -> nn.Mo
         net.load_state_dict(parameters)
     except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise Refusal(f"{folder / PARAMETERS} is not a net of {name}: {first_line(error)}") from None
+    broken = not_finite(net)
+    if broken:
+        raise Refusal(f"{folder / PARAMETERS} is damaged, or of a training that diverged: {broken} is not finite")
     return net
+
+
+def not_finite(net: nn.Module) -> str | None:
+    """Return the name of a parameter that holds NaN or infinity; ``None``: there is none."""
+    return next((name for name, rows in net.state_dict().items() if not rows.isfinite().all()), None)
 
 
 def _published_net(method: TrainedMethod, shape: ModelShape, folder: Path, llm: Any) -> nn.Module:
@@ -137,7 +149,10 @@ def folder_of(method: TrainedMethod) -> Path:
         return Path(os.path.expanduser(method.weights))
     folder = Path(str(files("tokensieve"))) / "reference" / "weights" / (method.shares_weights or method.info.name)
     if not folder.is_dir():
-        raise Refusal(f"{method.info.name} has no bundled weights; give weights=FOLDER, or weights='random'")
+        name = method.info.name
+        raise Refusal(
+            f"{name} has no bundled weights: run `tokensieve train {name}` and give weights=FOLDER, or weights='random'"
+        )
     return folder
 
 

@@ -217,7 +217,7 @@ def _datasets(source: str | Path, split: str | None) -> Iterator[Record]:
         if split is None and len(data) == 1:
             split = next(iter(data))
         if split not in data:
-            given = "choose one with --split" if split is None else f"got {split!r}"
+            given = "choose one with --split, in a training as NAME:SPLIT" if split is None else f"got {split!r}"
             raise DataError(f"{source}: the splits are {', '.join(data)}; {given}")
         name, data = f"{source}, {split}", data[split]
     elif split is not None and split != data.split:

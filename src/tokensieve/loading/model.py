@@ -137,7 +137,7 @@ def _load_adapter(model: Any, adapter: str) -> None:
     if not folder.exists():
         folder = adapter_path(adapter) or folder
     if not folder.exists() and not may_be_hub_name(adapter):
-        raise Refusal(f"no adapter at {adapter}: it does not exist; bundled is {', '.join(ADAPTERS)}")
+        raise Refusal(f"no adapter at {adapter}: it does not exist; bundled are {', '.join(ADAPTERS)}")
     if folder.exists() and not (folder / "adapter_config.json").is_file():
         raise Refusal(f"no adapter at {adapter}: it has no adapter_config.json")
     if any(weight.is_meta for weight in model.parameters()):

@@ -48,6 +48,7 @@ class Method(ABC):
     info: ClassVar[MethodInfo]
     keeps_everything: ClassVar[bool] = False  # the unreduced model: no token is ever dropped
     makes_rows: ClassVar[bool] = False  # a net makes the rows of the slots: :meth:`VisualTokens.made`
+    changes_text: ClassVar[bool] = False  # blocks of its net, ``prefusion_layers``, change the text that enters the LLM
     least: ClassVar[Mapping[str, int]] = {}  # the smallest allowed value of a parameter
     proportions: ClassVar[tuple[str, ...]] = ()  # parameters that lie in [0, 1]
     in_training: ClassVar[tuple[str, ...]] = ()  # parameters that play a part in training only
@@ -58,7 +59,7 @@ class Method(ABC):
             object.__setattr__(self, field.name, value)  # as a literal, so that parse() reads the printed spec back
             allowed = get_args(hint)
             if field.name in ("keep", "average") and not (value is None and type(None) in allowed):
-                (check_budget if field.name == "keep" else check_number)(value)
+                check_budget(value) if field.name == "keep" else check_number(value, field.name)
             elif allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise Refusal(f"{field.name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
             elif not fits(value, hint):
@@ -128,7 +129,8 @@ class Method(ABC):
     def __call__(self, image: Any) -> Reduction:
         """Call :meth:`reduce`, unless the image is kept whole: then return the identity and a note with the reason."""
         batch, total, _ = image.features.shape
-        budget = image.budget or self.image_budget(total)  # outside of a model the engine has worked out none
+        # outside of a model no budget is worked out; inside the LLM 0 may be one, and is a share of what entered
+        budget = image.budget or self.image_budget(getattr(image, "entered", None) or total)
         if self.needs.requests("video") and image.frames is None:
             note = f"kept whole: {self.info.name} reduces videos, and this is an image"
         elif budget and budget >= total:

@@ -29,7 +29,7 @@ class PMod(SkipMethod):
     routers, and 95.2 by ``random`` before the LLM with as many. No weights are shipped.
 
     Args:
-        weights: "bundled", "random" (all scores are equal, so that the first tokens take part), a folder of
+        weights: "random" (all scores are equal, so that the first tokens take part), a folder of
             ``tokensieve train p-mod``, or the authors' checkpoint, of which the routers alone are read.
         shift: raises or lowers the share of all layers (the paper: 0.5).
         average: instead of ``shift``, the share of the tokens averaged over all layers: the largest shift within it is
@@ -75,7 +75,9 @@ class PMod(SkipMethod):
     def layer_numbers(self, depth: int) -> list[int]:
         layers = [layer for layer, share in enumerate(self.shares(depth)) if share < 1]
         if not layers:
-            raise Refusal(f"{self}: no token skips a layer of this LLM of {depth} layers; lower shift or average")
+            raise Refusal(
+                f"{self}: no token skips a layer of this LLM of {depth}; lower shift or average, which are shares"
+            )
         return layers
 
     def check_average(self, layers: Sequence[int], depth: int) -> None:

@@ -53,7 +53,7 @@ class DecoderMethod(InsideMethod):
             if len(counts) != stages or any(later > earlier for earlier, later in pairwise(counts)):
                 raise Refusal(f"counts must be {stages} budgets, none larger than the one before; got {counts!r}")
             for budget in counts:
-                check_number(budget)
+                check_number(budget, "each of counts")
 
     def layer_numbers(self, depth: int) -> list[int]:
         numbers = number_layers(self.stated_layers, depth, first=1)

@@ -18,7 +18,7 @@ class Victor(RegisterMethod):
     set of their own, so that one training serves several budgets: each training step draws how many take part.
 
     Args:
-        weights: "bundled", "random", or a folder of ``tokensieve train victor``.
+        weights: "random", or a folder of ``tokensieve train victor``.
         layer: the layer before which the image leaves; a float is a share of the depth.
         keep: R, the registers of each image, or a share of its tokens. An image of no more tokens stays whole.
 

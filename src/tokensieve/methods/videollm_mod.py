@@ -24,7 +24,7 @@ class VideoLlmMod(SkipMethod):
     image is one frame. No token leaves for good.
 
     Args:
-        weights: "bundled", "random" (all weights are 1, so that the first tokens of each frame take part), or a folder
+        weights: "random" (all weights are 1, so that the first tokens of each frame take part), or a folder
             of ``tokensieve train videollm-mod``.
         keep: tokens that take part, of each image or video, or a share of them (the paper: 0.2 of each frame).
         step: layers 1, 1 + step, 1 + 2·step, … have a router.

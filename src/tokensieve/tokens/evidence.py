@@ -127,8 +127,8 @@ def resolve_layers(layers: Layers, depth: int) -> list[int]:
     except IndexError:
         raise Refusal(f"the encoder has layers 0 to {depth - 1}; got {layers}") from None
     if not chosen:
-        assert isinstance(layers, slice)
-        raise Refusal(f"no encoder layer in {layers.start}:{layers.stop}; the encoder has layers 0 to {depth - 1}")
+        requested = f"{layers.start}:{layers.stop}" if isinstance(layers, slice) else layers
+        raise Refusal(f"no encoder layer in {requested}; the encoder has layers 0 to {depth - 1}")
     return chosen
 
 

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from tokensieve.budget import check_number, rule_of
 from tokensieve.errors import Refusal, first_line, nearest
 from tokensieve.methods import Method, Positions, TrainedMethod, parse
+from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.spec import expand
 from tokensieve.vllm.families import FAMILIES, REFUSED, ServedFamily
 
@@ -116,6 +117,8 @@ def unserved(method: Method) -> str | None:
     if method.info.name == "mustdrop-keys":
         return "it only ranks tokens for mustdrop-llm, which acts inside the LLM"
     stage, needs = method.info.stage, method.needs
+    if isinstance(method, ComputeMethod):
+        return "it changes attention and MLPs of the LLM, which in vLLM are classes of its own"
     if stage == "decoder":
         return "it drops tokens inside the LLM, and vLLM's paged cache has one length for all layers"
     if stage == "fusion":

@@ -152,7 +152,10 @@ class Connector:
                 prefix = replace(prefix, bias=bias[..., : prefix.mask.shape[1]])
         if earlier is not None:
             prefix = self._append(kwargs, prefix, earlier)
-        return Prefill(kwargs, by_row, prompt.copies, visual, placeholders, videos, columns, lengths, prefix, whole)
+        projected = prompt.features if self.method is not None and self.method.changes_text else ()
+        return Prefill(
+            kwargs, by_row, prompt.copies, visual, placeholders, videos, columns, lengths, prefix, whole, projected
+        )
 
     # -- checks and encoding ------------------------------------------------------------------------------------------
 

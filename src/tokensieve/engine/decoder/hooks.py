@@ -22,6 +22,7 @@ from tokensieve.budget import BudgetScope
 from tokensieve.engine.budget_scope import methods_per_image
 from tokensieve.engine.cache import PrefixInfo, decode_mask
 from tokensieve.engine.decoder.compaction import check_compaction, prefixes_of_all, shorten_caches
+from tokensieve.engine.decoder.compute import ComputeHooks
 from tokensieve.engine.decoder.evidence import DecoderEvidence
 from tokensieve.engine.decoder.masks import (
     CREATE_MASK,
@@ -44,6 +45,7 @@ from tokensieve.engine.sizes import at_medians, carried_sizes, key_bias
 from tokensieve.engine.wrapped import uncompiled
 from tokensieve.errors import Refusal
 from tokensieve.methods import DecoderMethod, Positions, Repair
+from tokensieve.methods.compute import ComputeMethod
 from tokensieve.methods.registers import RegisterMethod
 from tokensieve.methods.skip import SkipMethod
 from tokensieve.models import Family
@@ -105,11 +107,14 @@ class DecoderHooks:
         first = self.layers[0]
         one_of_each_kind = {self.kinds.index(kind, first) for kind in self.kinds[first:]}
         self._to_verify: Collection[int] = one_of_each_kind if family.untested else ()  # layers with unknown masks
+        self.skips: SkipHooks | None = None
+        self.compute: ComputeHooks | None = None
+        if isinstance(method, SkipMethod):  # before any other hook, as this may be refused
+            self.skips = SkipHooks(self.decoder, method, self.layers, flight, repair)
+        elif isinstance(method, ComputeMethod):
+            self.compute = ComputeHooks(self.decoder, method, self._create_mask, self.kinds, flight, repair)
         head = model.get_output_embeddings()
         self.evidence = DecoderEvidence(self.decoder, head, method, self.layers, self.kinds, flight, net)
-        self.skips: SkipHooks | None = None
-        if isinstance(method, SkipMethod):
-            self.skips = SkipHooks(self.decoder, method, self.layers, flight, repair)
         self._handles = [
             layer.register_forward_pre_hook(partial(self._before_layer, number), with_kwargs=True)
             for number, layer in enumerate(layers)
@@ -122,8 +127,9 @@ class DecoderHooks:
         for handle in self._handles:
             handle.remove()
         self.evidence.remove()
-        if self.skips is not None:
-            self.skips.remove()
+        for part in (self.skips, self.compute):
+            if part is not None:
+                part.remove()
         self.decoder.__dict__.pop("_deepstack_process", None)
 
     # -- around the forward -------------------------------------------------------------------------------------------
@@ -133,8 +139,9 @@ class DecoderHooks:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length():
             raise Refusal("new images on a filled cache cannot be reduced inside the LLM; start a new sequence")
-        if self.skips is not None:
-            self.skips.check()
+        no_token_leaves = self.skips or self.compute
+        if no_token_leaves is not None:
+            no_token_leaves.check()
         elif kwargs.get("labels") is not None:
             raise Refusal("labels cannot be given with a decoder method: its logits are shorter; compute the loss")
         if before_5_23() and self.decoder.training and checkpoints_activations(self.decoder):
@@ -210,6 +217,8 @@ class DecoderHooks:
                     self.skips.start(state, entering)
             if number >= self.layers[0]:
                 self._shorten(state, number, hidden, kwargs)
+            if self.compute is not None:
+                self.compute.before_layer(state, number, hidden, kwargs)
             self.evidence.copy_input(state, number, hidden)
         elif number in state.prefixes:
             self._translate(state, number, hidden, kwargs)

@@ -37,7 +37,7 @@ def shorten_mask(mask: Tensor, columns: ColumnSelection) -> Tensor:
     # [B, 1, 1], [B, n, 1] and [B, 1, n] broadcast to all pairs of remaining queries and keys
     pairs = mask.expand(len(index), -1, -1, -1)[batch, 0, index[:, :, None], index[:, None]]
     if columns.padded:
-        pairs = pairs.masked_fill(~columns.valid[:, None], _hidden_value(mask))
+        pairs = pairs.masked_fill(~columns.valid[:, None], hidden_value(mask))
     return pairs[:, None]
 
 
@@ -55,7 +55,7 @@ def limit_to_window(mask: Tensor, prefix: PrefixInfo, cache: Cache, layer: int, 
     entered_at = column.repeat(len(prefix.mask), 1)  # [B, columns as the caller counts]: only the prefix has moved
     entered_at[:, prefix.dropped : prefix.length] = prefix.original_columns
     in_window = column[past:, None] - entered_at[:, None, first : first + keys] < window
-    return mask.masked_fill(~in_window[:, None], _hidden_value(mask))
+    return mask.masked_fill(~in_window[:, None], hidden_value(mask))
 
 
 def check_registers(method: Method, per_layer_masks: bool, kernel: str, repair: str | None) -> None:
@@ -72,6 +72,6 @@ def check_registers(method: Method, per_layer_masks: bool, kernel: str, repair: 
         )
 
 
-def _hidden_value(mask: Tensor) -> float:
+def hidden_value(mask: Tensor) -> float:
     """Return the value that hides a key in this kind of mask."""
     return False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min

@@ -108,6 +108,7 @@ class PrefillState:
         prefix: the prefix of ``sequence``, shared likewise.
         evidence: by name, read or copied on the way: `[B, n, ...]` of the sequence at that time.
         query: a learned query that runs beside the prompt (a ``QueryRow``); ``None``: none does.
+        compute: the visual rows, for layers that do less work on them (a ``VisualRows``); ``None``: none does so far.
     """
 
     prefill: Prefill
@@ -122,6 +123,7 @@ class PrefillState:
     prefix: PrefixInfo | None = None
     evidence: dict[str, Tensor] = field(default_factory=dict)
     query: Any = None
+    compute: Any = None
 
     @classmethod
     def enter(

@@ -72,7 +72,9 @@ class EncoderHooks:
         needs: the evidence that the connector method requests.
         method: the encoder method, if there is one.
         net: the net of a trained method.
-        beside: runs rows of the connector method's net beside the layers.
+
+    Attributes:
+        beside: runs rows of the connector method's net beside the layers; ``None``: there are none.
 
     Raises:
         Refusal: if the family or the vision encoder lacks something that is needed.
@@ -86,9 +88,8 @@ class EncoderHooks:
         method: Method | None,
         flight: InFlight,
         net: nn.Module | None = None,
-        beside: BesideHooks | None = None,
     ) -> None:
-        self.beside = beside
+        self.beside: BesideHooks | None = None
         self.family, self.model, self.base, self.flight = family, model, model.base_model, flight
         self.method = method
         self.tower_hooks: TowerHooks | None = None

@@ -25,6 +25,7 @@ from tokensieve.evaluate.records import read_records
 log = logging.getLogger(__name__)
 REFERENCE, SCENES = "reference:", 2000  # the bundled questions, and the number of scenes without a slice
 COLUMNS = ("image", "question", "answer")
+SHOWN = 5  # records that cannot be used are named up to this number, and counted beyond it
 IGNORED = -100  # label of a column that is not predicted
 
 
@@ -48,9 +49,10 @@ def read_samples(source: str) -> tuple[list[Sample], int]:
             samples.append(sample_of(record, str(number), COLUMNS, files, fetch_images=False))
         except Refusal as error:
             faults.append(f"{record.where}: {error}")
-            log.warning("record skipped (%d so far): %s", len(faults), faults[-1])
     if not samples:
         raise DataError(faults[0] if faults else f"{source}: no records")
+    for fault in faults[:SHOWN]:
+        log.warning("record skipped (%d in all): %s", len(faults), fault)
     return samples, len(faults)
 
 
@@ -147,7 +149,8 @@ class Questions(Dataset[Sample]):
                 sample.open_all()
             except DataError as error:
                 self.bad.add(place)
-                log.warning("record skipped (%d so far): %s", len(self.bad), error)
+                if len(self.bad) <= SHOWN:
+                    log.warning("record skipped (%d so far): %s", len(self.bad), error)
                 continue
             self._read.update(sample.images)
             return sample

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tokensieve.engine import attach
 from tokensieve.engine.llm import LlmSieve
-from tokensieve.engine.nets import load_net, save_net, shape_of
+from tokensieve.engine.nets import load_net, not_finite, save_net, shape_of
 from tokensieve.errors import Refusal, first_line
 from tokensieve.evaluate import Sample
 from tokensieve.loading import DEFAULTS, LoadOptions, device_of, load_model, without_folder
@@ -71,7 +71,7 @@ def train_method(
     method = trained_one(stages)
     recipe = recipe or Recipe.of(method.learns)
     if recipe.keeps and (method.info.stage != "connector" or method.budget is None):
-        raise Refusal(f"only a method with a budget before the LLM draws budgets; give {method.info.name} one")
+        raise Refusal(f"{method.info.name} is trained at one budget; several are for methods before the LLM with keep=")
     samples, unusable = read_samples(data)
     if method.learns == "places" and not any(sample.boxes for sample in samples):
         raise Refusal(f"{method.info.name} learns from boxes, and {data} has none; the bundled questions have some")
@@ -82,9 +82,7 @@ def train_method(
     vlm, processor = load_model(model, loading)
     vlm.requires_grad_(False)
     settings: dict[str, Any] = {
-        "trained": " + ".join(
-            map(str, (stage if stage is not method else replace(method, weights="bundled") for stage in stages))
-        ),
+        "trained": " + ".join(map(str, (_by_default(method) if stage is method else stage for stage in stages))),
         "on": without_folder(model),
         "data": without_folder(data),
         "data_digest": records_digest((*training, *measured)),
@@ -112,6 +110,8 @@ def train_method(
         with _attached(vlm, stages, processor, net, training=True) as sieve:
             learned = _learn_answers(sieve, processor, sieve.nets[method.info.stage], training, recipe, output, resume)
             net.load_state_dict(sieve.nets[method.info.stage].state_dict())
+    if not_finite(net):
+        raise Refusal(f"the training diverged: {not_finite(net)} is not finite; give a lower --rate, and --no-resume")
     metrics |= {"trained": measure(net), **learned}
     metrics["skipped"] = metrics.get("skipped", 0) + unusable
     log.info("on %d held-out questions: %s", len(questions), json.dumps(metrics))
@@ -133,7 +133,14 @@ def _stages(spec: str | Sequence[Method]) -> list[Method]:
     """Return the methods of a spec, the trained one with an untrained net."""
     stages = parse(spec) if isinstance(spec, str) else spec
     method = trained_one(stages)
+    if method.weights not in ("random", type(method).weights):
+        raise Refusal(f"a training starts with an untrained net; leave weights={method.weights!r} out")
     return [replace(method, weights="random") if stage is method else stage for stage in stages]
+
+
+def _by_default(method: TrainedMethod) -> TrainedMethod:
+    """Return the method with its default weights, which are not printed."""
+    return replace(method, weights=type(method).weights)
 
 
 def _attached(
@@ -174,9 +181,9 @@ def _learn_answers(
     trainer.train(resume_from_checkpoint=last_checkpoint(output) if resume else None)
     if trainer.idle == len(trainer.get_train_dataloader()):
         _forget(output)  # a second call would continue after the last step, and find nothing idle
-        method = replace(trainer.method, weights="bundled")  # the default, which is not printed
         raise Refusal(
-            f"no image of the data has more tokens than {method} keeps, so nothing is trained; lower the budget"
+            f"no image of the data has more tokens than {_by_default(trainer.method)} keeps, so nothing is trained; "
+            "lower the budget"
         )
     net.requires_grad_(False).eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -243,10 +250,14 @@ def _start(output: Path, settings: dict[str, Any], resume: bool) -> None:
         except (OSError, ValueError, TypeError) as error:
             raise Refusal(f"cannot read {file} ({first_line(error)}); name another folder, or --no-resume") from None
         before, current = _flat(earlier), _flat(json.loads(json.dumps(settings)))
+        current["data_digest"] = current.pop("data_digest")  # last: another seed changes it, too
         other = next((name for name in current if name not in before or before[name] != current[name]), None)
         if other:
+            shown = {"trained": "the method", "on": "the model", "data_digest": "digest of the records"}.get(
+                other, other
+            )
             raise Refusal(
-                f"{output} holds another training: {other} was {before.get(other)!r} and is now {current[other]!r}; "
+                f"{output} holds another training: {shown} was {before.get(other)!r} and is now {current[other]!r}; "
                 "name another folder, or --no-resume"
             )
     part = file.with_suffix(".part")
