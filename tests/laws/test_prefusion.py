@@ -215,7 +215,7 @@ def test_a_decision_is_not_replayed():
         ("gemma3", SPEC, "llava-mini runs blocks with rotary embeddings and full_attention in every layer"),
         ("llava-clip", f"{SPEC} + victor(keep=4, weights='random')", "registers of victor"),
         ("llava-clip", "llava-mini(keep=3, weights='random')", "keeps a square number of tokens, such as 1 or 4"),
-        ("llava-clip", "llava-mini(keep=0.25, weights='random')", "keeps a square number of tokens, such as 1 or 4"),
+        ("llava-clip", "llava-mini(keep=0.25, weights='random')", "has one number of tokens for all images"),
         ("llava-clip", "llava-mini", "llava-mini has no bundled weights"),
     ],
 )

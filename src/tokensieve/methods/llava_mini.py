@@ -55,11 +55,12 @@ class LlavaMini(TrainedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        square = isinstance(self.keep, int) and isqrt(self.keep) ** 2 == self.keep
-        if not (square or self.keep == 1.0) or not self.blocks > 0:  # 1.0 keeps all
+        if (isinstance(self.keep, int) and isqrt(self.keep) ** 2 != self.keep) or not self.blocks > 0:
             raise Refusal(f"llava-mini keeps a square number of tokens, such as 1 or 4, with blocks; got {self}")
 
     def make_net(self, shape: ModelShape, **sizes: Any) -> nn.Module:
+        if not isinstance(self.keep, int) and self.keep != 1.0:  # 1.0 keeps all
+            raise Refusal(f"llava-mini has one number of tokens for all images, such as 1 or 4; got keep={self.keep!r}")
         blocks = max(1, round(self.blocks * shape.layers)) if isinstance(self.blocks, float) else self.blocks
         sizes = {"queries": int(self.keep), "blocks": blocks, **sizes}
         if sizes["queries"] != self.keep:
